@@ -1,0 +1,41 @@
+# make setup | make pretrain | make test; each sets itself up on a fresh machine.
+#
+#   make pretrain                      7B-style model on text found on this machine
+#   make pretrain MODEL=classic        classic blocks, both cells, at [3:1]
+#   make pretrain DATA='my/*.jsonl.gz' STEPS=500
+#   make pretrain WORK=/scratch/demo   where corpus, shards and runs go
+#   make test TESTS='tests/kernels -k boundaries'
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= large
+STEPS  ?= 200
+DATA   ?=
+WORK   ?= runs/demo
+NPROC  ?= 2
+TESTS  ?= tests
+
+# One tested stack for the interpreter at hand; see constraints/.
+CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints/" + ("py312-mcore019.txt" if sys.version_info >= (3, 12) else "py311-mcore016.txt"))')
+INSTALLED   := $(VENV)/.installed
+
+.PHONY: setup pretrain test lint
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version`. Use: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@echo "installing into $(VENV) (about 2 GB; once)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+pretrain: $(INSTALLED)
+	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' --nproc $(NPROC) $(if $(DATA),--data '$(DATA)')
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

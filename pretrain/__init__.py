@@ -1,0 +1,3 @@
+"""The trainer: configuration, launch, training loop, checkpoints, reports."""
+
+import xlstm_mcore  # noqa: F401 (quietens megatron-core before anything imports it)

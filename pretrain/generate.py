@@ -1,0 +1,119 @@
+"""Text from a checkpoint, with the state of every layer carried from token to token."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import CheckpointError, read_manifest, resolve
+from xlstm_mcore.build import load_model
+from xlstm_mcore.model import XLSTMModel
+
+
+def main(
+    checkpoint: str,
+    *,
+    prompt: list[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+    out: str | None = None,
+) -> int:
+    """Continue prompts and print the texts.
+
+    Args:
+        checkpoint: a checkpoint or a run folder.
+        prompt: texts to continue; an empty one starts a document.
+        max_new_tokens: tokens to add at most; the end of a document stops earlier.
+        temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
+        top_k: sample among the k likeliest tokens; 0 for all.
+        seed: seed of the sampling.
+        out: file to write the texts to as well.
+
+    Returns:
+        0.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    path = resolve(checkpoint)
+    model, _ = load_model(path)
+    tokenizer_path = Path(read_manifest(path).state["tokenizer"]["path"])
+    if not tokenizer_path.is_file():
+        raise CheckpointError(
+            f"{path} was trained with the tokenizer {tokenizer_path}, which is gone; put the shard "
+            "folder back where it was"
+        )
+    tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
+    rng = torch.Generator().manual_seed(seed)
+    texts = []
+    for start in prompt:
+        tokens = [tokenizer.bos_id(), *tokenizer.encode(start)]
+        added = generate(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            end=tokenizer.eos_id(),
+            limit=tokenizer.vocab_size(),
+            rng=rng,
+        )
+        texts.append(start + tokenizer.decode(added))
+        print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
+    if out is not None:
+        Path(out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+    return 0
+
+
+@torch.no_grad()
+def generate(
+    model: XLSTMModel,
+    tokens: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    end: int,
+    limit: int,
+    rng: torch.Generator,
+) -> list[int]:
+    """Tokens that follow ``tokens``.
+
+    The prompt is read in one pass; every further token costs one step, whatever lies before it,
+    since a layer's past is its state.
+
+    Args:
+        model: a whole model in one process.
+        tokens: the prompt, at least one token.
+        max_new_tokens: how many to add at most.
+        temperature: 0 for the likeliest token.
+        top_k: candidates to sample among; 0 for all.
+        end: token that ends a document; not returned.
+        limit: tokens of the tokenizer; rows of the head beyond it are padding.
+        rng: source of the samples.
+    """
+    device = next(model.parameters()).device
+    cache: dict = {}
+    added: list[int] = []
+    window = torch.tensor([tokens], device=device)
+    for _ in range(max_new_tokens):
+        logits = model(window, cache=cache)[0, -1, :limit].float().cpu()
+        token = _pick(logits, temperature, top_k, rng)
+        if token == end:
+            break
+        added.append(token)
+        window = torch.tensor([[token]], device=device)
+    return added
+
+
+def _pick(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    if 0 < top_k < logits.numel():
+        logits, choices = logits.topk(top_k)
+    else:
+        choices = torch.arange(logits.numel())
+    chance = torch.softmax(logits / temperature, dim=-1)
+    return int(choices[torch.multinomial(chance, 1, generator=rng)])

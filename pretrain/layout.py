@@ -1,0 +1,118 @@
+"""The process layout of a run: device, process groups and this process's place in them."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from xlstm_mcore import cpu_runtime
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands.
+
+    Attributes:
+        rank: global rank.
+        world_size: processes of the run.
+        device: the device this process computes on; everything else asks here.
+        backend: communication backend, "gloo" or "nccl".
+        groups: Megatron's process groups.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str
+    groups: ProcessGroupCollection
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's place among the data-parallel replicas."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas."""
+        return self.groups.dp.size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes metrics."""
+        return self.rank == 0
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Set all random states as a function of (seed, step, place in the layout).
+
+        A resumed run draws the same numbers as one that was not interrupted, and no random state
+        has to be stored.
+        """
+        base = (seed * 1_000_003 + step * 8191 + self.dp_rank * 131) % (2**31)
+        torch.manual_seed(base)
+        tensor_parallel.model_parallel_cuda_manual_seed(base)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of numbers over all processes (fp64)."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, value: float) -> float:
+        """The largest of a number over all processes."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def close(self) -> None:
+        """Leave all process groups."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def start(config: Any) -> Layout:
+    """Join the run's process groups as its configuration lays them out.
+
+    Args:
+        config: a ``RunConfig``; its ``layout`` section is read. RANK, WORLD_SIZE, LOCAL_RANK and
+            MASTER_ADDR come from the launcher; without them the run has one process.
+
+    Raises:
+        ConfigError: the number of processes does not fit the layout.
+    """
+    from .config import check_world
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(config, world_size)
+    cpu_runtime.activate()
+    backend = "gloo"
+    options: dict[str, Any] = {}
+    if not cpu_runtime.needed():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        options["device_id"] = cpu_runtime.device()
+    if "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Longer than any checkpoint: a rank that waits for another's disk must not give up first.
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), **options)
+    shape = config.layout
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=shape.tensor,
+        pipeline_model_parallel_size=shape.pipeline,
+        virtual_pipeline_model_parallel_size=shape.virtual if shape.virtual > 1 else None,
+        context_parallel_size=shape.context,
+        create_gloo_process_groups=False,
+    )
+    layout = Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        device=cpu_runtime.device(),
+        backend=backend,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    layout.seed_step(config.run.seed, 0)
+    return layout

@@ -1,0 +1,308 @@
+"""The training loop: one run, from its configuration to its last step."""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pretrain import layout as layouts
+from pretrain.checkpoint import (
+    check_same,
+    check_same_model,
+    find_latest_together,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+from pretrain.config import RunConfig, save_config
+from pretrain.data import DataCursor, TokenDataset, TrainLoader, ValidLoader
+from pretrain.engines.base import Engine, LossSum
+from pretrain.engines.megatron import MegatronEngine
+from pretrain.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
+from pretrain.layout import Layout
+from pretrain.metrics import MetricLogger
+from pretrain.schedule import make_schedule
+from pretrain.signals import StopSignal
+from xlstm_mcore import cpu_runtime
+
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+
+
+class DivergedError(UserError):
+    """Loss or gradient stopped being finite, and the run is configured to stop then."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, the same on every rank and every layout.
+
+    Attributes:
+        step: finished steps.
+        updates: finished steps whose update was applied (Adam's bias correction counts these).
+        tokens: unmasked tokens trained on.
+        seconds: wall-clock seconds spent in steps.
+        valid_loss: the last validation loss, nats per token.
+    """
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    valid_loss: float | None = None
+
+
+def main(config: RunConfig) -> int:
+    """Train as ``config`` says, from the newest complete checkpoint of its run folder.
+
+    Called by every process of the run (see ``pretrain.launch``).
+
+    Returns:
+        0 when the run is complete, 75 when it was asked to stop and has saved.
+
+    Raises:
+        UserError: bad configuration, data, checkpoint, or a diverged loss.
+    """
+    # Installed first: a signal during start-up waits for the first step.
+    with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
+        layout = layouts.start(config)
+        try:
+            return _Run(config, layout, stop).train()
+        finally:
+            layout.close()
+
+
+class _Run:
+    """One process's part in a run."""
+
+    def __init__(self, config: RunConfig, layout: Layout, stop: StopSignal) -> None:
+        self.config, self.layout, self.stop = config, layout, stop
+        self.dir = Path(config.run.dir)
+        data = config.data
+        self.dataset = TokenDataset(data.path, "train", seq_len=data.seq_len)
+        self.valid = ValidLoader(
+            TokenDataset(data.path, "valid", seq_len=data.seq_len),
+            micro_batch=data.micro_batch,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        self._check_vocabulary()
+        self.engine: Engine = MegatronEngine(config, layout)
+        self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
+        self.state, cursor = self._resume()
+        self.loader = TrainLoader(
+            self.dataset,
+            seed=config.run.seed,
+            global_batch=data.global_batch,
+            micro_batch=data.micro_batch,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+            consumed_samples=cursor.consumed_samples,
+        )
+        self._speed = _Speed(config.tokens_per_step)
+
+    def train(self) -> int:
+        """The loop; see the module."""
+        config, steps = self.config, self.config.run.steps
+        if self.layout.is_main:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.dir / CONFIG_FILE)
+        with (
+            self.loader,
+            MetricLogger(
+                self.dir,
+                total_steps=steps,
+                start_step=self.state.step,
+                tensorboard=config.logging.tensorboard,
+                enabled=self.layout.is_main,
+            ) as metrics,
+        ):
+            self._introduce(metrics)
+            saved = self.state.step
+            while self.state.step < steps:
+                self._step(metrics)
+                step = self.state.step
+                stopping = self.stop.agreed(self.layout.device)
+                last = step == steps
+                if last or (step % config.evaluation.interval == 0 and not stopping):
+                    self._evaluate(metrics)
+                if last or stopping or step % config.checkpoint.interval == 0:
+                    self._save(metrics)
+                    saved = step
+                if stopping and not last:
+                    metrics.message(f"stopped after step {step}; run again to continue")
+                    return EXIT_RESUMABLE
+            assert saved == self.state.step
+        self._summarize()
+        return EXIT_DONE
+
+    def _step(self, metrics: MetricLogger) -> None:
+        """One optimizer step: batch, loss, verdict, update, log."""
+        step, interval = self.state.step, self.config.logging.interval
+        self.layout.seed_step(self.config.run.seed, step)
+        started = time.perf_counter()
+        loss = self.engine.forward_backward(next(self.loader))
+        lr = self.learning_rate(step)
+        result = self.engine.step(lr)
+        self._judge(loss, result.grad_norm)
+        seconds = time.perf_counter() - started
+        self._speed.add(seconds)
+        self.state = TrainState(
+            step=step + 1,
+            updates=self.state.updates + (not result.skipped),
+            tokens=self.state.tokens + loss.tokens,
+            seconds=self.state.seconds + seconds,
+            valid_loss=self.state.valid_loss,
+        )
+        metrics.advance(self.state.step)
+        if self.state.step % interval == 0 or self.state.step in (1, self.config.run.steps):
+            metrics.log(
+                self.state.step,
+                {
+                    "tokens": self.state.tokens,
+                    "loss": loss.mean,
+                    "lr": lr,
+                    "grad_norm": result.grad_norm,
+                    "tokens_per_second": self._speed.take(),
+                },
+            )
+
+    def _judge(self, loss: LossSum, grad_norm: float) -> None:
+        """Every rank sees the same numbers, so every rank comes to the same verdict."""
+        finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
+        if finite or not self.config.guard.stop_on_nonfinite:
+            return
+        raise DivergedError(
+            f"step {self.state.step + 1}: loss {loss.mean}, gradient norm {grad_norm}: not finite, "
+            f"so the update was not applied and the run stops (guard.stop_on_nonfinite=true); the "
+            f"checkpoints in {self.dir} are from before. Lower optimizer.lr="
+            f"{self.config.optimizer.lr} or optimizer.clip_grad={self.config.optimizer.clip_grad}"
+        )
+
+    def _evaluate(self, metrics: MetricLogger) -> None:
+        config = self.config
+        batches: Any = iter(self.valid)
+        if config.evaluation.max_batches is not None:
+            per_global = config.data.global_batch // (config.data.micro_batch * self.layout.dp_size)
+            batches = islice(batches, config.evaluation.max_batches * per_global)
+        loss = self.engine.evaluate(batches).mean
+        self.state = TrainState(**{**asdict(self.state), "valid_loss": loss})
+        metrics.log(self.state.step, {"valid_loss": loss})
+
+    def _save(self, metrics: MetricLogger) -> None:
+        started = time.perf_counter()
+        path = save_checkpoint(
+            self.dir,
+            self.engine.sharded_state(),
+            self._saved_state(),
+            self.config.model_dump(mode="json"),
+            step=self.state.step,
+            keep=self.config.checkpoint.keep,
+        )
+        metrics.message(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+    def _saved_state(self) -> dict[str, Any]:
+        manifest = self.dataset.manifest
+        return {
+            **asdict(self.state),
+            "cursor": self.loader.cursor.to_dict(),
+            "tokenizer": {
+                "path": str(Path(manifest.tokenizer_path).resolve()),
+                "sha256": manifest.tokenizer_sha256,
+            },
+        }
+
+    def _resume(self) -> tuple[TrainState, DataCursor]:
+        """State of the newest complete checkpoint, loaded into the engine; or a fresh start."""
+        manifest = self.dataset.manifest
+        path = find_latest_together(self.dir)
+        if path is None:
+            return TrainState(), DataCursor(0, manifest.hash)
+        saved = read_manifest(path)
+        check_same_model(saved.config, self.config.model_dump(mode="json"), path=path)
+        now = {
+            "tokenizer": {"sha256": manifest.tokenizer_sha256},
+            "cursor": {"manifest_hash": manifest.hash},
+        }
+        check_same(saved.state, now, ("tokenizer.sha256", "cursor.manifest_hash"), path=path)
+        if saved.step > self.config.run.steps:
+            raise ConfigError(
+                f"run.steps={self.config.run.steps}, but {path} has done {saved.step} steps "
+                f"already; set run.steps to at least {saved.step}, or use another run.dir"
+            )
+        state = TrainState(**{key: saved.state[key] for key in TrainState.__dataclass_fields__})
+        self.engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), state.updates)
+        self.resumed_from = path
+        return state, DataCursor.from_dict(saved.state["cursor"])
+
+    resumed_from: Path | None = None
+
+    def _check_vocabulary(self) -> None:
+        tokens, rows = self.dataset.manifest.vocab_size, self.config.model.vocab_size
+        if tokens > rows:
+            raise ConfigError(
+                f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
+                f"{self.config.data.path}; set model.vocab_size to at least {tokens}"
+            )
+
+    def _introduce(self, metrics: MetricLogger) -> None:
+        config, layout = self.config, self.layout
+        shape = config.layout
+        metrics.message(
+            f"xLSTM {config.model.pattern}, {self.engine.num_parameters:,} parameters, "
+            f"{config.engine.precision}; {layout.world_size} processes on {layout.device.type} "
+            f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
+            f", pipeline {shape.pipeline}, data {layout.dp_size}; "
+            f"{config.tokens_per_step:,} tokens per step, {self.dataset.num_rows:,} rows"
+        )
+        if self.resumed_from is not None:
+            metrics.message(f"continuing from {self.resumed_from}")
+        if self.state.step == config.run.steps:
+            metrics.message(
+                f"all {config.run.steps} steps are done; set run.steps higher to train on"
+            )
+
+    def _summarize(self) -> None:
+        """Write summary.json; called by all ranks."""
+        peak = cpu_runtime.peak_memory_bytes()
+        (total,), largest = self.layout.sum(peak), self.layout.max(peak)
+        if not self.layout.is_main:
+            return
+        state = self.state
+        trained = state.step * self.config.tokens_per_step
+        summary = {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "parameters": self.engine.num_parameters,
+            "valid_loss": state.valid_loss,
+            "seconds": state.seconds,
+            "tokens_per_second": trained / max(state.seconds, 1e-9),
+            "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
+            "processes": self.layout.world_size,
+        }
+        temporary = self.dir / f"{SUMMARY_FILE}.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.dir / SUMMARY_FILE)
+
+
+class _Speed:
+    """Tokens per second since the last time it was asked."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._steps, self._seconds = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one step."""
+        self._steps += 1
+        self._seconds += seconds
+
+    def take(self) -> float:
+        """The mean speed of the counted steps; starts counting anew."""
+        speed = self._steps * self._tokens_per_step / max(self._seconds, 1e-9)
+        self._steps, self._seconds = 0, 0.0
+        return speed

@@ -1,0 +1,105 @@
+"""A pool of worker processes for distributed tests.
+
+Importing torch and megatron-core takes seconds; a test that started its own processes would spend
+its time there. Workers are started once and join a fresh process group for every call.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+class Pool:
+    """Up to ``size`` processes; ``pool(n, function, *args)`` runs ``function(*args)`` on n ranks."""
+
+    def __init__(self, size: int):
+        self._context = multiprocessing.get_context("spawn")
+        self._size = size
+        self._workers: list[Any] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop()
+
+    def __call__(self, ranks: int, function: Callable, *args: Any) -> list[Any]:
+        """Results by rank; AssertionError with the traceback of the first rank that failed."""
+        assert ranks <= self._size
+        while len(self._workers) < ranks:
+            mine, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, mine))
+        port = _free_port()
+        workers = self._workers[:ranks]
+        for rank, (_, pipe) in enumerate(workers):
+            pipe.send((rank, ranks, port, function, args))
+        results = []
+        for rank, (process, pipe) in enumerate(workers):
+            if not pipe.poll(TIMEOUT_S):
+                self._stop()
+                raise AssertionError(f"rank {rank} of {ranks} did not answer in {TIMEOUT_S} s")
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                self._stop()
+                raise AssertionError(f"rank {rank} died, exit code {process.exitcode}") from None
+            if not ok:
+                self._stop()  # the others may hang in a collective
+                raise AssertionError(f"rank {rank} of {ranks} failed:\n{value}")
+            results.append(value)
+        return results
+
+    def _stop(self) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers.clear()
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _work(pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, ranks, port, function, args = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            _leave_groups()
+
+
+def _leave_groups() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

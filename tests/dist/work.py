@@ -1,0 +1,141 @@
+"""What distributed tests run on every rank: tiny models, synthetic batches, states to compare."""
+
+from typing import Any
+
+import torch
+
+from pretrain import layout as layouts
+from pretrain.checkpoint import Chunk, load_checkpoint, save_checkpoint
+from pretrain.config import RunConfig
+from pretrain.data import Batch
+from pretrain.engines.megatron import MegatronEngine
+from xlstm_mcore.pieces import named_pieces
+
+# The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6 rounding
+# errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
+SMOOTH = {"norm_eps": 1e-2}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "large": {"pattern": "MM", "hidden_size": 64, "num_heads": 4, **SMOOTH},
+    "large_deep": {"pattern": "MMMM", "hidden_size": 64, "num_heads": 4, **SMOOTH},
+    "classic": {
+        "pattern": "msmm",
+        "hidden_size": 64,
+        "num_heads": 4,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "logit_soft_cap": None,
+    },
+    "mixed": {"pattern": "Msms", "hidden_size": 64, "num_heads": 4, **SMOOTH},
+}
+
+
+def run_config(model: str, **changes: Any) -> RunConfig:
+    """A run of a tiny model; ``changes`` are dotted keys such as ``layout__tensor=2``."""
+    raw: dict[str, Any] = {
+        "run": {"dir": "unused", "steps": 10, "seed": 3},
+        "model": {"vocab_size": 96, **MODELS[model]},
+        "data": {"path": "unused", "seq_len": 24, "global_batch": 4, "micro_batch": 1},
+        "layout": {},
+        "engine": {},
+        # A large eps: Adam would otherwise turn the sign of a rounding error into a full update.
+        "optimizer": {"lr": 1e-2, "eps": 1e-2, "clip_grad": 1.0},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw[section][name] = value
+    cuts = raw["layout"].get("pipeline", 1) * raw["layout"].get("virtual", 1)
+    letters = raw["model"]["pattern"]
+    size = len(letters) // cuts
+    raw["model"]["pattern"] = "|".join(letters[i : i + size] for i in range(0, len(letters), size))
+    return RunConfig.model_validate(raw)
+
+
+def global_batch(config: RunConfig, step: int) -> list[Batch]:
+    """All micro-batches of a step, with documents of random lengths and masked targets."""
+    data = config.data
+    rng = torch.Generator().manual_seed(1000 + step)
+    rows = []
+    for _ in range(data.global_batch):
+        tokens = torch.randint(0, config.model.vocab_size, (data.seq_len + 1,), generator=rng)
+        starts = torch.rand(data.seq_len, generator=rng) < 0.15
+        mask = torch.ones(data.seq_len)
+        mask[:-1][starts[1:]] = 0.0
+        rows.append((tokens[:-1], tokens[1:], mask, starts))
+    size = data.micro_batch
+    return [
+        Batch(*(torch.stack(part) for part in zip(*rows[i : i + size], strict=True)))
+        for i in range(0, len(rows), size)
+    ]
+
+
+def make_engine(config: RunConfig) -> tuple[MegatronEngine, layouts.Layout]:
+    """The engine on this rank's layout, with weights moved off their special initial values."""
+    layout = layouts.start(config)
+    engine = MegatronEngine(config, layout)
+    with torch.no_grad():
+        for chunk in engine.chunks:
+            for _, parameter, pieces in named_pieces(chunk.module):
+                for piece in pieces:
+                    rng = torch.Generator().manual_seed(sum(piece.name.encode()))
+                    noise = 0.1 * torch.randn(piece.global_shape, generator=rng)
+                    piece.local(parameter).add_(piece.of_global(noise))
+                    if piece.name.endswith("igate.bias"):
+                        piece.local(parameter).clamp_(min=-1.0)
+    return engine, layout
+
+
+def train_steps(
+    engine: MegatronEngine, layout: layouts.Layout, config: RunConfig, first: int, last: int
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of steps ``first`` to ``last``, this replica's share of each batch."""
+    results = []
+    for step in range(first, last):
+        batches = global_batch(config, step)[layout.dp_rank :: layout.dp_size]
+        loss = engine.forward_backward(batches)
+        results.append((loss.mean, engine.step(config.optimizer.lr).grad_norm))
+    return results
+
+
+def train(config: RunConfig, steps: int = 3) -> tuple[list[tuple[float, float]], list[Chunk]]:
+    """Train a few steps; losses and gradient norms, and the rectangles this rank would save."""
+    engine, layout = make_engine(config)
+    results = train_steps(engine, layout, config, 0, steps)
+    return results, [
+        Chunk(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
+        for c in engine.sharded_state()
+    ]
+
+
+def train_and_save(config: RunConfig, root: str, steps: int, more: int) -> Any:
+    """Train ``steps``, save, train ``more``; results of the latter."""
+    engine, layout = make_engine(config)
+    train_steps(engine, layout, config, 0, steps)
+    save_checkpoint(root, engine.sharded_state(), {}, config.model_dump(mode="json"), step=steps)
+    results = train_steps(engine, layout, config, steps, steps + more)
+    return results, engine.sharded_state()
+
+
+def resume(config: RunConfig, path: str, steps: int, more: int) -> Any:
+    """Load a checkpoint of ``steps`` steps on this layout and train ``more``."""
+    engine, layout = make_engine(config)
+    engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), steps)
+    results = train_steps(engine, layout, config, steps, steps + more)
+    return results, engine.sharded_state()
+
+
+def assemble(parts: list[list[Chunk]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' rectangles; every element must come from exactly one."""
+    tensors: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for chunk in (chunk for part in parts for chunk in part):
+        value = tensors.setdefault(chunk.name, torch.zeros(chunk.global_shape))
+        count = counts.setdefault(chunk.name, torch.zeros(chunk.global_shape))
+        place = tuple(
+            slice(o, o + n) for o, n in zip(chunk.global_offset, chunk.tensor.shape, strict=True)
+        )
+        value[place] += chunk.tensor.float()
+        count[place] += 1
+    for name, count in counts.items():
+        assert torch.all(count == 1), f"{name}: elements saved {count.unique().tolist()} times"
+    return tensors

@@ -1,0 +1,100 @@
+"""One residual layer: a mixer and, where the block has one, a feed-forward part."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor
+
+from .config import XLSTMConfig
+from .layers import FeedForward, Norm
+from .mlstm import MLSTMMixer
+from .mlstm_classic import ClassicMLSTMMixer
+from .slstm import SLSTMMixer
+
+
+@dataclass
+class XLSTMLayerSubmodules:
+    """The parts of a layer, as Megatron ModuleSpecs.
+
+    Attributes:
+        mixer: the sequence mixer.
+        feed_forward: the feed-forward part, or None for blocks without one.
+    """
+
+    mixer: ModuleSpec
+    feed_forward: ModuleSpec | None = None
+
+
+def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
+    """The ModuleSpec of a layer for one letter of the pattern (see ``XLSTMConfig.pattern``)."""
+    swiglu = {"width": config.ffn_dim, "activation": "silu"}
+    geglu = {"width": config.slstm_ffn_dim, "activation": "gelu"}
+    submodules = {
+        "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), ModuleSpec(FeedForward, params=swiglu)),
+        "m": XLSTMLayerSubmodules(ModuleSpec(ClassicMLSTMMixer)),
+        "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+    }
+    return ModuleSpec(XLSTMLayer, submodules=submodules[letter])
+
+
+class XLSTMLayer(MegatronModule):
+    """``x + mixer(norm(x))`` and then, where present, ``x + feed_forward(norm(x))``.
+
+    Args:
+        config: the model's configuration.
+        submodules: the layer's parts.
+        pg_collection: process groups.
+        layer_number: number of the layer in the whole model, from 0.
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        submodules: XLSTMLayerSubmodules,
+        pg_collection: ProcessGroupCollection,
+        layer_number: int,
+    ) -> None:
+        super().__init__(config)
+        prefix = f"decoder.layers.{layer_number}."
+        self.layer_number = layer_number
+        self.mixer_norm = Norm(config, f"{prefix}mixer_norm.weight")
+        self.mixer = build_module(
+            submodules.mixer,
+            config=config,
+            pg_collection=pg_collection,
+            prefix=f"{prefix}mixer.",
+        )
+        self.ffn = None
+        if submodules.feed_forward is not None:
+            self.ffn_norm = Norm(config, f"{prefix}ffn_norm.weight")
+            self.ffn = build_module(
+                submodules.feed_forward,
+                config=config,
+                pg_collection=pg_collection,
+                prefix=f"{prefix}ffn.",
+            )
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """``x [s(/tp), b, h]`` to the same shape.
+
+        Args:
+            x: the residual stream.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            cache: this layer's state between calls when generating; read and updated.
+        """
+        x = x + self._dropout(self.mixer(self.mixer_norm(x), boundaries, cache))
+        if self.ffn is not None:
+            x = x + self._dropout(self.ffn(self.ffn_norm(x)))
+        return x
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        if not (self.training and self.config.dropout):
+            return x
+        if self.config.sequence_parallel:  # each rank holds other tokens: draw other masks
+            with get_cuda_rng_tracker().fork():
+                return F.dropout(x, self.config.dropout)
+        return F.dropout(x, self.config.dropout)

@@ -1,0 +1,126 @@
+"""From a configuration to model chunks, on any layout or in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from . import cpu_runtime, mcore_compat
+from .ckpt_reader import CheckpointReader, Chunk, resolve
+from .config import XLSTMConfig
+from .init import initialize
+from .model import XLSTMModel
+from .pieces import named_pieces
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_config(
+    model: dict[str, Any],
+    *,
+    precision: str = "fp32",
+    tensor: int = 1,
+    sequence: bool = False,
+    pipeline: int = 1,
+    virtual: int = 1,
+    backend: str = "gloo",
+) -> XLSTMConfig:
+    """XLSTMConfig from the ``model:`` section of a run and its layout.
+
+    Args:
+        model: the section's keys and values.
+        precision: "fp32" or "bf16", of parameters and activations.
+        tensor: tensor-parallel size.
+        sequence: sequence parallelism (needs ``tensor > 1`` to have an effect).
+        pipeline: pipeline-parallel size.
+        virtual: model chunks per pipeline rank.
+        backend: communication backend, for settings that gloo needs.
+    """
+    dtype = PRECISION[precision]
+    return XLSTMConfig(
+        **model,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=sequence and tensor > 1,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # Parameters are initialised by name (init.py), never by the layers themselves.
+        perform_initialization=False,
+        # The loss is the mean over the global batch's unmasked tokens, however it is split.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        **mcore_compat.QUIET,
+        **cpu_runtime.pipeline_settings(backend),
+    )
+
+
+def build_model(
+    config: XLSTMConfig, pg_collection: ProcessGroupCollection, seed: int
+) -> list[XLSTMModel]:
+    """This rank's model chunks (one, or ``virtual`` with interleaved stages), initialised."""
+    cpu_runtime.activate()
+    pp_size, pp_rank = pg_collection.pp.size(), pg_collection.pp.rank()
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    last = pp_size * chunks - 1
+    models = []
+    for vp_stage in range(chunks):
+        stage = vp_stage * pp_size + pp_rank
+        model = XLSTMModel(
+            config,
+            pg_collection,
+            pre_process=stage == 0,
+            post_process=stage == last,
+            stage=stage,
+            vp_stage=vp_stage if chunks > 1 else None,
+        )
+        initialize(model, config, seed)
+        models.append(model.to(cpu_runtime.device()))
+    return models
+
+
+def single_process_groups() -> ProcessGroupCollection:
+    """Process groups of one process, for tools that run a model outside a distributed job."""
+    cpu_runtime.activate()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel, XLSTMConfig]:
+    """The model of a checkpoint in this one process, weights only, in evaluation mode.
+
+    Args:
+        path: a checkpoint, or a run folder (then its newest complete checkpoint).
+        precision: "fp32" or "bf16".
+
+    Raises:
+        CheckpointFormatError: no complete checkpoint, or it holds another model.
+    """
+    groups = single_process_groups()
+    with CheckpointReader(resolve(path)) as reader:
+        section = dict(reader.manifest.config["model"])
+        section["pattern"] = section["pattern"].replace("|", "")  # one process has one stage
+        config = make_config(section, precision=precision)
+        (model,) = build_model(config, groups, seed=0)
+        for _, parameter, pieces in named_pieces(model):
+            for piece in pieces:
+                view = piece.local(parameter.detach())
+                reader.read_into(Chunk(piece.name, piece.global_shape, piece.global_offset, view))
+    return model.eval(), config
+
+
+@torch.no_grad()
+def model_logits(model: XLSTMModel, tokens: Tensor) -> Tensor:
+    """Logits ``[b, s, vocab]`` (fp32) of int64 ``tokens [b, s]`` in one process."""
+    model.eval()
+    return model(tokens.to(cpu_runtime.device()))

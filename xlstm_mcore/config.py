@@ -1,0 +1,88 @@
+"""XLSTMConfig: the architecture (the ``model:`` section of a run) over Megatron's settings."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from .pattern import parse_pattern
+
+
+@dataclass
+class XLSTMConfig(TransformerConfig):
+    """An xLSTM language model as Megatron-core sees it.
+
+    ``pattern`` spells every layer: ``M`` 7B-style mLSTM block (arXiv 2503.13427), ``m`` classic
+    mLSTM block and ``s`` classic sLSTM block (arXiv 2405.04517); ``|`` cuts pipeline stages.
+    ``num_layers`` follows from it; ``num_attention_heads`` is ``num_heads``.
+    """
+
+    pattern: str = ""
+    num_heads: int = 0
+    vocab_size: int = 0
+    tie_embeddings: bool = False
+
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    cell_eps: float = 1e-6
+    logit_soft_cap: float | None = 30.0
+    dropout: float = 0.0
+
+    # 7B-style mLSTM block
+    qk_dim_factor: float = 0.5
+    v_dim_factor: float = 1.0
+    ffn_dim_factor: float = 2.667
+    gate_soft_cap: float | None = 15.0
+    igate_bias_init: float = -10.0
+
+    # classic blocks
+    up_dim_factor: float = 2.0
+    qkv_block_size: int = 4
+    conv_width: int = 4
+    slstm_ffn_dim_factor: float = 1.3
+    round_up_to: int = 64
+
+    # kernels
+    chunk_size: int | None = None
+    kernel_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Derive Megatron's own fields from the pattern and the heads."""
+        self.num_layers = len(self.layer_letters)
+        self.num_attention_heads = self.num_heads
+        self.hidden_dropout = self.dropout
+        super().__post_init__()
+
+    @property
+    def layer_letters(self) -> list[str]:
+        """One letter per layer, over all pipeline stages."""
+        return list(parse_pattern(self.pattern).letters)
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of q and k over all heads (7B-style block)."""
+        return int(self.hidden_size * self.qk_dim_factor)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of v and of the output gate over all heads (7B-style block)."""
+        return int(self.hidden_size * self.v_dim_factor)
+
+    @property
+    def ffn_dim(self) -> int:
+        """Inner width of the 7B-style block's SwiGLU."""
+        return self._round_up(self.hidden_size * self.ffn_dim_factor)
+
+    @property
+    def up_dim(self) -> int:
+        """Inner width of the classic mLSTM block (its pre up-projection)."""
+        return self._round_up(self.hidden_size * self.up_dim_factor)
+
+    @property
+    def slstm_ffn_dim(self) -> int:
+        """Inner width of the classic sLSTM block's GeGLU."""
+        return self._round_up(self.hidden_size * self.slstm_ffn_dim_factor)
+
+    def _round_up(self, width: float) -> int:
+        # round() first: 1.3 * 2560 is 3328.0000000000005 in floating point, not 3392
+        return ceil(round(width, 6) / self.round_up_to) * self.round_up_to

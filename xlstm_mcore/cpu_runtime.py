@@ -1,0 +1,237 @@
+"""The one place that makes megatron-core run on a machine without CUDA.
+
+megatron-core hard-codes the CUDA device (``device="cuda"``, ``torch.cuda.current_device()``,
+``param.type() == "torch.cuda.FloatTensor"``). Instead of a second, native trainer that would test
+code nobody runs on GPUs, :func:`activate` gives megatron-core's *own modules* a stand-in for the
+name ``torch`` whose device requests answer "cpu". Nothing outside ``megatron.core`` sees it:
+``torch.cuda`` itself is untouched, and this project's code asks its layout for the device.
+
+Three kinds of cure live here, each with a test that fails without it
+(tests/xlstm_mcore/test_cpu_runtime.py, tests/dist/test_cpu_runtime_dist.py):
+
+1. device requests in module code: the ``torch`` stand-in (:class:`_TorchOnCpu`);
+2. device requests as tensor methods (``t.type()``, ``t.cuda()``), which no module attribute can
+   reach: a ``TorchFunctionMode`` entered only inside the few megatron-core calls that need it;
+3. random state: a CPU tracker behind ``tensor_parallel.get_cuda_rng_tracker()``.
+
+Gloo needs one more rule, :func:`pipeline_settings`: with batched point-to-point messages and
+interleaved stages gloo pairs the wrong messages and gradients are *silently* wrong.
+"""
+
+import contextlib
+import functools
+import importlib
+import resource
+import sys
+import types
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Modules whose code must have been rewritten before a model is built. Modules that megatron-core
+# imports later are caught by calling activate() again, which build and engine do.
+_MODULES = (
+    "megatron.core.distributed",
+    "megatron.core.models.common.embeddings.language_model_embedding",
+    "megatron.core.models.common.language_module.language_module",
+    "megatron.core.optimizer",
+    "megatron.core.parallel_state",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.tensor_parallel",
+    "megatron.core.tensor_parallel.random",
+)
+
+# (module, class or None, name) of calls that ask tensors themselves for a CUDA type.
+_METHOD_CALLS = (
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "__init__"),
+    ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params", "__init__"),
+    ("megatron.core.optimizer.clip_grads", None, "clip_grad_by_total_norm_fp32"),
+    (
+        "megatron.core.models.common.language_module.language_module",
+        "LanguageModule",
+        "setup_embeddings_and_output_layer",
+    ),
+)
+
+_CPU = torch.device("cpu")
+
+
+def needed() -> bool:
+    """True when no CUDA device can be used, so that megatron-core needs this runtime."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device this process computes on: its current CUDA device, or the CPU."""
+    return _CPU if needed() else torch.device("cuda", torch.cuda.current_device())
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has used: device memory on CUDA, resident memory on a CPU."""
+    if needed():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return torch.cuda.max_memory_allocated()
+
+
+def activate() -> bool:
+    """Make megatron-core run on the CPU; a no-op where CUDA is present. May be called again.
+
+    Returns:
+        True when the CPU runtime is in force.
+    """
+    if not needed():
+        return False
+    for name in _MODULES:
+        importlib.import_module(name)
+    stand_in = _stand_in()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            module.torch = stand_in
+    for module_name, class_name, name in _METHOD_CALLS:
+        _redirect_methods_in(module_name, class_name, name)
+    _install_rng_tracker()
+    return True
+
+
+def pipeline_settings(backend: str) -> dict[str, Any]:
+    """Point-to-point settings of ``TransformerConfig`` that are right on a communication backend.
+
+    On gloo, ``batch_p2p_comm=True`` with interleaved stages gives a gradient norm two orders of
+    magnitude off without any error, and ``overlap_p2p_comm=True`` frees buffers still being sent.
+
+    Args:
+        backend: name of the torch.distributed backend, "gloo" or "nccl".
+    """
+    return {"batch_p2p_comm": backend != "gloo", "overlap_p2p_comm": False}
+
+
+class _CudaOnCpu(types.ModuleType):
+    """``torch.cuda`` as megatron-core sees it on a CPU: the questions it asks, answered "cpu"."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.current_device = lambda: _CPU
+        self.synchronize = lambda device=None: None
+        self.current_stream = torch.cpu.current_stream
+        self.default_stream = torch.cpu.current_stream
+        self.manual_seed = torch.default_generator.manual_seed
+        self.get_rng_state = lambda device=None: torch.get_rng_state()
+        self.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+        self.empty_cache = lambda: None
+        self.is_current_stream_capturing = lambda: False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """The module ``torch`` with device requests for CUDA turned into requests for the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for name in ("arange", "empty", "full", "ones", "tensor", "zeros", "rand", "randn"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+        for name in ("empty_like", "full_like", "ones_like", "zeros_like", "as_tensor"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@functools.cache
+def _stand_in() -> _TorchOnCpu:
+    return _TorchOnCpu()
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _TensorMethods(TorchFunctionMode):
+    """Answers ``t.type()`` with CUDA's type names and keeps ``t.cuda()`` on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _redirect_methods_in(module_name: str, class_name: str | None, name: str) -> None:
+    module = importlib.import_module(module_name)
+    owner = getattr(module, class_name) if class_name else module
+    original = getattr(owner, name)
+    if getattr(original, "_xlstm_on_cpu", False):
+        return
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _TensorMethods():
+            return original(*args, **kwargs)
+
+    call._xlstm_on_cpu = True
+    setattr(owner, name, call)
+    if class_name is None:  # modules that imported the function by name hold the original
+        for other_name, other in list(sys.modules.items()):
+            if other_name.startswith("megatron.core") and vars(other).get(name) is original:
+                setattr(other, name, call)
+
+
+def _install_rng_tracker() -> None:
+    """Put a tracker of CPU random states where megatron-core looks for the CUDA one.
+
+    Replacing only ``torch.cuda.get_rng_state`` would be a trap: setting a state goes through
+    ``torch.cuda``'s lazy queue, which never runs without CUDA, so every fork would go on with the
+    same numbers.
+    """
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    if getattr(random._CUDA_RNG_STATE_TRACKER, "_xlstm_on_cpu", False):
+        return
+
+    class CpuRngStatesTracker(random.CudaRNGStatesTracker):
+        """Named random states of the CPU generator; same interface as megatron-core's."""
+
+        _xlstm_on_cpu = True
+
+        def add(self, name: str, seed: int) -> None:
+            """Track a new state ``name`` seeded with ``seed``."""
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"rng state {name!r} or seed {seed} exists already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Any:
+            """Run the block with state ``name``, then go back to the state before it."""
+            if name not in self.states_:
+                raise KeyError(f"rng state {name!r} was not added")
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    random._CUDA_RNG_STATE_TRACKER = CpuRngStatesTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

@@ -1,0 +1,66 @@
+"""megatron-core's private corners that this project touches, for every supported version.
+
+Tested with 0.16.1 and 0.19.2 (constraints/). Nothing else reaches into an optimizer's internals.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# TransformerConfig's default for this field prints a deprecation warning of its own.
+QUIET = {"cuda_graph_scope": []}
+
+
+def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """Flat ranges of the parameters that a DistributedOptimizer updates on this rank.
+
+    Yields:
+        ``(parameter, start, end)``: the optimizer owns elements ``[start, end)`` of the flattened
+        local parameter.
+    """
+    for buffers in optimizer.gbuf_ranges:
+        for buckets in buffers.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    inside = ranges["param"]
+                    yield parameter, inside.start, inside.end
+
+
+def adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """Flat fp32 tensors ``param`` (master), ``exp_avg``, ``exp_avg_sq`` of a parameter's shard."""
+    group, index = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][index]
+    state = optimizer.optimizer.state[main]
+    return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+
+def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate Adam's state now instead of at the first step, so that it can be loaded into.
+
+    megatron-core's own way leaves out ``step`` for torch's Adam (KeyError at the first update) and
+    asserts on a fresh optimizer's state.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    set_adam_step(optimizer, 0)
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of updates done, which Adam's bias correction depends on.
+
+    torch's Adam counts in one tensor per parameter. megatron-core's loader gives all parameters the
+    *same* tensor, which then counts once per parameter: the first step after a resume is right and
+    every later one silently wrong. Fused optimizers (TransformerEngine, Apex) count in the group.
+    """
+    for group in optimizer.param_groups:
+        if not isinstance(optimizer, torch.optim.Adam):
+            group["step"] = step
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"] = torch.tensor(float(step))

@@ -1,0 +1,98 @@
+"""The 7B-style mLSTM mixer (xLSTM 7B, arXiv 2503.13427, figure 8), tensor parallel by heads.
+
+``q, k, v, o = W x``; ``i, f = cap(W_g x + b_g)``; ``y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))``.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from xlstm_kernels import mlstm_chunkwise, multihead_norm
+
+from .config import XLSTMConfig
+from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
+from .pieces import packed
+
+
+class MLSTMMixer(nn.Module):
+    """mLSTM with its projections, gates and per-head norm.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups (``tp`` is read).
+        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+    """
+
+    def __init__(
+        self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        heads, qk, v = config.num_heads, config.qk_dim, config.v_dim
+        self.num_heads = heads // region.size
+        self.qk_head_dim, self.v_head_dim = qk // heads, v // heads
+        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
+
+        names = [f"{prefix}{n}.weight" for n in ("q_proj", "k_proj", "v_proj", "ogate")]
+        self.in_proj = input_projection(config, region, names, [qk, qk, v, v])
+        gates = [f"{prefix}igate", f"{prefix}fgate"]
+        self.gate_weight = parameter(
+            config,
+            (2 * self.num_heads, config.hidden_size),
+            packed([f"{g}.weight" for g in gates], [(heads, config.hidden_size)] * 2, **shard),
+        )
+        self.gate_bias = parameter(
+            config,
+            (2 * self.num_heads,),
+            packed([f"{g}.bias" for g in gates], [(heads,)] * 2, **shard),
+        )
+        self.head_norm_weight = parameter(
+            config, (v // region.size,), packed([f"{prefix}head_norm.weight"], [(v,)], **shard)
+        )
+        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", v)
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """Mix along the sequence.
+
+        Args:
+            x: ``[s(/tp), b, h]``.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            cache: state of this layer between calls when generating; read and updated.
+
+        Returns:
+            ``[s(/tp), b, h]``.
+        """
+        x = self.region.gather(x)
+        s, b, _ = x.shape
+        qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
+        q, k, v_, ogate = self.in_proj(x)[0].split([qk, qk, v, v], dim=-1)
+
+        def heads(t: Tensor, width: int) -> Tensor:  # [s, b, heads * width] -> [b, heads, s, width]
+            return t.view(s, b, self.num_heads, width).permute(1, 2, 0, 3)
+
+        # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        preacts = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype))
+        preacts = soft_cap(preacts, self.config.gate_soft_cap).permute(1, 2, 0)  # [b, 2 heads, s]
+        igate, fgate = preacts.chunk(2, dim=1)
+
+        h = mlstm_chunkwise(
+            heads(q, self.qk_head_dim),
+            heads(k, self.qk_head_dim),
+            heads(v_, self.v_head_dim),
+            igate,
+            fgate,
+            cache.get("mlstm") if cache is not None else None,
+            chunk_size=self.config.chunk_size,
+            return_last_state=cache is not None,
+            boundaries=boundaries,
+            eps=self.config.cell_eps,
+            backend=self.config.kernel_backend,
+        )
+        if cache is not None:
+            h, cache["mlstm"] = h
+        h = multihead_norm(
+            h.permute(2, 0, 1, 3), self.head_norm_weight, "layernorm", self.config.norm_eps
+        )
+        return self.out_proj(torch.sigmoid(ogate) * h.reshape(s, b, v))[0]

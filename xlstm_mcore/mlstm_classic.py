@@ -1,0 +1,172 @@
+"""The classic mLSTM mixer (xLSTM, arXiv 2405.04517, figure 11), tensor parallel by heads.
+
+Pre up-projection, causal convolution, block-diagonal q, k, v, gates that see all heads, a learnable
+skip and an output gate. The gates are the only place where heads meet: each rank adds its columns'
+part, and one small sum over ranks (2 numbers per head and token) completes them.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from xlstm_kernels import causal_conv1d, mlstm_chunkwise, multihead_norm
+
+from .config import XLSTMConfig
+from .layers import TensorParallelRegion, input_projection, output_projection, parameter
+from .pieces import Piece, packed
+
+
+class ClassicMLSTMMixer(nn.Module):
+    """Classic mLSTM with pre up-projection.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups (``tp`` is read).
+        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+    """
+
+    def __init__(
+        self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        inner, heads, block = config.up_dim, config.num_heads, config.qkv_block_size
+        self.inner, self.num_heads = inner // region.size, heads // region.size
+        self.head_dim = inner // heads
+        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
+
+        names = [f"{prefix}up_proj.weight", f"{prefix}z_proj.weight"]
+        self.in_proj = input_projection(config, region, names, [inner, inner])
+        self.conv_weight = parameter(
+            config,
+            (self.inner, config.conv_width),
+            packed([f"{prefix}conv.weight"], [(inner, config.conv_width)], **shard),
+        )
+        self.conv_bias = parameter(
+            config, (self.inner,), packed([f"{prefix}conv.bias"], [(inner,)], **shard)
+        )
+        # [q blocks, k blocks, v blocks], each block (out, in)
+        blocks = inner // block
+        self.qkv_weight = parameter(
+            config,
+            (3 * blocks // region.size, block, block),
+            packed(
+                [f"{prefix}{n}_proj.weight" for n in "qkv"], [(blocks, block, block)] * 3, **shard
+            ),
+        )
+        self.igate_weight = self._gate_weight(f"{prefix}igate.weight")
+        self.fgate_weight = self._gate_weight(f"{prefix}fgate.weight")
+        self.gate_bias = parameter(
+            config,
+            (2 * self.num_heads,),
+            packed([f"{prefix}{g}.bias" for g in ("igate", "fgate")], [(heads,)] * 2, **shard),
+        )
+        for name, attribute in (
+            ("head_norm.weight", "head_norm_weight"),
+            ("learnable_skip", "learnable_skip"),
+        ):
+            pieces = packed([f"{prefix}{name}"], [(inner,)], **shard)
+            setattr(self, attribute, parameter(config, (self.inner,), pieces))
+        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", inner)
+
+    def _gate_weight(self, name: str) -> nn.Parameter:
+        """Weight ``[heads, 3 * inner]`` of a gate, of which a rank holds its q, k, v columns."""
+        heads, inner, mine = self.config.num_heads, self.config.up_dim, self.inner
+        pieces = [
+            Piece(
+                name,
+                (heads, 3 * inner),
+                (0, part * inner + self.region.rank * mine),
+                (0, part * mine),
+                (heads, mine),
+            )
+            for part in range(3)
+        ]
+        return parameter(self.config, (heads, 3 * mine), pieces)
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """Mix along the sequence: ``x [s(/tp), b, h]`` to the same shape.
+
+        Args:
+            x: ``[s(/tp), b, h]``.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            cache: state of this layer between calls when generating; read and updated.
+        """
+        x = self.region.gather(x)
+        x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
+        x_c = causal_conv1d(
+            x_m,
+            self.conv_weight,
+            self.conv_bias,
+            cache.get("conv") if cache is not None else None,
+            activation="silu",
+            boundaries=boundaries,
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            x_c, cache["conv"] = x_c
+        blocks = self.qkv_weight.shape[0] // 3
+        q, k = block_diagonal(x_c, self.qkv_weight[: 2 * blocks].view(2, blocks, *self._block))
+        (v,) = block_diagonal(x_m, self.qkv_weight[2 * blocks :].unsqueeze(0))
+        igate, fgate = self._gates(torch.cat((q, k, v), dim=-1))
+
+        b, s, _ = q.shape
+
+        def heads(t: Tensor) -> Tensor:  # [b, s, inner] -> [b, heads, s, head_dim]
+            return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
+
+        h = mlstm_chunkwise(
+            heads(q),
+            heads(k),
+            heads(v),
+            igate,
+            fgate,
+            cache.get("mlstm") if cache is not None else None,
+            chunk_size=self.config.chunk_size,
+            return_last_state=cache is not None,
+            boundaries=boundaries,
+            eps=self.config.cell_eps,
+            backend=self.config.kernel_backend,
+        )
+        if cache is not None:
+            h, cache["mlstm"] = h
+        h = multihead_norm(
+            h.transpose(1, 2), self.head_norm_weight, "layernorm", self.config.norm_eps
+        ).reshape(b, s, self.inner)
+        h = (h + self.learnable_skip * x_c) * F.silu(z)
+        return self.out_proj(h.transpose(0, 1))[0]
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return self.config.qkv_block_size, self.config.qkv_block_size
+
+    def _gates(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate pre-activations ``[b, heads/tp, s]`` from all heads' ``qkv [b, s, 3 inner/tp]``."""
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
+        partial = F.linear(qkv.to(dtype), weight)
+        b, s, _ = partial.shape
+        by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
+        mine = self.region.sum_and_split(by_head).view(b, s, self.num_heads, 2)
+        preacts = mine + self.gate_bias.to(dtype).view(2, self.num_heads).t()
+        igate, fgate = preacts.permute(3, 0, 2, 1)
+        return igate, fgate
+
+
+def block_diagonal(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Several block-diagonal linear maps of one input.
+
+    Args:
+        x: ``[b, s, blocks * width]``.
+        weight: ``[maps, blocks, out, in]`` with ``in = out = width``.
+
+    Returns:
+        One ``[b, s, blocks * width]`` per map.
+    """
+    maps, blocks, out, width = weight.shape
+    b, s, _ = x.shape
+    rows = x.reshape(b * s, blocks, width).transpose(0, 1)  # [blocks, rows, in]
+    columns = weight.permute(1, 3, 0, 2).reshape(blocks, width, maps * out)
+    product = torch.bmm(rows, columns).view(blocks, b, s, maps, out)
+    return product.permute(3, 1, 2, 0, 4).reshape(maps, b, s, blocks * out).unbind(0)

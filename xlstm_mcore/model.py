@@ -1,0 +1,164 @@
+"""XLSTMModel: embedding, this pipeline stage's layers, and the language-model head."""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from .block import layer_spec
+from .config import XLSTMConfig
+from .layers import Norm, soft_cap
+from .pattern import parse_pattern
+from .pieces import attach, packed
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+class XLSTMStack(MegatronModule):
+    """The layers of one pipeline stage, and the final norm on the last.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups.
+        layer_numbers: this stage's layers, numbered in the whole model from 0.
+        post_process: whether this is the last stage.
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        pg_collection: ProcessGroupCollection,
+        layer_numbers: tuple[int, ...],
+        post_process: bool,
+    ) -> None:
+        super().__init__(config)
+        letters = config.layer_letters
+        self.layers = nn.ModuleList(
+            build_module(
+                layer_spec(letters[number], config),
+                config=config,
+                pg_collection=pg_collection,
+                layer_number=number,
+            )
+            for number in layer_numbers
+        )
+        self.final_norm = Norm(config, "decoder.final_norm.weight") if post_process else None
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """``x [s(/tp), b, h]`` through this stage's layers, same shape."""
+        for layer in self.layers:
+            state = None if cache is None else cache.setdefault(layer.layer_number, {})
+            x = layer(x, boundaries, state)
+        return x if self.final_norm is None else self.final_norm(x)
+
+
+class XLSTMModel(LanguageModule):
+    """An xLSTM language model, or one pipeline stage of it, for Megatron's schedules.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups.
+        pre_process: whether this stage holds the embedding.
+        post_process: whether this stage holds the head.
+        stage: index of this stage in the pattern's cuts, ``virtual_rank * pp + pp_rank``.
+        vp_stage: index of this model chunk on its rank, with interleaved stages.
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        stage: int = 0,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        shard = {
+            "shard_dim": 0,
+            "rank": self.tp_group.rank(),
+            "size": self.tp_group.size(),
+        }
+        shape = (config.vocab_size, config.hidden_size)
+
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=config.vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=self.tp_group,
+            )
+            attach(self.embedding.word_embeddings.weight, packed([EMBEDDING], [shape], **shard))
+        self.decoder = XLSTMStack(
+            config, pg_collection, parse_pattern(config.pattern).stages[stage], post_process
+        )
+        if post_process:
+            tied_here = config.tie_embeddings and pre_process
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                config.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=tied_here,
+                tp_group=self.tp_group,
+            )
+            if not tied_here:
+                name = EMBEDDING if config.tie_embeddings else OUTPUT
+                attach(self.output_layer.weight, packed([name], [shape], **shard))
+        self.input_tensor: Tensor | None = None
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
+        """Receive the activations of the stage before (called by Megatron's schedules)."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.input_tensor = input_tensor
+
+    def forward(
+        self,
+        tokens: Tensor,
+        boundaries: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: dict | None = None,
+    ) -> Tensor:
+        """One stage's forward pass.
+
+        Args:
+            tokens: int64 ``[b, s]``.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            labels: int64 ``[b, s]``; with labels the last stage returns losses.
+            cache: layer states between calls when generating; read and updated.
+
+        Returns:
+            Before the last stage activations ``[s(/tp), b, h]``; on the last one token losses
+            ``[b, s]`` (nats, fp32), or without labels this rank's logits ``[b, s, vocab/tp]``.
+        """
+        if self.pre_process:
+            x = self.embedding(tokens, None)
+        else:
+            x = self.input_tensor
+        x = self.decoder(x, boundaries, cache)
+        if not self.post_process:
+            return x
+        tied_here = self.config.tie_embeddings and self.pre_process
+        weight = self.shared_embedding_or_output_weight() if tied_here else None
+        logits, _ = self.output_layer(x, weight=weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = soft_cap(logits, self.config.logit_soft_cap)
+        if labels is None:
+            return logits.transpose(0, 1)
+        loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.t().contiguous())
+        return loss.t()

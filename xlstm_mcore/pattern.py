@@ -1,0 +1,87 @@
+"""The layer pattern: a tiny language that spells which block sits where.
+
+One letter is one layer; `|` cuts pipeline stages. The whole string is spelt out, nothing is
+repeated or abbreviated, so that a config file shows the model as it is built:
+
+>>> parse_pattern("mmsm|mmmm").letters
+('m', 'm', 's', 'm', 'm', 'm', 'm', 'm')
+>>> parse_pattern("mmsm|mmmm").stages
+((0, 1, 2, 3), (4, 5, 6, 7))
+
+This module imports nothing, so that a config can be checked without loading torch.
+"""
+
+from dataclasses import dataclass
+
+LETTERS = {
+    "M": "7B-style mLSTM block with its feed-forward part",
+    "m": "classic mLSTM block (up-projection around the cell)",
+    "s": "classic sLSTM block with its gated feed-forward part",
+}
+NOT_BUILT = {"*": "attention blocks are not built yet"}
+
+
+class PatternError(ValueError):
+    """A pattern string that names no model; the message says value, rule and remedy."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern.
+
+    letters: the block letter of every layer, in order.
+    stages: the global layer numbers of every pipeline stage (one stage without any `|`); with
+        virtual stages, entry `chunk * pipeline + rank` belongs to that rank's chunk.
+    """
+
+    letters: tuple[str, ...]
+    stages: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks in the whole model."""
+        return len(self.letters)
+
+
+def parse_pattern(pattern: str) -> Pattern:
+    """Read a pattern string.
+
+    Raises PatternError for an empty pattern, an unknown letter, a letter whose block is not
+    built yet, and an empty pipeline stage.
+    """
+    known = ", ".join(LETTERS)
+    if not pattern:
+        raise PatternError(f"pattern='' names no layer; spell one letter per layer, of {known}")
+    letters: list[str] = []
+    stages: list[list[int]] = [[]]
+    for position, letter in enumerate(pattern):
+        if letter == "|":
+            stages.append([])
+        elif letter in LETTERS:
+            stages[-1].append(len(letters))
+            letters.append(letter)
+        elif letter in NOT_BUILT:
+            raise PatternError(
+                f"pattern='{shorten(pattern)}' has '{letter}' at position {position}: "
+                f"{NOT_BUILT[letter]}; use {known}"
+            )
+        else:
+            raise PatternError(
+                f"pattern='{shorten(pattern)}' has '{letter}' at position {position}, which is "
+                f"no block; use {known}, and | to cut pipeline stages"
+            )
+    for number, stage in enumerate(stages):
+        if not stage:
+            raise PatternError(
+                f"pattern='{shorten(pattern)}' leaves pipeline stage {number} without a layer; "
+                "put at least one letter on both sides of every |"
+            )
+    return Pattern(tuple(letters), tuple(tuple(stage) for stage in stages))
+
+
+def shorten(pattern: str, limit: int = 60) -> str:
+    """The pattern for a message: cut in the middle where it is longer than `limit`."""
+    if len(pattern) <= limit:
+        return pattern
+    half = (limit - 3) // 2
+    return f"{pattern[:half]}...{pattern[-half:]}"

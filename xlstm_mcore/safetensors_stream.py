@@ -1,0 +1,121 @@
+"""Write a safetensors file one tensor at a time.
+
+The safetensors library serialises a dictionary that is wholly in memory. A checkpoint of a large
+model must not need that: here the header is computed from shapes first, then the tensors stream
+through, so that the peak is one tensor. The hash of the file is taken on the way, which saves
+reading it again. Files written here are read by the safetensors library.
+
+Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8,
+then the tensors' bytes without gaps (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+#: torch dtype -> its name in a safetensors header (and in our manifests).
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file to be written: its key, dtype and shape."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size in bytes and xxh3-64 hash (hex) of a file."""
+
+    size: int
+    xxh3: str
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], tensor_of: Callable[[Entry], torch.Tensor]
+) -> WrittenFile:
+    """Write `entries` to `path`, asking `tensor_of` for one tensor at a time, and fsync.
+
+    `tensor_of(entry)` gives a tensor of the entry's dtype and shape on any device and with any
+    strides. Raises OSError as the file system does, TypeError for a dtype without a name in
+    safetensors.
+    """
+    # The widest dtypes first: every tensor then starts at a multiple of its element size.
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in ordered:
+        if entry.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{entry.key}: dtype {entry.dtype} cannot be stored in safetensors")
+        end = offset + entry.num_bytes
+        header[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    digest = xxhash.xxh3_64()
+    size = 0
+    with path.open("wb") as file:
+
+        def put(data) -> None:
+            nonlocal size
+            file.write(data)
+            digest.update(data)
+            size += len(data)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for entry in ordered:
+            tensor = tensor_of(entry).detach()
+            assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
+            put(_bytes_of(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+    return WrittenFile(size, digest.hexdigest())
+
+
+def hash_file(path: Path) -> WrittenFile:
+    """Size and xxh3-64 of an existing file, read in blocks of 4 MiB."""
+    digest = xxhash.xxh3_64()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return WrittenFile(size, digest.hexdigest())
+
+
+def _bytes_of(tensor: torch.Tensor):
+    """The tensor's elements in row-major order as a flat buffer (a copy only where needed)."""
+    flat = tensor.cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,119 @@
+"""The classic sLSTM mixer (xLSTM, arXiv 2405.04517, figure 10), tensor parallel by heads.
+
+Convolution, gates and recurrence are block-diagonal over heads, so a rank needs its own channels
+only: with sequence parallelism one all-to-all brings them in and one takes the result back.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from xlstm_kernels import causal_conv1d, multihead_norm, slstm_scan
+
+from .config import XLSTMConfig
+from .layers import TensorParallelRegion, parameter
+from .pieces import Piece, packed
+
+GATES = ("igate", "fgate", "zgate", "ogate")
+
+
+class SLSTMMixer(nn.Module):
+    """sLSTM with convolution, headwise gates and per-head norm; no output projection.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups (``tp`` is read).
+        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+    """
+
+    def __init__(
+        self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        heads, width = config.num_heads, config.hidden_size
+        self.num_heads, self.head_dim = heads // region.size, width // heads
+        mine, d = self.num_heads, self.head_dim
+        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
+
+        self.conv_weight = parameter(
+            config,
+            (mine * d, config.conv_width),
+            packed([f"{prefix}conv.weight"], [(width, config.conv_width)], **shard),
+        )
+        self.conv_bias = parameter(
+            config, (mine * d,), packed([f"{prefix}conv.bias"], [(width,)], **shard)
+        )
+        self.gate_weight = parameter(
+            config,
+            (4 * mine, d, d),
+            packed([f"{prefix}{g}.weight" for g in GATES], [(heads, d, d)] * 4, **shard),
+        )
+        first = region.rank * mine
+        self.recurrent_weight = parameter(
+            config,
+            (4, mine, d, d),
+            [
+                Piece(
+                    f"{prefix}recurrent_weight",
+                    (4, heads, d, d),
+                    (0, first, 0, 0),
+                    (0, 0, 0, 0),
+                    (4, mine, d, d),
+                )
+            ],
+        )
+        self.bias = parameter(
+            config,
+            (4, mine, d),
+            [Piece(f"{prefix}bias", (4, heads, d), (0, first, 0), (0, 0, 0), (4, mine, d))],
+        )
+        self.head_norm_weight = parameter(
+            config, (mine * d,), packed([f"{prefix}head_norm.weight"], [(width,)], **shard)
+        )
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """Mix along the sequence: ``x [s(/tp), b, h]`` to the same shape.
+
+        Args:
+            x: ``[s(/tp), b, h]``.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            cache: state of this layer between calls when generating; read and updated.
+        """
+        x = self.region.to_heads(x).transpose(0, 1)  # [b, s, heads * d]
+        x_c = causal_conv1d(
+            x,
+            self.conv_weight,
+            self.conv_bias,
+            cache.get("conv") if cache is not None else None,
+            activation="silu",
+            boundaries=boundaries,
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            x_c, cache["conv"] = x_c
+        h = slstm_scan(
+            self._gate_preacts(x, x_c),
+            self.recurrent_weight,
+            self.bias,
+            cache.get("slstm") if cache is not None else None,
+            return_last_state=cache is not None,
+            boundaries=boundaries,
+            backend=self.config.kernel_backend,
+        )
+        if cache is not None:
+            h, cache["slstm"] = h
+        h = multihead_norm(h, self.head_norm_weight, "layernorm", self.config.norm_eps)
+        return self.region.from_heads(h.flatten(2).transpose(0, 1))
+
+    def _gate_preacts(self, x: Tensor, x_c: Tensor) -> Tensor:
+        """``[b, s, 4, heads, d]``: i and f from the convolved input, z and o from the input."""
+        b, s, _ = x.shape
+        weight = self.gate_weight.view(2, 2, self.num_heads, self.head_dim, self.head_dim)
+        parts = []
+        for source, pair in zip((x_c, x), weight, strict=True):
+            rows = source.reshape(b * s, self.num_heads, self.head_dim).transpose(0, 1)
+            columns = pair.permute(1, 3, 0, 2).flatten(2)  # [heads, in, 2 * out]
+            product = torch.bmm(rows, columns).view(self.num_heads, b, s, 2, self.head_dim)
+            parts.append(product.permute(1, 2, 3, 0, 4))
+        return torch.cat(parts, dim=2)
