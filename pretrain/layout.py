@@ -70,6 +70,12 @@ class Layout:
 
     def close(self) -> None:
         """Leave all process groups."""
+        leave()
+
+
+def leave() -> None:
+    """Destroy Megatron's and torch's process groups, if there are any."""
+    if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ TIMEOUT_S = 240
 
 
 class Pool:
-    """Up to ``size`` processes; ``pool(n, function, *args)`` runs ``function(*args)`` on n ranks."""
+    """Up to ``size`` processes; ``pool(n, function, *args)`` runs a function on n ranks."""
 
     def __init__(self, size: int):
         self._context = multiprocessing.get_context("spawn")
@@ -75,6 +75,8 @@ def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from pretrain.layout import leave
+
     torch.set_num_threads(1)
     while True:
         try:
@@ -93,13 +95,4 @@ def _work(pipe: Any) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         finally:
-            _leave_groups()
-
-
-def _leave_groups() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+            leave()

@@ -11,8 +11,8 @@ from pretrain.data import Batch
 from pretrain.engines.megatron import MegatronEngine
 from xlstm_mcore.pieces import named_pieces
 
-# The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6 rounding
-# errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
+# The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
+# rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
 SMOOTH = {"norm_eps": 1e-2}
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,173 @@
+"""Checkpoints between 2-4 gloo processes: layouts, errors on one rank, agreement."""
+
+import errno
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import (
+    CheckpointError,
+    Chunk,
+    find_latest,
+    find_latest_together,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pretrain.checkpoint import save as save_module
+
+pytestmark = pytest.mark.dist
+
+SHAPES = {
+    "rows.weight": (12, 10),
+    "columns.weight": (6, 8),
+    "optimizer.state.exp_avg.rows": (12, 10),
+}
+
+
+def full(name):
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def flat_range_chunks(name, shape, tensor_flat, start, stop):
+    """A contiguous range of a row-major matrix as rectangles, as a distributed optimizer has it."""
+    columns = shape[1]
+    chunks, position = [], start
+    while position < stop:
+        row, column = divmod(position, columns)
+        if column or stop - position < columns:
+            length = min(columns - column, stop - position)
+            size = (1, length)
+        else:
+            size = ((stop - position) // columns, columns)
+            length = size[0] * columns
+        piece = tensor_flat[position - start : position - start + length].view(size)
+        chunks.append(Chunk(name, shape, (row, column), piece))
+        position += length
+    return chunks
+
+
+def layout(kind, rank, world):
+    """(chunks owned by this rank, what they should hold): the state split as `kind` says."""
+    pairs = []
+    for name, shape in SHAPES.items():
+        value = full(name)
+        if kind == "tensor":  # a slice of rows or of columns per rank
+            axis = 1 if name.startswith("columns") else 0
+            part = shape[axis] // world
+            offset = [0, 0]
+            offset[axis] = rank * part
+            piece = value.narrow(axis, rank * part, part)
+            pairs.append((Chunk(name, shape, tuple(offset), torch.zeros_like(piece)), piece))
+        elif kind == "flat":  # an uneven range of the flattened tensor per rank
+            cuts = [value.numel() * r // world + (r % 2) * 3 for r in range(world)]
+            cuts.append(value.numel())
+            start, stop = cuts[rank], cuts[rank + 1]
+            for chunk in flat_range_chunks(name, shape, torch.zeros(stop - start), start, stop):
+                (r, c), (h, w) = chunk.global_offset, chunk.tensor.shape
+                pairs.append((chunk, value[r : r + h, c : c + w]))
+        elif kind == "whole" and rank == 0:  # everything on the first rank, nothing on others
+            pairs.append((Chunk(name, shape, (0, 0), torch.zeros(shape)), value))
+        elif kind == "copies":  # every rank has everything (loading only)
+            pairs.append((Chunk(name, shape, (0, 0), torch.zeros(shape)), value))
+    return pairs
+
+
+def worker(function, folder, *args):
+    dist.init_process_group("gloo")
+    return function(dist.get_rank(), dist.get_world_size(), folder, *args)
+
+
+def save_layout(rank, world, folder, kind):
+    pairs = layout(kind, rank, world)
+    for chunk, value in pairs:
+        chunk.tensor.copy_(value)
+    path = save_checkpoint(folder, [c for c, _ in pairs], {"tokens": 5}, {"model": {}}, step=3)
+    seen = [None] * world
+    dist.all_gather_object(seen, str(path))
+    assert len(set(seen)) == 1, "all ranks return the same folder"
+
+
+def load_layouts(rank, world, folder, kinds):
+    path = find_latest_together(folder)
+    for kind in kinds:
+        pairs = layout(kind, rank, world)
+        manifest = load_checkpoint(path, [c for c, _ in pairs])
+        assert manifest.state == {"tokens": 5} and manifest.step == 3
+        for chunk, value in pairs:
+            assert torch.equal(chunk.tensor, value), (kind, chunk.name, chunk.global_offset)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "flat", "whole"])
+def test_any_layout_loads_into_any_layout(kind, tmp_path, pool):
+    pool(2, worker, save_layout, tmp_path, kind)
+    path = find_latest(tmp_path)
+    assert len(list(path.glob("data-*"))) == (1 if kind == "whole" else 2)
+    # one process without torch.distributed, then three
+    pairs = layout("whole", 0, 1)
+    load_checkpoint(path, [c for c, _ in pairs])
+    assert all(torch.equal(c.tensor, value) for c, value in pairs)
+    pool(3, worker, load_layouts, tmp_path, ["flat", "copies", "whole"])
+
+
+def fail_on_one_rank(rank, world, folder):
+    tensor = torch.full((2, 4), float(rank))
+    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), tensor)
+    good = save_checkpoint(folder, [chunk], {}, {}, step=1)
+
+    def disk_full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    real = save_module.write_safetensors
+    if rank == 1:
+        save_module.write_safetensors = disk_full
+    errors = [None] * world
+    try:
+        save_checkpoint(folder, [chunk], {}, {}, step=2, keep=1)
+    except CheckpointError as error:
+        dist.all_gather_object(errors, str(error))
+    assert len(set(errors)) == 1 and "step 2 failed on rank 1" in errors[0], errors
+    assert "No space left on device" in errors[0]
+    save_module.write_safetensors = real
+    assert find_latest_together(folder) == good
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
+
+    # pieces of two ranks that overlap, and a tensor that only one rank finds missing
+    for chunk_here, words in (
+        (Chunk("w", (2 * world, 4), (rank, 0), tensor), "overlaps the piece"),
+        (Chunk("w", (2 * world + rank, 4), (2 * rank, 0), tensor), "other ranks have"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            save_checkpoint(folder, [chunk_here], {}, {}, step=2)
+    wanted = Chunk("missing" if rank == 1 else "w", (2 * world, 4), (0, 0), tensor)
+    with pytest.raises(CheckpointError, match=r"on rank 1: .* holds no tensor missing"):
+        load_checkpoint(good, [wanted])
+    with pytest.raises(CheckpointError, match=f"on {world} ranks.*no manifest.json"):
+        load_checkpoint(folder, [wanted])
+
+    # after all those errors the group still works
+    again = save_checkpoint(folder, [chunk], {}, {}, step=2, keep=1)
+    dist.barrier()
+    assert find_latest_together(folder) == again and not good.exists()
+
+
+def test_an_error_on_one_rank_is_the_same_error_on_all(tmp_path, pool):
+    pool(2, worker, fail_on_one_rank, tmp_path)
+
+
+def save_in_a_subgroup(rank, world, folder):
+    group = dist.new_group([1, 2])
+    if rank in (1, 2):
+        chunk = Chunk("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
+        path = save_checkpoint(folder, [chunk], {}, {}, step=1, group=group)
+        assert find_latest_together(folder, group=group) == path
+        target = torch.zeros(2, 4)
+        load_checkpoint(path, [Chunk("w", (2, 4), (0, 0), target)], group=group)
+        assert target[:, 0].tolist() == [1.0, 2.0]
+    dist.barrier()
+
+
+def test_a_group_that_does_not_start_at_rank_zero(tmp_path, pool):
+    pool(3, worker, save_in_a_subgroup, tmp_path)

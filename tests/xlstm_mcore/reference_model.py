@@ -1,0 +1,116 @@
+"""The whole model from its equations, in fp64, on canonical tensors: no Megatron, no packing.
+
+Sources: arXiv 2405.04517 (figures 10, 11 and appendix A) and arXiv 2503.13427 (section 3). The
+cells are the step recurrences of ``xlstm_kernels``, their specification.
+"""
+
+import torch
+import torch.nn.functional as F
+from xlstm_kernels.mlstm.reference import mlstm_recurrence
+from xlstm_kernels.slstm.reference import slstm_recurrence
+
+
+def cap(x, limit):
+    return x if limit is None else limit * torch.tanh(x / limit)
+
+
+def norm(x, weight, config):
+    if config.norm == "layernorm":
+        return F.layer_norm(x, weight.shape, weight, None, config.norm_eps)
+    return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+
+
+def head_norm(h, weight, config):
+    """LayerNorm of every head of h [b, s, heads, d]; returns [b, s, heads * d]."""
+    h = h - h.mean(-1, keepdim=True)
+    h = h / (h.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    return h.flatten(2) * weight
+
+
+def split_heads(x, heads):  # [b, s, heads * d] -> [b, heads, s, d]
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def conv(x, weight, bias, boundaries):
+    """Causal depthwise convolution with SiLU, one document at a time, tap by tap."""
+    b, s, _ = x.shape
+    width = weight.shape[1]
+    out = bias.expand_as(x).clone()
+    for row in range(b):
+        for t in range(s):
+            for back in range(width):
+                if back and bool(boundaries[row, t - back + 1]):
+                    break  # a document starts between tap and token
+                if t - back < 0:
+                    break
+                tap = torch.zeros_like(out)
+                tap[row, t] = x[row, t - back] * weight[:, width - 1 - back]
+                out = out + tap
+    return F.silu(out)
+
+
+def mlstm_7b(x, w, config, boundaries):
+    heads = config.num_heads
+    q, k, v = (split_heads(x @ w(f"{n}_proj.weight").T, heads) for n in "qkv")
+    i, f = (
+        cap(x @ w(f"{g}gate.weight").T + w(f"{g}gate.bias"), config.gate_soft_cap).transpose(1, 2)
+        for g in "if"
+    )
+    h, _ = mlstm_recurrence(q, k, v, i, f, boundaries=boundaries, eps=config.cell_eps)
+    h = head_norm(h.transpose(1, 2), w("head_norm.weight"), config)
+    return (torch.sigmoid(x @ w("ogate.weight").T) * h) @ w("out_proj.weight").T
+
+
+def mlstm_classic(x, w, config, boundaries):
+    heads = config.num_heads
+    x_m, z = x @ w("up_proj.weight").T, x @ w("z_proj.weight").T
+    x_c = conv(x_m, w("conv.weight"), w("conv.bias"), boundaries)
+
+    def blocks(t, name):
+        weight = w(name)
+        return torch.einsum("bsni,noi->bsno", t.unflatten(-1, (-1, weight.shape[-1])), weight)
+
+    q, k, v = (
+        blocks(t, f"{n}_proj.weight").flatten(2) for t, n in ((x_c, "q"), (x_c, "k"), (x_m, "v"))
+    )
+    seen = torch.cat((q, k, v), dim=-1)
+    i, f = ((seen @ w(f"{g}gate.weight").T + w(f"{g}gate.bias")).transpose(1, 2) for g in "if")
+    q, k, v = (split_heads(t, heads) for t in (q, k, v))
+    h, _ = mlstm_recurrence(q, k, v, i, f, boundaries=boundaries, eps=config.cell_eps)
+    h = head_norm(h.transpose(1, 2), w("head_norm.weight"), config)
+    return ((h + w("learnable_skip") * x_c) * F.silu(z)) @ w("out_proj.weight").T
+
+
+def slstm(x, w, config, boundaries):
+    x_c = conv(x, w("conv.weight"), w("conv.bias"), boundaries)
+
+    def headwise(t, name):
+        return torch.einsum("bshi,hoi->bsho", t.unflatten(-1, (config.num_heads, -1)), w(name))
+
+    sources = {"igate": x_c, "fgate": x_c, "zgate": x, "ogate": x}
+    preacts = torch.stack([headwise(t, f"{g}.weight") for g, t in sources.items()], dim=2)
+    h, _ = slstm_recurrence(preacts, w("recurrent_weight"), w("bias"), boundaries=boundaries)
+    return head_norm(h, w("head_norm.weight"), config)
+
+
+def ffn(x, w, activation):
+    gate, up = x @ w("gate_proj.weight").T, x @ w("up_proj.weight").T
+    return (activation(gate) * up) @ w("down_proj.weight").T
+
+
+def losses(weights, config, tokens, labels, boundaries):
+    """Token losses [b, s] in nats, from canonical fp64 ``weights``."""
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    mixers = {"M": mlstm_7b, "m": mlstm_classic, "s": slstm}
+    activations = {"M": F.silu, "s": F.gelu}
+    for number, letter in enumerate(config.layer_letters):
+        prefix = f"decoder.layers.{number}."
+        y = norm(x, weights[f"{prefix}mixer_norm.weight"], config)
+        x = x + mixers[letter](y, lambda n, p=prefix: weights[f"{p}mixer.{n}"], config, boundaries)
+        if letter in activations:
+            y = norm(x, weights[f"{prefix}ffn_norm.weight"], config)
+            x = x + ffn(y, lambda n, p=prefix: weights[f"{p}ffn.{n}"], activations[letter])
+    x = norm(x, weights["decoder.final_norm.weight"], config)
+    head = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
+    logits = cap(x @ weights[head].T, config.logit_soft_cap)
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")

@@ -1,0 +1,206 @@
+"""Every cure of the CPU runtime: it works, and without it the same call fails."""
+
+import contextlib
+import importlib
+import sys
+
+import pytest
+import torch
+
+from pretrain import layout as layouts
+from pretrain.engines.megatron import MegatronEngine
+from tests.dist import work
+from xlstm_mcore import cpu_runtime, mcore_compat
+
+pytestmark = pytest.mark.skipif(
+    not cpu_runtime.needed(), reason="the CPU runtime is off where CUDA is present"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    layout = layouts.start(work.run_config("large"))
+    yield layout
+    layout.close()
+
+
+@pytest.fixture
+def engine(one_process):
+    return MegatronEngine(work.run_config("large"), one_process)
+
+
+@contextlib.contextmanager
+def without_stand_in(module_name):
+    module = importlib.import_module(module_name)
+    stand_in, module.torch = module.torch, torch
+    try:
+        yield
+    finally:
+        module.torch = stand_in
+
+
+def train_step(engine):
+    engine.forward_backward(work.global_batch(engine.config, 0))
+    return engine.step(1e-3)
+
+
+def test_all_loaded_megatron_modules_have_the_stand_in():
+    cpu_runtime.activate()
+    left_out = [
+        name
+        for name, module in sys.modules.items()
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch
+    ]
+    assert not left_out
+
+
+def test_torch_itself_is_untouched():
+    assert torch.cuda.current_device.__module__ == "torch.cuda"
+    assert torch.Tensor.type(torch.zeros(1)) == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_activate_twice_changes_nothing():
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    before = (random.get_cuda_rng_tracker(), clip.torch, clip.clip_grad_by_total_norm_fp32)
+    cpu_runtime.activate()
+    assert before == (random.get_cuda_rng_tracker(), clip.torch, clip.clip_grad_by_total_norm_fp32)
+
+
+def test_a_step_runs(engine):
+    assert train_step(engine).grad_norm > 0
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "megatron.core.pipeline_parallel.schedules",  # torch.zeros(device="cuda")
+        "megatron.core.optimizer.clip_grads",
+    ],
+)
+def test_stand_in_is_needed_in_a_step(engine, module):
+    with without_stand_in(module), pytest.raises((AssertionError, RuntimeError)):
+        train_step(engine)
+
+
+def test_stand_in_is_needed_to_build_layers(one_process):
+    with (
+        without_stand_in("megatron.core.tensor_parallel.layers"),
+        pytest.raises((AssertionError, RuntimeError)),
+    ):
+        layers = importlib.import_module("megatron.core.tensor_parallel")
+        config = work.run_config("large")
+        from xlstm_mcore.build import make_config
+
+        layers.ColumnParallelLinear(
+            4,
+            4,
+            config=make_config(config.model.model_dump()),
+            init_method=torch.nn.init.zeros_,
+            tp_group=one_process.groups.tp,
+        )
+
+
+def test_clipping_asks_tensors_for_their_type():
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), 2.0)
+    clip.clip_grad_by_total_norm_fp32([parameter], 1.0, 4.0)
+    assert torch.allclose(parameter.grad, torch.full((3,), 0.5))
+    with pytest.raises(AssertionError):
+        clip.clip_grad_by_total_norm_fp32.__wrapped__([parameter], 1.0, 4.0)
+
+
+def test_the_optimizer_asks_parameters_for_their_type(one_process, monkeypatch):
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer_class = distributed.DistributedOptimizer
+    monkeypatch.setattr(optimizer_class, "__init__", optimizer_class.__init__.__wrapped__)
+    monkeypatch.setattr(cpu_runtime, "activate", lambda: True)
+    with pytest.raises(TypeError, match="Wrapped parameters must be one of"):
+        MegatronEngine(work.run_config("large"), one_process)
+
+
+def test_tensor_methods_stay_on_the_cpu_inside_the_mode_only():
+    value = torch.ones(2)
+    with cpu_runtime._TensorMethods():
+        assert value.cuda() is value
+        assert value.type() == "torch.cuda.FloatTensor"
+        assert value.type(torch.float64).dtype == torch.float64
+    assert value.type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        value.cuda()
+
+
+def test_rng_tracker_forks_advance_and_leave_the_outside_alone():
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random.model_parallel_cuda_manual_seed(5)
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with random.get_cuda_rng_tracker().fork():
+        first = torch.rand(3)
+    with random.get_cuda_rng_tracker().fork():
+        second = torch.rand(3)
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.rand(2), expected)
+    random.model_parallel_cuda_manual_seed(5)
+    with random.get_cuda_rng_tracker().fork():
+        assert torch.equal(torch.rand(3), first)
+    random.model_parallel_cuda_manual_seed(5, tp_rank=1)
+    with random.get_cuda_rng_tracker().fork():
+        assert not torch.equal(torch.rand(3), first)
+
+
+def test_megatrons_own_tracker_does_not_work(monkeypatch):
+    """Why replacing get_rng_state alone is a trap: states that are set are never applied."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    cuda = importlib.import_module("torch.cuda")
+    tracker = random.CudaRNGStatesTracker()
+    queue = []
+    monkeypatch.setattr(
+        random, "_set_cuda_rng_state", lambda *args, **kwargs: queue.append(args)
+    )  # torch.cuda's lazy queue, which runs when CUDA is initialised
+    assert not cuda.is_initialized()
+    tracker.add("name", 1)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(9)
+        with tracker.fork("name"):
+            states.append(torch.rand(3))
+    assert torch.equal(*states)
+    assert len(queue) == 5
+
+
+def test_activation_recompute_replays_dropout():
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    parallel = importlib.import_module("megatron.core.tensor_parallel")
+    random.model_parallel_cuda_manual_seed(5)
+
+    def block(x):
+        with random.get_cuda_rng_tracker().fork():
+            return torch.nn.functional.dropout(x * x, 0.5)
+
+    x = torch.randn(64, requires_grad=True)
+    y = parallel.checkpoint(block, False, x)
+    y.sum().backward()
+    kept = y.detach() != 0
+    assert torch.allclose(x.grad, torch.where(kept, 4 * x.detach(), torch.zeros(())))
+
+
+def test_adam_state_without_step_fails_at_the_first_update(engine):
+    for optimizer in engine.optimizer.chained_optimizers:
+        for state in optimizer.optimizer.state.values():
+            del state["step"]
+    with pytest.raises(KeyError, match="step"):
+        train_step(engine)
+
+
+def test_step_counters_are_separate_tensors(engine):
+    (optimizer,) = engine.optimizer.chained_optimizers
+    mcore_compat.set_adam_step(optimizer.optimizer, 7)
+    steps = [state["step"] for state in optimizer.optimizer.state.values()]
+    assert len({id(step) for step in steps}) == len(steps) > 1
+    train_step(engine)
+    assert {float(step) for step in steps} == {8.0}

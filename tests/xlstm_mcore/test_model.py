@@ -1,0 +1,256 @@
+"""The model against its equations in fp64, and the promises of its initialisation."""
+
+import itertools
+
+import pytest
+import torch
+
+from pretrain import layout as layouts
+from tests.xlstm_mcore import reference_model
+from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.init import decays, initial_value, initialize
+from xlstm_mcore.pieces import named_pieces, packed, parameter_pieces, rectangles
+from xlstm_mcore.presets import count_parameters
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    yield single_process_groups()
+    layouts.leave()
+
+
+MODELS = {
+    "7b": {"pattern": "MM", "norm_eps": 1e-4},
+    "7b-tied": {"pattern": "M", "tie_embeddings": True, "qk_dim_factor": 1.0, "norm_eps": 1e-4},
+    "7b-uncapped": {"pattern": "M", "gate_soft_cap": None, "logit_soft_cap": None},
+    "classic-m": {"pattern": "mm", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
+    "classic-s": {"pattern": "ss", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
+    "mixed": {"pattern": "Mms", "norm": "layernorm", "conv_width": 3, "qkv_block_size": 8},
+}
+
+
+def make(groups, name, **changes):
+    section = {"hidden_size": 32, "num_heads": 2, "vocab_size": 40, "round_up_to": 16}
+    config = make_config({**section, **MODELS[name], **changes})
+    (model,) = build_model(config, groups, seed=1)
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+        for _, parameter, pieces in named_pieces(model):
+            for piece in pieces:  # away from exp(-m) >> |n q|, where the memory would not show
+                if piece.name.endswith("igate.bias"):
+                    piece.local(parameter).clamp_(min=-1.0)
+    return config, model
+
+
+def canonical(model, of=lambda p: p.detach()):
+    """Canonical tensors in fp64, gathered from the model's packed parameters."""
+    tensors = {}
+    for _, parameter, pieces in named_pieces(model):
+        for piece in pieces:
+            whole = tensors.setdefault(
+                piece.name, torch.zeros(piece.global_shape, dtype=torch.float64)
+            )
+            piece.of_global(whole).copy_(piece.local(of(parameter)))
+    return tensors
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [1, 2, 19])
+def test_losses_and_gradients_equal_the_equations(groups, name, length):
+    config, model = make(groups, name)
+    rng = torch.Generator().manual_seed(length)
+    tokens, labels = torch.randint(0, config.vocab_size, (2, 2, length), generator=rng)
+    boundaries = torch.rand(2, length, generator=rng) < 0.2
+    weight = torch.rand(2, length, generator=rng)
+
+    got = model(tokens, boundaries, labels)
+    (got * weight).sum().backward()
+
+    weights = {n: t.requires_grad_() for n, t in canonical(model).items()}
+    want = reference_model.losses(weights, config, tokens, labels, boundaries)
+    (want * weight.double()).sum().backward()
+
+    assert (got - want).abs().max() < 2e-5 * want.abs().max()
+    gradients = canonical(model, lambda p: p.grad)
+    for key, reference in weights.items():
+        scale = reference.grad.abs().max()
+        error = (gradients[key] - reference.grad).abs().max()
+        assert error <= 2e-4 * scale + 1e-7, f"{key}: {error:.1e} of {scale:.1e}"
+
+
+@pytest.mark.parametrize("name", ["7b", "classic-m", "classic-s", "mixed"])
+def test_generation_state_equals_one_pass(groups, name):
+    """Prefill and steps with a cache give the logits of the whole sequence at once."""
+    config, model = make(groups, name)
+    model.eval()
+    tokens = torch.randint(0, config.vocab_size, (2, 23), generator=torch.Generator())
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = {}
+        parts = [model(tokens[:, :9], cache=cache), model(tokens[:, 9:11], cache=cache)]
+        parts += [model(tokens[:, t : t + 1], cache=cache) for t in range(11, 23)]
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_row_equals_its_documents_apart(groups, name):
+    config, model = make(groups, name)
+    rng = torch.Generator().manual_seed(4)
+    tokens, labels = torch.randint(0, config.vocab_size, (2, 1, 20), generator=rng)
+    cuts = [0, 1, 8, 20]
+    boundaries = torch.zeros(1, 20, dtype=torch.bool)
+    boundaries[0, cuts[:-1]] = True
+    with torch.no_grad():
+        row = model(tokens, boundaries, labels)
+        parts = [model(tokens[:, a:b], None, labels[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    assert (row - torch.cat(parts, dim=1)).abs().max() < 2e-5 * row.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_of_parameters_is_the_models(groups, name):
+    config, model = make(groups, name)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(config)["total"] == held
+    assert sum(t.numel() for t in canonical(model).values()) == held
+
+
+def test_dropout_is_drawn_in_training_only(groups):
+    _, model = make(groups, "7b", dropout=0.5)
+    tokens = torch.arange(8)[None]
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_bf16_model_runs_close_to_fp32(groups):
+    section = {"hidden_size": 32, "num_heads": 2, "vocab_size": 40, "pattern": "Mms"}
+    tokens = torch.arange(12)[None]
+    logits = []
+    for precision in ("fp32", "bf16"):
+        config = make_config(section, precision=precision)
+        (model,) = build_model(config, groups, seed=1)
+        assert all(p.dtype == config.params_dtype for p in model.parameters())
+        logits.append(model(tokens).detach())
+    assert logits[1].dtype == torch.float32
+    assert (logits[1] - logits[0]).abs().max() < 0.05 * logits[0].abs().max()
+
+
+class TestInitialisation:
+    config = make_config({"pattern": "MmsM", "hidden_size": 64, "num_heads": 4, "vocab_size": 128})
+
+    def value(self, name, shape, seed=0):
+        return initial_value(name, shape, self.config, seed)
+
+    def test_spread(self):
+        small, wang = (2 / (5 * 64)) ** 0.5, 2 / (4 * 64**0.5)
+        for name, std in {
+            "embedding.word_embeddings.weight": small,
+            "output_layer.weight": small,
+            "decoder.layers.0.mixer.q_proj.weight": small,
+            "decoder.layers.0.ffn.gate_proj.weight": small,
+            "decoder.layers.1.mixer.z_proj.weight": small,
+            "decoder.layers.2.mixer.igate.weight": small,
+            "decoder.layers.0.mixer.out_proj.weight": wang,
+            "decoder.layers.2.ffn.down_proj.weight": wang,
+        }.items():
+            assert self.value(name, (256, 256)).std().item() == pytest.approx(std, rel=0.02), name
+
+    def test_constants(self):
+        for name in (
+            "decoder.layers.0.mixer.ogate.weight",
+            "decoder.layers.0.mixer.igate.weight",
+            "decoder.layers.1.mixer.fgate.weight",
+            "decoder.layers.2.mixer.recurrent_weight",
+        ):
+            assert not self.value(name, (4, 4, 4, 4)).any(), name
+        for name in ("decoder.final_norm.weight", "decoder.layers.1.mixer.learnable_skip"):
+            assert torch.equal(self.value(name, (9,)), torch.ones(9))
+        assert torch.equal(
+            self.value("decoder.layers.0.mixer.igate.bias", (4,)), torch.full((4,), -10.0)
+        )
+        assert torch.equal(
+            self.value("decoder.layers.1.mixer.fgate.bias", (4,)),
+            torch.tensor([3.0, 4.0, 5.0, 6.0]),
+        )
+        assert self.value("decoder.layers.1.mixer.igate.bias", (4096,)).std().item() == (
+            pytest.approx(0.1, rel=0.05)
+        )
+
+    def test_slstm_forget_bias_falls_from_5_to_minus_7(self):
+        bias = self.value("decoder.layers.2.mixer.bias", (4, 4, 16))
+        assert not bias[[0, 2, 3]].any()
+        forget = bias[1, 0]
+        assert forget[0] == 5 and forget[-1] == -7 and (forget.diff() < 0).all()
+        power = 0.3 + 1.3 * 2 / 3
+        assert forget[5].item() == pytest.approx(5 - 12 * (5 / 15) ** power, rel=1e-5)
+
+    def test_depends_on_seed_and_name_only(self):
+        name, shape = "decoder.layers.0.mixer.q_proj.weight", (8, 8)
+        assert torch.equal(self.value(name, shape), self.value(name, shape))
+        assert not torch.equal(self.value(name, shape), self.value(name, shape, seed=1))
+        other = "decoder.layers.0.mixer.k_proj.weight"
+        assert not torch.equal(self.value(name, shape), self.value(other, shape))
+
+    def test_every_parameter_has_a_rule(self, groups):
+        (model,) = build_model(self.config, groups, seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        initialize(model, self.config, 0)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_weight_decay_by_kind(groups):
+    _config, model = make(groups, "mixed")
+    names = {piece.name for _, _, pieces in named_pieces(model) for piece in pieces}
+    no_decay = {name for name in names if not decays(name)}
+    assert {name.rsplit(".", 1)[-1] for name in names - no_decay} == {"weight"}
+    assert "output_layer.weight" not in no_decay
+    assert "decoder.layers.1.mixer.conv.weight" not in no_decay
+    for kind in (
+        "embedding.word_embeddings.weight",
+        "decoder.layers.1.mixer.learnable_skip",
+        "decoder.layers.2.mixer.recurrent_weight",
+        "decoder.layers.0.mixer_norm.weight",
+        "decoder.layers.0.mixer.head_norm.weight",
+        "decoder.layers.2.mixer.bias",
+        "decoder.layers.1.mixer.conv.bias",
+        "decoder.final_norm.weight",
+    ):
+        assert kind in no_decay
+    for _, _parameter, pieces in named_pieces(model):  # a parameter is one optimizer entry
+        assert len({decays(piece.name) for piece in pieces}) == 1
+
+
+def test_pieces_cover_every_parameter_once(groups):
+    _, model = make(groups, "mixed")
+    parameters = dict(model.named_parameters())
+    for name, pieces in parameter_pieces(model).items():
+        count = torch.zeros(parameters[name].shape)
+        for piece in pieces:
+            piece.local(count).add_(1)
+        assert (count == 1).all(), name
+
+
+def test_packed_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match=r"w: dimension 0 of \(6, 2\) does not divide by"):
+        packed(["w"], [(6, 2)], shard_dim=0, rank=0, size=4)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (4, 1, 3), (2, 2, 2, 3)])
+def test_rectangles_tile_any_flat_range(shape):
+    total = torch.Size(shape).numel()
+    values = torch.arange(total).view(shape)
+    for start in range(total):
+        for end in range(start, total + 1):
+            flat = []
+            found = rectangles(shape, start, end)
+            assert len(found) <= 2 * len(shape) - 1
+            for offset, size, first in found:
+                block = values[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+                assert block.shape == torch.Size(size) and block.flatten()[0] == first
+                flat += block.flatten().tolist()
+            assert flat == list(range(start, end))
