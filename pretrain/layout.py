@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from xlstm_mcore import cpu_runtime
+from xlstm_mcore import cpu_runtime, mcore_compat
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Layout:
         """
         base = (seed * 1_000_003 + step * 8191 + self.dp_rank * 131) % (2**31)
         torch.manual_seed(base)
-        tensor_parallel.model_parallel_cuda_manual_seed(base)
+        mcore_compat.seed_parallel(base)
 
     def sum(self, *values: float) -> list[float]:
         """Sums of numbers over all processes (fp64)."""

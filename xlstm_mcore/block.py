@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
+from . import mcore_compat
 from .config import XLSTMConfig
 from .layers import FeedForward, Norm
 from .mlstm import MLSTMMixer
@@ -95,6 +95,6 @@ class XLSTMLayer(MegatronModule):
         if not (self.training and self.config.dropout):
             return x
         if self.config.sequence_parallel:  # each rank holds other tokens: draw other masks
-            with get_cuda_rng_tracker().fork():
+            with mcore_compat.parallel_rng():
                 return F.dropout(x, self.config.dropout)
         return F.dropout(x, self.config.dropout)

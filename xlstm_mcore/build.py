@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def single_process_groups() -> ProcessGroupCollection:
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        mcore_compat.seed_parallel(0)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 

@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from torch import Tensor
 
 # TransformerConfig's default for this field prints a deprecation warning of its own.
 QUIET = {"cuda_graph_scope": []}
+
+
+def seed_parallel(seed: int) -> None:
+    """Seed the default random state and those that differ over tensor-parallel ranks."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def parallel_rng() -> Any:
+    """Context in which random numbers differ over tensor-parallel ranks."""
+    return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
 def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
+
 from xlstm_kernels import causal_conv1d, mlstm_chunkwise, multihead_norm
 
 from .config import XLSTMConfig

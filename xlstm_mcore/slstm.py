@@ -7,6 +7,7 @@ only: with sequence parallelism one all-to-all brings them in and one takes the 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
+
 from xlstm_kernels import causal_conv1d, multihead_norm, slstm_scan
 
 from .config import XLSTMConfig

@@ -1,0 +1,47 @@
+"""Argument checks that the mLSTM functions share."""
+
+from torch import Tensor
+
+from xlstm_kernels.checks import check_choice, check_float, check_like, check_state
+
+GATES = ("exp", "sigmoid")
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: tuple[Tensor, Tensor, Tensor] | None,
+    gate: str,
+    *,
+    time: bool,
+) -> None:
+    """Check shapes, dtypes and devices; `time` says whether there is a sequence axis s.
+
+    Raises ValueError with the value, the rule and the remedy.
+    """
+    axes = "[b, heads, s" if time else "[b, heads"
+    check_float("q", q, 4 if time else 3, f"{axes}, qk_dim]")
+    check_float("v", v, 4 if time else 3, f"{axes}, v_dim]")
+    lead = tuple(q.shape[:-1])
+    check_like("k", k, tuple(q.shape), f"{axes}, qk_dim]", q)
+    check_like("v", v, (*lead, v.shape[-1]), f"{axes}, v_dim]", q)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype} and q {q.dtype}, but q, k and v must have one "
+                f"dtype; convert {name} to {q.dtype}"
+            )
+    check_like("igate_preact", igate_preact, lead, f"{axes}]", q)
+    check_like("fgate_preact", fgate_preact, lead, f"{axes}]", q)
+    check_choice("gate", gate, GATES)
+    if state is not None:
+        batch, heads, qk_dim, v_dim = *q.shape[:2], q.shape[-1], v.shape[-1]
+        parts = {
+            "C": ((batch, heads, qk_dim, v_dim), "[b, heads, qk_dim, v_dim]"),
+            "n": ((batch, heads, qk_dim), "[b, heads, qk_dim]"),
+            "m": ((batch, heads), "[b, heads]"),
+        }
+        check_state(state, parts, q)

@@ -1,0 +1,67 @@
+"""mLSTM over a sequence: the public function in front of the chunkwise backends."""
+
+from torch import Tensor
+
+from xlstm_kernels.checks import check_boundaries
+from xlstm_kernels.mlstm.arguments import check_arguments
+from xlstm_kernels.mlstm.chunkwise_torch import mlstm_chunkwise_torch
+from xlstm_kernels.select import select_backend
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def mlstm_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    initial_state: State | None = None,
+    *,
+    chunk_size: int | None = None,
+    return_last_state: bool = False,
+    boundaries: Tensor | None = None,
+    gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, State]:
+    """MLSTM hidden states h [b, heads, s, v_dim] in the dtype of q, or (h, last state).
+
+    q, k [b, heads, s, qk_dim] and v [b, heads, s, v_dim] share a dtype; q is scaled by
+    qk_dim^-0.5 inside. Gate pre-activations [b, heads, s], soft cap already applied, of any
+    float dtype: gates and states are computed in float32 (float64 for float64 q). The forget gate
+    is a sigmoid; `gate` is the input gate, "exp" or "sigmoid".
+
+    The state (C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads]) carries exp(m) C
+    and exp(m) n; None means zeros, m included. h = num / (max(|n.q|, exp(-m)) + eps), with m the
+    running maximum of the step recurrence for every chunk size. "sigmoid" has m = 0 everywhere
+    (m of an initial state is ignored). `normalize=False` gives the numerator, in units of exp(m).
+    Gradients are exact through h, C and n, into the initial C and n; m carries none.
+
+    `chunk_size` is the largest number of tokens in a chunk (None: chosen by the backend).
+    `boundaries` is bool [b, s], True at the first token of a document: the state before it is
+    forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
+    """
+    check_arguments(q, k, v, igate_preact, fgate_preact, initial_state, gate, time=True)
+    check_boundaries(boundaries, q.shape[0], q.shape[2], q)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(
+            f"chunk_size={chunk_size!r} must be a positive integer; use a power of two such as 64, "
+            "or None to let the backend choose"
+        )
+    select_backend("mlstm_chunkwise", backend)
+    return mlstm_chunkwise_torch(
+        q,
+        k,
+        v,
+        igate_preact,
+        fgate_preact,
+        initial_state,
+        chunk_size=chunk_size,
+        return_last_state=return_last_state,
+        boundaries=boundaries,
+        gate=gate,
+        normalize=normalize,
+        eps=eps,
+    )

@@ -1,0 +1,54 @@
+"""MLSTM for one token, as generation uses it."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from xlstm_kernels.checks import compute_dtype
+from xlstm_kernels.mlstm.arguments import check_arguments
+from xlstm_kernels.select import select_backend
+
+
+@torch.no_grad()
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    *,
+    gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Hidden state h [b, heads, v_dim] of one token; `state` (C, n, m) is updated in place.
+
+    q, k [b, heads, qk_dim], v [b, heads, v_dim], gate pre-activations [b, heads]; the same
+    equations and options as `mlstm_chunkwise`. No gradient is recorded. Raises ValueError for
+    wrong shapes, dtypes, devices or options, and for a missing state.
+    """
+    if state is None:
+        raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
+    check_arguments(q, k, v, igate_preact, fgate_preact, state, gate, time=False)
+    select_backend("mlstm_step", backend)
+    C, n, m = state
+    dtype = compute_dtype(q.dtype)
+    query, key, value = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
+    log_f, log_i = logsigmoid(fgate_preact.to(dtype)), igate_preact.to(dtype)
+    if gate == "exp":
+        m_new = torch.maximum(log_f + m, log_i)
+        decay, write = (log_f + m - m_new).exp(), (log_i - m_new).exp()
+    else:
+        m_new, decay, write = torch.zeros_like(log_i), log_f.exp(), log_i.sigmoid()
+    written = write[..., None] * key
+    C.mul_(decay[..., None, None]).addcmul_(written[..., None], value[..., None, :])
+    n.mul_(decay[..., None]).add_(written)
+    m.copy_(m_new)
+    h = (query[..., None, :] @ C.to(dtype)).squeeze(-2)
+    if normalize:
+        overlap = (query * n).sum(-1).abs()
+        # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
+        h = h / (torch.maximum(overlap, (-m_new).clamp(min=-80).exp()) + eps)[..., None]
+    return h.to(q.dtype)

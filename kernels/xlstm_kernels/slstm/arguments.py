@@ -1,0 +1,36 @@
+"""Argument checks that the sLSTM functions share."""
+
+from torch import Tensor
+
+from xlstm_kernels.checks import check_choice, check_float, check_like, check_state
+
+FORGET_GATES = ("sigmoid", "exp")
+
+
+def check_arguments(
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    forget_gate: str,
+    *,
+    time: bool,
+) -> None:
+    """Check shapes, dtypes and devices; `time` says whether there is a sequence axis s.
+
+    Raises ValueError with the value, the rule and the remedy.
+    """
+    layout = "[b, s, 4, heads, d]" if time else "[b, 4, heads, d]"
+    check_float("gate_preacts", gate_preacts, 5 if time else 4, layout)
+    gates, heads, d = gate_preacts.shape[-3:]
+    if gates != 4:
+        raise ValueError(
+            f"gate_preacts has {gates} gates, but {layout} has the four i, f, z, o; stack them"
+        )
+    weight_layout = "[4, heads, d_in, d_out]"
+    check_like("recurrent_weight", recurrent_weight, (4, heads, d, d), weight_layout, gate_preacts)
+    check_like("bias", bias, (4, heads, d), "[4, heads, d]", gate_preacts)
+    check_choice("forget_gate", forget_gate, FORGET_GATES)
+    if state is not None:
+        part = ((gate_preacts.shape[0], heads, d), "[b, heads, d]")
+        check_state(state, {name: part for name in "hcnm"}, gate_preacts)

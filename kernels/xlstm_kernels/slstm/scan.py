@@ -1,0 +1,49 @@
+"""sLSTM over a sequence: the public function in front of the backends."""
+
+from torch import Tensor
+
+from xlstm_kernels.checks import check_boundaries
+from xlstm_kernels.select import select_backend
+from xlstm_kernels.slstm.arguments import check_arguments
+from xlstm_kernels.slstm.scan_torch import slstm_scan_torch
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def slstm_scan(
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    initial_state: State | None = None,
+    *,
+    return_last_state: bool = False,
+    boundaries: Tensor | None = None,
+    forget_gate: str = "sigmoid",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, State]:
+    """SLSTM hidden states h [b, s, heads, d] in the dtype of gate_preacts, or (h, last state).
+
+    gate_preacts [b, s, 4, heads, d] in the order i, f, z, o; recurrent_weight
+    [4, heads, d_in, d_out] adds h_prev @ R_g to gate g; bias [4, heads, d]. Any float dtypes:
+    everything is computed in float32 (float64 for float64 gate_preacts). `forget_gate` is
+    "sigmoid" or "exp"; the input gate is exponential.
+
+    The state (h, c, n, m), each [b, heads, d], carries h, exp(m) c and exp(m) n. A fresh state
+    (None, a boundary, or n = 0) behaves as m = -inf, row by row; the returned m is finite.
+    Gradients are exact, into and out of h, c and n; m carries none.
+
+    `boundaries` is bool [b, s], True at the first token of a document: the state before it is
+    forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
+    """
+    check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
+    check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
+    select_backend("slstm_scan", backend)
+    return slstm_scan_torch(
+        gate_preacts,
+        recurrent_weight,
+        bias,
+        initial_state,
+        return_last_state=return_last_state,
+        boundaries=boundaries,
+        forget_gate=forget_gate,
+    )

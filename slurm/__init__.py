@@ -1,0 +1,1 @@
+"""Slurm launchers: sbatch templates, site files, submit, preflight."""

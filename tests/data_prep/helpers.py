@@ -1,0 +1,71 @@
+"""Tiny corpora, running commands, comparing folders."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.cli import main
+from data_prep.shards import CONTINUATION, PADDING, POSITION_MASK, ShardReader, load_manifest
+from data_prep.tokenizer import Tokenizer
+
+
+def make_texts(count: int = 120, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["def", "return", "loop", "gate", "cell", "state", "  ", "\t", "\n", "naïve", "x = 1\n"]
+    texts = []
+    for number in range(count):
+        length = rng.choice([1, 3, 10, 40, 120])
+        texts.append(f"# {number}\n" + " ".join(rng.choice(words) for _ in range(length)))
+    texts[3] += " ▁ a space symbol ▁▁"
+    texts[4] += " \U0001f600 \r\n  trailing  \n\n"
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text(
+        "".join(json.dumps({"id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(texts))
+    )
+    return path
+
+
+def run(*arguments) -> int:
+    """The exit code of a command; the parser leaves by SystemExit, everything else returns."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        return leave.code
+
+
+def tree_bytes(root: Path) -> dict[str, bytes]:
+    """Everything a build is judged by: all files but the ledger."""
+    files = (p for p in sorted(root.rglob("*")) if p.is_file())
+    relative = ((p.relative_to(root), p) for p in files)
+    return {name.as_posix(): p.read_bytes() for name, p in relative if name.parts[0] != "_work"}
+
+
+def documents_of(out, split) -> list[str]:
+    """The texts that a split's shards hold, put together again from rows."""
+    manifest = load_manifest(out)
+    tokenizer = Tokenizer(manifest.tokenizer_path)
+    found = []
+    for entry in manifest.shards(split):
+        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        stream = []
+        for number in range(entry.rows):
+            tokens = np.empty(manifest.row_tokens, reader.dtype)
+            segments = reader.row(number, tokens)
+            end = manifest.row_tokens
+            if segments[-1] & PADDING:
+                end = int(segments[-1] & POSITION_MASK)
+            assert number == 0 or tokens[0] == stream[-1]
+            starts_here = not segments[0] & CONTINUATION
+            assert (tokens[0] == manifest.bos_id) == starts_here
+            stream += tokens[0 if number == 0 else 1 : end].tolist()
+        text: list[int] = []
+        for token in stream:
+            if token == manifest.eos_id:
+                found.append(tokenizer.decode(text))
+            text = [] if token == manifest.bos_id else [*text, token]
+    return found

@@ -1,0 +1,215 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import data_prep.build
+from data_prep.errors import Interrupted
+from data_prep.shards import load_manifest
+from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
+
+
+def test_every_document_once_in_order_and_lossless(shards, texts):
+    train, valid = documents_of(shards, "train"), documents_of(shards, "valid")
+    assert sorted(train + valid) == sorted(texts)
+    assert train == [text for text in texts if text in set(train)]
+    assert 5 < len(valid) < 50
+    manifest = load_manifest(shards)
+    assert len(manifest.shards("train")) > 2
+    assert manifest.sources[0].splits["train"].docs == len(train)
+
+
+def test_workers_do_not_change_a_byte(shards, build_flags, tmp_path):
+    assert run("build", *build_flags, "--workers", 2, "--out", tmp_path / "two") == 0
+    assert tree_bytes(tmp_path / "two") == tree_bytes(shards)
+
+
+def test_rerun_is_a_no_op(build_flags, tmp_path, capsys, corpus):
+    out = tmp_path / "out"
+    assert run("build", *build_flags, "--out", out) == 0
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    capsys.readouterr()
+    assert run("build", *build_flags, "--out", out) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
+
+
+def test_same_contents_elsewhere_keep_all_shards(build_flags, shards, tmp_path, corpus):
+    out, moved = shutil.copytree(shards, tmp_path / "out"), tmp_path / "moved.jsonl"
+    shutil.copy(corpus, moved)
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.tar")}
+    assert run("build", *build_flags, "--input", moved, "--out", out) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.tar")} == stamps
+    assert tree_bytes(out) == tree_bytes(shards)
+
+
+def test_interrupted_build_keeps_finished_shards(
+    build_flags, shards, tmp_path, monkeypatch, capsys
+):
+    out, real, done = tmp_path / "out", data_prep.build.encode_shard, []
+
+    def stop_after_two(task, tick):
+        if len(done) == 2:
+            raise Interrupted
+        done.append(task.tar)
+        return real(task, tick)
+
+    monkeypatch.setattr(data_prep.build, "encode_shard", stop_after_two)
+    assert run("build", *build_flags, "--out", out) == 75
+    assert "run it again" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+    assert sorted(out.rglob("*.tar")) == sorted(done)
+    stamps = [path.stat().st_mtime_ns for path in done]
+    monkeypatch.setattr(data_prep.build, "encode_shard", real)
+    assert run("build", *build_flags, "--out", out) == 0
+    assert [path.stat().st_mtime_ns for path in done] == stamps
+    assert tree_bytes(out) == tree_bytes(shards)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_process_then_rerun_is_bit_equal(tmp_path, tokenizer_dir, number):
+    corpus = write_jsonl(tmp_path / "c.jsonl", make_texts(3000))
+    flags = ["--input", corpus, "--tokenizer", tokenizer_dir, "--seq-len", 16]
+    flags = [str(f) for f in [*flags, "--shard-mb", 0.02, "--valid-fraction", 0.1]]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data_prep", "build", *flags, "--workers", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and not list(out.glob("_work/done/*.json")):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode in ((-9,) if number == signal.SIGKILL else (75,)), message
+    assert not (out / "manifest.json").exists()
+    for _ in range(100):  # workers of a killed parent end by themselves
+        before = sorted(out.rglob("*.tar"))
+        time.sleep(0.05)
+        if sorted(out.rglob("*.tar")) == before:
+            break
+    kept = {path: path.stat().st_mtime_ns for path in before}
+    assert kept
+    assert run("build", *flags, "--workers", 1, "--out", out) == 0
+    noted = [path for path, stamp in kept.items() if path.stat().st_mtime_ns == stamp]
+    assert len(noted) >= len(kept) - 2  # at most the shard of each worker was written again
+    assert run("build", *flags, "--workers", 1, "--out", tmp_path / "fresh") == 0
+    assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
+
+
+def test_deleted_shard_alone_is_made_again(build_flags, shards, tmp_path):
+    out = shutil.copytree(shards, tmp_path / "out")
+    first, *others = sorted(out.rglob("*.tar"))
+    stamps = [path.stat().st_mtime_ns for path in others]
+    first.unlink()
+    assert run("build", *build_flags, "--out", out) == 0
+    assert [path.stat().st_mtime_ns for path in others] == stamps
+    assert tree_bytes(out) == tree_bytes(shards)
+
+
+def test_duplicates_empty_and_malformed_are_counted(tmp_path, tokenizer_dir, texts, capsys):
+    corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, texts[0], texts[7], "", texts[0]])
+    with open(corpus, "a") as file:
+        file.write('{"text": 3}\nnot json\n')
+    flags = ["--tokenizer", tokenizer_dir, "--valid-fraction", 0.2, "--workers", 1]
+    out = tmp_path / "out"
+    assert run("build", "--input", corpus, *flags, "--out", out) == 0
+    report = capsys.readouterr().out
+    line = len(texts) + 5
+    assert f"{corpus}:{line}: " in report and f"{corpus}:{line + 1}: not JSON" in report
+    dropped = load_manifest(out).sources[0].dropped
+    assert dropped == {"duplicate": 3, "empty": 1, "malformed": 2}
+    assert sorted(documents_of(out, "train") + documents_of(out, "valid")) == sorted(texts)
+
+
+def test_validation_documents_stay_when_the_corpus_grows(tmp_path, tokenizer_dir, texts, shards):
+    corpus = write_jsonl(tmp_path / "c.jsonl", make_texts(50, seed=9) + texts)
+    flags = ["--input", corpus, "--tokenizer", tokenizer_dir, "--valid-fraction", 0.2]
+    assert run("build", *flags, "--workers", 1, "--out", tmp_path / "out") == 0
+    grown = documents_of(tmp_path / "out", "valid")
+    assert set(documents_of(shards, "valid")) <= set(grown)
+    assert not set(documents_of(shards, "train")) & set(grown)
+
+
+def test_yaml_with_overrides_and_provenance(tmp_path, corpus, tokenizer_dir):
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(corpus, own / "c.jsonl")
+    (own / "SOURCE.json").write_text('{"licence": "CC0"}')
+    config = tmp_path / "prep.yaml"
+    config.write_text(
+        f"input: {own}/c.jsonl\ntokenizer: {tokenizer_dir}\nout: {tmp_path}/out\n"
+        "seq_len: 64\nvalid_fraction: 0.2\n"
+    )
+    assert run("build", config, "--seq-len", 32, "--workers", 1) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.seq_len == 32 and manifest.valid_fraction == 0.2
+    assert manifest.sources[0].provenance == {"licence": "CC0"}
+
+
+def test_large_vocabulary_is_stored_as_uint32():
+    from data_prep.shards import token_dtype
+
+    assert token_dtype(65_535) == np.uint16 and token_dtype(65_536) == np.uint32
+
+
+BAD_BUILDS = {
+    "missing input": (["--input", "/no/such/path"], "no such file"),
+    "missing tokenizer": (["--tokenizer", "/no/such/tok"], "cannot read"),
+    "other settings": (["--seq-len", 32], "seq_len 16 -> 32"),
+    "bad numbers": (["--seq-len", 1, "--valid-fraction", 0.9], "seq_len=1"),
+    "bad name": (["--source", "../up"], "source='../up'"),
+    "other contents": (["--input", "{other}"], "other contents"),
+    "empty file": (["--input", "{empty}"], "empty"),
+    "all malformed": (["--input", "{garbage}"], "malformed"),
+    "wrong field": (["--text-field", "body", "--out", "{new}"], "no text in field 'body'"),
+    "no validation": (["--valid-fraction", 1e-6, "--out", "{new}"], "fell into validation"),
+    "file as folder": (["--out", "{other}"], "ot a directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BUILDS)
+def test_bad_build_is_exit_2_with_one_message_and_no_harm(
+    name, build_flags, shards, tmp_path, capsys
+):
+    flags, message = BAD_BUILDS[name]
+    places = {key: tmp_path / f"{key}.jsonl" for key in ("other", "empty", "garbage")}
+    places["new"] = tmp_path / "new"
+    write_jsonl(places["other"], make_texts(40, seed=5))
+    places["empty"].touch()
+    places["garbage"].write_text("nothing\n" * 20)
+    flags = [f.format(**places) if isinstance(f, str) else f for f in flags]
+    before = tree_bytes(shards)
+    assert run("build", *build_flags, "--out", shards, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert tree_bytes(shards) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seqlen: 3\nworkers: x\n", "workers='x'"),
+        ("- a list", "must hold keys"),
+        ("a: [", "not YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message, capsys):
+    path = tmp_path / "prep.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert run("build", path) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_report_is_kept(shards):
+    report = json.loads((shards / "_work/report.json").read_text())
+    assert report["lossy"] == 0 and report["round_trips"] > 50

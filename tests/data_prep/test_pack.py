@@ -1,0 +1,67 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from data_prep.pack import ConcatPacker
+from data_prep.shards import parse_block, row_masks
+
+BOS, EOS, PAD = 0, 2, 1
+
+
+def pack(docs, seq_len, block_rows):
+    packer = ConcatPacker(seq_len, block_rows, np.dtype("<u2"), bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    blocks = [block for doc in docs for block in packer.add(doc)] + list(packer.finish())
+    return packer, blocks
+
+
+def expected_rows(docs, seq_len):
+    """The same rows by the definition: one long list of (token, document, first?)."""
+    stream = [
+        (token, number, place == 0)
+        for number, doc in enumerate(docs)
+        for place, token in enumerate([BOS, *doc, EOS])
+    ]
+    rows = []
+    for start in range(0, len(stream) - 1, seq_len):
+        row = stream[start : start + seq_len + 1]
+        row += [(PAD, -1, False)] * (seq_len + 1 - len(row))
+        tokens = [token for token, _, _ in row]
+        pairs = pairwise(row)
+        mask = [float(a[1] == b[1] and b[1] >= 0) for a, b in pairs]
+        rows.append((tokens, mask, [first for _, _, first in row[:-1]]))
+    return rows
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 5, 16])
+@pytest.mark.parametrize("block_rows", [1, 2, 7, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_masks_and_boundaries_by_definition(seq_len, block_rows, seed):
+    rng = np.random.default_rng(seed)
+    docs = [rng.integers(4, 99, rng.integers(0, 3 * seq_len)).tolist() for _ in range(20)]
+    packer, blocks = pack(docs, seq_len, block_rows)
+    expected = expected_rows(docs, seq_len)
+    found = []
+    for block in blocks:
+        again = parse_block(block.tokens.tobytes(), block.doc_bytes(), seq_len + 1, "uint16")
+        assert (again.tokens == block.tokens).all() and (again.segments == block.segments).all()
+        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(int)))
+        masks, boundaries = row_masks(owner, block.segments, (len(block.tokens), seq_len))
+        found += zip(block.tokens.tolist(), masks.tolist(), boundaries.tolist(), strict=True)
+    assert found == expected
+    assert all(len(block.tokens) == block_rows for block in blocks[:-1])
+    assert packer.tokens == sum(len(doc) + 2 for doc in docs)
+    assert sum(sum(mask) for _, mask, _ in found) == packer.tokens - packer.docs
+
+
+@pytest.mark.parametrize("length", range(12))
+def test_every_length_of_a_single_document(length):
+    doc = list(range(10, 10 + length))
+    packer, blocks = pack([doc], 4, 2)
+    rows = [row for block in blocks for row in block.tokens.tolist()]
+    assert rows == [row for row, _, _ in expected_rows([doc], 4)]
+    assert packer.pad_tokens == sum(row.count(PAD) for row in rows)
+
+
+def test_no_document_no_block():
+    assert pack([], 4, 2)[1] == []

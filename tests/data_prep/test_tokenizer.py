@@ -1,0 +1,110 @@
+import pytest
+
+from data_prep.errors import PrepError
+from data_prep.tokenizer import Tokenizer, sample_texts
+from tests.data_prep.helpers import make_texts, run, write_jsonl
+
+
+def test_ids_and_lossless_round_trip(tokenizer_dir, texts):
+    tokenizer = Tokenizer(tokenizer_dir)
+    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == 330
+    awkward = [
+        "",
+        " ",
+        "  a  b ",
+        "\n\n\t\t\n",
+        "a\r\nb",
+        "▁",
+        "x▁▁ y▁",
+        "日本語\n",
+        "a\0b",
+        "<s></s>\u200b",
+    ]
+    for text, ids in zip(texts + awkward, tokenizer.encode(texts + awkward), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert not {0, 1, 2, 3} & set(ids)  # text never yields a control id
+
+
+def test_newline_is_one_symbol(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    (ids,) = tokenizer.encode(["\n\n\n"])
+    assert len(ids) == 3 and len(set(ids)) == 1
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_deterministic_and_rerun_is_a_no_op(tmp_path, corpus, model_type, capsys):
+    flags = ["--input", corpus, "--vocab-size", 310, "--model-type", model_type]
+    for name in ("a", "b"):
+        assert run("tokenizer", *flags, "--out", tmp_path / name) == 0
+    first, second = (tmp_path / name / "tokenizer.model" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    stamp = first.stat().st_mtime_ns
+    assert run("tokenizer", *flags, "--out", tmp_path / "a") == 0
+    assert first.stat().st_mtime_ns == stamp
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_too_small_corpus_is_one_message(tmp_path, corpus, capfd):
+    flags = ["--input", corpus, "--out", tmp_path / "t"]
+    assert run("tokenizer", *flags, "--vocab-size", 100_000) == 2
+    message = capfd.readouterr().err
+    assert message.count("\n") == 1 and "use --vocab-size" in message and ".cc" not in message
+    assert run("tokenizer", *flags, "--vocab-size", 100) == 2
+    assert "or more" in capfd.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_other_settings_do_not_overwrite(tmp_path, corpus, capsys):
+    flags = ["--input", corpus, "--out", tmp_path / "t"]
+    assert run("tokenizer", *flags, "--vocab-size", 310) == 0
+    before = (tmp_path / "t/tokenizer.model").read_bytes()
+    assert run("tokenizer", *flags, "--vocab-size", 320) == 2
+    assert "vocab_size" in capsys.readouterr().err
+    assert (tmp_path / "t/tokenizer.model").read_bytes() == before
+
+
+def test_same_contents_are_a_no_op_and_others_an_error(tmp_path, corpus, texts, capsys):
+    flags = ["--vocab-size", 310, "--out", tmp_path / "t"]
+    copy = write_jsonl(tmp_path / "copy.jsonl", texts)
+    assert run("tokenizer", "--input", corpus, *flags) == 0
+    assert run("tokenizer", "--input", copy, *flags) == 0
+    assert "same contents: nothing to do" in capsys.readouterr().out
+    write_jsonl(copy, texts[1:])
+    assert run("tokenizer", "--input", copy, *flags) == 2
+    assert "other contents" in capsys.readouterr().err
+
+
+def test_a_foreign_model_is_never_overwritten(tmp_path, corpus, capsys):
+    (tmp_path / "tokenizer.model").write_bytes(b"precious")
+    assert run("tokenizer", "--input", corpus, "--vocab-size", 310, "--out", tmp_path) == 2
+    assert "was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"precious"
+
+
+def test_killed_before_the_model_was_written(tmp_path, corpus):
+    flags = ["--input", corpus, "--vocab-size", 310, "--out", tmp_path]
+    assert run("tokenizer", *flags) == 0
+    model = (tmp_path / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").unlink()
+    assert run("tokenizer", *flags) == 0
+    assert (tmp_path / "tokenizer.model").read_bytes() == model
+
+
+def test_not_a_model(tmp_path):
+    with pytest.raises(PrepError, match="cannot read"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(PrepError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path)
+
+
+def test_sample_is_bounded_and_independent_of_order(tmp_path):
+    texts = make_texts(200)
+    forward = write_jsonl(tmp_path / "a.jsonl", texts)
+    backward = write_jsonl(tmp_path / "b.jsonl", texts[::-1])
+    limit = sum(len(t.encode()) for t in texts) // 3
+    sample, documents, total = sample_texts([forward], "text", limit)
+    assert sample == sample_texts([backward], "text", limit)[0]
+    assert documents == 200 and total > 2 * limit
+    assert limit // 2 < sum(len(t.encode()) for t in sample) <= limit

@@ -1,0 +1,202 @@
+"""The command line: exit codes, one message per mistake, help, and what reaches the modules."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+
+from pretrain import cli
+from pretrain.errors import UserError
+
+CONFIG = {
+    "run": {"dir": "runs/x", "steps": 3},
+    "model": {"pattern": "MM", "hidden_size": 64, "num_heads": 2, "vocab_size": 64},
+    "data": {"path": "data", "seq_len": 8, "global_batch": 4, "micro_batch": 2},
+}
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return str(path)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stand-ins for the modules that do the work; they record how they are called."""
+    calls = []
+
+    def put(name: str, function: str = "main", result=0):
+        def stand_in(*args, **keys):
+            calls.append((args, keys))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        module = types.ModuleType(name)
+        setattr(module, function, stand_in)
+        monkeypatch.setitem(sys.modules, name, module)
+        return calls
+
+    return put
+
+
+def test_train_gets_the_config_with_overrides(run_file, fake):
+    calls = fake("pretrain.train", result=75)
+    assert cli.run(["train", run_file, "--run.steps", "7", "--logging.no-tensorboard"]) == 75
+    ((config,), _) = calls[0]
+    assert config.run.steps == 7
+    assert config.logging.tensorboard is False
+
+
+def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch, capsys):
+    calls = fake("pretrain.train")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert cli.run(["train", run_file, "--layout.tensor", "2"]) == 2
+    assert "3 processes cannot hold layout.tensor=2" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_launch_passes_the_same_words_to_its_workers(run_file, fake):
+    calls = fake("pretrain.launch", "launch", result=75)
+    words = ["launch", run_file, "--nproc", "2", "--optimizer.betas", "0.8", "0.9"]
+    assert cli.run([*words, "--model.gate-soft-cap", "none"]) == 75
+    ((path, config, nproc, flags), _) = calls[0]
+    assert (path, nproc) == (run_file, 2)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert flags == ["--optimizer.betas", "0.8", "0.9", "--model.gate_soft_cap", "null"]
+
+
+def test_check_prints_facts_and_checks_processes(run_file, capsys):
+    assert cli.run(["check", run_file, "--nproc", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens per step   32 (4 rows of 8)" in out
+    assert "on 2 processes    2 data parallel replicas" in out
+    assert cli.run(["check", run_file, "--nproc", "3"]) == 2
+
+
+def test_all_mistakes_in_one_message_without_a_traceback(run_file):
+    command = [sys.executable, "-m", "pretrain", "launch", run_file, "--run.stepz", "3"]
+    result = subprocess.run(
+        [*command, "--model.num_heads", "5"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "did you mean run.steps?" in result.stderr
+    assert "model.num_heads=5 does not divide" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["trian"],
+        ["launch"],
+        ["launch", "run.yaml", "--nprok", "2"],
+        ["launch", "run.yaml", "--nproc", "two"],
+        ["generate"],
+        ["demo", "--model", "huge"],
+    ],
+)
+def test_a_command_line_that_is_not_understood(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.run(words)
+    assert left.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_no_process_at_all_is_refused(run_file, capsys):
+    assert cli.run(["launch", run_file, "--nproc", "0"]) == 2
+    assert "use 1 or more" in capsys.readouterr().err
+
+
+def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
+    from data_prep.shards import ShardFormatError
+    from xlstm_mcore.ckpt_reader import CheckpointFormatError
+
+    for error in (UserError("bad"), ShardFormatError("bad"), CheckpointFormatError("bad")):
+        fake("pretrain.train", result=error)
+        assert cli.run(["train", run_file]) == 2
+        assert capsys.readouterr().err == "error: bad\n"
+
+
+def test_a_bug_keeps_its_traceback(run_file, fake):
+    fake("pretrain.train", result=ValueError("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        cli.run(["train", run_file])
+
+
+def test_ctrl_c_outside_of_training(run_file, fake, capsys):
+    fake("pretrain.train", result=KeyboardInterrupt())
+    assert cli.run(["train", run_file]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_generate_arguments(fake):
+    calls = fake("pretrain.generate")
+    words = ["generate", "ckpt", "--prompt", "a", "--prompt", "b", "--max-tokens", "5"]
+    assert cli.run([*words, "--out", "x.txt"]) == 0
+    args, keys = calls[0]
+    assert args == ("ckpt",)
+    assert keys["prompt"] == ["a", "b"]
+    assert (keys["max_new_tokens"], keys["out"]) == (5, "x.txt")
+    assert cli.run(["generate", "ckpt"]) == 0
+    assert calls[1][1]["prompt"] == [""]
+
+
+def test_generate_main_takes_what_the_command_passes(fake):
+    import inspect
+
+    calls = fake("pretrain.generate")
+    cli.run(["generate", "ckpt"])
+    args, keys = calls[0]
+    sys.modules.pop("pretrain.generate")
+    from pretrain.generate import main
+
+    inspect.signature(main).bind(*args, **keys)
+
+
+def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
+    fake("pretrain.checkpoint", "show", result="12 tensors")
+    assert cli.run(["show", "ckpt"]) == 0
+    assert capsys.readouterr().out == "12 tensors\n"
+    calls = fake("pretrain.evaluate")
+    assert cli.run(["evaluate", "ckpt", run_file, "--data.path", "other"]) == 0
+    assert calls[-1][0][0] == "ckpt"
+    assert calls[-1][0][1].data.path == "other"
+    calls = fake("pretrain.report")
+    assert cli.run(["report", "runs/x", "--baselines", "b.json"]) == 0
+    assert calls[-1] == (("runs/x",), {"baselines": "b.json"})
+    calls = fake("pretrain.demo", result=75)
+    assert cli.run(["demo", "--model", "classic", "--steps", "20", "--data", "a*"]) == 75
+    assert calls[-1][1] == {
+        "model": "classic",
+        "steps": 20,
+        "data": "a*",
+        "work": "runs/demo",
+        "nproc": 2,
+    }
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS) + sorted(cli.CONFIG_COMMANDS))
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.run([command, "--help"])
+    assert left.value.code == 0
+    assert f"xlstm-pretrain {command}" in capsys.readouterr().out
+
+
+def test_help_with_a_run_file_lists_every_key_with_its_value(run_file, capsys):
+    from pretrain.config.load import FIELDS
+
+    os.environ.setdefault("COLUMNS", "100")
+    assert cli.run(["train", run_file, "--run.steps", "77", "--help"]) == 0
+    out = capsys.readouterr().out
+    for key in FIELDS:
+        assert f"--{key.replace('_', '-')}" in out
+    assert "77" in out

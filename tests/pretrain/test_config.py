@@ -1,0 +1,304 @@
+"""Run files: validation, messages, overrides, round trip, and the files that we ship."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import (
+    ConfigError,
+    RunConfig,
+    check_world,
+    config_from_dict,
+    load_config,
+    override_option,
+    save_config,
+    split_overrides,
+)
+from pretrain.config.describe import describe_run
+from xlstm_mcore.presets import PRESETS, count_parameters
+
+CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
+
+
+def raw(**changes):
+    """A valid config as nested dicts; `model__num_heads=3` changes one key, None deletes it."""
+    values = {
+        "run": {"dir": "runs/x", "steps": 100},
+        "model": {"pattern": "MMMM", "hidden_size": 128, "num_heads": 4, "vocab_size": 8192},
+        "data": {"path": "data", "seq_len": 256, "global_batch": 16, "micro_batch": 4},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def message(**changes):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(raw(**changes))
+    return str(caught.value)
+
+
+def config(**changes) -> RunConfig:
+    return config_from_dict(raw(**changes))
+
+
+def test_defaults_are_the_7b_style_recipe():
+    model = config().model
+    assert (model.norm, model.norm_eps, model.gate_soft_cap) == ("rmsnorm", 1e-6, 15.0)
+    assert (model.logit_soft_cap, model.igate_bias_init) == (30.0, -10.0)
+
+
+def test_every_problem_is_in_one_message():
+    text = message(
+        run__steps="many",
+        run__step=3,
+        model__num_heads=8,
+        model__vocab_size=8191,
+        layout__tensor=3,
+        data__micro_batch=5,
+        engine__name="deepspeed",
+        optimizer__lr=-1,
+    )
+    for part in (
+        "7 problems",
+        "run.steps='many' must be a valid integer",
+        "run.step is no key of a run file; did you mean run.steps?",
+        "layout.tensor=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
+        "layout.tensor=3 does not divide model.vocab_size=8191; use model.vocab_size=8193",
+        "data.micro_batch=5 does not divide data.global_batch=16; use 1, 2, 4, 8 or 16",
+        "engine.name=deepspeed is not built yet; use megatron",
+        "optimizer.lr=-1 must be greater than 0",
+    ):
+        assert part in text
+
+
+def test_a_broken_field_does_not_hide_rules_between_others():
+    text = message(model__hidden_size="wide", model__num_heads=4, layout__tensor=3)
+    assert "model.hidden_size='wide'" in text
+    assert "layout.tensor=3 does not divide model.num_heads=4" in text
+    assert "hidden_size = " not in text, "a rule ran on a value that is not there"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimizer__lerning_rate": 1}, "the keys of optimizer are name, lr"),
+        ({"model__hiden_size": 1}, "did you mean model.hidden_size?"),
+        ({"data__lr": 1}, "did you mean optimizer.lr?"),
+        ({"optimiser__lr": 1}, "did you mean optimizer?"),
+        ({"model__tie": True}, "did you mean model.tie_embeddings?"),
+    ],
+)
+def test_misspelt_keys_get_a_suggestion(changes, says):
+    assert says in message(**changes)
+
+
+def test_missing_sections_and_keys_are_named():
+    values = raw()
+    del values["data"], values["run"]["steps"]
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(values)
+    assert "section data is missing; it needs at least path, seq_len" in str(caught.value)
+    assert "run.steps is missing; set it (optimizer steps in the whole run)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model__pattern": "MM*M"}, "attention blocks are not built yet"),
+        ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
+        ({"layout__pipeline": 2}, "write 1 cuts (|) into the pattern"),
+        ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
+        ({"model__pattern": "m", "model__num_heads": 3}, "model.num_heads=3 does not divide"),
+        ({"model__pattern": "s", "model__num_heads": 3}, "divide model.hidden_size = 128; use 1,"),
+        ({"model__qk_dim_factor": 0.001}, "rounds to 0"),
+        ({"layout__sequence": True}, "set layout.sequence=false"),
+        (
+            {"layout__sequence": True, "layout__tensor": 4, "data__seq_len": 254},
+            "data.seq_len=254 does not split into 4 parts",
+        ),
+        ({"layout__context": 2}, "context parallel is not built yet; use 1"),
+        ({"engine__zero_stage": 2}, "needs the deepspeed engine, which is not built yet"),
+        ({"engine__zero_stage": 4}, "engine.zero_stage=4 must be less than or equal to 3"),
+        ({"schedule__warmup_steps": 101}, "do not fit into run.steps=100"),
+        ({"schedule__name": "exponential", "schedule__min_lr_ratio": 0.0}, "is never reached"),
+        ({"model__pattern": "m", "model__qkv_block_size": 48}, "model.qkv_block_size=48 times"),
+        (
+            {"layout__tensor": 4, "model__round_up_to": 2, "model__ffn_dim_factor": 1.01},
+            "set model.round_up_to to a multiple of 4",
+        ),
+        ({"optimizer__betas": [0.9]}, "optimizer.betas"),
+        ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas[1]=1.5 must be less than 1"),
+        ({"optimizer__lr": float("inf")}, "must be a finite number"),
+        ({"run__dir": 7}, "must be text; put it into quotes"),
+        ({"run__seed": -1}, "run.seed=-1"),
+        ({"schedule__name": "sine"}, "'constant', 'linear', 'cosine' or 'exponential'"),
+        ({"model__dropout": 1.0}, "model.dropout=1.0 must be less than 1"),
+    ],
+)
+def test_one_problem_one_message(changes, says):
+    text = message(**changes)
+    assert says in text
+    assert "1 problem\n" in text
+
+
+def test_pipelines_are_accepted_where_the_pattern_has_the_cuts():
+    assert config(model__pattern="MM|MM", layout__pipeline=2).layout.pipeline == 2
+    both = config(model__pattern="M|M|M|M", layout__pipeline=2, layout__virtual=2)
+    assert both.layout.virtual == 2
+
+
+def test_check_world():
+    small = config(layout__tensor=2)
+    assert check_world(small, 2) == 1
+    assert check_world(small, 4) == 2
+    for world, says in ((1, "1 process cannot hold"), (3, "start 2 or a multiple of 2")):
+        with pytest.raises(ConfigError, match=says):
+            check_world(small, world)
+    with pytest.raises(ConfigError, match=r"data.global_batch=16 .* use a multiple of 12.*24"):
+        check_world(small, 6)
+
+
+def test_interleaved_schedule_needs_whole_rounds_of_micro_batches():
+    changes = {"model__pattern": "M|M|M|M", "layout__pipeline": 2, "layout__virtual": 2}
+    assert check_world(config(**changes), 2) == 1
+    with pytest.raises(ConfigError, match=r"there are 3 .* use data.global_batch=16"):
+        check_world(config(**changes, data__global_batch=12), 2)
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_saved_config_reads_back_equal(tmp_path):
+    first = config(
+        optimizer__betas=[0.8, 0.99], model__gate_soft_cap=None, run__dir="7", optimizer__lr=3e-4
+    )
+    save_config(first, tmp_path / "new" / "config.yaml")
+    assert load_config(tmp_path / "new" / "config.yaml") == first
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "config.yaml"]
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = write(tmp_path / "run.yaml", raw(optimizer__lr=1e-3, layout__tensor=2))
+    words = (
+        "--optimizer.lr 3e-4 --optimizer.betas 0.8 0.9 --layout.sequence --run.dir 5 "
+        "--model.gate-soft-cap none --logging.no-tensorboard --run.steps=7 "
+        "--model.igate_bias_init -2.5"
+    ).split()
+    loaded = load_config(path, words)
+    assert loaded.optimizer.lr == 3e-4
+    assert loaded.optimizer.betas == (0.8, 0.9)
+    assert loaded.layout.sequence is True
+    assert loaded.layout.tensor == 2
+    assert loaded.run.dir == "5"
+    assert loaded.model.gate_soft_cap is None
+    assert loaded.logging.tensorboard is False
+    assert loaded.run.steps == 7
+    assert loaded.model.igate_bias_init == -2.5
+    assert load_config(path, {"optimizer.lr": 3e-4}).optimizer.lr == 3e-4
+
+
+def test_problems_of_file_and_command_line_come_together(tmp_path):
+    path = write(tmp_path / "run.yaml", raw(optimizer__lr=-1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--run.stepz", "5", "--data.seq_len", "long"])
+    text = str(caught.value)
+    assert "3 problems" in text
+    assert "run.stepz is no key of a run file; did you mean run.steps?" in text
+    assert "data.seq_len='long'" in text
+    assert "optimizer.lr=-1" in text
+
+
+def test_overrides_are_told_from_other_words():
+    rest, found = split_overrides(
+        ["--run.steps", "5", "run.yaml", "--nproc", "2", "--layout.sequence", "x.y", "--a.b"]
+    )
+    assert rest == ["run.yaml", "--nproc", "2", "x.y"]
+    assert found == {"run.steps": "5", "layout.sequence": "true", "a.b": ""}
+
+
+@pytest.mark.parametrize(
+    "words", [["--run.steps"], ["--optimizer.betas", "0.9"], ["--run.steps", "--layout.sequence"]]
+)
+def test_an_option_without_its_value_is_refused(words):
+    with pytest.raises(ConfigError, match="needs"):
+        split_overrides(words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer.betas", ["0.8", "0.9"]), ("model.chunk_size", None), ("run.steps", "5")],
+)
+def test_override_option_is_the_inverse(key, value):
+    assert split_overrides(override_option(key, value)) == ([], {key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "does not exist; give the path of a run file"),
+        ("", "holds no sections"),
+        ("- a\n- b\n", "holds no sections"),
+        ("run: {", "is no valid YAML"),
+        ("run:\n  dir: a\n  dir: b\n", "line 3: dir is given twice"),
+        ("run: 5\n", "run=5 must be a section"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+    ],
+)
+def test_unusable_files(tmp_path, text, says):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert says in str(caught.value)
+    assert "run.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_validate_and_count_as_the_papers_say(path):
+    loaded = load_config(path)
+    total = count_parameters(loaded.model)["total"]
+    assert f"{total:,}" in describe_run(loaded)
+    if path.stem in PRESETS:
+        preset = PRESETS[path.stem]
+        assert total == preset.parameters
+        header = " ".join(
+            line.lstrip("# ") for line in path.read_text().split("run:")[0].split("\n")
+        )
+        assert f"{total:,} parameters" in header
+        # Everything that the preset fixes, the file says itself: nothing rests on a default.
+        written = yaml.safe_load(path.read_text())["model"]
+        for key, value in preset.model.items():
+            assert getattr(loaded.model, key) == value, key
+            if key in ("norm", "norm_eps", "gate_soft_cap", "logit_soft_cap"):
+                assert key in written
+    else:
+        assert path.stem.startswith("cpu_demo")
+        assert 3.5e6 < total < 5e6
+        assert check_world(loaded, 2) == 1
+        assert check_world(loaded, 4) == 2
+
+
+def test_every_preset_has_a_file():
+    assert {path.stem for path in CONFIGS.glob("xlstm_*.yaml")} == set(PRESETS)
+
+
+def test_describe_says_how_processes_are_used():
+    text = describe_run(config(layout__tensor=2), 4)
+    assert "2 data parallel replicas, 2 micro-batches of 4 rows" in text
+    assert "tokens per step   4,096" in text
+
+
+def test_configuration_needs_no_torch():
+    code = (
+        "import sys, pretrain.config, pretrain.cli, pretrain.launch; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,171 @@
+"""The demo's commands, their order, exit codes and signals, with stand-ins for the stages."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import demo
+from pretrain.demo import CONFIGS, Places, main, shown
+
+# `python -m NAME` finds these in the current folder before the real packages.
+STAGE = """
+import json, os, signal, sys, time
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps([NAME, *sys.argv[1:]]) + "\\n")
+if sys.argv[1] == os.environ.get("FAIL_AT"):
+    sys.exit(int(os.environ["FAIL_WITH"]))
+if sys.argv[1] == os.environ.get("HANG_AT"):
+    got = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: got.append(number))
+    open("hanging", "w").close()
+    while not got:
+        time.sleep(0.01)
+    time.sleep(0.5)  # saving
+    open("signals", "w").write(" ".join(str(int(number)) for number in got))
+    sys.exit(75)
+"""
+DEMO = "import sys; from pretrain.demo import main; sys.exit(main(work='w', steps=20))"
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """A folder with stand-ins for every stage; returns a reader of the calls made."""
+    for name in ("data_prep", "pretrain"):
+        (tmp_path / f"{name}.py").write_text(f"NAME = {name!r}" + STAGE)
+    (tmp_path / "xlstm_mcore").mkdir()
+    (tmp_path / "xlstm_mcore" / "__init__.py").write_text("")
+    (tmp_path / "xlstm_mcore" / "convert.py").write_text("NAME = 'xlstm_mcore.convert'" + STAGE)
+    monkeypatch.chdir(tmp_path)
+    for name in ("FAIL_AT", "FAIL_WITH", "HANG_AT", "PYTHONSAFEPATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    def calls():
+        import json
+
+        text = (tmp_path / "calls.jsonl").read_text() if Path("calls.jsonl").exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    return calls
+
+
+def test_all_stages_in_order(stages, capfd):
+    assert main(model="large", steps=200, work="runs/demo") == 0
+    names = [call[1] for call in stages()]
+    assert names == [
+        *["collect", "tokenizer", "build", "baselines", "launch"],
+        *["to-hf", "verify", "generate", "report"],
+    ]
+    out = capfd.readouterr().out
+    for call in stages():
+        assert f"$ {shown(call)}" in out, "what is printed is what runs"
+    launch = stages()[4]
+    assert "--run.steps" in launch
+    assert launch[launch.index("--run.dir") + 1] == "runs/demo/large"
+    assert launch[launch.index("--data.path") + 1] == "runs/demo/data-stdlib/shards"
+    assert "--schedule.warmup_steps" not in launch
+
+
+def test_classic_says_that_there_is_no_export_yet(stages, capfd):
+    assert main(model="classic", steps=5, work="w") == 0
+    names = [call[1] for call in stages()]
+    assert "to-hf" not in names
+    assert "verify" not in names
+    assert names[-2:] == ["generate", "report"]
+    assert "comes with a later release" in capfd.readouterr().out
+    launch = stages()[4]
+    assert launch[launch.index("--schedule.warmup_steps") + 1] == "2"
+
+
+def test_the_launch_command_is_a_valid_one():
+    from pretrain.config import load_config, split_overrides
+
+    places = Places.of(Path("w"), "large", None)
+    for model in CONFIGS:
+        for steps in (1, 5, 200):
+            words = demo.train_command(places, model, steps, 2)
+            (*_, path, flag, nproc), overrides = split_overrides(words)
+            assert (flag, nproc) == ("--nproc", "2")
+            assert load_config(path, overrides).run.steps == steps
+
+
+def test_own_data_get_their_own_folders(stages):
+    assert main(steps=5, work="w", data="texts/*.txt") == 0
+    collect = stages()[0]
+    assert collect[collect.index("--input") + 1] == "texts/*.txt"
+    own, other = (Places.of(Path("w"), "large", data) for data in ("texts/*.txt", "more"))
+    standard = Places.of(Path("w"), "large", None)
+    assert len({own.data, other.data, standard.data}) == 3
+    assert len({own.run, other.run, standard.run}) == 3
+    assert standard.data == Path("w/data-stdlib")
+    assert Places.of(Path("w"), "classic", None).data == standard.data, "both models share data"
+
+
+@pytest.mark.parametrize(("stage", "code"), [("collect", 2), ("launch", 75), ("to-hf", 1)])
+def test_the_exit_code_of_a_stage_ends_the_demo(stages, monkeypatch, stage, code):
+    monkeypatch.setenv("FAIL_AT", stage)
+    monkeypatch.setenv("FAIL_WITH", str(code))
+    assert main(steps=5, work="w") == code
+    assert stages()[-1][1] == stage
+
+
+@pytest.mark.parametrize(
+    "keys", [{"steps": 0}, {"nproc": 0}, {"data": "  "}], ids=["steps", "nproc", "data"]
+)
+def test_bad_arguments(stages, keys):
+    from pretrain.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(work="w", **keys)
+    assert stages() == []
+
+
+def wait_for(path: str) -> None:
+    limit = time.monotonic() + 20
+    while not Path(path).exists():
+        assert time.monotonic() < limit, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", ["collect", "launch"])
+def test_a_signal_to_the_demo_alone_reaches_the_stage(stages, monkeypatch, number, stage):
+    monkeypatch.setenv("HANG_AT", stage)
+    # -P: the demo itself comes from the real package, its stages from this folder.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", DEMO],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # no terminal that would signal the stage itself
+    )
+    wait_for("hanging")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert Path("signals").read_text() == str(int(number))
+    assert "the same command continues" in out
+    assert stages()[-1][1] == stage
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_stage_once(stages, monkeypatch):
+    monkeypatch.setenv("HANG_AT", "launch")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-P", "-c", DEMO])
+    wait_for("hanging")
+    os.write(terminal, b"\x03")
+    text = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            text += chunk
+    except OSError:
+        pass  # the other end is closed
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert Path("signals").read_text() == str(int(signal.SIGINT))
+    assert b"Traceback" not in text

@@ -1,0 +1,302 @@
+"""Local workers: exit codes, output, signals as a terminal and as `kill` send them.
+
+The workers are small scripts without torch, so that each case takes about a second.
+"""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import launch
+from pretrain.config import ConfigError, config_from_dict
+from pretrain.launch import run_workers, worker_environment
+from pretrain.signals import REPEAT_WINDOW_S, STOPPING
+
+PRELUDE = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+from pathlib import Path
+"""
+
+# A worker as the trainer is one: it takes a while to save, then says so and exits with 75.
+TRAINER = """
+from pretrain.signals import StopSignal
+with StopSignal(announce=rank == 0) as stop:
+    print("ready", flush=True)
+    Path(sys.argv[1], f"ready{rank}").touch()
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(float(sys.argv[2]))
+    Path(sys.argv[1], f"saved{rank}").touch()
+sys.exit(75)
+"""
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from pretrain.launch import run_workers
+command, folder = sys.argv[1:-1], Path(sys.argv[-1])
+code = run_workers([sys.executable, *command], 2, folder / "logs")
+print("launcher returns", code, flush=True)
+sys.exit(code)
+"""
+
+
+def script(folder: Path, body: str) -> Path:
+    path = folder / "worker.py"
+    path.write_text(PRELUDE + body)
+    return path
+
+
+def run(folder: Path, body: str, nproc: int = 2) -> int:
+    return run_workers([sys.executable, str(script(folder, body))], nproc, folder / "logs")
+
+
+def launcher(folder: Path, saving: float) -> list[str]:
+    """Command line of a process that launches two trainers."""
+    worker = script(folder, TRAINER)
+    words = [sys.executable, "-c", LAUNCHER, str(worker), str(folder), str(saving), str(folder)]
+    return words
+
+
+def wait_for(*paths: Path, seconds: float = 10) -> None:
+    limit = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < limit, f"{paths} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("pass", 0),
+        ("sys.exit(75)", 75),
+        ("sys.exit(75 if rank else 0)", 75),
+        ("sys.exit(2)", 2),
+        ("raise RuntimeError('a bug')", 1),
+        ("sys.exit(9)", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1),
+        ("sys.exit(1 if rank else 75)", 1),
+    ],
+)
+def test_exit_codes(tmp_path, body, code):
+    assert run(tmp_path, body) == code
+
+
+def test_refused_input_outranks_the_error_it_causes_elsewhere(tmp_path):
+    assert (
+        run(tmp_path, "time.sleep(0 if rank == 0 else 0.3); sys.exit(1 if rank == 0 else 2)") == 2
+    )
+
+
+def test_only_rank_0_prints(tmp_path, capfd):
+    assert run(tmp_path, "print('hello from', rank, flush=True)", nproc=3) == 0
+    out, err = capfd.readouterr()
+    assert out == "hello from 0\n"
+    assert err == ""
+    assert (tmp_path / "logs" / "rank_2.log").read_text() == "hello from 2\n"
+
+
+def test_an_error_of_another_rank_is_shown_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.3)
+    body = "sys.exit(print('error: shard 7 is damaged', file=sys.stderr) or 2) if rank else None\n"
+    assert run(tmp_path, body + "time.sleep(60)") == 2
+    text = "".join(capfd.readouterr())
+    assert text.count("error: shard 7 is damaged") == 1
+    assert "rank 1 ended with exit code 2" in text
+
+
+def test_the_same_refusal_of_all_ranks_is_shown_once(tmp_path, capfd):
+    assert run(tmp_path, "print('error: bad data', file=sys.stderr); sys.exit(2)") == 2
+    text = "".join(capfd.readouterr())
+    assert text == "error: bad data\n"
+
+
+def test_a_killed_worker_is_named_with_a_likely_cause(tmp_path, capfd):
+    assert run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else None") == 1
+    assert "rank 0 was killed by SIGKILL (often the machine ran out of memory" in "".join(
+        capfd.readouterr()
+    )
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_dead_worker_takes_the_others_along(tmp_path, monkeypatch, deaf):
+    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.3)
+    monkeypatch.setattr(launch, "TERMINATE_GRACE_S", 0.3)
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if deaf else ""
+    body = ignore + "sys.exit(1) if rank else time.sleep(60)"
+    started = time.monotonic()
+    assert run(tmp_path, body) == 1
+    assert time.monotonic() - started < 5
+
+
+def test_the_shipped_grace_is_seconds():
+    assert launch.FAILURE_GRACE_S + launch.TERMINATE_GRACE_S < 15
+    assert launch.STOP_LIMIT_S >= 600, "a checkpoint of a large model must fit"
+
+
+def test_a_worker_that_outlives_the_stop_is_ended(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(launch, "STOP_LIMIT_S", 0.3)
+    assert run(tmp_path, "time.sleep(60) if rank else sys.exit(75)") == 1
+    assert "ranks [1] still ran" in "".join(capfd.readouterr())
+
+
+def test_environment_is_torchruns(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
+    environment = worker_environment(1, 2, 4000)
+    assert environment["RANK"] == environment["LOCAL_RANK"] == "1"
+    assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "2"
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "4000")
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert worker_environment(0, 16, 4000)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert worker_environment(0, 2, 4000)["OMP_NUM_THREADS"] == "5"
+
+
+class Terminal:
+    """A command under a pseudo-terminal, where Ctrl-C reaches the whole foreground group."""
+
+    def __init__(self, command: list[str]):
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execv(command[0], command)
+        self.text = ""
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._fd, b"\x03")
+
+    def finish(self, seconds: float = 20) -> int:
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if not select.select([self._fd], [], [], 0.1)[0]:
+                continue
+            try:
+                self.text += os.read(self._fd, 65536).decode()
+            except OSError:  # the other end is closed
+                return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {seconds} s: {self.text}")
+
+
+def test_ctrl_c_at_a_terminal_saves_on_all_ranks(tmp_path):
+    terminal = Terminal(launcher(tmp_path, saving=REPEAT_WINDOW_S + 0.5))
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    terminal.press_ctrl_c()
+    assert terminal.finish() == 75
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+    assert terminal.text.count(STOPPING) == 1
+    assert "Traceback" not in terminal.text
+    assert "Traceback" not in (tmp_path / "logs" / "rank_1.log").read_text()
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path):
+    terminal = Terminal(launcher(tmp_path, saving=60))
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    terminal.press_ctrl_c()
+    time.sleep(REPEAT_WINDOW_S + 0.3)
+    started = time.monotonic()
+    terminal.press_ctrl_c()
+    assert terminal.finish() == 130
+    assert time.monotonic() - started < 3
+    assert not (tmp_path / "saved0").exists()
+    assert "Traceback" not in terminal.text
+
+
+def test_a_second_ctrl_c_ends_workers_that_cannot_hear_it(tmp_path, monkeypatch):
+    """As one that waits in a collective: no Python handler runs there."""
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nPath(sys.argv[1], f'ready{rank}').touch()"
+    worker = script(tmp_path, deaf + "\ntime.sleep(60)")
+    short = LAUNCHER.replace(
+        "import sys", "import sys, pretrain.launch as l; l.INTERRUPT_GRACE_S = 0.3", 1
+    )
+    command = [sys.executable, "-c", short, str(worker), str(tmp_path), str(tmp_path)]
+    terminal = Terminal(command)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    terminal.press_ctrl_c()
+    time.sleep(REPEAT_WINDOW_S + 0.3)
+    terminal.press_ctrl_c()
+    assert terminal.finish() == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_launcher_alone_reaches_the_workers(tmp_path, number):
+    process = subprocess.Popen(launcher(tmp_path, saving=0.2), stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 75
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+
+
+def test_a_signal_to_the_whole_group_is_one_request(tmp_path):
+    """As a batch system signals every process of a step."""
+    process = subprocess.Popen(
+        launcher(tmp_path, saving=1), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=10) == 75
+    assert (tmp_path / "saved1").exists()
+
+
+def test_workers_stopped_before_they_listen_count_as_resumable(tmp_path):
+    body = "Path(sys.argv[1], f'ready{rank}').touch()\ntime.sleep(60)"
+    worker = script(tmp_path, body)
+    command = [sys.executable, "-c", LAUNCHER, str(worker), str(tmp_path), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+
+
+def test_workers_stop_when_the_launcher_is_killed(tmp_path):
+    process = subprocess.Popen(launcher(tmp_path, saving=0.1), stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "saved0", tmp_path / "saved1")
+
+
+def run_config(folder: Path, **data):
+    return config_from_dict(
+        {
+            "run": {"dir": str(folder / "run"), "steps": 1},
+            "model": {"pattern": "M", "hidden_size": 64, "num_heads": 2, "vocab_size": 64},
+            "data": {"path": str(folder), "seq_len": 8, "global_batch": 2, "micro_batch": 1} | data,
+            "layout": {"tensor": 2},
+        }
+    )
+
+
+def test_launch_refuses_before_any_process_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "run_workers", lambda *args: pytest.fail("started workers"))
+    with pytest.raises(ConfigError, match="3 processes cannot hold"):
+        launch.launch("run.yaml", run_config(tmp_path), 3)
+    with pytest.raises(ConfigError, match=r"data.path=.*nowhere.* is no folder"):
+        launch.launch("run.yaml", run_config(tmp_path, path=str(tmp_path / "nowhere")), 2)
+
+
+def test_launch_starts_one_replica_and_passes_the_overrides_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_workers", lambda *args: seen.append(args) or 75)
+    assert launch.launch("run.yaml", run_config(tmp_path), None, ["--run.steps", "1"]) == 75
+    command, nproc, logs = seen[0]
+    assert command[1:] == ["-m", "pretrain", "train", "run.yaml", "--run.steps", "1"]
+    assert nproc == 2
+    assert logs == tmp_path / "run" / "logs"
+
+
+def test_an_unwritable_run_folder_is_refused(tmp_path):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=re.escape("choose another run.dir")):
+        run(tmp_path, "time.sleep(60)")

@@ -1,0 +1,122 @@
+"""metrics.jsonl, TensorBoard events, progress and the plot."""
+
+import io
+import json
+
+import pytest
+
+from pretrain.metrics import MetricLogger, describe, plot_loss, read_metrics
+
+
+def run(folder, first, last, loss=1.0, **keys):
+    stream = io.StringIO()
+    with MetricLogger(
+        folder, total_steps=10, start_step=first, stream=stream, **{"tensorboard": False} | keys
+    ) as metrics:
+        for step in range(first + 1, last + 1):
+            metrics.advance(step)
+            metrics.log(step, {"tokens": step * 4, "loss": loss, "lr": 1e-3})
+    return stream.getvalue()
+
+
+def test_lines_are_flushed_json_with_each_step_once(tmp_path):
+    with MetricLogger(
+        tmp_path / "run", total_steps=3, tensorboard=False, stream=io.StringIO()
+    ) as metrics:
+        metrics.log(1, {"loss": 2.0})
+        metrics.log(2, {"loss": 1.5, "grad_norm": float("nan")})
+        metrics.log(2, {"valid_loss": 1.7})
+        written = (tmp_path / "run" / "metrics.jsonl").read_text()  # before it is closed
+        metrics.log(3, {"loss": 1.0})
+    assert [json.loads(line) for line in written.splitlines()] == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.5, "grad_norm": None, "valid_loss": 1.7},
+    ]
+    steps = [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [1, 2, 3]
+
+
+def test_resuming_drops_what_lies_beyond(tmp_path):
+    run(tmp_path, 0, 6, loss=5.0)
+    run(tmp_path, 4, 7, loss=3.0)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["loss"]) for r in records] == [
+        (1, 5.0),
+        (2, 5.0),
+        (3, 5.0),
+        (4, 5.0),
+        (5, 3.0),
+        (6, 3.0),
+        (7, 3.0),
+    ]
+
+
+def test_a_torn_last_line_is_forgotten(tmp_path):
+    run(tmp_path, 0, 3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    run(tmp_path, 3, 4)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_log_file_gets_plain_lines(tmp_path):
+    text = run(tmp_path, 0, 2)
+    assert text.count("\n") == 2
+    assert "step 2/10  loss 1.000  lr 1.00e-03" in text
+    assert "\r" not in text
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with MetricLogger(tmp_path, total_steps=4, tensorboard=False, stream=stream) as metrics:
+        for step in range(1, 5):
+            metrics.advance(step)
+        metrics.log(4, {"loss": 1.25, "valid_loss": 1.5})
+        metrics.message("saved")
+    assert "4/4" in stream.getvalue()
+    assert "loss 1.250" in stream.getvalue()
+    assert "saved\n" in stream.getvalue()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    text = run(tmp_path / "run", 0, 3, enabled=False)
+    assert text == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_events_of_a_resumed_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, 0, 5, loss=5.0, tensorboard=True)
+    run(tmp_path, 3, 6, loss=3.0, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert points == [(1, 5.0), (2, 5.0), (3, 5.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+
+
+def test_describe_is_short():
+    text = describe({"step": 3, "tokens": 9, "loss": 4.0, "lr": 1e-3, "tokens_per_second": 2500.0})
+    assert text == "loss 4.000  lr 1.00e-03  tokens/s 2,500"
+
+
+def test_plot_draws_losses_and_baselines(tmp_path):
+    with MetricLogger(tmp_path, total_steps=9, tensorboard=False, stream=io.StringIO()) as metrics:
+        for step in range(1, 10):
+            metrics.log(step, {"loss": 9.0 - step})
+        metrics.log(9, {"valid_loss": 0.5})
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "bare.png")
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"unigram": 6.4, "bigram": 5.3})
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes() != (tmp_path / "bare.png").read_bytes()
+
+
+def test_plot_of_nothing_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
+    with pytest.raises(ValueError, match="no loss to draw"):
+        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

@@ -1,0 +1,97 @@
+"""The learning rate at its corners."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from pretrain.schedule import learning_rate, make_schedule
+
+PEAK, STEPS = 2.0, 100
+
+
+def lr(step, **keys):
+    settings = {
+        "name": "cosine",
+        "warmup_steps": 10,
+        "decay_steps": None,
+        "cooldown_steps": 0,
+        "min_lr_ratio": 0.1,
+    }
+    return learning_rate(step, peak=PEAK, schedule=SimpleNamespace(**settings | keys), steps=STEPS)
+
+
+NAMES = ["constant", "linear", "cosine", "exponential"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_warmup_starts_above_zero_and_reaches_the_peak(name):
+    assert lr(0, name=name) == pytest.approx(PEAK / 10)
+    assert lr(9, name=name) == pytest.approx(PEAK)
+    assert lr(10, name=name) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_warmup_starts_at_the_peak(name):
+    assert lr(0, name=name, warmup_steps=0) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("constant", 1.0),
+        ("linear", 0.55),
+        ("cosine", 0.55),
+        ("exponential", math.sqrt(0.1)),
+    ],
+)
+def test_half_way_and_end(name, half):
+    assert lr(55, name=name) == pytest.approx(PEAK * half)
+    assert lr(STEPS, name=name) == pytest.approx(PEAK * (1.0 if name == "constant" else 0.1))
+
+
+def test_cosine_is_no_line():
+    quarter = lr(10 + 90 // 4, name="cosine")
+    assert quarter > lr(10 + 90 // 4, name="linear")
+
+
+def test_after_decay_steps_cosine_rests_and_exponential_falls_on():
+    assert lr(40, decay_steps=20) == pytest.approx(PEAK * 0.1)
+    assert lr(50, name="linear", decay_steps=20) == pytest.approx(PEAK * 0.1)
+    assert lr(50, name="exponential", decay_steps=20) == pytest.approx(PEAK * 0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cooldown_is_linear_to_zero(name):
+    before = lr(80, name=name, cooldown_steps=20)
+    assert before == pytest.approx(PEAK * (1.0 if name == "constant" else 0.1))
+    assert lr(90, name=name, cooldown_steps=20) == pytest.approx(before / 2)
+    assert lr(99, name=name, cooldown_steps=20) == pytest.approx(before / 20)
+    assert lr(100, name=name, cooldown_steps=20) == 0
+    assert lr(150, name=name, cooldown_steps=20) == 0
+
+
+def test_the_7b_schedule():
+    """Warmup 3K, a tenth at 500K, further down to 543K, linear to 0 at 550K."""
+    schedule = SimpleNamespace(
+        name="exponential",
+        warmup_steps=3000,
+        decay_steps=497_000,
+        cooldown_steps=7000,
+        min_lr_ratio=0.1,
+    )
+    at = make_schedule(5e-4, schedule, 550_000)
+    assert at(2999) == pytest.approx(5e-4)
+    assert at(500_000) == pytest.approx(5e-5)
+    assert at(543_000) == pytest.approx(5e-4 * 0.1 ** (540 / 497))
+    assert at(546_500) == pytest.approx(at(543_000) / 2)
+
+
+def test_warmup_of_the_whole_run_with_cooldown_of_nothing():
+    assert lr(99, warmup_steps=100) == pytest.approx(PEAK)
+    assert lr(100, warmup_steps=100) > 0
+
+
+def test_unknown_name_is_a_bug():
+    with pytest.raises(AssertionError):
+        lr(20, name="sine")
