@@ -10,3 +10,5 @@ warnings.filterwarnings("ignore", message="Apex is not installed")
 warnings.filterwarnings("ignore", message=".*environment variable .*DEVICE_MAX_CONNECTIONS")
 # Its DistributedOptimizer updates views of the parameters, whose .grad it sets itself.
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+# torch 2.13 renames collectives that megatron-core calls by the old name.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")

@@ -84,5 +84,5 @@ class XLSTMConfig(TransformerConfig):
         return self._round_up(self.hidden_size * self.slstm_ffn_dim_factor)
 
     def _round_up(self, width: float) -> int:
-        # round() first: 1.3 * 2560 is 3328.0000000000005 in floating point, not 3392
+        # round() first: 1.1 * 3200 is 3520.0000000000005 in floating point, not 3584
         return ceil(round(width, 6) / self.round_up_to) * self.round_up_to

@@ -103,11 +103,13 @@ def test_killed_process_then_rerun_is_bit_equal(tmp_path, tokenizer_dir, number)
     assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
 
 
-def test_deleted_shard_alone_is_made_again(build_flags, shards, tmp_path):
+def test_deleted_or_truncated_shard_alone_is_made_again(build_flags, shards, tmp_path):
     out = shutil.copytree(shards, tmp_path / "out")
-    first, *others = sorted(out.rglob("*.tar"))
+    first, second, third, *others = sorted(out.rglob("*.tar"))
     stamps = [path.stat().st_mtime_ns for path in others]
     first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    third.with_suffix(".idx.npz").unlink()
     assert run("build", *build_flags, "--out", out) == 0
     assert [path.stat().st_mtime_ns for path in others] == stamps
     assert tree_bytes(out) == tree_bytes(shards)

@@ -281,7 +281,7 @@ def test_a_full_disk_at_every_flush_leaves_the_previous_one(tmp_path, monkeypatc
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(fd), real(fd)))
     good = save(tmp_path, step=1)
-    assert len(calls) >= 4  # data, metadata, manifest, folder
+    assert len(calls) == 6  # data, metadata, folder, manifest, folder, its parent
     for fail_at in range(len(calls)):
         left = iter(range(fail_at + 1))
 

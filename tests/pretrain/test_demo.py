@@ -25,7 +25,8 @@ if sys.argv[1] == os.environ.get("HANG_AT"):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: got.append(number))
     open("hanging", "w").close()
-    while not got:
+    limit = time.monotonic() + 30  # a failing test leaves nothing behind for long
+    while not got and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(0.5)  # saving
     open("signals", "w").write(" ".join(str(int(number)) for number in got))
@@ -169,3 +170,33 @@ def test_ctrl_c_at_a_terminal_reaches_the_stage_once(stages, monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
     assert Path("signals").read_text() == str(int(signal.SIGINT))
     assert b"Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("number", "foreground", "sent"),
+    [
+        (signal.SIGINT, True, []),  # the terminal tells the stage itself
+        (signal.SIGINT, False, [signal.SIGINT]),
+        (signal.SIGTERM, True, [signal.SIGTERM]),
+    ],
+)
+def test_only_what_the_stage_has_not_got_is_passed_on(monkeypatch, number, foreground, sent):
+    class Child:
+        returncode = None
+        got: list[int]
+
+        def send_signal(self, number):
+            self.got.append(number)
+
+    child = Child()
+    child.got = []
+    monkeypatch.setattr(demo, "_in_foreground", lambda: foreground)
+    demo.Runner(_child=child)._handle(number, None)
+    assert child.got == sent
+
+
+def test_a_stop_in_the_last_moment_of_a_stage_starts_no_other(stages):
+    with demo.Runner() as runner:
+        runner.stopped_by = signal.SIGTERM
+        assert demo.run_all(runner, [["data_prep", "collect"]]) == 75
+    assert stages() == []

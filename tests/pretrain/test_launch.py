@@ -32,7 +32,8 @@ from pretrain.signals import StopSignal
 with StopSignal(announce=rank == 0) as stop:
     print("ready", flush=True)
     Path(sys.argv[1], f"ready{rank}").touch()
-    while not stop.requested:
+    limit = time.monotonic() + 30  # a failing test leaves nothing behind for long
+    while not stop.requested and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(float(sys.argv[2]))
     Path(sys.argv[1], f"saved{rank}").touch()
@@ -174,6 +175,9 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         os.write(self._fd, b"\x03")
 
+    def close(self) -> None:
+        os.close(self._fd)
+
     def finish(self, seconds: float = 20) -> int:
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
@@ -197,6 +201,13 @@ def test_ctrl_c_at_a_terminal_saves_on_all_ranks(tmp_path):
     assert terminal.text.count(STOPPING) == 1
     assert "Traceback" not in terminal.text
     assert "Traceback" not in (tmp_path / "logs" / "rank_1.log").read_text()
+
+
+def test_closing_the_terminal_saves_on_all_ranks(tmp_path):
+    terminal = Terminal(launcher(tmp_path, saving=0.2))
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    terminal.close()
+    wait_for(tmp_path / "saved0", tmp_path / "saved1")
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path):

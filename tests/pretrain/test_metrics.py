@@ -78,9 +78,26 @@ def test_a_terminal_gets_a_bar(tmp_path):
             metrics.advance(step)
         metrics.log(4, {"loss": 1.25, "valid_loss": 1.5})
         metrics.message("saved")
-    assert "4/4" in stream.getvalue()
+    assert "step 4/4" in stream.getvalue()
     assert "loss 1.250" in stream.getvalue()
     assert "saved\n" in stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_closed_terminal_does_not_end_the_run(tmp_path, terminal):
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    Gone.flush = lambda self: self.write("")
+    with MetricLogger(tmp_path, total_steps=2, tensorboard=False, stream=Gone()) as metrics:
+        metrics.advance(1)
+        metrics.log(1, {"loss": 1.0, "valid_loss": 1.0})
+        metrics.message("saved")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_other_ranks_write_nothing(tmp_path):

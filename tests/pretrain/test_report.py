@@ -1,6 +1,8 @@
 """The summary of a run, finished and not."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,3 +148,12 @@ def test_bad_input_is_the_users_to_fix(tmp_path, make_run):
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="has none of unigram"):
         report.main(folder, tmp_path / "other.json")
+
+
+def test_programs_are_named_so_that_they_can_be_typed(monkeypatch):
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin")
+    assert report.program("python") == "python"
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(folder.parent)
+    assert report.program("python") == "bin/python"

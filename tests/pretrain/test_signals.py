@@ -10,14 +10,15 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.signals import REPEAT_WINDOW_S, STOPPING, StopSignal
+from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS, STOPPING, StopSignal
 
 LOOP = """
 import sys, time
 from pretrain.signals import StopSignal
 with StopSignal() as stop:
     print("ready", flush=True)
-    while not stop.requested:
+    limit = time.monotonic() + 30  # a failing test leaves nothing behind for long
+    while not stop.requested and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep({saving})
 sys.exit(75)
@@ -35,7 +36,7 @@ def start(saving: float = 0.0) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_lets_the_step_end(number):
     process = start()
     process.send_signal(number)
@@ -79,6 +80,16 @@ def test_ctrl_c_after_sigterm_is_a_first_press():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 75
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(announce=False) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_come_back_and_quiet_ranks_are_quiet(capfd):

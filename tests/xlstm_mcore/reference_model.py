@@ -6,6 +6,7 @@ cells are the step recurrences of ``xlstm_kernels``, their specification.
 
 import torch
 import torch.nn.functional as F
+
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.slstm.reference import slstm_recurrence
 

@@ -74,10 +74,12 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
 
     assert (got - want).abs().max() < 2e-5 * want.abs().max()
     gradients = canonical(model, lambda p: p.grad)
+    largest = max(t.grad.abs().max() for t in weights.values())
     for key, reference in weights.items():
         scale = reference.grad.abs().max()
         error = (gradients[key] - reference.grad).abs().max()
-        assert error <= 2e-4 * scale + 1e-7, f"{key}: {error:.1e} of {scale:.1e}"
+        # what is almost zero, such as k's gradient at a first token, is a difference of large terms
+        assert error <= 2e-4 * scale + 1e-6 * largest, f"{key}: {error:.1e} of {scale:.1e}"
 
 
 @pytest.mark.parametrize("name", ["7b", "classic-m", "classic-s", "mixed"])

@@ -1,0 +1,260 @@
+"""The command line ``xlstm-data``: collect, tokenizer, build, verify, inspect, baselines.
+
+Exit codes: 0 done, 2 bad input or settings (one message on stderr), 75 interrupted by a signal
+(run again to continue), 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import yaml
+from pydantic import ValidationError
+
+from data_prep.baselines import baselines
+from data_prep.build import BuildConfig, build
+from data_prep.collect import collect
+from data_prep.errors import Interrupted, PrepError
+from data_prep.inspection import describe, show_row
+from data_prep.progress import say
+from data_prep.shards import ShardFormatError
+from data_prep.tokenizer import train_tokenizer
+from data_prep.verify import verify
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 75
+
+
+@dataclass(kw_only=True)
+class Collect:
+    """Gather documents into OUT/corpus.jsonl.zst with a note of origin and licence."""
+
+    out: Path
+    """Folder for the corpus."""
+    input: list[str] = field(default_factory=list)
+    """Files, folders or quoted globs; none: the Python standard library's sources."""
+    min_mb: float = 8.0
+    """Refuse a corpus with less text than this, in megabytes."""
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet) of the text."""
+
+    def run(self) -> None:
+        """Do it."""
+        collect(self.out, self.input, min_mb=self.min_mb, text_field=self.text_field)
+
+
+@dataclass(kw_only=True)
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer: byte fallback, text kept as it is."""
+
+    input: list[str]
+    """Files, folders or quoted globs: jsonl, parquet, text; also .gz and .zst."""
+    out: Path
+    """Folder for tokenizer.model."""
+    vocab_size: int = 8192
+    """Number of pieces, with bytes and special symbols."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Algorithm; unigram trains about 15 times longer and encodes about 4 times faster."""
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet) of the text."""
+    sample_mb: float = 200.0
+    """Train on a sample of at most this much text, in megabytes."""
+
+    def run(self) -> None:
+        """Do it."""
+        if self.vocab_size < 1 or self.sample_mb <= 0:
+            raise PrepError(
+                f"--vocab-size {self.vocab_size}, --sample-mb {self.sample_mb}: must be positive"
+            )
+        train_tokenizer(
+            self.input,
+            self.out,
+            vocab_size=self.vocab_size,
+            model_type=self.model_type,
+            text_field=self.text_field,
+            sample_mb=self.sample_mb,
+        )
+
+
+@dataclass
+class Verify:
+    """Check a folder of shards against its manifest."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of shards."""
+    full: bool = False
+    """Read and hash every byte."""
+
+    def run(self) -> None:
+        """Do it."""
+        verify(self.out, full=self.full)
+
+
+@dataclass
+class Inspect:
+    """Show what a folder of shards holds, or one row as text with its documents marked."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of shards."""
+    row: int | None = None
+    """Row to show, from 0."""
+    split: Literal["train", "valid"] = "train"
+    """Split of the row."""
+
+    def run(self) -> None:
+        """Do it."""
+        say(describe(self.out) if self.row is None else show_row(self.out, self.row, self.split))
+
+
+@dataclass
+class Entropies:
+    """Entropies of the validation tokens under unigram and bigram models of the train split."""
+
+    out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="shards")]
+    """Folder of shards."""
+    out: Path | None = None
+    """Where the JSON goes; default: baselines.json in the folder of shards."""
+
+    def run(self) -> None:
+        """Do it."""
+        baselines(self.out_dir, self.out)
+
+
+_COMMANDS = {
+    "collect": Collect,
+    "tokenizer": TrainTokenizer,
+    "build": BuildConfig,
+    "verify": Verify,
+    "inspect": Inspect,
+    "baselines": Entropies,
+}
+_ALIASES = {"tokenize": "tokenizer"}
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = ["usage: xlstm-data COMMAND ...    (xlstm-data COMMAND --help for its options)", ""]
+    for name, command in _COMMANDS.items():
+        text = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key value ...]"
+        text = text if command is BuildConfig else command.__doc__.splitlines()[0]
+        lines.append(f"  {name:{width}}  {text}")
+    return "\n".join(lines)
+
+
+def _build_config(arguments: list[str], prog: str) -> BuildConfig:
+    """Settings from ``[prep.yaml] [--key value ...]``; flags win over the file."""
+    values = {}
+    if arguments and not arguments[0].startswith("-"):
+        values = _read_yaml(Path(arguments[0]))
+        arguments = arguments[1:]
+    description = (
+        "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
+        "file are the flags below, and flags win."
+    )
+    flags = _build_flags(values)
+    parsed = tyro.cli(flags, args=arguments, prog=prog, description=description)
+    return BuildConfig.model_validate(vars(parsed))
+
+
+def _build_flags(values: dict) -> type:
+    """The fields of BuildConfig as a plain dataclass with ``values`` as defaults.
+
+    The command line fills it without pydantic, whose errors would come out in the parser's words;
+    the values are validated together afterwards.
+
+    Raises:
+        PrepError: some of ``values`` are wrong (missing ones may come as flags).
+    """
+    try:
+        BuildConfig.model_validate(values)
+    except ValidationError as error:
+        if given := [item for item in error.errors() if item["type"] != "missing"]:
+            raise PrepError(_explain(given)) from None
+    if isinstance(values.get("input"), str):
+        values = {**values, "input": [values["input"]]}
+    members = []
+    for name, info in BuildConfig.model_fields.items():
+        kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]
+        default = values.get(name, tyro.MISSING if info.is_required() else info.default)
+        members.append((name, kind, field(default_factory=lambda value=default: value)))
+    return make_dataclass("BuildFlags", members, kw_only=True)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise PrepError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PrepError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise PrepError(f"{path}: must hold keys and values, such as `seq_len: 256`")
+    return values
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    prog = f"xlstm-data {name}"
+    if name == "build":
+        build(_build_config(arguments, prog))
+    else:
+        tyro.cli(_COMMANDS[name], args=arguments, prog=prog).run()
+
+
+def _explain(errors: list) -> str:
+    """All errors of a configuration (pydantic's error items) in one message."""
+    parts = []
+    for item in errors:
+        key = str(item["loc"][0]) if item["loc"] else "settings"
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(BuildConfig.model_fields)
+            parts.append(f"{key} is not a setting; use one of {known}")
+        else:
+            rule = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{key}={item['input']!r}: {rule[:1].lower()}{rule[1:]}")
+    return "; ".join(parts)
+
+
+def _interrupt(number, frame):
+    raise Interrupted
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else EXIT_BAD_INPUT
+    name = _ALIASES.get(arguments[0], arguments[0])
+    if name not in _COMMANDS:
+        print(
+            f"xlstm-data: unknown command {name!r}; use one of {', '.join(_COMMANDS)}",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _run(name, arguments[1:])
+    except (PrepError, ShardFormatError) as error:
+        print(f"xlstm-data {name}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ValidationError as error:
+        print(f"xlstm-data {name}: {_explain(error.errors())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:  # disk full, no permission, a file in place of a folder
+        where = f": {error.filename}" if error.filename else ""
+        print(f"xlstm-data {name}: {os.strerror(error.errno or 0)}{where}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except (Interrupted, KeyboardInterrupt):
+        print(
+            f"xlstm-data {name}: interrupted; what is finished is kept, run it again to continue",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0

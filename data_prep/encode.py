@@ -1,0 +1,161 @@
+"""Second pass: one planned shard -> tokens -> rows -> tar. Each shard stands alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import PrepError
+from data_prep.pack import ConcatPacker
+from data_prep.parallel import Tick
+from data_prep.readers import Document, read_documents
+from data_prep.scan import ShardPlan, text_hash
+from data_prep.shards import (
+    ShardEntry,
+    ShardWriter,
+    default_block_rows,
+    index_path,
+    token_dtype,
+    write_atomic,
+)
+from data_prep.tokenizer import Tokenizer, cached_tokenizer
+
+_BATCH_BYTES = 1 << 18
+_ROUND_TRIPS = 32  # documents of each shard that are decoded again and compared
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """All that a worker needs for one shard."""
+
+    plan: ShardPlan
+    paths: list[Path]
+    text_field: str
+    tokenizer: str
+    tokenizer_sha256: str
+    out: Path
+    source: str
+    seq_len: int
+
+    @property
+    def tar(self) -> Path:
+        """Final path of the shard."""
+        return shard_path(self.out, self.source, self.plan)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its manifest entry, and figures for the report."""
+
+    entry: ShardEntry
+    histogram: list[int]
+    """Documents by floor(log2(tokens))."""
+    round_trips: int
+    lossy: int
+
+
+def shard_path(out: Path, source: str, plan: ShardPlan) -> Path:
+    """Where the tar of a planned shard lies."""
+    return out / source / plan.split / f"shard-{plan.number:08d}.tar"
+
+
+def record_path(out: Path, source: str, plan: ShardPlan) -> Path:
+    """Where the ledger notes that a shard is finished."""
+    return out / "_work" / "done" / f"{source}-{plan.split}-{plan.number:08d}.json"
+
+
+def load_record(out: Path, source: str, plan: ShardPlan) -> ShardRecord | None:
+    """The ledger's note on a shard; None unless its files are there with the noted size."""
+    tar = shard_path(out, source, plan)
+    try:
+        stored = json.loads(record_path(out, source, plan).read_bytes())
+        record = ShardRecord(ShardEntry(**stored.pop("entry")), **stored)
+        intact = tar.stat().st_size == record.entry.bytes and index_path(tar).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if intact else None
+
+
+def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
+    """Tokenize, pack and write one shard, then note it in the ledger."""
+    tokenizer = cached_tokenizer(task.tokenizer, task.tokenizer_sha256)
+    dtype = token_dtype(tokenizer.vocab_size)
+    packer = ConcatPacker(
+        task.seq_len,
+        default_block_rows(task.seq_len + 1, dtype),
+        dtype,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    histogram = np.zeros(40, np.int64)
+    checked = lossy = 0
+    with ShardWriter(task.tar) as writer:
+        for texts, size in _batches(task):
+            encoded = tokenizer.encode(texts)
+            if checked < _ROUND_TRIPS:
+                lossy += _count_lossy(tokenizer, texts, encoded, _ROUND_TRIPS - checked)
+                checked = min(_ROUND_TRIPS, checked + len(texts))
+            for ids in encoded:
+                histogram[(len(ids) + 2).bit_length() - 1] += 1
+                for block in packer.add(ids):
+                    writer.write(block)
+            tick(size)
+        for block in packer.finish():
+            writer.write(block)
+        written = writer.close()
+    entry = ShardEntry(
+        path=task.tar.relative_to(task.out).as_posix(),
+        index=index_path(task.tar).relative_to(task.out).as_posix(),
+        tokens=packer.tokens,
+        targets=packer.tokens - packer.docs,  # the first token of a document is nobody's target
+        pad_tokens=packer.pad_tokens,
+        docs=packer.docs,
+        bytes_in=task.plan.bytes_in,
+        **written,
+    )
+    record = ShardRecord(entry, histogram.tolist(), checked, lossy)
+    stored = {**record.__dict__, "entry": entry.model_dump()}
+    path = record_path(task.out, task.source, task.plan)
+    write_atomic(path, json.dumps(stored).encode() + b"\n")
+    return record
+
+
+def _count_lossy(tokenizer: Tokenizer, texts, encoded, limit: int) -> int:
+    pairs = list(zip(texts, encoded, strict=True))[:limit]
+    return sum(tokenizer.decode(ids) != text for text, ids in pairs)
+
+
+def _batches(task: EncodeTask) -> Iterator[tuple[list[str], int]]:
+    """The shard's texts in order, in batches of about 256 KB; each with its UTF-8 bytes.
+
+    Raises:
+        PrepError: a file no longer holds what the scan saw.
+    """
+    texts: list[str] = []
+    size = 0
+    for file, records, hashes in task.plan.parts:
+        path = task.paths[file]
+        expected = iter(zip(records.tolist(), hashes.tolist(), strict=True))
+        for item in read_documents(path, task.text_field, wanted=records):
+            record, digest = next(expected, (None, None))
+            data = item.text.encode("utf-8") if isinstance(item, Document) else b""
+            if record != item.record or tuple(digest) != text_hash(data):
+                raise _changed(path)
+            texts.append(item.text)
+            size += len(data)
+            if size >= _BATCH_BYTES:
+                yield texts, size
+                texts, size = [], 0
+        if next(expected, None) is not None:
+            raise _changed(path)
+    if texts:
+        yield texts, size
+
+
+def _changed(path: Path) -> PrepError:
+    return PrepError(f"{path} changed while the build was running; run the build again")

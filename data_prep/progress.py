@@ -1,0 +1,49 @@
+"""Progress of long jobs: a bar on a terminal, a plain line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_LOG_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """Print one line of the job's log (stdout, at once)."""
+    print(message, flush=True)
+
+
+class Progress:
+    """Counts bytes of text towards a total. Use as a context manager.
+
+    On a terminal a tqdm bar on stderr; otherwise ``say`` lines with rate and time left.
+    """
+
+    def __init__(self, title: str, total_bytes: int):
+        self.title, self.total, self.done = title, max(total_bytes, 1), 0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, leave=False)
+
+    def set(self, done: int) -> None:
+        """Report the bytes that are done so far."""
+        if self._bar is not None:
+            self._bar.update(done - self.done)
+        self.done = done
+        now = time.monotonic()
+        if self._bar is None and now - self._last >= _LOG_SECONDS:
+            self._last = now
+            rate = done / (now - self._start)
+            left = f", {(self.total - done) / rate:.0f} s left" if rate else ""
+            share = 100 * done / self.total
+            say(f"{self.title}: {share:.0f} % ({done / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left})")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,247 @@
+"""`xlstm-pretrain`, or `python -m pretrain`: the commands around a training run.
+
+Each command is thin: it reads its arguments and calls the module that does the work, imported
+only then, so that `check` and every error in a config answer without loading torch. `run` is the
+one place where an error becomes an exit code.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from pretrain.config import (
+    RunConfig,
+    check_world,
+    load_config,
+    override_option,
+    split_overrides,
+)
+from pretrain.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_SECOND_INTERRUPT,
+    ConfigError,
+    is_user_error,
+)
+
+OVERRIDES_HELP = (
+    "Every key of the run file can be given as an option, e.g. --optimizer.lr 3e-4 "
+    "--layout.tensor 2; COMMAND RUN.yaml --help lists them."
+)
+
+
+def _config_help(command: str, config_path: str | None, overrides: list[str]) -> None:
+    """Print every config option, with the file's values as defaults where a file is given."""
+    import tyro
+
+    prog = f"xlstm-pretrain {command} {config_path or 'RUN.yaml'}"
+    settings = {} if config_path is None else {"default": load_config(config_path, overrides)}
+    try:
+        tyro.cli(RunConfig, prog=prog, args=["--help"], description=OVERRIDES_HELP, **settings)
+    except SystemExit:
+        pass  # tyro leaves after its help
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="RUN.yaml", help="run file, see pretrain/configs/")
+    parser.epilog = OVERRIDES_HELP
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xlstm-pretrain", description="Pretrain xLSTM language models.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+
+    launch = add("launch", "check a run and train it with several processes on this machine")
+    _add_config(launch)
+    launch.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes to start (default: one replica, tensor x pipeline x context)",
+    )
+    _add_config(add("train", "train as one worker of torchrun or launch; alone for one process"))
+    check = add("check", "check a run file and print what it would train; starts nothing")
+    _add_config(check)
+    check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
+
+    show = add("show", "print what a checkpoint holds")
+    show.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder")
+
+    generate = add("generate", "continue a text with a trained model")
+    generate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be given several times (default: start a document)",
+    )
+    generate.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="tokens to add at most"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=50, metavar="K", help="sample among K tokens; 0 for all"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    generate.add_argument("--out", metavar="FILE", help="also write the text to this file")
+
+    evaluate = add("evaluate", "loss of a checkpoint on a validation split")
+    evaluate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
+    _add_config(evaluate)
+
+    report = add("report", "summary of a run: losses, speed, memory, where things lie")
+    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.add_argument(
+        "--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote"
+    )
+
+    demo = add("demo", "the whole pipeline, from text to a trained model and a summary")
+    demo.add_argument("--model", choices=("large", "classic"), default="large")
+    demo.add_argument("--steps", type=int, default=200, metavar="N")
+    demo.add_argument(
+        "--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)"
+    )
+    demo.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
+    demo.add_argument("--nproc", type=int, default=2, metavar="N")
+    return parser
+
+
+def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from pretrain.train import main
+
+    return main(config)
+
+
+def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    from pretrain.launch import launch
+
+    return launch(options.config, config, _positive_nproc(options), overrides)
+
+
+def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    from pretrain.config.describe import describe_run
+
+    nproc = _positive_nproc(options)
+    if nproc is not None:
+        check_world(config, nproc)
+    print(describe_run(config, nproc))
+    return EXIT_DONE
+
+
+def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    from pretrain.evaluate import main
+
+    return main(options.checkpoint, config)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from pretrain.checkpoint import show
+
+    print(show(options.checkpoint))
+    return EXIT_DONE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from pretrain.generate import main
+
+    return main(
+        options.checkpoint,
+        prompt=options.prompt or [""],
+        max_new_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+        out=options.out,
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pretrain.report import main
+
+    return main(options.run_dir, baselines=options.baselines)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pretrain.demo import main
+
+    return main(
+        model=options.model,
+        steps=options.steps,
+        data=options.data,
+        work=options.work,
+        nproc=options.nproc,
+    )
+
+
+# Commands that read a run file and take its keys as options, and the others.
+CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], int]] = {
+    "train": _train,
+    "launch": _launch,
+    "check": _check,
+    "evaluate": _evaluate,
+}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "show": _show,
+    "generate": _generate,
+    "report": _report,
+    "demo": _demo,
+}
+
+
+def _positive_nproc(options: argparse.Namespace) -> int | None:
+    if options.nproc is not None and options.nproc < 1:
+        raise ConfigError(f"--nproc={options.nproc} starts no process; use 1 or more")
+    return options.nproc
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    """Parse and run one command; errors travel up to `run`."""
+    words = list(argv)
+    parser = _build_parser()
+    if not words or words[0] not in CONFIG_COMMANDS:
+        options = parser.parse_args(words)
+        return COMMANDS[options.command](options)
+    asked_help = [word for word in words if word in ("-h", "--help")]
+    words, overrides = split_overrides([word for word in words if word not in asked_help])
+    flags = [text for key, value in overrides.items() for text in override_option(key, value)]
+    if asked_help:
+        files = [word for word in words[1:] if word.endswith((".yaml", ".yml"))]
+        if not files:
+            parser.parse_args([words[0], "--help"])  # ends here
+        _config_help(words[0], files[0], flags)
+        return EXIT_DONE
+    options = parser.parse_args(words)
+    config = load_config(options.config, overrides)
+    return CONFIG_COMMANDS[options.command](options, config, flags)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command; returns its exit code.
+
+    A user's mistake becomes one message on stderr and exit code 2. Any other exception is a bug of
+    ours: it keeps its traceback, and Python's exit code 1.
+    """
+    try:
+        return _dispatch(argv)
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_SECOND_INTERRUPT
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""Run configuration: one YAML file per run, checked whole before anything starts.
+
+`load_config(path, overrides)` reads a file and dotted command-line overrides and returns a
+`RunConfig` or raises `ConfigError` with every problem in one message. `save_config` writes the
+resolved config; reading it back gives an equal one. `check_world` adds the rules that need the
+number of processes. Nothing here imports torch.
+"""
+
+from pretrain.config.checks import check_world, data_parallel_size
+from pretrain.config.load import (
+    config_from_dict,
+    load_config,
+    override_option,
+    save_config,
+    split_overrides,
+)
+from pretrain.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LayoutConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunSection,
+    ScheduleConfig,
+)
+from pretrain.errors import ConfigError
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "LayoutConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "RunSection",
+    "ScheduleConfig",
+    "check_world",
+    "config_from_dict",
+    "data_parallel_size",
+    "load_config",
+    "override_option",
+    "save_config",
+    "split_overrides",
+]

@@ -1,0 +1,272 @@
+"""Rules between fields. Each message says the values, the rule, and what would work.
+
+A check is a generator of messages over a config; it may meet a config whose other fields are
+broken, then reading such a field raises `Unreadable` and the check is left out, because the field
+has its own message already. That is how one run of `check` reports everything.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pretrain.config.schema import RunConfig
+from pretrain.errors import ConfigError
+from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
+from xlstm_mcore.presets import dimensions
+
+
+class Unreadable(Exception):
+    """A check read a field that has no valid value."""
+
+
+def divisors(number: int, limit: int = 64) -> list[int]:
+    """Divisors of `number` up to `limit`, ascending."""
+    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
+
+
+def choices(values: list[int]) -> str:
+    """`1, 2, 4 or 8`."""
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _pattern(config: Any) -> Iterator[str]:
+    try:
+        parse_pattern(config.model.pattern)
+    except PatternError as error:
+        yield f"model.{error}"
+
+
+def _letters(config: Any) -> tuple[str, ...]:
+    try:
+        return parse_pattern(config.model.pattern).letters
+    except PatternError as error:
+        raise Unreadable from error
+
+
+def _stages(config: Any) -> Iterator[str]:
+    _letters(config)
+    pipeline, virtual = config.layout.pipeline, config.layout.virtual
+    stages = len(parse_pattern(config.model.pattern).stages)
+    if stages != pipeline * virtual:
+        yield (
+            f"model.pattern='{shorten(config.model.pattern)}' has {stages} stage"
+            f"{'s' if stages != 1 else ''}, but layout.pipeline={pipeline} times "
+            f"layout.virtual={virtual} needs {pipeline * virtual}; "
+            f"write {pipeline * virtual - 1} cuts (|) into the pattern or change the layout"
+        )
+
+
+def _virtual(config: Any) -> Iterator[str]:
+    if config.layout.virtual > 1 and config.layout.pipeline == 1:
+        yield (
+            f"layout.virtual={config.layout.virtual} interleaves pipeline stages, but "
+            "layout.pipeline=1 has none; set layout.virtual=1 or layout.pipeline=2 or more"
+        )
+
+
+def _heads_over_tensor(config: Any) -> Iterator[str]:
+    tensor, heads = config.layout.tensor, config.model.num_heads
+    if heads % tensor:
+        yield (
+            f"layout.tensor={tensor} does not divide model.num_heads={heads}; "
+            f"use {choices(divisors(heads))}"
+        )
+
+
+def _vocab_over_tensor(config: Any) -> Iterator[str]:
+    tensor, vocab = config.layout.tensor, config.model.vocab_size
+    if vocab % tensor:
+        yield (
+            f"layout.tensor={tensor} does not divide model.vocab_size={vocab}; "
+            f"use model.vocab_size={vocab + tensor - vocab % tensor}, the next multiple"
+        )
+
+
+def _head_widths(config: Any) -> Iterator[str]:
+    model, letters = config.model, _letters(config)
+    dims, heads = dimensions(model), model.num_heads
+    widths = []
+    if "M" in letters:
+        widths += [("hidden_size times model.qk_dim_factor", dims.qk)]
+        widths += [("hidden_size times model.v_dim_factor", dims.v)]
+    if "m" in letters:
+        widths += [("hidden_size times model.up_dim_factor (rounded up)", dims.up)]
+    if "s" in letters:
+        widths += [("hidden_size", model.hidden_size)]
+    for name, width in widths:
+        if width == 0:
+            yield f"model.{name} rounds to 0; use a larger factor"
+        elif width % heads:
+            yield (
+                f"model.num_heads={heads} does not divide model.{name} = {width}; "
+                f"use {choices(divisors(width))} heads, or another hidden size"
+            )
+
+
+def _ffn_over_tensor(config: Any) -> Iterator[str]:
+    model, tensor, letters = config.model, config.layout.tensor, _letters(config)
+    dims = dimensions(model)
+    for letter, key, width in (
+        ("M", "ffn_dim_factor", dims.ffn),
+        ("m", "up_dim_factor", dims.up),
+        ("s", "slstm_ffn_dim_factor", dims.slstm_ffn),
+    ):
+        if letter in letters and width % tensor:
+            yield (
+                f"layout.tensor={tensor} does not divide the width {width} that "
+                f"model.{key}={getattr(model, key)} gives; "
+                f"set model.round_up_to to a multiple of {tensor}"
+            )
+
+
+def _qkv_blocks(config: Any) -> Iterator[str]:
+    model, tensor = config.model, config.layout.tensor
+    if "m" not in _letters(config):
+        return
+    up, block = dimensions(model).up, model.qkv_block_size
+    if up % (block * tensor):
+        yield (
+            f"model.qkv_block_size={block} times layout.tensor={tensor} does not divide the inner "
+            f"width {up} of the m blocks; use {choices(divisors(up // tensor, 16))}"
+        )
+
+
+def _batch(config: Any) -> Iterator[str]:
+    batch, micro = config.data.global_batch, config.data.micro_batch
+    if batch % micro:
+        yield (
+            f"data.micro_batch={micro} does not divide data.global_batch={batch}; "
+            f"use {choices(divisors(batch))}"
+        )
+
+
+def _sequence(config: Any) -> Iterator[str]:
+    layout = config.layout
+    if layout.sequence and layout.tensor == 1:
+        yield (
+            "layout.sequence=true splits over the tensor parallel processes, but layout.tensor=1 "
+            "has none; set layout.sequence=false or layout.tensor=2 or more"
+        )
+
+
+def _sequence_length(config: Any) -> Iterator[str]:
+    layout, length = config.layout, config.data.seq_len
+    split = layout.context * (layout.tensor if layout.sequence else 1)
+    if length % split:
+        yield (
+            f"data.seq_len={length} does not split into {split} parts (layout.context="
+            f"{layout.context}, layout.tensor={layout.tensor} with layout.sequence="
+            f"{str(layout.sequence).lower()}); use a multiple, such as "
+            f"{length + split - length % split}"
+        )
+
+
+def _schedule(config: Any) -> Iterator[str]:
+    schedule, steps = config.schedule, config.run.steps
+    if schedule.warmup_steps + schedule.cooldown_steps > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.cooldown_steps="
+            f"{schedule.cooldown_steps} do not fit into run.steps={steps}; shorten them or train "
+            "longer"
+        )
+
+
+def _exponential(config: Any) -> Iterator[str]:
+    if config.schedule.name == "exponential" and config.schedule.min_lr_ratio == 0:
+        yield (
+            "schedule.min_lr_ratio=0 is never reached by schedule.name=exponential; use a ratio "
+            "above 0, such as 0.1, or schedule.cooldown_steps"
+        )
+
+
+def _not_built(config: Any) -> Iterator[str]:
+    if config.layout.context > 1:
+        yield (
+            f"layout.context={config.layout.context}: context parallel is not built yet; use 1, "
+            "and layout.tensor with layout.sequence=true for long sequences"
+        )
+
+
+def _engine(config: Any) -> Iterator[str]:
+    if config.engine.name == "deepspeed":
+        yield "engine.name=deepspeed is not built yet; use megatron"
+
+
+def _zero_stage(config: Any) -> Iterator[str]:
+    if config.engine.zero_stage != 1:
+        yield (
+            f"engine.zero_stage={config.engine.zero_stage} needs the deepspeed engine, which is "
+            "not built yet; use 1, Megatron's distributed optimizer"
+        )
+
+
+CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
+    _pattern,
+    _stages,
+    _virtual,
+    _heads_over_tensor,
+    _vocab_over_tensor,
+    _head_widths,
+    _ffn_over_tensor,
+    _qkv_blocks,
+    _batch,
+    _sequence,
+    _sequence_length,
+    _schedule,
+    _exponential,
+    _not_built,
+    _engine,
+    _zero_stage,
+)
+
+
+def problems(config: Any) -> list[str]:
+    """Messages of all checks that could read what they need; an empty list is a good config."""
+    found: list[str] = []
+    for check in CHECKS:
+        try:
+            found.extend(check(config))
+        except Unreadable:
+            continue
+    return found
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """How many data parallel replicas `world_size` processes make; ConfigError if none fit."""
+    layout = config.layout
+    replica = layout.tensor * layout.pipeline * layout.context
+    if world_size < replica or world_size % replica:
+        raise ConfigError(
+            f"{world_size} process{'es' if world_size != 1 else ''} cannot hold layout.tensor="
+            f"{layout.tensor} x layout.pipeline={layout.pipeline} x layout.context="
+            f"{layout.context}; start {replica} or a multiple of {replica}, or change the layout"
+        )
+    return world_size // replica
+
+
+def check_world(config: RunConfig, world_size: int) -> int:
+    """Check the layout and batch against the number of processes.
+
+    Returns the data parallel size. Raises ConfigError when processes are missing or left over,
+    when the global batch does not split over replicas and micro-batches, or when the interleaved
+    schedule gets a number of micro-batches that is no multiple of the pipeline size.
+    """
+    replicas = data_parallel_size(config, world_size)
+    data, layout = config.data, config.layout
+    rows = data.micro_batch * replicas
+    if data.global_batch % rows:
+        raise ConfigError(
+            f"data.global_batch={data.global_batch} does not split into data.micro_batch="
+            f"{data.micro_batch} rows on each of {replicas} data parallel replicas; use a "
+            f"multiple of {rows}, such as {data.global_batch + rows - data.global_batch % rows}, "
+            "or a smaller micro_batch"
+        )
+    micro_batches = data.global_batch // rows
+    if layout.virtual > 1 and micro_batches % layout.pipeline:
+        raise ConfigError(
+            f"layout.virtual={layout.virtual} needs a multiple of layout.pipeline="
+            f"{layout.pipeline} micro-batches per step, but there are {micro_batches} "
+            f"(data.global_batch={data.global_batch} over {rows} rows at a time); use "
+            f"data.global_batch={rows * layout.pipeline * -(-micro_batches // layout.pipeline)}"
+        )
+    return replicas

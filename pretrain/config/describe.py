@@ -1,0 +1,53 @@
+"""What `check` prints: the facts of a run that follow from its config alone."""
+
+from collections import Counter
+
+from pretrain.config.checks import data_parallel_size
+from pretrain.config.schema import RunConfig
+from xlstm_mcore.pattern import LETTERS, parse_pattern
+from xlstm_mcore.presets import count_parameters
+
+
+def _million(count: int) -> str:
+    return f"{count:,} ({count / 1e6:.2f} M)"
+
+
+def describe_run(config: RunConfig, world_size: int | None = None) -> str:
+    """Model, batch and layout in a few lines; with `world_size`, how the processes are used."""
+    model, data, layout = config.model, config.data, config.layout
+    counts = count_parameters(model)
+    blocks = Counter(parse_pattern(model.pattern).letters)
+    replica = layout.tensor * layout.pipeline * layout.context
+    tied = " (tied to the embedding)" if model.tie_embeddings else ""
+    lines = [
+        f"parameters        {_million(counts['total'])}",
+        f"  embedding       {_million(counts['embedding'])}",
+        f"  output layer    {_million(counts['head'])}{tied}",
+        f"  {len(counts['layers'])} blocks",
+    ]
+    for letter, number in blocks.items():
+        each = counts["layers"][parse_pattern(model.pattern).letters.index(letter)]
+        lines.append(f"    {number:3} x {letter}       {_million(each)} each: {LETTERS[letter]}")
+    lines += [
+        f"tokens per step   {config.tokens_per_step:,} "
+        f"({data.global_batch} rows of {data.seq_len})",
+        f"tokens in the run {config.tokens_per_step * config.run.steps:,} "
+        f"({config.run.steps:,} steps)",
+        f"one replica       {replica} process{'es' if replica > 1 else ''}: tensor {layout.tensor}"
+        f"{' with sequence parallel' if layout.sequence else ''}, pipeline {layout.pipeline}"
+        f" (virtual {layout.virtual}), context {layout.context}",
+    ]
+    if world_size is not None:
+        replicas = data_parallel_size(config, world_size)
+        micro = data.global_batch // (data.micro_batch * replicas)
+        lines.append(
+            f"on {world_size} processes    {replicas} data parallel replica"
+            f"{'s' if replicas > 1 else ''}, {micro} micro-batches of {data.micro_batch} rows each "
+            "per step"
+        )
+    lines += [
+        f"engine            {config.engine.name}, {config.engine.precision}",
+        f"run folder        {config.run.dir}",
+        f"data              {data.path}",
+    ]
+    return "\n".join(lines)

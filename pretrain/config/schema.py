@@ -1,0 +1,210 @@
+"""The keys of a run file: names, types, ranges and what each means.
+
+The docstring under a field is its help text (`--help`) and part of its error message. Rules that
+need two fields are in `pretrain.config.checks`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys, nan and inf are refused; values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunSection(Section):
+    """Where the run lives and how long it is."""
+
+    dir: NonEmpty
+    """folder for checkpoints, metrics and the resolved config; rerun with it to continue"""
+    steps: PositiveInt
+    """optimizer steps in the whole run"""
+    seed: NonNegativeInt = 0
+    """seed of the initial weights, the data order and dropout"""
+
+
+class ModelConfig(Section):
+    """The model; the same names as `xlstm_mcore.config.XLSTMConfig`."""
+
+    pattern: str
+    """one letter per layer (M 7B-style mLSTM, m classic mLSTM, s sLSTM), | cuts stages"""
+    hidden_size: PositiveInt
+    """width of the residual stream"""
+    num_heads: PositiveInt
+    """heads of every cell"""
+    vocab_size: PositiveInt
+    """rows of the embedding; at least the tokenizer's size"""
+    tie_embeddings: bool = False
+    """use the embedding as output layer too"""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """norm before each block: rmsnorm for M, layernorm for classic models"""
+    norm_eps: PositiveFloat = 1e-6
+    """added to the variance in every norm"""
+    cell_eps: NonNegativeFloat = 1e-6
+    """added to the denominator of the mLSTM cell"""
+    qk_dim_factor: PositiveFloat = 0.5
+    """M: width of q and k over hidden_size"""
+    v_dim_factor: PositiveFloat = 1.0
+    """M: width of v and the output gate over hidden_size"""
+    ffn_dim_factor: PositiveFloat = 2.667
+    """M: feed-forward width over hidden_size, rounded up to round_up_to"""
+    gate_soft_cap: PositiveFloat | None = 15.0
+    """M: cap a on the input and forget gate, a tanh(x / a); null for none"""
+    logit_soft_cap: PositiveFloat | None = 30.0
+    """cap on the logits; null for none (classic models)"""
+    igate_bias_init: float = -10.0
+    """M: initial bias of the input gate"""
+    up_dim_factor: PositiveFloat = 2.0
+    """m: inner width over hidden_size, rounded up to round_up_to"""
+    qkv_block_size: PositiveInt = 4
+    """m: size of the diagonal blocks of the q, k and v projections"""
+    conv_width: PositiveInt = 4
+    """m and s: taps of the causal convolution"""
+    slstm_ffn_dim_factor: PositiveFloat = 1.3
+    """s: feed-forward width over hidden_size, rounded up to round_up_to"""
+    round_up_to: PositiveInt = 64
+    """inner widths are rounded up to a multiple of this"""
+    dropout: Fraction = 0.0
+    """share of block outputs dropped in training"""
+    chunk_size: PositiveInt | None = None
+    """tokens the mLSTM kernel handles at a time; null lets the kernel choose"""
+    kernel_backend: str | None = None
+    """name of the cell kernels' backend; null picks one for the device"""
+
+
+class LayoutConfig(Section):
+    """How the model is spread over processes; what is left over is data parallel."""
+
+    tensor: PositiveInt = 1
+    """tensor parallel size: heads and widths are split over this many processes"""
+    sequence: bool = False
+    """sequence parallel: norms and residuals split over the tensor parallel processes"""
+    pipeline: PositiveInt = 1
+    """pipeline parallel size: layers are split over this many processes"""
+    virtual: PositiveInt = 1
+    """pipeline stages per process (interleaved schedule)"""
+    context: PositiveInt = 1
+    """context parallel size: the sequence is split over this many processes"""
+
+
+class EngineConfig(Section):
+    """What runs a training step."""
+
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    """training engine"""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """what data parallel processes share out: 1 the optimizer state (Megatron's engine)"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
+
+
+class DataConfig(Section):
+    """Training data and batch."""
+
+    path: NonEmpty
+    """folder that `python -m data_prep build` wrote"""
+    seq_len: PositiveInt
+    """tokens per row"""
+    global_batch: PositiveInt
+    """rows per optimizer step, over all processes"""
+    micro_batch: PositiveInt
+    """rows per forward pass of one process"""
+
+
+class OptimizerConfig(Section):
+    """AdamW; norms, biases and the embedding get no weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    """optimizer"""
+    lr: PositiveFloat = 1e-3
+    """peak learning rate"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """decay of the running mean and square of the gradient"""
+    eps: PositiveFloat = 1e-8
+    """added to the root of the running square"""
+    weight_decay: NonNegativeFloat = 0.1
+    """decoupled weight decay"""
+    clip_grad: NonNegativeFloat = 1.0
+    """largest norm of the whole gradient; 0 never clips"""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps; see `pretrain.schedule` for the formulas."""
+
+    name: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
+    """shape between warmup and cooldown"""
+    warmup_steps: NonNegativeInt = 0
+    """steps of linear warmup from 0 to optimizer.lr"""
+    decay_steps: PositiveInt | None = None
+    """steps after the warmup until min_lr_ratio is reached; null for all up to the cooldown"""
+    cooldown_steps: NonNegativeInt = 0
+    """last steps of the run, falling linearly to 0"""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """learning rate at the end of the decay over optimizer.lr"""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    interval: PositiveInt = 1000
+    """steps between checkpoints; the last step and a requested stop always save"""
+    keep: PositiveInt = 3
+    """newest checkpoints kept; older ones are deleted"""
+
+
+class EvaluationConfig(Section):
+    """Loss on the validation split."""
+
+    interval: PositiveInt = 1000
+    """steps between evaluations; the last step always evaluates"""
+    max_batches: PositiveInt | None = None
+    """global batches per evaluation; null for the whole split"""
+
+
+class GuardConfig(Section):
+    """What protects the run from itself."""
+
+    stop_on_nonfinite: bool = True
+    """stop when loss or gradient is not finite; false skips that step and goes on"""
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    interval: PositiveInt = 10
+    """steps between lines in metrics.jsonl and on the screen"""
+    tensorboard: bool = True
+    """also write TensorBoard events"""
+
+
+class RunConfig(Section):
+    """One training run. Sections run, model and data have keys without a default."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.data.global_batch * self.data.seq_len

@@ -1,0 +1,73 @@
+"""The learning rate as a pure function of the step.
+
+No state: a resumed run, or a run at another layout, asks the same question and gets the same
+answer. `step` counts from 0 and is the number of optimizer steps already done.
+
+    warmup      lr (step + 1) / warmup_steps              for step < warmup_steps
+    main part   lr ratio(t), t = (step - warmup_steps) / decay_steps
+    cooldown    linear to 0 over the last cooldown_steps, from where the main part stood
+
+with ratio(t), m = min_lr_ratio, reaching m at t = 1:
+
+    constant     1
+    linear       1 - (1 - m) t
+    cosine       m + (1 - m) (1 + cos(pi t)) / 2
+    exponential  m ** t
+
+Linear and cosine stay at m beyond t = 1; exponential keeps falling at its rate, which is how the
+7B run used it (a tenth at 500K steps, then on to 540K, then the cooldown; arXiv 2503.13427).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+
+class ScheduleSettings(Protocol):
+    """What `learning_rate` reads; `pretrain.config.ScheduleConfig` is one."""
+
+    name: str
+    warmup_steps: int
+    decay_steps: int | None
+    cooldown_steps: int
+    min_lr_ratio: float
+
+
+def _ratio(name: str, progress: float, floor: float) -> float:
+    """Share of the peak after `progress` of the decay (1.0 = decay_steps done)."""
+    if name == "constant":
+        return 1.0
+    if name == "exponential":
+        return floor**progress
+    progress = min(progress, 1.0)
+    if name == "linear":
+        return 1.0 - (1.0 - floor) * progress
+    if name == "cosine":
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise AssertionError(f"unknown schedule {name!r}: the config should have refused it")
+
+
+def learning_rate(step: int, *, peak: float, schedule: ScheduleSettings, steps: int) -> float:
+    """Learning rate of the step after `step` finished ones, in a run of `steps` steps.
+
+    peak is the rate after the warmup. `schedule.decay_steps=None` means all steps between
+    warmup and cooldown. Steps beyond `steps` get what the last formula gives, never below 0.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    main_steps = steps - schedule.warmup_steps - schedule.cooldown_steps
+    decay_steps = max(1, main_steps if schedule.decay_steps is None else schedule.decay_steps)
+
+    def main(at: int) -> float:
+        progress = (at - schedule.warmup_steps) / decay_steps
+        return peak * _ratio(schedule.name, progress, schedule.min_lr_ratio)
+
+    cooldown_start = max(steps - schedule.cooldown_steps, schedule.warmup_steps)
+    if schedule.cooldown_steps and step >= cooldown_start:
+        return main(cooldown_start) * max(0, steps - step) / (steps - cooldown_start)
+    return main(step)
+
+
+def make_schedule(peak: float, schedule: ScheduleSettings, steps: int) -> Callable[[int], float]:
+    """`learning_rate` with everything but the step filled in."""
+    return lambda step: learning_rate(step, peak=peak, schedule=schedule, steps=steps)

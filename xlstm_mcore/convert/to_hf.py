@@ -1,0 +1,323 @@
+"""Write a checkpoint as a Hugging Face folder that transformers loads without further packages.
+
+The folder is built beside its final place and renamed when it is whole. Weights stream: one tensor
+is in memory at a time. They are written in fp32, because transformers' own (native) xLSTM kernels
+compute correctly only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, xLSTMConfig
+
+from xlstm_mcore.ckpt_reader import CheckpointReader, is_weight, resolve
+from xlstm_mcore.convert.card import model_card
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.names import EMBEDDING, OUTPUT, Dimensions, Row, rows
+from xlstm_mcore.convert.tokenizer import fast_tokenizer, load_sentencepiece
+from xlstm_mcore.safetensors_stream import Entry, write_safetensors
+
+#: Marks a folder as an export of ours, which a later export may replace.
+MARKER = "xlstm_export.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder, its parameters, and what a user should know about it."""
+
+    path: Path
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def export(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Export:
+    """Export a checkpoint (or the newest of a run folder) of a 7B-style model to `out`.
+
+    `tokenizer` is the SentencePiece model; by default the one that the checkpoint names. An `out`
+    that exists is replaced only if it is empty or an earlier export.
+
+    Raises ConvertError if the model has no counterpart in transformers, if the tokenizer is missing
+    or another one, or if `out` is somebody else's; CheckpointFormatError if the checkpoint is not
+    sound.
+    """
+    out = Path(out).absolute()
+    _check_replaceable(out)
+    with CheckpointReader(resolve(checkpoint)) as reader:
+        manifest = reader.manifest
+        model = manifest.config.get("model")
+        if not isinstance(model, dict):
+            raise ConvertError(f"{reader.path}: its config has no model section")
+        check_exportable(model)
+        dimensions = _dimensions(reader, model)
+        tensors = _check_tensors(reader, dimensions)
+        tokenizer = _find_tokenizer(tokenizer, manifest.state, dimensions.vocab)
+        temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            tokens = _write_tokenizer(tokenizer, temporary)
+            notes = [*tokens.notes, *_cache_notes(dimensions)]
+            _write_config(
+                temporary, model, dimensions, tokens, use_cache=not _cache_notes(dimensions)
+            )
+            _write_weights(reader, tensors, temporary, max_shard_bytes)
+            parameters = sum(math.prod(t.shape) for t in tensors)
+            provenance = {
+                "kind": "xlstm-pretrain export",
+                "checkpoint": reader.path.name,
+                "step": manifest.step,
+                "tokens": manifest.state.get("tokens"),
+                "model": model,
+                "tokenizer_sha256": tokens.sha256,
+                "parameters": parameters,
+                "written_by": manifest.versions,
+            }
+            (temporary / "README.md").write_text(model_card(provenance, notes), encoding="utf-8")
+            (temporary / MARKER).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
+            _move_into_place(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Export(out, parameters, tuple(notes))
+
+
+def check_exportable(model: dict[str, Any]) -> None:
+    """ConvertError unless transformers' `xlstm` can compute the model of this config section."""
+    letters = set(model.get("pattern", "").replace("|", ""))
+    if letters & {"m", "s"}:
+        raise ConvertError(
+            "the export of classic blocks (m, s) is not built yet; model.pattern="
+            f"{model['pattern']} has them, only patterns of M alone can be exported"
+        )
+    if letters != {"M"}:
+        raise ConvertError(
+            f"model.pattern={model.get('pattern')!r} has layers that transformers' xlstm does not "
+            "have; only patterns of M alone can be exported"
+        )
+    for key, wanted in (("norm", "rmsnorm"), ("gate_soft_cap", float), ("logit_soft_cap", float)):
+        value = model.get(key)
+        if value != wanted and not (wanted is float and isinstance(value, float | int)):
+            rule = "a number" if wanted is float else wanted
+            raise ConvertError(
+                f"model.{key}={value}: transformers' xlstm always has {rule} here, so this model "
+                "cannot be exported exactly"
+            )
+
+
+def _dimensions(reader: CheckpointReader, model: dict[str, Any]) -> Dimensions:
+    """Sizes of the model; the inner width of the feed-forward is read from its tensor."""
+    hidden = model["hidden_size"]
+    return Dimensions(
+        layers=len(model["pattern"].replace("|", "")),
+        vocab=model["vocab_size"],
+        hidden=hidden,
+        qk=int(hidden * model["qk_dim_factor"]),
+        v=int(hidden * model["v_dim_factor"]),
+        heads=model["num_heads"],
+        ffn=reader.info("decoder.layers.0.ffn.gate_proj.weight").shape[0],
+    )
+
+
+def _check_tensors(reader: CheckpointReader, dimensions: Dimensions) -> list[Row]:
+    """The tensors to write; a tied model's output layer is written as a copy of the embedding.
+
+    Raises ConvertError for a tensor of another shape and for weights that the table does not know.
+    """
+    stored = reader.manifest.tensors
+    tensors = []
+    for row in rows(dimensions):
+        if row.ours == OUTPUT and OUTPUT not in stored:
+            row = Row(EMBEDDING, row.theirs, row.shape)
+        if reader.info(row.ours).shape != row.shape:
+            raise ConvertError(
+                f"{row.ours}: the checkpoint has {list(reader.info(row.ours).shape)}, its config "
+                f"makes {list(row.shape)}"
+            )
+        tensors.append(row)
+    unknown = sorted({n for n in stored if is_weight(n)} - {row.ours for row in tensors})
+    if unknown:
+        raise ConvertError(f"weights that transformers' xlstm has no place for: {unknown}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Special tokens of the exported tokenizer."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> Path:
+    """The SentencePiece file to ship; ConvertError if it is missing or not the checkpoint's."""
+    recorded = state.get("tokenizer") or {}
+    path = given or (Path(recorded["path"]) if "path" in recorded else None)
+    if path is None:
+        raise ConvertError("the checkpoint records no tokenizer; give --tokenizer FILE.model")
+    if not path.is_file():
+        raise ConvertError(f"{path}: no such file; give the tokenizer with --tokenizer FILE.model")
+    if "sha256" in recorded and _sha256(path) != recorded["sha256"]:
+        raise ConvertError(
+            f"{path} is not the tokenizer of this checkpoint (its sha256 differs); give the right "
+            "one with --tokenizer FILE.model"
+        )
+    size = load_sentencepiece(path).vocab_size()
+    if size > vocab:
+        raise ConvertError(f"{path} has {size} pieces, the model only model.vocab_size={vocab}")
+    return path
+
+
+def _write_tokenizer(path: Path, folder: Path) -> _Tokens:
+    """Ship `tokenizer.model` and, where it is exact, its fast form."""
+    shutil.copyfile(path, folder / "tokenizer.model")
+    notes: tuple[str, ...] = ()
+    try:
+        fast_tokenizer(path).save_pretrained(folder)
+    except ConvertError as error:
+        notes = (f"{error}. The folder has tokenizer.model only; encode with sentencepiece.",)
+    exact = load_sentencepiece(path)
+    bos, eos, pad = (
+        i if i >= 0 else None for i in (exact.bos_id(), exact.eos_id(), exact.pad_id())
+    )
+    return _Tokens(bos, eos, pad, _sha256(path), notes)
+
+
+def _cache_notes(dimensions: Dimensions) -> list[str]:
+    """transformers rounds the widths of its cache up to 64, its layers do not round."""
+    if dimensions.qk % 64 == 0 and dimensions.v % 64 == 0:
+        return []
+    return [
+        f"qk width {dimensions.qk} and v width {dimensions.v} are not both multiples of 64, which "
+        "transformers' cache needs: use_cache is off."
+    ]
+
+
+def _write_config(
+    folder: Path, model: dict[str, Any], dimensions: Dimensions, tokens: _Tokens, use_cache: bool
+) -> None:
+    """config.json and generation_config.json, with the kernels that need no further package."""
+    factor, multiple = _ffn_rule(model, dimensions)
+    ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    xLSTMConfig(
+        architectures=["xLSTMForCausalLM"],
+        dtype="float32",
+        vocab_size=dimensions.vocab,
+        hidden_size=dimensions.hidden,
+        num_hidden_layers=dimensions.layers,
+        num_heads=dimensions.heads,
+        # lm_head is always written: transformers' class does not tie even when told to.
+        tie_word_embeddings=False,
+        norm_eps=model["norm_eps"],
+        eps=model["cell_eps"],
+        qk_dim_factor=model["qk_dim_factor"],
+        v_dim_factor=model["v_dim_factor"],
+        ffn_proj_factor=factor,
+        ffn_round_up_to_multiple_of=multiple,
+        gate_soft_cap=float(model["gate_soft_cap"]),
+        output_logit_soft_cap=float(model["logit_soft_cap"]),
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        mode="inference",
+        chunk_size=64,
+        autocast_kernel_dtype="float32",
+        inference_state_dtype="float32",
+        weight_mode="single",
+        use_cache=use_cache,
+        **ids,
+    ).save_pretrained(folder)
+    GenerationConfig(
+        do_sample=True, temperature=0.8, top_k=50, use_cache=use_cache, **ids
+    ).save_pretrained(folder)
+
+
+def _ffn_rule(model: dict[str, Any], dimensions: Dimensions) -> tuple[float, int]:
+    """(factor, multiple) from which transformers computes the same feed-forward width."""
+    multiple = model.get("round_up_to", 64)
+    for factor in (model["ffn_dim_factor"], dimensions.ffn / dimensions.hidden):
+        width = int((dimensions.hidden * factor + multiple - 1) // multiple * multiple)
+        if width == dimensions.ffn:
+            return factor, multiple
+    raise ConvertError(
+        f"the feed-forward width {dimensions.ffn} is not a multiple of model.round_up_to={multiple}"
+    )
+
+
+def _write_weights(
+    reader: CheckpointReader, tensors: list[Row], folder: Path, max_shard_bytes: int
+) -> None:
+    """Stream the tensors into safetensors shards, with an index when there are several."""
+    source = {row.theirs: row.ours for row in tensors}
+    shards: list[list[Entry]] = [[]]
+    for row in tensors:
+        entry = Entry(row.theirs, torch.float32, row.shape)
+        if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    weight_map = {}
+    with tqdm(total=len(tensors), unit="tensor", disable=None) as progress:
+
+        def tensor_of(entry: Entry) -> torch.Tensor:
+            progress.update()
+            return reader.read(source[entry.key], dtype=torch.float32)
+
+        for number, entries in enumerate(shards, start=1):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                print(f"writing {name}", file=sys.stderr)
+            write_safetensors(folder / name, entries, tensor_of)
+            weight_map |= {entry.key: name for entry in entries}
+    if len(shards) > 1:
+        total = sum(entry.num_bytes for entries in shards for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _check_replaceable(out: Path) -> None:
+    """ConvertError if `out` exists and is not an earlier export (or empty)."""
+    if out.is_dir() and ((out / MARKER).is_file() or not any(out.iterdir())):
+        return
+    if out.exists() or out.is_symlink():
+        raise ConvertError(
+            f"{out} exists and is not an earlier export (it has no {MARKER}); choose another folder"
+        )
+
+
+def _move_into_place(temporary: Path, out: Path) -> None:
+    """Rename; an earlier export steps aside first and is removed afterwards."""
+    _check_replaceable(out)
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,108 @@
+"""Compare an exported folder, loaded by transformers, with the model it was exported from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from xlstm_mcore.ckpt_reader import resolve
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.tokenizer import load_sentencepiece
+
+#: 1, less than a chunk, a chunk of 64, and a chunk with a rest: each takes another path in both.
+LENGTHS = (1, 15, 64, 100)
+TOLERANCE = 1e-3
+REPORT = "parity.json"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference of logits at one length, and the largest logit it is measured against."""
+
+    length: int
+    max_abs_difference: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """Difference relative to the scale of the logits."""
+        return self.max_abs_difference / self.scale
+
+
+def own_logits(checkpoint: Path | str) -> Callable[[Tensor], Tensor]:
+    """Logits `[b, s, vocab]` of tokens `[b, s]` by this project's model of a checkpoint, fp32."""
+    from xlstm_mcore.build import load_model, model_logits
+
+    model, _ = load_model(checkpoint)
+    return lambda tokens: model_logits(model, tokens)
+
+
+def compare(
+    logits_of: Callable[[Tensor], Tensor], exported: PreTrainedModel, lengths=LENGTHS
+) -> list[Parity]:
+    """Logits of `logits_of` against those of the exported model, on random tokens.
+
+    Raises ConvertError if the two have different vocabularies.
+    """
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for length in lengths:
+        tokens = torch.randint(exported.config.vocab_size, (2, length), generator=generator)
+        ours = logits_of(tokens).detach().cpu().double()
+        with torch.no_grad():
+            theirs = exported(tokens, use_cache=False).logits.double()
+        if ours.shape != theirs.shape:
+            raise ConvertError(
+                f"not an export of this checkpoint: its logits have shape {list(theirs.shape)}, "
+                f"the checkpoint's {list(ours.shape)}"
+            )
+        difference, scale = (ours - theirs).abs().max().item(), ours.abs().max().item()
+        results.append(Parity(length, difference, scale))
+    return results
+
+
+def passed(results: list[Parity]) -> bool:
+    """Whether all differences are within TOLERANCE of the logits' scale (NaN is not)."""
+    return all(result.relative <= TOLERANCE for result in results)
+
+
+def write_report(checkpoint: Path | str, folder: Path | str, results: list[Parity]) -> Path:
+    """Write parity.json into the exported folder."""
+    report = {
+        "checkpoint": resolve(checkpoint).name,
+        "tolerance_relative": TOLERANCE,
+        "passed": passed(results),
+        "lengths": [asdict(r) | {"relative": r.relative} for r in results],
+    }
+    path = Path(folder) / REPORT
+    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return path
+
+
+def samples(
+    exported: PreTrainedModel, folder: Path | str, *, count: int = 3, new_tokens: int = 48
+) -> list[str]:
+    """A few texts that transformers generates from bos, sampled with a fixed seed."""
+    tokenizer = load_sentencepiece(Path(folder) / "tokenizer.model")
+    start = exported.config.bos_token_id
+    prompt = torch.tensor([[tokenizer.eos_id() if start is None else start]])
+    torch.manual_seed(0)
+    texts = []
+    for _ in range(count):
+        ids = exported.generate(prompt, max_new_tokens=new_tokens)[0, 1:].tolist()
+        # A model's vocabulary may be padded beyond the tokenizer's.
+        texts.append(tokenizer.decode([i for i in ids if i < tokenizer.vocab_size()]))
+    return texts
+
+
+def load_exported(folder: Path | str) -> PreTrainedModel:
+    """The exported model by transformers, fp32, evaluation mode; ConvertError if it is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ConvertError(f"{folder} is not an exported folder: it has no config.json")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
