@@ -75,6 +75,11 @@ def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # glibc gives large blocks back at once and gets them again page by page: a sixth of a training
+    # step on a CPU. Up to 1 GiB that is free stays with the process.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TOP_PAD_", str(2**26))
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     # All peers are on this machine: no need for its name to resolve or its network to be up.

@@ -1,7 +1,6 @@
 """XLSTMModel: embedding, this pipeline stage's layers, and the language-model head."""
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .block import layer_spec
 from .config import XLSTMConfig
 from .layers import Norm, soft_cap
+from .loss import vocab_parallel_cross_entropy
 from .pattern import parse_pattern
 from .pieces import attach, packed
 
@@ -156,9 +156,8 @@ class XLSTMModel(LanguageModule):
         tied_here = self.config.tie_embeddings and self.pre_process
         weight = self.shared_embedding_or_output_weight() if tied_here else None
         logits, _ = self.output_layer(x, weight=weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = soft_cap(logits, self.config.logit_soft_cap)
+        cap = self.config.logit_soft_cap
         if labels is None:
-            return logits.transpose(0, 1)
-        loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.t().contiguous())
-        return loss.t()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return soft_cap(logits, cap).transpose(0, 1)
+        return vocab_parallel_cross_entropy(logits, labels.t(), cap, self.tp_group).t()

@@ -1,0 +1,34 @@
+"""The vocabulary-parallel loss over 2 and 4 ranks, in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import layout as layouts
+from tests.dist import work
+from xlstm_mcore.loss import vocab_parallel_cross_entropy
+
+
+def shard_loss(ranks, cap):
+    group = layouts.start(work.run_config("large", layout__tensor=ranks)).groups.tp
+    rng = torch.Generator().manual_seed(0)
+    values = 5 * torch.randn(9, 2, 4 * 13, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, 4 * 13, (9, 2), generator=rng)
+    whole = values.clone().requires_grad_()
+    y = whole if cap is None else cap * torch.tanh(whole / cap)
+    expected = F.cross_entropy(y.flatten(0, 1), labels.flatten(), reduction="none").view(9, 2)
+    expected.square().sum().backward()
+
+    leaf = values.chunk(ranks, dim=-1)[group.rank()].clone().requires_grad_()
+    got = vocab_parallel_cross_entropy(leaf.clone(), labels, cap, group)
+    got.square().sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    mine = whole.grad.chunk(ranks, dim=-1)[group.rank()]
+    torch.testing.assert_close(leaf.grad, mine, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_loss_over_ranks(pool, ranks, cap):
+    pool(ranks, shard_loss, ranks, cap)

@@ -1,0 +1,78 @@
+"""The vocabulary-parallel loss against torch's, in one process (tests/dist has several)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import layout as layouts
+from xlstm_mcore import loss as loss_module
+from xlstm_mcore.build import single_process_groups
+from xlstm_mcore.loss import vocab_parallel_cross_entropy
+
+
+@pytest.fixture(scope="module")
+def group():
+    yield single_process_groups().tp
+    layouts.leave()
+
+
+def reference(logits, labels, cap):
+    y = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(y.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 2, 50), (5, 4, 129)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_equals_torch(group, monkeypatch, cap, shape, dtype, rows):
+    monkeypatch.setitem(loss_module._BLOCK, "cpu", rows * shape[-1])
+    rng = torch.Generator().manual_seed(0)
+    values = 4 * torch.randn(shape, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=rng)
+    weight = torch.rand(shape[:-1], generator=rng, dtype=torch.float64)
+
+    expected_input = values.clone().requires_grad_()
+    expected = reference(expected_input, labels, cap)
+    (expected * weight).sum().backward()
+
+    leaf = values.to(dtype).requires_grad_()
+    got = vocab_parallel_cross_entropy(leaf.clone(), labels, cap, group)
+    assert got.dtype == dtype and got.shape == labels.shape
+    (got * weight.to(dtype)).sum().backward()
+    limit = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
+    torch.testing.assert_close(leaf.grad.double(), expected_input.grad, rtol=0, atol=limit)
+
+
+def test_bf16_logits_are_summed_in_fp32(group):
+    rng = torch.Generator().manual_seed(0)
+    values = (4 * torch.randn(6, 2, 300, generator=rng)).bfloat16()
+    labels = torch.randint(0, 300, (6, 2), generator=rng)
+    exact = values.double().requires_grad_()
+    expected = reference(exact, labels, 30.0)
+    expected.sum().backward()
+    leaf = values.clone().requires_grad_()
+    got = vocab_parallel_cross_entropy(leaf.clone(), labels, 30.0, group)
+    got.sum().backward()
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 1e-5
+    assert (leaf.grad - exact.grad).abs().max() < 2**-8  # bf16's own rounding of values below 1
+
+
+def test_huge_logits_stay_finite(group):
+    logits = torch.tensor([[1e4, -1e4, 0.0]])
+    for label, expected in ((0, 0.0), (1, 2e4)):
+        leaf = logits.clone().requires_grad_()
+        got = vocab_parallel_cross_entropy(leaf.clone(), torch.tensor([label]), None, group)
+        got.sum().backward()
+        assert got.item() == expected
+        assert torch.isfinite(leaf.grad).all()
+
+
+def test_a_second_backward_is_refused(group):
+    leaf = torch.randn(2, 5, requires_grad=True)
+    got = vocab_parallel_cross_entropy(leaf.clone(), torch.tensor([1, 2]), 30.0, group).sum()
+    got.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        got.backward()
