@@ -1,0 +1,269 @@
+"""The real thing: `make pretrain` on this machine's text, stopped, continued, and misused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import find_latest, read_manifest
+from pretrain.config import load_config
+from pretrain.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = "pretrain/configs"
+pytestmark = pytest.mark.slow
+
+
+def run(words, *, code=0, cwd=ROOT, **options):
+    """A command's output; fails the test unless it ends with ``code``."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=900,
+        **options,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def python(*words, **options):
+    return run([sys.executable, "-m", *words], **options)
+
+
+def make(*words, **options):
+    return run(["make", "--no-print-directory", f"VENV={sys.prefix}", *words], **options)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """`make pretrain STEPS=20`, once: (work folder, output)."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, make("pretrain", "STEPS=20", f"WORK={folder}")
+
+
+def test_make_pretrain_goes_through_every_stage(work):
+    folder, output = work
+    large = folder / "large"
+    for stage in ("collect", "tokenizer", "build", "baselines", "launch", "to-hf", "generate"):
+        assert f" {stage} " in output, stage
+    assert "logits agree" in output
+    assert "bigram, Kneser-Ney" in output
+    assert "Traceback" not in output and "Warning" not in output
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "sample.txt", "summary.txt"):
+        assert (large / name).stat().st_size > 0, name
+    assert list((large / "tensorboard").iterdir())
+    summary = json.loads((large / "summary.json").read_text())
+    assert summary["steps"] == 20 and summary["processes"] == 2
+    assert 4e6 < summary["parameters"] < 5e6
+    assert summary["peak_memory_bytes"]["sum"] < 8e9
+    losses = [r["loss"] for r in read_metrics(large / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0] - 1.5
+    baselines = json.loads((folder / "data-stdlib" / "baselines.json").read_text())
+    assert baselines["bigram_kneser_ney"] < baselines["bigram_add_one"] < baselines["unigram"]
+
+
+def test_make_pretrain_continues(work):
+    folder, _ = work
+    corpus = folder / "data-stdlib" / "shards" / "manifest.json"
+    before = corpus.stat().st_mtime_ns
+    output = make("pretrain", "STEPS=22", f"WORK={folder}")
+    assert "continuing from" in output and "step 22/22" in output
+    assert corpus.stat().st_mtime_ns == before
+    steps = [r["step"] for r in read_metrics(folder / "large" / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 22
+
+
+def test_classic_model_and_its_refused_export(work):
+    folder, _ = work
+    output = make("pretrain", "MODEL=classic", "STEPS=4", f"WORK={folder}")
+    assert "export: that of classic blocks comes with a later release" in output
+    assert "this model" in output
+    message = python(
+        "xlstm_mcore.convert", "to-hf", folder / "classic", folder / "hf-classic", code=2
+    )
+    assert "classic" in message and "Traceback" not in message
+    assert not (folder / "hf-classic").exists()
+
+
+def test_commands_on_a_finished_run(work):
+    """Commands that README shows, on the demo's own run."""
+    folder, _ = work
+    large = folder / "large"
+    assert "4,514,328" in python("pretrain", "show", large)
+    assert "nats per token" in python("pretrain", "evaluate", large, large / "config.yaml")
+    words = ["pretrain", "generate", large, "--prompt", "def ", "--max-tokens", "8"]
+    assert python(*words, "--temperature", "0") == python(*words, "--temperature", "0")
+    shards = folder / "data-stdlib" / "shards"
+    python("data_prep", "verify", shards, "--full")
+    assert "document" in python("data_prep", "inspect", shards, "--row", "3")
+    assert "steps" in python("pretrain", "report", large)
+
+
+def small_run(folder, work, *more):
+    """Words that train a tiny model on the demo's shards."""
+    return [
+        *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--nproc", "2"],
+        *["--run.dir", folder, "--data.path", work / "data-stdlib" / "shards"],
+        *["--model.pattern", "M", "--model.hidden_size", "64", "--model.num_heads", "2"],
+        *["--data.global_batch", "4", "--data.micro_batch", "2", "--evaluation.max_batches", "1"],
+        *["--schedule.warmup_steps", "2", "--logging.interval", "1", *more],
+    ]
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+def test_stop_and_resume_at_random_moments_loses_nothing(work, tmp_path):
+    """SIGTERM, then the same command again, until done: the same losses as without a stop."""
+    data, steps = work[0], ["--run.steps", "40"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    python(*small_run(whole, data, *steps))
+    rng = random.Random(0)
+    stops = 0
+    for attempt in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, small_run(stopped, data, *steps))],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if attempt < 2:  # later attempts run to the end
+            seen = 0
+            limit = rng.randint(2, 9)
+            for line in process.stdout:
+                seen += line.startswith("step ")
+                if seen == limit:
+                    process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+                    break
+        output = process.communicate(timeout=300)[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == 75, output
+        stops += 1
+    assert stops == 2 and process.returncode == 0
+    assert losses(stopped) == losses(whole)
+    a, b = (read_manifest(find_latest(folder)) for folder in (whole, stopped))
+    assert a.state["cursor"] == b.state["cursor"] and a.step == b.step == 40
+    assert a.state["valid_loss"] == b.state["valid_loss"]
+
+
+def test_killed_run_goes_on_from_its_checkpoint(work, tmp_path):
+    """SIGKILL of every process between checkpoints."""
+    data, folder = work[0], tmp_path / "run"
+    words = small_run(folder, data, "--run.steps", "12", "--checkpoint.interval", "4")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    time.sleep(0.5)
+    output = python(*words)
+    assert "continuing from" in output and "step-00000004" in output
+    assert sorted(losses(folder)) == list(range(1, 13))
+
+
+def test_train_runs_under_torchrun(work, tmp_path):
+    words = small_run(tmp_path / "run", work[0], "--run.steps", "2")
+    assert words[:2] == ["pretrain", "launch"]
+    output = python(
+        "torch.distributed.run",
+        *["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"],
+        *["-m", "pretrain", "train", words[2], *words[5:]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert "step 2/2" in output
+    assert find_latest(tmp_path / "run") is not None
+
+
+class TestMisuse:
+    """One clear message, exit code 2, and everything as it was."""
+
+    def refused(self, *words, match):
+        message = python(*words, code=2)
+        assert "Traceback" not in message
+        assert match in message, message
+
+    def test_missing_data(self, tmp_path):
+        output = make("pretrain", "DATA=no/such/file*.txt", f"WORK={tmp_path}", code=2)
+        assert "no/such/file*.txt" in output and "Traceback" not in output
+        python("pretrain", "demo", "--data", "no/such", "--work", tmp_path / "w", code=2)
+
+    def test_empty_and_too_small_data(self, tmp_path):
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        self.refused("pretrain", "demo", "--data", empty, "--work", tmp_path / "a", match="empty")
+        small = tmp_path / "small"
+        small.mkdir()
+        for number in range(30):
+            (small / f"{number}.txt").write_text(f"document {number} has few words\n" * 3)
+        self.refused("pretrain", "demo", "--data", small, "--work", tmp_path / "b", match="vocab")
+
+    def test_typo_and_bad_layout_in_one_message(self, tmp_path):
+        text = (ROOT / CONFIGS / "cpu_demo.yaml").read_text()
+        path = tmp_path / "run.yaml"
+        path.write_text(text.replace("tensor: 2", "tensor: 3").replace("lr: 3", "lrr: 3"))
+        message = python("pretrain", "launch", path, code=2)
+        assert "optimizer.lrr" in message and "did you mean" in message
+        assert "layout.tensor=3" in message and "Traceback" not in message
+
+    def test_checkpoint_of_another_model(self, work, tmp_path):
+        folder = work[0] / "large"
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+        self.refused(
+            *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--nproc", "2"],
+            *["--run.dir", folder, "--data.path", work[0] / "data-stdlib" / "shards"],
+            *["--run.steps", "30", "--model.hidden_size", "128"],
+            match="model.hidden_size: checkpoint 256, run 128",
+        )
+        after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+        changed = {p.name for p in before if before[p] != after.get(p)}
+        assert changed <= {"rank_1.log"}
+        assert load_config(folder / "config.yaml").model.hidden_size == 256
+
+    def test_fewer_steps_than_done(self, work):
+        self.refused(
+            *["pretrain", "launch", work[0] / "large" / "config.yaml", "--run.steps", "5"],
+            *["--schedule.warmup_steps", "1"],
+            match="run.steps=5, but",
+        )
+
+    def test_no_shards(self, tmp_path):
+        self.refused(
+            *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--run.dir", tmp_path / "run"],
+            *["--data.path", tmp_path],
+            match=str(tmp_path),
+        )
+
+    def test_shards_of_another_length(self, work, tmp_path):
+        self.refused(
+            *small_run(tmp_path / "run", work[0], "--run.steps", "2", "--data.seq_len", "128"),
+            match="data.seq_len=128",
+        )
+
+    def test_diverged_run_stops_and_says_so(self, work, tmp_path):
+        message = python(
+            *small_run(tmp_path / "run", work[0], "--run.steps", "60"),
+            *["--optimizer.lr", "1e25", "--optimizer.clip_grad", "0"],
+            code=2,
+        )
+        assert "not finite" in message and "Traceback" not in message
