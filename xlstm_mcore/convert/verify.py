@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from xlstm_mcore.ckpt_reader import resolve
 from xlstm_mcore.convert.errors import ConvertError
@@ -105,4 +106,5 @@ def load_exported(folder: Path | str) -> PreTrainedModel:
     """The exported model by transformers, fp32, evaluation mode; ConvertError if it is none."""
     if not (Path(folder) / "config.json").is_file():
         raise ConvertError(f"{folder} is not an exported folder: it has no config.json")
+    disable_progress_bar()  # loading takes a moment, and the bar would litter a log
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
