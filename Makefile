@@ -1,4 +1,4 @@
-# make setup | make pretrain | make test; each sets itself up on a fresh machine.
+# make setup | make pretrain | make test | make test-peers; each sets itself up on a fresh machine.
 #
 #   make pretrain                      7B-style model on text found on this machine
 #   make pretrain MODEL=classic        classic blocks, both cells, at [3:1]
@@ -19,7 +19,7 @@ TESTS  ?= tests
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints/" + ("py312-mcore019.txt" if sys.version_info >= (3, 12) else "py311-mcore016.txt"))')
 INSTALLED   := $(VENV)/.installed
 
-.PHONY: setup pretrain test lint
+.PHONY: setup pretrain test test-peers lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -36,6 +36,12 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+# Against pip xlstm and mlstm-kernels, whose licence is not Apache-2.0: see tests/peers.txt.
+test-peers: $(INSTALLED)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]' -r tests/peers.txt
+	.venv-peers/bin/python -m pytest tests/xlstm_mcore/test_peers.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

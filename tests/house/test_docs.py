@@ -21,6 +21,7 @@ RUN_ELSEWHERE = {
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
+    "make test-peers": (".ci/run", "make --no-print-directory test-peers"),
     "make test TESTS=tests/kernels": (".ci/run", 'TESTS="tests/dist'),
     ".ci/run": (".ci/run", "make --no-print-directory test"),
 }

@@ -1,0 +1,207 @@
+"""Logits and gradients equal pip xlstm's on the same weights (tests/peers.txt; skipped without it).
+
+The maps between names live here, in the test: they are what a converter from the peers' checkpoints
+will need. Traps they handle: norm weights are stored as w - 1 in the classic model, sLSTM's
+``fgate`` projection feeds the input gate and ``igate`` the forget gate, and its recurrent kernel
+lies as [heads, gate * d_out, d_in].
+"""
+
+import pytest
+import torch
+
+from pretrain import layout as layouts
+from tests.xlstm_mcore.test_model import canonical
+from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.pieces import named_pieces
+
+pytest.importorskip("xlstm", reason="pip xlstm is not installed; see tests/peers.txt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    yield single_process_groups()
+    layouts.leave()
+
+
+def our_model(groups, section, weights):
+    config = make_config(section)
+    (model,) = build_model(config, groups, seed=0)
+    used = set()
+    with torch.no_grad():
+        for _, parameter, pieces in named_pieces(model):
+            for piece in pieces:
+                piece.local(parameter).copy_(piece.of_global(weights[piece.name]))
+                used.add(piece.name)
+    assert used == set(weights)
+    return model
+
+
+def randomise(peer):
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+            if "igate" in name and name.endswith("bias"):
+                parameter.clamp_(min=-1.0)
+
+
+def compare(peer_logits, peer_grads, model, tokens, limit):
+    """Same loss on both sides: a random weighting of the logits."""
+    logits = model(tokens)
+    scale = peer_logits.abs().max()
+    assert (logits - peer_logits).abs().max() < limit * scale
+    (logits * weighting(logits)).sum().backward()
+    ours = canonical(model, lambda p: p.grad)
+    for name, want in peer_grads.items():
+        error = (ours[name] - want).abs().max() / want.abs().max().clamp(min=1e-6)
+        assert error < 50 * limit, f"{name}: {error:.1e}"
+
+
+def weighting(logits):
+    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+
+
+def large_names(blocks):
+    names = {
+        "embedding.weight": "embedding.word_embeddings.weight",
+        "lm_head.weight": "output_layer.weight",
+        "backbone.out_norm.weight": "decoder.final_norm.weight",
+    }
+    parts = {
+        "norm_mlstm": "mixer_norm",
+        "norm_ffn": "ffn_norm",
+        **{f"mlstm_layer.{n}": f"mixer.{n}_proj" for n in "qkv"},
+        "mlstm_layer.ogate_preact": "mixer.ogate",
+        "mlstm_layer.igate_preact": "mixer.igate",
+        "mlstm_layer.fgate_preact": "mixer.fgate",
+        "mlstm_layer.multihead_norm": "mixer.head_norm",
+        "mlstm_layer.out_proj": "mixer.out_proj",
+        "ffn.proj_up_gate": "ffn.gate_proj",
+        "ffn.proj_up": "ffn.up_proj",
+        "ffn.proj_down": "ffn.down_proj",
+    }
+    for n in range(blocks):
+        for theirs, ours in parts.items():
+            for kind in ("weight", "bias"):
+                names[f"backbone.blocks.{n}.{theirs}.{kind}"] = f"decoder.layers.{n}.{ours}.{kind}"
+    return names
+
+
+@pytest.mark.parametrize(("heads", "length"), [(2, 16), (4, 64)])
+def test_7b_style_equals_xlstm_large(groups, heads, length):
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+    torch.manual_seed(0)
+    peer = xLSTMLarge(
+        xLSTMLargeConfig(
+            embedding_dim=128,
+            num_heads=heads,
+            num_blocks=2,
+            vocab_size=96,
+            return_last_states=True,
+            mode="train",
+            chunkwise_kernel="chunkwise--native_autograd",
+            sequence_kernel="native_sequence__native",
+            step_kernel="native",
+            chunk_size=16,
+            autocast_kernel_dtype="float32",
+        )
+    )
+    randomise(peer)
+    tokens = torch.randint(0, 96, (3, length))
+    logits = peer(tokens)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    (logits * weighting(logits)).sum().backward()
+    names = large_names(2)
+    weights = {names[n]: p.detach() for n, p in peer.named_parameters()}
+    grads = {names[n]: p.grad for n, p in peer.named_parameters()}
+    section = {"pattern": "MM", "hidden_size": 128, "num_heads": heads, "vocab_size": 96}
+    model = our_model(groups, section, weights)
+    compare(logits.detach(), grads, model, tokens, 1e-5)
+
+
+def classic_tensors(peer, letters, of, shift):
+    """What ``of`` takes from the classic peer's parameters, under our names and layouts.
+
+    shift: added to norm weights, which the peer stores as w - 1 (0 for their gradients).
+    """
+    get = {name: of(p) for name, p in peer.named_parameters()}
+    out = {
+        "embedding.word_embeddings.weight": get["token_embedding.weight"],
+        "output_layer.weight": get["lm_head.weight"],
+        "decoder.final_norm.weight": get["xlstm_block_stack.post_blocks_norm.weight"] + shift,
+    }
+    for n, letter in enumerate(letters):
+        theirs, ours = f"xlstm_block_stack.blocks.{n}.", f"decoder.layers.{n}."
+        cell = f"{theirs}xlstm."
+        out[f"{ours}mixer_norm.weight"] = get[f"{theirs}xlstm_norm.weight"] + shift
+        out[f"{ours}mixer.conv.weight"] = get[f"{cell}conv1d.conv.weight"].squeeze(1)
+        out[f"{ours}mixer.conv.bias"] = get[f"{cell}conv1d.conv.bias"]
+        if letter == "m":
+            up, z = get[f"{cell}proj_up.weight"].chunk(2)
+            out[f"{ours}mixer.up_proj.weight"], out[f"{ours}mixer.z_proj.weight"] = up, z
+            for p in "qkv":
+                out[f"{ours}mixer.{p}_proj.weight"] = get[f"{cell}{p}_proj.weight"]
+            for g in ("igate", "fgate"):
+                for kind in ("weight", "bias"):
+                    out[f"{ours}mixer.{g}.{kind}"] = get[f"{cell}mlstm_cell.{g}.{kind}"]
+            out[f"{ours}mixer.head_norm.weight"] = get[f"{cell}mlstm_cell.outnorm.weight"] + shift
+            out[f"{ours}mixer.learnable_skip"] = get[f"{cell}learnable_skip"]
+            out[f"{ours}mixer.out_proj.weight"] = get[f"{cell}proj_down.weight"]
+        else:
+            swapped = {"igate": "fgate", "fgate": "igate", "zgate": "zgate", "ogate": "ogate"}
+            for mine, other in swapped.items():
+                out[f"{ours}mixer.{mine}.weight"] = get[f"{cell}{other}.weight"]
+            kernel = get[f"{cell}slstm_cell._recurrent_kernel_"]  # [heads, 4 * d_out, d_in]
+            heads, _, d = kernel.shape
+            out[f"{ours}mixer.recurrent_weight"] = kernel.view(heads, 4, d, d).permute(1, 0, 3, 2)
+            bias = get[f"{cell}slstm_cell._bias_"]
+            out[f"{ours}mixer.bias"] = bias.view(4, heads, d)
+            out[f"{ours}mixer.head_norm.weight"] = get[f"{cell}group_norm.weight"] + shift
+            out[f"{ours}ffn_norm.weight"] = get[f"{theirs}ffn_norm.weight"] + shift
+            gate, up = get[f"{theirs}ffn.proj_up.weight"].chunk(2)
+            out[f"{ours}ffn.gate_proj.weight"], out[f"{ours}ffn.up_proj.weight"] = gate, up
+            out[f"{ours}ffn.down_proj.weight"] = get[f"{theirs}ffn.proj_down.weight"]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("letters", "heads", "length"), [("mm", 4, 33), ("ss", 4, 17), ("mmsm", 2, 48)]
+)
+def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
+    from xlstm.blocks.mlstm.block import mLSTMBlockConfig
+    from xlstm.blocks.mlstm.layer import mLSTMLayerConfig
+    from xlstm.blocks.slstm.block import sLSTMBlockConfig
+    from xlstm.blocks.slstm.layer import sLSTMLayerConfig
+    from xlstm.components.feedforward import FeedForwardConfig
+    from xlstm.xlstm_lm_model import xLSTMLMModel, xLSTMLMModelConfig
+
+    torch.manual_seed(0)
+    peer = xLSTMLMModel(
+        xLSTMLMModelConfig(
+            vocab_size=96,
+            embedding_dim=64,
+            context_length=64,
+            num_blocks=len(letters),
+            slstm_at=[n for n, letter in enumerate(letters) if letter == "s"],
+            mlstm_block=mLSTMBlockConfig(
+                mlstm=mLSTMLayerConfig(conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=heads)
+            ),
+            slstm_block=sLSTMBlockConfig(
+                slstm=sLSTMLayerConfig(backend="vanilla", num_heads=heads, conv1d_kernel_size=4),
+                feedforward=FeedForwardConfig(proj_factor=1.3, act_fn="gelu"),
+            ),
+        )
+    )
+    peer.reset_parameters()
+    randomise(peer)
+    tokens = torch.randint(0, 96, (3, length))
+    logits = peer(tokens)
+    (logits * weighting(logits)).sum().backward()
+    section = {
+        **{"pattern": letters, "hidden_size": 64, "num_heads": heads, "vocab_size": 96},
+        **{"norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
+    }
+    model = our_model(groups, section, classic_tensors(peer, letters, lambda p: p.data, 1.0))
+    grads = classic_tensors(peer, letters, lambda p: p.grad, 0.0)
+    compare(logits.detach(), grads, model, tokens, 1e-5)
