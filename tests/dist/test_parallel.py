@@ -50,6 +50,19 @@ def one_process(pool):
     return results
 
 
+@pytest.fixture(scope="module")
+def one_gradient(pool):
+    """The fp64 gradient of one process, computed once per model."""
+
+    @functools.cache
+    def results(model: str, changes: tuple):
+        config = work.run_config(model, **dict(changes))
+        ((loss, chunks),) = pool(1, work.fp64_gradients, config)
+        return loss, work.assemble([chunks])
+
+    return results
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("model", "layout", "changes"),
@@ -73,6 +86,26 @@ def test_layout_equals_one_process(pool, one_process, model, layout, changes):
         # gradient is tiny; the moments themselves are the gradients.
         limit = 1e-4 if "exp_avg" not in name else 3e-4
         assert error < limit, f"{name}: {error:.2e}"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("model", "layout", "changes"),
+    CASES,
+    ids=[f"{m}-{n}{'-tied' if 'model__tie_embeddings' in c else ''}" for m, n, c in CASES],
+)
+def test_gradients_equal_one_process_in_fp64(pool, one_gradient, model, layout, changes):
+    """Nothing hides behind rounding here: a forgotten sum of 1e-8 would show."""
+    ranks, shape = LAYOUTS[layout]
+    loss, gradients = one_gradient(model, tuple(changes.items()))
+    answers = pool(ranks, work.fp64_gradients, work.run_config(model, **shape, **changes))
+    for other, _ in answers:
+        assert other == pytest.approx(loss, rel=1e-12)
+    got = work.assemble([chunks for _, chunks in answers])
+    assert got.keys() == gradients.keys()
+    for name, value in gradients.items():
+        error = (got[name] - value).abs().max() / value.abs().max()
+        assert error < 1e-10, f"{name}: {error:.2e}"
 
 
 @pytest.mark.dist

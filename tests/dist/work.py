@@ -69,19 +69,24 @@ def global_batch(config: RunConfig, step: int) -> list[Batch]:
     ]
 
 
-def make_engine(config: RunConfig) -> tuple[MegatronEngine, layouts.Layout]:
-    """The engine on this rank's layout, with weights moved off their special initial values."""
-    layout = layouts.start(config)
-    engine = MegatronEngine(config, layout)
+def perturb(models: list[torch.nn.Module]) -> None:
+    """Move weights off their special initial values, by canonical name."""
     with torch.no_grad():
-        for chunk in engine.chunks:
-            for _, parameter, pieces in named_pieces(chunk.module):
+        for model in models:
+            for _, parameter, pieces in named_pieces(model):
                 for piece in pieces:
                     rng = torch.Generator().manual_seed(sum(piece.name.encode()))
                     noise = 0.1 * torch.randn(piece.global_shape, generator=rng)
                     piece.local(parameter).add_(piece.of_global(noise))
                     if piece.name.endswith("igate.bias"):
                         piece.local(parameter).clamp_(min=-1.0)
+
+
+def make_engine(config: RunConfig) -> tuple[MegatronEngine, layouts.Layout]:
+    """The engine on this rank's layout, with perturbed weights."""
+    layout = layouts.start(config)
+    engine = MegatronEngine(config, layout)
+    perturb([chunk.module for chunk in engine.chunks])
     return engine, layout
 
 
@@ -129,13 +134,89 @@ def assemble(parts: list[list[Chunk]]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
     for chunk in (chunk for part in parts for chunk in part):
-        value = tensors.setdefault(chunk.name, torch.zeros(chunk.global_shape))
+        value = tensors.setdefault(chunk.name, torch.zeros(chunk.global_shape, dtype=torch.float64))
         count = counts.setdefault(chunk.name, torch.zeros(chunk.global_shape))
         place = tuple(
             slice(o, o + n) for o, n in zip(chunk.global_offset, chunk.tensor.shape, strict=True)
         )
-        value[place] += chunk.tensor.float()
+        value[place] += chunk.tensor.double()
         count[place] += 1
     for name, count in counts.items():
         assert torch.all(count == 1), f"{name}: elements saved {count.unique().tolist()} times"
     return tensors
+
+
+def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
+    """Loss and gradient of one global batch in fp64, through Megatron's schedule and DDP.
+
+    Only what this rank counts for: one copy of replicated and of tied parameters.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from xlstm_mcore.build import build_model, make_config
+
+    layout = layouts.start(config)
+    shape = config.layout
+    model_config = make_config(
+        config.model.model_dump(),
+        tensor=shape.tensor,
+        sequence=shape.sequence,
+        pipeline=shape.pipeline,
+        virtual=shape.virtual,
+    )
+    model_config.params_dtype = model_config.pipeline_dtype = torch.float64
+    model_config.finalize_model_grads_func = finalize_model_grads
+    chunks = build_model(model_config, layout.groups, config.run.seed)
+    perturb(chunks)
+    models = [
+        DistributedDataParallel(
+            model_config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=False),
+            chunk,
+            pg_collection=layout.groups,
+        )
+        for chunk in chunks
+    ]
+    batches = global_batch(config, 0)[layout.dp_rank :: layout.dp_size]
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        output = model(batch.tokens, batch.boundaries, batch.labels)
+
+        def loss_function(losses):
+            total = (losses * batch.loss_mask).sum()
+            return total, batch.loss_mask.sum().int(), {"total": total.detach()}
+
+        return output, loss_function
+
+    several = len(models) > 1
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in models] if several else iter(batches),
+        model=models if several else models[0],
+        num_microbatches=len(batches),
+        seq_length=config.data.seq_len,
+        micro_batch_size=config.data.micro_batch,
+        forward_only=False,
+    )
+    last_stage = sum(result["total"].item() for result in results)
+    parts = layout.groups
+    loss = torch.tensor(last_stage, dtype=torch.float64)
+    torch.distributed.all_reduce(loss, group=parts.dp)
+    torch.distributed.all_reduce(loss, group=parts.pp)
+    mine = []
+    for model in models:
+        for _, parameter, pieces in named_pieces(model.module):
+            counted = parameter.tensor_model_parallel or parts.tp.rank() == 0
+            if parts.dp.rank() == 0 and counted and not getattr(parameter, "shared", False):
+                assert parameter.main_grad.dtype == torch.float64
+                mine += [
+                    Chunk(p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad))
+                    for p in pieces
+                ]
+    return loss.item(), mine
