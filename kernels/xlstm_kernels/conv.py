@@ -12,6 +12,7 @@ from xlstm_kernels.checks import (
     check_like,
     compute_dtype,
 )
+from xlstm_kernels.select import select_backend
 
 
 def causal_conv1d(
@@ -23,6 +24,7 @@ def causal_conv1d(
     activation: str | None = None,
     boundaries: Tensor | None = None,
     return_last_state: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y_t = sum_j weight[:, j] x_{t - width + 1 + j} + bias, optionally through SiLU.
 
@@ -31,7 +33,8 @@ def causal_conv1d(
     None means zeros. With `return_last_state` the result is (y, state after x), the gradient of
     which is exact. `boundaries` is bool [b, s], True at the first token of a document: no tap
     reaches across it, and the returned state holds zeros for what lies before the last one.
-    Raises ValueError for wrong shapes, dtypes, devices or options.
+    `backend` is "torch" or "triton", None for the best one. Raises ValueError for wrong shapes,
+    dtypes, devices or options.
     """
     check_float("x", x, 3, "[b, s, c]")
     b, s, c = x.shape
@@ -44,6 +47,12 @@ def causal_conv1d(
         check_like("initial_state", initial_state, (b, c, width - 1), "[b, c, width - 1]", x)
     check_choice("activation", activation, (None, "silu"))
     check_boundaries(boundaries, b, s, x)
+
+    if select_backend("causal_conv1d", backend, x) == "triton":
+        from xlstm_kernels.conv_triton import conv_triton
+
+        y = conv_triton(x, weight, bias, initial_state, boundaries, activation == "silu")
+        return (y, _last_state(x, initial_state, boundaries, width)) if return_last_state else y
 
     if initial_state is None:
         before = x.new_zeros(b, width - 1, c)
@@ -62,6 +71,26 @@ def causal_conv1d(
     if document is not None:
         state = state.masked_fill((document[:, s:] != document[:, -1:])[..., None], 0)
     return y, state.transpose(1, 2).contiguous()
+
+
+def _last_state(x, initial_state, boundaries, width):
+    """State after x, from the last width - 1 inputs alone."""
+    b, s, c = x.shape
+    if width == 1:
+        return x.new_zeros(b, c, 0)
+    seen = x[:, max(s - width + 1, 0) :]
+    if seen.shape[1] < width - 1:
+        if initial_state is None:
+            before = x.new_zeros(b, width - 1, c)
+        else:
+            before = initial_state.transpose(1, 2).to(x.dtype)
+        seen = torch.cat([before, seen], 1)[:, -(width - 1) :]
+    if boundaries is not None:  # zeros for what lies before the last start
+        tail = boundaries[:, max(s - width + 1, 0) :].cumsum(1)
+        document = pad(tail, (width - 1 - tail.shape[1], 0))
+        lost = document != document[:, -1:]
+        seen = seen.masked_fill(lost[..., None], 0)
+    return seen.transpose(1, 2).contiguous()
 
 
 class _Taps(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The house rules, kept by a machine: who may import whom, what lies where, what is documented."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -110,8 +111,9 @@ def test_peers_are_listed_for_tests_only():
 
 def test_base_dependencies_are_pinned_in_every_tested_stack():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in wanted}
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["cpu"], *extras["gpu"]]
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in wanted} - {project["name"]}
     files = sorted((ROOT / "constraints").glob("*.txt"))
     assert len(files) == 2
     for file in files:
@@ -148,3 +150,11 @@ def test_no_machine_of_ours_is_named():
             continue
         found = pattern.search(path.read_text(encoding="utf-8", errors="ignore"))
         assert not found, f"{name}: {found.group()}"
+
+
+def test_console_scripts_exist():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"xlstm-data", "xlstm-pretrain", "xlstm-convert"}
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), target

@@ -58,7 +58,7 @@ def slstm_arguments():
             {"initial_state": (zeros(B, H, V, K), zeros(B, H, K), zeros(B, H))},
             r"state C has shape .*\[2, 3, 4, 6\]",
         ),
-        ({"backend": "triton"}, r"backend='triton' does not exist.*'torch'"),
+        ({"backend": "warp"}, r"backend='warp' does not exist.*'torch'"),
     ],
 )
 def test_mlstm_chunkwise(change, message):

@@ -1,13 +1,20 @@
 """mLSTM over a sequence: the public function in front of the chunkwise backends."""
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
-from xlstm_kernels.checks import check_boundaries
+from xlstm_kernels.checks import check_boundaries, check_choice
 from xlstm_kernels.mlstm.arguments import check_arguments
 from xlstm_kernels.mlstm.chunkwise_torch import mlstm_chunkwise_torch
 from xlstm_kernels.select import select_backend
 
+if TYPE_CHECKING:
+    from xlstm_kernels.mlstm.triton_config import MlstmConfig
+
 State = tuple[Tensor, Tensor, Tensor]
+STATES_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 def mlstm_chunkwise(
@@ -25,6 +32,8 @@ def mlstm_chunkwise(
     normalize: bool = True,
     eps: float = 1e-6,
     backend: str | None = None,
+    states_dtype: torch.dtype | None = None,
+    tiles: "MlstmConfig | None" = None,
 ) -> Tensor | tuple[Tensor, State]:
     """MLSTM hidden states h [b, heads, s, v_dim] in the dtype of q, or (h, last state).
 
@@ -40,6 +49,10 @@ def mlstm_chunkwise(
     Gradients are exact through h, C and n, into the initial C and n; m carries none.
 
     `chunk_size` is the largest number of tokens in a chunk (None: chosen by the backend).
+    `backend` is "torch" or "triton" (None: the best one for the device, dtype and shape). Two
+    options for "triton" alone, which others ignore: `states_dtype` is what the states between
+    chunks are kept in for the backward pass, torch.float32 (None) or torch.bfloat16; `tiles` is
+    an `xlstm_kernels.mlstm.triton_config.MlstmConfig` (None: that of its table).
     `boundaries` is bool [b, s], True at the first token of a document: the state before it is
     forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
     """
@@ -50,18 +63,22 @@ def mlstm_chunkwise(
             f"chunk_size={chunk_size!r} must be a positive integer; use a power of two such as 64, "
             "or None to let the backend choose"
         )
-    select_backend("mlstm_chunkwise", backend)
-    return mlstm_chunkwise_torch(
-        q,
-        k,
-        v,
-        igate_preact,
-        fgate_preact,
-        initial_state,
-        chunk_size=chunk_size,
-        return_last_state=return_last_state,
-        boundaries=boundaries,
-        gate=gate,
-        normalize=normalize,
-        eps=eps,
+    check_choice("states_dtype", states_dtype, STATES_DTYPES)
+    qk_dim, v_dim = q.shape[-1], v.shape[-1]
+    chosen = select_backend(
+        "mlstm_chunkwise", backend, q, qk_dim=qk_dim, v_dim=v_dim, chunk_size=chunk_size
     )
+    options = {
+        "chunk_size": chunk_size,
+        "return_last_state": return_last_state,
+        "boundaries": boundaries,
+        "gate": gate,
+        "normalize": normalize,
+        "eps": eps,
+    }
+    arguments = (q, k, v, igate_preact, fgate_preact, initial_state)
+    if chosen == "triton":
+        from xlstm_kernels.mlstm.chunkwise_triton import mlstm_chunkwise_triton
+
+        return mlstm_chunkwise_triton(*arguments, **options, states_dtype=states_dtype, tiles=tiles)
+    return mlstm_chunkwise_torch(*arguments, **options)

@@ -32,7 +32,13 @@ def mlstm_step(
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
     check_arguments(q, k, v, igate_preact, fgate_preact, state, gate, time=False)
-    select_backend("mlstm_step", backend)
+    qk_dim, v_dim = q.shape[-1], v.shape[-1]
+    if select_backend("mlstm_step", backend, q, qk_dim=qk_dim, v_dim=v_dim) == "triton":
+        from xlstm_kernels.mlstm.step_triton import mlstm_step_triton
+
+        return mlstm_step_triton(
+            q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps
+        )
     C, n, m = state
     dtype = compute_dtype(q.dtype)
     query, key, value = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)

@@ -1,5 +1,7 @@
 """sLSTM over a sequence: the public function in front of the backends."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from xlstm_kernels.checks import check_boundaries
@@ -8,6 +10,19 @@ from xlstm_kernels.slstm.arguments import check_arguments
 from xlstm_kernels.slstm.scan_torch import slstm_scan_torch
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _implementation(backend: str) -> Callable:
+    """The function behind `backend`; imported when it is used, since its library may be absent."""
+    if backend == "numba":
+        from xlstm_kernels.slstm.scan_cpu import slstm_scan_cpu
+
+        return slstm_scan_cpu
+    if backend == "triton":
+        from xlstm_kernels.slstm.scan_triton import slstm_scan_triton
+
+        return slstm_scan_triton
+    return slstm_scan_torch
 
 
 def slstm_scan(
@@ -37,8 +52,8 @@ def slstm_scan(
     """
     check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
-    select_backend("slstm_scan", backend)
-    return slstm_scan_torch(
+    chosen = select_backend("slstm_scan", backend, gate_preacts, d=gate_preacts.shape[-1])
+    return _implementation(chosen)(
         gate_preacts,
         recurrent_weight,
         bias,

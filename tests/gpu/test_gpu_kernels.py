@@ -1,0 +1,111 @@
+"""Triton kernels on a GPU against their torch twins. Nothing here has run on a GPU yet.
+
+The checks themselves run on any machine, with the torch twin in the place of Triton.
+"""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import kernels_gpu
+from xlstm_kernels import mlstm_chunkwise, mlstm_step, slstm_scan
+
+
+def test_all_checks_of_the_benchmark(gpu):
+    results = kernels_gpu.check_correctness(gpu, "triton")
+    wrong = [case for case in results if not case["ok"]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_carried_state(gpu, dtype):
+    """Two segments with the state between them give what one sequence gives."""
+    setting = kernels_gpu.Setting("carried", 2, 2, 300, 64, 128)
+    x = [one.detach() for one in kernels_gpu.inputs_of(setting, dtype, gpu)]
+    whole, last = mlstm_chunkwise(*x, return_last_state=True, backend="triton")
+    parts, state = [], None
+    for part in (slice(0, 100), slice(100, 300)):
+        h, state = mlstm_chunkwise(
+            *(one[:, :, part] for one in x), state, return_last_state=True, backend="triton"
+        )
+        parts.append(h)
+    limit = kernels_gpu.LIMITS[dtype]
+    assert (torch.cat(parts, 2) - whole).abs().max() <= limit * whole.abs().max()
+    for got, expected in zip(state, last, strict=True):
+        assert (got - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_steps_give_what_the_sequence_gives(gpu):
+    setting = kernels_gpu.Setting("steps", 2, 2, 20, 64, 128)
+    x = [one.detach() for one in kernels_gpu.inputs_of(setting, torch.float32, gpu)]
+    whole, last = mlstm_chunkwise(*x, return_last_state=True, backend="torch")
+    state = [torch.zeros_like(one) for one in last]
+    for t in range(20):
+        h = mlstm_step(*(one[:, :, t] for one in x), state, backend="triton")
+        assert (h - whole[:, :, t]).abs().max() <= 2e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", ["mlstm", "slstm"])
+def test_results_are_deterministic(gpu, name):
+    if name == "mlstm":
+        setting = kernels_gpu.Setting("same", 2, 3, 500, 64, 64)
+        inputs, cell = kernels_gpu.inputs_of(setting, torch.bfloat16, gpu), mlstm_chunkwise
+    else:
+        inputs, cell = kernels_gpu.slstm_inputs((3, 2, 80, 64), torch.bfloat16, gpu), slstm_scan
+    once, again = (
+        kernels_gpu.forward_backward(lambda *x: cell(*x, backend="triton"), inputs)
+        for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+
+
+def test_a_step_is_captured_in_a_graph(gpu):
+    """slstm_scan records into a CUDA graph and replays on new inputs."""
+    inputs = [x.detach() for x in kernels_gpu.slstm_inputs((2, 2, 16, 256), torch.bfloat16, gpu)]
+    slstm_scan(*inputs, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h = slstm_scan(*inputs, backend="triton")
+    inputs[0].neg_()
+    graph.replay()
+    assert torch.equal(h, slstm_scan(*inputs, backend="triton"))
+
+
+# The benchmark's own code, where there is no GPU
+
+
+def test_the_checks_find_nothing_wrong_with_the_twin(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "CHECKS", [(1, 2, 20, 8, 16)])
+    results = kernels_gpu.check_correctness("cpu", "torch")
+    assert len(results) > 10 and all(case["ok"] for case in results), results
+
+
+def test_the_checks_find_an_error(monkeypatch):
+    def wrong(*x, backend, **more):
+        return mlstm_chunkwise(*x, **more) * (1.001 if backend == "wrong" else 1)
+
+    inputs = kernels_gpu.inputs_of(
+        kernels_gpu.Setting("check", 1, 2, 20, 8, 16), torch.float32, "cpu"
+    )
+    assert kernels_gpu.worst_error("wrong", wrong, inputs) == pytest.approx(1e-3, rel=0.1)
+
+
+def test_timing_runs_and_keeps_its_deadline(capsys):
+    settings = [kernels_gpu.Setting("small", 1, 2, 32, 64, 64)]
+    rows = kernels_gpu.time_everything(
+        "cpu", "torch", settings, [(1, 2, 4, 8)], time.monotonic() + 60
+    )
+    ours = [row for row in rows if row["kind"].startswith("ours")]
+    assert len(ours) == 4 and all(row["fw_bw_ms"]["median"] > 0 for row in ours)
+    late = kernels_gpu.time_everything("cpu", "torch", settings, [], time.monotonic() - 1)
+    assert all(row["left_out"] == "no time left" for row in late)
+    assert "left out: no time left" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_benchmark_says_so(capsys, tmp_path):
+    assert kernels_gpu.main(["--json", str(tmp_path / "x.json")]) == 0
+    assert "no GPU here" in capsys.readouterr().out
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,214 @@
+"""Kernels compile for every target, and do not spill; and what the report counts is there.
+
+The interpreter accepts code that does not compile, so this stands beside it. The 7B and 125M
+settings compile on all four targets, a sample of the rest is spread over these. Compiling happens
+in a child of its own, without the interpreter. The table is left in pytest's ``--basetemp``; the
+full one is made by ``python -m benchmarks.kernel_resources --all``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.anchors import ANCHOR_TABLE
+from benchmarks.aot import DEVICES, blocks_per_processor
+from benchmarks.assembly import Listing
+from benchmarks.kernel_resources import SEED, choose
+from xlstm_kernels.aot import TARGETS, find_variants
+
+ROOT = Path(__file__).parents[3]
+
+# Variants allowed to spill, as (target, start of the name): the reason.
+MAY_SPILL: dict[tuple[str, str], str] = {}
+
+
+def compile_report(folder, *arguments):
+    """Rows and printed table of one run of the report, compiled afresh."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(folder / "cache"))
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", *arguments]
+    output = folder / "kernels.json"
+    result = subprocess.run(
+        [*command, "--json", str(output)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    (folder / "kernels.txt").write_text(result.stdout, encoding="utf-8")
+    assert output.exists(), result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(output.read_text()), result
+
+
+# The project's kernels
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return compile_report(tmp_path_factory.mktemp("aot"), "--seed", str(SEED))
+
+
+def test_settings_and_sample_compile(sample):
+    data, result = sample
+    assert not data["failures"], data["failures"]
+    assert result.returncode == 0
+    assert data["seed"] == SEED
+    compiled = {(one["target"], one["name"]) for one in data["kernels"]}
+    for target in TARGETS:
+        wanted = choose("xlstm_kernels", target, everything=False, only=[], seed=SEED)
+        assert {(target, name) for name in wanted} <= compiled
+
+
+def test_no_kernel_of_the_sample_spills(sample):
+    spilling = [
+        f"{one['target']} {one['name']}: {one['spill_store']} bytes"
+        for one in sample[0]["kernels"]
+        if one["target"] in ("sm_80", "sm_90") and one["spill_store"] + one["spill_load"]
+        if not any(one["target"] == t and one["name"].startswith(name) for t, name in MAY_SPILL)
+    ]
+    assert not spilling, "; ".join(spilling)
+
+
+def test_every_kernel_of_the_sample_can_be_launched(sample):
+    for one in sample[0]["kernels"]:
+        assert not one["limits"], f"{one['target']} {one['name']}: {one['limits']}"
+
+
+def test_settings_are_described_on_every_target():
+    for target in TARGETS:
+        settings = {variant.setting for variant in find_variants(target)}
+        assert {"7b", "7b fp32 states", "125m"} <= settings
+
+
+# The report itself
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    data, result = compile_report(
+        tmp_path_factory.mktemp("toys"), "--all", "--package", "tests.kernels.triton"
+    )
+    return {(one["target"], one["name"]): one for one in data["kernels"]}, result.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_toys_are_counted(toys, target):
+    rows, _ = toys
+    pipelined, plain = rows[target, "pipelined"], rows[target, "in one stage"]
+    assert pipelined["spill_store"] == 0 and rows[target, "spilling"]["spill_store"] > 0
+    assert sum(pipelined["tensor"].values()) > 0
+    assert pipelined["loops"] == plain["loops"] == 1
+    assert pipelined["ctas_per_sm"] >= 1 and 0.5 < pipelined["wave_efficiency"] <= 1
+    bound = max(
+        pipelined["bytes"] / DEVICES[target].bandwidth, pipelined["flops"] / DEVICES[target].flops
+    )
+    assert pipelined["bound_us"] == pytest.approx(1e6 * bound)
+    if target != "gfx942":
+        # 128 x 64 + 64 x 128 elements of 2 bytes by 256 threads, 16 bytes each, two stages ahead.
+        assert pipelined["loop"]["async_copies"] == 8
+        assert pipelined["loop"]["async_bytes"] * 256 == 2 * 128 * 64 * 2
+        assert pipelined["flight_per_sm"] == 2 * 32768 * pipelined["ctas_per_sm"]
+        assert plain["loop"]["async_copies"] == 0 and plain["loop"]["loads"] == 8
+        assert plain["loops_waiting"] == 1 and pipelined["loops_waiting"] == 0
+        assert pipelined["loop"]["barriers"] >= 1
+
+
+def test_floors_are_those_of_one_step_and_called_bounds(toys):
+    rows, text = toys
+    for target in TARGETS:
+        assert 0 < rows[target, "in steps"]["floor_us"] < 1
+        assert rows[target, "pipelined"]["floor_us"] is None
+    assert rows["sm_90", "in steps"]["unrolled"] == 4  # its loop is short, and 8 products long
+    assert "bounds, not times" in text and "A bound is no time" in text
+    assert ANCHOR_TABLE in text
+
+
+def test_a_kernel_that_does_not_compile_is_reported(tmp_path):
+    package = tmp_path / "broken_kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one_triton.py").write_text(
+        "import torch, triton, triton.language as tl\n"
+        "from xlstm_kernels.aot import make_variant\n"
+        "@triton.jit\n"
+        "def kernel(x, N: tl.constexpr):\n"
+        "    i = tl.arange(0, N)\n"
+        "    for step in tl.range(3):\n"
+        "        i = i.to(tl.float32)\n"  # the type of a carried variable changes
+        "    tl.store(x + tl.arange(0, N), i)\n"
+        "def triton_variants(target):\n"
+        "    x = torch.empty(8, device='meta')\n"
+        "    return [make_variant('broken', kernel, {'x': x, 'N': 8}, num_warps=1,\n"
+        "                         num_stages=1, grid=(1,), bytes=32, flops=0)]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--targets", "sm_90"]
+    command += ["--package", "broken_kernels", "--all", "--json", str(tmp_path / "o.json")]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, result.stderr
+    assert "FAILED sm_90 broken: CompilationError" in result.stdout
+
+
+def test_loops_are_natural_loops():
+    """Code moved behind the end that jumps back into the loop's middle makes no second loop."""
+    text = """
+        /*0000*/                   MOV R0, R1 ;
+.L_x_0:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64], P1 ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R68.reuse, R2, R4 ;
+        /*0030*/              @!P3 BRA `(.L_x_8) ;
+.L_x_15:
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R68.reuse, R2, R4 ;
+        /*0050*/                   DEPBAR.LE SB0, 0x0 ;
+        /*0060*/              @!P0 BRA `(.L_x_0) ;
+        /*0070*/                   STL.64 [R1+0x8], R4 ;
+        /*0080*/                   EXIT ;
+.L_x_8:
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   BRA `(.L_x_15) ;
+"""
+    listing = Listing(text, "sass")
+    assert len(listing.loops) == 1
+    loop = listing.main_loops()[0]
+    assert (loop.tensor, loop.async_copies, loop.async_bytes) == (2, 1, 16)
+    assert (loop.barriers, loop.full_waits, loop.chain) == (1, 1, 2)
+    assert listing.local_bytes() == (8, 0)
+
+
+def test_a_loop_that_is_left_by_a_call_lies_in_the_loop_around_it():
+    text = """
+        /*0000*/                   MOV R0, R1 ;
+.L_x_3:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_2:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R68.reuse, R2, R4 ;
+        /*0030*/               @P1 CALL.REL.NOINC `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0050*/                   MUFU.EX2 R5, R5 ;
+        /*0060*/               @P0 CALL.REL.NOINC `(.L_x_0) ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_0:
+        /*0080*/                   EXIT ;
+"""
+    listing = Listing(text, "sass")
+    assert sorted(map(len, listing.loops)) == [3, 7]
+    inner, outer = listing.main_loops()[0], listing.main_loops(outermost=True)[0]
+    assert (inner.barriers, outer.barriers, outer.special, outer.tensor) == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "blocks"),
+    [(4, 232, 74 << 10, 2), (8, 214, 115 << 10, 1), (4, 95, 512, 5), (8, 64, 228 << 10, 0)],
+)
+def test_blocks_on_one_multiprocessor(warps, registers, shared, blocks):
+    """The first three as the driver's occupancy tables have them; the last has no room."""
+    assert blocks_per_processor(DEVICES["sm_90"], warps, registers, shared) == blocks

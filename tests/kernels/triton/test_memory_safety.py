@@ -1,0 +1,222 @@
+"""Every Triton kernel under the checker: no access out of bounds, no race between programs.
+
+Kernels are reached through the public functions, forward and backward. Fresh memory is NaN here, so
+what is read before it was written shows in the results, which must be those of the torch twin. The
+last test holds the kernels that ran against those that are described for compilation.
+"""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from tests.kernels.kernel_numerics import relative_error
+from tests.kernels.triton.checker import Checker
+from xlstm_kernels import conv, mlstm_chunkwise, mlstm_step, slstm_scan
+from xlstm_kernels.aot import TARGETS, find_variants
+from xlstm_kernels.select import BACKENDS
+
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+    assert torch.empty(64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def strided(x):
+    """The same values as every second row of a larger tensor, and behind an offset."""
+    last = x.ndim - 2
+    shape = [*x.shape[:last], 2 * x.shape[last] + 1, x.shape[-1]]
+    return torch.full(shape, math.nan, dtype=x.dtype)[..., 1::2, :].copy_(x)
+
+
+def documents(b, s):
+    """Boundaries at the first token, at neighbours and in the middle, others in each row."""
+    starts = torch.zeros(b, s, dtype=torch.bool)
+    for row in range(b):
+        starts[row, [0, s // 3, min(s // 3 + 1, s - 1), (row + 1) * s // (b + 1)]] = row != 1
+    return starts
+
+
+def run(function, inputs, backend):
+    """Outputs and gradients of a function of a dict of inputs, as a dict."""
+    inputs = {k: x.detach().requires_grad_(x.is_floating_point()) for k, x in inputs.items()}
+    outputs = function(inputs, backend)
+    generator = torch.Generator().manual_seed(1)
+    loss = 0
+    for name, x in outputs.items():
+        if x.requires_grad and name != "m":
+            loss = loss + (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()
+    found = {name: x.detach() for name, x in outputs.items()}
+    if torch.is_tensor(loss):
+        wanted = [k for k in inputs if k != "m"]
+        grads = torch.autograd.grad(loss, [inputs[k] for k in wanted], allow_unused=True)
+        found |= {f"d_{k}": g for k, g in zip(wanted, grads, strict=True) if g is not None}
+    return found
+
+
+# Cases: kernel -> name -> (function of inputs and backend, inputs)
+
+
+def mlstm_case(s, qk, v, b=2, heads=2, dtype=torch.float32, state=False, views=False, **options):
+    torch.manual_seed(0)
+    x = {
+        name: torch.randn(b, heads, s, d).to(dtype)
+        for name, d in {"q": qk, "k": qk, "v": v}.items()
+    }
+    if views:
+        x = {name: strided(one) for name, one in x.items()}
+    x |= {"i": torch.randn(b, heads, s), "f": torch.randn(b, heads, s) + 2}
+    if state:
+        x |= {"C": torch.randn(b, heads, qk, v), "n": torch.randn(b, heads, qk)}
+        x["m"] = torch.randn(b, heads)
+
+    def call(x, backend):
+        names = ("q", "k", "v", "i", "f")
+        carried = tuple(x[k] for k in "Cnm") if state else None
+        more = options if backend == "triton" else options | {"states_dtype": None}
+        result = mlstm_chunkwise(
+            *(x[k] for k in names), carried, backend=backend, return_last_state=state, **more
+        )
+        if not state:
+            return {"h": result}
+        return {"h": result[0], **dict(zip("Cnm", result[1], strict=True))}
+
+    return call, x
+
+
+def step_case(qk, v, b=2, heads=3, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    x = {name: torch.randn(b, heads, d).to(dtype) for name, d in {"q": qk, "k": qk, "v": v}.items()}
+    x |= {"i": torch.randn(b, heads), "f": torch.randn(b, heads)}
+    x |= {"C": torch.randn(b, heads, qk, v), "n": torch.randn(b, heads, qk)}
+    x["m"] = torch.randn(b, heads)
+
+    def call(x, backend):
+        state = [x[k].detach().clone() for k in "Cnm"]
+        h = mlstm_step(*(x[k].detach() for k in "qkvif"), state, backend=backend, **options)
+        return {"h": h, **dict(zip("Cnm", state, strict=True))}
+
+    return call, x
+
+
+def slstm_case(s, d, b=3, heads=2, dtype=torch.float32, state=False, **options):
+    torch.manual_seed(0)
+    x = {"x": torch.randn(b, s, 4, heads, d), "R": torch.randn(4, heads, d, d) * d**-0.5}
+    x["bias"] = torch.randn(4, heads, d)
+    x = {name: one.to(dtype) for name, one in x.items()}
+    if state:
+        h, c, n, m = torch.randn(4, b, heads, d)
+        x |= {"h0": h.tanh(), "c": c, "n": n.exp(), "m": m}
+
+    def call(x, backend):
+        carried = (x["h0"], x["c"], x["n"], x["m"]) if state else None
+        result = slstm_scan(
+            x["x"], x["R"], x["bias"], carried, return_last_state=True, backend=backend, **options
+        )
+        return {"h": result[0], **dict(zip(("h1", "c", "n", "m"), result[1], strict=True))}
+
+    return call, x
+
+
+def conv_case(s, c, width=4, b=2, dtype=torch.float32, state=False, **options):
+    torch.manual_seed(0)
+    x = {"x": torch.randn(b, s, c), "w": torch.randn(c, width), "bias": torch.randn(c)}
+    if state:
+        x["before"] = torch.randn(b, c, width - 1)
+    x = {name: one.to(dtype) for name, one in x.items()}
+
+    def call(x, backend):
+        y, after = conv.causal_conv1d(
+            *(x[k] for k in ("x", "w", "bias")), x.get("before"), return_last_state=True,
+            backend=backend, **options,
+        )  # fmt: skip
+        return {"y": y, "after": after}
+
+    return call, x
+
+
+HALF = {"dtype": torch.bfloat16}
+CASES = {
+    "mlstm_chunkwise": {
+        "one token": mlstm_case(1, 16, 16),
+        "few chunks": mlstm_case(20, 24, 40, chunk_size=16, state=True, views=True),
+        "segments": mlstm_case(75, 20, 24, b=1, chunk_size=16, state=True),
+        "documents": mlstm_case(
+            70, 24, 20, b=3, chunk_size=32, state=True, boundaries=documents(3, 70)
+        ),
+        "sigmoid, bare": mlstm_case(50, 16, 32, chunk_size=16, gate="sigmoid", normalize=False),
+        "bf16": mlstm_case(
+            70, 80, 144, b=1, heads=1, chunk_size=32, boundaries=documents(1, 70), **HALF
+        ),
+        "bf16 states": mlstm_case(
+            64, 32, 32, chunk_size=16, states_dtype=torch.bfloat16, views=True, **HALF
+        ),
+    },
+    "mlstm_step": {
+        "odd": step_case(20, 28),
+        "sigmoid, bare": step_case(16, 72, gate="sigmoid", normalize=False),
+        "bf16": step_case(64, 48, **HALF),
+    },
+    "slstm_scan": {
+        "one token": slstm_case(1, 16),
+        "odd": slstm_case(7, 20, state=True),
+        "documents": slstm_case(9, 32, boundaries=documents(3, 9), state=True),
+        "exp": slstm_case(5, 48, forget_gate="exp", boundaries=documents(3, 5)),
+        "wide": slstm_case(4, 200, b=2, heads=1, state=True, boundaries=documents(2, 4)),
+        "bf16": slstm_case(6, 64, b=17, heads=1, **HALF),
+        "wide bf16": slstm_case(3, 272, b=2, heads=1, **HALF),
+    },
+    "causal_conv1d": {
+        "one token": conv_case(1, 16),
+        "odd": conv_case(37, 20, state=True, activation="silu"),
+        "documents": conv_case(40, 24, width=3, state=True, boundaries=documents(2, 40)),
+        "bf16": conv_case(70, 136, activation="silu", boundaries=documents(2, 70), **HALF),
+    },
+}
+ALL = [(kernel, name) for kernel, cases in CASES.items() for name in cases]
+
+
+def on_triton(kernel):
+    """Whether a public function has a Triton backend."""
+    return any(one.name == "triton" for one in BACKENDS.get(kernel, ()))
+
+
+@cache
+def checked(kernel, name):
+    """Results of one case on Triton under the checker, and the checker."""
+    function, inputs = CASES[kernel][name]
+    checker = Checker()
+    with checker:
+        return run(function, inputs, "triton"), checker
+
+
+@pytest.mark.parametrize(("kernel", "name"), ALL, ids=[": ".join(one) for one in ALL])
+def test_no_fault_and_the_result_of_the_twin(kernel, name):
+    if not on_triton(kernel):
+        pytest.skip(f"{kernel} has no Triton backend")
+    got, checker = checked(kernel, name)
+    assert checker.kernels, "nothing ran on Triton"
+    function, inputs = CASES[kernel][name]
+    expected = run(function, inputs, "torch")
+    assert got.keys() == expected.keys()
+    dtype = next(iter(inputs.values())).dtype
+    for key, value in expected.items():
+        error = relative_error(got[key], value)
+        assert error <= LIMITS[dtype], f"{key}: {error:.1e}"
+
+
+def test_every_function_with_a_triton_backend_is_here():
+    missing = [kernel for kernel in BACKENDS if on_triton(kernel) and kernel not in CASES]
+    assert not missing, f"add cases for {', '.join(missing)}"
+
+
+def test_every_kernel_that_is_compiled_was_checked():
+    ran = set().union(*(checked(*one)[1].kernels for one in ALL if on_triton(one[0])))
+    described = {variant.fn.__name__ for target in TARGETS for variant in find_variants(target)}
+    assert described <= ran, f"no case runs {', '.join(sorted(described - ran))}"
