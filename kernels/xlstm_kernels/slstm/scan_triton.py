@@ -2,7 +2,7 @@
 
 As `torch.library` custom ops with fake implementations they work under torch.compile, FakeTensor
 and activation recomputation. Weights take part in the products in the dtype of the
-pre-activations. Heads too large for one program take one launch per step and pass, which a CUDA
+pre-activations. Heads too large for one program take one launch per step and pass, which a GPU
 graph can capture: nothing in between touches the host.
 """
 
