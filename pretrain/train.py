@@ -91,6 +91,7 @@ class _Run:
             dp_size=layout.dp_size,
         )
         self._check_vocabulary()
+        self._check_kernels()
         self.engine: Engine = MegatronEngine(config, layout)
         self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
         self.state, cursor = self._resume()
@@ -247,6 +248,14 @@ class _Run:
             raise ConfigError(
                 f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
                 f"{self.config.data.path}; set model.vocab_size to at least {tokens}"
+            )
+
+    def _check_kernels(self) -> None:
+        backend, device = self.config.model.kernel_backend, self.layout.device.type
+        if backend == "triton" and device == "cpu":
+            raise ConfigError(
+                "model.kernel_backend=triton needs a GPU, and this run is on the CPU; leave it "
+                "out to let each kernel take the best backend it has"
             )
 
     def _introduce(self, metrics: MetricLogger) -> None:

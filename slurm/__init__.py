@@ -1,1 +1,1 @@
-"""Slurm launchers: sbatch templates, site files, submit, preflight."""
+"""The place of the Slurm launchers. None is built yet; `pretrain.launch` serves one machine."""

@@ -1,11 +1,11 @@
 """XLSTMConfig: the architecture (the ``model:`` section of a run) over Megatron's settings."""
 
 from dataclasses import dataclass
-from math import ceil
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .pattern import parse_pattern
+from .presets import dimensions
 
 
 @dataclass
@@ -61,28 +61,24 @@ class XLSTMConfig(TransformerConfig):
     @property
     def qk_dim(self) -> int:
         """Width of q and k over all heads (7B-style block)."""
-        return int(self.hidden_size * self.qk_dim_factor)
+        return dimensions(self).qk
 
     @property
     def v_dim(self) -> int:
         """Width of v and of the output gate over all heads (7B-style block)."""
-        return int(self.hidden_size * self.v_dim_factor)
+        return dimensions(self).v
 
     @property
     def ffn_dim(self) -> int:
         """Inner width of the 7B-style block's SwiGLU."""
-        return self._round_up(self.hidden_size * self.ffn_dim_factor)
+        return dimensions(self).ffn
 
     @property
     def up_dim(self) -> int:
         """Inner width of the classic mLSTM block (its pre up-projection)."""
-        return self._round_up(self.hidden_size * self.up_dim_factor)
+        return dimensions(self).up
 
     @property
     def slstm_ffn_dim(self) -> int:
         """Inner width of the classic sLSTM block's GeGLU."""
-        return self._round_up(self.hidden_size * self.slstm_ffn_dim_factor)
-
-    def _round_up(self, width: float) -> int:
-        # round() first: 1.1 * 3200 is 3520.0000000000005 in floating point, not 3584
-        return ceil(round(width, 6) / self.round_up_to) * self.round_up_to
+        return dimensions(self).slstm_ffn

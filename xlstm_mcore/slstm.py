@@ -90,6 +90,7 @@ class SLSTMMixer(nn.Module):
             activation="silu",
             boundaries=boundaries,
             return_last_state=cache is not None,
+            backend=self.config.kernel_backend,
         )
         if cache is not None:
             x_c, cache["conv"] = x_c

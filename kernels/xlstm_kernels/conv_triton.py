@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.aot import Variant
-from xlstm_kernels.mlstm.triton_launch import Launch
+from xlstm_kernels.triton_launch import Launch, refusal, run_all
 
-DTYPES = (torch.float32, torch.bfloat16)
-NOT_TRITON = ("cpu", "meta", "mps")
+__all__ = ["conv_triton", "refusal", "triton_variants"]
+
 TOKENS, CHANNELS = 32, 64  # of a program
 SIZES = ["batch", "steps"]  # vary without recompilation
 
@@ -140,21 +140,6 @@ def conv_backward_inputs(
         tl.store(d_before + at, total, mask=(t < 0)[:, None] & inside[None, :])
 
 
-INTERPRETED = not isinstance(conv_forward, triton.JITFunction)
-
-
-def refusal(like: Tensor, *, asked: bool) -> str | None:
-    """Why this backend cannot run such a call, with the remedy; None if it can."""
-    if like.device.type in NOT_TRITON and not (asked and INTERPRETED):
-        return (
-            f"Triton does not run on {like.device.type} tensors (but, slowly, on CPU tensors with "
-            "TRITON_INTERPRET=1 set before the import); move them to a GPU or use 'torch'"
-        )
-    if like.dtype not in DTYPES:
-        return f"the Triton kernels take float32 and bfloat16, not {like.dtype}; use 'torch'"
-    return None
-
-
 def plan(kernel, phase: str, arguments: dict, shape, taps: int, length: int) -> Launch:
     """The launch of `kernel` over `length` times of every row; `shape` is that of x."""
     batch, steps, channels = shape
@@ -187,16 +172,6 @@ def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_x, d_befor
     return launches, d_taps
 
 
-def _run(launches, like: Tensor) -> None:
-    if like.device.type == "cpu":
-        for launch in launches:
-            launch.run()
-        return
-    with torch.accelerator.device_index(like.device.index):
-        for launch in launches:
-            launch.run()
-
-
 def _bytes(boundaries: Tensor | None) -> Tensor | None:
     return None if boundaries is None else boundaries.contiguous().view(torch.uint8)
 
@@ -217,7 +192,7 @@ def conv_triton(
     x, weight = x.contiguous(), weight.contiguous()
     before = None if before is None else before.contiguous()
     y = torch.empty_like(x)
-    _run([plan_forward(x, weight, bias, before, _bytes(boundaries), silu, y)], x)
+    run_all([plan_forward(x, weight, bias, before, _bytes(boundaries), silu, y)], x)
     return y
 
 
@@ -246,7 +221,7 @@ def _backward(
         d_y, x, weight, bias, before, _bytes(boundaries), silu, d_x,
         None if before is None else d_before,
     )  # fmt: skip
-    _run(launches, x)
+    run_all(launches, x)
     d_taps = d_taps.sum(0)
     return [d_x, d_taps[:taps].t().contiguous(), d_taps[taps].clone(), d_before]
 

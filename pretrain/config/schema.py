@@ -80,8 +80,8 @@ class ModelConfig(Section):
     """share of block outputs dropped in training"""
     chunk_size: PositiveInt | None = None
     """tokens the mLSTM kernel handles at a time; null lets the kernel choose"""
-    kernel_backend: str | None = None
-    """name of the cell kernels' backend; null picks one for the device"""
+    kernel_backend: Literal["torch", "triton"] | None = None
+    """backend of the cells and convolutions; null picks the best one for the device"""
 
 
 class LayoutConfig(Section):

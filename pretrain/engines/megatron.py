@@ -66,9 +66,6 @@ class MegatronEngine:
             )
             for number, model in enumerate(models)
         ]
-        if layout.dp_size > 1:
-            for chunk in self.chunks:
-                chunk.broadcast_params()
         self.optimizer = self._make_optimizer()
         self.model_config.finalize_model_grads_func = finalize_model_grads
         self.model_config.grad_scale_func = self.optimizer.scale_loss

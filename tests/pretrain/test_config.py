@@ -122,6 +122,7 @@ def test_missing_sections_and_keys_are_named():
             "data.seq_len=254 does not split into 4 parts",
         ),
         ({"layout__context": 2}, "context parallel is not built yet; use 1"),
+        ({"model__kernel_backend": "numba"}, "model.kernel_backend"),
         ({"engine__zero_stage": 0}, "use 1, Megatron's distributed optimizer"),
         ({"engine__zero_stage": 2}, "needs the deepspeed engine, which is not built yet"),
         ({"engine__zero_stage": 4}, "engine.zero_stage=4 must be less than or equal to 3"),

@@ -247,6 +247,13 @@ class TestMisuse:
             match="run.steps=5, but",
         )
 
+    def test_triton_without_a_gpu(self, work, tmp_path):
+        self.refused(
+            *small_run(tmp_path / "run", work[0], "--run.steps", "4"),
+            *["--model.kernel_backend", "triton"],
+            match="model.kernel_backend=triton needs a GPU",
+        )
+
     def test_no_shards(self, tmp_path):
         self.refused(
             *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--run.dir", tmp_path / "run"],

@@ -153,26 +153,6 @@ def test_rng_tracker_forks_advance_and_leave_the_outside_alone():
         assert not torch.equal(torch.rand(3), first)
 
 
-def test_megatrons_own_tracker_does_not_work(monkeypatch):
-    """Why replacing get_rng_state alone is a trap: states that are set are never applied."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    cuda = importlib.import_module("torch.cuda")
-    tracker = random.CudaRNGStatesTracker()
-    queue = []
-    monkeypatch.setattr(
-        random, "_set_cuda_rng_state", lambda *args, **kwargs: queue.append(args)
-    )  # torch.cuda's lazy queue, which runs when CUDA is initialised
-    assert not cuda.is_initialized()
-    tracker.add("name", 1)
-    states = []
-    for _ in range(2):
-        torch.manual_seed(9)
-        with tracker.fork("name"):
-            states.append(torch.rand(3))
-    assert torch.equal(*states)
-    assert len(queue) == 5
-
-
 def test_activation_recompute_replays_dropout():
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     parallel = importlib.import_module("megatron.core.tensor_parallel")

@@ -110,6 +110,22 @@ def test_a_packed_row_equals_its_documents_apart(groups, name):
     assert (row - torch.cat(parts, dim=1)).abs().max() < 2e-5 * row.abs().max()
 
 
+def test_the_configured_backend_reaches_every_kernel(groups, monkeypatch):
+    from xlstm_kernels import select
+
+    asked = set()
+    original = select._select
+
+    def spy(kernel, backend, *facts):
+        asked.add((kernel, backend))
+        return original(kernel, backend, *facts)
+
+    monkeypatch.setattr(select, "_select", spy)
+    _, model = make(groups, "mixed", kernel_backend="torch")
+    model(torch.arange(8)[None])
+    assert asked == {(k, "torch") for k in ("mlstm_chunkwise", "slstm_scan", "causal_conv1d")}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_count_of_parameters_is_the_models(groups, name):
     config, model = make(groups, name)

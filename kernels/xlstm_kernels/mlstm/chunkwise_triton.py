@@ -8,9 +8,9 @@ deterministic. A second derivative does not exist.
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
+from xlstm_kernels import triton_launch
 from xlstm_kernels.mlstm.triton_config import (
     CHUNK_SIZES,
     MOST_QK,
@@ -19,7 +19,6 @@ from xlstm_kernels.mlstm.triton_config import (
     mlstm_config,
     pick_chunk_size,
 )
-from xlstm_kernels.mlstm.triton_gates import gates_kernel
 from xlstm_kernels.mlstm.triton_plan import (
     Forward,
     Options,
@@ -29,10 +28,7 @@ from xlstm_kernels.mlstm.triton_plan import (
     plan_forward,
     sizes_of,
 )
-
-INTERPRETED = not isinstance(gates_kernel, triton.JITFunction)
-DTYPES = (torch.float32, torch.bfloat16)
-NOT_TRITON = ("cpu", "meta", "mps")
+from xlstm_kernels.triton_launch import architecture, run_all
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -40,21 +36,10 @@ State = tuple[Tensor, Tensor, Tensor]
 def refusal(
     like: Tensor, *, qk_dim: int, v_dim: int, chunk_size: int | None = None, asked: bool
 ) -> str | None:
-    """Why this backend cannot run such a call, with the remedy; None if it can.
-
-    `asked` says whether the caller named this backend: under the interpreter it then runs on CPU
-    tensors as well.
-    """
-    if like.device.type in NOT_TRITON and not (asked and INTERPRETED):
-        return (
-            f"Triton does not run on {like.device.type} tensors (but, slowly, on CPU tensors with "
-            "TRITON_INTERPRET=1 set before the import); move them to a GPU or use 'torch'"
-        )
-    if like.dtype not in DTYPES:
-        return (
-            f"the Triton kernels take float32 and bfloat16, not {like.dtype}; convert, or "
-            "use 'torch'"
-        )
+    """Why this backend cannot run such a call, with the remedy; None if it can."""
+    reason = triton_launch.refusal(like, asked=asked)
+    if reason is not None:
+        return reason
     if qk_dim > MOST_QK or v_dim > MOST_V:
         return (
             f"qk_dim={qk_dim}, v_dim={v_dim} exceed {MOST_QK} and {MOST_V}, the largest heads of "
@@ -66,15 +51,6 @@ def refusal(
             f"kernels; use one of {', '.join(map(str, CHUNK_SIZES))}, or 'torch'"
         )
     return None
-
-
-def architecture(device: torch.device) -> str:
-    """Name of a GPU's architecture as compilers call it; "interpreter" for a CPU."""
-    if device.type == "cpu":
-        return "interpreter"
-    with torch.accelerator.device_index(device.index):
-        target = triton.runtime.driver.active.get_current_target()
-    return target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
 
 
 def make_options(
@@ -89,17 +65,6 @@ def make_options(
     )
     precision = "tf32x3" if arch.startswith("sm_") else "ieee"
     return Options(chunk_size, exp_gate, normalize, eps, bf16_states, precision, config)
-
-
-def run_all(launches, like: Tensor) -> None:
-    """Run launches in order on the device of `like`."""
-    if like.device.type == "cpu":
-        for launch in launches:
-            launch.run()
-        return
-    with torch.accelerator.device_index(like.device.index):
-        for launch in launches:
-            launch.run()
 
 
 Tensors11 = tuple[

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.mlstm.chunkwise_triton import refusal, run_all
+from xlstm_kernels.mlstm.chunkwise_triton import refusal
 from xlstm_kernels.mlstm.triton_config import block
-from xlstm_kernels.mlstm.triton_launch import Launch
+from xlstm_kernels.triton_launch import Launch, run_all
 
 __all__ = ["mlstm_step_triton", "refusal"]
 

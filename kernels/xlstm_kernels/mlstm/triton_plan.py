@@ -31,9 +31,9 @@ from xlstm_kernels.mlstm.triton_gates import (
     gates_kernel,
 )
 from xlstm_kernels.mlstm.triton_gradients import query_key_gradients_kernel
-from xlstm_kernels.mlstm.triton_launch import Launch
 from xlstm_kernels.mlstm.triton_outputs import normalizer_gradients_kernel, outputs_kernel
 from xlstm_kernels.mlstm.triton_states import PIECE, RESUME, WHOLE, states_kernel
+from xlstm_kernels.triton_launch import Launch
 
 
 class Options(NamedTuple):

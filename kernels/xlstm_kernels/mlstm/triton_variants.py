@@ -5,8 +5,8 @@ import torch
 from xlstm_kernels.aot import Variant
 from xlstm_kernels.mlstm.step_triton import plan_step
 from xlstm_kernels.mlstm.triton_config import mlstm_config, pick_chunk_size
-from xlstm_kernels.mlstm.triton_launch import Launch
 from xlstm_kernels.mlstm.triton_plan import Options, plan_backward, plan_forward
+from xlstm_kernels.triton_launch import Launch
 
 
 def plan(

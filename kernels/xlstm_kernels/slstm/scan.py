@@ -12,17 +12,13 @@ from xlstm_kernels.slstm.scan_torch import slstm_scan_torch
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _implementation(backend: str) -> Callable:
-    """The function behind `backend`; imported when it is used, since its library may be absent."""
+def _operator(backend: str) -> Callable:
+    """The custom op behind `backend`; imported when it is used, since its library may be absent."""
     if backend == "numba":
-        from xlstm_kernels.slstm.scan_cpu import slstm_scan_cpu
-
-        return slstm_scan_cpu
-    if backend == "triton":
-        from xlstm_kernels.slstm.scan_triton import slstm_scan_triton
-
-        return slstm_scan_triton
-    return slstm_scan_torch
+        from xlstm_kernels.slstm.scan_cpu import scan_forward
+    else:
+        from xlstm_kernels.slstm.scan_triton import scan_forward
+    return scan_forward
 
 
 def slstm_scan(
@@ -53,12 +49,17 @@ def slstm_scan(
     check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
     chosen = select_backend("slstm_scan", backend, gate_preacts, d=gate_preacts.shape[-1])
-    return _implementation(chosen)(
-        gate_preacts,
-        recurrent_weight,
-        bias,
-        initial_state,
-        return_last_state=return_last_state,
-        boundaries=boundaries,
-        forget_gate=forget_gate,
-    )
+    if chosen == "torch":
+        return slstm_scan_torch(
+            gate_preacts,
+            recurrent_weight,
+            bias,
+            initial_state,
+            return_last_state=return_last_state,
+            boundaries=boundaries,
+            forget_gate=forget_gate,
+        )
+    state = initial_state if initial_state is not None else (None,) * 4
+    sigmoid = forget_gate == "sigmoid"
+    h, *rest = _operator(chosen)(gate_preacts, recurrent_weight, bias, *state, boundaries, sigmoid)
+    return (h, tuple(rest[:4])) if return_last_state else h

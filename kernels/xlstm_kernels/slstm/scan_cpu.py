@@ -24,24 +24,6 @@ def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
     return None
 
 
-def slstm_scan_cpu(
-    gate_preacts: Tensor,
-    recurrent_weight: Tensor,
-    bias: Tensor,
-    initial_state: State | None,
-    *,
-    return_last_state: bool,
-    boundaries: Tensor | None,
-    forget_gate: str,
-) -> Tensor | tuple[Tensor, State]:
-    """Numba backend of `xlstm_kernels.slstm_scan` (checked arguments, same meaning)."""
-    h, c, n, m = initial_state if initial_state is not None else (None,) * 4
-    out, *rest = _forward(
-        gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, forget_gate == "sigmoid"
-    )
-    return (out, tuple(rest[:4])) if return_last_state else out
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "slstm")
@@ -98,7 +80,7 @@ def _starts(boundaries: Tensor | None, b: int, s: int) -> Tensor:
 
 
 @torch.library.custom_op("xlstm_kernels::slstm_scan_cpu", mutates_args=())
-def _forward(
+def scan_forward(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
@@ -135,7 +117,7 @@ def _forward(
     return [out, *last, acts, decays, hs, cs, ns]
 
 
-@_forward.register_fake
+@scan_forward.register_fake
 def _outputs(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
     b, s, heads, d, width = _shapes(gate_preacts)
     new = gate_preacts.new_empty
@@ -211,4 +193,4 @@ def _differentiate(ctx, d_outputs):
     return *grads, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+scan_forward.register_autograd(_differentiate, setup_context=_save)

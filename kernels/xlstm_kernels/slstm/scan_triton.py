@@ -13,13 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from xlstm_kernels import triton_launch
 from xlstm_kernels.aot import Variant
-from xlstm_kernels.mlstm.triton_launch import Launch
 from xlstm_kernels.slstm import triton_kernels as kernels
+from xlstm_kernels.triton_launch import DTYPES, Launch, architecture, run_all
 
-INTERPRETED = not isinstance(kernels.forward_resident, triton.JITFunction)
-DTYPES = (torch.float32, torch.bfloat16)
-NOT_TRITON = ("cpu", "meta", "mps")
 MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
 
@@ -27,18 +25,10 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
-    """Why this backend cannot run such a call, with the remedy; None if it can.
-
-    `asked` says whether the caller named this backend: under the interpreter it then runs on CPU
-    tensors as well.
-    """
-    if like.device.type in NOT_TRITON and not (asked and INTERPRETED):
-        return (
-            f"Triton does not run on {like.device.type} tensors (but, slowly, on CPU tensors with "
-            "TRITON_INTERPRET=1 set before the import); move them to a GPU or use 'torch'"
-        )
-    if like.dtype not in DTYPES:
-        return f"the Triton kernels take float32 and bfloat16, not {like.dtype}; use 'torch'"
+    """Why this backend cannot run such a call, with the remedy; None if it can."""
+    reason = triton_launch.refusal(like, asked=asked)
+    if reason is not None:
+        return reason
     if d > MOST:
         return f"a head of {d} exceeds {MOST}; use more heads, or 'torch'"
     return None
@@ -74,25 +64,6 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     if whole <= most:
         return Tiles(whole, False, 0, 8 if whole > 64 or (wide and whole > 16) else 4, 1)
     return streamed if whole <= 256 else apart
-
-
-def architecture(device: torch.device) -> str:
-    """Name of a GPU's architecture as compilers call it; "interpreter" for a CPU."""
-    if device.type == "cpu":
-        return "interpreter"
-    with torch.accelerator.device_index(device.index):
-        target = triton.runtime.driver.active.get_current_target()
-    return target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
-
-
-def _run(launches, like: Tensor) -> None:
-    if like.device.type == "cpu":
-        for launch in launches:
-            launch.run()
-        return
-    with torch.accelerator.device_index(like.device.index):
-        for launch in launches:
-            launch.run()
 
 
 def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, phase: str, target: str, last: int):
@@ -182,7 +153,7 @@ def _bytes(boundaries: Tensor | None) -> Tensor | None:
 
 
 @torch.library.custom_op("xlstm_kernels::slstm_scan_triton", mutates_args=())
-def _forward(
+def scan_forward(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
@@ -207,13 +178,13 @@ def _forward(
         preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
         dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
     )  # fmt: skip
-    _run(launches, preacts)
+    run_all(launches, preacts)
     if streamed:
         h = h[steps % 2].clone()
     return [out, h, c, n, m, *kept]
 
 
-@_forward.register_fake
+@scan_forward.register_fake
 def _(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
     b, s, _, heads, d = gate_preacts.shape
     states = [gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
@@ -246,7 +217,7 @@ def _backward(
         d_out, weight, _bytes(boundaries), dict(zip(KEPT, (acts, decays, cs, ns), strict=True)),
         d_states, d_h_first, d_preacts, target,
     )  # fmt: skip
-    _run(launches, out)
+    run_all(launches, out)
     if tiles_for(target, d, out.dtype).inner:
         d_states[0] = d_h_first
     # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
@@ -287,25 +258,7 @@ def _differentiate(ctx, d_outputs):
     return *grads, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def slstm_scan_triton(
-    gate_preacts: Tensor,
-    recurrent_weight: Tensor,
-    bias: Tensor,
-    initial_state: State | None,
-    *,
-    return_last_state: bool,
-    boundaries: Tensor | None,
-    forget_gate: str,
-) -> Tensor | tuple[Tensor, State]:
-    """Triton backend of `xlstm_kernels.slstm_scan` (checked arguments, same meaning)."""
-    h, c, n, m = initial_state if initial_state is not None else (None,) * 4
-    out, *rest = _forward(
-        gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, forget_gate == "sigmoid"
-    )
-    return (out, tuple(rest[:4])) if return_last_state else out
+scan_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def describe(target, d, dtype, *, b=8, s=2048, heads=4, boundaries=True, setting="", sigmoid=True):

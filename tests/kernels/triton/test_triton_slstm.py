@@ -134,7 +134,7 @@ def test_custom_op_follows_the_rules_of_torch():
     state = [torch.rand(3, 2, 20, requires_grad=True) for _ in range(3)] + [torch.zeros(3, 2, 20)]
     boundaries = torch.zeros(3, 2, dtype=torch.bool)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    op = scan_triton._forward
+    op = scan_triton.scan_forward
     torch.library.opcheck(op, (x, R, b, *state, boundaries, True), test_utils=tests)
     torch.library.opcheck(op, (x.bfloat16(), R, b, *[None] * 5, False), test_utils=tests)
 
