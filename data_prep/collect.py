@@ -110,11 +110,12 @@ def collect(out: Path, inputs: list[str], *, min_mb: float = 8.0, text_field: st
             )
         provenance |= {"documents": counts.documents, "bytes": counts.bytes}
         write_atomic(out / PROVENANCE_NAME, json.dumps(provenance, indent=1).encode() + b"\n")
+        # The record comes first: a corpus without it is somebody else's and never overwritten.
+        done = {"settings": settings, "size": temporary.stat().st_size}
+        write_atomic(record, json.dumps(done).encode() + b"\n")
         os.replace(temporary, corpus)
     finally:
         temporary.unlink(missing_ok=True)
-    done = {"settings": settings, "size": corpus.stat().st_size}
-    write_atomic(record, json.dumps(done).encode() + b"\n")
     say(
         f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
         f"{counts.skipped} skipped"

@@ -59,7 +59,7 @@ def round_up(value: float, multiple: int) -> int:
 
 
 def dimensions(model: ModelSettings) -> Dimensions:
-    """The derived widths of a model; the only place that knows what is rounded and how."""
+    """The derived widths of a model, rounded as the papers' counts need it."""
     hidden, multiple = model.hidden_size, model.round_up_to
     return Dimensions(
         qk=int(hidden * model.qk_dim_factor),

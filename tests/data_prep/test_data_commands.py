@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from data_prep import collect as collect_module
 from data_prep.collect import library_files
 from data_prep.readers import read_documents
 from data_prep.shards import load_manifest
@@ -87,3 +88,27 @@ def test_module_entry_point_returns_the_exit_code(tmp_path):
         [sys.executable, "-m", "data_prep", "verify", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 2 and "unfinished" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_collect_killed_between_its_files_is_done_again(tmp_path, corpus, monkeypatch, step):
+    """Whichever file is the last to appear, the same command then finishes."""
+    calls = []
+
+    def dying(real):
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) == step + 1:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        return call
+
+    arguments = (tmp_path / "out", [str(corpus)])
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_module, "write_atomic", dying(collect_module.write_atomic))
+        patch.setattr(collect_module.os, "replace", dying(collect_module.os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            collect_module.collect(*arguments, min_mb=0)
+    path = collect_module.collect(*arguments, min_mb=0)
+    assert len(list(read_documents(path))) == len(list(read_documents(corpus)))
