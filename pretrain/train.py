@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain import layout as layouts
 from pretrain.checkpoint import (
     check_same,
@@ -28,6 +30,7 @@ from pretrain.metrics import MetricLogger
 from pretrain.schedule import make_schedule
 from pretrain.signals import StopSignal
 from xlstm_mcore import cpu_runtime
+from xlstm_mcore.flops import peak_tflops, training_flops
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
@@ -105,6 +108,7 @@ class _Run:
             consumed_samples=cursor.consumed_samples,
         )
         self._speed = _Speed(config.tokens_per_step)
+        self._efficiency = _Efficiency(config, layout)
 
     def train(self) -> int:
         """The loop; see the module."""
@@ -161,6 +165,7 @@ class _Run:
         )
         metrics.advance(self.state.step)
         if self.state.step % interval == 0 or self.state.step in (1, self.config.run.steps):
+            speed = self._speed.take()
             metrics.log(
                 self.state.step,
                 {
@@ -168,7 +173,8 @@ class _Run:
                     "loss": loss.mean,
                     "lr": lr,
                     "grad_norm": result.grad_norm,
-                    "tokens_per_second": self._speed.take(),
+                    "tokens_per_second": speed,
+                    **self._efficiency.of(speed),
                 },
             )
 
@@ -315,3 +321,22 @@ class _Speed:
         speed = self._steps * self._tokens_per_step / max(self._seconds, 1e-9)
         self._steps, self._seconds = 0, 0.0
         return speed
+
+
+class _Efficiency:
+    """What a speed means per process: model TFLOP/s, and their share of the device's peak."""
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self._tflop_per_token = training_flops(config.model) / 1e12 / layout.world_size
+        self._peak = config.logging.peak_tflops
+        if (
+            self._peak is None
+            and layout.device.type == "cuda"
+            and config.engine.precision == "bf16"
+        ):
+            self._peak = peak_tflops(torch.cuda.get_device_name(layout.device))
+
+    def of(self, tokens_per_second: float) -> dict[str, float]:
+        """`tflops` per process, and `mfu` where the device's peak is known."""
+        tflops = tokens_per_second * self._tflop_per_token
+        return {"tflops": tflops} | ({"mfu": tflops / self._peak} if self._peak else {})

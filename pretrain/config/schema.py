@@ -187,6 +187,8 @@ class LoggingConfig(Section):
     """steps between lines in metrics.jsonl and on the screen"""
     tensorboard: bool = True
     """also write TensorBoard events"""
+    peak_tflops: PositiveFloat | None = None
+    """dense TFLOP/s of one device, for the utilisation (mfu); null for the maker's bf16 figure"""
 
 
 class RunConfig(Section):

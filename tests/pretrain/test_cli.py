@@ -200,3 +200,11 @@ def test_help_with_a_run_file_lists_every_key_with_its_value(run_file, capsys):
     for key in FIELDS:
         assert f"--{key.replace('_', '-')}" in out
     assert "77" in out
+
+
+def test_check_prints_flops_and_the_state(capsys):
+    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml"]) == 0
+    text = capsys.readouterr().out
+    assert "training FLOPs    4.036e+10 per token" in text
+    assert "cell 1.0%" in text
+    assert "generation state  134.48 MB per sequence" in text

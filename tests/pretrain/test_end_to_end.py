@@ -14,6 +14,7 @@ import pytest
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import load_config
 from pretrain.metrics import read_metrics
+from xlstm_mcore.flops import training_flops
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = "pretrain/configs"
@@ -67,6 +68,10 @@ def test_make_pretrain_goes_through_every_stage(work):
     assert summary["peak_memory_bytes"]["sum"] < 8e9
     losses = [r["loss"] for r in read_metrics(large / "metrics.jsonl") if "loss" in r]
     assert losses[-1] < losses[0] - 1.5
+    last = [r for r in read_metrics(large / "metrics.jsonl") if "tflops" in r][-1]
+    flops = training_flops(load_config(large / "config.yaml").model)
+    assert last["tflops"] == pytest.approx(last["tokens_per_second"] * flops / 1e12 / 2)
+    assert "mfu" not in last  # nobody said what this CPU's peak is
     baselines = json.loads((folder / "data-stdlib" / "baselines.json").read_text())
     assert baselines["bigram_kneser_ney"] < baselines["bigram_add_one"] < baselines["unigram"]
 

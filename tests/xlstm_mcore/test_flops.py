@@ -1,0 +1,125 @@
+"""FLOPs: the formulas against torch's counter and against the figures of the papers."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.xlstm_mcore.test_presets import model
+from xlstm_mcore import mlstm, mlstm_classic, slstm
+from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.flops import (
+    chunkwise_cell_flops,
+    forward_flops,
+    mlstm_cell_flops,
+    peak_tflops,
+    state_bytes,
+    training_flops,
+)
+from xlstm_mcore.presets import PRESETS
+
+SMALL = {
+    "hidden_size": 64,
+    "num_heads": 4,
+    "vocab_size": 96,
+    "round_up_to": 16,
+    "conv_width": 3,
+    "dropout": 0.0,
+}
+BATCH, LENGTH = 2, 12
+
+
+def elementwise_mlstm(q, k, v, igate, fgate, state=None, **options):
+    """Depends on every input and costs no matrix product, so that only the layers are counted."""
+    return v * ((q * k).sum(-1) + igate + fgate)[..., None]
+
+
+def elementwise_slstm(preacts, recurrent_weight, bias, state=None, **options):
+    return (preacts + bias).prod(2) + recurrent_weight.mean()
+
+
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeypatch):
+    monkeypatch.setattr(mlstm, "mlstm_chunkwise", elementwise_mlstm)
+    monkeypatch.setattr(mlstm_classic, "mlstm_chunkwise", elementwise_mlstm)
+    monkeypatch.setattr(slstm, "slstm_scan", elementwise_slstm)
+    groups = single_process_groups()
+    config = make_config({**SMALL, "pattern": pattern, "tie_embeddings": tied})
+    (built,) = build_model(config, groups, seed=0)
+    tokens = torch.randint(0, 96, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as forward:
+        loss = built(tokens, None, tokens).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    parts = forward_flops(config)
+    # The convolution's taps are elementwise in our implementation, and the cells are replaced.
+    expected = sum(parts[name] for name in ("projections", "feed_forward", "head"))
+    assert forward.get_total_flops() == BATCH * LENGTH * expected
+    assert backward.get_total_flops() == 2 * BATCH * LENGTH * expected
+
+
+def test_cells_equal_torchs_counter_on_their_equations():
+    qk, v, d, heads, chunk = 6, 10, 8, 3, 16
+    with FlopCounterMode(display=False) as counter:
+        k_t, v_t, q_t = torch.randn(heads, qk, 1), torch.randn(heads, v, 1), torch.randn(heads, qk)
+        memory = torch.bmm(k_t, torch.cat((v_t, torch.ones(heads, 1, 1)), 1).transpose(1, 2))
+        torch.bmm(q_t[:, None], memory)  # C and n side by side
+    assert counter.get_total_flops() == heads * mlstm_cell_flops(qk, v)
+
+    with FlopCounterMode(display=False) as counter:
+        torch.bmm(torch.randn(heads, 4, d)[:, :1], torch.randn(heads, d, 4 * d))
+    settings = model(pattern="s", hidden_size=heads * d, num_heads=heads, vocab_size=1)
+    assert counter.get_total_flops() == forward_flops(settings)["cell"]
+
+    with FlopCounterMode(display=False) as counter:
+        q, k, values = (torch.randn(heads, chunk, n) for n in (qk, qk, v + 1))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        torch.bmm(scores, values)
+        torch.bmm(q, torch.bmm(k.transpose(1, 2), values))
+    assert counter.get_total_flops() == heads * chunk * chunkwise_cell_flops(qk, v, chunk)
+
+
+@pytest.mark.parametrize(
+    ("preset", "thousand_tokens", "mfu"),
+    [("xlstm_7b", 9.15, 37), ("xlstm_large_1.3b", 37.03, 30), ("xlstm_large_165m", 225.99, 17)],
+)
+def test_published_speeds_are_the_known_shares_of_an_h100(preset, thousand_tokens, mfu):
+    """Table 2 of arXiv 2503.13427 on H100; the shares were worked out before this code existed."""
+    flops = training_flops(model(**PRESETS[preset].model))
+    share = 100 * thousand_tokens * 1e3 * flops / (peak_tflops("NVIDIA H100 80GB HBM3") * 1e12)
+    assert share == pytest.approx(mfu, abs=0.8)
+
+
+def test_the_7b_cell_is_the_known_small_part():
+    parts = forward_flops(model(**PRESETS["xlstm_7b"].model))
+    assert 0.008 < parts["cell"] / sum(parts.values()) < 0.014
+    # Six per parameter that multiplies, which all but the embedding, norms and biases do.
+    matrices = 6_865_424_896 - 50304 * 4096
+    assert sum(parts.values()) - parts["cell"] == pytest.approx(2 * matrices, rel=1e-4)
+
+
+def test_state_of_the_7b_is_table_3():
+    size = state_bytes(model(**PRESETS["xlstm_7b"].model), activation_bytes=2)
+    assert size == pytest.approx(134.2e6, rel=0.003)  # the paper counts C alone
+
+
+@pytest.mark.parametrize("pattern", ["M", "m", "s"])
+def test_state_bytes_equal_the_caches(pattern):
+    groups = single_process_groups()
+    config = make_config({**SMALL, "pattern": pattern})
+    (built,) = build_model(config, groups, seed=0)
+    cache = {}
+    with torch.no_grad():
+        built.eval()(torch.randint(0, 96, (1, 5)), cache=cache)
+    held = sum(
+        t.nbytes
+        for layer in cache.values()
+        for state in layer.values()
+        for t in (state if isinstance(state, tuple) else (state,))
+    )
+    assert held == state_bytes(config, activation_bytes=4)
+
+
+def test_unknown_devices_have_no_peak():
+    assert peak_tflops("some cpu") is None
+    assert peak_tflops("NVIDIA H100 PCIe") < peak_tflops("NVIDIA H100 80GB HBM3")
