@@ -22,8 +22,8 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import RunConfig, save_config
 from pretrain.data import DataCursor, TokenDataset, TrainLoader, ValidLoader
+from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, LossSum
-from pretrain.engines.megatron import MegatronEngine
 from pretrain.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
@@ -95,7 +95,7 @@ class _Run:
         )
         self._check_vocabulary()
         self._check_kernels()
-        self.engine: Engine = MegatronEngine(config, layout)
+        self.engine: Engine = make_engine(config, layout)
         self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
         self.state, cursor = self._resume()
         self.loader = TrainLoader(

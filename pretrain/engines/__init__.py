@@ -1,1 +1,21 @@
 """Engines: what a training step does to a model, behind one small protocol."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+    from pretrain.layout import Layout
+
+    from .base import Engine
+
+
+def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
+    """The engine that ``config.engine.name`` asks for; only that one's packages are imported.
+
+    Args:
+        config: the run, checked.
+        layout: the process layout the run was started on.
+    """
+    from .megatron import MegatronEngine
+
+    return MegatronEngine(config, layout)

@@ -86,7 +86,7 @@ def make_engine(config: RunConfig) -> tuple[MegatronEngine, layouts.Layout]:
     """The engine on this rank's layout, with perturbed weights."""
     layout = layouts.start(config)
     engine = MegatronEngine(config, layout)
-    perturb([chunk.module for chunk in engine.chunks])
+    perturb(engine.models)
     return engine, layout
 
 
