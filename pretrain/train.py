@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain import layout as layouts
 from pretrain.checkpoint import (
     check_same,

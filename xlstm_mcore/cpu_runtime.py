@@ -67,6 +67,11 @@ def device() -> torch.device:
     return _CPU if needed() else torch.device("cuda", torch.cuda.current_device())
 
 
+def device_name() -> str:
+    """What the maker calls this process's device ("" for a CPU)."""
+    return "" if needed() else torch.cuda.get_device_name()
+
+
 def peak_memory_bytes() -> int:
     """The most memory this process has used: device memory on CUDA, resident memory on a CPU."""
     if needed():
