@@ -327,12 +327,8 @@ class _Efficiency:
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self._tflop_per_token = training_flops(config.model) / 1e12 / layout.world_size
         self._peak = config.logging.peak_tflops
-        if (
-            self._peak is None
-            and layout.device.type == "cuda"
-            and config.engine.precision == "bf16"
-        ):
-            self._peak = peak_tflops(torch.cuda.get_device_name(layout.device))
+        if self._peak is None and config.engine.precision == "bf16":
+            self._peak = peak_tflops(cpu_runtime.device_name())
 
     def of(self, tokens_per_second: float) -> dict[str, float]:
         """`tflops` per process, and `mfu` where the device's peak is known."""
