@@ -21,6 +21,7 @@ that the rest of the row is padding.
 
 from __future__ import annotations
 
+import bisect
 import io
 import os
 import tarfile
@@ -73,7 +74,6 @@ __all__ = [
 CONTINUATION = 1 << 31
 PADDING = 1 << 30
 POSITION_MASK = PADDING - 1
-_HEADER = 512  # bytes of a ustar header; the payload follows it
 _TARGET_BLOCK_BYTES = 1 << 20
 
 
@@ -198,7 +198,7 @@ class BlockIndex:
 
 
 class _HashingFile:
-    """The part of a file that tarfile writes through, with a running xxh3."""
+    """A file that is written from front to back, with a running xxh3."""
 
     def __init__(self, file):
         self.file, self.hash, self.position = file, xxhash.xxh3_64(), 0
@@ -208,8 +208,16 @@ class _HashingFile:
         self.position += len(data)
         return self.file.write(data)
 
-    def tell(self) -> int:
-        return self.position
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The bytes before a payload; mtime, uid and gid are 0: nothing depends on the machine."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _member(block: int, suffix: str) -> str:
+    return f"b{block:06d}.{suffix}"
 
 
 class ShardWriter:
@@ -224,26 +232,26 @@ class ShardWriter:
         self._temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
         self._file = open(self._temporary, "wb")
         self._hashing = _HashingFile(self._file)
-        self._tar = tarfile.open(fileobj=self._hashing, mode="w", format=tarfile.USTAR_FORMAT)
         self._entries: list[tuple[int, int, int, int, int, int, int]] = []
 
     def _add(self, name: str, payload: bytes) -> tuple[int, int, int]:
-        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0: nothing depends on the machine
-        info.size, info.mode = len(payload), 0o644
-        offset = self._hashing.tell() + _HEADER
-        self._tar.addfile(info, io.BytesIO(payload))
+        self._hashing.write(_tar_header(name, len(payload)))
+        offset = self._hashing.position
+        self._hashing.write(payload)
+        self._hashing.write(bytes(-len(payload) % tarfile.BLOCKSIZE))
         return offset, len(payload), xxhash.xxh3_64_intdigest(payload)
 
     def write(self, block: Block) -> None:
         """Append one block."""
-        key = f"b{len(self._entries):06d}"
-        tok = self._add(f"{key}.tok", block.tokens.tobytes())
-        doc = self._add(f"{key}.doc", block.doc_bytes())
+        number = len(self._entries)
+        tok = self._add(_member(number, "tok"), block.tokens.tobytes())
+        doc = self._add(_member(number, "doc"), block.doc_bytes())
         self._entries.append((*tok, *doc, len(block.tokens)))
 
     def close(self) -> dict[str, str | int]:
         """Finish both files; the ``ShardEntry`` fields that depend on bytes, without the paths."""
-        self._tar.close()
+        end = 2 * tarfile.BLOCKSIZE  # the end of an archive, then up to a whole record
+        self._hashing.write(bytes(end + -(self._hashing.position + end) % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -274,24 +282,47 @@ def index_path(tar: Path) -> Path:
 
 
 class ShardReader:
-    """Random access to the rows of one tar. A block is hashed when it is first touched.
+    """Random access to the rows of one tar. A block is checked when it is first touched.
+
+    Checked are the hashes of both payloads and every other byte: headers, padding and, with the
+    last block, the end of the archive. So no byte of a tar can change unnoticed.
+
+    Args:
+        root: the manifest's folder.
+        entry: the shard.
+        row_tokens, dtype: the manifest's.
+        checked: one byte per block, 1 where it was checked before; a dataset keeps it while it
+            closes and opens the shard.
 
     Raises (from every method):
-        CorruptShardError: missing or short file, or bytes whose xxh3 is not the index's.
+        CorruptShardError: missing, unreadable or short file, or other bytes than were written.
     """
 
-    def __init__(self, root: Path, entry: ShardEntry, row_tokens: int, dtype):
+    def __init__(
+        self,
+        root: Path,
+        entry: ShardEntry,
+        row_tokens: int,
+        dtype,
+        checked: bytearray | None = None,
+    ):
         self.path = root / entry.path
         self.entry, self.row_tokens = entry, row_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._row_bytes = row_tokens * self.dtype.itemsize
         self.index = BlockIndex.load(root / entry.index, entry.index_xxh3)
-        self._first_row = np.concatenate([[0], np.cumsum(self.index.rows.astype(np.int64))])
-        self._checked = bytearray(len(self.index.rows))
-        if int(self._first_row[-1]) != entry.rows:
+        self._first_row = [0, *np.cumsum(self.index.rows.astype(np.int64)).tolist()]
+        self._offsets = self.index.off.tolist()
+        self._docs: dict[int, np.ndarray] = {}  # about 4 bytes for each row and document
+        self.checked = bytearray(len(self.index.rows)) if checked is None else checked
+        if self._first_row[-1] != entry.rows:
             got = f"{self._first_row[-1]} rows in its index"
             raise CorruptShardError(self.path, None, 0, f"{entry.rows} rows", got)
         check_size(root, entry)
-        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CorruptShardError(self.path, None, 0, "a readable file", str(error)) from None
 
     @property
     def num_blocks(self) -> int:
@@ -304,47 +335,79 @@ class ShardReader:
             os.close(self._fd)
             self._fd = -1
 
+    def block_of(self, row: int) -> int:
+        """Number of the block that holds a row."""
+        return bisect.bisect_right(self._first_row, row) - 1
+
     def block(self, number: int) -> Block:
-        """A whole block, hashed and its structure checked."""
-        tok = self._verified(number, self.index.off, self.index.size, self.index.xxh3)
-        doc = self._verified(number, self.index.doc_off, self.index.doc_size, self.index.doc_xxh3)
-        self._checked[number] = 1
+        """A whole block, every byte of it checked."""
+        index = self.index
+        tok = self._verified(number, "tok", index.off, index.size, index.xxh3)
+        doc = self._verified(number, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
+        if number == self.num_blocks - 1:
+            end = int(index.doc_off[number]) + len(doc)
+            rest = self._read(number, end, self.entry.bytes - end)
+            if rest.count(0) != len(rest):
+                raise CorruptShardError(self.path, number, end, "zeros to the end", "other bytes")
+        self.checked[number] = 1
         return parse_block(tok, doc, self.row_tokens, self.dtype)
 
     def row(self, number: int, out: np.ndarray) -> np.ndarray:
         """Read one row's tokens into ``out`` [row_tokens] (of the stored type); its segments."""
-        block = int(np.searchsorted(self._first_row, number, side="right")) - 1
-        if not self._checked[block]:
+        block = self.block_of(number)
+        if not self.checked[block]:
             self.block(block)
-        local = number - int(self._first_row[block])
-        nbytes = self.row_tokens * self.dtype.itemsize
-        offset = int(self.index.off[block]) + local * nbytes
-        if os.preadv(self._fd, [out], offset) != nbytes:
-            self._short(block, offset, nbytes)
-        doc_off, rows = int(self.index.doc_off[block]), int(self.index.rows[block])
-        first, last = np.frombuffer(self._read(block, doc_off + 4 * local, 8), "<u4").tolist()
-        start = doc_off + 4 * (rows + 1 + first)
-        return np.frombuffer(self._read(block, start, 4 * (last - first)), "<u4")
+        local = number - self._first_row[block]
+        offset = self._offsets[block] + local * self._row_bytes
+        try:
+            size = os.preadv(self._fd, [out], offset)
+        except OSError as error:
+            raise self._unreadable(block, offset, self._row_bytes, error) from None
+        if size != self._row_bytes:
+            raise self._short(block, offset, self._row_bytes)
+        doc = self._docs.get(block)
+        if doc is None:
+            index = self.index
+            raw = self._verified(block, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
+            doc = self._docs[block] = np.frombuffer(raw, "<u4")
+        start = self._first_row[block + 1] - self._first_row[block] + 1
+        return doc[start + int(doc[local]) : start + int(doc[local + 1])]
 
     def _read(self, block: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._fd, size, offset)
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise self._unreadable(block, offset, size, error) from None
         if len(data) != size:
-            self._short(block, offset, size)
+            raise self._short(block, offset, size)
         return data
 
-    def _short(self, block: int, offset: int, size: int):
-        got = f"the end of the file at {os.fstat(self._fd).st_size}"
-        raise CorruptShardError(self.path, block, offset, f"{size} bytes", got)
+    def _unreadable(self, block: int, offset: int, size: int, error: OSError) -> CorruptShardError:
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", str(error))
 
-    def _verified(self, block: int, off, size, xxh3) -> bytes:
-        offset = int(off[block])
-        data = self._read(block, offset, int(size[block]))
-        got, expected = xxhash.xxh3_64_intdigest(data), int(xxh3[block])
+    def _short(self, block: int, offset: int, size: int) -> CorruptShardError:
+        got = f"the end of the file at {os.fstat(self._fd).st_size}"
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", got)
+
+    def _verified(self, block: int, suffix: str, off, size, xxh3) -> bytes:
+        """A member's payload; its header, hash and padding are those that were written."""
+        offset, size = int(off[block]), int(size[block])
+        header = _tar_header(_member(block, suffix), size)
+        padded = size + -size % tarfile.BLOCKSIZE
+        data = self._read(block, offset - len(header), len(header) + padded)
+        payload = memoryview(data)[len(header) : len(header) + size]
+        got, expected = xxhash.xxh3_64_intdigest(payload), int(xxh3[block])
         if got != expected:
             raise CorruptShardError(
                 self.path, block, offset, f"xxh3 {expected:016x}", f"xxh3 {got:016x}"
             )
-        return data
+        if not data.startswith(header):
+            at = offset - len(header)
+            raise CorruptShardError(self.path, block, at, "the header of its member", "other bytes")
+        if any(data[len(header) + size :]):
+            at = offset + size
+            raise CorruptShardError(self.path, block, at, "zeros up to the next header", "others")
+        return bytes(payload)
 
 
 def check_size(root: Path, entry: ShardEntry) -> None:

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -155,3 +156,21 @@ def test_manifest_errors(copy):
         load_manifest(copy)
     with pytest.raises(ShardFormatError, match="not a folder"):
         load_manifest(copy / "nowhere")
+
+
+def test_every_byte_of_a_tar_is_vouched_for(copy):
+    """Payloads, headers, padding and the end of the archive: any other byte is an error."""
+    manifest = load_manifest(copy)
+    entry = manifest.shards("train")[0]
+    path = copy / entry.path
+    whole = path.read_bytes()
+    places = [*random.Random(0).sample(range(len(whole)), 60), 0, 511, len(whole) - 1]
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        reader = ShardReader(copy, entry, manifest.row_tokens, manifest.dtype)
+        with pytest.raises(CorruptShardError):
+            for number in range(reader.num_blocks):
+                reader.block(number)
+        reader.close()
