@@ -12,6 +12,7 @@ import re
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -51,6 +52,8 @@ class BuildConfig(BaseModel):
     """Folder for the shards."""
     seq_len: int = Field(256, ge=2)
     """Context length: a row holds seq_len + 1 tokens."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Rows as one chopped stream, or documents kept whole and rows filled up with padding."""
     valid_fraction: float = Field(0.01, ge=0.0, le=0.5)
     """Share of the documents for validation, chosen by the hash of the text."""
     source: str = "corpus"
@@ -128,6 +131,7 @@ def build(config: BuildConfig) -> Manifest:
             out,
             config.source,
             config.seq_len,
+            config.packing,
         )
         for shard in plan.shards
     ]
@@ -155,11 +159,10 @@ def build(config: BuildConfig) -> Manifest:
 
 def _settings(config: BuildConfig, tokenizer: Tokenizer) -> dict:
     """What the shards' contents depend on, besides the corpus."""
-    names = ("seq_len", "valid_fraction", "source", "text_field", "shard_mb")
+    names = ("seq_len", "valid_fraction", "source", "text_field", "shard_mb", "packing")
     return {
         **{name: getattr(config, name) for name in names},
         "tokenizer": tokenizer.sha256,
-        "packing": "concat",
     }
 
 
@@ -252,7 +255,7 @@ def _write_manifest(out, config, tokenizer, settings, plan, records, paths) -> M
         "seq_len": config.seq_len,
         "row_tokens": config.seq_len + 1,
         "block_rows": default_block_rows(config.seq_len + 1, dtype),
-        "packing": "concat",
+        "packing": config.packing,
         "add_bos": True,
         "add_eos": True,
         "bos_id": tokenizer.bos_id,

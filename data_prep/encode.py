@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import PrepError
-from data_prep.pack import ConcatPacker
+from data_prep.pack import make_packer
 from data_prep.parallel import Tick
 from data_prep.readers import Document, read_documents
 from data_prep.scan import ShardPlan, text_hash
@@ -40,6 +40,7 @@ class EncodeTask:
     out: Path
     source: str
     seq_len: int
+    packing: str
 
     @property
     def tar(self) -> Path:
@@ -84,7 +85,8 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     """Tokenize, pack and write one shard, then note it in the ledger."""
     tokenizer = cached_tokenizer(task.tokenizer, task.tokenizer_sha256)
     dtype = token_dtype(tokenizer.vocab_size)
-    packer = ConcatPacker(
+    packer = make_packer(
+        task.packing,
         task.seq_len,
         default_block_rows(task.seq_len + 1, dtype),
         dtype,

@@ -27,7 +27,7 @@ def describe(out: Path) -> str:
     manifest = load_manifest(out)
     lines = [
         f"{manifest.root}  hash {manifest.hash[:12]}",
-        f"rows of {manifest.seq_len} tokens (+1 shared), {manifest.dtype}, {manifest.packing}; "
+        f"rows of {manifest.seq_len} tokens (+1), {manifest.dtype}, {manifest.packing}; "
         f"{manifest.block_rows} rows a block",
         f"tokenizer {manifest.tokenizer.type}, {manifest.vocab_size} pieces, "
         f"bos {manifest.bos_id}, eos {manifest.eos_id}, pad {manifest.pad_id}, "

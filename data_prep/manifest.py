@@ -68,14 +68,16 @@ class SourceEntry(_Model):
     provenance: dict[str, Any] | None
     documents_read: int
     dropped: dict[str, int]
-    """Documents that were left out, by reason (duplicate, empty, malformed)."""
+    """Documents that were left out, by reason (duplicate, empty, malformed, filters by name)."""
+    filters: dict[str, Any] = {}
+    """Parameters of the filters that were applied, by name."""
     splits: dict[str, SplitEntry]
 
 
 class TokenizerEntry(_Model):
     """The tokenizer that made the ids; ``path`` is relative to the manifest's folder."""
 
-    type: Literal["sentencepiece"]
+    type: Literal["sentencepiece", "huggingface"]
     path: str
     sha256: str
     vocab_size: int
@@ -89,9 +91,9 @@ class Manifest(_Model):
     dtype: Literal["uint16", "uint32"]
     seq_len: int
     row_tokens: int
-    """Tokens stored per row: seq_len + 1, neighbouring rows share one token."""
+    """Tokens stored per row: seq_len + 1; neighbouring rows of concat share one token."""
     block_rows: int
-    packing: Literal["concat"]
+    packing: Literal["concat", "best_fit"]
     add_bos: bool
     add_eos: bool
     bos_id: int
@@ -124,7 +126,7 @@ class Manifest(_Model):
 
     @property
     def tokenizer_path(self) -> Path:
-        """Absolute path of the tokenizer's ``.model`` file."""
+        """Absolute path of the tokenizer's file (sentencepiece) or folder (huggingface)."""
         return self._root / self.tokenizer.path
 
     def shards(self, split: str) -> list[ShardEntry]:

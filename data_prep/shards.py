@@ -4,7 +4,8 @@ Layout of a folder (every path in ``manifest.json`` is relative to it)::
 
     <source>/<split>/shard-00000042.tar       ustar, mtime 0: the same bytes on every build
         b000000.tok   little-endian uint16|uint32 [rows, seq_len + 1]
-        b000000.doc   little-endian uint32: rows + 1 offsets, then the segments of each row
+        b000000.doc   little-endian uint32: rows + 1 offsets, then the segments of each row;
+                      best_fit: then the document of each segment, numbered within the shard
     <source>/<split>/shard-00000042.idx.npz   offsets, sizes and xxh3 of every block
     tokenizer/tokenizer.model                 the tokenizer travels with its ids
     manifest.json                             written last
@@ -16,7 +17,9 @@ header for the end of the archive: they read what the index lists and compare xx
 
 A *segment* of a row is ``position | flags``: where a document (or padding) starts in the row.
 Position 0 always has one; CONTINUATION says that the document began in an earlier row, PADDING
-that the rest of the row is padding.
+that the rest of the row is padding. In ``concat`` rows a continuation stands at position 0 and goes
+on from the row before. In ``best_fit`` rows it may stand anywhere: the piece of a cut document
+begins with the last token of the piece before, so that no target is lost.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from data_prep.manifest import (
 __all__ = [
     "CONTINUATION",
     "MANIFEST_NAME",
+    "NO_DOCUMENT",
     "PADDING",
     "POSITION_MASK",
     "Block",
@@ -74,6 +78,7 @@ __all__ = [
 CONTINUATION = 1 << 31
 PADDING = 1 << 30
 POSITION_MASK = PADDING - 1
+NO_DOCUMENT = (1 << 32) - 1
 _TARGET_BLOCK_BYTES = 1 << 20
 
 
@@ -114,11 +119,13 @@ class Block:
     tokens: np.ndarray
     offsets: np.ndarray
     segments: np.ndarray
+    documents: np.ndarray
+    """best_fit: the document of each segment (NO_DOCUMENT: padding). concat: empty."""
 
     def doc_bytes(self) -> bytes:
         """Payload of the ``.doc`` member."""
-        both = np.concatenate([self.offsets, self.segments])
-        return both.astype("<u4", copy=False).tobytes()
+        parts = np.concatenate([self.offsets, self.segments, self.documents])
+        return parts.astype("<u4", copy=False).tobytes()
 
 
 def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype) -> Block:
@@ -128,8 +135,9 @@ def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype) -> Block:
     """
     tokens = np.frombuffer(tok, np.dtype(dtype).newbyteorder("<")).reshape(-1, row_tokens)
     numbers = np.frombuffer(doc, "<u4")
-    rows = len(tokens)
-    return Block(tokens, numbers[: rows + 1], numbers[rows + 1 :])
+    first = len(tokens) + 1
+    last = first + int(numbers[first - 1])
+    return Block(tokens, numbers[:first], numbers[first:last], numbers[last:])
 
 
 def row_masks(
@@ -144,13 +152,15 @@ def row_masks(
 
     Returns:
         loss_mask float32 [rows, seq_len], 0 where the target belongs to another document or is
-        padding; boundaries bool [rows, seq_len], True at the first token of a document.
+        padding; boundaries bool [rows, seq_len], True at the first token of a document or of a
+        piece of one that another document precedes in the row.
     """
     loss_mask = np.ones(shape, np.float32)
     boundaries = np.zeros(shape, bool)
     position = (segments & POSITION_MASK).astype(np.int64)
     padding = (segments & PADDING) != 0
-    starts = ~padding & ((segments & CONTINUATION) == 0)
+    # A continuation inside a row follows another document, just like a start.
+    starts = ~padding & (((segments & CONTINUATION) == 0) | (position > 0))
 
     inside = starts & (position < shape[1])
     boundaries[rows[inside], position[inside]] = True

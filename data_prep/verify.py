@@ -140,6 +140,8 @@ def _block_problems(manifest: Manifest, block: Block) -> Iterator[str]:
     if offsets[0] != 0 or offsets[-1] != len(block.segments) or (np.diff(offsets) < 1).any():
         yield "row offsets of the .doc member are inconsistent"
         return
+    if len(block.documents) != (len(block.segments) if manifest.packing == "best_fit" else 0):
+        yield "documents of the .doc member do not match its segments"
     position = (block.segments & np.uint32(POSITION_MASK)).astype(np.int64)
     if (position > manifest.seq_len).any() or (position[offsets[:-1]] != 0).any():
         yield "document positions lie outside their rows"

@@ -3,14 +3,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.pack import ConcatPacker
-from data_prep.shards import parse_block, row_masks
+from data_prep.pack import BestFitPacker, ConcatPacker
+from data_prep.shards import (
+    CONTINUATION,
+    NO_DOCUMENT,
+    PADDING,
+    POSITION_MASK,
+    parse_block,
+    row_masks,
+)
 
 BOS, EOS, PAD = 0, 2, 1
 
 
-def pack(docs, seq_len, block_rows):
-    packer = ConcatPacker(seq_len, block_rows, np.dtype("<u2"), bos_id=BOS, eos_id=EOS, pad_id=PAD)
+def pack(docs, seq_len, block_rows, kind=ConcatPacker):
+    packer = kind(seq_len, block_rows, np.dtype("<u2"), bos_id=BOS, eos_id=EOS, pad_id=PAD)
     blocks = [block for doc in docs for block in packer.add(doc)] + list(packer.finish())
     return packer, blocks
 
@@ -65,3 +72,66 @@ def test_every_length_of_a_single_document(length):
 
 def test_no_document_no_block():
     assert pack([], 4, 2)[1] == []
+
+
+def pieces_by_definition(docs, seq_len):
+    """(document, continues, tokens) of every piece: cuts only where a document exceeds a row."""
+    pieces = []
+    for number, doc in enumerate(docs):
+        tokens = [BOS, *doc, EOS]
+        for first in range(0, len(tokens) - 1, seq_len):
+            pieces.append((number, first > 0, tuple(tokens[first : first + seq_len + 1])))
+    return sorted(pieces)
+
+
+@pytest.mark.parametrize("seq_len", [2, 5, 16])
+@pytest.mark.parametrize("block_rows", [1, 7, 1000])
+@pytest.mark.parametrize("buffer", [3, 20, 10_000])
+def test_best_fit_rows_hold_each_piece_once(seq_len, block_rows, buffer, monkeypatch):
+    monkeypatch.setattr("data_prep.pack._BUFFER_PIECES", buffer)
+    monkeypatch.setattr("data_prep.pack._OPEN_ROWS", 2)
+    rng = np.random.default_rng(seq_len + buffer)
+    docs = [rng.integers(4, 99, rng.integers(0, 3 * seq_len)).tolist() for _ in range(60)]
+    packer, blocks = pack(docs, seq_len, block_rows, BestFitPacker)
+    found, targets, pad = [], 0, 0
+    for block in blocks:
+        again = parse_block(block.tokens.tobytes(), block.doc_bytes(), seq_len + 1, "uint16")
+        assert (again.documents == block.documents).all()
+        assert (again.segments == block.segments).all() and len(again.documents)
+        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(int)))
+        mask, boundaries = row_masks(owner, block.segments, (len(block.tokens), seq_len))
+        expected_mask = np.zeros_like(mask)
+        expected_boundaries = np.zeros_like(boundaries)
+        for number, row in enumerate(block.tokens):
+            mine = slice(block.offsets[number], block.offsets[number + 1])
+            segments, numbers = block.segments[mine].astype(int), block.documents[mine]
+            starts = [int(segment & POSITION_MASK) for segment in segments]
+            assert starts[0] == 0
+            for start, end, segment, document in zip(
+                starts, [*starts[1:], seq_len + 1], segments, numbers, strict=True
+            ):
+                if segment & PADDING:
+                    assert (row[start:] == PAD).all() and document == NO_DOCUMENT
+                    pad += seq_len + 1 - start
+                    continue
+                continues = bool(segment & CONTINUATION)
+                found.append((int(document), continues, tuple(row[start:end].tolist())))
+                expected_mask[number, start : end - 1] = 1.0
+                expected_boundaries[number, start] = start > 0 or not continues
+        assert (mask == expected_mask).all() and (boundaries == expected_boundaries).all()
+        targets += int(mask.sum())
+    assert sorted(found) == pieces_by_definition(docs, seq_len)
+    assert packer.tokens == sum(len(doc) + 2 for doc in docs)
+    assert targets == packer.tokens - packer.docs
+    assert pad == packer.pad_tokens
+    assert all(len(block.tokens) == block_rows for block in blocks[:-1])
+
+
+@pytest.mark.parametrize(("mean", "seq_len"), [(6.4, 512), (8.0, 2048)])
+def test_best_fit_padding_is_below_two_per_mille(mean, seq_len):
+    lengths = np.exp(np.random.default_rng(1).normal(mean, 1.0, 4000)).astype(int)
+    packer, blocks = pack([[5] * n for n in lengths], seq_len, 64, BestFitPacker)
+    assert packer.pad_tokens < 0.002 * packer.tokens
+    stored = sum(block.tokens.size for block in blocks)
+    overlap = sum((n + 1) // seq_len - ((n + 1) % seq_len == 0) for n in lengths)
+    assert stored == packer.tokens + overlap + packer.pad_tokens
