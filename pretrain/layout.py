@@ -52,7 +52,9 @@ class Layout:
         A resumed run draws the same numbers as one that was not interrupted, and no random state
         has to be stored.
         """
-        base = (seed * 1_000_003 + step * 8191 + self.dp_rank * 131) % (2**31)
+        # dp_cp: context-parallel ranks hold other tokens, and must draw other dropout masks.
+        place = self.groups.dp_cp.rank()
+        base = (seed * 1_000_003 + step * 8191 + place * 131) % (2**31)
         torch.manual_seed(base)
         mcore_compat.seed_parallel(base)
 

@@ -26,6 +26,7 @@ def make_config(
     sequence: bool = False,
     pipeline: int = 1,
     virtual: int = 1,
+    context: int = 1,
     backend: str = "gloo",
 ) -> XLSTMConfig:
     """XLSTMConfig from the ``model:`` section of a run and its layout.
@@ -37,6 +38,7 @@ def make_config(
         sequence: sequence parallelism (needs ``tensor > 1`` to have an effect).
         pipeline: pipeline-parallel size.
         virtual: model chunks per pipeline rank.
+        context: context-parallel size.
         backend: communication backend, for settings that gloo needs.
     """
     dtype = PRECISION[precision]
@@ -49,6 +51,7 @@ def make_config(
         sequence_parallel=sequence and tensor > 1,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=context,
         # Parameters are initialised by name (init.py), never by the layers themselves.
         perform_initialization=False,
         # The loss is the mean over the global batch's unmasked tokens, however it is split.

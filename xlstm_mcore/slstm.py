@@ -1,7 +1,9 @@
-"""The classic sLSTM mixer (xLSTM, arXiv 2405.04517, figure 10), tensor parallel by heads.
+"""The classic sLSTM mixer (xLSTM, arXiv 2405.04517, figure 10), parallel by heads.
 
 Convolution, gates and recurrence are block-diagonal over heads, so a rank needs its own channels
-only: with sequence parallelism one all-to-all brings them in and one takes the result back.
+only: with sequence parallelism one all-to-all brings them in and one takes the result back. The
+recurrence needs all positions in turn, so context parallelism too cuts heads here, not positions:
+a second all-to-all, after which every rank runs the whole sequence of its ``1/(tp cp)`` of them.
 """
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from xlstm_kernels import causal_conv1d, multihead_norm, slstm_scan
 
 from .config import XLSTMConfig
+from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, parameter
 from .pieces import Piece, packed
 
@@ -22,7 +25,7 @@ class SLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` is read).
+        pg_collection: process groups (``tp`` and ``cp`` are read).
         prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
     """
 
@@ -32,6 +35,7 @@ class SLSTMMixer(nn.Module):
         super().__init__()
         self.config = config
         self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
         heads, width = config.num_heads, config.hidden_size
         self.num_heads, self.head_dim = heads // region.size, width // heads
         mine, d = self.num_heads, self.head_dim
@@ -74,18 +78,20 @@ class SLSTMMixer(nn.Module):
         )
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/tp), b, h]`` to the same shape.
+        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
 
         Args:
-            x: ``[s(/tp), b, h]``.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            x: this rank's positions.
+            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+                None.
             cache: state of this layer between calls when generating; read and updated.
         """
-        x = self.region.to_heads(x).transpose(0, 1)  # [b, s, heads * d]
+        own = self.context.own  # a parameter's part for the heads this rank computes
+        x = self.context.to_heads(self.region.to_heads(x)).transpose(0, 1)  # [b, s, heads * d]
         x_c = causal_conv1d(
             x,
-            self.conv_weight,
-            self.conv_bias,
+            own(self.conv_weight, 0),
+            own(self.conv_bias, 0),
             cache.get("conv") if cache is not None else None,
             activation="silu",
             boundaries=boundaries,
@@ -96,8 +102,8 @@ class SLSTMMixer(nn.Module):
             x_c, cache["conv"] = x_c
         h = slstm_scan(
             self._gate_preacts(x, x_c),
-            self.recurrent_weight,
-            self.bias,
+            own(self.recurrent_weight, 1),
+            own(self.bias, 1),
             cache.get("slstm") if cache is not None else None,
             return_last_state=cache is not None,
             boundaries=boundaries,
@@ -105,17 +111,19 @@ class SLSTMMixer(nn.Module):
         )
         if cache is not None:
             h, cache["slstm"] = h
-        h = multihead_norm(h, self.head_norm_weight, "layernorm", self.config.norm_eps)
-        return self.region.from_heads(h.flatten(2).transpose(0, 1))
+        h = multihead_norm(h, own(self.head_norm_weight, 0), "layernorm", self.config.norm_eps)
+        return self.region.from_heads(self.context.from_heads(h.flatten(2).transpose(0, 1)))
 
     def _gate_preacts(self, x: Tensor, x_c: Tensor) -> Tensor:
         """``[b, s, 4, heads, d]``: i and f from the convolved input, z and o from the input."""
         b, s, _ = x.shape
-        weight = self.gate_weight.view(2, 2, self.num_heads, self.head_dim, self.head_dim)
+        d = self.head_dim
+        weight = self.context.own(self.gate_weight.view(2, 2, self.num_heads, d, d), 2)
+        heads = weight.shape[2]
         parts = []
         for source, pair in zip((x_c, x), weight, strict=True):
-            rows = source.reshape(b * s, self.num_heads, self.head_dim).transpose(0, 1)
+            rows = source.reshape(b * s, heads, d).transpose(0, 1)
             columns = pair.permute(1, 3, 0, 2).flatten(2)  # [heads, in, 2 * out]
-            product = torch.bmm(rows, columns).view(self.num_heads, b, s, 2, self.head_dim)
+            product = torch.bmm(rows, columns).view(heads, b, s, 2, d)
             parts.append(product.permute(1, 2, 3, 0, 4))
         return torch.cat(parts, dim=2)

@@ -39,6 +39,7 @@ class ScheduledEngine:
             sequence=config.layout.sequence,
             pipeline=config.layout.pipeline,
             virtual=config.layout.virtual,
+            context=config.layout.context,
             backend=layout.backend,
         )
         self.models = build_model(self.model_config, layout.groups, config.run.seed)
@@ -87,7 +88,8 @@ class ScheduledEngine:
 
     def _sum_losses(self, losses: list[Tensor]) -> LossSum:
         """Add up (loss, tokens) pairs of micro-batches over the whole layout."""
-        # Only the last stage has losses, the same ones on all its tensor-parallel ranks.
+        # Only the last stage has losses, the same ones on all its tensor-parallel ranks; each
+        # context-parallel rank has those of its slice of the sequence.
         total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         for loss in losses:
             total += loss
@@ -99,7 +101,8 @@ class ScheduledEngine:
     def _forward_step(
         self, iterator: Iterator[Batch], model: nn.Module, loss_scale: float
     ) -> tuple[Tensor, Callable]:
-        batch = next(iterator).to(self.layout.device)
+        context = self.layout.groups.cp
+        batch = next(iterator).context_slice(context.rank(), context.size()).to(self.layout.device)
         output = model(batch.tokens, batch.boundaries, batch.labels)
 
         def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

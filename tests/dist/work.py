@@ -168,6 +168,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
         sequence=shape.sequence,
         pipeline=shape.pipeline,
         virtual=shape.virtual,
+        context=shape.context,
     )
     model_config.params_dtype = model_config.pipeline_dtype = torch.float64
     model_config.finalize_model_grads_func = finalize_model_grads
@@ -185,7 +186,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
     batches = global_batch(config, 0)[layout.dp_rank :: layout.dp_size]
 
     def forward_step(iterator, model):
-        batch = next(iterator)
+        batch = next(iterator).context_slice(layout.groups.cp.rank(), layout.groups.cp.size())
         output = model(batch.tokens, batch.boundaries, batch.labels)
 
         def loss_function(losses):
@@ -207,13 +208,13 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
     last_stage = sum(result["total"].item() for result in results)
     parts = layout.groups
     loss = torch.tensor(last_stage, dtype=torch.float64)
-    torch.distributed.all_reduce(loss, group=parts.dp)
+    torch.distributed.all_reduce(loss, group=parts.dp_cp)
     torch.distributed.all_reduce(loss, group=parts.pp)
     mine = []
     for model in models:
         for _, parameter, pieces in named_pieces(model.module):
             counted = parameter.tensor_model_parallel or parts.tp.rank() == 0
-            if parts.dp.rank() == 0 and counted and not getattr(parameter, "shared", False):
+            if parts.dp_cp.rank() == 0 and counted and not getattr(parameter, "shared", False):
                 assert parameter.main_grad.dtype == torch.float64
                 mine += [
                     Chunk(p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad))
