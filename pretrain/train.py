@@ -325,7 +325,9 @@ class _Efficiency:
     """What a speed means per process: model TFLOP/s, and their share of the device's peak."""
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self._tflop_per_token = training_flops(config.model) / 1e12 / layout.world_size
+        self._tflop_per_token = (
+            training_flops(config.model, config.data.seq_len) / 1e12 / layout.world_size
+        )
         self._peak = config.logging.peak_tflops
         if self._peak is None and config.engine.precision == "bf16":
             self._peak = peak_tflops(cpu_runtime.device_name())

@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from . import mcore_compat
+from .attention import AttentionMixer
 from .config import XLSTMConfig
 from .layers import FeedForward, Norm
 from .mlstm import MLSTMMixer
@@ -37,6 +38,9 @@ def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
         "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), ModuleSpec(FeedForward, params=swiglu)),
         "m": XLSTMLayerSubmodules(ModuleSpec(ClassicMLSTMMixer)),
         "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+        "*": XLSTMLayerSubmodules(
+            ModuleSpec(AttentionMixer), ModuleSpec(FeedForward, params=swiglu)
+        ),
     }
     return ModuleSpec(XLSTMLayer, submodules=submodules[letter])
 

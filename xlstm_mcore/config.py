@@ -13,7 +13,8 @@ class XLSTMConfig(TransformerConfig):
     """An xLSTM language model as Megatron-core sees it.
 
     ``pattern`` spells every layer: ``M`` 7B-style mLSTM block (arXiv 2503.13427), ``m`` classic
-    mLSTM block and ``s`` classic sLSTM block (arXiv 2405.04517); ``|`` cuts pipeline stages.
+    mLSTM block and ``s`` classic sLSTM block (arXiv 2405.04517), ``*`` causal attention block;
+    ``|`` cuts pipeline stages.
     ``num_layers`` follows from it; ``num_attention_heads`` is ``num_heads``.
     """
 
@@ -41,6 +42,11 @@ class XLSTMConfig(TransformerConfig):
     conv_width: int = 4
     slstm_ffn_dim_factor: float = 1.3
     round_up_to: int = 64
+
+    # attention block
+    attention_heads: int | None = None
+    attention_kv_heads: int | None = None
+    rope_base: float = 10_000.0
 
     # kernels
     chunk_size: int | None = None

@@ -11,7 +11,7 @@ Counting needs only the attributes of the `model:` section and no torch.
 """
 
 from xlstm_mcore.pattern import parse_pattern
-from xlstm_mcore.presets import ModelSettings, dimensions
+from xlstm_mcore.presets import ModelSettings, attention_heads, dimensions
 
 COMPONENTS = ("projections", "feed_forward", "conv", "cell", "head")
 
@@ -30,8 +30,12 @@ PEAK_BF16_TFLOPS = (
 )
 
 
-def block_flops(letter: str, model: ModelSettings) -> dict[str, int]:
-    """Forward FLOPs of one token in one block, by component (all of COMPONENTS but the head)."""
+def block_flops(letter: str, model: ModelSettings, seq_len: int | None) -> dict[str, int]:
+    """Forward FLOPs of one token in one block, by component (all of COMPONENTS but the head).
+
+    Attention depends on the length of the row: a token sees (seq_len + 1) / 2 on average, itself
+    included. Boundaries inside the row, which make it less, are left out.
+    """
     dims = dimensions(model)
     hidden, heads = model.hidden_size, model.num_heads
     if letter == "M":
@@ -58,6 +62,16 @@ def block_flops(letter: str, model: ModelSettings) -> dict[str, int]:
             "conv": 2 * model.conv_width * hidden,
             "cell": 2 * 4 * hidden * (hidden // heads),  # h_{t-1} times four recurrent matrices
         }
+    if letter == "*":
+        if seq_len is None:
+            raise ValueError("the FLOPs of attention (*) depend on the row's length: pass seq_len")
+        q_heads, kv_heads = attention_heads(model)
+        return {
+            "projections": 4 * hidden * (hidden + hidden // q_heads * kv_heads),
+            "feed_forward": 6 * hidden * dims.ffn,
+            "conv": 0,
+            "cell": 2 * hidden * (seq_len + 1),  # q k^T, and the scores times v
+        }
     raise AssertionError(f"no block has the letter {letter!r}")
 
 
@@ -76,19 +90,22 @@ def chunkwise_cell_flops(qk_head_dim: int, v_head_dim: int, chunk: int) -> int:
     return mlstm_cell_flops(qk_head_dim, v_head_dim) + inside
 
 
-def forward_flops(model: ModelSettings) -> dict[str, int]:
-    """Forward FLOPs of one token by component; `head` is the product with the vocabulary."""
+def forward_flops(model: ModelSettings, seq_len: int | None = None) -> dict[str, int]:
+    """Forward FLOPs of one token by component; `head` is the product with the vocabulary.
+
+    `seq_len` is needed for patterns with attention only. Raises ValueError where it is missing.
+    """
     total = dict.fromkeys(COMPONENTS, 0)
     total["head"] = 2 * model.hidden_size * model.vocab_size
     for letter in parse_pattern(model.pattern).letters:
-        for component, count in block_flops(letter, model).items():
+        for component, count in block_flops(letter, model, seq_len).items():
             total[component] += count
     return total
 
 
-def training_flops(model: ModelSettings) -> int:
-    """FLOPs of one token, forward and backward, without recomputation."""
-    return 3 * sum(forward_flops(model).values())
+def training_flops(model: ModelSettings, seq_len: int | None = None) -> int:
+    """FLOPs of one token, forward and backward, without recomputation (see `forward_flops`)."""
+    return 3 * sum(forward_flops(model, seq_len).values())
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -99,11 +116,12 @@ def peak_tflops(device_name: str) -> float | None:
     return None
 
 
-def state_bytes(model: ModelSettings, activation_bytes: int) -> int:
-    """Bytes of one sequence's state in generation, the same after any number of tokens.
+def state_bytes(model: ModelSettings, activation_bytes: int, tokens: int = 0) -> int:
+    """Bytes of one sequence's state in generation after `tokens` tokens.
 
-    Cell states are fp32 (C, n, m of mLSTM; h, c, n, m of sLSTM); the convolutions keep their last
-    inputs in the activations' type of `activation_bytes` bytes.
+    It is the same after any number of them but for attention, which keeps k and v of each. Cell
+    states are fp32 (C, n, m of mLSTM; h, c, n, m of sLSTM); the convolutions keep their last
+    inputs, and attention k and v, in the activations' type of `activation_bytes` bytes.
     """
     dims, heads = dimensions(model), model.num_heads
     taps = (model.conv_width - 1) * activation_bytes
@@ -112,4 +130,9 @@ def state_bytes(model: ModelSettings, activation_bytes: int) -> int:
         "m": 4 * (dims.up * (dims.up // heads) + dims.up + heads) + taps * dims.up,
         "s": 4 * 4 * model.hidden_size + taps * model.hidden_size,
     }
-    return sum(each[letter] for letter in parse_pattern(model.pattern).letters)
+    letters = parse_pattern(model.pattern).letters
+    if "*" in letters:
+        q_heads, kv_heads = attention_heads(model)
+        key = model.hidden_size // q_heads * kv_heads * activation_bytes
+        each["*"] = 2 * key * tokens + 8  # and where the current document begins
+    return sum(each[letter] for letter in letters)

@@ -17,8 +17,8 @@ LETTERS = {
     "M": "7B-style mLSTM block with its feed-forward part",
     "m": "classic mLSTM block (up-projection around the cell)",
     "s": "classic sLSTM block with its gated feed-forward part",
+    "*": "causal attention block with rotary positions and its feed-forward part",
 }
-NOT_BUILT = {"*": "attention blocks are not built yet"}
 
 
 class PatternError(ValueError):
@@ -46,8 +46,7 @@ class Pattern:
 def parse_pattern(pattern: str) -> Pattern:
     """Read a pattern string.
 
-    Raises PatternError for an empty pattern, an unknown letter, a letter whose block is not
-    built yet, and an empty pipeline stage.
+    Raises PatternError for an empty pattern, an unknown letter and an empty pipeline stage.
     """
     known = ", ".join(LETTERS)
     if not pattern:
@@ -60,11 +59,6 @@ def parse_pattern(pattern: str) -> Pattern:
         elif letter in LETTERS:
             stages[-1].append(len(letters))
             letters.append(letter)
-        elif letter in NOT_BUILT:
-            raise PatternError(
-                f"pattern='{shorten(pattern)}' has '{letter}' at position {position}: "
-                f"{NOT_BUILT[letter]}; use {known}"
-            )
         else:
             raise PatternError(
                 f"pattern='{shorten(pattern)}' has '{letter}' at position {position}, which is "

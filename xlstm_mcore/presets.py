@@ -32,13 +32,15 @@ class ModelSettings(Protocol):
     conv_width: int
     slstm_ffn_dim_factor: float
     round_up_to: int
+    attention_heads: int | None
+    attention_kv_heads: int | None
 
 
 @dataclass(frozen=True)
 class Dimensions:
     """Widths that follow from the hidden size and the factors.
 
-    qk, v: q/k and v width of an `M` block over all heads; ffn: its feed-forward width.
+    qk, v: q/k and v width of an `M` block over all heads; ffn: feed-forward width of `M` and `*`.
     up: width inside an `m` block. slstm_ffn: feed-forward width of an `s` block.
     """
 
@@ -68,6 +70,12 @@ def dimensions(model: ModelSettings) -> Dimensions:
         up=round_up(hidden * model.up_dim_factor, multiple),
         slstm_ffn=round_up(hidden * model.slstm_ffn_dim_factor, multiple),
     )
+
+
+def attention_heads(model: ModelSettings) -> tuple[int, int]:
+    """Heads of q, and of k and v, in a `*` block."""
+    heads = model.attention_heads or model.num_heads
+    return heads, model.attention_kv_heads or heads
 
 
 def block_parameters(letter: str, model: ModelSettings) -> int:
@@ -102,6 +110,11 @@ def block_parameters(letter: str, model: ModelSettings) -> int:
             + hidden  # head_norm
         )
         ffn = hidden + 3 * dims.slstm_ffn * hidden
+    elif letter == "*":
+        q_heads, kv_heads = attention_heads(model)
+        head_dim = hidden // q_heads
+        mixer = 2 * hidden * hidden + 2 * kv_heads * head_dim * hidden  # q, out; k, v
+        ffn = hidden + 3 * dims.ffn * hidden
     else:
         raise AssertionError(f"no block has the letter {letter!r}")
     return hidden + mixer + ffn  # mixer_norm comes first
@@ -130,7 +143,8 @@ def count_parameters(model: ModelSettings) -> dict[str, Any]:
 class Preset:
     """One size of a paper. `model` has only the keys that differ between sizes of a family.
 
-    family: "classic" (arXiv 2405.04517, NeurIPS 2024) or "large" (arXiv 2503.13427, 2510.02228).
+    family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228), or
+        "transformer", the Llama-like baseline that the first paper compares with.
     parameters: the exact count. published: the number in the paper (or the reference code) in
     millions, as printed there; None where there is none.
     """
@@ -161,6 +175,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "gate_soft_cap": 15.0,
         "logit_soft_cap": 30.0,
         "igate_bias_init": -10.0,
+    },
+    "transformer": {
+        "norm": "rmsnorm",
+        "norm_eps": 1e-6,
+        "ffn_dim_factor": 2.666,  # 8/3, so that rounding up adds nothing to 2048 and 4096
+        "rope_base": 10_000.0,
+        "gate_soft_cap": None,
+        "logit_soft_cap": None,
     },
 }
 
@@ -213,6 +235,22 @@ def _large(
     return Preset("large", shape | FAMILIES["large"], parameters, published)
 
 
+def _transformer(
+    hidden: int,
+    layers: int,
+    heads: int,
+    parameters: int,
+    published: float | None,
+) -> Preset:
+    shape = {
+        "pattern": "*" * layers,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "vocab_size": PAPER_VOCAB,
+    }
+    return Preset("transformer", shape | FAMILIES["transformer"], parameters, published)
+
+
 PRESETS: dict[str, Preset] = {
     "xlstm_125m_1to0": _classic(768, 24, False, 163_806_144, 163.8),
     "xlstm_125m_7to1": _classic(768, 24, True, 163_690_928, 163.7),
@@ -234,4 +272,9 @@ PRESETS: dict[str, Preset] = {
     "xlstm_large_1.3b": _large(2048, 24, 4, 1_420_839_104, 1420.8),
     "xlstm_large_2.7b": _large(2560, 32, 5, 2_780_449_600, 2780.4),
     "xlstm_7b": _large(4096, 32, 8, 6_865_424_896, 6865.424896),
+    # Table 1 of the paper has 407 million for its Llama at the 350M size; the others follow it.
+    "transformer_125m": _transformer(768, 12, 12, 162_220_800, None),
+    "transformer_350m": _transformer(1024, 24, 16, 406_635_520, 407),
+    "transformer_760m": _transformer(1536, 24, 16, 834_086_400, None),
+    "transformer_1.3b": _transformer(2048, 24, 32, 1_420_396_544, None),
 }

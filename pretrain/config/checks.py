@@ -11,7 +11,7 @@ from typing import Any
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
-from xlstm_mcore.presets import dimensions
+from xlstm_mcore.presets import attention_heads, dimensions
 
 
 class Unreadable(Exception):
@@ -66,7 +66,7 @@ def _virtual(config: Any) -> Iterator[str]:
 
 def _heads_over_tensor(config: Any) -> Iterator[str]:
     tensor, heads = config.layout.tensor, config.model.num_heads
-    if heads % tensor:
+    if heads % tensor and set(_letters(config)) != {"*"}:
         yield (
             f"layout.tensor={tensor} does not divide model.num_heads={heads}; "
             f"use {choices(divisors(heads))}"
@@ -106,17 +106,52 @@ def _head_widths(config: Any) -> Iterator[str]:
 def _ffn_over_tensor(config: Any) -> Iterator[str]:
     model, tensor, letters = config.model, config.layout.tensor, _letters(config)
     dims = dimensions(model)
-    for letter, key, width in (
-        ("M", "ffn_dim_factor", dims.ffn),
+    for users, key, width in (
+        ("M*", "ffn_dim_factor", dims.ffn),
         ("m", "up_dim_factor", dims.up),
         ("s", "slstm_ffn_dim_factor", dims.slstm_ffn),
     ):
-        if letter in letters and width % tensor:
+        if set(users) & set(letters) and width % tensor:
             yield (
                 f"layout.tensor={tensor} does not divide the width {width} that "
                 f"model.{key}={getattr(model, key)} gives; "
                 f"set model.round_up_to to a multiple of {tensor}"
             )
+
+
+def _attention(config: Any) -> Iterator[str]:
+    if "*" not in _letters(config):
+        return
+    model, layout = config.model, config.layout
+    hidden, (heads, kv_heads) = model.hidden_size, attention_heads(model)
+    key = "attention_heads" if model.attention_heads else "num_heads"
+    if hidden % heads or hidden // heads % 2:
+        even = [n for n in divisors(hidden) if hidden // n % 2 == 0]
+        works = (
+            f"use {choices(even)}, or set model.attention_heads"
+            if even
+            else "use an even model.hidden_size"
+        )
+        yield (
+            f"model.{key}={heads} does not cut model.hidden_size={hidden} into heads of an even "
+            f"width, which the rotary positions of * need; {works}"
+        )
+    if heads % kv_heads:
+        yield (
+            f"model.attention_kv_heads={kv_heads} does not divide the {heads} heads of * "
+            f"(model.{key}); use {choices(divisors(heads))}"
+        )
+    kv_key = "attention_kv_heads" if model.attention_kv_heads else key
+    if kv_heads % layout.tensor:
+        yield (
+            f"layout.tensor={layout.tensor} does not divide model.{kv_key}={kv_heads}, the heads "
+            f"of k and v in *; use {choices(divisors(kv_heads))}"
+        )
+    if layout.context > 1:
+        yield (
+            f"layout.context={layout.context}: attention (* in model.pattern) has no context "
+            "parallelism yet; use layout.context=1, or a pattern without *"
+        )
 
 
 def _qkv_blocks(config: Any) -> Iterator[str]:
@@ -208,6 +243,7 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _vocab_over_tensor,
     _head_widths,
     _ffn_over_tensor,
+    _attention,
     _qkv_blocks,
     _batch,
     _sequence,

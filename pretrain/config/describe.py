@@ -29,19 +29,22 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     for letter, number in blocks.items():
         each = counts["layers"][parse_pattern(model.pattern).letters.index(letter)]
         lines.append(f"    {number:3} x {letter}       {_million(each)} each: {LETTERS[letter]}")
-    forward = forward_flops(model)
+    forward = forward_flops(model, data.seq_len)
     shares = ", ".join(
         f"{name.replace('_', '-')} {count / sum(forward.values()):.1%}"
         for name, count in forward.items()
         if count
     )
-    training = training_flops(model)
-    state = state_bytes(model, 2 if config.engine.precision == "bf16" else 4)
+    training = training_flops(model, data.seq_len)
+    size = 2 if config.engine.precision == "bf16" else 4
+    state = state_bytes(model, size, data.seq_len)
+    grows = state != state_bytes(model, size)
     lines += [
         f"training FLOPs    {training:.3e} per token, {training * config.tokens_per_step:.3e} "
         f"per step",
         f"  forward         {shares}",
-        f"generation state  {state / 1e6:,.2f} MB per sequence, whatever its length",
+        f"generation state  {state / 1e6:,.2f} MB per sequence"
+        f"{f' of {data.seq_len} tokens' if grows else ', whatever its length'}",
         f"tokens per step   {config.tokens_per_step:,} "
         f"({data.global_batch} rows of {data.seq_len})",
         f"tokens in the run {config.tokens_per_step * config.run.steps:,} "

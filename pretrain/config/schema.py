@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """The model; the same names as `xlstm_mcore.config.XLSTMConfig`."""
 
     pattern: str
-    """one letter per layer (M 7B-style mLSTM, m classic mLSTM, s sLSTM), | cuts stages"""
+    """a letter per layer: M 7B-style mLSTM, m classic mLSTM, s sLSTM, * attention; | cuts stages"""
     hidden_size: PositiveInt
     """width of the residual stream"""
     num_heads: PositiveInt
@@ -59,7 +59,7 @@ class ModelConfig(Section):
     v_dim_factor: PositiveFloat = 1.0
     """M: width of v and the output gate over hidden_size"""
     ffn_dim_factor: PositiveFloat = 2.667
-    """M: feed-forward width over hidden_size, rounded up to round_up_to"""
+    """M and *: feed-forward width over hidden_size, rounded up to round_up_to"""
     gate_soft_cap: PositiveFloat | None = 15.0
     """M: cap a on the input and forget gate, a tanh(x / a); null for none"""
     logit_soft_cap: PositiveFloat | None = 30.0
@@ -74,6 +74,12 @@ class ModelConfig(Section):
     """m and s: taps of the causal convolution"""
     slstm_ffn_dim_factor: PositiveFloat = 1.3
     """s: feed-forward width over hidden_size, rounded up to round_up_to"""
+    attention_heads: PositiveInt | None = None
+    """*: heads of attention; null for num_heads"""
+    attention_kv_heads: PositiveInt | None = None
+    """*: heads of k and v, each shared by several of q (grouped-query); null for attention_heads"""
+    rope_base: PositiveFloat = 10_000.0
+    """*: base of the rotary positions' wavelengths"""
     round_up_to: PositiveInt = 64
     """inner widths are rounded up to a multiple of this"""
     dropout: Fraction = 0.0

@@ -35,6 +35,8 @@ CASES = [
     ("mixed", "tp2_sp", {}),
     ("mixed", "pp2_dp2", {}),
     ("mixed", "pp2_vpp2", {"model__tie_embeddings": True}),
+    ("hybrid", "tp2_sp", {}),
+    ("hybrid", "pp2", {}),
 ]
 
 

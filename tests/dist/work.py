@@ -27,6 +27,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "logit_soft_cap": None,
     },
     "mixed": {"pattern": "Msms", "hidden_size": 64, "num_heads": 4, **SMOOTH},
+    "hybrid": {
+        "pattern": "M*",
+        "hidden_size": 64,
+        "num_heads": 4,
+        "attention_heads": 8,
+        "attention_kv_heads": 2,
+        **SMOOTH,
+    },
 }
 
 

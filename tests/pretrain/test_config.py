@@ -109,7 +109,23 @@ def test_missing_sections_and_keys_are_named():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model__pattern": "MM*M"}, "attention blocks are not built yet"),
+        ({"model__pattern": "MM#M"}, "'#' at position 2, which is no block"),
+        (
+            {"model__pattern": "M*", "model__attention_heads": 3},
+            "model.attention_heads=3 does not cut model.hidden_size=128 into heads of an even",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_heads": 128},
+            "use 1, 2, 4, 8, 16, 32 or 64, or set model.attention_heads",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_kv_heads": 3},
+            "model.attention_kv_heads=3 does not divide the 4 heads of * (model.num_heads)",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_kv_heads": 2, "layout__tensor": 4},
+            "layout.tensor=4 does not divide model.attention_kv_heads=2, the heads of k and v",
+        ),
         ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
         ({"layout__pipeline": 2}, "write 1 cuts (|) into the pattern"),
         ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
@@ -289,7 +305,7 @@ def test_shipped_files_validate_and_count_as_the_papers_say(path):
 
 
 def test_every_preset_has_a_file():
-    assert {path.stem for path in CONFIGS.glob("xlstm_*.yaml")} == set(PRESETS)
+    assert {p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith("cpu_")} == set(PRESETS)
 
 
 def test_describe_says_how_processes_are_used():

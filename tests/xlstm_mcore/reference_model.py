@@ -94,6 +94,39 @@ def slstm(x, w, config, boundaries):
     return head_norm(h, w("head_norm.weight"), config)
 
 
+def attention(x, w, config, boundaries):
+    """Softmax attention, one document, one head and one token at a time; RoPE as complex turns."""
+    heads = config.attention_heads or config.num_heads
+    kv_heads = config.attention_kv_heads or heads
+    d = config.hidden_size // heads
+    q, k, v = (
+        (x @ w(f"{n}_proj.weight").T).unflatten(-1, (-1, d)) for n in "qkv"
+    )  # [b, s, heads, d]
+    speed = config.rope_base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    rows = []
+    for row in range(x.shape[0]):
+        tokens, first = [], 0
+        for t in range(x.shape[1]):
+            if bool(boundaries[row, t]):
+                first = t
+
+            def turned(z, place, head, row=row):
+                pairs = torch.complex(z[row, place, head, : d // 2], z[row, place, head, d // 2 :])
+                return pairs * torch.exp(1j * (place - first) * speed)  # noqa: B023
+
+            outs = []
+            for head in range(heads):
+                kv = head * kv_heads // heads
+                here = turned(q, t, head)
+                seen = range(first, t + 1)
+                scores = [(here * turned(k, j, kv).conj()).real.sum() / d**0.5 for j in seen]
+                chance = torch.softmax(torch.stack(scores), dim=0)
+                outs.append(chance @ v[row, first : t + 1, kv])
+            tokens.append(torch.cat(outs))
+        rows.append(torch.stack(tokens))
+    return torch.stack(rows) @ w("out_proj.weight").T
+
+
 def ffn(x, w, activation):
     gate, up = x @ w("gate_proj.weight").T, x @ w("up_proj.weight").T
     return (activation(gate) * up) @ w("down_proj.weight").T
@@ -102,8 +135,8 @@ def ffn(x, w, activation):
 def losses(weights, config, tokens, labels, boundaries):
     """Token losses [b, s] in nats, from canonical fp64 ``weights``."""
     x = weights["embedding.word_embeddings.weight"][tokens]
-    mixers = {"M": mlstm_7b, "m": mlstm_classic, "s": slstm}
-    activations = {"M": F.silu, "s": F.gelu}
+    mixers = {"M": mlstm_7b, "m": mlstm_classic, "s": slstm, "*": attention}
+    activations = {"M": F.silu, "s": F.gelu, "*": F.silu}
     for number, letter in enumerate(config.layer_letters):
         prefix = f"decoder.layers.{number}."
         y = norm(x, weights[f"{prefix}mixer_norm.weight"], config)

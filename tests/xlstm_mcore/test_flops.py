@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.xlstm_mcore.test_presets import model
-from xlstm_mcore import mlstm, mlstm_classic, slstm
+from xlstm_mcore import attention, mlstm, mlstm_classic, slstm
 from xlstm_mcore.build import build_model, make_config, single_process_groups
 from xlstm_mcore.flops import (
+    block_flops,
     chunkwise_cell_flops,
     forward_flops,
     mlstm_cell_flops,
@@ -37,12 +38,13 @@ def elementwise_slstm(preacts, recurrent_weight, bias, state=None, **options):
     return (preacts + bias).prod(2) + recurrent_weight.mean()
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm"])
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm", "M*"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeypatch):
     monkeypatch.setattr(mlstm, "mlstm_chunkwise", elementwise_mlstm)
     monkeypatch.setattr(mlstm_classic, "mlstm_chunkwise", elementwise_mlstm)
     monkeypatch.setattr(slstm, "slstm_scan", elementwise_slstm)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries: q * k * v)
     groups = single_process_groups()
     config = make_config({**SMALL, "pattern": pattern, "tie_embeddings": tied})
     (built,) = build_model(config, groups, seed=0)
@@ -51,7 +53,7 @@ def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeyp
         loss = built(tokens, None, tokens).sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    parts = forward_flops(config)
+    parts = forward_flops(config, LENGTH)
     # The convolution's taps are elementwise in our implementation, and the cells are replaced.
     expected = sum(parts[name] for name in ("projections", "feed_forward", "head"))
     assert forward.get_total_flops() == BATCH * LENGTH * expected
@@ -103,7 +105,16 @@ def test_state_of_the_7b_is_table_3():
     assert size == pytest.approx(134.2e6, rel=0.003)  # the paper counts C alone
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s"])
+def test_attention_is_counted_by_the_mean_of_what_a_token_sees():
+    shape = model(pattern="M*", hidden_size=64, num_heads=4, vocab_size=96)
+    pairs = sum(t + 1 for t in range(10))  # of one row of 10 tokens
+    assert forward_flops(shape, 10)["cell"] - forward_flops(shape, 0)["cell"] == 2 * 64 * 10
+    assert block_flops("*", shape, 10)["cell"] * 10 == 2 * 2 * 64 * pairs
+    with pytest.raises(ValueError, match="pass seq_len"):
+        training_flops(shape)
+
+
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "*"])
 def test_state_bytes_equal_the_caches(pattern):
     groups = single_process_groups()
     config = make_config({**SMALL, "pattern": pattern})
@@ -117,7 +128,7 @@ def test_state_bytes_equal_the_caches(pattern):
         for state in layer.values()
         for t in (state if isinstance(state, tuple) else (state,))
     )
-    assert held == state_bytes(config, activation_bytes=4)
+    assert held == state_bytes(config, activation_bytes=4, tokens=5)
 
 
 def test_unknown_devices_have_no_peak():

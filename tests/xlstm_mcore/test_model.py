@@ -26,6 +26,8 @@ MODELS = {
     "classic-m": {"pattern": "mm", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
     "classic-s": {"pattern": "ss", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
     "mixed": {"pattern": "Mms", "norm": "layernorm", "conv_width": 3, "qkv_block_size": 8},
+    "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
+    "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rope_base": 100.0},
 }
 
 
@@ -82,7 +84,7 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
         assert error <= 2e-4 * scale + 1e-6 * largest, f"{key}: {error:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("name", ["7b", "classic-m", "classic-s", "mixed"])
+@pytest.mark.parametrize("name", ["7b", "classic-m", "classic-s", "mixed", "attention"])
 def test_generation_state_equals_one_pass(groups, name):
     """Prefill and steps with a cache give the logits of the whole sequence at once."""
     config, model = make(groups, name)

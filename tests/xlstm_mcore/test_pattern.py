@@ -21,7 +21,7 @@ def test_without_cuts_there_is_one_stage():
     [
         ("", "names no layer"),
         ("MxM", "'x' at position 1"),
-        ("MM*", "attention blocks are not built yet; use M, m, s"),
+        ("MM#", "use M, m, s, *, and |"),
         ("MM||M", "leaves pipeline stage 1 without a layer"),
         ("|MM", "leaves pipeline stage 0 without a layer"),
         ("MM|", "leaves pipeline stage 1 without a layer"),

@@ -23,6 +23,8 @@ DEFAULTS = {
     "conv_width": 4,
     "slstm_ffn_dim_factor": 1.3,
     "round_up_to": 64,
+    "attention_heads": None,
+    "attention_kv_heads": None,
 }
 
 
@@ -48,7 +50,7 @@ def test_7b_equals_table_4_digit_for_digit():
     assert dimensions(model(**PRESETS["xlstm_7b"].model)).ffn == 10_944
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s"])
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "*"])
 def test_a_small_block_counted_by_hand(pattern):
     """d 8, 2 heads, widths rounded to 4; the list follows the checkpoint's names."""
     small = model(pattern=pattern, hidden_size=8, num_heads=2, vocab_size=10, round_up_to=4)
@@ -59,6 +61,8 @@ def test_a_small_block_counted_by_hand(pattern):
         "m": 8 + 2 * 16 * 8 + 16 * 4 + 16 + 3 * 4 * 4 * 4 + 2 * (2 * 48 + 2) + 16 + 16 + 8 * 16,
         # norm, conv, 4 gates and 4 recurrent of 2 heads 4 x 4, bias, head norm, ffn of 12
         "s": 8 + 8 * 4 + 8 + 4 * 2 * 16 + 4 * 2 * 16 + 4 * 8 + 8 + 8 + 3 * 12 * 8,
+        # norms, q, k, v, out, ffn as in M
+        "*": 8 + 4 * 8 * 8 + 8 + 3 * 24 * 8,
     }
     counts = count_parameters(small)
     assert counts["layers"] == [by_hand[pattern]]
