@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import mlstm_chunkwise, multihead_norm
+from xlstm_kernels import multihead_norm
 
+from .cells import run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
 from .pieces import packed
@@ -78,21 +79,16 @@ class MLSTMMixer(nn.Module):
         preacts = soft_cap(preacts, self.config.gate_soft_cap).permute(1, 2, 0)  # [b, 2 heads, s]
         igate, fgate = preacts.chunk(2, dim=1)
 
-        h = mlstm_chunkwise(
+        h = run_mlstm(
+            self.config,
             heads(q, self.qk_head_dim),
             heads(k, self.qk_head_dim),
             heads(v_, self.v_head_dim),
             igate,
             fgate,
-            cache.get("mlstm") if cache is not None else None,
-            chunk_size=self.config.chunk_size,
-            return_last_state=cache is not None,
-            boundaries=boundaries,
-            eps=self.config.cell_eps,
-            backend=self.config.kernel_backend,
+            boundaries,
+            cache,
         )
-        if cache is not None:
-            h, cache["mlstm"] = h
         h = multihead_norm(
             h.permute(2, 0, 1, 3), self.head_norm_weight, "layernorm", self.config.norm_eps
         )

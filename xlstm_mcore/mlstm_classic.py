@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import causal_conv1d, mlstm_chunkwise, multihead_norm
+from xlstm_kernels import multihead_norm
 
+from .cells import run_conv, run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import Piece, packed
@@ -96,18 +97,7 @@ class ClassicMLSTMMixer(nn.Module):
         """
         x = self.region.gather(x)
         x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
-        x_c = causal_conv1d(
-            x_m,
-            self.conv_weight,
-            self.conv_bias,
-            cache.get("conv") if cache is not None else None,
-            activation="silu",
-            boundaries=boundaries,
-            return_last_state=cache is not None,
-            backend=self.config.kernel_backend,
-        )
-        if cache is not None:
-            x_c, cache["conv"] = x_c
+        x_c = run_conv(self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache)
         blocks = self.qkv_weight.shape[0] // 3
         q, k = block_diagonal(x_c, self.qkv_weight[: 2 * blocks].view(2, blocks, *self._block))
         (v,) = block_diagonal(x_m, self.qkv_weight[2 * blocks :].unsqueeze(0))
@@ -118,21 +108,7 @@ class ClassicMLSTMMixer(nn.Module):
         def heads(t: Tensor) -> Tensor:  # [b, s, inner] -> [b, heads, s, head_dim]
             return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
 
-        h = mlstm_chunkwise(
-            heads(q),
-            heads(k),
-            heads(v),
-            igate,
-            fgate,
-            cache.get("mlstm") if cache is not None else None,
-            chunk_size=self.config.chunk_size,
-            return_last_state=cache is not None,
-            boundaries=boundaries,
-            eps=self.config.cell_eps,
-            backend=self.config.kernel_backend,
-        )
-        if cache is not None:
-            h, cache["mlstm"] = h
+        h = run_mlstm(self.config, heads(q), heads(k), heads(v), igate, fgate, boundaries, cache)
         h = multihead_norm(
             h.transpose(1, 2), self.head_norm_weight, "layernorm", self.config.norm_eps
         ).reshape(b, s, self.inner)

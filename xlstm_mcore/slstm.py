@@ -10,8 +10,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import causal_conv1d, multihead_norm, slstm_scan
+from xlstm_kernels import multihead_norm
 
+from .cells import run_conv, run_slstm
 from .config import XLSTMConfig
 from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, parameter
@@ -88,29 +89,16 @@ class SLSTMMixer(nn.Module):
         """
         own = self.context.own  # a parameter's part for the heads this rank computes
         x = self.context.to_heads(self.region.to_heads(x)).transpose(0, 1)  # [b, s, heads * d]
-        x_c = causal_conv1d(
-            x,
-            own(self.conv_weight, 0),
-            own(self.conv_bias, 0),
-            cache.get("conv") if cache is not None else None,
-            activation="silu",
-            boundaries=boundaries,
-            return_last_state=cache is not None,
-            backend=self.config.kernel_backend,
-        )
-        if cache is not None:
-            x_c, cache["conv"] = x_c
-        h = slstm_scan(
+        weight, bias = own(self.conv_weight, 0), own(self.conv_bias, 0)
+        x_c = run_conv(self.config, x, weight, bias, boundaries, cache)
+        h = run_slstm(
+            self.config,
             self._gate_preacts(x, x_c),
             own(self.recurrent_weight, 1),
             own(self.bias, 1),
-            cache.get("slstm") if cache is not None else None,
-            return_last_state=cache is not None,
-            boundaries=boundaries,
-            backend=self.config.kernel_backend,
+            boundaries,
+            cache,
         )
-        if cache is not None:
-            h, cache["slstm"] = h
         h = multihead_norm(h, own(self.head_norm_weight, 0), "layernorm", self.config.norm_eps)
         return self.region.from_heads(self.context.from_heads(h.flatten(2).transpose(0, 1)))
 
