@@ -8,13 +8,14 @@ Only a later SIGINT, a person pressing Ctrl-C again, stops at once; repeated SIG
 was closed, counts as a request too, unless nohup has it ignored.
 
 Ranks get the signal in different steps. They must agree before one leaves the loop, or the others
-would wait for it in the next collective: `agreed` takes the maximum over all ranks, once per step.
+would wait for it in the next collective: `any_rank` takes the maximum over all, once per step.
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -36,7 +37,7 @@ class StopSignal:
         with StopSignal(announce=rank == 0) as stop:
             while step < steps:
                 ...
-                if stop.agreed(device):
+                if any_rank([stop.requested], device)[0]:
                     save(); return EXIT_RESUMABLE
 
     announce: print one line at the first signal; only one rank should.
@@ -90,17 +91,18 @@ class StopSignal:
                 with suppress(OSError):  # a terminal that is gone
                     os.write(sys.stderr.fileno(), f"\n{STOPPING}\n".encode())
 
-    def agreed(self, device: Any = "cpu", group: Any = None) -> bool:
-        """Whether any rank of `group` was asked to stop; collective, the same answer everywhere.
 
-        device: where the group's backend wants its tensors. Without an initialised process group
-        it is this process's own flag.
-        """
-        import torch.distributed as dist
-        from torch import int32, tensor
+def any_rank(flags: Sequence[bool], device: Any = "cpu", group: Any = None) -> list[bool]:
+    """For each flag, whether it is set on any rank of `group`; collective, the same everywhere.
 
-        if not dist.is_initialized():
-            return self.requested
-        flag = tensor(int(self.requested), dtype=int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
+    device: where the group's backend wants its tensors. Without an initialised process group the
+    answer is this process's own flags.
+    """
+    import torch.distributed as dist
+    from torch import int32, tensor
+
+    if not dist.is_initialized():
+        return list(flags)
+    values = tensor([int(flag) for flag in flags], dtype=int32, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return [bool(value) for value in values.tolist()]

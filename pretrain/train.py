@@ -1,22 +1,27 @@
 """The training loop: one run, from its configuration to its last step."""
 
 import json
+import logging
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pretrain import layout as layouts
 from pretrain.checkpoint import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointSaver,
+    Manifest,
+    Retention,
+    candidates_together,
     check_same,
     check_same_model,
-    find_latest_together,
     load_checkpoint,
-    read_manifest,
-    save_checkpoint,
+    read_manifest_together,
 )
 from pretrain.config import RunConfig, save_config
 from pretrain.data import DataCursor, TokenDataset, TrainLoader, ValidLoader
@@ -26,9 +31,12 @@ from pretrain.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
 from pretrain.schedule import make_schedule
-from pretrain.signals import StopSignal
+from pretrain.signals import StopSignal, any_rank
 from xlstm_mcore import cpu_runtime
 from xlstm_mcore.flops import peak_tflops, training_flops
+from xlstm_mcore.storage import Location
+
+log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
@@ -48,6 +56,7 @@ class TrainState:
         tokens: unmasked tokens trained on.
         seconds: wall-clock seconds spent in steps.
         valid_loss: the last validation loss, nats per token.
+        valid_step: the step it was measured at.
     """
 
     step: int = 0
@@ -55,6 +64,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     valid_loss: float | None = None
+    valid_step: int | None = None
 
 
 def main(config: RunConfig) -> int:
@@ -95,6 +105,12 @@ class _Run:
         self._check_kernels()
         self.engine: Engine = make_engine(config, layout)
         self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
+        options = config.checkpoint
+        self.saver = CheckpointSaver(
+            options.dir or self.dir / "checkpoints",
+            retention=Retention(options.keep, options.keep_every, options.keep_best),
+            asynchronous=options.asynchronous,
+        )
         self.state, cursor = self._resume()
         self.loader = TrainLoader(
             self.dataset,
@@ -108,8 +124,8 @@ class _Run:
         self._speed = _Speed(config.tokens_per_step)
         self._efficiency = _Efficiency(config, layout)
 
-    def train(self) -> int:
-        """The loop; see the module."""
+    def train(self, until: int | None = None) -> int:
+        """The loop; see the module. ``until``: stop after this step, as if asked to."""
         config, steps = self.config, self.config.run.steps
         if self.layout.is_main:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -123,19 +139,27 @@ class _Run:
                 tensorboard=config.logging.tensorboard,
                 enabled=self.layout.is_main,
             ) as metrics,
+            self.saver,
         ):
             self._introduce(metrics)
             saved = self.state.step
             while self.state.step < steps:
                 self._step(metrics)
                 step = self.state.step
-                stopping = self.stop.agreed(self.layout.device)
+                stopping, save_failed = any_rank(
+                    [self.stop.requested or step == until, self.saver.failed], self.layout.device
+                )
+                if save_failed:
+                    self.saver.wait()  # raises on every rank
                 last = step == steps
                 if last or (step % config.evaluation.interval == 0 and not stopping):
                     self._evaluate(metrics)
                 if last or stopping or step % config.checkpoint.interval == 0:
                     self._save(metrics)
                     saved = step
+                if last or stopping:
+                    self.saver.wait()
+                self._tell_saved(metrics)
                 if stopping and not last:
                     metrics.message(f"stopped after step {step}; run again to continue")
                     return EXIT_RESUMABLE
@@ -160,6 +184,7 @@ class _Run:
             tokens=self.state.tokens + loss.tokens,
             seconds=self.state.seconds + seconds,
             valid_loss=self.state.valid_loss,
+            valid_step=self.state.valid_step,
         )
         metrics.advance(self.state.step)
         if self.state.step % interval == 0 or self.state.step in (1, self.config.run.steps):
@@ -195,20 +220,25 @@ class _Run:
             per_global = config.data.global_batch // (config.data.micro_batch * self.layout.dp_size)
             batches = islice(batches, config.evaluation.max_batches * per_global)
         loss = self.engine.evaluate(batches).mean
-        self.state = TrainState(**{**asdict(self.state), "valid_loss": loss})
+        self.state = replace(self.state, valid_loss=loss, valid_step=self.state.step)
         metrics.log(self.state.step, {"valid_loss": loss})
 
     def _save(self, metrics: MetricLogger) -> None:
-        started = time.perf_counter()
-        path = save_checkpoint(
-            self.dir,
+        stall = self.saver.save(
             self.engine.sharded_state(),
             self._saved_state(),
             self.config.model_dump(mode="json"),
             step=self.state.step,
-            keep=self.config.checkpoint.keep,
         )
-        metrics.message(f"saved {path} in {time.perf_counter() - started:.1f} s")
+        metrics.log(self.state.step, {"checkpoint_stall_seconds": stall})
+
+    def _tell_saved(self, metrics: MetricLogger) -> None:
+        """Report the checkpoint that was completed meanwhile, if any."""
+        saved = self.saver.take_finished()
+        if saved is not None:
+            metrics.message(
+                f"saved {saved.path} in {saved.seconds:.2f} s; training waited {saved.stall:.3f} s"
+            )
 
     def _saved_state(self) -> dict[str, Any]:
         manifest = self.dataset.manifest
@@ -222,29 +252,48 @@ class _Run:
         }
 
     def _resume(self) -> tuple[TrainState, DataCursor]:
-        """State of the newest complete checkpoint, loaded into the engine; or a fresh start."""
-        manifest = self.dataset.manifest
-        path = find_latest_together(self.dir)
-        if path is None:
-            return TrainState(), DataCursor(0, manifest.hash)
-        saved = read_manifest(path)
-        check_same_model(saved.config, self.config.model_dump(mode="json"), path=path)
+        """State of the newest sound checkpoint, loaded into the engine; or a fresh start."""
+        candidates = candidates_together(self.saver.folder, ranks=self.saver.ranks)
+        for path in candidates:
+            try:
+                saved = read_manifest_together(path, ranks=self.saver.ranks)
+                self._check_same_run(path, saved)
+                state = TrainState(**{k: saved.state[k] for k in TrainState.__dataclass_fields__})
+                self.engine.load_sharded_state(
+                    lambda chunks, path=path: load_checkpoint(path, chunks, ranks=self.saver.ranks),
+                    state.updates,
+                )
+            except CheckpointDamagedError as error:
+                if self.layout.is_main:
+                    log.warning("passing over a broken checkpoint: %s", error)
+                continue
+            self.resumed_from = self.saver.last_good = path
+            return state, DataCursor.from_dict(saved.state["cursor"])
+        if candidates:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints in {self.saver.folder} is sound; move "
+                "them away to start anew"
+            )
+        return TrainState(), DataCursor(0, self.dataset.manifest.hash)
+
+    def _check_same_run(self, path: Location, saved: Manifest) -> None:
+        """Refuse a checkpoint of another model, data, tokenizer, or of a longer run."""
+        manifest, accept = self.dataset.manifest, self.config.checkpoint.accept_changes
+        config = self.config.model_dump(mode="json")
+        check_same_model(saved.config, config, path=path, accept=accept)
         now = {
             "tokenizer": {"sha256": manifest.tokenizer_sha256},
             "cursor": {"manifest_hash": manifest.hash},
         }
-        check_same(saved.state, now, ("tokenizer.sha256", "cursor.manifest_hash"), path=path)
+        keys = ("tokenizer.sha256", "cursor.manifest_hash")
+        check_same(saved.state, now, keys, path=path, accept=accept)
         if saved.step > self.config.run.steps:
             raise ConfigError(
                 f"run.steps={self.config.run.steps}, but {path} has done {saved.step} steps "
                 f"already; set run.steps to at least {saved.step}, or use another run.dir"
             )
-        state = TrainState(**{key: saved.state[key] for key in TrainState.__dataclass_fields__})
-        self.engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), state.updates)
-        self.resumed_from = path
-        return state, DataCursor.from_dict(saved.state["cursor"])
 
-    resumed_from: Path | None = None
+    resumed_from: Location | None = None
 
     def _check_vocabulary(self) -> None:
         tokens, rows = self.dataset.manifest.vocab_size, self.config.model.vocab_size

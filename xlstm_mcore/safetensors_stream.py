@@ -2,8 +2,8 @@
 
 The safetensors library serialises a dictionary that is wholly in memory. A checkpoint of a large
 model must not need that: here the header is computed from shapes first, then the tensors stream
-through, so that the peak is one tensor. The hash of the file is taken on the way, which saves
-reading it again. Files written here are read by the safetensors library.
+through, so that the peak is one tensor. The hashes of the file and of each tensor are taken on the
+way, which saves reading it again. Files written here are read by the safetensors library.
 
 Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8,
 then the tensors' bytes without gaps (https://github.com/huggingface/safetensors).
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import xxhash
+
+from xlstm_mcore.storage import Location, RangeReader, file_size, writing
 
 #: torch dtype -> its name in a safetensors header (and in our manifests).
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -57,14 +57,22 @@ class WrittenFile:
     xxh3: str
 
 
+@dataclass(frozen=True)
+class WrittenEntry:
+    """First byte of a tensor in its file, and xxh3-64 hash (hex) of its bytes."""
+
+    begin: int
+    xxh3: str
+
+
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], tensor_of: Callable[[Entry], torch.Tensor]
-) -> WrittenFile:
-    """Write `entries` to `path`, asking `tensor_of` for one tensor at a time, and fsync.
+    path: Location, entries: Sequence[Entry], tensor_of: Callable[[Entry], torch.Tensor]
+) -> tuple[WrittenFile, dict[Entry, WrittenEntry]]:
+    """Write `entries` to `path`, asking `tensor_of` for one tensor at a time, durably.
 
     `tensor_of(entry)` gives a tensor of the entry's dtype and shape on any device and with any
-    strides. Raises OSError as the file system does, TypeError for a dtype without a name in
-    safetensors.
+    strides. Returns what was written, as a whole and per entry. Raises OSError as the file system
+    does, TypeError for a dtype without a name in safetensors.
     """
     # The widest dtypes first: every tensor then starts at a multiple of its element size.
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
@@ -85,7 +93,8 @@ def write_safetensors(
 
     digest = xxhash.xxh3_64()
     size = 0
-    with path.open("wb") as file:
+    written = {}
+    with writing(path) as file:
 
         def put(data) -> None:
             nonlocal size
@@ -98,24 +107,28 @@ def write_safetensors(
         for entry in ordered:
             tensor = tensor_of(entry).detach()
             assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
-            put(_bytes_of(tensor))
-        file.flush()
-        os.fsync(file.fileno())
-    return WrittenFile(size, digest.hexdigest())
+            data = bytes_of(tensor.cpu().contiguous())
+            written[entry] = WrittenEntry(size, xxhash.xxh3_64_hexdigest(data))
+            put(data)
+    return WrittenFile(size, digest.hexdigest()), written
 
 
-def hash_file(path: Path) -> WrittenFile:
+def hash_file(path: Location) -> WrittenFile:
     """Size and xxh3-64 of an existing file, read in blocks of 4 MiB."""
     digest = xxhash.xxh3_64()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
+    size = file_size(path)
+    reader = RangeReader()
+    buffer = memoryview(bytearray(min(size, 1 << 22)))
+    try:
+        for begin in range(0, size, len(buffer) or 1):
+            block = buffer[: size - begin]
+            reader.read_into(path, begin, block)
             digest.update(block)
-            size += len(block)
+    finally:
+        reader.close()
     return WrittenFile(size, digest.hexdigest())
 
 
-def _bytes_of(tensor: torch.Tensor):
-    """The tensor's elements in row-major order as a flat buffer (a copy only where needed)."""
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as a flat buffer of bytes."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

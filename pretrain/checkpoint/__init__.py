@@ -2,37 +2,47 @@
 
 What is saved and loaded are `Chunk`s: rectangles of global tensors under canonical names, wherever
 they lie in this rank's memory. The layout is therefore not part of the format. The format itself
-and the reader that needs no trainer are in `xlstm_mcore.ckpt_reader`.
+and the reader that needs no trainer are in `xlstm_mcore.ckpt_manifest` and `.ckpt_reader`.
 
-    path = save_checkpoint(run_dir, chunks, state, config, step=200, keep=3)
+    with CheckpointSaver(run_dir / "checkpoints") as saver:
+        saver.save(chunks, state, config, step=200)  # goes on in the background
     manifest = load_checkpoint(path, chunks)  # in place
 
 All ranks call both.
 """
 
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.background import CheckpointSaver
+from pretrain.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from pretrain.checkpoint.identity import check_same, check_same_model
 from pretrain.checkpoint.load import (
+    candidates_together,
     find_latest,
-    find_latest_together,
     load_checkpoint,
     read_manifest,
+    read_manifest_together,
     resolve,
-    show,
 )
+from pretrain.checkpoint.ranks import Ranks
+from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.show import show
 from xlstm_mcore.ckpt_reader import Chunk, Manifest
 
 __all__ = [
+    "CheckpointDamagedError",
     "CheckpointError",
+    "CheckpointSaver",
     "Chunk",
     "Manifest",
+    "Ranks",
+    "Retention",
+    "candidates_together",
     "check_same",
     "check_same_model",
     "find_latest",
-    "find_latest_together",
     "load_checkpoint",
     "read_manifest",
+    "read_manifest_together",
     "resolve",
     "save_checkpoint",
     "show",

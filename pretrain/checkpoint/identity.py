@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.errors import CheckpointError
@@ -18,15 +17,19 @@ _ABSENT = object()
 
 
 def check_same_model(
-    saved_config: Mapping[str, Any], config: Mapping[str, Any], *, path: Path | str = ""
+    saved_config: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    path: object = "",
+    accept: Sequence[str] = (),
 ) -> None:
     """Refuse a checkpoint of another model or data order, showing each key that differs.
 
-    Both arguments are resolved run configurations (nested mappings with a `model` section). The
+    The first two are resolved run configurations (nested mappings with a `model` section). The
     pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`.
     Raises CheckpointError.
     """
-    check_same(saved_config, config, SAME_RUN, path=path)
+    check_same(saved_config, config, SAME_RUN, path=path, accept=accept)
 
 
 def check_same(
@@ -34,32 +37,39 @@ def check_same(
     run: Mapping[str, Any],
     keys: Sequence[str],
     *,
-    path: Path | str = "",
+    path: object = "",
+    accept: Sequence[str] = (),
 ) -> None:
     """Compare the dotted `keys` (values or whole sections) of two nested mappings.
 
     Works for the configuration and for the training state alike, for example
-    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.manifest_hash"))`.
-    Raises CheckpointError listing every difference as `key: checkpoint A, run B`.
+    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.manifest_hash"))`. Keys and
+    sections in `accept` may differ: the run says that the change is meant.
+    Raises CheckpointError listing every other difference as `key: checkpoint A, run B`.
     """
     before, now = _flat(saved), _flat(run)
     wanted = [
         name
         for name in dict.fromkeys([*before, *now])
-        if any(name == key or name.startswith(key + ".") for key in keys)
-        and name not in NOT_IDENTITY
+        if _is_in(name, keys) and name not in NOT_IDENTITY and not _is_in(name, accept)
     ]
-    differing = [
-        f"{name}: checkpoint {_text(before, name)}, run {_text(now, name)}"
+    differing = {
+        name: f"{name}: checkpoint {_text(before, name)}, run {_text(now, name)}"
         for name in wanted
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
-    ]
+    }
     if differing:
         raise CheckpointError(
-            f"the checkpoint {path} belongs to another run; use another run.dir, or set what "
-            "differs back:\n  ".replace("  belongs", " belongs")
-            + "\n  ".join(differing)
+            f"the checkpoint {path} belongs to another run; use another run.dir, set what differs "
+            "back, or, where the change is meant, continue with checkpoint.accept_changes="
+            f"{','.join(differing)}\n  ".replace("  belongs", " belongs")
+            + "\n  ".join(differing.values())
         )
+
+
+def _is_in(name: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted name is one of `keys` or lies in a section that is."""
+    return any(name == key or name.startswith(key + ".") for key in keys)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,9 +4,9 @@ The docstring under a field is its help text (`--help`) and part of its error me
 need two fields are in `pretrain.config.checks`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -14,6 +14,11 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _words(value: Any) -> Any:
+    """A list may be given as one text, `a, b`, as the command line does."""
+    return [w.strip() for w in value.split(",") if w.strip()] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -162,12 +167,22 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When to save, where, and what to keep."""
 
     interval: PositiveInt = 1000
     """steps between checkpoints; the last step and a requested stop always save"""
+    dir: NonEmpty | None = None
+    """folder or fsspec URL (s3://...) of the checkpoints; null for checkpoints in run.dir"""
+    asynchronous: bool = True
+    """write in the background; training waits only for the copy to host memory"""
     keep: PositiveInt = 3
     """newest checkpoints kept; older ones are deleted"""
+    keep_every: PositiveInt | None = None
+    """checkpoints of steps that this divides are never deleted; null for none"""
+    keep_best: NonNegativeInt = 0
+    """also kept: so many with the lowest validation loss measured at their own step"""
+    accept_changes: Annotated[list[NonEmpty], BeforeValidator(_words)] = []
+    """keys or sections, comma-separated, that may differ from the checkpoint's; see the refusal"""
 
 
 class EvaluationConfig(Section):

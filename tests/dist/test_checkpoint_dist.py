@@ -10,8 +10,9 @@ import torch.distributed as dist
 from pretrain.checkpoint import (
     CheckpointError,
     Chunk,
+    Ranks,
+    candidates_together,
     find_latest,
-    find_latest_together,
     load_checkpoint,
     save_checkpoint,
 )
@@ -91,7 +92,7 @@ def save_layout(rank, world, folder, kind):
 
 
 def load_layouts(rank, world, folder, kinds):
-    path = find_latest_together(folder)
+    path = candidates_together(folder)[0]
     for kind in kinds:
         pairs = layout(kind, rank, world)
         manifest = load_checkpoint(path, [c for c, _ in pairs])
@@ -131,7 +132,7 @@ def fail_on_one_rank(rank, world, folder):
     assert len(set(errors)) == 1 and "step 2 failed on rank 1" in errors[0], errors
     assert "No space left on device" in errors[0]
     save_module.write_safetensors = real
-    assert find_latest_together(folder) == good
+    assert candidates_together(folder)[0] == good
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
 
     # pieces of two ranks that overlap, and a tensor that only one rank finds missing
@@ -150,7 +151,7 @@ def fail_on_one_rank(rank, world, folder):
     # after all those errors the group still works
     again = save_checkpoint(folder, [chunk], {}, {}, step=2, keep=1)
     dist.barrier()
-    assert find_latest_together(folder) == again and not good.exists()
+    assert candidates_together(folder)[0] == again and not good.exists()
 
 
 def test_an_error_on_one_rank_is_the_same_error_on_all(tmp_path, pool):
@@ -160,11 +161,12 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(tmp_path, pool):
 def save_in_a_subgroup(rank, world, folder):
     group = dist.new_group([1, 2])
     if rank in (1, 2):
+        ranks = Ranks(group)
         chunk = Chunk("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
-        path = save_checkpoint(folder, [chunk], {}, {}, step=1, group=group)
-        assert find_latest_together(folder, group=group) == path
+        path = save_checkpoint(folder, [chunk], {}, {}, step=1, ranks=ranks)
+        assert candidates_together(folder, ranks=ranks)[0] == path
         target = torch.zeros(2, 4)
-        load_checkpoint(path, [Chunk("w", (2, 4), (0, 0), target)], group=group)
+        load_checkpoint(path, [Chunk("w", (2, 4), (0, 0), target)], ranks=ranks)
         assert target[:, 0].tolist() == [1.0, 2.0]
     dist.barrier()
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS, STOPPING, StopSignal
+from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS, STOPPING, StopSignal, any_rank
 
 LOOP = """
 import sys, time
@@ -102,19 +102,14 @@ def test_handlers_come_back_and_quiet_ranks_are_quiet(capfd):
 
 
 def test_alone_a_process_agrees_with_itself():
-    stop = StopSignal()
-    assert stop.agreed() is False
-    stop.requested = True
-    assert stop.agreed() is True
+    assert any_rank([False, True]) == [False, True]
 
 
 def _two_ranks(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    stop = StopSignal(announce=False)
-    assert stop.agreed() is False
-    stop.requested = rank == 1
-    assert stop.agreed() is True, "one rank's request must reach all"
-    assert stop.requested is (rank == 1)
+    assert any_rank([False, False]) == [False, False]
+    # one rank's request must reach all, and no other flag
+    assert any_rank([rank == 1, False]) == [True, False]
     dist.destroy_process_group()
 
 

@@ -1,0 +1,212 @@
+"""Saving while training goes on.
+
+`CheckpointSaver.save` copies this rank's shard to host memory and returns: no collective, no
+serialisation, no file. A thread then writes the copy, hashes and syncs it and agrees with the other
+ranks' threads (`pretrain.checkpoint.ranks`); files, hashes and copies release Python's lock, so the
+loop keeps its pace. The copy's memory is kept for the next save: on a GPU it is pinned, and both
+pinning and first touching memory cost more than the copy itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.ranks import Ranks, background_ranks
+from pretrain.checkpoint.retention import Retention, apply_retention
+from pretrain.checkpoint.save import write_checkpoint
+from pretrain.errors import UserError
+from xlstm_mcore.ckpt_reader import Chunk
+from xlstm_mcore.storage import Location, location
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 64  # bytes; any dtype may view the host memory at a multiple of this
+PARTING_S = 5.0  # how long a failing process waits for a save that may never end
+
+
+@dataclass(frozen=True)
+class FinishedSave:
+    """A checkpoint that is complete.
+
+    Attributes:
+        path: its folder.
+        stall: seconds for which the training loop stood still.
+        seconds: from the call of `save` until it was complete.
+    """
+
+    path: Location
+    stall: float
+    seconds: float
+
+
+class HostCopy:
+    """Host memory for one copy of this rank's shard, used again for every save."""
+
+    def __init__(self) -> None:
+        self._layout: list[tuple] = []
+        self._copies: list[Chunk] = []
+
+    def take(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Copies of all rectangles; they hold until the next call."""
+        chunks = [chunk for chunk in chunks if chunk.tensor.numel()]
+        layout = [(c.name, c.global_offset, c.tensor.shape, c.tensor.dtype) for c in chunks]
+        if layout != self._layout:
+            self._copies = []  # frees the memory before more is taken
+            self._copies, self._layout = _allocate(chunks), layout
+        on_device = False
+        with torch.no_grad():
+            for chunk, copy in zip(chunks, self._copies, strict=True):
+                copy.tensor.copy_(chunk.tensor.detach(), non_blocking=True)
+                on_device |= chunk.tensor.device.type != "cpu"
+        if on_device:
+            torch.accelerator.synchronize()
+        return self._copies
+
+
+def _allocate(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks with the same places and contiguous tensors in one block of host memory."""
+    starts, end = [], 0
+    for chunk in chunks:
+        starts.append(end)
+        size = chunk.tensor.numel() * chunk.tensor.element_size()
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    pinned = any(chunk.tensor.device.type != "cpu" for chunk in chunks)
+    memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    copies = []
+    for chunk, start in zip(chunks, starts, strict=True):
+        size = chunk.tensor.numel() * chunk.tensor.element_size()
+        view = memory[start : start + size].view(chunk.tensor.dtype).view(chunk.tensor.shape)
+        copies.append(Chunk(chunk.name, chunk.global_shape, chunk.global_offset, view))
+    return copies
+
+
+class CheckpointSaver:
+    """Saves checkpoints of a run; every rank has one and calls the same methods at the same steps.
+
+    folder: where the checkpoints lie, a path or an fsspec URL. asynchronous: write in a thread;
+    otherwise `save` returns when the checkpoint is complete. ranks: who saves together (default:
+    all, through a process group made here, so all ranks must be there).
+
+    Use as a context manager around the training loop: leaving it waits for a save under way, unless
+    the loop failed for a reason that may have taken another rank away.
+    """
+
+    def __init__(
+        self,
+        folder: Location | str,
+        *,
+        retention: Retention | None = None,
+        asynchronous: bool = True,
+        ranks: Ranks | None = None,
+    ):
+        self.folder = location(folder)
+        self.ranks = ranks or background_ranks()
+        self.last_good: Location | None = None
+        self._retention = retention or Retention()
+        self._asynchronous = asynchronous
+        self._host_copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._finished: FinishedSave | None = None
+
+    def save(
+        self,
+        chunks: Sequence[Chunk],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        step: int,
+    ) -> float:
+        """Save the state as it is now; see `write_checkpoint` for the arguments.
+
+        Waits for an earlier save first. `take_finished` tells when this one is complete. Returns
+        the seconds for which the caller waited here.
+
+        Raises:
+            CheckpointError: the earlier save failed; not asynchronous: this one did.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if not self._asynchronous:
+            self._write(chunks, state, config, step, started, None)
+            self.wait()
+            return time.perf_counter() - started
+        copies = self._host_copy.take(chunks)
+        stall = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(copies, state, config, step, started, stall),
+            name=f"save-step-{step}",
+            daemon=True,  # a failing process must be able to leave; see __exit__
+        )
+        self._thread.start()
+        return stall
+
+    @property
+    def failed(self) -> bool:
+        """Whether a background save has failed, as far as this rank knows by now.
+
+        Ranks learn it at different moments. They must agree before one acts on it (see
+        `pretrain.signals.any_rank`); then all call `wait`, which raises on all of them.
+        """
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait for the save under way; CheckpointError, the same on every rank, if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, CheckpointError):
+            good = "there is no checkpoint yet"
+            if self.last_good is not None:
+                good = f"the last good checkpoint is {self.last_good}"
+            raise type(error)(f"{error}; {good}") from error
+        if error is not None:
+            raise error
+
+    def take_finished(self) -> FinishedSave | None:
+        """The save that was completed since the last call, if any; each is told once."""
+        finished, self._finished = self._finished, None
+        return finished
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            # All ranks raise a UserError together, so all are there to finish the save.
+            self._thread.join(None if issubclass(kind, UserError) else PARTING_S)
+            if self._error is not None:
+                log.warning("the last save failed too: %s", self._error)
+
+    def _write(
+        self,
+        chunks: Sequence[Chunk],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        step: int,
+        started: float,
+        stall: float | None,
+    ) -> None:
+        """Write and agree; keeps the outcome for the training loop."""
+        try:
+            path = write_checkpoint(self.folder, chunks, state, config, step=step, ranks=self.ranks)
+        except BaseException as error:  # raised by `wait`, whatever it is
+            self._error = error
+            return
+        self.last_good = path
+        if self.ranks.is_first:
+            apply_retention(self.folder, self._retention, path)
+        seconds = time.perf_counter() - started
+        self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)

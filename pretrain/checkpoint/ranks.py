@@ -1,0 +1,118 @@
+"""How the ranks that save and load together agree: every step succeeds on all of them or on none.
+
+Saving happens in a thread of its own while the training loop runs collectives, so it must not share
+a process group with it: `background_ranks` makes a gloo group that nobody else uses, whatever the
+training's backend is. Both kinds of collectives can then be under way at the same time in any
+order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pretrain.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from xlstm_mcore.ckpt_manifest import CheckpointFormatError, DamagedError
+
+#: How long a rank waits for the slowest one to write its file.
+PATIENCE = datetime.timedelta(hours=1)
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of a process group, or this one process alone.
+
+    group: None is the default group where torch.distributed runs, else this process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self._alone = group is None and not (dist.is_available() and dist.is_initialized())
+        self.rank = 0 if self._alone else dist.get_rank(group)
+        self.size = 1 if self._alone else dist.get_world_size(group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides and writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value on the first rank; an empty list on the others."""
+        if self._alone:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, values or None, group=self.group, group_dst=0)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """The first rank's value on every rank."""
+        if self._alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def together(self, what: str, function: Callable[[], T], remedy: str = "") -> list[T]:
+        """Call `function` on every rank; its results by rank on the first one ([] elsewhere).
+
+        If it raises anywhere, every rank raises: CheckpointError of one sentence where the cause is
+        the file system or the checkpoint (CheckpointDamagedError if the latter is damaged
+        somewhere), KeyboardInterrupt where someone pressed Ctrl-C, RuntimeError for a bug.
+        """
+        try:
+            mine: tuple[str, Any] = ("ok", function())
+        except BaseException as error:  # every rank must hear of it, whatever it is
+            mine = (_kind(error), _text(error))
+        everyone = self.gather(mine)
+        failures = [(rank, *found) for rank, found in enumerate(everyone) if found[0] != "ok"]
+        failures = self.broadcast(failures)
+        if not failures:
+            return [result for _, result in everyone]
+        kinds = {kind for _, kind, _ in failures}
+        if "interrupt" in kinds:
+            raise KeyboardInterrupt
+        if "bug" in kinds:
+            raise RuntimeError(
+                "\n".join(f"{what} failed on rank {rank}\n{text}" for rank, _, text in failures)
+            )
+        rank, _, text = failures[0]
+        where = ""
+        if self.size > 1:
+            several = f" on {len(failures)} ranks, first {rank}"
+            where = f" on rank {rank}" if len(failures) == 1 else several
+        error = CheckpointDamagedError if "damaged" in kinds else CheckpointError
+        raise error(f"{what} failed{where}: {text}{remedy}")
+
+    def first(self, what: str, function: Callable[[], T], remedy: str = "") -> T:
+        """Call `function` on the first rank; every rank gets its result, or its error."""
+        results = self.together(what, function if self.is_first else lambda: None, remedy)
+        return self.broadcast(results[0] if self.is_first else None)
+
+
+def background_ranks() -> Ranks:
+    """All ranks, with a gloo group that is theirs alone; every rank must call it.
+
+    Without torch.distributed, this process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    return Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupt"
+    if isinstance(error, DamagedError):
+        return "damaged"
+    return "user" if isinstance(error, OSError | CheckpointFormatError) else "bug"
+
+
+def _text(error: BaseException) -> str:
+    if _kind(error) == "bug":
+        return "".join(traceback.format_exception(error))
+    return str(error)

@@ -1,0 +1,117 @@
+"""Which checkpoints stay, and the removal of attempts that nobody will finish."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.ranks import PATIENCE
+from xlstm_mcore.ckpt_manifest import MANIFEST_NAME, DamagedError, read_manifest, step_folders
+from xlstm_mcore.storage import Location, exists, files, remove_file, remove_folder
+
+log = logging.getLogger(__name__)
+
+#: An attempt without a manifest in which nothing changed for so long is dead: its ranks would have
+#: given up waiting for each other (`PATIENCE`) and removed it themselves.
+DEAD_AFTER_S = 2 * PATIENCE.total_seconds()
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the union of the newest `keep`, every `keep_every`-th step, and the best.
+
+    Attributes:
+        keep: newest checkpoints (by step, then time); None for all.
+        keep_every: checkpoints of steps that this divides stay for ever; None for none.
+        keep_best: so many with the lowest validation loss, measured at their own step.
+    """
+
+    keep: int | None = None
+    keep_every: int | None = None
+    keep_best: int = 0
+
+    def __post_init__(self):
+        if self.keep is not None and self.keep < 1:
+            raise CheckpointError(
+                f"checkpoint.keep={self.keep} would delete what was just saved; use >= 1"
+            )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint, as retention sees it; valid_loss is inf where none was measured."""
+
+    path: Location
+    step: int
+    created: float
+    valid_loss: float = math.inf
+
+
+def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
+    """Those of the complete checkpoints that go."""
+    if retention.keep is None:
+        return []
+    newest = sorted(saved, key=lambda s: (s.step, s.created), reverse=True)
+    stay = {s.path for s in newest[: retention.keep]}
+    if retention.keep_every:
+        stay |= {s.path for s in newest if s.step % retention.keep_every == 0}
+    measured = [s for s in newest if s.valid_loss < math.inf]
+    best = sorted(measured, key=lambda s: s.valid_loss)  # of equals the newest
+    stay |= {s.path for s in best[: retention.keep_best]}
+    return [s for s in newest if s.path not in stay]
+
+
+def apply_retention(folder: Location, retention: Retention, just_saved: Location) -> None:
+    """Delete what `to_delete` says, but never `just_saved`, and then dead attempts.
+
+    For one process. Nothing here fails a run: what cannot be deleted is named in a warning. The
+    manifest goes first, so that a deletion that is interrupted leaves nothing that looks complete;
+    the rest is then a dead attempt like any other. Damaged checkpoints are left for a person.
+    """
+    try:
+        saved, attempts = [], []
+        for path in step_folders(folder):
+            try:
+                saved.append(_about(path))
+            except DamagedError:
+                if not exists(path / MANIFEST_NAME):
+                    attempts.append(path)
+        for old in to_delete(saved, retention):
+            # If the run went back to an earlier step, that is what it wants now.
+            if old.path != just_saved:
+                _delete(old.path)
+        now = files(just_saved)[MANIFEST_NAME][1]  # by the file system's own clock
+        for path in attempts:
+            if now - _last_change(path) > DEAD_AFTER_S and not exists(path / MANIFEST_NAME):
+                log.warning("removing %s, which nobody has written to for hours", path)
+                _delete(path)
+    except OSError as error:
+        log.warning("could not clean up in %s: %s", folder, error)
+
+
+def _about(path: Location) -> Saved:
+    manifest = read_manifest(path)
+    state = manifest.state
+    loss = state.get("valid_loss") if state.get("valid_step") == manifest.step else None
+    return Saved(path, manifest.step, manifest.created, math.inf if loss is None else loss)
+
+
+def _last_change(path: Location) -> float:
+    """When something in the attempt was last written."""
+    times = [changed for _, changed in files(path).values()]
+    if isinstance(path, Path):
+        times.append(path.stat().st_mtime)
+    return max(times, default=math.inf)
+
+
+def _delete(path: Location) -> None:
+    try:
+        if exists(path / MANIFEST_NAME):
+            remove_file(path / MANIFEST_NAME)
+        remove_folder(path)
+    except OSError as error:
+        log.warning("could not delete the old checkpoint %s: %s", path, error)
