@@ -47,7 +47,7 @@ BACKENDS = {
         Backend("numba", "xlstm_kernels.slstm.scan_cpu", "numba"),
         TORCH,
     ),
-    "slstm_step": (TORCH,),
+    "slstm_step": (Backend("triton", "xlstm_kernels.slstm.step_triton", "triton"), TORCH),
     "causal_conv1d": (Backend("triton", "xlstm_kernels.conv_triton", "triton"), TORCH),
 }
 

@@ -112,6 +112,28 @@ def plan_step(
     ]  # fmt: skip
 
 
+@torch.library.custom_op("xlstm_kernels::mlstm_step_triton", mutates_args=("C", "n", "m"))
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    gate: str, normalize: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """H of one token; C, n, m are updated in place, through copies if they are not contiguous."""
+    inputs = [x.contiguous() for x in (q, k, v, i, f)]
+    state = (C, n, m)
+    held = tuple(x.contiguous() for x in state)
+    h, launches = plan_step(*inputs, held, gate, normalize, eps)
+    run_all(launches, q)
+    for kept, new in zip(state, held, strict=True):
+        if kept is not new:
+            kept.copy_(new)
+    return h
+
+
+@_step.register_fake
+def _(q, k, v, i, f, C, n, m, gate, normalize, eps):
+    return q.new_empty(v.shape)
+
+
 def mlstm_step_triton(
     q: Tensor,
     k: Tensor,
@@ -124,15 +146,5 @@ def mlstm_step_triton(
     normalize: bool,
     eps: float,
 ) -> Tensor:
-    """Triton backend of `xlstm_kernels.mlstm_step` (checked arguments, same meaning).
-
-    A state that is not contiguous is updated through a copy.
-    """
-    inputs = [x.contiguous() for x in (q, k, v, igate_preact, fgate_preact)]
-    held = tuple(x.contiguous() for x in state)
-    h, launches = plan_step(*inputs, held, gate, normalize, eps)
-    run_all(launches, q)
-    for kept, new in zip(state, held, strict=True):
-        if kept is not new:
-            kept.copy_(new)
-    return h
+    """Triton backend of `xlstm_kernels.mlstm_step` (checked arguments, same meaning)."""
+    return _step(q, k, v, igate_preact, fgate_preact, *state, gate, normalize, eps)

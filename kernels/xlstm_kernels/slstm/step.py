@@ -28,7 +28,12 @@ def slstm_step(
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
     check_arguments(gate_preacts, recurrent_weight, bias, state, forget_gate, time=False)
-    select_backend("slstm_step", backend)
+    d = gate_preacts.shape[-1]
+    if select_backend("slstm_step", backend, gate_preacts, d=d) == "triton":
+        from xlstm_kernels.slstm.step_triton import slstm_step_triton
+
+        sigmoid = forget_gate == "sigmoid"
+        return slstm_step_triton(gate_preacts, recurrent_weight, bias, *state, sigmoid)
     h, c, n, m = state
     dtype = compute_dtype(gate_preacts.dtype)
     # [b, heads, 1, d] @ [heads, d, d] for each gate

@@ -207,6 +207,35 @@ def backward_resident(
     tl.store(d_n_state + state, d_n, mask=mask)
 
 
+@triton.jit
+def recurrent_sums(
+    h, weight, known, row, column, inside, head, width, gate, d,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BATCH: tl.constexpr, WIDTH: tl.constexpr,
+    INNER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h @ R of the four gates at `column`, [BATCH, WIDTH] each; rows not `known` count as zeros.
+
+    Products of OPERANDs, summed in float32.
+    """
+    i = tl.zeros([BATCH, WIDTH], tl.float32)
+    f = tl.zeros([BATCH, WIDTH], tl.float32)
+    z = tl.zeros([BATCH, WIDTH], tl.float32)
+    o = tl.zeros([BATCH, WIDTH], tl.float32)
+    for k in tl.range(0, d, INNER, num_stages=STAGES):
+        inner = k + tl.arange(0, INNER)
+        left = load_wide(
+            h + head * d + row[:, None] * width + inner[None, :],
+            known[:, None] & (inner < d)[None, :],
+        ).to(OPERAND)
+        right = weight + head * d * d + inner[:, None] * d + column[None, :]
+        piece = (inner < d)[:, None] & inside[None, :]
+        i += product(left, tl.load(right, mask=piece, other=0.0).to(OPERAND), PRECISION)
+        f += product(left, tl.load(right + gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
+        z += product(left, tl.load(right + 2 * gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
+        o += product(left, tl.load(right + 3 * gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
+    return i, f, z, o
+
+
 @triton.jit(do_not_specialize=SIZES_AND_RANGE)
 def forward_streamed(
     preacts, weight, bias, starts, h_states, c_state, n_state, m_state, out, acts, decays, cs, ns,
@@ -229,32 +258,19 @@ def forward_streamed(
     width = heads * d
     gate = heads * d * d
     part = tl.cast(batch, tl.int64) * width
-    R = weight + head * d * d
     for t in range(first, last):
         token = row * steps + t
         alive = row < batch
         if starts is not None:
             alive = alive & (tl.load(starts + token, mask=alive, other=0) == 0)
-        h_prev = h_states + (t % 2) * part + head * d
+        h_prev = h_states + (t % 2) * part
         for j in range(tile, tiles):
             column = j * WIDTH + tl.arange(0, WIDTH)
             inside = column < d
-            i = tl.zeros([BATCH, WIDTH], tl.float32)
-            f = tl.zeros([BATCH, WIDTH], tl.float32)
-            z = tl.zeros([BATCH, WIDTH], tl.float32)
-            o = tl.zeros([BATCH, WIDTH], tl.float32)
-            for k in tl.range(0, d, INNER, num_stages=STAGES):
-                inner = k + tl.arange(0, INNER)
-                left = load_wide(
-                    h_prev + row[:, None] * width + inner[None, :],
-                    alive[:, None] & (inner < d)[None, :],
-                ).to(weight.dtype.element_ty)
-                right = R + inner[:, None] * d + column[None, :]
-                piece = (inner < d)[:, None] & inside[None, :]
-                i += product(left, tl.load(right, mask=piece, other=0.0), PRECISION)
-                f += product(left, tl.load(right + gate, mask=piece, other=0.0), PRECISION)
-                z += product(left, tl.load(right + 2 * gate, mask=piece, other=0.0), PRECISION)
-                o += product(left, tl.load(right + 3 * gate, mask=piece, other=0.0), PRECISION)
+            i, f, z, o = recurrent_sums(
+                h_prev, weight, alive, row, column, inside, head, width, gate, d,
+                preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
+            )  # fmt: skip
             mask = (row < batch)[:, None] & inside[None, :]
             position = head * d + column
             at4 = token[:, None] * (4 * width) + position[None, :]

@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.kernel_numerics import relative_error
 from tests.kernels.triton.checker import Checker
-from xlstm_kernels import conv, mlstm_chunkwise, mlstm_step, slstm_scan
+from xlstm_kernels import conv, mlstm_chunkwise, mlstm_step, slstm_scan, slstm_step
 from xlstm_kernels.aot import TARGETS, find_variants
 from xlstm_kernels.select import BACKENDS
 
@@ -124,6 +124,24 @@ def slstm_case(s, d, b=3, heads=2, dtype=torch.float32, state=False, **options):
     return call, x
 
 
+def slstm_step_case(d, b=3, heads=2, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    x = {"x": torch.randn(b, 4, heads, d), "R": torch.randn(4, heads, d, d) * d**-0.5}
+    x["bias"] = torch.randn(4, heads, d)
+    x = {name: one.to(dtype) for name, one in x.items()}
+    h, c, n, m = torch.randn(4, b, heads, d)
+    x |= {"h0": h.tanh(), "c": c, "n": n.exp(), "m": m}
+    x["n"][0] = 0  # a fresh row
+
+    def call(x, backend):
+        state = [x[k].detach().clone() for k in ("h0", "c", "n", "m")]
+        h = slstm_step(*(x[k].detach() for k in ("x", "R", "bias")), state, backend=backend,
+                       **options)  # fmt: skip
+        return {"h": h, **dict(zip(("h1", "c", "n", "m"), state, strict=True))}
+
+    return call, x
+
+
 def conv_case(s, c, width=4, b=2, dtype=torch.float32, state=False, **options):
     torch.manual_seed(0)
     x = {"x": torch.randn(b, s, c), "w": torch.randn(c, width), "bias": torch.randn(c)}
@@ -171,6 +189,11 @@ CASES = {
         "wide": slstm_case(4, 200, b=2, heads=1, state=True, boundaries=documents(2, 4)),
         "bf16": slstm_case(6, 64, b=17, heads=1, **HALF),
         "wide bf16": slstm_case(3, 272, b=2, heads=1, **HALF),
+    },
+    "slstm_step": {
+        "one tile": slstm_step_case(20),
+        "tiles, exp": slstm_step_case(264, b=17, heads=1, forget_gate="exp"),
+        "bf16": slstm_step_case(272, heads=1, **HALF),
     },
     "causal_conv1d": {
         "one token": conv_case(1, 16),

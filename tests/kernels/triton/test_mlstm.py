@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
-from xlstm_kernels.mlstm import chunkwise_triton, triton_config, triton_plan
+from xlstm_kernels.mlstm import chunkwise_triton, step_triton, triton_config, triton_plan
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.mlstm.triton_config import MlstmConfig, Tile
 
@@ -304,6 +304,16 @@ def test_step_in_bfloat16_with_strided_state():
         states.append((mlstm_step(*one, state, backend=backend), *state))
     for name, a, b in zip("hCnm", *states, strict=True):
         assert relative_error(b, a) < 1e-2, name
+
+
+def test_the_step_is_an_operator_that_changes_its_state():
+    x = make_inputs(1, 16, 20, state=True)
+    one = [a[:, :, 0] for a in split(x)[0]]
+    torch.library.opcheck(
+        step_triton._step,
+        (*one, *split(x)[1], "exp", True, 1e-6),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_refused_calls_say_why():

@@ -6,8 +6,8 @@ import torch
 from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
 from tests.kernels.test_kernel_slstm import outputs, split
 from tests.kernels.test_slstm_cpu import GATES, make_inputs, recurrence
-from xlstm_kernels import slstm_scan
-from xlstm_kernels.slstm import scan_triton
+from xlstm_kernels import slstm_scan, slstm_step
+from xlstm_kernels.slstm import scan_triton, step_triton
 
 torch.set_num_threads(1)
 
@@ -137,6 +137,48 @@ def test_custom_op_follows_the_rules_of_torch():
     op = scan_triton.scan_forward
     torch.library.opcheck(op, (x, R, b, *state, boundaries, True), test_utils=tests)
     torch.library.opcheck(op, (x.bfloat16(), R, b, *[None] * 5, False), test_utils=tests)
+
+
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+@pytest.mark.parametrize("shape", [RESIDENT, (17, 1, 48), APART], ids=str)
+def test_steps_are_the_sequence(shape, forget_gate):
+    """From a fresh state, with rows of their own and of a second block; the state in place."""
+    inputs = make_inputs(shape, 3)
+    exact = recurrence({name: x.double() for name, x in inputs.items()}, forget_gate=forget_gate)
+    plain = recurrence(inputs, forget_gate=forget_gate)
+    batch, heads, d = shape
+    state = tuple(torch.zeros(batch, heads, d) for _ in range(4))
+    state = (state[0].mT.contiguous().mT, *state[1:])  # one part is not contiguous
+    for t in range(3):
+        one = inputs["x"][:, t], inputs["R"], inputs["b"]
+        h = slstm_step(*one, state, forget_gate=forget_gate, backend="triton")
+        limit = max(5e-6, 8 * relative_error(plain["h"][:, t], exact["h"][:, t]))
+        assert relative_error(h, exact["h"][:, t]) <= limit
+        assert torch.equal(h, state[0])
+    for got, name in zip(state, ("h_last", "c", "n", "m"), strict=True):
+        limit = max(5e-6, 8 * relative_error(plain[name], exact[name]))
+        assert relative_error(got, exact[name]) <= limit, name
+
+
+def test_a_step_in_bfloat16_with_float32_weights():
+    (x, R, b), state = split(make_inputs(APART, 1, state=True))
+    states = []
+    for backend in ("torch", "triton"):
+        kept = tuple(one.clone() for one in state)
+        h = slstm_step(x[:, 0].bfloat16(), R, b, kept, backend=backend)
+        assert h.dtype == torch.bfloat16
+        states.append((h, *kept))
+    for a, b in zip(*states, strict=True):
+        assert relative_error(b, a) < 1e-2
+
+
+def test_the_step_is_an_operator_that_changes_its_state():
+    (x, R, b), state = split(make_inputs(RESIDENT, 1, state=True))
+    torch.library.opcheck(
+        step_triton.slstm_step_triton,
+        (x[:, 0], R, b, *state, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_what_it_cannot_run_is_refused_with_the_remedy():
