@@ -1,17 +1,28 @@
-"""Normalisation of each head's output on its own."""
+"""Normalisation of each head's output on its own, and the output gate that follows it."""
 
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from xlstm_kernels.checks import check_choice, check_float, check_like, compute_dtype
+from xlstm_kernels.select import select_backend
 
 
-def multihead_norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+def multihead_norm(
+    x: Tensor,
+    weight: Tensor,
+    kind: str,
+    eps: float,
+    *,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Normalise x [..., heads, d] over d and scale it by weight [heads * d]; same shape and dtype.
 
     `kind` is "layernorm" (mean subtracted; the head norm of both xLSTM papers) or "rmsnorm". No
-    bias. Computed in float32, in float64 for float64 input. Raises ValueError for wrong shapes,
-    dtypes, devices or an unknown kind.
+    bias. `gate`, of the shape of x, multiplies the result by its sigmoid (the output gate of the
+    7B-style block, arXiv 2503.13427, figure 8). Computed in float32, in float64 for float64 input,
+    and rounded once. `backend` is "torch" or "triton", None for the best one. Raises ValueError for
+    wrong shapes, dtypes, devices or options.
     """
     if x.ndim < 2:
         raise ValueError(
@@ -21,10 +32,19 @@ def multihead_norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
     heads, d = x.shape[-2:]
     check_like("weight", weight, (heads * d,), "[heads * d]", x)
     check_choice("kind", kind, ("layernorm", "rmsnorm"))
+    if gate is not None:
+        check_like("gate", gate, tuple(x.shape), "[..., heads, d]", x)
+    if select_backend("multihead_norm", backend, x, d=d) == "triton":
+        from xlstm_kernels.norm_triton import multihead_norm_triton
+
+        return multihead_norm_triton(x, weight, kind, eps, gate)
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if kind == "layernorm":
         normed = layer_norm(wide, (d,), eps=eps)
     else:
         normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (normed * weight.to(dtype).view(heads, d)).to(x.dtype)
+    normed = normed * weight.to(dtype).view(heads, d)
+    if gate is not None:
+        normed = normed * gate.to(dtype).sigmoid()
+    return normed.to(x.dtype)

@@ -49,6 +49,7 @@ BACKENDS = {
     ),
     "slstm_step": (Backend("triton", "xlstm_kernels.slstm.step_triton", "triton"), TORCH),
     "causal_conv1d": (Backend("triton", "xlstm_kernels.conv_triton", "triton"), TORCH),
+    "multihead_norm": (Backend("triton", "xlstm_kernels.norm_triton", "triton"), TORCH),
 }
 
 

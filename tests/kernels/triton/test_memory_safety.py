@@ -13,7 +13,14 @@ import torch
 
 from tests.kernels.kernel_numerics import relative_error
 from tests.kernels.triton.checker import Checker
-from xlstm_kernels import conv, mlstm_chunkwise, mlstm_step, slstm_scan, slstm_step
+from xlstm_kernels import (
+    conv,
+    mlstm_chunkwise,
+    mlstm_step,
+    multihead_norm,
+    slstm_scan,
+    slstm_step,
+)
 from xlstm_kernels.aot import TARGETS, find_variants
 from xlstm_kernels.select import BACKENDS
 
@@ -159,6 +166,24 @@ def conv_case(s, c, width=4, b=2, dtype=torch.float32, state=False, **options):
     return call, x
 
 
+def norm_case(s, d, b=2, heads=3, kind="layernorm", dtype=torch.float32, gated=True):
+    """Inputs as the 7B-style block has them: the cell's order of axes, and a slice of a product."""
+    torch.manual_seed(0)
+    x = {"x": torch.randn(b, heads, s, d).to(dtype).permute(2, 0, 1, 3)}
+    x["weight"] = torch.randn(heads * d)
+    if gated:
+        x["gate"] = torch.randn(s, b, 2 * heads, d).to(dtype)[:, :, heads:]
+
+    def call(x, backend):
+        return {
+            "y": multihead_norm(
+                x["x"], x["weight"], kind, 1e-3, gate=x.get("gate"), backend=backend
+            )
+        }
+
+    return call, x
+
+
 HALF = {"dtype": torch.bfloat16}
 CASES = {
     "mlstm_chunkwise": {
@@ -194,6 +219,11 @@ CASES = {
         "one tile": slstm_step_case(20),
         "tiles, exp": slstm_step_case(264, b=17, heads=1, forget_gate="exp"),
         "bf16": slstm_step_case(272, heads=1, **HALF),
+    },
+    "multihead_norm": {
+        "odd": norm_case(37, 20),
+        "rms, plain": norm_case(5, 700, kind="rmsnorm", gated=False),
+        "bf16": norm_case(70, 128, **HALF),
     },
     "causal_conv1d": {
         "one token": conv_case(1, 16),

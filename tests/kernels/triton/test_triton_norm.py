@@ -1,0 +1,96 @@
+"""The per-head norm on Triton, in the interpreter, against its torch twin in float64."""
+
+import pytest
+import torch
+
+from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
+from xlstm_kernels import multihead_norm, norm_triton
+
+
+def make_inputs(*lead, heads=2, d=20, gated=True):
+    torch.manual_seed(0)
+    x = {"x": torch.randn(*lead, heads, d) + 0.3, "weight": torch.randn(heads * d)}
+    if gated:
+        x["gate"] = 3 * torch.randn(*lead, heads, d)
+    return x
+
+
+def norm(x, kind="layernorm", eps=1e-5, backend="triton"):
+    return {"y": multihead_norm(**x, kind=kind, eps=eps, backend=backend)}
+
+
+def twin(x, **options):
+    return norm(x, **options, backend="torch")
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("lead", [(), (5,), (3, 4), (2, 1, 3)], ids=str)
+def test_values_and_gradients(lead, gated, kind):
+    assert_float32_close(norm, twin, make_inputs(*lead, gated=gated), kind=kind)
+
+
+@pytest.mark.parametrize("d", [1, 16, 192, 512, 1000, 4096])
+def test_head_dimensions(d):
+    assert_float32_close(norm, twin, make_inputs(3, heads=1, d=d), kind="rmsnorm")
+
+
+def test_a_program_takes_several_blocks_of_rows(monkeypatch):
+    """And the last block is not whole."""
+    monkeypatch.setattr(norm_triton, "PROGRAMS", 4)  # two for each head
+    x = make_inputs(150, d=60)
+    assert 150 > 2 * 2 * norm_triton._tile(60)["ROWS"]
+    assert_float32_close(norm, twin, x)
+
+
+def test_strides_of_the_block_are_read_in_place(monkeypatch):
+    """[b, heads, s, d] as [s, b, heads, d], and a slice of a product, without a copy."""
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else 1 / 0)
+    whole = make_inputs(3, 5, heads=4, d=16)
+
+    def strided(x, **options):
+        x = dict(x)
+        x["x"] = x["x"].permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
+        x["x"] = x["x"].permute(2, 0, 1, 3)
+        x["gate"] = torch.cat([x["gate"], x["gate"]], 2)[:, :, 4:]
+        y = norm(x, **options)["y"]
+        assert y.is_contiguous() and not x["x"].is_contiguous() and not x["gate"].is_contiguous()
+        return {"y": y.permute(1, 0, 2, 3)}  # and its gradient has strides too
+
+    def expected(x, **options):
+        return {"y": twin(x, **options)["y"].permute(1, 0, 2, 3)}
+
+    assert_float32_close(strided, expected, whole)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e15])
+def test_finite_input_never_gives_nan(size):
+    x = make_inputs(4)
+    x["x"] = x["x"] * size
+    x["gate"] = x["gate"] * 1e30
+    for name, value in run(norm, x, torch.float32).items():
+        assert value.isfinite().all(), name
+
+
+def test_bfloat16():
+    x = {name: t.bfloat16() for name, t in make_inputs(40, d=64).items()}
+    exact, got = run(twin, x, torch.float64), run(norm, x, torch.bfloat16)
+    assert got["y"].dtype == got["d_gate"].dtype == torch.bfloat16
+    for name, reference in exact.items():
+        assert relative_error(got[name], reference) < 1e-2, name
+
+
+def test_custom_op_rules_and_autocast():
+    x = {name: t.requires_grad_() for name, t in make_inputs(3, 2).items()}
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for gate in (x["gate"], None):
+        arguments = (x["x"], x["weight"], gate, 1e-5, True)
+        torch.library.opcheck(norm_triton._norm, arguments, test_utils=tests)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)["y"]
+    assert y.dtype == torch.float32 and torch.equal(y, norm(x)["y"])
+
+
+def test_large_heads_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"4097 exceeds 4096; use more heads, or 'torch'"):
+        norm(make_inputs(1, heads=1, d=4097))
