@@ -50,6 +50,7 @@ def slstm_arguments():
         ({"fgate_preact": zeros(B, H, S, device="meta")}, r"fgate_preact is on meta.*cpu"),
         ({"chunk_size": 0}, r"chunk_size=0 must be a positive integer; use"),
         ({"chunk_size": 16.0}, r"chunk_size=16.0 must be a positive integer"),
+        ({"gate_soft_cap": 0.0}, r"gate_soft_cap=0.0 must be positive.*None for no cap"),
         ({"gate": "relu"}, r"gate='relu' is not known; use one of 'exp', 'sigmoid'"),
         ({"boundaries": zeros(B, S)}, r"boundaries has dtype torch.float32.*\.bool\(\)"),
         ({"boundaries": zeros(S, B, dtype=torch.bool)}, r"boundaries has shape \[5, 2\].*\[2, 5\]"),
@@ -116,6 +117,8 @@ def test_causal_conv1d(change, message):
     [
         ({"x": zeros(K)}, r"x has shape \[4\].*\[\.\.\., heads, d\]"),
         ({"weight": zeros(H, K)}, r"weight has shape \[3, 4\].*\[12\]"),
+        ({"gate": zeros(B, K, H)}, r"gate has shape \[2, 4, 3\].*\[2, 3, 4\]"),
+        ({"backend": "numba"}, r"backend='numba' does not exist for multihead_norm"),
         ({"kind": "batchnorm"}, r"kind='batchnorm'.*'layernorm', 'rmsnorm'"),
     ],
 )

@@ -2,7 +2,13 @@
 
 from torch import Tensor
 
-from xlstm_kernels.checks import check_choice, check_float, check_like, check_state
+from xlstm_kernels.checks import (
+    check_choice,
+    check_float,
+    check_like,
+    check_state,
+    compute_dtype,
+)
 
 GATES = ("exp", "sigmoid")
 
@@ -45,3 +51,19 @@ def check_arguments(
             "m": ((batch, heads), "[b, heads]"),
         }
         check_state(state, parts, q)
+
+
+def check_soft_cap(cap: float | None) -> None:
+    """Require a soft cap of gate pre-activations to be positive and finite, or None."""
+    if cap is not None and not 0 < cap < float("inf"):
+        raise ValueError(
+            f"gate_soft_cap={cap!r} must be positive and finite; use None for no cap, or 15.0 as "
+            "in xLSTM 7B"
+        )
+
+
+def soft_cap(preact: Tensor, cap: float | None, like: Tensor) -> Tensor:
+    """``cap * tanh(preact / cap)`` in the dtype that gates of inputs such as `like` have."""
+    if cap is None:
+        return preact
+    return cap * (preact.to(compute_dtype(like.dtype)) / cap).tanh()

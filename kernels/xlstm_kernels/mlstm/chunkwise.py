@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.checks import check_boundaries, check_choice
-from xlstm_kernels.mlstm.arguments import check_arguments
+from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
 from xlstm_kernels.mlstm.chunkwise_torch import mlstm_chunkwise_torch
 from xlstm_kernels.select import select_backend
 
@@ -31,6 +31,7 @@ def mlstm_chunkwise(
     gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
     backend: str | None = None,
     states_dtype: torch.dtype | None = None,
     tiles: "MlstmConfig | None" = None,
@@ -38,9 +39,10 @@ def mlstm_chunkwise(
     """MLSTM hidden states h [b, heads, s, v_dim] in the dtype of q, or (h, last state).
 
     q, k [b, heads, s, qk_dim] and v [b, heads, s, v_dim] share a dtype; q is scaled by
-    qk_dim^-0.5 inside. Gate pre-activations [b, heads, s], soft cap already applied, of any
-    float dtype: gates and states are computed in float32 (float64 for float64 q). The forget gate
-    is a sigmoid; `gate` is the input gate, "exp" or "sigmoid".
+    qk_dim^-0.5 inside. Gate pre-activations x [b, heads, s] are of any float dtype: gates and
+    states are computed in float32 (float64 for float64 q). `gate_soft_cap` makes them
+    cap * tanh(x / cap) first (xLSTM 7B, section 3). The forget gate is a sigmoid; `gate` is the
+    input gate, "exp" or "sigmoid".
 
     The state (C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads]) carries exp(m) C
     and exp(m) n; None means zeros, m included. h = num / (max(|n.q|, exp(-m)) + eps), with m the
@@ -64,6 +66,7 @@ def mlstm_chunkwise(
             "or None to let the backend choose"
         )
     check_choice("states_dtype", states_dtype, STATES_DTYPES)
+    check_soft_cap(gate_soft_cap)
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     chosen = select_backend(
         "mlstm_chunkwise", backend, q, qk_dim=qk_dim, v_dim=v_dim, chunk_size=chunk_size
@@ -76,9 +79,10 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "eps": eps,
     }
-    arguments = (q, k, v, igate_preact, fgate_preact, initial_state)
     if chosen == "triton":
         from xlstm_kernels.mlstm.chunkwise_triton import mlstm_chunkwise_triton
 
-        return mlstm_chunkwise_triton(*arguments, **options, states_dtype=states_dtype, tiles=tiles)
-    return mlstm_chunkwise_torch(*arguments, **options)
+        options |= {"gate_soft_cap": gate_soft_cap, "states_dtype": states_dtype, "tiles": tiles}
+        return mlstm_chunkwise_triton(q, k, v, igate_preact, fgate_preact, initial_state, **options)
+    igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
+    return mlstm_chunkwise_torch(q, k, v, igate, fgate, initial_state, **options)

@@ -55,7 +55,7 @@ def refusal(
 
 def make_options(
     arch: str, q: Tensor, v: Tensor, chunk_size: int, exp_gate: bool, normalize: bool, eps: float,
-    bf16_states: bool, tiles: Sequence[int],
+    bf16_states: bool, soft_cap: float | None, tiles: Sequence[int],
 ) -> Options:  # fmt: skip
     """Options of a call; `tiles` is a flat `MlstmConfig`, or empty for that of the table."""
     config = (
@@ -64,7 +64,7 @@ def make_options(
         else mlstm_config(arch, q.shape[-1], v.shape[-1], q.dtype, chunk_size, bf16_states)
     )
     precision = "tf32x3" if arch.startswith("sm_") else "ieee"
-    return Options(chunk_size, exp_gate, normalize, eps, bf16_states, precision, config)
+    return Options(chunk_size, exp_gate, normalize, eps, bf16_states, precision, config, soft_cap)
 
 
 Tensors11 = tuple[
@@ -77,13 +77,13 @@ Tensors7 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def mlstm_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C: Tensor | None, n: Tensor | None, m: Tensor | None, boundaries: Tensor | None,
-    chunk_size: int, exp_gate: bool, normalize: bool, eps: float, bf16_states: bool, last: bool,
-    tiles: Sequence[int],
+    chunk_size: int, exp_gate: bool, normalize: bool, eps: float, bf16_states: bool,
+    soft_cap: float | None, last: bool, tiles: Sequence[int],
 ) -> Tensors11:  # fmt: skip
     """The forward pass: the fields of `triton_plan.Forward`."""
     arch = architecture(q.device)
     options = make_options(
-        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, tiles
+        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
     )  # fmt: skip
     C, n, m = (None if x is None else x.contiguous() for x in (C, n, m))
     out, launches = plan_forward(q, k, v, i, f, C, n, m, boundaries, options, last)
@@ -92,8 +92,8 @@ def mlstm_forward(
 
 
 @mlstm_forward.register_fake
-def _(q, k, v, i, f, C, n, m, boundaries, chunk_size, exp_gate, normalize, eps, bf16_states, last,
-      tiles):  # fmt: skip
+def _(q, k, v, i, f, C, n, m, boundaries, chunk_size, exp_gate, normalize, eps, bf16_states,
+      soft_cap, last, tiles):  # fmt: skip
     z = sizes_of(q, v, chunk_size)
     return tuple(
         allocate_forward(
@@ -114,12 +114,12 @@ def mlstm_backward(
     h: Tensor, gates: Tensor, keep: Tensor, first: Tensor, states: Tensor, n_states: Tensor,
     inverse: Tensor, overlap: Tensor,
     chunk_size: int, exp_gate: bool, normalize: bool, eps: float, bf16_states: bool,
-    tiles: Sequence[int],
+    soft_cap: float | None, tiles: Sequence[int],
 ) -> Tensors7:  # fmt: skip
     """The backward pass: the fields of `triton_plan.Gradients`."""
     arch = architecture(q.device)
     options = make_options(
-        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, tiles
+        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
     )  # fmt: skip
     none = h.new_empty(0)
     out = Forward(
@@ -160,7 +160,7 @@ def _gradients(ctx, d_h, d_last_c, d_last_n, *_):
         None if kept is None else grad.view(kept[0]).to(kept[1])
         for kept, grad in zip(ctx.carried, grads[5:], strict=True)
     ]
-    return *grads[:5], *d_state, *[None] * 9
+    return *grads[:5], *d_state, *[None] * 10
 
 
 mlstm_forward.register_autograd(_gradients, setup_context=_save)
@@ -180,6 +180,7 @@ def mlstm_chunkwise_triton(
     gate: str,
     normalize: bool,
     eps: float,
+    gate_soft_cap: float | None = None,
     states_dtype: torch.dtype | None = None,
     tiles: MlstmConfig | None = None,
 ) -> Tensor | tuple[Tensor, State]:
@@ -193,7 +194,7 @@ def mlstm_chunkwise_triton(
     h, last_c, last_n, last_m, *_ = mlstm_forward(
         q, k, v, igate_preact, fgate_preact, C, n, m, boundaries,
         pick_chunk_size(chunk_size, b * heads, s, qk, v.shape[-1]), gate == "exp", normalize, eps,
-        states_dtype == torch.bfloat16, return_last_state,
+        states_dtype == torch.bfloat16, gate_soft_cap, return_last_state,
         [] if tiles is None else tiles.flat(),
     )  # fmt: skip
     if not return_last_state:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.checks import compute_dtype
-from xlstm_kernels.mlstm.arguments import check_arguments
+from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
 from xlstm_kernels.select import select_backend
 
 
@@ -21,6 +21,7 @@ def mlstm_step(
     gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Hidden state h [b, heads, v_dim] of one token; `state` (C, n, m) is updated in place.
@@ -32,17 +33,20 @@ def mlstm_step(
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
     check_arguments(q, k, v, igate_preact, fgate_preact, state, gate, time=False)
+    check_soft_cap(gate_soft_cap)
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if select_backend("mlstm_step", backend, q, qk_dim=qk_dim, v_dim=v_dim) == "triton":
         from xlstm_kernels.mlstm.step_triton import mlstm_step_triton
 
         return mlstm_step_triton(
-            q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps
-        )
+            q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps,
+            gate_soft_cap=gate_soft_cap,
+        )  # fmt: skip
     C, n, m = state
     dtype = compute_dtype(q.dtype)
     query, key, value = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
-    log_f, log_i = logsigmoid(fgate_preact.to(dtype)), igate_preact.to(dtype)
+    igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
+    log_f, log_i = logsigmoid(fgate.to(dtype)), igate.to(dtype)
     if gate == "exp":
         m_new = torch.maximum(log_f + m, log_i)
         decay, write = (log_f + m - m_new).exp(), (log_i - m_new).exp()

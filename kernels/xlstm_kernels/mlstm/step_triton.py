@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlstm_kernels.mlstm.chunkwise_triton import refusal
 from xlstm_kernels.mlstm.triton_config import block
+from xlstm_kernels.mlstm.triton_gates import capped
 from xlstm_kernels.triton_launch import Launch, run_all
 
 __all__ = ["mlstm_step_triton", "refusal"]
@@ -19,10 +20,12 @@ State = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def step_gates(igate, fgate, m, row, EXP_GATE: tl.constexpr):
+def step_gates(igate, fgate, m, row, cap, EXP_GATE: tl.constexpr, CAPPED: tl.constexpr):
     """(decay, write, m after the token) of one row, from float64 logarithms as in the chunks."""
     f = tl.load(fgate + row).to(tl.float64)
     i = tl.load(igate + row).to(tl.float64)
+    if CAPPED:
+        f, i = capped(f, cap), capped(i, cap)
     log_f = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
     if EXP_GATE:
         old = tl.load(m + row).to(tl.float64)
@@ -38,15 +41,15 @@ def step_gates(igate, fgate, m, row, EXP_GATE: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    q, k, v, igate, fgate, C, n, m, h, v_tiles, scale, eps,
+    q, k, v, igate, fgate, C, n, m, h, v_tiles, scale, eps, cap,
     QK: tl.constexpr, V: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr,
-    EXP_GATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    EXP_GATE: tl.constexpr, NORMALIZE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """A tile [QK, BV] of C of one row, updated in place, and its part of h; grid rows * v_tiles."""
     pid = tl.program_id(0)
     row = (pid // v_tiles).to(tl.int64)
     tile = pid % v_tiles
-    decay, write, m_new = step_gates(igate, fgate, m, row, EXP_GATE)
+    decay, write, m_new = step_gates(igate, fgate, m, row, cap, EXP_GATE, CAPPED)
     dv = tile * BV + tl.arange(0, BV)
     vt = tl.load(v + row * V + dv, mask=dv < V, other=0.0).to(tl.float32)
     sums = tl.zeros([BQ, BV], tl.float32)
@@ -73,11 +76,12 @@ def step_kernel(
 
 @triton.jit
 def step_normalizer_kernel(
-    k, igate, fgate, n, m, QK: tl.constexpr, BQ: tl.constexpr, EXP_GATE: tl.constexpr
-):
+    k, igate, fgate, n, m, cap, QK: tl.constexpr, BQ: tl.constexpr, EXP_GATE: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
     """n and m of one row, updated in place; grid rows."""
     row = tl.program_id(0).to(tl.int64)
-    decay, write, m_new = step_gates(igate, fgate, m, row, EXP_GATE)
+    decay, write, m_new = step_gates(igate, fgate, m, row, cap, EXP_GATE, CAPPED)
     for i in range(0, QK, BQ):
         dq = i + tl.arange(0, BQ)
         kt = tl.load(k + row * QK + dq, mask=dq < QK, other=0.0).to(tl.float32)
@@ -88,7 +92,7 @@ def step_normalizer_kernel(
 
 
 def plan_step(
-    q, k, v, i, f, state: State, gate: str, normalize: bool, eps: float
+    q, k, v, i, f, state: State, gate: str, normalize: bool, eps: float, soft_cap: float | None
 ) -> tuple[Tensor, list[Launch]]:
     """H (not yet computed) and the launches of one step on contiguous tensors."""
     C, n, m = state
@@ -98,6 +102,7 @@ def plan_step(
     width = block(dim, 64)
     v_tiles = -(-dim // width)
     sizes = {"QK": qk, "BQ": block(qk, 32), "EXP_GATE": gate == "exp"}
+    sizes |= {"cap": soft_cap or 0.0, "CAPPED": soft_cap is not None}
     gates = {"igate": i, "fgate": f, "n": n, "m": m, "k": k}
     arguments = {
         "q": q, "v": v, "C": C, "h": h, "v_tiles": v_tiles, "scale": qk**-0.5, "eps": eps,
@@ -115,13 +120,13 @@ def plan_step(
 @torch.library.custom_op("xlstm_kernels::mlstm_step_triton", mutates_args=("C", "n", "m"))
 def _step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor,
-    gate: str, normalize: bool, eps: float,
+    gate: str, normalize: bool, eps: float, soft_cap: float | None,
 ) -> Tensor:  # fmt: skip
     """H of one token; C, n, m are updated in place, through copies if they are not contiguous."""
     inputs = [x.contiguous() for x in (q, k, v, i, f)]
     state = (C, n, m)
     held = tuple(x.contiguous() for x in state)
-    h, launches = plan_step(*inputs, held, gate, normalize, eps)
+    h, launches = plan_step(*inputs, held, gate, normalize, eps, soft_cap)
     run_all(launches, q)
     for kept, new in zip(state, held, strict=True):
         if kept is not new:
@@ -130,7 +135,7 @@ def _step(
 
 
 @_step.register_fake
-def _(q, k, v, i, f, C, n, m, gate, normalize, eps):
+def _(q, k, v, i, f, C, n, m, gate, normalize, eps, soft_cap):
     return q.new_empty(v.shape)
 
 
@@ -145,6 +150,8 @@ def mlstm_step_triton(
     gate: str,
     normalize: bool,
     eps: float,
+    gate_soft_cap: float | None,
 ) -> Tensor:
     """Triton backend of `xlstm_kernels.mlstm_step` (checked arguments, same meaning)."""
-    return _step(q, k, v, igate_preact, fgate_preact, *state, gate, normalize, eps)
+    gates = igate_preact, fgate_preact
+    return _step(q, k, v, *gates, *state, gate, normalize, eps, gate_soft_cap)

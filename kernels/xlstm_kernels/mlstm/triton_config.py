@@ -86,7 +86,7 @@ def mlstm_config(
         tokens = min(32, chunk)
         wide = Tile(tokens, block(qk_dim, 32), block(v_dim, 64), 8, 2)
         return MlstmConfig(
-            states=Tile(tokens, block(qk_dim, 32), block(v_dim, 32), 4, 2),
+            states=Tile(tokens, block(qk_dim, 32), block(v_dim, 32), 4, 3),
             outputs=wide,
             values=wide,
             keys=Tile(tokens, block(v_dim, 16), block(qk_dim, 64), 8, 2),

@@ -37,6 +37,21 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def capped(x, cap):
+    """cap * tanh(x / cap) of a float64 tensor."""
+    e = tl.exp(-2.0 * tl.abs(x / cap))
+    y = cap * (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def cap_slope(x, cap):
+    """Derivative of `capped`."""
+    e = tl.exp(-2.0 * tl.abs(x / cap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def join_spans(total_a, best_a, total_b, best_b):
     """Max-plus composition: m -> max(total + m, best) of span a, then of span b."""
     return total_a + total_b, tl.maximum(best_a + total_b, best_b)
@@ -49,10 +64,15 @@ def larger(a, b):
 
 
 @triton.jit
-def load_gates(igate, fgate, starts, t, valid, stride_i, stride_f, stride_s, EXP_GATE, BOUNDED):
+def load_gates(
+    igate, fgate, starts, t, valid, stride_i, stride_f, stride_s, cap, EXP_GATE, BOUNDED, CAPPED
+):
     """log_f, log_i (float64) and the start flags of the tokens t; closed input if not valid."""
-    log_f = log_sigmoid(tl.load(fgate + t * stride_f, mask=valid, other=0.0).to(tl.float64))
+    f = tl.load(fgate + t * stride_f, mask=valid, other=0.0).to(tl.float64)
     log_i = tl.load(igate + t * stride_i, mask=valid, other=0.0).to(tl.float64)
+    if CAPPED:
+        f, log_i = capped(f, cap), capped(log_i, cap)
+    log_f = log_sigmoid(f)
     if not EXP_GATE:
         log_i = log_sigmoid(log_i)
     log_f = tl.where(valid, log_f, 0.0)
@@ -67,9 +87,9 @@ def load_gates(igate, fgate, starts, t, valid, stride_i, stride_f, stride_s, EXP
 def gates_kernel(
     igate, fgate, m0, starts, gates, keep, first, last_m,
     stride_ib, stride_ih, stride_is, stride_fb, stride_fh, stride_fs, stride_sb, stride_ss,
-    heads, s, chunks, chunks_per_program, programs, log_scale, scale, plane,
+    heads, s, chunks, chunks_per_program, programs, log_scale, scale, plane, cap,
     L: tl.constexpr, PREFIX: tl.constexpr, EXP_GATE: tl.constexpr, CARRIED: tl.constexpr,
-    BOUNDED: tl.constexpr,
+    BOUNDED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Decays of `chunks_per_program` chunks of one row; grid b * heads * programs.
 
@@ -98,7 +118,7 @@ def gates_kernel(
             t = block + tl.arange(0, PREFIX)
             log_f, log_i, start = load_gates(
                 igate, fgate, starts, t.to(tl.int64), t < begin, stride_is, stride_fs, stride_ss,
-                EXP_GATE, BOUNDED,
+                cap, EXP_GATE, BOUNDED, CAPPED,
             )  # fmt: skip
             open_f = tl.where(start, 0.0, log_f)
             total = tl.sum(open_f, 0)
@@ -116,7 +136,7 @@ def gates_kernel(
         t = chunk * L + place
         log_f, log_i, start = load_gates(
             igate, fgate, starts, t.to(tl.int64), t < s, stride_is, stride_fs, stride_ss,
-            EXP_GATE, BOUNDED,
+            cap, EXP_GATE, BOUNDED, CAPPED,
         )  # fmt: skip
         m_start = m.to(tl.float32).to(tl.float64)
         if EXP_GATE:
@@ -164,8 +184,8 @@ def gates_kernel(
 def gate_gradients_kernel(
     igate, fgate, first, keep, parts, across, d_igate, d_fgate,
     stride_ib, stride_ih, stride_is, stride_fb, stride_fh, stride_fs,
-    heads, s, chunks, x_tiles, across_parts, plane,
-    L: tl.constexpr, EXP_GATE: tl.constexpr, BOUNDED: tl.constexpr,
+    heads, s, chunks, x_tiles, across_parts, plane, cap,
+    L: tl.constexpr, EXP_GATE: tl.constexpr, BOUNDED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Gate gradients of one chunk from what `query_key_gradients_kernel` left; grid rows * chunks.
 
@@ -205,12 +225,19 @@ def gate_gradients_kernel(
     f = tl.load(
         fgate + batch * stride_fb + head * stride_fh + long * stride_fs, mask=valid, other=0.0
     ).to(tl.float64)
+    if CAPPED:
+        d_log_f *= cap_slope(f, cap)
+        f = capped(f, cap)
     d_log_f *= 1.0 / (1.0 + tl.exp(tl.minimum(f, 700.0)))
-    if not EXP_GATE:
+    if CAPPED or not EXP_GATE:
         i = tl.load(
             igate + batch * stride_ib + head * stride_ih + long * stride_is, mask=valid, other=0.0
         ).to(tl.float64)
-        d_log_i *= 1.0 / (1.0 + tl.exp(tl.minimum(i, 700.0)))
+        if CAPPED:
+            d_log_i *= cap_slope(i, cap)
+            i = capped(i, cap)
+        if not EXP_GATE:
+            d_log_i *= 1.0 / (1.0 + tl.exp(tl.minimum(i, 700.0)))
     out = row * s + t
     tl.store(d_fgate + out, d_log_f.to(tl.float32).to(d_fgate.dtype.element_ty), mask=valid)
     tl.store(d_igate + out, d_log_i.to(tl.float32).to(d_igate.dtype.element_ty), mask=valid)

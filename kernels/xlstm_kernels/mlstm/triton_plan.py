@@ -46,6 +46,7 @@ class Options(NamedTuple):
     bf16_states: bool
     precision: str  # of float32 products
     tiles: MlstmConfig
+    soft_cap: float | None = None  # of gate pre-activations
 
 
 class Sizes(NamedTuple):
@@ -142,6 +143,11 @@ def allocate_forward(
     )  # fmt: skip
 
 
+def cap_arguments(options: Options) -> dict[str, object]:
+    """The soft cap, by the names of the kernels' parameters."""
+    return {"cap": options.soft_cap or 0.0, "CAPPED": options.soft_cap is not None}
+
+
 def gates_launch(i, f, m0, boundaries, out: Forward, z: Sizes, options: Options) -> Launch:
     """The gate pass."""
     per_program = min(max(z.rows * z.chunks // PROGRAMS, 1), z.chunks)
@@ -157,7 +163,7 @@ def gates_launch(i, f, m0, boundaries, out: Forward, z: Sizes, options: Options)
         "programs": programs, "log_scale": float(torch.tensor(scale, dtype=torch.float64).log()),
         "scale": scale, "plane": z.plane, "L": z.L,
         "PREFIX": max(min(power_of_two(z.s), 2048), 16), "EXP_GATE": options.exp_gate,
-        "CARRIED": m0 is not None, "BOUNDED": boundaries is not None,
+        "CARRIED": m0 is not None, "BOUNDED": boundaries is not None, **cap_arguments(options),
     }  # fmt: skip
     return Launch("gates", gates_kernel, (z.rows * programs,), arguments, 4, 1, "gates")
 
@@ -347,7 +353,7 @@ def plan_backward(
         "d_igate": grads.di, "d_fgate": grads.df, **strides("i", i), **strides("f", f),
         "heads": z.heads, "s": z.s, "chunks": z.chunks, "x_tiles": x_tiles,
         "across_parts": tiles * x_tiles, "plane": z.plane, "L": z.L, "EXP_GATE": options.exp_gate,
-        "BOUNDED": bounded,
+        "BOUNDED": bounded, **cap_arguments(options),
     }  # fmt: skip
     launches.append(
         Launch("gate gradients", gate_gradients_kernel, (z.rows * z.chunks,), arguments, 4, 1,

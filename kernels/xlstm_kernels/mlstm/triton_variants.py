@@ -24,6 +24,7 @@ def plan(
     boundaries: bool = False,
     carried: bool = False,
     bf16_states: bool = False,
+    soft_cap: float | None = None,
 ) -> list[Launch]:
     """All launches of one forward and backward pass on `target`, on the meta device."""
     new = {"device": "meta"}
@@ -40,7 +41,7 @@ def plan(
     options = Options(
         L, gate == "exp", normalize, 1e-6, bf16_states,
         "tf32x3" if target.startswith("sm_") else "ieee",
-        mlstm_config(target, qk, v, dtype, L, bf16_states),
+        mlstm_config(target, qk, v, dtype, L, bf16_states), soft_cap,
     )  # fmt: skip
     out, forward = plan_forward(
         q, torch.empty_like(q), value, gates, gates.clone(), C, n, m, starts, options, carried
@@ -52,7 +53,9 @@ def plan(
     return forward + backward
 
 
-def plan_one_step(*, b: int, heads: int, qk: int, v: int, dtype=torch.bfloat16, gate="exp"):
+def plan_one_step(
+    *, b: int, heads: int, qk: int, v: int, dtype=torch.bfloat16, gate="exp", soft_cap=None
+):
     """The launches of one decoding step, on the meta device."""
     new = {"device": "meta"}
     q = torch.empty(b, heads, qk, dtype=dtype, **new)
@@ -60,13 +63,14 @@ def plan_one_step(*, b: int, heads: int, qk: int, v: int, dtype=torch.bfloat16, 
     i, m = (torch.empty(b, heads, **new) for _ in range(2))
     C, n = torch.empty(b, heads, qk, v, **new), torch.empty(b, heads, qk, **new)
     return plan_step(
-        q, torch.empty_like(q), value, i, i.clone(), (C, n, m), gate, True, 1e-6
+        q, torch.empty_like(q), value, i, i.clone(), (C, n, m), gate, True, 1e-6, soft_cap
     )[1]  # fmt: skip
 
 
+SEVEN = {"b": 1, "heads": 8, "s": 8192, "qk": 256, "v": 512, "soft_cap": 15.0}
 SETTINGS = {
-    "7b": {"b": 1, "heads": 8, "s": 8192, "qk": 256, "v": 512, "bf16_states": True},
-    "7b fp32 states": {"b": 1, "heads": 8, "s": 8192, "qk": 256, "v": 512},
+    "7b": SEVEN | {"bf16_states": True},
+    "7b fp32 states": SEVEN,
     "125m": {"b": 8, "heads": 4, "s": 2048, "qk": 384, "v": 384},
 }
 BF16, FP32 = {"dtype": torch.bfloat16}, {"dtype": torch.float32}
@@ -76,7 +80,11 @@ SEEN = {"boundaries": True, "carried": True}
 OTHERS = {
     "smallest": ODD | BF16 | {"qk": 16, "v": 16, "chunk": 64},
     "smallest fp32": ODD | FP32 | {"qk": 16, "v": 16, "chunk": 16} | SEEN,
-    "32 64 sigmoid": ODD | BF16 | {"qk": 32, "v": 64, "chunk": 64, "gate": "sigmoid"} | SEEN,
+    "32 64 sigmoid": ODD
+    | BF16
+    | {"qk": 32, "v": 64, "chunk": 64, "gate": "sigmoid"}
+    | SEEN
+    | {"soft_cap": 15.0},
     "96 192": ODD | BF16 | {"qk": 96, "v": 192, "chunk": 128} | SEEN,
     "96 192 fp32": ODD | FP32 | {"qk": 96, "v": 192, "chunk": 64},
     "64 64 bare": EVEN | BF16 | {"qk": 64, "v": 64, "chunk": 256, "normalize": False},
@@ -88,7 +96,7 @@ OTHERS = {
     "512 1024 fp32": ODD | FP32 | {"qk": 512, "v": 1024, "chunk": 256, "normalize": False} | SEEN,
 }
 STEPS = {
-    "decode 7b": {"b": 16, "heads": 8, "qk": 256, "v": 512},
+    "decode 7b": {"b": 16, "heads": 8, "qk": 256, "v": 512, "soft_cap": 15.0},
     "decode 96 192 fp32": FP32 | {"b": 1, "heads": 2, "qk": 96, "v": 192, "gate": "sigmoid"},
 }
 

@@ -83,6 +83,24 @@ def test_options(gate, normalize, bounded):
     check(x, gate=gate, normalize=normalize, boundaries=boundaries, chunk_size=32)
 
 
+def recurrence_with_cap(x, gate_soft_cap, **options):
+    capped = {name: gate_soft_cap * (x[name] / gate_soft_cap).tanh() for name in "if"}
+    return recurrence(x | capped, **options)
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("cap", [0.3, 15.0])
+def test_gate_soft_cap(cap, gate):
+    """Far beyond the cap, around it and at zero, in values and gradients."""
+    x = make_inputs(60, heads=1, state=True)
+    x["i"], x["f"] = 3 * cap * x["i"], 3 * cap * torch.randn_like(x["f"])
+    x["i"][..., 3:6], x["f"][..., 5:9] = 0.0, 30 * cap
+    assert_float32_close(
+        kernel, recurrence_with_cap, x, gate_soft_cap=cap, gate=gate, chunk_size=16,
+        boundaries=some_boundaries(60, every=30),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("chunk_size", [16, 31, 64, 128, 256, None])
 def test_chunk_sizes(chunk_size):
     """Chunks of 128 and 256 have several tiles of rows; 256 here is one chunk, padded."""
@@ -244,7 +262,7 @@ def test_offsets_beyond_32_bits():
 def operator_arguments(x, boundaries=None):
     arguments, state = split(x)
     state = state or (None, None, None)
-    return (*arguments, *state, boundaries, 16, True, True, 1e-6, False, True, [])
+    return (*arguments, *state, boundaries, 16, True, True, 1e-6, False, 15.0, True, [])
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
@@ -279,9 +297,9 @@ def test_compile_without_graph_breaks_and_recompute():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_steps_are_the_sequence(gate, normalize):
     x = make_inputs(5, 40, 70, gates="random +-15")
-    options = {"gate": gate, "normalize": normalize}
-    expected = recurrence({name: t.double() for name, t in x.items()}, **options)
-    plain = recurrence(x, **options)
+    options = {"gate": gate, "normalize": normalize, "gate_soft_cap": 12.0}
+    expected = recurrence_with_cap({name: t.double() for name, t in x.items()}, **options)
+    plain = recurrence_with_cap(x, **options)
     state = tuple(torch.zeros(1, 2, *d) for d in ((40, 70), (40,), ()))
     for t in range(5):
         one = [a[:, :, t] for a in split(x)[0]]
@@ -311,7 +329,7 @@ def test_the_step_is_an_operator_that_changes_its_state():
     one = [a[:, :, 0] for a in split(x)[0]]
     torch.library.opcheck(
         step_triton._step,
-        (*one, *split(x)[1], "exp", True, 1e-6),
+        (*one, *split(x)[1], "exp", True, 1e-6, 15.0),
         test_utils=("test_schema", "test_faketensor"),
     )
 
