@@ -8,7 +8,14 @@ kernels, which update the state in place.
 import torch
 from torch import Tensor
 
-from xlstm_kernels import causal_conv1d, mlstm_chunkwise, mlstm_step, slstm_scan, slstm_step
+from xlstm_kernels import (
+    causal_conv1d,
+    mlstm_chunkwise,
+    mlstm_step,
+    multihead_norm,
+    slstm_scan,
+    slstm_step,
+)
 
 from .config import XLSTMConfig
 
@@ -108,6 +115,15 @@ def run_conv(
     if cache is not None:
         y, cache["conv"] = y
     return y
+
+
+def run_head_norm(
+    config: XLSTMConfig, h: Tensor, weight: Tensor, ogate: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of each head of ``h [..., heads, d]``, times ``sigmoid(ogate)`` of that shape."""
+    return multihead_norm(
+        h, weight, "layernorm", config.norm_eps, gate=ogate, backend=config.kernel_backend
+    )
 
 
 def _may_step(boundaries: Tensor | None) -> bool:

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import multihead_norm
-
-from .cells import run_mlstm
+from .cells import run_head_norm, run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
 from .pieces import packed
@@ -89,7 +87,6 @@ class MLSTMMixer(nn.Module):
             boundaries,
             cache,
         )
-        h = multihead_norm(
-            h.permute(2, 0, 1, 3), self.head_norm_weight, "layernorm", self.config.norm_eps
-        )
-        return self.out_proj(torch.sigmoid(ogate) * h.reshape(s, b, v))[0]
+        h = h.permute(2, 0, 1, 3)
+        h = run_head_norm(self.config, h, self.head_norm_weight, ogate.view(h.shape))
+        return self.out_proj(h.reshape(s, b, v))[0]

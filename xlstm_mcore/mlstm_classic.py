@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import multihead_norm
-
-from .cells import run_conv, run_mlstm
+from .cells import run_conv, run_head_norm, run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import Piece, packed
@@ -109,9 +107,8 @@ class ClassicMLSTMMixer(nn.Module):
             return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
 
         h = run_mlstm(self.config, heads(q), heads(k), heads(v), igate, fgate, boundaries, cache)
-        h = multihead_norm(
-            h.transpose(1, 2), self.head_norm_weight, "layernorm", self.config.norm_eps
-        ).reshape(b, s, self.inner)
+        h = run_head_norm(self.config, h.transpose(1, 2), self.head_norm_weight)
+        h = h.reshape(b, s, self.inner)
         h = (h + self.learnable_skip * x_c) * F.silu(z)
         return self.out_proj(h.transpose(0, 1))[0]
 

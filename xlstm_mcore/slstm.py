@@ -10,9 +10,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import multihead_norm
-
-from .cells import run_conv, run_slstm
+from .cells import run_conv, run_head_norm, run_slstm
 from .config import XLSTMConfig
 from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, parameter
@@ -99,7 +97,7 @@ class SLSTMMixer(nn.Module):
             boundaries,
             cache,
         )
-        h = multihead_norm(h, own(self.head_norm_weight, 0), "layernorm", self.config.norm_eps)
+        h = run_head_norm(self.config, h, own(self.head_norm_weight, 0))
         return self.region.from_heads(self.context.from_heads(h.flatten(2).transpose(0, 1)))
 
     def _gate_preacts(self, x: Tensor, x_c: Tensor) -> Tensor:

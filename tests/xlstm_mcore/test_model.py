@@ -125,7 +125,8 @@ def test_the_configured_backend_reaches_every_kernel(groups, monkeypatch):
     monkeypatch.setattr(select, "_select", spy)
     _, model = make(groups, "mixed", kernel_backend="torch")
     model(torch.arange(8)[None])
-    assert asked == {(k, "torch") for k in ("mlstm_chunkwise", "slstm_scan", "causal_conv1d")}
+    kernels = ("mlstm_chunkwise", "slstm_scan", "causal_conv1d", "multihead_norm")
+    assert asked == {(k, "torch") for k in kernels}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -106,7 +106,7 @@ def mlstm_config(
     tall = Tile(tokens, block(qk_dim, 128), block(v_dim, 64), 8, 3)
     older = arch == "sm_80"
     return MlstmConfig(
-        states=tall if older else wide,
+        states=wide if not older else tall if qk_dim <= 256 else narrow,
         outputs=narrow if older and bf16_states else wide,
         values=narrow if older and bf16_states else wide,
         keys=Tile(tokens, block(v_dim, 128 if bf16_states else 64), block(qk_dim, 128), 8, 2),
