@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pretrain.config import (
     RunConfig,
     check_world,
+    list_fields,
     load_config,
     override_option,
     split_overrides,
@@ -31,6 +32,17 @@ OVERRIDES_HELP = (
 )
 
 
+def _about() -> str:
+    """The head of the help, with the keys that hold lists, which tyro leaves out."""
+    lines = [
+        f"  --{k.replace('_', '-')}  {field.description}" for k, field in list_fields().items()
+    ]
+    return (
+        f"{OVERRIDES_HELP}\n\nKeys that hold lists are written as in the file, in one line, e.g. "
+        "--data.batch-ramp '[{steps: 100, global_batch: 64}]':\n" + "\n".join(lines)
+    )
+
+
 def _config_help(command: str, config_path: str | None, overrides: list[str]) -> None:
     """Print every config option, with the file's values as defaults where a file is given."""
     import tyro
@@ -38,7 +50,7 @@ def _config_help(command: str, config_path: str | None, overrides: list[str]) ->
     prog = f"xlstm-pretrain {command} {config_path or 'RUN.yaml'}"
     settings = {} if config_path is None else {"default": load_config(config_path, overrides)}
     try:
-        tyro.cli(RunConfig, prog=prog, args=["--help"], description=OVERRIDES_HELP, **settings)
+        tyro.cli(RunConfig, prog=prog, args=["--help"], description=_about(), **settings)
     except SystemExit:
         pass  # tyro leaves after its help
 

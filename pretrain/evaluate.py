@@ -6,7 +6,7 @@ import torch
 
 from pretrain.checkpoint import check_same, read_manifest, resolve
 from pretrain.config import RunConfig
-from pretrain.data import TokenDataset, ValidLoader
+from pretrain.data import TokenDataset, ValidLoader, open_valid
 from xlstm_mcore import cpu_runtime
 from xlstm_mcore.build import load_model
 
@@ -24,24 +24,34 @@ def main(checkpoint: str, config: RunConfig) -> int:
     Raises:
         UserError: no checkpoint, no data, or the data were made with another tokenizer.
     """
-    loss, tokens = evaluate(checkpoint, config)
-    print(
-        f"{resolve(checkpoint)}: {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
-        f"over {tokens:,} tokens"
-    )
+    found = evaluate(checkpoint, config)
+    for name, (loss, tokens) in found.items():
+        print(
+            f"{resolve(checkpoint)}{f', {name}' if name else ''}: {loss:.4f} nats per token, "
+            f"perplexity {math.exp(loss):.2f}, over {tokens:,} tokens"
+        )
+    if len(found) > 1:
+        mean = sum(loss for loss, _ in found.values()) / len(found)
+        print(f"mean of the {len(found)} sets: {mean:.4f} nats per token")
     return 0
 
 
 @torch.no_grad()
-def evaluate(checkpoint: str, config: RunConfig) -> tuple[float, int]:
-    """Mean loss (nats per unmasked token) and number of tokens of the validation split."""
+def evaluate(checkpoint: str, config: RunConfig) -> dict[str, tuple[float, int]]:
+    """By validation set: mean loss (nats per unmasked token) and number of tokens."""
     path = resolve(checkpoint)
-    data = TokenDataset(config.data.path, "valid", seq_len=config.data.seq_len)
-    now = {"tokenizer": {"sha256": data.manifest.tokenizer_sha256}}
-    check_same(read_manifest(path).state, now, ("tokenizer.sha256",), path=path)
+    sets = open_valid(config.data)
+    saved = read_manifest(path).state
+    for dataset in sets.values():
+        now = {"tokenizer": {"sha256": dataset.manifest.tokenizer_sha256}}
+        check_same(saved, now, ("tokenizer.sha256",), path=path)
     model, _ = load_model(path)
+    return {name: _loss(model, dataset, config) for name, dataset in sets.items()}
+
+
+def _loss(model: torch.nn.Module, dataset: TokenDataset, config: RunConfig) -> tuple[float, int]:
     total, tokens = 0.0, 0
-    for batch in ValidLoader(data, micro_batch=config.data.micro_batch):
+    for batch in ValidLoader(dataset, micro_batch=config.data.micro_batch):
         batch = batch.to(cpu_runtime.device())
         losses = model(batch.tokens, batch.boundaries, batch.labels)
         total += (losses * batch.loss_mask).sum().item()

@@ -294,10 +294,11 @@ def launch(
     if nproc is None:
         nproc = layout.tensor * layout.pipeline * layout.context
     check_world(config, nproc)
-    if not Path(config.data.path).is_dir():
-        raise ConfigError(
-            f"data.path={config.data.path!r} is no folder; build one with python -m data_prep "
-            "build, or give another with --data.path"
-        )
+    for key, path in config.data.folders:
+        if "://" not in path and not Path(path).is_dir():
+            raise ConfigError(
+                f"{key}={path!r} is no folder; build one with python -m data_prep build, or give "
+                "another"
+            )
     command = [sys.executable, "-m", "pretrain", "train", config_path, *overrides]
     return run_workers(command, nproc, Path(config.run.dir) / "logs")

@@ -179,7 +179,8 @@ def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
     reference = baselines.get("bigram_add_one")
     gate_met = None not in (valid_loss, reference) and reference - valid_loss >= GATE_NATS
     state = "finished" if summary["finished"] else "not finished"
-    tokens = summary.get("tokens", summary["steps"] * config.tokens_per_step)
+    data = config.data
+    tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
     lines = [
         f"run {run_dir}: {state}, {summary['steps']:,} of {config.run.steps:,} steps",
         f"model               {summary['parameters'] / 1e6:.2f} M parameters, "

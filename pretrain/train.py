@@ -24,7 +24,7 @@ from pretrain.checkpoint import (
     read_manifest_together,
 )
 from pretrain.config import RunConfig, save_config
-from pretrain.data import DataCursor, TokenDataset, TrainLoader, ValidLoader
+from pretrain.data import DataCursor, TrainLoader, ValidLoader, open_plan, open_valid
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, LossSum
 from pretrain.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
@@ -94,13 +94,12 @@ class _Run:
         self.config, self.layout, self.stop = config, layout, stop
         self.dir = Path(config.run.dir)
         data = config.data
-        self.dataset = TokenDataset(data.path, "train", seq_len=data.seq_len)
-        self.valid = ValidLoader(
-            TokenDataset(data.path, "valid", seq_len=data.seq_len),
-            micro_batch=data.micro_batch,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-        )
+        place = {"dp_rank": layout.dp_rank, "dp_size": layout.dp_size}
+        self.data = open_plan(data, config.run.seed)
+        self.valid = {
+            name: ValidLoader(dataset, micro_batch=data.micro_batch, **place)
+            for name, dataset in open_valid(data, self.data).items()
+        }
         self._check_vocabulary()
         self._check_kernels()
         self.engine: Engine = make_engine(config, layout)
@@ -113,15 +112,15 @@ class _Run:
         )
         self.state, cursor = self._resume()
         self.loader = TrainLoader(
-            self.dataset,
-            seed=config.run.seed,
-            global_batch=data.global_batch,
+            self.data,
+            data.ramp,
             micro_batch=data.micro_batch,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
+            step=self.state.step,
             consumed_samples=cursor.consumed_samples,
+            workers=data.workers,
+            **place,
         )
-        self._speed = _Speed(config.tokens_per_step)
+        self._speed = _Speed()
         self._efficiency = _Efficiency(config, layout)
 
     def train(self, until: int | None = None) -> int:
@@ -177,7 +176,7 @@ class _Run:
         result = self.engine.step(lr)
         self._judge(loss, result.grad_norm)
         seconds = time.perf_counter() - started
-        self._speed.add(seconds)
+        self._speed.add(self.config.data.ramp.size(step) * self.config.data.seq_len, seconds)
         self.state = TrainState(
             step=step + 1,
             updates=self.state.updates + (not result.skipped),
@@ -215,13 +214,18 @@ class _Run:
 
     def _evaluate(self, metrics: MetricLogger) -> None:
         config = self.config
-        batches: Any = iter(self.valid)
-        if config.evaluation.max_batches is not None:
-            per_global = config.data.global_batch // (config.data.micro_batch * self.layout.dp_size)
-            batches = islice(batches, config.evaluation.max_batches * per_global)
-        loss = self.engine.evaluate(batches).mean
-        self.state = replace(self.state, valid_loss=loss, valid_step=self.state.step)
-        metrics.log(self.state.step, {"valid_loss": loss})
+        losses = {}
+        for name, loader in self.valid.items():
+            batches: Any = iter(loader)
+            if config.evaluation.max_batches is not None:
+                rows = config.data.micro_batch * self.layout.dp_size
+                per_global = config.data.global_batch // rows
+                batches = islice(batches, config.evaluation.max_batches * per_global)
+            losses[name] = self.engine.evaluate(batches).mean
+        mean = sum(losses.values()) / len(losses)
+        self.state = replace(self.state, valid_loss=mean, valid_step=self.state.step)
+        each = {f"valid_loss/{name}": loss for name, loss in losses.items()}
+        metrics.log(self.state.step, {"valid_loss": mean, **(each if len(each) > 1 else {})})
 
     def _save(self, metrics: MetricLogger) -> None:
         stall = self.saver.save(
@@ -241,7 +245,7 @@ class _Run:
             )
 
     def _saved_state(self) -> dict[str, Any]:
-        manifest = self.dataset.manifest
+        manifest = self.data.manifest
         return {
             **asdict(self.state),
             "cursor": self.loader.cursor.to_dict(),
@@ -274,18 +278,19 @@ class _Run:
                 f"none of the {len(candidates)} checkpoints in {self.saver.folder} is sound; move "
                 "them away to start anew"
             )
-        return TrainState(), DataCursor(0, self.dataset.manifest.hash)
+        return TrainState(), DataCursor(0)
 
     def _check_same_run(self, path: Location, saved: Manifest) -> None:
         """Refuse a checkpoint of another model, data, tokenizer, or of a longer run."""
-        manifest, accept = self.dataset.manifest, self.config.checkpoint.accept_changes
+        accept = self.config.checkpoint.accept_changes
         config = self.config.model_dump(mode="json")
         check_same_model(saved.config, config, path=path, accept=accept)
+        consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
         now = {
-            "tokenizer": {"sha256": manifest.tokenizer_sha256},
-            "cursor": {"manifest_hash": manifest.hash},
+            "tokenizer": {"sha256": self.data.manifest.tokenizer_sha256},
+            "cursor": {"plan": self.data.describe(consumed)},
         }
-        keys = ("tokenizer.sha256", "cursor.manifest_hash")
+        keys = ("tokenizer.sha256", "cursor.plan")
         check_same(saved.state, now, keys, path=path, accept=accept)
         if saved.step > self.config.run.steps:
             raise ConfigError(
@@ -296,11 +301,11 @@ class _Run:
     resumed_from: Location | None = None
 
     def _check_vocabulary(self) -> None:
-        tokens, rows = self.dataset.manifest.vocab_size, self.config.model.vocab_size
+        tokens, rows = self.data.manifest.vocab_size, self.config.model.vocab_size
         if tokens > rows:
             raise ConfigError(
                 f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
-                f"{self.config.data.path}; set model.vocab_size to at least {tokens}"
+                f"{self.data.manifest.root}; set model.vocab_size to at least {tokens}"
             )
 
     def _check_kernels(self) -> None:
@@ -319,8 +324,9 @@ class _Run:
             f"{config.engine.precision}; {layout.world_size} processes on {layout.device.type} "
             f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
             f", pipeline {shape.pipeline}, data {layout.dp_size}; "
-            f"{config.tokens_per_step:,} tokens per step, {self.dataset.num_rows:,} rows"
+            f"{config.tokens_per_step:,} tokens per step, {self.data.num_rows:,} rows"
         )
+        metrics.message(f"data: {self.data.summary(self.loader.consumed_samples)}")
         if self.resumed_from is not None:
             metrics.message(f"continuing from {self.resumed_from}")
         if self.state.step == config.run.steps:
@@ -334,8 +340,8 @@ class _Run:
         (total,), largest = self.layout.sum(peak), self.layout.max(peak)
         if not self.layout.is_main:
             return
-        state = self.state
-        trained = state.step * self.config.tokens_per_step
+        state, config = self.state, self.config
+        trained = config.data.ramp.samples(state.step) * config.data.seq_len
         summary = {
             "steps": state.step,
             "tokens": state.tokens,
@@ -354,19 +360,18 @@ class _Run:
 class _Speed:
     """Tokens per second since the last time it was asked."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._steps, self._seconds = 0, 0.0
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
 
-    def add(self, seconds: float) -> None:
+    def add(self, tokens: int, seconds: float) -> None:
         """Count one step."""
-        self._steps += 1
+        self._tokens += tokens
         self._seconds += seconds
 
     def take(self) -> float:
         """The mean speed of the counted steps; starts counting anew."""
-        speed = self._steps * self._tokens_per_step / max(self._seconds, 1e-9)
-        self._steps, self._seconds = 0, 0.0
+        speed = self._tokens / max(self._seconds, 1e-9)
+        self._tokens, self._seconds = 0, 0.0
         return speed
 
 

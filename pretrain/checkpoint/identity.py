@@ -43,7 +43,7 @@ def check_same(
     """Compare the dotted `keys` (values or whole sections) of two nested mappings.
 
     Works for the configuration and for the training state alike, for example
-    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.manifest_hash"))`. Keys and
+    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.plan"))`. Keys and
     sections in `accept` may differ: the run says that the change is meant.
     Raises CheckpointError listing every other difference as `key: checkpoint A, run B`.
     """

@@ -9,6 +9,7 @@ number of processes. Nothing here imports torch.
 from pretrain.config.checks import check_world, data_parallel_size
 from pretrain.config.load import (
     config_from_dict,
+    list_fields,
     load_config,
     override_option,
     save_config,
@@ -47,6 +48,7 @@ __all__ = [
     "check_world",
     "config_from_dict",
     "data_parallel_size",
+    "list_fields",
     "load_config",
     "override_option",
     "save_config",

@@ -8,25 +8,11 @@ has its own message already. That is how one run of `check` reports everything.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pretrain.config.data import DATA_CHECKS, Unreadable, choices, divisors
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
 from xlstm_mcore.presets import attention_heads, dimensions
-
-
-class Unreadable(Exception):
-    """A check read a field that has no valid value."""
-
-
-def divisors(number: int, limit: int = 64) -> list[int]:
-    """Divisors of `number` up to `limit`, ascending."""
-    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
-
-
-def choices(values: list[int]) -> str:
-    """`1, 2, 4 or 8`."""
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _pattern(config: Any) -> Iterator[str]:
@@ -166,15 +152,6 @@ def _qkv_blocks(config: Any) -> Iterator[str]:
         )
 
 
-def _batch(config: Any) -> Iterator[str]:
-    batch, micro = config.data.global_batch, config.data.micro_batch
-    if batch % micro:
-        yield (
-            f"data.micro_batch={micro} does not divide data.global_batch={batch}; "
-            f"use {choices(divisors(batch))}"
-        )
-
-
 def _sequence(config: Any) -> Iterator[str]:
     layout = config.layout
     if layout.sequence and layout.tensor == 1:
@@ -245,7 +222,7 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _ffn_over_tensor,
     _attention,
     _qkv_blocks,
-    _batch,
+    *DATA_CHECKS,
     _sequence,
     _sequence_length,
     _schedule,
@@ -290,19 +267,22 @@ def check_world(config: RunConfig, world_size: int) -> int:
     replicas = data_parallel_size(config, world_size)
     data, layout = config.data, config.layout
     rows = data.micro_batch * replicas
-    if data.global_batch % rows:
-        raise ConfigError(
-            f"data.global_batch={data.global_batch} does not split into data.micro_batch="
-            f"{data.micro_batch} rows on each of {replicas} data parallel replicas; use a "
-            f"multiple of {rows}, such as {data.global_batch + rows - data.global_batch % rows}, "
-            "or a smaller micro_batch"
-        )
-    micro_batches = data.global_batch // rows
-    if layout.virtual > 1 and micro_batches % layout.pipeline:
-        raise ConfigError(
-            f"layout.virtual={layout.virtual} needs a multiple of layout.pipeline="
-            f"{layout.pipeline} micro-batches per step, but there are {micro_batches} "
-            f"(data.global_batch={data.global_batch} over {rows} rows at a time); use "
-            f"data.global_batch={rows * layout.pipeline * -(-micro_batches // layout.pipeline)}"
-        )
+    stages = [(f"data.batch_ramp[{n}]", stage) for n, stage in enumerate(data.batch_ramp)]
+    for place, stage in [*stages, ("data", data)]:
+        batch = stage.global_batch
+        if batch % rows:
+            raise ConfigError(
+                f"{place}.global_batch={batch} does not split into data.micro_batch="
+                f"{data.micro_batch} rows on each of {replicas} data parallel replicas; use a "
+                f"multiple of {rows}, such as {batch + rows - batch % rows}, "
+                "or a smaller micro_batch"
+            )
+        micro_batches = batch // rows
+        if layout.virtual > 1 and micro_batches % layout.pipeline:
+            raise ConfigError(
+                f"layout.virtual={layout.virtual} needs a multiple of layout.pipeline="
+                f"{layout.pipeline} micro-batches per step, but there are {micro_batches} "
+                f"({place}.global_batch={batch} over {rows} rows at a time); use {place}."
+                f"global_batch={rows * layout.pipeline * -(-micro_batches // layout.pipeline)}"
+            )
     return replicas

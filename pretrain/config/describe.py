@@ -47,7 +47,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"{f' of {data.seq_len} tokens' if grows else ', whatever its length'}",
         f"tokens per step   {config.tokens_per_step:,} "
         f"({data.global_batch} rows of {data.seq_len})",
-        f"tokens in the run {config.tokens_per_step * config.run.steps:,} "
+        f"tokens in the run {data.ramp.samples(config.run.steps) * data.seq_len:,} "
         f"({config.run.steps:,} steps)",
         f"one replica       {replica} process{'es' if replica > 1 else ''}: tensor {layout.tensor}"
         f"{' with sequence parallel' if layout.sequence else ''}, pipeline {layout.pipeline}"

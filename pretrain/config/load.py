@@ -15,7 +15,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pretrain.config.checks import Unreadable, problems
+from pretrain.config.checks import problems
+from pretrain.config.data import Unreadable
 from pretrain.config.schema import RunConfig, Section
 from pretrain.errors import ConfigError
 
@@ -56,6 +57,21 @@ def _values_taken(key: str) -> int | None:
     if get_origin(field.annotation) is tuple:
         return len(get_args(field.annotation))
     return 0 if field.annotation is bool else 1
+
+
+def list_fields() -> dict[str, FieldInfo]:
+    """The keys that hold lists."""
+    return {key: field for key, field in FIELDS.items() if get_origin(field.annotation) is list}
+
+
+def _structure(key: str, value: Any) -> Any:
+    """The value of an option whose key holds a list: it is written as in the file, in one line."""
+    if key not in list_fields() or not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        return value  # refused by the validation, which says what it must be
 
 
 def override_option(key: str, value: Any) -> list[str]:
@@ -150,11 +166,19 @@ def _field_message(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location[:2])
     kind = error["type"]
+    if kind == "missing" and len(location) > 2:
+        return f"{_place(location)} is missing; set it"
     if kind == "missing":
         if key in SECTIONS:
             needed = [n for n, f in SECTIONS[key].model_fields.items() if f.is_required()]
             return f"section {key} is missing; it needs at least {', '.join(needed)}"
         return f"{key} is missing; set it ({FIELDS[key].description})"
+    if kind == "extra_forbidden" and len(location) > 2:
+        model = _item_model(key)
+        return (
+            f"{_place(location[:-1])} has no {location[-1]}; its keys are "
+            f"{', '.join(model.model_fields) if model else 'fixed'}"
+        )
     if kind == "extra_forbidden":
         section = location[0] if len(location) > 1 else None
         return f"{key} is no key of a run file; {_suggest(location[-1], section)}"
@@ -165,8 +189,19 @@ def _field_message(error: dict[str, Any]) -> str:
         rule = "must be text; put it into quotes"
     field = FIELDS.get(key)
     about = f" ({field.description})" if field is not None else ""
-    place = f"{key}[{location[2]}]" if len(location) > 2 and location[2].isdigit() else key
-    return f"{place}={_show(error['input'])} {rule}{about}"
+    return f"{_place(location)}={_show(error['input'])} {rule}{about}"
+
+
+def _place(location: list[str]) -> str:
+    """`data.sources[0].weight` from the parts of a location."""
+    words = [f"[{part}]" if part.isdigit() else f".{part}" for part in location[2:]]
+    return ".".join(location[:2]) + "".join(words)
+
+
+def _item_model(key: str) -> type[Section] | None:
+    """The section that the items of a list key are."""
+    items = get_args(FIELDS[key].annotation) if key in FIELDS else ()
+    return items[0] if items and isinstance(items[0], type) else None
 
 
 class _Partial:
@@ -267,7 +302,7 @@ def load_config(
         section, _, leaf = key.partition(".")
         target = raw.setdefault(section, {})
         if isinstance(target, dict):
-            target[leaf] = value
+            target[leaf] = _structure(key, value)
     return config_from_dict(raw, source=str(path))
 
 

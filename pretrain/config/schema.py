@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from pretrain.ramp import BatchRamp
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -121,17 +123,95 @@ class EngineConfig(Section):
     """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
 
 
-class DataConfig(Section):
-    """Training data and batch."""
+class SourceConfig(Section):
+    """One corpus of a mixture."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """short name, for phases and logs; with the seed it decides the order of its rows"""
     path: NonEmpty
     """folder that `python -m data_prep build` wrote"""
+    source: NonEmpty | None = None
+    """one source of that folder; null for all of them"""
+    weight: PositiveFloat | None = None
+    """share of the samples, relative to the other sources; null until a phase names it"""
+
+
+class PhaseConfig(Section):
+    """A change of the mixture in the middle of a run."""
+
+    from_sample: PositiveInt
+    """first sample of the new mixture"""
+    weights: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+    """weight of each source from there on; a source that is left out is not used"""
+
+
+class RampStage(Section):
+    """Some steps with a smaller batch."""
+
+    steps: PositiveInt
+    """how many steps"""
+    global_batch: PositiveInt
+    """rows per optimizer step"""
+
+
+class ValidConfig(Section):
+    """One set to measure the loss on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """short name, for the logs"""
+    path: NonEmpty
+    """folder whose validation split is used"""
+    source: NonEmpty | None = None
+    """one source of that folder; null for all of them"""
+
+
+class DataConfig(Section):
+    """Training data and batch: `path`, or a mixture of `sources`."""
+
+    path: NonEmpty | None = None
+    """folder that `python -m data_prep build` wrote"""
+    sources: list[SourceConfig] = []
+    """weighted mixture, in place of path; a list of {name, path, source, weight}"""
+    phases: list[PhaseConfig] = []
+    """changes of the mixture; a list of {from_sample, weights}"""
+    valid: list[ValidConfig] = []
+    """sets to evaluate on, {name, path, source}; default the validation split of every source"""
     seq_len: PositiveInt
     """tokens per row"""
     global_batch: PositiveInt
     """rows per optimizer step, over all processes"""
     micro_batch: PositiveInt
     """rows per forward pass of one process"""
+    batch_ramp: list[RampStage] = []
+    """smaller batches at the start; a list of {steps, global_batch}"""
+    shuffle: Literal["row", "window"] = "row"
+    """row mixes all rows; window mixes those of a few files at a time, for slow storage"""
+    window_shards: PositiveInt = 16
+    """files per window of shuffle=window"""
+    workers: NonNegativeInt = 0
+    """processes that read ahead for each training process; 0 reads ahead in a thread of it"""
+
+    @property
+    def mixture(self) -> list[SourceConfig]:
+        """The sources; a plain ``path`` is a mixture of one, which has no name of its own."""
+        if self.path is None:
+            return self.sources
+        only = SourceConfig.model_construct(name="", path=self.path, source=None, weight=1.0)
+        return [only]
+
+    @property
+    def folders(self) -> list[tuple[str, str]]:
+        """Every folder of shards that the run reads, with the key that names it."""
+        if self.path is not None:
+            found = [("data.path", self.path)]
+        else:
+            found = [(f"data.sources[{n}].path", s.path) for n, s in enumerate(self.sources)]
+        return found + [(f"data.valid[{n}].path", v.path) for n, v in enumerate(self.valid)]
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """Samples of every step."""
+        return BatchRamp(self.global_batch, [(s.steps, s.global_batch) for s in self.batch_ramp])
 
 
 class OptimizerConfig(Section):
@@ -229,5 +309,5 @@ class RunConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one global batch."""
+        """Tokens in one global batch, after the ramp."""
         return self.data.global_batch * self.data.seq_len

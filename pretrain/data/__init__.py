@@ -1,20 +1,27 @@
 """Training data: packed rows on disk -> batches, ordered by the global sample number alone.
 
-``TokenDataset`` opens a folder of shards, ``order`` says which row a global sample number is,
-``TrainLoader`` and ``ValidLoader`` make the batches of one data-parallel rank.
+``TokenDataset`` opens a folder of shards; ``DataPlan`` says which row of which source a global
+sample number is (``blend`` mixes sources, ``order`` shuffles each); ``TrainLoader`` and
+``ValidLoader`` make the batches of one data-parallel rank.
 """
 
 from data_prep.shards import CorruptShardError
 from pretrain.data.batch import Batch, DataCursor
+from pretrain.data.blend import Phase
 from pretrain.data.dataset import DataError, TokenDataset
 from pretrain.data.loader import TrainLoader, ValidLoader
+from pretrain.data.plan import DataPlan, open_plan, open_valid
 
 __all__ = [
     "Batch",
     "CorruptShardError",
     "DataCursor",
     "DataError",
+    "DataPlan",
+    "Phase",
     "TokenDataset",
     "TrainLoader",
     "ValidLoader",
+    "open_plan",
+    "open_valid",
 ]

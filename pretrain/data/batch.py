@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+
+from pretrain.data.dataset import Rows
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,34 @@ class Batch:
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
+def to_batches(rows: Rows, micro_batch: int) -> list[Batch]:
+    """Cut rows into micro-batches; they are views of four tensors of all rows."""
+    parts = (
+        rows.tokens[:, :-1].astype(np.int64),
+        rows.tokens[:, 1:].astype(np.int64),
+        rows.loss_mask,
+        rows.boundaries,
+    )
+    cut = [torch.from_numpy(part).split(micro_batch) for part in parts]
+    return [Batch(*fields) for fields in zip(*cut, strict=True)]
+
+
 @dataclass(frozen=True)
 class DataCursor:
-    """Where a run stands in its data: all that a checkpoint needs, the same on every rank."""
+    """Where a run stands in its data: all that a checkpoint needs, the same on every rank.
+
+    plan is the description of the order of the consumed samples (``DataPlan.describe``): a
+    checkpoint continues only on data that describe themselves equally, or where a change is meant.
+    """
 
     consumed_samples: int
-    manifest_hash: str
+    plan: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, int | str]) -> DataCursor:
+    def from_dict(cls, values: dict[str, Any]) -> DataCursor:
         """Inverse of :meth:`to_dict`."""
-        return cls(int(values["consumed_samples"]), str(values["manifest_hash"]))
+        return cls(int(values["consumed_samples"]), dict(values.get("plan", {})))

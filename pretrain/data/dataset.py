@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from data_prep.shards import (
+    PADDING,
     CorruptShardError,
     Manifest,
+    ShardEntry,
     ShardFormatError,
     ShardReader,
     check_size,
@@ -21,10 +25,30 @@ from data_prep.shards import (
 from pretrain.errors import UserError
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
+_NOTHING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
 
 
 class DataError(UserError):
     """The data do not fit the run, or the folder is not usable; the message says what to change."""
+
+
+class NoRowsError(DataError):
+    """A usable folder that holds nothing of the split that was asked for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that were read.
+
+    tokens [n, seq_len + 1] of the stored type; loss_mask float32 and boundaries bool [n, seq_len];
+    damaged: (place among the n, error) of each row whose bytes are not those that were written and
+    which is padding without a loss here.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    boundaries: np.ndarray
+    damaged: list[tuple[int, CorruptShardError]]
 
 
 class TokenDataset:
@@ -34,68 +58,85 @@ class TokenDataset:
         path: folder of shards (or its manifest.json).
         split: "train" or "valid".
         seq_len: the run's context length; must be the one the shards were packed for.
+        source: one source of the folder; None for all of them.
+        quarantine: give damaged rows as padding without a loss instead of raising.
 
     Raises:
-        DataError: no or damaged manifest, other seq_len, a split without rows, missing or
-            truncated shards (sizes of all are compared at once; hashes when a block is read).
+        DataError: no or damaged manifest, other seq_len, an unknown source, a split without rows,
+            missing or truncated shards (sizes of all are compared at once; hashes when a block is
+            read). With ``quarantine`` a bad shard is found when one of its rows is read.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str = "train", *, seq_len: int):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "train",
+        *,
+        seq_len: int,
+        source: str | None = None,
+        quarantine: bool = False,
+    ):
+        self.split, self.seq_len, self.source = split, seq_len, source
+        self.quarantine = quarantine
         try:
             self.manifest: Manifest = load_manifest(path)
-            self._entries = self.manifest.shards(split)
-            for entry in self._entries:
-                check_size(self.manifest.root, entry)
+            self._entries = self._select()
+            if not quarantine:
+                for entry in self._entries:
+                    check_size(self.manifest.root, entry)
         except ShardFormatError as error:
-            raise DataError(f"data.path: {error}") from error
-        if self.manifest.seq_len != seq_len:
-            raise DataError(
-                f"data.seq_len={seq_len} is not the seq_len={self.manifest.seq_len} of the shards "
-                f"in {path}; set data.seq_len={self.manifest.seq_len} or build shards with "
-                f"--seq-len {seq_len}"
-            )
-        self._dtype = token_dtype(self.manifest.vocab_size)
-        if self._dtype.name != self.manifest.dtype or self.manifest.row_tokens != seq_len + 1:
-            raise DataError(
-                f"{path}: dtype={self.manifest.dtype}, row_tokens={self.manifest.row_tokens} "
-                f"contradict vocab_size={self.manifest.vocab_size}, seq_len={seq_len}; rebuild"
-            )
-        self.split, self.seq_len = split, seq_len
-        self._first_row = np.cumsum([0, *(entry.rows for entry in self._entries)])
+            raise DataError(str(error)) from error
+        self.dtype = token_dtype(self.manifest.vocab_size)
+        self._check(path)
+        self.shard_rows = np.array([entry.rows for entry in self._entries], np.int64)
+        self._first_row = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self.num_rows = int(self._first_row[-1])
         if self.num_rows == 0:
-            raise DataError(
+            raise NoRowsError(
                 f"{path} has no {split!r} rows; rebuild with another --valid-fraction or more text"
             )
+        self.max_open = _MAX_OPEN_SHARDS
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._checked: dict[int, bytearray] = {}
+        self._damaged: dict[tuple[int, int | None], CorruptShardError] = {}
         self._lock = threading.Lock()  # a prefetching thread and its owner may share the dataset
 
     def __len__(self) -> int:
         return self.num_rows
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray) -> Rows:
         """Rows by number.
 
-        Returns:
-            tokens int64 [n, seq_len + 1]; loss_mask float32 and boundaries bool [n, seq_len].
-
         Raises:
-            CorruptShardError: bytes on disk are not those that were written.
+            CorruptShardError: bytes on disk are not those that were written (no ``quarantine``).
         """
-        rows = np.asarray(rows, np.int64)
+        return read_rows([self], np.zeros(len(rows), np.int64), rows)
+
+    def fill(self, rows: np.ndarray, places: np.ndarray, tokens: np.ndarray, segments: list):
+        """Read ``rows`` into ``tokens[places]`` and ``segments[places]``; the damaged ones.
+
+        Rows are read in the order in which they lie on disk. See :func:`read_rows`.
+        """
         if len(rows) and not (0 <= rows.min() and rows.max() < self.num_rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {self.num_rows}")
-        tokens = np.empty((len(rows), self.seq_len + 1), self._dtype)
-        segments = []
+        on_disk = np.argsort(rows, kind="stable")
+        rows, places = rows[on_disk], places[on_disk]
         shards = np.searchsorted(self._first_row, rows, side="right") - 1
+        local = rows - self._first_row[shards]
+        damaged = []
         with self._lock:
-            for i, (row, shard) in enumerate(zip(rows.tolist(), shards.tolist(), strict=True)):
-                local = row - int(self._first_row[shard])
-                segments.append(self._shard(shard).row(local, tokens[i]))
-        owner = np.repeat(np.arange(len(rows)), [len(part) for part in segments])
-        flat = np.concatenate(segments) if segments else np.empty(0, np.uint32)
-        loss_mask, boundaries = row_masks(owner, flat, (len(rows), self.seq_len))
-        return tokens.astype(np.int64), loss_mask, boundaries
+            for place, shard, row in zip(
+                places.tolist(), shards.tolist(), local.tolist(), strict=True
+            ):
+                try:
+                    segments[place] = self._row(shard, row, tokens[place])
+                except CorruptShardError as error:
+                    if not self.quarantine:
+                        raise
+                    tokens[place] = self.manifest.pad_id
+                    segments[place] = _NOTHING
+                    damaged.append((place, error))
+        return damaged
 
     def close(self) -> None:
         """Close the open shards; reading afterwards opens them again."""
@@ -107,20 +148,88 @@ class TokenDataset:
         if hasattr(self, "_lock"):
             self.close()
 
+    def _select(self) -> list[ShardEntry]:
+        """The shards of this split and source, in row order."""
+        if self.source is None:
+            return self.manifest.shards(self.split)
+        for source in self.manifest.sources:
+            if source.name == self.source:
+                part = source.splits.get(self.split)
+                return [] if part is None else part.shards
+        names = ", ".join(source.name for source in self.manifest.sources)
+        raise ShardFormatError(
+            f"{self.manifest.root} has no source {self.source!r}; it has {names}"
+        )
+
+    def _check(self, path: str | os.PathLike) -> None:
+        manifest, seq_len = self.manifest, self.seq_len
+        if manifest.seq_len != seq_len:
+            raise DataError(
+                f"data.seq_len={seq_len} is not the seq_len={manifest.seq_len} of the shards "
+                f"in {path}; set data.seq_len={manifest.seq_len} or build shards with "
+                f"--seq-len {seq_len}"
+            )
+        if self.dtype.name != manifest.dtype or manifest.row_tokens != seq_len + 1:
+            raise DataError(
+                f"{path}: dtype={manifest.dtype}, row_tokens={manifest.row_tokens} "
+                f"contradict vocab_size={manifest.vocab_size}, seq_len={seq_len}; rebuild"
+            )
+
+    def _row(self, shard: int, row: int, out: np.ndarray) -> np.ndarray:
+        """One row of a shard; what was found damaged once is not read again."""
+        try:
+            if self._damaged:
+                known = self._damaged.get((shard, None))
+                if known is None:
+                    known = self._damaged.get((shard, self._shard(shard).block_of(row)))
+                if known is not None:
+                    raise known
+            return self._shard(shard).row(row, out)
+        except CorruptShardError as error:
+            self._damaged[shard, error.block] = error.with_traceback(None)
+            raise
+
     def _shard(self, number: int) -> ShardReader:
         reader = self._open.get(number)
         if reader is None:
-            if len(self._open) >= _MAX_OPEN_SHARDS:
+            if len(self._open) >= self.max_open:
                 self._open.popitem(last=False)[1].close()
+            manifest, entry = self.manifest, self._entries[number]
             reader = ShardReader(
-                self.manifest.root,
-                self._entries[number],
-                self.manifest.row_tokens,
-                self.manifest.dtype,
+                manifest.root,
+                entry,
+                manifest.row_tokens,
+                manifest.dtype,
+                checked=self._checked.get(number),
             )
+            self._checked[number] = reader.checked
             self._open[number] = reader
         self._open.move_to_end(number)
         return reader
 
 
-__all__ = ["CorruptShardError", "DataError", "TokenDataset"]
+def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndarray) -> Rows:
+    """Rows of several datasets of one seq_len and token type, in the order asked for.
+
+    Args:
+        which: for each row the place of its dataset.
+        rows: row numbers in those datasets.
+
+    Raises:
+        CorruptShardError: see :meth:`TokenDataset.read`.
+    """
+    rows = np.asarray(rows, np.int64)
+    seq_len = datasets[0].seq_len
+    tokens = np.empty((len(rows), seq_len + 1), datasets[0].dtype)
+    segments: list = [_NOTHING] * len(rows)
+    damaged = []
+    for number in np.unique(which).tolist():
+        places = np.flatnonzero(which == number)
+        damaged += datasets[number].fill(rows[places], places, tokens, segments)
+    owner = np.repeat(np.arange(len(rows)), [len(part) for part in segments])
+    flat = np.concatenate(segments) if segments else np.empty(0, np.uint32)
+    masks = row_masks(owner, flat, (len(rows), seq_len))
+    return Rows(tokens, *masks, sorted(damaged, key=lambda item: item[0]))
+
+
+__all__ = ["CorruptShardError", "DataError", "NoRowsError", "Rows", "TokenDataset", "read_rows"]

@@ -1,37 +1,38 @@
-"""Batches of one data-parallel rank, prefetched by a thread.
+"""Batches of one data-parallel rank, prefetched by a thread or by worker processes.
 
 Rank r of dp_size takes, of the global batch that starts at sample b0 and for accumulation index a,
 the samples [b0 + (a * dp_size + r) * micro_batch, + micro_batch): the union over ranks and
 accumulation steps is the same set of samples for every dp_size. Ranks of the other parallel
 dimensions pass the same dp_rank and read the same rows (cheap: page cache), nothing is broadcast.
+
+The steps of a rank go through one webdataset pipeline, which its worker processes share out: worker
+w makes the steps w, w + workers, ...; torch's DataLoader takes them in turn, so that the order of
+the steps does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from itertools import count, islice
+from multiprocessing.process import BaseProcess
 
 import numpy as np
-import torch
+import webdataset as wds
 
-from pretrain.data.batch import Batch, DataCursor
-from pretrain.data.dataset import TokenDataset
-from pretrain.data.order import locate
+from pretrain.data.batch import Batch, DataCursor, to_batches
+from pretrain.data.dataset import Rows, TokenDataset
+from pretrain.data.plan import DataPlan
+from pretrain.ramp import BatchRamp
+from pretrain.signals import STOP_SIGNALS
 
-_PREFETCH_STEPS = 2
+_PREFETCH_STEPS = 2  # of the thread, or of each worker process
 _POLL_SECONDS = 0.1  # how long a thread may outlive the loader that it works for
-
-
-def _to_batch(tokens: np.ndarray, loss_mask: np.ndarray, boundaries: np.ndarray) -> Batch:
-    rows = torch.from_numpy(tokens)
-    return Batch(
-        tokens=rows[:, :-1].contiguous(),
-        labels=rows[:, 1:].contiguous(),
-        loss_mask=torch.from_numpy(loss_mask),
-        boundaries=torch.from_numpy(boundaries),
-    )
+_LOOK_AHEAD = 1024  # samples that are located at once: numpy's cost per call is shared among them
 
 
 def _check_rank(dp_rank: int, dp_size: int) -> None:
@@ -39,105 +40,122 @@ def _check_rank(dp_rank: int, dp_size: int) -> None:
         raise ValueError(f"dp_rank={dp_rank} is not in [0, dp_size={dp_size})")
 
 
-class _Plan:
-    """The pure part of a TrainLoader: what the step at a sample number consists of."""
+class _Steps:
+    """The pure part of a TrainLoader: what each step of a rank consists of."""
 
-    def __init__(self, dataset, seed, global_batch, micro_batch, dp_rank, dp_size):
-        self.dataset, self.seed = dataset, seed
-        self.global_batch, self.micro_batch = global_batch, micro_batch
+    def __init__(
+        self,
+        plan: DataPlan,
+        ramp: BatchRamp,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        first_step: int,
+        consumed_samples: int,
+    ):
+        self.plan, self.ramp, self.micro_batch = plan, ramp, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.first_step = first_step
+        self._offset = consumed_samples - ramp.samples(first_step)
 
-    def step(self, first_sample: int) -> list[Batch]:
-        """Micro-batches of the step whose global batch starts at ``first_sample``."""
-        stride = self.micro_batch * self.dp_size
-        starts = first_sample + self.dp_rank * self.micro_batch
-        samples = np.arange(starts, starts + self.global_batch, stride)[:, None]
-        samples = samples + np.arange(self.micro_batch)
-        _, rows = locate(samples, self.dataset.num_rows, seed=self.seed)
-        return [_to_batch(*self.dataset.read(micro)) for micro in rows]
+    def numbers(self) -> Iterator[int]:
+        """The steps to come, without end."""
+        return count(self.first_step)
 
+    def samples(self, step: int) -> np.ndarray:
+        """Sample numbers of this rank in a step, one micro-batch after the other."""
+        first = self.ramp.samples(step) + self._offset
+        starts = np.arange(
+            first + self.dp_rank * self.micro_batch,
+            first + self.ramp.size(step),
+            self.micro_batch * self.dp_size,
+        )
+        return (starts[:, None] + np.arange(self.micro_batch)).ravel()
 
-def _produce(plan: _Plan, first_sample: int, out: queue.Queue, stop: threading.Event) -> None:
-    """Fill ``out`` with ("step", micro-batches) until ``stop``; an exception travels as "error"."""
-    while not stop.is_set():
+    def make(self, numbers: Iterator[int]) -> Iterator[tuple[str, object]]:
+        """The pipeline's stage: ("step", micro-batches) of each, or ("error", why) and no more."""
         try:
-            item = ("step", plan.step(first_sample))
-        except BaseException as error:  # handed to the consumer, whatever it is
-            item = ("error", error)
+            for which, rows in self._located(numbers):
+                yield "step", to_batches(self.plan.read(which, rows), self.micro_batch)
+        except Exception as error:  # handed to the consumer, whatever it is
+            yield "error", error
+
+    def _located(self, numbers: Iterator[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for step in numbers:
+            window = [self.samples(step)]
+            more = _LOOK_AHEAD // len(window[0]) - 1
+            window += [self.samples(number) for number in islice(numbers, max(0, more))]
+            ends = np.cumsum([len(part) for part in window])[:-1]
+            found = self.plan.locate(np.concatenate(window))
+            yield from zip(*(np.split(part, ends) for part in found), strict=True)
+
+
+def _produce(pipeline: wds.DataPipeline, out: queue.Queue, stop: threading.Event) -> None:
+    """Fill ``out`` from the pipeline until ``stop`` or its end."""
+    for item in pipeline:
         while not stop.is_set():
             try:
                 out.put(item, timeout=_POLL_SECONDS)
                 break
             except queue.Full:
                 continue
-        if item[0] == "error":
+        if stop.is_set():
             return
-        first_sample += plan.global_batch
 
 
 class TrainLoader:
     """Endless iterator over steps; each is the list of this rank's micro-batches.
 
     Args:
-        dataset: the training split.
-        seed: with the sample number it decides every row.
-        global_batch: samples per step over all ranks and accumulation steps.
+        plan: which row each sample is.
+        ramp: samples per step over all ranks and accumulation steps.
         micro_batch: samples per forward pass of one rank.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
-        consumed_samples: where to start; 0 or what a checkpoint's cursor says.
+        step: where to start; finished steps.
+        consumed_samples: what a checkpoint's cursor says; None takes the ramp's number at ``step``.
+        workers: processes that read ahead; 0 reads ahead in a thread of this process.
 
     Raises:
-        ValueError: global_batch is not a multiple of micro_batch * dp_size (and bad ranges).
+        ValueError: a batch of the ramp is not a multiple of micro_batch * dp_size (and bad ranges).
         CorruptShardError: from ``next``, when bytes on disk are not those that were written.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        plan: DataPlan,
+        ramp: BatchRamp,
         *,
-        seed: int,
-        global_batch: int,
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        consumed_samples: int = 0,
+        step: int = 0,
+        consumed_samples: int | None = None,
+        workers: int = 0,
     ):
         _check_rank(dp_rank, dp_size)
-        if min(global_batch, micro_batch) < 1 or global_batch % (micro_batch * dp_size):
-            per_step = max(micro_batch, 1) * dp_size
-            near = max(1, round(global_batch / per_step)) * per_step
-            raise ValueError(
-                f"data.global_batch={global_batch} is not a positive multiple of "
-                f"data.micro_batch={micro_batch} x data-parallel size {dp_size}; "
-                f"use data.global_batch={near} or another data.micro_batch"
-            )
-        if consumed_samples < 0:
-            raise ValueError(f"consumed_samples={consumed_samples} must not be negative")
-        self.dataset = dataset
-        self.consumed_samples = consumed_samples
-        self._plan = _Plan(dataset, seed, global_batch, micro_batch, dp_rank, dp_size)
-        self._stop = threading.Event()
-        self._queue: queue.Queue = queue.Queue(maxsize=_PREFETCH_STEPS)
-        # The thread knows plan, queue and event but not the loader, so that an abandoned loader is
-        # collected and its finaliser ends the thread.
-        self._thread = threading.Thread(
-            target=_produce,
-            args=(self._plan, consumed_samples, self._queue, self._stop),
-            name="train-loader",
-            daemon=True,
-        )
-        self._finalizer = weakref.finalize(self, self._stop.set)
+        for size in ramp.sizes:
+            if min(size, micro_batch) < 1 or size % (micro_batch * dp_size):
+                per_step = max(micro_batch, 1) * dp_size
+                near = max(1, round(size / per_step)) * per_step
+                raise ValueError(
+                    f"global_batch={size} is not a positive multiple of "
+                    f"data.micro_batch={micro_batch} x data-parallel size {dp_size}; "
+                    f"use global_batch={near} or another data.micro_batch"
+                )
+        consumed = ramp.samples(step) if consumed_samples is None else consumed_samples
+        if consumed < 0:
+            raise ValueError(f"consumed_samples={consumed} must not be negative")
+        self.plan, self.step, self.consumed_samples = plan, step, consumed
+        self._ramp = ramp
+        steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed)
+        pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
+        self._items = _Processes(pipeline, workers) if workers else _Thread(pipeline)
         self._error: BaseException | None = None
 
     @property
     def cursor(self) -> DataCursor:
         """Position after the last step that was handed out (prefetched ones do not count)."""
-        return DataCursor(self.consumed_samples, self.dataset.manifest.hash)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training rows so far."""
-        return self.consumed_samples / self.dataset.num_rows
+        return DataCursor(self.consumed_samples, self.plan.describe(self.consumed_samples))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -145,28 +163,103 @@ class TrainLoader:
     def __next__(self) -> list[Batch]:
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
-            raise StopIteration
-        if self._thread.ident is None:
-            self._thread.start()
-        kind, value = self._queue.get()
+        kind, value = self._items.get()
         if kind == "error":
             self._error = value
             raise value
-        self.consumed_samples += self._plan.global_batch
+        self.consumed_samples += self._ramp.size(self.step)
+        self.step += 1
         return value
 
     def close(self) -> None:
-        """End the thread and wait for it; the loader yields nothing more."""
-        self._finalizer()
-        if self._thread.ident is not None:
-            self._thread.join()
+        """End the thread or the processes and wait for them; the loader yields nothing more."""
+        self._items.close()
 
     def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+class _Thread:
+    """A pipeline that runs ahead in a thread. It starts when the first item is asked for.
+
+    The thread knows pipeline, queue and event but not the loader, so that an abandoned loader is
+    collected and its finaliser ends the thread.
+    """
+
+    def __init__(self, pipeline: wds.DataPipeline):
+        self._stop = threading.Event()
+        self._queue: queue.Queue = queue.Queue(maxsize=_PREFETCH_STEPS)
+        self._thread = threading.Thread(
+            target=_produce,
+            args=(pipeline, self._queue, self._stop),
+            name="train-loader",
+            daemon=True,
+        )
+        self._finalizer = weakref.finalize(self, self._stop.set)
+
+    def get(self) -> tuple[str, object]:
+        """The next item; StopIteration after ``close``."""
+        if self._stop.is_set():
+            raise StopIteration
+        if self._thread.ident is None:
+            self._thread.start()
+        return self._queue.get()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._finalizer()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+class _Processes:
+    """A pipeline that runs ahead in worker processes, started with the first item.
+
+    A request to stop is the trainer's to handle: Slurm and terminals signal every process, so the
+    workers are forked with those signals blocked. Hence they are ended by SIGKILL where DataLoader,
+    which would send SIGTERM, could not end them otherwise.
+    """
+
+    def __init__(self, pipeline: wds.DataPipeline, workers: int):
+        self._loader = wds.WebLoader(
+            pipeline, batch_size=None, num_workers=workers, prefetch_factor=_PREFETCH_STEPS
+        )
+        self._iterator: Iterator | None = None
+        self._workers: list[BaseProcess] = []
+        self._finalizer = weakref.finalize(self, _kill, self._workers)
+        self._closed = False
+
+    def get(self) -> tuple[str, object]:
+        """The next item; StopIteration after ``close``."""
+        if self._closed:
+            raise StopIteration
+        if self._iterator is not None:
+            return next(self._iterator)
+        others = set(multiprocessing.active_children())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._iterator = iter(self._loader)
+            first = next(self._iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._workers += [p for p in multiprocessing.active_children() if p not in others]
+        return first
+
+    def close(self) -> None:
+        """End the processes and wait for them."""
+        self._closed = True
+        self._iterator = None  # DataLoader's iterator tells its workers to end when it goes
+        self._finalizer()
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+        worker.join()
 
 
 class ValidLoader:
@@ -195,13 +288,13 @@ class ValidLoader:
         for number in range(len(self)):
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch
             rows = np.arange(first, min(first + self.micro_batch, self.dataset.num_rows))
-            parts = self.dataset.read(rows)
-            missing = self.micro_batch - len(rows)
-            if missing:
-                pad_id = self.dataset.manifest.pad_id
-                fill = (pad_id, 0.0, False)
-                parts = tuple(
-                    np.pad(part, ((0, missing), (0, 0)), constant_values=value)
-                    for part, value in zip(parts, fill, strict=True)
-                )
-            yield _to_batch(*parts)
+            found = self.dataset.read(rows)
+            missing = ((0, self.micro_batch - len(rows)), (0, 0))
+            pad_id = self.dataset.manifest.pad_id
+            found = Rows(
+                np.pad(found.tokens, missing, constant_values=pad_id),
+                np.pad(found.loss_mask, missing),
+                np.pad(found.boundaries, missing),
+                found.damaged,
+            )
+            yield from to_batches(found, self.micro_batch)

@@ -1,17 +1,26 @@
-"""The global order of training: sample number -> (epoch, row), a pure function of the seed.
+"""The order of one source: draw number -> row, a pure function of the seed.
 
 No list of indices is kept and no iterator state: a Feistel network is a permutation of [0, 4^w)
-for every round function, and walking its cycles until the value falls below ``num_rows`` makes it
-a permutation of the rows. So each epoch visits each row once, in an order of its own, and a run
+for every round function, and walking its cycles until the value falls below ``size`` makes it a
+permutation of [0, size). So each epoch visits each row once, in an order of its own, and a run
 continues at any sample number at the same cost as at zero.
+
+``RowOrder`` permutes all rows: the best mixture, and a random read of a few KB for each row.
+``WindowOrder`` permutes the shards, and the rows inside windows of a few neighbouring shards: each
+window's files are read once and whole, for object stores and parallel file systems.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Protocol
+
 import numpy as np
+import xxhash
 
 _ROUNDS = 6
 _U64 = (1 << 64) - 1
+_EPOCHS_KEPT = 2  # plans of a WindowOrder: a batch rarely spans more
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -27,12 +36,17 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
     return _mix(base + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
 
 
+def derive_seed(seed: int, *words: str | int) -> int:
+    """A seed of its own for everything that ``words`` name; 64 bits."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *words))).encode())
+
+
 def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
     """Image of ``index`` (any integer array with values in [0, size)) under a permutation.
 
     Args:
         size: number of rows; the permutation is of [0, size).
-        seed: the run's data seed.
+        seed: which family of permutations.
         epoch: each epoch has another permutation.
 
     Returns:
@@ -53,21 +67,78 @@ def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarra
     return value.astype(np.int64).reshape(np.shape(index))
 
 
-def locate(samples: np.ndarray, num_rows: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which (epoch, row) the global sample numbers are.
+class Order(Protocol):
+    """Which row of a source its draw number is; ``size`` draws are an epoch."""
+
+    size: int
+
+    def rows(self, draws: np.ndarray) -> np.ndarray:
+        """Row numbers (int64, the shape of ``draws``); draws count from 0 over all epochs."""
+
+
+class RowOrder:
+    """Every epoch is another permutation of all rows."""
+
+    def __init__(self, num_rows: int, seed: int):
+        self.size, self.seed = num_rows, seed
+
+    def rows(self, draws: np.ndarray) -> np.ndarray:
+        """See :class:`Order`."""
+        epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
+        rows = np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            rows[here] = permute(index[here], self.size, seed=self.seed, epoch=epoch)
+        return rows
+
+
+class WindowOrder:
+    """Every epoch permutes the shards; the rows of each ``window`` consecutive ones are mixed.
 
     Args:
-        samples: int64 array of sample numbers, from 0.
-        num_rows: rows of the training split.
-        seed: the run's data seed.
-
-    Returns:
-        epochs and rows, int64 arrays of the shape of ``samples``.
+        shard_rows: rows of each shard, in the order in which the rows are numbered.
+        window: shards per window; all of one window are read before the next begins, so a process
+            has at most this many files of the source open (twice, where a batch spans two).
+        seed: which family of permutations.
     """
-    samples = np.asarray(samples, np.int64)
-    epochs, index = np.divmod(samples, num_rows)
-    rows = np.empty_like(index)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(index[here], num_rows, seed=seed, epoch=int(epoch))
-    return epochs, rows
+
+    def __init__(self, shard_rows: np.ndarray, window: int, seed: int):
+        self._shard_rows = np.asarray(shard_rows, np.int64)
+        self._first_row = np.concatenate([[0], np.cumsum(self._shard_rows)])
+        self.window, self.seed = window, seed
+        self.size = int(self._first_row[-1])
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def rows(self, draws: np.ndarray) -> np.ndarray:
+        """See :class:`Order`."""
+        epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
+        rows = np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            rows[here] = self._rows_of_epoch(index[here], epoch)
+        return rows
+
+    def _rows_of_epoch(self, index: np.ndarray, epoch: int) -> np.ndarray:
+        shards, first = self._shards(epoch)
+        starts = first[:-1][:: self.window]  # where the windows begin in this epoch
+        windows = np.searchsorted(starts, index, side="right") - 1
+        places = np.empty_like(index)
+        for window in np.unique(windows).tolist():
+            here, start = windows == window, int(starts[window])
+            size = int(first[min((window + 1) * self.window, len(shards))]) - start
+            key = derive_seed(self.seed, "window", window)
+            places[here] = start + permute(index[here] - start, size, seed=key, epoch=epoch)
+        place = np.searchsorted(first, places, side="right") - 1
+        return self._first_row[shards[place]] + places - first[place]
+
+    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in this epoch's order, and the place in it where each begins (one more)."""
+        if epoch not in self._epochs:
+            count = len(self._shard_rows)
+            key = derive_seed(self.seed, "shards")
+            shards = permute(np.arange(count), count, seed=key, epoch=epoch)
+            first = np.concatenate([[0], np.cumsum(self._shard_rows[shards])])
+            self._epochs[epoch] = (shards, first)
+            if len(self._epochs) > _EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]

@@ -102,7 +102,7 @@ def test_missing_sections_and_keys_are_named():
     del values["data"], values["run"]["steps"]
     with pytest.raises(ConfigError) as caught:
         config_from_dict(values)
-    assert "section data is missing; it needs at least path, seq_len" in str(caught.value)
+    assert "section data is missing; it needs at least seq_len" in str(caught.value)
     assert "run.steps is missing; set it (optimizer steps in the whole run)" in str(caught.value)
 
 
@@ -320,3 +320,57 @@ def test_configuration_needs_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+TWO = [{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y", "weight": 2}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__path": None}, "data.path is missing; set it"),
+        ({"data__sources": TWO}, "data.path='data' and data.sources are both given"),
+        ({"data__phases": [{"from_sample": 5, "weights": {"a": 1}}]}, "there are none; name"),
+        ({"data__sources": [*TWO, TWO[0]]}, "the name 'a' is given 2 times"),
+        ({"data__sources": [dict(TWO[0], weight=0)]}, "data.sources[0].weight=0 must be greater"),
+        ({"data__sources": [dict(TWO[0], wieght=1)]}, "data.sources[0] has no wieght; its keys"),
+        ({"data__sources": [{"name": "a"}]}, "data.sources[0].path is missing"),
+        ({"data__sources": [dict(TWO[0], weight=1e-5), TWO[1]]}, "smallest that a mixture can"),
+        ({"data__sources": [TWO[0], dict(TWO[1], weight=None)]}, "would never be read"),
+        (
+            {"data__sources": TWO, "data__phases": [{"from_sample": 5, "weights": {"c": 1}}]},
+            "data.phases[0]: 'c' is none of data.sources; use a, b",
+        ),
+        (
+            {
+                "data__sources": TWO,
+                "data__phases": [{"from_sample": n, "weights": {"a": 1}} for n in (9, 9)],
+            },
+            "data.phases[1].from_sample=9 does not come after 9",
+        ),
+        (
+            {"data__batch_ramp": [{"steps": 2, "global_batch": 6}]},
+            "data.micro_batch=4 does not divide data.batch_ramp[0].global_batch=6",
+        ),
+    ],
+)
+def test_rules_of_the_data_section(changes, says):
+    assert says in message(**changes)
+
+
+def test_every_stage_of_a_ramp_splits_over_the_replicas():
+    ramped = config(data__batch_ramp=[{"steps": 2, "global_batch": 4}])
+    assert check_world(ramped, 1) == 1
+    with pytest.raises(ConfigError, match=r"data.batch_ramp\[0\].global_batch=4 .* such as 8"):
+        check_world(ramped, 2)
+    assert "25,600,000 tokens" not in describe_run(ramped)
+    assert f"{(98 * 16 + 2 * 4) * 256:,} (100 steps)" in describe_run(ramped)
+
+
+def test_lists_on_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw()))
+    loaded = load_config(path, ["--data.batch_ramp", "[{steps: 2, global_batch: 4}]"])
+    assert loaded.data.ramp.sizes == [4, 16]
+    with pytest.raises(ConfigError, match=r"data.batch_ramp='\{' must be a valid list"):
+        load_config(path, ["--data.batch_ramp", "{"])

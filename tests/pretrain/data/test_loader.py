@@ -1,5 +1,8 @@
 import gc
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 import time
 
@@ -7,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data import Batch, DataCursor, TokenDataset, TrainLoader, ValidLoader
+from benchmarks.synthetic_shards import write_shards
+from pretrain.data import (
+    Batch,
+    CorruptShardError,
+    DataCursor,
+    DataPlan,
+    Phase,
+    TokenDataset,
+    TrainLoader,
+    ValidLoader,
+)
 from pretrain.data import loader as loader_module
-from pretrain.data.order import locate
+from pretrain.ramp import BatchRamp
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +35,24 @@ def valid(shards):
     return TokenDataset(shards, "valid", seq_len=16)
 
 
-def steps(train, count, **kwargs):
-    options = dict(seed=3, global_batch=8, micro_batch=2) | kwargs
-    with TrainLoader(train, **options) as loader:
+@pytest.fixture(scope="module")
+def plan(train):
+    return DataPlan.of(train, seed=3)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two sources in windows, the mixture changing at sample 50."""
+    root = tmp_path_factory.mktemp("mixed")
+    write_shards(root, {"a": [20, 11, 9, 14], "b": [13, 12]}, seq_len=16)
+    sources = {name: TokenDataset(root, seq_len=16, source=name) for name in "ab"}
+    phases = [Phase(0, {"a": 2, "b": 1}), Phase(50, {"a": 1, "b": 4})]
+    return DataPlan(sources, phases, seed=9, shuffle="window", window_shards=2)
+
+
+def steps(plan, count, *, ramp=None, **kwargs):
+    options = dict(micro_batch=2) | kwargs
+    with TrainLoader(plan, ramp or BatchRamp(8), **options) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -32,98 +60,134 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
-def global_batch(train, step, dp_size, micro_batch):
-    """Samples of one step put back in order from all ranks."""
-    parts = {}
-    for rank in range(dp_size):
-        micro = steps(train, step + 1, dp_rank=rank, dp_size=dp_size, micro_batch=micro_batch)[step]
-        for place, batch in enumerate(micro):
-            parts[place * dp_size + rank] = batch
-    ordered = [parts[number] for number in sorted(parts)]
-    return Batch(
-        *(torch.cat(field) for field in zip(*(vars(b).values() for b in ordered), strict=True))
-    )
+def global_batches(plan, count, dp_size, **options):
+    """Samples of each step put back in order from all ranks."""
+    ranks = [steps(plan, count, dp_rank=r, dp_size=dp_size, **options) for r in range(dp_size)]
+    found = []
+    for parts in zip(*ranks, strict=True):
+        ordered = [batch for together in zip(*parts, strict=True) for batch in together]
+        fields = zip(*(vars(b).values() for b in ordered), strict=True)
+        found.append(Batch(*(torch.cat(field) for field in fields)))
+    return found
 
 
-def test_batches_are_the_rows_of_the_order(train):
-    found = steps(train, 3)
-    _, rows = locate(np.arange(24), train.num_rows, seed=3)
-    tokens, mask, boundaries = train.read(rows)
+def test_batches_are_the_rows_of_the_order(train, plan):
+    found = steps(plan, 3)
+    rows = train.read(plan.locate(np.arange(24))[1])
     batches = [batch for step in found for batch in step]
+    tokens = torch.tensor(rows.tokens.astype(np.int64))
     assert [len(step) for step in found] == [4, 4, 4]
-    assert torch.equal(torch.cat([b.tokens for b in batches]), torch.tensor(tokens[:, :-1]))
-    assert torch.equal(torch.cat([b.labels for b in batches]), torch.tensor(tokens[:, 1:]))
-    assert torch.equal(torch.cat([b.loss_mask for b in batches]), torch.tensor(mask))
-    assert torch.equal(torch.cat([b.boundaries for b in batches]), torch.tensor(boundaries))
+    assert torch.equal(torch.cat([b.tokens for b in batches]), tokens[:, :-1])
+    assert torch.equal(torch.cat([b.labels for b in batches]), tokens[:, 1:])
+    assert torch.equal(torch.cat([b.loss_mask for b in batches]), torch.tensor(rows.loss_mask))
+    assert torch.equal(torch.cat([b.boundaries for b in batches]), torch.tensor(rows.boundaries))
     kinds = [t.dtype for t in vars(batches[0]).values()]
     assert kinds == [torch.int64, torch.int64, torch.float32, torch.bool]
     assert all(t.shape == (2, 16) and t.is_contiguous() for t in vars(batches[0]).values())
 
 
-@pytest.mark.parametrize("dp_size, micro_batch", [(1, 8), (2, 2), (4, 2), (8, 1), (2, 4)])
-def test_global_batch_does_not_depend_on_the_topology(train, dp_size, micro_batch):
-    for step in (0, 2):
-        assert same(
-            global_batch(train, step, dp_size, micro_batch), global_batch(train, step, 1, 2)
-        )
+TOPOLOGIES = [
+    # data-parallel size, micro-batch, worker processes
+    (1, 8, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0), (2, 4, 0), (1, 2, 1), (1, 4, 2), (2, 2, 2),
+]  # fmt: skip
 
 
-def test_resume_at_any_step_gives_the_same_batches(train):
-    whole = steps(train, 40)  # more than one epoch of these rows
+@pytest.mark.parametrize("dp_size, micro_batch, workers", TOPOLOGIES)
+@pytest.mark.parametrize("source", ["plan", "mixed"])
+def test_global_batches_do_not_depend_on_the_topology(
+    request, source, dp_size, micro_batch, workers
+):
+    """Ranks of the other dimensions (tensor, pipeline, context) share dp_rank, hence the batch."""
+    order = request.getfixturevalue(source)
+    ramp = BatchRamp(16, [(2, 8), (3, 24)])
+    expected = global_batches(order, 9, 1, ramp=ramp, micro_batch=1)
+    assert [len(batch.tokens) for batch in expected] == [8] * 2 + [24] * 3 + [16] * 4
+    options = dict(ramp=ramp, micro_batch=micro_batch, workers=workers)
+    got = global_batches(order, 9, dp_size, **options)
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+    got = global_batches(order, 5, dp_size, step=4, **options)  # in the middle of the ramp
+    assert all(same(a, b) for a, b in zip(got, expected[4:], strict=True))
+
+
+def test_resume_at_any_step_gives_the_same_batches(plan, train):
+    whole = steps(plan, 40)  # more than one epoch of these rows
     for at in (1, 7, 31):
-        for a, b in zip(steps(train, 40 - at, consumed_samples=8 * at), whole[at:], strict=True):
+        for a, b in zip(steps(plan, 40 - at, step=at), whole[at:], strict=True):
             assert all(same(x, y) for x, y in zip(a, b, strict=True))
     assert 40 * 8 > train.num_rows
 
 
-def test_epoch_covers_every_row_once(train):
+def test_a_changed_batch_size_continues_at_the_next_sample(mixed):
+    """Steps count on, samples too: a cursor that no ramp of this run explains is believed."""
+    expected = torch.cat([b.tokens for b in global_batches(mixed, 12, 1)])
+    loader = TrainLoader(mixed, BatchRamp(4), micro_batch=4, step=5, consumed_samples=40)
+    with loader:
+        found = [next(loader)[0].tokens for _ in range(3)]
+    assert torch.equal(torch.cat(found), expected[40:52])
+    assert (loader.step, loader.consumed_samples) == (8, 52)
+
+
+def test_epoch_covers_every_row_once(train, plan):
     count = train.num_rows
-    found = steps(train, 2 * count, global_batch=1, micro_batch=1)
+    found = steps(plan, 2 * count, ramp=BatchRamp(1), micro_batch=1)
     keys = [tuple(step[0].tokens[0].tolist() + step[0].labels[0].tolist()) for step in found]
-    everything = train.read(np.arange(count))[0]
+    everything = train.read(np.arange(count)).tokens
     expected = sorted(tuple(row[:-1].tolist() + row[1:].tolist()) for row in everything)
     assert sorted(keys[:count]) == sorted(keys[count:]) == expected
     assert keys[:count] != keys[count:]
 
 
-def test_cursor_counts_what_was_handed_out(train):
-    with TrainLoader(train, seed=0, global_batch=4, micro_batch=2) as loader:
-        assert loader.cursor == DataCursor(0, train.manifest.hash)
+def test_cursor_counts_what_was_handed_out(plan):
+    with TrainLoader(plan, BatchRamp(6, [(1, 4)]), micro_batch=2) as loader:
+        assert loader.cursor == DataCursor(0, plan.describe(0))
         next(loader)
         time.sleep(0.2)  # prefetching goes on
         assert loader.cursor.consumed_samples == 4
+        next(loader)
+        assert loader.cursor.consumed_samples == 10
         assert DataCursor.from_dict(loader.cursor.to_dict()) == loader.cursor
-        assert loader.epoch == pytest.approx(4 / train.num_rows)
 
 
-def test_resume_is_fast_anywhere(train):
-    steps(train, 1)
-    start = time.process_time()
-    steps(train, 1, consumed_samples=10**12)
-    assert time.process_time() - start < 0.05
+@pytest.mark.parametrize("workers", [0, 2])
+def test_error_while_reading_reaches_the_consumer_at_its_step(plan, monkeypatch, workers):
+    failing = plan.locate(np.array([8]))[1][0]
+
+    def fail(self, which, rows):
+        if failing in rows:
+            raise CorruptShardError("shard.tar", 3, 512, "xxh3 1", "xxh3 2")
+        return type(self).whole_read(self, which, rows)
+
+    monkeypatch.setattr(DataPlan, "whole_read", DataPlan.read, raising=False)
+    monkeypatch.setattr(DataPlan, "read", fail)
+    with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=workers) as loader:
+        next(loader)
+        for _ in range(2):
+            with pytest.raises(CorruptShardError, match="block 3 at byte 512") as caught:
+                next(loader)
+            assert caught.value.expected == "xxh3 1"
 
 
-def test_error_in_the_thread_reaches_the_consumer(train, monkeypatch):
-    def fail(self, first_sample):
-        if first_sample == 8:
-            raise OSError("the disk is gone")
-        return [first_sample]
-
-    monkeypatch.setattr(loader_module._Plan, "step", fail)
-    loader = TrainLoader(train, seed=0, global_batch=8, micro_batch=8)
-    assert next(loader) == [0]
-    for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"):
-            next(loader)
+def test_worker_processes_ignore_signals_and_end_with_the_loader(plan):
+    loader = TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=2)
+    next(loader)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)  # Slurm signals every process of a step
+    expected = steps(plan, 6, micro_batch=8)
+    assert all(same(next(loader)[0], step[0]) for step in expected[1:])
     loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    with pytest.raises(StopIteration):
+        next(loader)
 
 
 def threads():
     return [t for t in threading.enumerate() if t.name == "train-loader"]
 
 
-def test_thread_ends_with_close_and_with_the_loader(train):
-    loader = TrainLoader(train, seed=0, global_batch=2, micro_batch=2)
+def test_thread_ends_with_close_and_with_the_loader(plan):
+    loader = TrainLoader(plan, BatchRamp(2), micro_batch=2)
     assert not threads()  # nothing runs before the first batch is asked for
     next(loader)
     assert len(threads()) == 1
@@ -132,7 +196,7 @@ def test_thread_ends_with_close_and_with_the_loader(train):
     with pytest.raises(StopIteration):
         next(loader)
 
-    loader = TrainLoader(train, seed=0, global_batch=2, micro_batch=2)
+    loader = TrainLoader(plan, BatchRamp(2), micro_batch=2)
     next(loader)
     del loader
     gc.collect()
@@ -143,10 +207,10 @@ def test_thread_ends_with_close_and_with_the_loader(train):
     assert not threads()
 
 
-def test_prefetch_is_bounded(train, monkeypatch):
+def test_prefetch_is_bounded(plan, monkeypatch):
     made = []
-    monkeypatch.setattr(loader_module._Plan, "step", lambda self, first: made.append(first) or [])
-    with TrainLoader(train, seed=0, global_batch=2, micro_batch=2) as loader:
+    monkeypatch.setattr(loader_module, "to_batches", lambda rows, micro: made.append(rows) or [])
+    with TrainLoader(plan, BatchRamp(2), micro_batch=2) as loader:
         next(loader)
         time.sleep(0.3)
     assert len(made) <= loader_module._PREFETCH_STEPS + 2
@@ -155,21 +219,22 @@ def test_prefetch_is_bounded(train, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(global_batch=12, micro_batch=8), "global_batch=12 .* use data.global_batch=16"),
-        (dict(global_batch=8, micro_batch=4, dp_size=4), "data-parallel size 4; use .*=16"),
-        (dict(global_batch=8, micro_batch=0), "micro_batch=0"),
-        (dict(global_batch=8, micro_batch=2, dp_rank=2, dp_size=2), "dp_rank=2"),
-        (dict(global_batch=8, micro_batch=2, consumed_samples=-8), "consumed_samples=-8"),
+        (dict(ramp=BatchRamp(12), micro_batch=8), "global_batch=12 .* use global_batch=16"),
+        (dict(ramp=BatchRamp(16, [(2, 8)]), micro_batch=4, dp_size=4), "=8 .* size 4; use .*=16"),
+        (dict(micro_batch=0), "micro_batch=0"),
+        (dict(dp_rank=2, dp_size=2), "dp_rank=2"),
+        (dict(consumed_samples=-8), "consumed_samples=-8"),
     ],
 )
-def test_bad_arguments_say_what_to_use(train, change, message):
+def test_bad_arguments_say_what_to_use(plan, change, message):
     with pytest.raises(ValueError, match=message):
-        TrainLoader(train, seed=0, **change)
+        steps(plan, 0, **change)
 
 
 @pytest.mark.parametrize("dp_size, micro_batch", [(1, 1), (1, 7), (3, 4), (4, 64)])
 def test_validation_walks_every_row_once(valid, dp_size, micro_batch):
-    tokens, mask, _ = valid.read(np.arange(valid.num_rows))
+    whole = valid.read(np.arange(valid.num_rows))
+    tokens, mask = whole.tokens.astype(np.int64), whole.loss_mask
     ranks = [
         list(ValidLoader(valid, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)

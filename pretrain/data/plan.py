@@ -1,0 +1,232 @@
+"""The data of a run as one function: global sample number -> row of a source.
+
+    sample --Blend--> (source, draw of it) --Order--> row --TokenDataset--> tokens
+
+Every stage is a pure function of the seed, so a run continues anywhere, on any number of processes,
+and nothing but the sample number is stored. The plan also describes itself (``describe``):
+checkpoints keep that description, and one that another plan made is refused. Where the change is
+meant (``checkpoint.accept_changes: cursor.plan``), the run goes on with what the new plan says
+about the next sample number, as if it had been the plan from the start: rows may be met again
+before their epoch is over. A phase that begins later is no such change, and repeats nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.blend import Blend, Phase
+from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows
+from pretrain.data.order import Order, RowOrder, WindowOrder, derive_seed
+
+_SAME = ("tokenizer.sha256", "dtype", "bos_id", "eos_id", "pad_id")
+
+
+class DataPlan:
+    """Sources, how they are mixed and how each is shuffled.
+
+    Args:
+        sources: datasets by name. A source's name, with the seed, decides the order of its rows;
+            the order of the mapping does not matter.
+        phases: the mixture; the first phase starts at sample 0.
+        seed: the run's data seed.
+        shuffle: "row" or "window".
+        window_shards: shards per window of "window".
+
+    Raises:
+        DataError: sources of different tokenizers or token types; names both.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, TokenDataset],
+        phases: Sequence[Phase],
+        *,
+        seed: int,
+        shuffle: str = "row",
+        window_shards: int = 16,
+    ):
+        self.names = sorted(sources)
+        self.datasets = [sources[name] for name in self.names]
+        _check_alike(self.datasets)
+        self.seed, self.shuffle, self.window_shards = seed, shuffle, window_shards
+        self._blend = Blend(self.names, phases, seed)
+        self._orders: list[Order] = []
+        for name, dataset in zip(self.names, self.datasets, strict=True):
+            own = derive_seed(seed, "source", name) if name else seed
+            if shuffle == "window":
+                dataset.max_open = window_shards
+                self._orders.append(WindowOrder(dataset.shard_rows, window_shards, own))
+            else:
+                self._orders.append(RowOrder(dataset.num_rows, own))
+
+    @classmethod
+    def of(cls, dataset: TokenDataset, *, seed: int, **options: Any) -> DataPlan:
+        """The plan of a run on one dataset; what ``data.path`` means."""
+        return cls({"": dataset}, [Phase(0, {"": 1.0})], seed=seed, **options)
+
+    @property
+    def manifest(self):
+        """Manifest of one source: tokenizer and special ids are the same in all."""
+        return self.datasets[0].manifest
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources together."""
+        return sum(dataset.num_rows for dataset in self.datasets)
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which source (its place in ``names``) and which of its rows the samples are.
+
+        Args:
+            samples: int64 array of global sample numbers, from 0.
+
+        Returns:
+            Two int64 arrays of the shape of ``samples``.
+        """
+        which, draws = self._blend.locate(samples)
+        rows = np.empty_like(draws)
+        for number in np.unique(which).tolist():
+            here = which == number
+            rows[here] = self._orders[number].rows(draws[here])
+        return which, rows
+
+    def read(self, which: np.ndarray, rows: np.ndarray) -> Rows:
+        """Rows that :meth:`locate` found; see ``TokenDataset.read`` for errors."""
+        return read_rows(self.datasets, which, rows)
+
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """Passes over each source that the first ``consumed`` samples are."""
+        draws = self._blend.draws(consumed)
+        sizes = {n: d.num_rows for n, d in zip(self.names, self.datasets, strict=True)}
+        return {name: draws[name] / sizes[name] for name in self.names}
+
+    def summary(self, consumed: int) -> str:
+        """One line about the sources and the shuffle, at the phase of sample ``consumed``."""
+        parts = []
+        shares, epochs = self._blend.shares_at(consumed), self.epochs(consumed)
+        for name, dataset in zip(self.names, self.datasets, strict=True):
+            share = f"{name} {shares.get(name, 0.0):.2%} of " if name else ""
+            parts.append(f"{share}{dataset.num_rows:,} rows, epoch {epochs[name]:.2f}")
+        how = "rows of all shards mixed"
+        if self.shuffle == "window":
+            how = f"rows of {self.window_shards} shards mixed at a time"
+        files = sum(min(d.max_open, len(d.shard_rows)) for d in self.datasets)
+        return f"{'; '.join(parts)}; {how}, at most {files} files open in each process"
+
+    def describe(self, consumed: int) -> dict[str, Any]:
+        """All that the first ``consumed`` samples (at least one) depend on, as plain values.
+
+        Two plans that describe themselves equally up to a sample agree on every sample before it.
+        Phases that start later, and sources that only those use, are left out: a run may add them.
+        """
+        used = [p for p in self._blend.phases if p.from_sample < max(consumed, 1)]
+        names = {name for phase in used for name in phase.weights}
+        window = {"window_shards": self.window_shards} if self.shuffle == "window" else {}
+        return {
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            **window,
+            "sources": {
+                name or "path": {
+                    "manifest": dataset.manifest.hash,
+                    "source": dataset.source,
+                    "rows": dataset.num_rows,
+                }
+                for name, dataset in zip(self.names, self.datasets, strict=True)
+                if name in names
+            },
+            "phases": {
+                str(phase.from_sample): self._blend.shares(number)
+                for number, phase in enumerate(used)
+            },
+        }
+
+
+def _check_alike(datasets: Sequence[TokenDataset]) -> None:
+    """All datasets hold ids of one tokenizer in one type."""
+
+    def value(dataset: TokenDataset, key: str) -> Any:
+        found: Any = dataset.manifest
+        for part in key.split("."):
+            found = getattr(found, part)
+        return found
+
+    problems: list[str] = []
+    root = datasets[0].manifest.root
+    for dataset in datasets[1:]:
+        for key in _SAME:
+            mine, first = value(dataset, key), value(datasets[0], key)
+            if mine != first:
+                problems.append(f"{root} has {key}={first}, {dataset.manifest.root} has {mine}")
+                break  # another tokenizer has other ids too
+    if problems:
+        raise DataError(
+            "all data of a run must hold ids of one tokenizer; build them with the same "
+            "--tokenizer:\n  " + "\n  ".join(problems)
+        )
+
+
+def open_plan(data: Any, seed: int) -> DataPlan:
+    """The training data that a ``DataConfig`` describes.
+
+    Raises:
+        DataError: with the problems of all sources.
+    """
+    sources: dict[str, TokenDataset] = {}
+    problems: list[str] = []
+    for item in data.mixture:
+        try:
+            sources[item.name] = TokenDataset(
+                item.path, "train", seq_len=data.seq_len, source=item.source
+            )
+        except DataError as error:
+            place = f"source {item.name!r}: " if item.name else "data.path: "
+            problems.append(f"{place}{error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return DataPlan(
+        sources,
+        list(_phases(data)),
+        seed=seed,
+        shuffle=data.shuffle,
+        window_shards=data.window_shards,
+    )
+
+
+def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDataset]:
+    """The sets to evaluate on, by name: ``data.valid``, or the validation split of every source.
+
+    ``plan``: the training data, whose tokenizer the sets must share. Sources without validation
+    rows are left out, as long as there are others.
+
+    Raises:
+        DataError: with the problems of all sets, or no rows at all.
+    """
+    given = data.valid or data.mixture
+    sets: dict[str, TokenDataset] = {}
+    problems: list[str] = []
+    for item in given:
+        try:
+            sets[item.name] = TokenDataset(
+                item.path, "valid", seq_len=data.seq_len, source=item.source
+            )
+        except NoRowsError as error:
+            if data.valid:
+                problems.append(f"data.valid {item.name!r}: {error}")
+        except DataError as error:
+            problems.append(f"data.valid {item.name!r}: {error}" if item.name else str(error))
+    if not sets and not problems:
+        problems = [f"{given[0].path}: no source has validation rows; build with --valid-fraction"]
+    if problems:
+        raise DataError("\n".join(problems))
+    _check_alike([*(plan.datasets if plan else ()), *sets.values()])
+    return sets
+
+
+def _phases(data: Any) -> Iterable[Phase]:
+    yield Phase(0, {item.name: item.weight for item in data.mixture if item.weight is not None})
+    for phase in data.phases:
+        yield Phase(phase.from_sample, dict(phase.weights))
