@@ -1,7 +1,8 @@
 """The causal attention mixer, for hybrids and for the papers' Transformer baseline.
 
 Rotary positions (Su et al. 2021, arXiv 2104.09864) and, as an option, grouped-query attention
-(Ainslie et al. 2023, arXiv 2305.13245), tensor parallel by heads. The core is torch's
+(Ainslie et al. 2023, arXiv 2305.13245), parallel by heads: under context parallelism an all-to-all
+turns a slice of the sequence into the whole sequence of fewer heads. The core is torch's
 ``scaled_dot_product_attention``: megatron-core's local core refuses packed rows.
 
 A document attends to itself alone because it *is* alone: packed rows are cut at the boundaries and
@@ -16,8 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from .config import XLSTMConfig
+from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, input_projection, output_projection
 from .presets import attention_heads
+from .recompute import regathered
 
 
 class AttentionMixer(nn.Module):
@@ -25,7 +28,7 @@ class AttentionMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` is read).
+        pg_collection: process groups (``tp`` and ``cp`` are read).
         prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
     """
 
@@ -34,6 +37,7 @@ class AttentionMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
         heads, kv_heads = attention_heads(config)
         self.head_dim = config.hidden_size // heads
         self.num_heads, self.num_kv_heads = heads // region.size, kv_heads // region.size
@@ -44,20 +48,23 @@ class AttentionMixer(nn.Module):
         self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", q)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/tp), b, h]`` to the same shape.
+        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
 
         Args:
-            x: ``[s(/tp), b, h]``.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            x: this rank's positions.
+            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+                None.
             cache: this layer's past when generating, read and updated: ``k`` and ``v``
                 ``[b, kv_heads, n, head_dim]`` (k rotated) and ``start [b]``, the first of the n
                 tokens that the current document of each row has.
         """
-        qkv = self.in_proj(self.region.gather(x))[0].transpose(0, 1)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [b, s, heads, d]
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
+        q, k, v = (
+            self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))
+            for t in self.in_proj(regathered(self.region.gather, x))[0].split(widths, dim=-1)
+        )  # [b, s, heads/cp, d]
         past = cache["k"].shape[2] if cache else 0
-        start = document_starts(qkv, boundaries, past, cache.get("start") if cache else None)
+        start = document_starts(q, boundaries, past, cache.get("start") if cache else None)
         positions = past + torch.arange(q.shape[1], device=q.device) - start
         angles = rotary_angles(positions, self.head_dim, self.rope_base)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -69,7 +76,7 @@ class AttentionMixer(nn.Module):
                 cache["k"], cache["v"] = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache["start"] = start[:, -1].expand(q.shape[0])
-        return self.out_proj(out.flatten(2).transpose(0, 1))[0]
+        return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict):
         """Attention of ``s`` new tokens to themselves and the past, ``[b, s, heads, d]``.

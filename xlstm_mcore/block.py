@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -14,6 +16,7 @@ from .config import XLSTMConfig
 from .layers import FeedForward, Norm
 from .mlstm import MLSTMMixer
 from .mlstm_classic import ClassicMLSTMMixer
+from .recompute import selective
 from .slstm import SLSTMMixer
 
 
@@ -65,6 +68,8 @@ class XLSTMLayer(MegatronModule):
         super().__init__(config)
         prefix = f"decoder.layers.{layer_number}."
         self.layer_number = layer_number
+        full = config.layer_letters[layer_number] in config.recompute_full_blocks
+        self.recompute = "full" if full else config.recompute
         self.mixer_norm = Norm(config, f"{prefix}mixer_norm.weight")
         self.mixer = build_module(
             submodules.mixer,
@@ -90,6 +95,14 @@ class XLSTMLayer(MegatronModule):
             boundaries: bool ``[b, s]``, True at the first token of a document, or None.
             cache: this layer's state between calls when generating; read and updated.
         """
+        if not torch.is_grad_enabled() or cache is not None or self.recompute == "none":
+            return self._forward(x, boundaries, cache)
+        if self.recompute == "full":
+            return tensor_parallel.checkpoint(lambda x: self._forward(x, boundaries), False, x)
+        with selective():
+            return self._forward(x, boundaries)
+
+    def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         x = x + self._dropout(self.mixer(self.mixer_norm(x), boundaries, cache))
         if self.ffn is not None:
             x = x + self._dropout(self.ffn(self.ffn_norm(x)))

@@ -28,6 +28,8 @@ def make_config(
     virtual: int = 1,
     context: int = 1,
     backend: str = "gloo",
+    recompute: str = "none",
+    recompute_full_blocks: str = "",
 ) -> XLSTMConfig:
     """XLSTMConfig from the ``model:`` section of a run and its layout.
 
@@ -40,6 +42,8 @@ def make_config(
         virtual: model chunks per pipeline rank.
         context: context-parallel size.
         backend: communication backend, for settings that gloo needs.
+        recompute: "none", "selective" or "full" (recompute.py).
+        recompute_full_blocks: letters whose blocks are recomputed in full anyway.
     """
     dtype = PRECISION[precision]
     return XLSTMConfig(
@@ -52,6 +56,8 @@ def make_config(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=context,
+        recompute=recompute,
+        recompute_full_blocks=recompute_full_blocks,
         # Parameters are initialised by name (init.py), never by the layers themselves.
         perform_initialization=False,
         # The loss is the mean over the global batch's unmasked tokens, however it is split.

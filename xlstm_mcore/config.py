@@ -48,6 +48,10 @@ class XLSTMConfig(TransformerConfig):
     attention_kv_heads: int | None = None
     rope_base: float = 10_000.0
 
+    # memory (see recompute.py)
+    recompute: str = "none"
+    recompute_full_blocks: str = ""
+
     # kernels
     chunk_size: int | None = None
     kernel_backend: str | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import cpu_runtime
 from .config import XLSTMConfig
 from .pieces import Piece, attach, packed
+from .recompute import recomputed
 
 
 class TensorParallelRegion:
@@ -144,8 +145,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [..., hidden]``; same shape and dtype."""
+        return recomputed(self._normalize, x, self.weight)
+
+    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        shape, weight = self.weight.shape, self.weight.to(dtype)
+        shape, weight = weight.shape, weight.to(dtype)
         if self.kind == "layernorm":
             out = F.layer_norm(x.to(dtype), shape, weight, None, self.eps)
         else:
@@ -193,8 +197,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[s(/tp), b, h] -> [s(/tp), b, h]``."""
-        gate, up = self.linear_fc1(x)[0].chunk(2, dim=-1)
-        return self.linear_fc2(self.activation(gate) * up)[0]
+        return self.linear_fc2(recomputed(self._gated, self.linear_fc1(x)[0]))[0]
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

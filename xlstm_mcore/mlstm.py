@@ -12,6 +12,7 @@ from .cells import run_head_norm, run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
 from .pieces import packed
+from .recompute import recomputed, regathered
 
 
 class MLSTMMixer(nn.Module):
@@ -63,7 +64,7 @@ class MLSTMMixer(nn.Module):
         Returns:
             ``[s(/tp), b, h]``.
         """
-        x = self.region.gather(x)
+        x = regathered(self.region.gather, x)
         s, b, _ = x.shape
         qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
         q, k, v_, ogate = self.in_proj(x)[0].split([qk, qk, v, v], dim=-1)
@@ -73,7 +74,8 @@ class MLSTMMixer(nn.Module):
 
         # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        preacts = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype))
+        wide = x if x.dtype == dtype else recomputed(lambda x: x.to(dtype), x)
+        preacts = F.linear(wide, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
         preacts = soft_cap(preacts, self.config.gate_soft_cap).permute(1, 2, 0)  # [b, 2 heads, s]
         igate, fgate = preacts.chunk(2, dim=1)
 
@@ -87,6 +89,9 @@ class MLSTMMixer(nn.Module):
             boundaries,
             cache,
         )
+        return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
+
+    def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
+        """``sigmoid(o) * norm(h)``: ``h [b, heads, s, d]``, ``ogate [s, b, heads * d]``."""
         h = h.permute(2, 0, 1, 3)
-        h = run_head_norm(self.config, h, self.head_norm_weight, ogate.view(h.shape))
-        return self.out_proj(h.reshape(s, b, v))[0]
+        return run_head_norm(self.config, h, norm_weight, ogate.view(h.shape)).flatten(2)

@@ -14,6 +14,7 @@ from .cells import run_conv, run_head_norm, run_mlstm
 from .config import XLSTMConfig
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import Piece, packed
+from .recompute import recomputed, regathered
 
 
 class ClassicMLSTMMixer(nn.Module):
@@ -93,13 +94,13 @@ class ClassicMLSTMMixer(nn.Module):
             boundaries: bool ``[b, s]``, True at the first token of a document, or None.
             cache: state of this layer between calls when generating; read and updated.
         """
-        x = self.region.gather(x)
+        x = regathered(self.region.gather, x)
         x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
         x_c = run_conv(self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache)
         blocks = self.qkv_weight.shape[0] // 3
         q, k = block_diagonal(x_c, self.qkv_weight[: 2 * blocks].view(2, blocks, *self._block))
         (v,) = block_diagonal(x_m, self.qkv_weight[2 * blocks :].unsqueeze(0))
-        igate, fgate = self._gates(torch.cat((q, k, v), dim=-1))
+        igate, fgate = self._gates(q, k, v)
 
         b, s, _ = q.shape
 
@@ -107,20 +108,24 @@ class ClassicMLSTMMixer(nn.Module):
             return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
 
         h = run_mlstm(self.config, heads(q), heads(k), heads(v), igate, fgate, boundaries, cache)
-        h = run_head_norm(self.config, h.transpose(1, 2), self.head_norm_weight)
-        h = h.reshape(b, s, self.inner)
-        h = (h + self.learnable_skip * x_c) * F.silu(z)
+        h = recomputed(self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z)
         return self.out_proj(h.transpose(0, 1))[0]
+
+    def _output(self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor):
+        """``(norm(h) + skip * x_c) * silu(z)``, ``[b, s, inner]``: ``h [b, heads, s, d]``."""
+        h = run_head_norm(self.config, h.transpose(1, 2), norm_weight)
+        return (h.reshape(x_c.shape) + skip * x_c) * F.silu(z)
 
     @property
     def _block(self) -> tuple[int, int]:
         return self.config.qkv_block_size, self.config.qkv_block_size
 
-    def _gates(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate pre-activations ``[b, heads/tp, s]`` from all heads' ``qkv [b, s, 3 inner/tp]``."""
-        dtype = torch.promote_types(qkv.dtype, torch.float32)
+    def _gates(self, *qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates ``[b, heads/tp, s]`` before activation, from all heads' qkv ``[b, s, inner]``."""
+        dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
-        partial = F.linear(qkv.to(dtype), weight)
+        seen = recomputed(lambda *qkv: torch.cat(qkv, dim=-1).to(dtype), *qkv)
+        partial = F.linear(seen, weight)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
         mine = self.region.sum_and_split(by_head).view(b, s, self.num_heads, 2)

@@ -15,6 +15,7 @@ from .config import XLSTMConfig
 from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, parameter
 from .pieces import Piece, packed
+from .recompute import recomputed
 
 GATES = ("igate", "fgate", "zgate", "ogate")
 
@@ -97,8 +98,11 @@ class SLSTMMixer(nn.Module):
             boundaries,
             cache,
         )
-        h = run_head_norm(self.config, h, own(self.head_norm_weight, 0))
-        return self.region.from_heads(self.context.from_heads(h.flatten(2).transpose(0, 1)))
+        h = recomputed(self._head_norm, h, own(self.head_norm_weight, 0)).transpose(0, 1)
+        return self.region.from_heads(self.context.from_heads(h))
+
+    def _head_norm(self, h: Tensor, weight: Tensor) -> Tensor:
+        return run_head_norm(self.config, h, weight).flatten(2)
 
     def _gate_preacts(self, x: Tensor, x_c: Tensor) -> Tensor:
         """``[b, s, 4, heads, d]``: i and f from the convolved input, z and o from the input."""

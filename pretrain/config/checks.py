@@ -128,15 +128,12 @@ def _attention(config: Any) -> Iterator[str]:
             f"(model.{key}); use {choices(divisors(heads))}"
         )
     kv_key = "attention_kv_heads" if model.attention_kv_heads else key
-    if kv_heads % layout.tensor:
+    split = layout.tensor * layout.context
+    if kv_heads % split:
         yield (
-            f"layout.tensor={layout.tensor} does not divide model.{kv_key}={kv_heads}, the heads "
-            f"of k and v in *; use {choices(divisors(kv_heads))}"
-        )
-    if layout.context > 1:
-        yield (
-            f"layout.context={layout.context}: attention (* in model.pattern) has no context "
-            "parallelism yet; use layout.context=1, or a pattern without *"
+            f"layout.tensor={layout.tensor} times layout.context={layout.context} does not divide "
+            f"model.{kv_key}={kv_heads}, the heads of k and v in *; use sizes whose product is "
+            f"{choices(divisors(kv_heads))}"
         )
 
 
@@ -149,6 +146,16 @@ def _qkv_blocks(config: Any) -> Iterator[str]:
         yield (
             f"model.qkv_block_size={block} times layout.tensor={tensor} does not divide the inner "
             f"width {up} of the m blocks; use {choices(divisors(up // tensor, 16))}"
+        )
+
+
+def _recompute(config: Any) -> Iterator[str]:
+    letters = "".join(sorted(set(_letters(config))))
+    blocks = config.memory.recompute_full_blocks
+    for letter in sorted(set(blocks) - set(letters)):
+        yield (
+            f"memory.recompute_full_blocks='{shorten(blocks)}' names '{letter}', which "
+            f"model.pattern has not; use letters of '{letters}'"
         )
 
 
@@ -222,6 +229,7 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _ffn_over_tensor,
     _attention,
     _qkv_blocks,
+    _recompute,
     *DATA_CHECKS,
     _sequence,
     _sequence_length,

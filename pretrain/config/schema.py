@@ -112,6 +112,15 @@ class LayoutConfig(Section):
     """context parallel size: the sequence is split over this many processes"""
 
 
+class MemoryConfig(Section):
+    """What the backward pass computes again instead of keeping; it changes no result."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """selective: norms, activations, output gates and gathered inputs; full: whole blocks"""
+    recompute_full_blocks: str = ""
+    """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
+
+
 class EngineConfig(Section):
     """What runs a training step."""
 
@@ -299,6 +308,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

@@ -41,6 +41,7 @@ class ScheduledEngine:
             virtual=config.layout.virtual,
             context=config.layout.context,
             backend=layout.backend,
+            **config.memory.model_dump(),
         )
         self.models = build_model(self.model_config, layout.groups, config.run.seed)
         for model in self.models:

@@ -45,6 +45,7 @@ def run_config(model: str, **changes: Any) -> RunConfig:
         "model": {"vocab_size": 96, **MODELS[model]},
         "data": {"path": "unused", "seq_len": 24, "global_batch": 4, "micro_batch": 1},
         "layout": {},
+        "memory": {},
         "engine": {},
         # A large eps: Adam would otherwise turn the sign of a rounding error into a full update.
         "optimizer": {"lr": 1e-2, "eps": 1e-2, "clip_grad": 1.0},
@@ -177,6 +178,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
         pipeline=shape.pipeline,
         virtual=shape.virtual,
         context=shape.context,
+        **config.memory.model_dump(),
     )
     model_config.params_dtype = model_config.pipeline_dtype = torch.float64
     model_config.finalize_model_grads_func = finalize_model_grads

@@ -124,7 +124,7 @@ def test_missing_sections_and_keys_are_named():
         ),
         (
             {"model__pattern": "M*", "model__attention_kv_heads": 2, "layout__tensor": 4},
-            "layout.tensor=4 does not divide model.attention_kv_heads=2, the heads of k and v",
+            "layout.context=1 does not divide model.attention_kv_heads=2, the heads of k and v",
         ),
         ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
         ({"layout__pipeline": 2}, "write 1 cuts (|) into the pattern"),
@@ -149,6 +149,8 @@ def test_missing_sections_and_keys_are_named():
             {"layout__tensor": 4, "model__round_up_to": 2, "model__ffn_dim_factor": 1.01},
             "set model.round_up_to to a multiple of 4",
         ),
+        ({"memory__recompute_full_blocks": "Ms"}, "names 's', which model.pattern has not; use"),
+        ({"memory__recompute": "some"}, "'none', 'selective' or 'full'"),
         ({"optimizer__betas": [0.9]}, "optimizer.betas"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas[1]=1.5 must be less than 1"),
         ({"optimizer__lr": float("inf")}, "must be a finite number"),

@@ -1,0 +1,65 @@
+"""Bytes of activations that a model keeps for its backward pass, counted without computing them.
+
+``python -m benchmarks.activation_memory pretrain/configs/xlstm_7b.yaml`` builds each kind of block
+of a run file with its true widths on fake tensors (shapes without memory), runs its forward pass
+with the Triton kernels' own rules for what they save, and counts what autograd holds. Nothing here
+is a measurement: no allocator's rounding, no workspace, no weights, gradients or optimizer state.
+"""
+
+import argparse
+import os
+from collections import Counter
+
+# Fake tensors are on the CPU, where Triton's backends are offered to its interpreter only. Nothing
+# is interpreted: the operators' shape functions answer.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pretrain.config import load_config
+from xlstm_mcore.block import XLSTMLayer, layer_spec
+from xlstm_mcore.build import make_config, single_process_groups
+from xlstm_mcore.recompute import MODES, count_saved
+
+
+def kept_by_block(model: dict, precision: str, tokens: int, mode: str) -> dict[str, int]:
+    """Bytes that one block of each kind keeps for one row of ``tokens`` tokens."""
+    section = model | {"pattern": model["pattern"].replace("|", ""), "kernel_backend": "triton"}
+    config = make_config(section, precision=precision, recompute=mode)
+    groups = single_process_groups()
+    kept = {}
+    for letter in sorted(set(config.layer_letters)):
+        number = config.layer_letters.index(letter)
+        with FakeTensorMode():
+            layer = XLSTMLayer(
+                config, layer_spec(letter, config).submodules, groups, layer_number=number
+            )
+            x = torch.empty(
+                tokens, 1, config.hidden_size, dtype=config.params_dtype, requires_grad=True
+            )
+            with count_saved(layer.parameters()) as saved:
+                layer(x, None)
+            kept[letter] = saved.bytes
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", help="a run file")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a row on one process")
+    args = parser.parse_args()
+    run = load_config(args.config)
+    model = run.model.model_dump()
+    blocks = Counter(model["pattern"].replace("|", ""))
+    print(f"{args.config}: one row of {args.tokens:,} tokens, {run.engine.precision}, one process")
+    print("counted, not measured; GB of activations kept by all blocks, MB by one of each kind")
+    for mode in MODES:
+        kept = kept_by_block(model, run.engine.precision, args.tokens, mode)
+        total = sum(kept[letter] * number for letter, number in blocks.items())
+        each = ", ".join(f"{letter} {size / 1e6:,.1f}" for letter, size in kept.items())
+        print(f"  {mode:9}  {total / 1e9:8.2f} GB   ({each} MB)")
+
+
+if __name__ == "__main__":
+    main()

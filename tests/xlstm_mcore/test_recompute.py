@@ -1,0 +1,164 @@
+"""Activation recompute: gradients to the bit, and bytes kept against a formula."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from pretrain import layout as layouts
+from xlstm_mcore import mcore_compat, mlstm
+from xlstm_mcore.block import XLSTMLayer, layer_spec
+from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.recompute import count_saved, recomputed, selective
+
+SECTION = {
+    "pattern": "Mms*",
+    "hidden_size": 32,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "round_up_to": 16,
+    "dropout": 0.3,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    yield single_process_groups()
+    layouts.leave()
+
+
+def make(groups, precision="fp32", **settings):
+    config = make_config(SECTION, precision=precision, **settings)
+    (model,) = build_model(config, groups, seed=1)
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    return model.train()
+
+
+def gradients(model):
+    """Loss and gradients of a packed batch, with both random states where they always start."""
+    rng = torch.Generator().manual_seed(2)
+    tokens, labels = torch.randint(0, 40, (2, 2, 21), generator=rng)
+    boundaries = torch.rand(2, 21, generator=rng) < 0.2
+    torch.manual_seed(5)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.reset()
+    mcore_compat.seed_parallel(6)
+    model.zero_grad()
+    losses = model(tokens, boundaries, labels)
+    losses.sum().backward()
+    return losses.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute": "selective"},
+        {"recompute": "full"},
+        {"recompute_full_blocks": "s"},
+        {"recompute": "selective", "recompute_full_blocks": "M*"},
+    ],
+    ids=lambda s: "-".join(s.values()),
+)
+def test_gradients_are_the_same_bits(groups, settings, precision):
+    """With dropout and boundaries: random numbers are replayed, not drawn anew."""
+    losses, expected = gradients(make(groups, precision))
+    again, got = gradients(make(groups, precision, **settings))
+    assert torch.equal(losses, again)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+class ElementwiseCell(torch.autograd.Function):
+    """Keeps q, k, v, the gates and h, as every mLSTM kernel does, and no states."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, igate, fgate):
+        h = v * ((q * k).sum(-1) + igate + fgate)[..., None].to(v.dtype)
+        ctx.save_for_backward(q, k, v, igate, fgate, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:5])
+
+
+@pytest.fixture
+def elementwise_cell(monkeypatch):
+    monkeypatch.setattr(
+        mlstm, "run_mlstm", lambda config, *tensors: ElementwiseCell.apply(*tensors[:5])
+    )
+
+
+def kept(groups, letter, tokens, precision="bf16", **settings):
+    """Bytes that one layer keeps for its backward pass."""
+    section = {**SECTION, "pattern": letter, "dropout": 0.0}
+    config = make_config(section, precision=precision, **settings)
+    layer = XLSTMLayer(config, layer_spec(letter, config).submodules, groups, layer_number=0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(tokens, 1, 32, dtype=config.params_dtype, requires_grad=True)
+    with count_saved(layer.parameters()) as saved:
+        layer(x, None)
+    return saved.bytes, config
+
+
+@pytest.mark.parametrize("letter", ["M", "m", "s", "*"])
+def test_a_block_recomputed_in_full_keeps_its_input(groups, letter):
+    size, config = kept(groups, letter, 64, recompute="full")
+    assert size == 64 * config.hidden_size * 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precision):
+    """Per token of an ``M`` block, without the cell's own states."""
+    size = 2 if precision == "bf16" else 4
+    few, config = kept(groups, "M", 64, precision, recompute="selective")
+    many, _ = kept(groups, "M", 128, precision, recompute="selective")
+    d, qk, v, f = config.hidden_size, config.qk_dim, config.v_dim, config.ffn_dim
+    # the residual stream twice; q, k, v and o; h; gate and up of the feed-forward part
+    wide = 2 * d + (2 * qk + 2 * v) + v + 2 * f
+    gates = 2 * 2 * config.num_heads  # in fp32, before and after the soft cap
+    assert (many - few) / 64 == wide * size + gates * 4
+
+
+@pytest.mark.parametrize("letter", ["M", "m", "s", "*"])
+def test_selective_keeps_less_than_none_and_more_than_full(groups, letter):
+    sizes = [kept(groups, letter, 64, recompute=mode)[0] for mode in ("none", "selective", "full")]
+    assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2]
+
+
+def test_a_recipe_gives_every_user_the_tensor_and_runs_once(groups):
+    runs = []
+
+    def double(x):
+        runs.append(1)
+        return x * 2
+
+    x = torch.randn(3, requires_grad=True)
+    with selective():
+        y = recomputed(double, x)
+        z = (y * y).sum() + y[1:].square().sum()
+    assert len(runs) == 1
+    z.backward()
+    assert torch.equal(x.grad, 8 * x + torch.cat((torch.zeros(1), 8 * x[1:])))
+    assert len(runs) == 3  # the recipe, once for all of its users, and the function's own gradient
+
+
+def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
+    x = torch.randn(1000, requires_grad=True)
+    with selective():
+        y = recomputed(torch.exp, x)
+        z = (y.exp() * y).sum()
+    watch = weakref.ref(y)
+    del y, z
+    gc.disable()
+    try:
+        assert watch() is None
+    finally:
+        gc.enable()
