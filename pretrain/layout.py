@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,18 @@ class Layout:
         largest = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Any small picklable value of every process, by rank."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def own_file(self, folder: Path, name: str) -> Path | None:
+        """A file of JSON lines for this replica; None on all but one of its processes."""
+        groups = self.groups
+        first = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
+        return folder / f"{name}-{self.dp_rank:05d}.jsonl" if first else None
 
     def close(self) -> None:
         """Leave all process groups."""

@@ -24,7 +24,7 @@ from pretrain.checkpoint import (
     read_manifest_together,
 )
 from pretrain.config import RunConfig, save_config
-from pretrain.data import DataCursor, TrainLoader, ValidLoader, open_plan, open_valid
+from pretrain.data import DataCursor, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, LossSum
 from pretrain.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
@@ -118,6 +118,9 @@ class _Run:
             step=self.state.step,
             consumed_samples=cursor.consumed_samples,
             workers=data.workers,
+            quarantine=Quarantine(
+                data.max_quarantined, layout.own_file(self.dir, "quarantine"), cursor.quarantined
+            ),
             **place,
         )
         self._speed = _Speed()
@@ -246,6 +249,9 @@ class _Run:
 
     def _saved_state(self) -> dict[str, Any]:
         manifest = self.data.manifest
+        if self.config.data.on_corrupt == "quarantine":
+            for rows in self.layout.gather(self.loader.quarantine.rows):
+                self.loader.quarantine.merge(rows)
         return {
             **asdict(self.state),
             "cursor": self.loader.cursor.to_dict(),

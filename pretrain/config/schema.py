@@ -197,6 +197,10 @@ class DataConfig(Section):
     """row mixes all rows; window mixes those of a few files at a time, for slow storage"""
     window_shards: PositiveInt = 16
     """files per window of shuffle=window"""
+    on_corrupt: Literal["raise", "quarantine"] = "raise"
+    """a damaged block stops the run, or its rows keep their place and give no loss"""
+    max_quarantined: PositiveInt = 1000
+    """damaged rows that stop a run with on_corrupt=quarantine"""
     workers: NonNegativeInt = 0
     """processes that read ahead for each training process; 0 reads ahead in a thread of it"""
 

@@ -11,14 +11,17 @@ from pretrain.data.blend import Phase
 from pretrain.data.dataset import DataError, TokenDataset
 from pretrain.data.loader import TrainLoader, ValidLoader
 from pretrain.data.plan import DataPlan, open_plan, open_valid
+from pretrain.data.quarantine import DamagedRow, Quarantine
 
 __all__ = [
     "Batch",
     "CorruptShardError",
+    "DamagedRow",
     "DataCursor",
     "DataError",
     "DataPlan",
     "Phase",
+    "Quarantine",
     "TokenDataset",
     "TrainLoader",
     "ValidLoader",

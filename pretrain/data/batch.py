@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pretrain.data.dataset import Rows
+from pretrain.data.quarantine import DamagedRow
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,19 @@ class DataCursor:
 
     plan is the description of the order of the consumed samples (``DataPlan.describe``): a
     checkpoint continues only on data that describe themselves equally, or where a change is meant.
+    quarantined are the damaged rows that were met.
     """
 
     consumed_samples: int
     plan: dict[str, Any] = field(default_factory=dict)
+    quarantined: tuple[DamagedRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return asdict(self)
+        return {**asdict(self), "quarantined": [asdict(row) for row in self.quarantined]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataCursor:
         """Inverse of :meth:`to_dict`."""
-        return cls(int(values["consumed_samples"]), dict(values.get("plan", {})))
+        rows = tuple(DamagedRow(**row) for row in values.get("quarantined", ()))
+        return cls(int(values["consumed_samples"]), dict(values.get("plan", {})), rows)

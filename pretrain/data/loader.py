@@ -27,6 +27,7 @@ import webdataset as wds
 from pretrain.data.batch import Batch, DataCursor, to_batches
 from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
+from pretrain.data.quarantine import DamagedRow, Quarantine
 from pretrain.ramp import BatchRamp
 from pretrain.signals import STOP_SIGNALS
 
@@ -73,20 +74,30 @@ class _Steps:
         return (starts[:, None] + np.arange(self.micro_batch)).ravel()
 
     def make(self, numbers: Iterator[int]) -> Iterator[tuple[str, object]]:
-        """The pipeline's stage: ("step", micro-batches) of each, or ("error", why) and no more."""
+        """The pipeline's stage: ("step", (micro-batches, damaged rows)) of each step.
+
+        ("error", why) ends it: no exception may travel from a worker process as torch sends it.
+        """
         try:
-            for which, rows in self._located(numbers):
-                yield "step", to_batches(self.plan.read(which, rows), self.micro_batch)
+            for samples, which, rows in self._located(numbers):
+                found = self.plan.read(which, rows)
+                damaged = [
+                    DamagedRow.of(int(samples[n]), self.plan.names[which[n]], int(rows[n]), error)
+                    for n, error in found.damaged
+                ]
+                yield "step", (to_batches(found, self.micro_batch), damaged)
         except Exception as error:  # handed to the consumer, whatever it is
             yield "error", error
 
-    def _located(self, numbers: Iterator[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _located(self, numbers: Iterator[int]) -> Iterator[tuple[np.ndarray, ...]]:
+        """Samples, sources and rows of each step."""
         for step in numbers:
             window = [self.samples(step)]
             more = _LOOK_AHEAD // len(window[0]) - 1
             window += [self.samples(number) for number in islice(numbers, max(0, more))]
             ends = np.cumsum([len(part) for part in window])[:-1]
-            found = self.plan.locate(np.concatenate(window))
+            samples = np.concatenate(window)
+            found = (samples, *self.plan.locate(samples))
             yield from zip(*(np.split(part, ends) for part in found), strict=True)
 
 
@@ -114,10 +125,12 @@ class TrainLoader:
         step: where to start; finished steps.
         consumed_samples: what a checkpoint's cursor says; None takes the ramp's number at ``step``.
         workers: processes that read ahead; 0 reads ahead in a thread of this process.
+        quarantine: where damaged rows go, if the plan's datasets give them as padding.
 
     Raises:
         ValueError: a batch of the ramp is not a multiple of micro_batch * dp_size (and bad ranges).
         CorruptShardError: from ``next``, when bytes on disk are not those that were written.
+        DataError: from ``next``, when the quarantine is full.
     """
 
     def __init__(
@@ -131,6 +144,7 @@ class TrainLoader:
         step: int = 0,
         consumed_samples: int | None = None,
         workers: int = 0,
+        quarantine: Quarantine | None = None,
     ):
         _check_rank(dp_rank, dp_size)
         for size in ramp.sizes:
@@ -146,6 +160,7 @@ class TrainLoader:
         if consumed < 0:
             raise ValueError(f"consumed_samples={consumed} must not be negative")
         self.plan, self.step, self.consumed_samples = plan, step, consumed
+        self.quarantine = Quarantine(0) if quarantine is None else quarantine
         self._ramp = ramp
         steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed)
         pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
@@ -155,7 +170,8 @@ class TrainLoader:
     @property
     def cursor(self) -> DataCursor:
         """Position after the last step that was handed out (prefetched ones do not count)."""
-        return DataCursor(self.consumed_samples, self.plan.describe(self.consumed_samples))
+        consumed = self.consumed_samples
+        return DataCursor(consumed, self.plan.describe(consumed), tuple(self.quarantine.rows))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -169,7 +185,9 @@ class TrainLoader:
             raise value
         self.consumed_samples += self._ramp.size(self.step)
         self.step += 1
-        return value
+        batches, damaged = value
+        self.quarantine.add(damaged)
+        return batches
 
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""

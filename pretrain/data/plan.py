@@ -180,7 +180,11 @@ def open_plan(data: Any, seed: int) -> DataPlan:
     for item in data.mixture:
         try:
             sources[item.name] = TokenDataset(
-                item.path, "train", seq_len=data.seq_len, source=item.source
+                item.path,
+                "train",
+                seq_len=data.seq_len,
+                source=item.source,
+                quarantine=data.on_corrupt == "quarantine",
             )
         except DataError as error:
             place = f"source {item.name!r}: " if item.name else "data.path: "

@@ -1,0 +1,92 @@
+"""Damaged rows that a run goes on without: counted, written down, and limited in number.
+
+A damaged row keeps its place in the order and is padding without a loss, so no other rank has to
+know: batches keep their shapes, and the loss is divided by the tokens that there are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.shards import CorruptShardError
+from pretrain.data.dataset import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DamagedRow:
+    """One sample that was given without a loss, and why (see CorruptShardError)."""
+
+    sample: int
+    source: str
+    row: int
+    path: str
+    block: int | None
+    offset: int
+    expected: str
+    got: str
+
+    @classmethod
+    def of(cls, sample: int, source: str, row: int, error: CorruptShardError) -> DamagedRow:
+        """The record of a row that raised ``error``."""
+        return cls(
+            sample, source, row, error.path, error.block, error.offset, error.expected, error.got
+        )
+
+
+class Quarantine:
+    """The damaged rows of a run so far.
+
+    Args:
+        limit: how many a run may meet before it gives up.
+        file: JSON lines of the rows that this process meets; None writes nothing and warns nobody
+            (peers that read the same rows).
+        known: rows that the run met before, from a checkpoint.
+    """
+
+    def __init__(self, limit: int, file: Path | None = None, known: Iterable[DamagedRow] = ()):
+        self.limit, self.file = limit, file
+        self._rows = {row.sample: row for row in known}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> list[DamagedRow]:
+        """All of them, by sample number."""
+        return [self._rows[sample] for sample in sorted(self._rows)]
+
+    def add(self, rows: Iterable[DamagedRow]) -> None:
+        """Write down rows that this process met.
+
+        Raises:
+            DataError: more than ``limit`` rows.
+        """
+        new = [row for row in rows if row.sample not in self._rows]
+        if new and self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+            where = f"{new[0].path} block {new[0].block}"
+            log.warning("%d damaged rows without a loss; see %s: %s", len(new), self.file, where)
+        self.merge(new)
+
+    def merge(self, rows: Iterable[DamagedRow]) -> None:
+        """Take over rows that other ranks met.
+
+        Raises:
+            DataError: more than ``limit`` rows.
+        """
+        self._rows |= {row.sample: row for row in rows}
+        if len(self._rows) > self.limit:
+            paths = sorted({row.path for row in self._rows.values()})
+            raise DataError(
+                f"{len(self._rows)} damaged rows, more than data.max_quarantined={self.limit}, in "
+                f"{', '.join(paths[:5])}{' and others' if len(paths) > 5 else ''}; restore these "
+                "files, or raise data.max_quarantined"
+            )
