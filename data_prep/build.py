@@ -1,87 +1,66 @@
 """Corpus -> shards. Reruns are no-ops, killed builds redo unfinished shards, workers never matter.
 
-The ledger in ``OUT/_work`` holds the settings, the scans of the input files and a note per finished
-shard; ``manifest.json`` appears last. A folder of other settings is never overwritten.
+The ledger in ``OUT/_work`` holds the settings, the scans of the input files, the plan and a note
+per finished shard; ``manifest.json`` appears last. A folder of other settings is never overwritten.
+
+Several jobs (a Slurm array) may share a build: they share the scan, each comes to the same plan by
+itself, job t of n writes the shards t, t + n, t + 2 n, ..., and ``merge`` writes the manifest when
+all are there. Nobody waits for anybody, and the result is bit for bit that of a single job. So is
+the dropping of duplicates, which the plan decides for the whole corpus.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import time
-from importlib import metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_prep.encode import EncodeTask, ShardRecord, encode_shard, load_record
+from data_prep.config import BuildConfig
+from data_prep.encode import EncodeTask, ShardPart, ShardRecord, encode_shard, load_record
 from data_prep.errors import PrepError
+from data_prep.files import expand_inputs, file_stamp
 from data_prep.parallel import available_cpus, run_tasks
+from data_prep.plan import DROPPED, CorpusPlan, ShardPlan, corpus_digest, plan_corpus
 from data_prep.progress import Progress, say
-from data_prep.readers import PROVENANCE_NAME, expand_inputs
-from data_prep.scan import CorpusPlan, file_stamp, plan_shards, report_malformed, scan_files
+from data_prep.scan import (
+    FileScan,
+    InputFile,
+    load_scan,
+    report_malformed,
+    scan_files,
+    scan_note,
+)
 from data_prep.shards import (
     MANIFEST_NAME,
     Manifest,
     ShardFormatError,
     check_size,
-    default_block_rows,
     load_manifest,
-    token_dtype,
     write_atomic,
-    write_manifest,
 )
-from data_prep.tokenizer import Tokenizer
+from data_prep.summary import Finished, report, write_result
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-_TOKENIZER_COPY = Path("tokenizer") / "tokenizer.model"
-
-
-class BuildConfig(BaseModel):
-    """Settings of a build: keys of ``prep.yaml`` and flags of the command line alike."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    input: list[str] = Field(min_length=1)
-    """Files, folders or quoted globs: jsonl, parquet, text; also .gz and .zst."""
-    tokenizer: str
-    """Folder of a trained tokenizer, or a SentencePiece .model file."""
-    out: str
-    """Folder for the shards."""
-    seq_len: int = Field(256, ge=2)
-    """Context length: a row holds seq_len + 1 tokens."""
-    packing: Literal["concat", "best_fit"] = "concat"
-    """Rows as one chopped stream, or documents kept whole and rows filled up with padding."""
-    valid_fraction: float = Field(0.01, ge=0.0, le=0.5)
-    """Share of the documents for validation, chosen by the hash of the text."""
-    source: str = "corpus"
-    """Name of the corpus: a folder in OUT."""
-    text_field: str = "text"
-    """Field (jsonl) or column (parquet) of the text."""
-    shard_mb: float = Field(64.0, gt=0)
-    """Megabytes of text per shard, the unit of parallel work and of redoing."""
-    max_bad_share: float = Field(0.1, ge=0.0, le=1.0)
-    """Share of malformed records above which the build refuses the corpus."""
-    workers: int = Field(0, ge=0)
-    """Processes; 0 takes every core that the job may use. Does not change the output."""
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value):
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("source")
-    @classmethod
-    def _usable_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "tokenizer":
-            raise ValueError("must be letters, digits, '.', '_', '-' and not 'tokenizer'")
-        return value
+_LEDGER_NAME = "build.json"
 
 
-def build(config: BuildConfig) -> Manifest:
-    """Run a build to its end and return the manifest.
+@dataclass(frozen=True)
+class Corpus:
+    """The input files of a build with all that is decided about them."""
+
+    files: list[InputFile]
+    stamps: list[list]
+    scans: list[FileScan]
+    plan: CorpusPlan
+    digest: str
+
+
+def build(config: BuildConfig) -> Manifest | None:
+    """Run a build to its end and return the manifest; None when this is one job of several.
 
     Raises:
         PrepError: bad inputs, or OUT holds shards of other settings or contents.
@@ -90,16 +69,24 @@ def build(config: BuildConfig) -> Manifest:
     started = time.monotonic()
     out = Path(config.out)
     work = out / "_work"
+    try:
+        share = config.share()
+    except ValueError as error:
+        raise PrepError(str(error)) from None
     workers = config.workers or available_cpus()
-    paths = expand_inputs(config.input)
-    tokenizer = Tokenizer(Path(config.tokenizer))
-    settings = _settings(config, tokenizer)
-    stamps = [file_stamp(path) for path in paths]
+    files = [
+        InputFile(path, source.name, source.fields)
+        for source in config.all_sources()
+        for path in expand_inputs(source.input)
+    ]
+    tokenizer = load_tokenizer(config.tokenizer)
+    settings = {**config.settings(), "tokenizer": tokenizer.sha256}
+    stamps = [file_stamp(file.path) for file in files]
     ledger = _load_ledger(work)
     if ledger is not None:
         _refuse_other(out, ledger["settings"], settings)
         done = _complete(out)
-        if done is not None and ledger["inputs"] == stamps:
+        if done is not None and ledger["stamps"] == stamps:
             say(f"{out} is finished and its inputs are unchanged: nothing to do")
             return done
     elif (out / MANIFEST_NAME).exists():
@@ -108,73 +95,176 @@ def build(config: BuildConfig) -> Manifest:
             "choose another --out"
         )
 
-    scans = scan_files(paths, config.text_field, work, workers)
-    report_malformed(scans, config.max_bad_share)
-    plan = plan_shards(scans, config.valid_fraction, max(1, int(config.shard_mb * 1e6)))
-    _check_plan(plan, config)
-    if ledger is not None and ledger["corpus"] != plan.digest:
+    scans = scan_files(files, config.filters(), work, workers, share)
+    corpus = _plan(out, config, files, stamps, scans)
+    _check_plan(corpus.plan, config)
+    if ledger is not None and ledger["corpus"] != corpus.digest:
         raise PrepError(
             f"{out} was begun with other contents of --input; nothing was overwritten: choose "
             "another --out, or delete the folder"
         )
-    fields = {"settings": settings, "corpus": plan.digest, "inputs": stamps}
-    write_atomic(work / "build.json", json.dumps(fields, indent=1).encode() + b"\n")
-    write_atomic(out / _TOKENIZER_COPY, tokenizer.model)
+    fields = {
+        "settings": settings,
+        "corpus": corpus.digest,
+        "stamps": stamps,
+        "files": [[file.path, file.source] for file in files],
+        "config": config.model_dump(),
+    }
+    write_atomic(work / _LEDGER_NAME, json.dumps(fields, indent=1).encode() + b"\n")
+    for name, data in tokenizer.files.items():
+        write_atomic(out / "tokenizer" / name, data)
+    scanned = time.monotonic()
+    task, tasks = share
+    if tasks > 1:
+        mine = range(task, len(corpus.plan.shards), tasks)
+        _encode(out, config, tokenizer, corpus, list(mine), workers)
+        say(
+            f"job {task} of {tasks} is done: {len(mine)} of {len(corpus.plan.shards)} shards; when "
+            f"all are, run `xlstm-data merge {out}`"
+        )
+        return None
+    everything = list(range(len(corpus.plan.shards)))
+    records, bytes_done = _encode(out, config, tokenizer, corpus, everything, workers)
+    seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}
+    return _finish(out, config, tokenizer, settings, corpus, records, seconds, bytes_done)
+
+
+def merge_jobs(out: Path) -> Manifest:
+    """Write the manifest of a build that several jobs shared, once all its shards are there.
+
+    Raises:
+        PrepError: no build there, or shards are missing (which, and what to run).
+    """
+    work = out / "_work"
+    ledger = _load_ledger(work)
+    if ledger is None:
+        raise PrepError(f"{out}: no build was begun there ({work / _LEDGER_NAME} is missing)")
+    done = _complete(out)
+    if done is not None:
+        say(f"{out} is finished: nothing to do")
+        return done
+    config = BuildConfig.model_validate(ledger["config"])
+    tokenizer = load_tokenizer(out / "tokenizer")
+    scans = _stored_scans(out, config, ledger)
+    if None in scans:
+        raise PrepError(f"{out}: scans in {work / 'scan'} are gone; run the build again")
+    corpus = _plan(out, config, _ledger_files(config, ledger), ledger["stamps"], scans)
+    shards = corpus.plan.shards
+    records = [load_record(out, shard) for shard in shards]
+    missing = [number for number, record in enumerate(records) if record is None]
+    if missing:
+        numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise PrepError(
+            f"{out}: {len(missing)} of {len(shards)} shards are not finished (numbers {numbers}); "
+            "job t of n writes the numbers t, t + n, ...: run those jobs again (--task t --tasks "
+            "n), or the build with --tasks 1, which does what is left"
+        )
+    return _finish(out, config, tokenizer, ledger["settings"], corpus, records, {}, 0)
+
+
+def kept_hashes(out: Path) -> Iterator[np.ndarray]:
+    """Hashes uint64 [n, 2] of the documents in a finished build, file after file.
+
+    Raises:
+        PrepError: the folder's notes are not there (it was repacked or joined, or they were
+            deleted).
+    """
+    ledger = _load_ledger(out / "_work")
+    config = ledger and BuildConfig.model_validate(ledger["config"])
+    scans = _stored_scans(out, config, ledger) if ledger else [None]
+    if None in scans:
+        raise PrepError(f"{out} does not say which documents it holds (_work is gone)")
+    plan = _plan(out, config, _ledger_files(config, ledger), ledger["stamps"], scans).plan
+    fates = np.fromfile(plan.fate, np.uint8)
+    first = 0
+    for scan in scans:
+        yield scan.rows()["hash"][fates[first : first + scan.documents] != DROPPED]
+        first += scan.documents
+
+
+def _ledger_files(config: BuildConfig, ledger: dict) -> list[InputFile]:
+    fields = {source.name: source.fields for source in config.all_sources()}
+    return [InputFile(path, source, fields[source]) for path, source in ledger["files"]]
+
+
+def _stored_scans(out: Path, config: BuildConfig, ledger: dict) -> list[FileScan | None]:
+    pairs = zip(_ledger_files(config, ledger), ledger["stamps"], strict=True)
+    filters = config.filters()
+    return [load_scan(scan_note(file, stamp, filters, out / "_work")) for file, stamp in pairs]
+
+
+def _plan(out: Path, config: BuildConfig, files, stamps, scans) -> Corpus:
+    work = out / "_work"
+    report_malformed(scans, config.max_bad_share, work / "malformed.log")
+    shard_bytes = max(1, int(config.shard_mb * 1e6))
+    plan = plan_corpus(files, scans, config.filters(), config.valid_fraction, shard_bytes, work)
+    return Corpus(files, stamps, scans, plan, corpus_digest(files, scans))
+
+
+def _encode(
+    out: Path,
+    config: BuildConfig,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    numbers: list[int],
+    workers: int,
+) -> tuple[list[ShardRecord], int]:
+    """Write the shards ``numbers`` that are not there; their records, and bytes of text done."""
+    shards = [corpus.plan.shards[number] for number in numbers]
+    records = [load_record(out, shard) for shard in shards]
+    todo = [place for place, record in enumerate(records) if record is None]
+    if len(todo) < len(shards):
+        say(f"{len(shards) - len(todo)} of {len(shards)} shards are finished: kept")
+    ends = np.cumsum([scan.documents for scan in corpus.scans]).tolist()
+    begins = [0, *ends[:-1]]
+
+    def parts(shard: ShardPlan) -> list[ShardPart]:
+        return [
+            ShardPart(corpus.files[n], corpus.scans[n], begins[n], first, last)
+            for n, first, last in shard.parts
+        ]
 
     tasks = [
         EncodeTask(
-            shard,
-            paths,
-            config.text_field,
+            shards[place],
+            parts(shards[place]),
+            corpus.plan.fate,
             str(tokenizer.path),
             tokenizer.sha256,
             out,
-            config.source,
             config.seq_len,
             config.packing,
         )
-        for shard in plan.shards
+        for place in todo
     ]
-    encoding = time.monotonic()
-    records = [load_record(out, config.source, shard) for shard in plan.shards]
-    kept = sum(record is not None for record in records)
-    todo = [number for number, record in enumerate(records) if record is None]
-    if kept:
-        say(f"{kept} of {len(records)} shards are finished: kept")
-    todo_bytes = sum(plan.shards[number].bytes_in for number in todo)
+    todo_bytes = sum(shards[place].bytes_in for place in todo)
     with Progress("tokenize", todo_bytes) as progress:
-        for place, record in run_tasks(encode_shard, [tasks[n] for n in todo], workers, progress):
+        for place, record in run_tasks(encode_shard, tasks, workers, progress):
             records[todo[place]] = record
             say(f"{record.entry.path}: {record.entry.rows} rows, {record.entry.tokens} tokens")
-    finished = time.monotonic()
-    for folder in (out / config.source, work):  # left by killed processes
+    return records, todo_bytes
+
+
+def _finish(out, config, tokenizer, settings, corpus, records, seconds, bytes_done) -> Manifest:
+    folders = [out / source.name for source in config.all_sources()]
+    for folder in [*folders, out / "_work"]:  # left by killed processes
         for temporary in folder.rglob("*.tmp.*"):
             temporary.unlink(missing_ok=True)
-
-    manifest = _write_manifest(out, config, tokenizer, settings, plan, records, paths)
-    seconds = {"scan": encoding - started, "tokenize": finished - encoding}
-    _report(out, manifest, plan, records, seconds, todo_bytes, min(workers, max(1, len(todo))))
+    finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done)
+    manifest = write_result(out, finished)
+    report(out, manifest, finished)
     return manifest
-
-
-def _settings(config: BuildConfig, tokenizer: Tokenizer) -> dict:
-    """What the shards' contents depend on, besides the corpus."""
-    names = ("seq_len", "valid_fraction", "source", "text_field", "shard_mb", "packing")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "tokenizer": tokenizer.sha256,
-    }
 
 
 def _load_ledger(work: Path) -> dict | None:
     try:
-        ledger = json.loads((work / "build.json").read_bytes())
-        return {key: ledger[key] for key in ("settings", "corpus", "inputs")}
+        ledger = json.loads((work / _LEDGER_NAME).read_bytes())
+        return {key: ledger[key] for key in ("settings", "corpus", "stamps", "files", "config")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         raise PrepError(
-            f"{work / 'build.json'} is damaged; delete {work.parent} or choose another --out"
+            f"{work / _LEDGER_NAME} is damaged; delete {work.parent} or choose another --out"
         ) from None
 
 
@@ -206,113 +296,25 @@ def _complete(out: Path) -> Manifest | None:
 
 
 def _check_plan(plan: CorpusPlan, config: BuildConfig) -> None:
-    kept = {split: 0 for split in ("train", "valid")}
+    kept = {"train": 0, "valid": 0}
     for shard in plan.shards:
-        kept[shard.split] += sum(len(records) for _, records, _ in shard.parts)
+        kept[shard.split] += shard.documents
     total = sum(kept.values())
     if total == 0:
-        raise PrepError(f"--input: no text in field {config.text_field!r}; all documents are empty")
+        counts = {}
+        for dropped in plan.dropped.values():
+            for reason, count in dropped.items():
+                counts[reason] = counts.get(reason, 0) + count
+        why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        raise PrepError(f"--input: no document is left ({why}); look at the filters and the field")
     if config.valid_fraction > 0 and kept["valid"] == 0:
         raise PrepError(
             f"none of the {total} documents fell into validation with --valid-fraction "
-            f"{config.valid_fraction}; raise it, give more documents, or set it to 0"
+            f"{config.valid_fraction}; raise it, give more documents (--text-split cuts one large "
+            "text file into many), or set it to 0"
         )
     if kept["train"] == 0:
         raise PrepError(
             f"all {total} documents fell into validation with --valid-fraction "
             f"{config.valid_fraction}; lower it or give more documents"
         )
-
-
-def _provenance(paths: list[Path]) -> dict | None:
-    """The notes ``SOURCE.json`` beside the inputs: licence and origin."""
-    notes = []
-    for folder in sorted({path.parent for path in paths}):
-        file = folder / PROVENANCE_NAME
-        if file.exists():
-            try:
-                note = json.loads(file.read_bytes())
-            except ValueError as error:
-                raise PrepError(f"{file}: not JSON ({error}); repair or remove it") from None
-            notes.append(note if isinstance(note, dict) else {"note": note})
-    if not notes:
-        return None
-    return notes[0] if len(notes) == 1 else {"sources": notes}
-
-
-def _write_manifest(out, config, tokenizer, settings, plan, records, paths) -> Manifest:
-    splits = {}
-    for split in ("train", "valid"):
-        pairs = zip(plan.shards, records, strict=True)
-        entries = [record.entry for shard, record in pairs if shard.split == split]
-        names = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
-        totals = {name: sum(getattr(entry, name) for entry in entries) for name in names}
-        splits[split] = {**totals, "shards": [entry.model_dump() for entry in entries]}
-    dtype = token_dtype(tokenizer.vocab_size)
-    identity = json.dumps({"settings": settings, "corpus": plan.digest}, sort_keys=True)
-    fields = {
-        "dtype": dtype.name,
-        "seq_len": config.seq_len,
-        "row_tokens": config.seq_len + 1,
-        "block_rows": default_block_rows(config.seq_len + 1, dtype),
-        "packing": config.packing,
-        "add_bos": True,
-        "add_eos": True,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "tokenizer": {
-            "type": "sentencepiece",
-            "path": _TOKENIZER_COPY.as_posix(),
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "valid_fraction": config.valid_fraction,
-        "config_hash": hashlib.sha256(identity.encode()).hexdigest(),
-        "sources": [
-            {
-                "name": config.source,
-                "provenance": _provenance(paths),
-                "documents_read": plan.documents_read,
-                "dropped": plan.dropped,
-                "splits": splits,
-            }
-        ],
-        "code": {"version": metadata.version("xlstm-pretrain")},
-    }
-    return write_manifest(out, fields)
-
-
-def _report(out, manifest, plan, records: list[ShardRecord], seconds, todo_bytes, workers) -> None:
-    """Print the final report and store it under ``_work``."""
-    splits = manifest.sources[0].splits
-    train, valid = splits["train"], splits["valid"]
-    tokens, text = train.tokens + valid.tokens, train.bytes_in + valid.bytes_in
-    dropped = ", ".join(f"{count} {reason}" for reason, count in plan.dropped.items())
-    histogram = np.sum([record.histogram for record in records], axis=0)
-    rate = todo_bytes / 1e6 / seconds["tokenize"] if todo_bytes else 0.0
-    checked = sum(record.round_trips for record in records)
-    lossy = sum(record.lossy for record in records)
-    say(f"documents   {train.docs + valid.docs} kept of {plan.documents_read} read; {dropped}")
-    say(f"tokens      {tokens} ({text / tokens:.2f} bytes/token)")
-    for name, part in splits.items():
-        say(
-            f"{name:11s} {part.docs} documents, {part.tokens} tokens, {part.rows} rows of "
-            f"{manifest.seq_len}, {part.pad_tokens} padding, {len(part.shards)} shards"
-        )
-    lengths = [f"{1 << power}: {count}" for power, count in enumerate(histogram) if count]
-    say(f"lengths     documents of at least so many tokens (powers of 2): {', '.join(lengths)}")
-    say(f"round trip  {checked - lossy} of {checked} checked documents come back unchanged")
-    say(
-        f"time        scan {seconds['scan']:.1f} s, tokenize {seconds['tokenize']:.1f} s, "
-        f"{rate:.2f} MB/s, {workers} workers"
-    )
-    say(f"manifest    {out / MANIFEST_NAME}  hash {manifest.hash[:12]}")
-    report = {
-        "seconds": seconds,
-        "mb_per_second": rate,
-        "histogram_log2": histogram.tolist(),
-        "round_trips": checked,
-        "lossy": lossy,
-    }
-    write_atomic(out / "_work" / "report.json", json.dumps(report, indent=1).encode() + b"\n")

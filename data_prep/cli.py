@@ -1,4 +1,4 @@
-"""The command line ``xlstm-data``: collect, tokenizer, build, verify, inspect, baselines.
+"""The command line ``xlstm-data``: collect, tokenizer, build, merge, repack, verify, ...
 
 Exit codes: 0 done, 2 bad input or settings (one message on stderr), 75 interrupted by a signal
 (run again to continue), 1 a bug of ours.
@@ -18,13 +18,17 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.baselines import baselines
-from data_prep.build import BuildConfig, build
+from data_prep.build import build
 from data_prep.collect import collect
+from data_prep.config import BuildConfig, SourceConfig
 from data_prep.errors import Interrupted, PrepError
 from data_prep.inspection import describe, show_row
+from data_prep.merge import merge
 from data_prep.progress import say
+from data_prep.readers import Fields, TextSplit
+from data_prep.repack import repack
 from data_prep.shards import ShardFormatError
-from data_prep.tokenizer import train_tokenizer
+from data_prep.tokenizer_training import adopt_tokenizer, train_tokenizer
 from data_prep.verify import verify
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 75
@@ -41,32 +45,58 @@ class Collect:
     min_mb: float = 8.0
     """Refuse a corpus with less text than this, in megabytes."""
     text_field: str = "text"
-    """Field (jsonl) or column (parquet) of the text."""
+    """Field (jsonl) or column (parquet, arrow) of the text."""
+    text_split: TextSplit = "file"
+    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
 
     def run(self) -> None:
         """Do it."""
-        collect(self.out, self.input, min_mb=self.min_mb, text_field=self.text_field)
+        fields = Fields(self.text_field, split=self.text_split)
+        collect(self.out, self.input, min_mb=self.min_mb, fields=fields)
 
 
 @dataclass(kw_only=True)
 class TrainTokenizer:
-    """Train a SentencePiece tokenizer: byte fallback, text kept as it is."""
+    """Train a SentencePiece tokenizer (byte fallback, text kept as it is), or adopt one."""
 
-    input: list[str]
-    """Files, folders or quoted globs: jsonl, parquet, text; also .gz and .zst."""
     out: Path
-    """Folder for tokenizer.model."""
+    """Folder for the tokenizer."""
+    input: list[str] = field(default_factory=list)
+    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
+    from_hf: Path | None = None
+    """Adopt the Hugging Face tokenizer of this folder (tokenizer.json) instead of training."""
+    from_model: Path | None = None
+    """Adopt this SentencePiece .model instead of training."""
+    bos_token: str | None = None
+    """With --from-hf: the token that begins documents, where the folder names none."""
+    eos_token: str | None = None
+    """With --from-hf: the token that ends documents, where the folder names none."""
     vocab_size: int = 8192
     """Number of pieces, with bytes and special symbols."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Algorithm; unigram trains about 15 times longer and encodes about 4 times faster."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Further ids that no text yields, such as '<|user|>'."""
     text_field: str = "text"
-    """Field (jsonl) or column (parquet) of the text."""
+    """Field (jsonl) or column (parquet, arrow) of the text."""
+    text_split: TextSplit = "file"
+    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
     sample_mb: float = 200.0
     """Train on a sample of at most this much text, in megabytes."""
 
     def run(self) -> None:
         """Do it."""
+        chosen = [bool(self.input), self.from_hf is not None, self.from_model is not None]
+        if sum(chosen) != 1:
+            raise PrepError("give one of --input (train), --from-hf and --from-model (adopt)")
+        if not self.input:
+            adopt_tokenizer(
+                self.from_hf or self.from_model,
+                self.out,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+            )
+            return
         if self.vocab_size < 1 or self.sample_mb <= 0:
             raise PrepError(
                 f"--vocab-size {self.vocab_size}, --sample-mb {self.sample_mb}: must be positive"
@@ -76,9 +106,46 @@ class TrainTokenizer:
             self.out,
             vocab_size=self.vocab_size,
             model_type=self.model_type,
-            text_field=self.text_field,
             sample_mb=self.sample_mb,
+            special_tokens=tuple(self.special_tokens),
+            fields=Fields(self.text_field, split=self.text_split),
         )
+
+
+@dataclass
+class Merge:
+    """Write the manifest of a build that several jobs shared, or join finished folders."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of shards; with --inputs a new one."""
+    inputs: list[Path] = field(default_factory=list)
+    """Finished folders to join (hard links where possible), each with sources of its own."""
+    allow_duplicates: bool = False
+    """Join folders that share documents, or whose documents cannot be compared."""
+
+    def run(self) -> None:
+        """Do it."""
+        merge(self.out, self.inputs, allow_duplicates=self.allow_duplicates)
+
+
+@dataclass
+class Repack:
+    """Pack shards again for another length or packing, without tokenizing."""
+
+    shards: tyro.conf.Positional[Path]
+    """Folder of shards."""
+    seq_len: int
+    """The new context length."""
+    out: Path | None = None
+    """Folder for the new shards; default: SHARDS-N beside SHARDS."""
+    packing: Literal["concat", "best_fit"] | None = None
+    """Default: as it is."""
+    workers: int = 0
+    """Processes; 0 takes every core that the job may use. Does not change the output."""
+
+    def run(self) -> None:
+        """Do it."""
+        repack(self.shards, self.seq_len, self.out, packing=self.packing, workers=self.workers)
 
 
 @dataclass
@@ -129,6 +196,8 @@ _COMMANDS = {
     "collect": Collect,
     "tokenizer": TrainTokenizer,
     "build": BuildConfig,
+    "merge": Merge,
+    "repack": Repack,
     "verify": Verify,
     "inspect": Inspect,
     "baselines": Entropies,
@@ -158,7 +227,7 @@ def _build_config(arguments: list[str], prog: str) -> BuildConfig:
     )
     flags = _build_flags(values)
     parsed = tyro.cli(flags, args=arguments, prog=prog, description=description)
-    return BuildConfig.model_validate(vars(parsed))
+    return BuildConfig.model_validate({**vars(parsed), "sources": values.get("sources", [])})
 
 
 def _build_flags(values: dict) -> type:
@@ -173,14 +242,21 @@ def _build_flags(values: dict) -> type:
     try:
         BuildConfig.model_validate(values)
     except ValidationError as error:
-        if given := [item for item in error.errors() if item["type"] != "missing"]:
+        # What is missing may come as a flag, and with it rules about several keys may be kept.
+        later = {(), *((name,) for name in BuildConfig.model_fields)}
+        found = error.errors()
+        given = [e for e in found if e["loc"] and (e["type"] != "missing" or e["loc"] not in later)]
+        if given:
             raise PrepError(_explain(given)) from None
     if isinstance(values.get("input"), str):
         values = {**values, "input": [values["input"]]}
     members = []
     for name, info in BuildConfig.model_fields.items():
+        if name == "sources":  # for prep.yaml alone
+            continue
         kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]
-        default = values.get(name, tyro.MISSING if info.is_required() else info.default)
+        own = tyro.MISSING if info.is_required() else info.get_default(call_default_factory=True)
+        default = values.get(name, own)
         members.append((name, kind, field(default_factory=lambda value=default: value)))
     return make_dataclass("BuildFlags", members, kw_only=True)
 
@@ -209,12 +285,16 @@ def _explain(errors: list) -> str:
     """All errors of a configuration (pydantic's error items) in one message."""
     parts = []
     for item in errors:
-        key = str(item["loc"][0]) if item["loc"] else "settings"
+        key = ".".join(map(str, item["loc"]))
+        rule = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            known = ", ".join(BuildConfig.model_fields)
-            parts.append(f"{key} is not a setting; use one of {known}")
+            model = SourceConfig if len(item["loc"]) > 1 else BuildConfig
+            parts.append(f"{key} is not a setting; use one of {', '.join(model.model_fields)}")
+        elif item["type"] == "missing":
+            parts.append(f"{key} is missing")
+        elif not key:  # a rule about several keys
+            parts.append(rule)
         else:
-            rule = item["msg"].removeprefix("Value error, ")
             parts.append(f"{key}={item['input']!r}: {rule[:1].lower()}{rule[1:]}")
     return "; ".join(parts)
 

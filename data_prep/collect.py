@@ -15,9 +15,9 @@ import xxhash
 import zstandard
 
 from data_prep.errors import PrepError
+from data_prep.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
 from data_prep.progress import Progress, say
-from data_prep.readers import PROVENANCE_NAME, Malformed, expand_inputs, read_documents
-from data_prep.scan import file_stamp
+from data_prep.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
 from data_prep.shards import write_atomic
 
 CORPUS_NAME = "corpus.jsonl.zst"
@@ -50,7 +50,9 @@ def library_files(root: Path) -> list[Path]:
     return found
 
 
-def collect(out: Path, inputs: list[str], *, min_mb: float = 8.0, text_field: str = "text") -> Path:
+def collect(
+    out: Path, inputs: list[str], *, min_mb: float = 8.0, fields: Fields = DEFAULT_FIELDS
+) -> Path:
     """Write the corpus file to the folder ``out`` and return its path.
 
     Without ``inputs``: the sources of the running Python's standard library. A finished corpus of
@@ -63,10 +65,10 @@ def collect(out: Path, inputs: list[str], *, min_mb: float = 8.0, text_field: st
     corpus, record = out / CORPUS_NAME, out / _RECORD_NAME
     if inputs:
         paths = expand_inputs(inputs)
-        stamps = repr([file_stamp(path) for path in paths]).encode()
-        settings = {"input": "files", "digest": xxhash.xxh3_128_hexdigest(stamps)}
+        identity = repr([fields, [file_stamp(path) for path in paths]]).encode()
+        settings = {"input": "files", "digest": xxhash.xxh3_128_hexdigest(identity)}
         provenance = {"origin": "files given by --input", "licence": "as stated by their owner"}
-        documents = _from_files(paths, text_field)
+        documents = _from_files(paths, fields)
     else:
         root = Path(sysconfig.get_path("stdlib"))
         paths = library_files(root)
@@ -87,7 +89,7 @@ def collect(out: Path, inputs: list[str], *, min_mb: float = 8.0, text_field: st
     try:
         with (
             open(temporary, "wb") as file,
-            Progress("collect", sum(path.stat().st_size for path in paths)) as progress,
+            Progress("collect", sum(file_size(str(path)) for path in paths)) as progress,
         ):
             with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
                 for item in documents:
@@ -152,11 +154,11 @@ def _finished(record: Path, corpus: Path, settings: dict) -> bool:
 def _from_library(root: Path, paths: list[Path]) -> Iterator[tuple[str, str] | Malformed]:
     for path in paths:
         name = path.relative_to(root).as_posix()
-        for item in read_documents(path):
+        for item in read_documents(str(path)):
             yield item if isinstance(item, Malformed) else (name, item.text)
 
 
-def _from_files(paths: list[Path], text_field: str) -> Iterator[tuple[str, str] | Malformed]:
+def _from_files(paths: list[str], fields: Fields) -> Iterator[tuple[str, str] | Malformed]:
     for path in paths:
-        for item in read_documents(path, text_field):
+        for item in read_documents(path, fields):
             yield item if isinstance(item, Malformed) else (item.id, item.text)

@@ -12,8 +12,9 @@ import numpy as np
 from data_prep.errors import PrepError
 from data_prep.pack import make_packer
 from data_prep.parallel import Tick
+from data_prep.plan import SPLITS, ShardPlan
 from data_prep.readers import Document, read_documents
-from data_prep.scan import ShardPlan, text_hash
+from data_prep.scan import FileScan, InputFile, text_hash
 from data_prep.shards import (
     ShardEntry,
     ShardWriter,
@@ -25,7 +26,20 @@ from data_prep.shards import (
 from data_prep.tokenizer import Tokenizer, cached_tokenizer
 
 _BATCH_BYTES = 1 << 18
+BINS_PER_OCTAVE = 4  # of the histogram of lengths
+_BINS = 40 * BINS_PER_OCTAVE
 _ROUND_TRIPS = 32  # documents of each shard that are decoded again and compared
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """The rows ``first`` to ``last`` of one file's scan; their fates start at ``fates_at``."""
+
+    file: InputFile
+    scan: FileScan
+    fates_at: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -33,19 +47,18 @@ class EncodeTask:
     """All that a worker needs for one shard."""
 
     plan: ShardPlan
-    paths: list[Path]
-    text_field: str
+    parts: list[ShardPart]
+    fate: str
     tokenizer: str
     tokenizer_sha256: str
     out: Path
-    source: str
     seq_len: int
     packing: str
 
     @property
     def tar(self) -> Path:
         """Final path of the shard."""
-        return shard_path(self.out, self.source, self.plan)
+        return shard_path(self.out, self.plan)
 
 
 @dataclass(frozen=True)
@@ -54,26 +67,26 @@ class ShardRecord:
 
     entry: ShardEntry
     histogram: list[int]
-    """Documents by floor(log2(tokens))."""
+    """Documents by floor(BINS_PER_OCTAVE * log2(tokens))."""
     round_trips: int
     lossy: int
 
 
-def shard_path(out: Path, source: str, plan: ShardPlan) -> Path:
-    """Where the tar of a planned shard lies."""
-    return out / source / plan.split / f"shard-{plan.number:08d}.tar"
+def shard_path(out: Path, plan: ShardPlan) -> Path:
+    """``OUT/<source>/<split>/shard-00000042.tar``."""
+    return out / plan.source / plan.split / f"shard-{plan.number:08d}.tar"
 
 
-def record_path(out: Path, source: str, plan: ShardPlan) -> Path:
-    """Where the ledger notes that a shard is finished."""
-    return out / "_work" / "done" / f"{source}-{plan.split}-{plan.number:08d}.json"
+def record_path(out: Path, plan: ShardPlan) -> Path:
+    """The ledger's note on a shard."""
+    return out / "_work" / "done" / f"{plan.source}-{plan.split}-{plan.number:08d}.json"
 
 
-def load_record(out: Path, source: str, plan: ShardPlan) -> ShardRecord | None:
+def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
     """The ledger's note on a shard; None unless its files are there with the noted size."""
-    tar = shard_path(out, source, plan)
+    tar = shard_path(out, plan)
     try:
-        stored = json.loads(record_path(out, source, plan).read_bytes())
+        stored = json.loads(record_path(out, plan).read_bytes())
         record = ShardRecord(ShardEntry(**stored.pop("entry")), **stored)
         intact = tar.stat().st_size == record.entry.bytes and index_path(tar).exists()
     except (OSError, ValueError, KeyError, TypeError):
@@ -94,7 +107,7 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    histogram = np.zeros(40, np.int64)
+    histogram = np.zeros(_BINS, np.int64)
     checked = lossy = 0
     with ShardWriter(task.tar) as writer:
         for texts, size in _batches(task):
@@ -102,8 +115,10 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
             if checked < _ROUND_TRIPS:
                 lossy += _count_lossy(tokenizer, texts, encoded, _ROUND_TRIPS - checked)
                 checked = min(_ROUND_TRIPS, checked + len(texts))
+            lengths = np.array([len(ids) + 2 for ids in encoded])
+            bins = (BINS_PER_OCTAVE * np.log2(lengths)).astype(np.int64)
+            histogram += np.bincount(bins, minlength=_BINS)
             for ids in encoded:
-                histogram[(len(ids) + 2).bit_length() - 1] += 1
                 for block in packer.add(ids):
                     writer.write(block)
             tick(size)
@@ -122,7 +137,7 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     )
     record = ShardRecord(entry, histogram.tolist(), checked, lossy)
     stored = {**record.__dict__, "entry": entry.model_dump()}
-    path = record_path(task.out, task.source, task.plan)
+    path = record_path(task.out, task.plan)
     write_atomic(path, json.dumps(stored).encode() + b"\n")
     return record
 
@@ -140,24 +155,29 @@ def _batches(task: EncodeTask) -> Iterator[tuple[list[str], int]]:
     """
     texts: list[str] = []
     size = 0
-    for file, records, hashes in task.plan.parts:
-        path = task.paths[file]
-        expected = iter(zip(records.tolist(), hashes.tolist(), strict=True))
-        for item in read_documents(path, task.text_field, wanted=records):
+    for part in task.parts:
+        count, offset = part.last - part.first, part.fates_at + part.first
+        fates = np.fromfile(task.fate, np.uint8, count, offset=offset)
+        chosen = part.first + np.flatnonzero(fates == SPLITS[task.plan.split])
+        rows = part.scan.rows()[chosen]
+        expected = iter(zip(rows["record"].tolist(), rows["hash"].tolist(), strict=True))
+        offset = int(rows["offset"][0])
+        for item in read_documents(part.file.path, part.file.fields, rows["record"], offset):
             record, digest = next(expected, (None, None))
             data = item.text.encode("utf-8") if isinstance(item, Document) else b""
             if record != item.record or tuple(digest) != text_hash(data):
-                raise _changed(path)
+                raise _changed(part)
             texts.append(item.text)
             size += len(data)
             if size >= _BATCH_BYTES:
                 yield texts, size
                 texts, size = [], 0
         if next(expected, None) is not None:
-            raise _changed(path)
+            raise _changed(part)
     if texts:
         yield texts, size
 
 
-def _changed(path: Path) -> PrepError:
-    return PrepError(f"{path} changed while the build was running; run the build again")
+def _changed(part: ShardPart) -> PrepError:
+    Path(part.scan.table).unlink(missing_ok=True)  # the next run scans the file again
+    return PrepError(f"{part.file.path} changed while the build was running; run the build again")

@@ -16,7 +16,7 @@ from data_prep.shards import (
     ShardReader,
     load_manifest,
 )
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 _COLOURS = ("\033[36m", "\033[33m")  # neighbouring documents alternate
 _RESET = "\033[0m"
@@ -59,7 +59,7 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
     total = sum(entry.rows for entry in entries)
     if not 0 <= row < total:
         raise PrepError(f"--row {row}: split {split!r} has rows 0 to {total - 1}")
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
     local = row
     for entry in entries:
         if local < entry.rows:

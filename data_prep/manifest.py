@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ class Manifest(_Model):
 
     @property
     def tokenizer_path(self) -> Path:
-        """Absolute path of the tokenizer's file (sentencepiece) or folder (huggingface)."""
+        """Absolute path of the tokenizer's file: a ``.model``, or a ``tokenizer.json``."""
         return self._root / self.tokenizer.path
 
     def shards(self, split: str) -> list[ShardEntry]:
@@ -202,14 +203,21 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     return manifest
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` for a file in the making, which no other process uses.
+
+    It carries host and process: jobs on several nodes may write into one folder.
+    """
+    return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` is either absent, the old file, or complete.
 
-    A temporary file beside it is synced and renamed; the name carries the process id, so two
-    writers never share one.
+    A temporary file beside it is synced and renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -48,11 +48,15 @@ class ConcatPacker:
 
     def add(self, ids: list[int]) -> Iterator[Block]:
         """Append one document (ids without bos and eos); yields the blocks that it completes."""
+        yield from self.add_tokens(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
+
+    def add_tokens(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document as it is stored, with bos and eos."""
         self._starts.append(self._length)
-        self._parts.append(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
+        self._parts.append(tokens)
         self.docs += 1
-        self.tokens += len(ids) + 2
-        self._length += len(ids) + 2
+        self.tokens += len(tokens)
+        self._length += len(tokens)
         if self._length > self.block_rows * self.seq_len:
             yield from self._full_blocks()
 
@@ -132,7 +136,10 @@ class BestFitPacker:
 
     def add(self, ids: list[int]) -> Iterator[Block]:
         """Append one document (ids without bos and eos); yields the blocks that it completes."""
-        tokens = np.array([self.bos_id, *ids, self.eos_id], self.dtype)
+        yield from self.add_tokens(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
+
+    def add_tokens(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document as it is stored, with bos and eos."""
         for first in range(0, len(tokens) - 1, self.row_tokens - 1):
             # Its own copy: a short rest must not keep a long document in memory.
             piece = _Piece(self.docs, first > 0, tokens[first : first + self.row_tokens].copy())

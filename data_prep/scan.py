@@ -1,42 +1,78 @@
-"""First pass over the corpus: hash every text, and decide from hashes alone what goes where.
+"""First pass over the corpus: per text its hash, its size and the filters' verdict.
 
-Duplicates, the validation split and the cut into shards are decided here, before anything is
-tokenized: so each shard is a list of records, independent of every other shard, of the number of
-workers, and of what was killed before. Reading twice costs little: tokenizing is 95 % of the work.
+Results lie in ``OUT/_work/scan``, one table a file; unchanged files are never read again. Jobs of
+an array share the pass without waiting for each other: each starts with files of its own and then
+takes whatever nobody has finished. A file that two jobs scan at once comes out the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import zipfile
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from data_prep.errors import PrepError
+from data_prep.files import file_size, file_stamp
+from data_prep.filters import TextFilters
 from data_prep.parallel import Tick, run_tasks
 from data_prep.progress import Progress, say
-from data_prep.readers import Malformed, read_documents
-from data_prep.shards import write_atomic
+from data_prep.readers import Fields, Malformed, read_documents
+from data_prep.shards import temporary_path, write_atomic
 
-_EXAMPLES = 5  # malformed records of a file that are quoted
-_SPLIT_RESOLUTION = 1_000_000
+_QUOTED = 5  # malformed records that are printed; the log has more
+_LOGGED = 1_000  # malformed records of a file that are logged
+_CHUNK_ROWS = 1 << 14
 _TICK_BYTES = 1 << 20
+
+SCAN_ROW = np.dtype(
+    [
+        ("hash", "<u8", 2),  # xxh3-128 of the UTF-8 bytes: high, low
+        ("size", "<i8"),  # UTF-8 bytes
+        ("record", "<i8"),
+        ("offset", "<i8"),  # see Document.offset
+        ("drop", "u1"),  # TextFilters.judge
+    ]
+)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source, and how its documents are found."""
+
+    path: str
+    source: str
+    fields: Fields
 
 
 @dataclass(frozen=True)
 class FileScan:
-    """What one file holds: per good record its number, hash [n, 2] uint64 and UTF-8 bytes."""
+    """What one file holds; ``rows()`` has an entry per good record."""
 
-    records: np.ndarray
-    hashes: np.ndarray
-    sizes: np.ndarray
+    table: str
+    documents: int
     malformed: int
-    examples: list[str] = field(default_factory=list)
+    examples: list[str]
     """The first malformed records: "file:line: reason"."""
+    digest: str
+    """xxh3-128 over the hashes and verdicts in order."""
+
+    def rows(self) -> np.ndarray:
+        """SCAN_ROW per good record, mapped from disk."""
+        if not self.documents:
+            return np.empty(0, SCAN_ROW)
+        return np.memmap(self.table, SCAN_ROW, "r", shape=(self.documents,))
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """All that a worker needs to scan one file."""
+
+    file: InputFile
+    filters: TextFilters
+    note: Path
 
 
 def text_hash(data: bytes) -> tuple[int, int]:
@@ -45,175 +81,133 @@ def text_hash(data: bytes) -> tuple[int, int]:
     return value >> 64, value & (1 << 64) - 1
 
 
-def scan_file(task: tuple[Path, str], tick: Tick) -> FileScan:
-    """Read one file; ``task`` is (path, text field)."""
-    path, text_field = task
-    records, hashes, sizes, examples = [], [], [], []
-    malformed = unticked = 0
-    for item in read_documents(path, text_field):
-        if isinstance(item, Malformed):
-            malformed += 1
-            if len(examples) < _EXAMPLES:
-                examples.append(f"{item.where}: {item.reason}")
-            continue
-        data = item.text.encode("utf-8", "surrogatepass")
-        records.append(item.record)
-        hashes.append(text_hash(data))
-        sizes.append(len(data))
-        unticked += len(data)
-        if unticked >= _TICK_BYTES:
-            tick(unticked)
-            unticked = 0
+def scan_file(task: ScanTask, tick: Tick) -> FileScan:
+    """Read one file and store what it holds, unless another job did so meanwhile."""
+    stored = load_scan(task.note)
+    if stored is not None:
+        return stored
+    path = task.file.path
+    table = task.note.with_suffix(".scan")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(table)
+    digest, examples, held = xxhash.xxh3_128(), [], []
+    documents = malformed = unticked = 0
+    try:
+        with open(temporary, "wb") as file:
+
+            def flush() -> None:
+                rows = np.array(held, SCAN_ROW)
+                digest.update(np.ascontiguousarray(rows["hash"]))
+                digest.update(np.ascontiguousarray(rows["drop"]))
+                file.write(rows.tobytes())
+                held.clear()
+
+            for item in read_documents(path, task.file.fields):
+                if isinstance(item, Malformed):
+                    malformed += 1
+                    if len(examples) < _LOGGED:
+                        examples.append(f"{item.where}: {item.reason}")
+                    continue
+                data = item.text.encode("utf-8", "surrogatepass")
+                verdict = _judge(task.filters, path, item)
+                held.append((text_hash(data), len(data), item.record, item.offset, verdict))
+                documents += 1
+                if len(held) >= _CHUNK_ROWS:
+                    flush()
+                unticked += len(data)
+                if unticked >= _TICK_BYTES:
+                    tick(unticked)
+                    unticked = 0
+            flush()
+        temporary.replace(table)
+    finally:
+        temporary.unlink(missing_ok=True)
     tick(unticked)
-    return FileScan(
-        np.array(records, np.int64),
-        np.array(hashes, np.uint64).reshape(-1, 2),
-        np.array(sizes, np.int64),
-        malformed,
-        examples,
-    )
+    scan = FileScan(str(table), documents, malformed, examples, digest.hexdigest())
+    fields = {key: value for key, value in asdict(scan).items() if key != "table"}
+    write_atomic(task.note, json.dumps(fields).encode() + b"\n")
+    return scan
 
 
-def file_stamp(path: Path) -> list:
-    """What tells cheaply that a file is unchanged: path, size, modification time."""
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def _judge(filters: TextFilters, path: str, item) -> int:
+    try:
+        return filters.judge(item.text)
+    except Exception as error:
+        if not filters.functions:
+            raise
+        raise PrepError(
+            f"a function of --filter-functions failed on {path}, record {item.record + 1}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
-def scan_files(paths: list[Path], text_field: str, work: Path, workers: int) -> list[FileScan]:
-    """Scan all files, keeping results under ``work`` so that a rerun reads unchanged files never.
+def load_scan(note: Path) -> FileScan | None:
+    """A stored scan by the path of its note; None where it is absent or not whole."""
+    table = note.with_suffix(".scan")
+    try:
+        scan = FileScan(str(table), **json.loads(note.read_bytes()))
+        whole = table.stat().st_size == scan.documents * SCAN_ROW.itemsize
+    except (OSError, ValueError, TypeError):
+        return None
+    return scan if whole else None
+
+
+def scan_note(file: InputFile, stamp: list, filters: TextFilters, work: Path) -> Path:
+    """Where the scan of a file is noted: its name depends on all that the scan depends on."""
+    key = repr([stamp, file.fields, filters.settings()])
+    return work / "scan" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"
+
+
+def scan_files(
+    files: list[InputFile],
+    filters: TextFilters,
+    work: Path,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+) -> list[FileScan]:
+    """Scan all files, starting with this job's; ``share`` is (number of this job, of jobs).
 
     Raises:
         PrepError: a file cannot be read.
     """
-    cached, todo = {}, []
-    for path in paths:
-        stored = _load_scan(_scan_path(path, text_field, work))
-        if stored is None:
-            todo.append(path)
-        else:
-            cached[path] = stored
-    tasks = [(path, text_field) for path in todo]
-    with Progress("scan", sum(path.stat().st_size for path in todo)) as progress:
-        for number, scan in run_tasks(scan_file, tasks, workers, progress):
-            cached[todo[number]] = scan
-            _store_scan(_scan_path(todo[number], text_field, work), scan)
-    return [cached[path] for path in paths]
+    notes = [scan_note(file, file_stamp(file.path), filters, work) for file in files]
+    scans = [load_scan(note) for note in notes]
+    todo = [n for n in _order(len(files), share) if scans[n] is None]
+    with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
+        tasks = [ScanTask(files[n], filters, notes[n]) for n in todo]
+        for place, scan in run_tasks(scan_file, tasks, workers, progress):
+            scans[todo[place]] = scan
+    return scans
 
 
-def _scan_path(path: Path, text_field: str, work: Path) -> Path:
-    key = xxhash.xxh3_128_hexdigest(repr([*file_stamp(path), text_field]).encode())
-    return work / "scan" / f"{key}.npz"
+def _order(count: int, share: tuple[int, int]) -> list[int]:
+    """Own files first; then the others', backwards and from a place of one's own."""
+    task, tasks = share
+    others = [number for number in range(count - 1, -1, -1) if number % tasks != task]
+    turn = len(others) * task // tasks
+    return [*range(task, count, tasks), *others[turn:], *others[:turn]]
 
 
-def _store_scan(path: Path, scan: FileScan) -> None:
-    buffer = io.BytesIO()
-    examples = np.array([example.encode() for example in scan.examples], dtype=np.bytes_)
-    np.savez(
-        buffer,
-        records=scan.records,
-        hashes=scan.hashes,
-        sizes=scan.sizes,
-        malformed=scan.malformed,
-        examples=examples,
-    )
-    write_atomic(path, buffer.getvalue())
-
-
-def _load_scan(path: Path) -> FileScan | None:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            examples = [bytes(example).decode() for example in stored["examples"]]
-            arrays = (stored[name] for name in ("records", "hashes", "sizes"))
-            return FileScan(*arrays, int(stored["malformed"]), examples)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None  # absent, or left behind damaged: scan again
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """The records of one shard: per file (index into the file list) its records and hashes."""
-
-    split: str
-    number: int
-    bytes_in: int
-    parts: list[tuple[int, np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class CorpusPlan:
-    """All shards, and what was left out and why."""
-
-    shards: list[ShardPlan]
-    documents_read: int
-    dropped: dict[str, int]
-    digest: str
-    """SHA-256 over the hashes of all documents in order: the identity of the corpus."""
-
-
-def plan_shards(scans: list[FileScan], valid_fraction: float, shard_bytes: int) -> CorpusPlan:
-    """Drop empty and repeated texts (the first in input order stays), split, and cut into shards.
-
-    Args:
-        scans: per file, in input order.
-        valid_fraction: a text is for validation when its hash says so: the choice does not move
-            when other documents come or go.
-        shard_bytes: a shard holds about this much text.
-    """
-    hashes = np.concatenate([scan.hashes for scan in scans])
-    sizes = np.concatenate([scan.sizes for scan in scans])
-    records = np.concatenate([scan.records for scan in scans])
-    files = np.repeat(np.arange(len(scans)), [len(scan.records) for scan in scans])
-
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal texts stay in input order
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:]] = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-    empty = sizes == 0
-    kept = ~repeated & ~empty
-
-    valid = hashes[:, 1] % np.uint64(_SPLIT_RESOLUTION) < round(valid_fraction * _SPLIT_RESOLUTION)
-    shards = []
-    for split, mine in (("train", kept & ~valid), ("valid", kept & valid)):
-        chosen = np.flatnonzero(mine)
-        before = np.cumsum(sizes[chosen]) - sizes[chosen]
-        _, number = np.unique(before // shard_bytes, return_inverse=True)
-        for shard in range(int(number[-1]) + 1 if len(number) else 0):
-            rows = chosen[number == shard]
-            parts = [
-                (int(file), records[rows[files[rows] == file]], hashes[rows[files[rows] == file]])
-                for file in np.unique(files[rows])
-            ]
-            shards.append(ShardPlan(split, shard, int(sizes[rows].sum()), parts))
-    return CorpusPlan(
-        shards,
-        documents_read=len(records),
-        dropped={
-            "duplicate": int((repeated & ~empty).sum()),
-            "empty": int(empty.sum()),
-            "malformed": sum(scan.malformed for scan in scans),
-        },
-        digest=hashlib.sha256(hashes.tobytes()).hexdigest(),
-    )
-
-
-def report_malformed(scans: list[FileScan], max_share: float) -> None:
-    """Print the first malformed records of every file; refuse a corpus with too many.
+def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None:
+    """Log malformed records, print the first; refuse a corpus with too many.
 
     Raises:
         PrepError: more than ``max_share`` of the records are malformed, or none is good.
     """
     bad = sum(scan.malformed for scan in scans)
-    good = sum(len(scan.records) for scan in scans)
+    good = sum(scan.documents for scan in scans)
     examples = [example for scan in scans for example in scan.examples]
     if not good and not bad:
         raise PrepError("--input: no document in these files")
+    if examples:
+        write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
     if bad > max_share * (good + bad):
-        quoted = "; ".join(examples[:_EXAMPLES])
+        quoted = "; ".join(examples[:_QUOTED])
         raise PrepError(
             f"{bad} of {good + bad} records are malformed, more than --max-bad-share {max_share}: "
             f"{quoted}; repair them, set --text-field, or raise --max-bad-share"
         )
-    for example in examples:
+    for example in examples[:_QUOTED]:
         say(f"malformed, skipped: {example}")
-    if bad > len(examples):
-        say(f"malformed, skipped: {bad - len(examples)} more")
+    if bad > _QUOTED:
+        say(f"malformed, skipped: {bad - _QUOTED} more; see {log}")

@@ -43,6 +43,7 @@ from data_prep.manifest import (
     SplitEntry,
     TokenizerEntry,
     load_manifest,
+    temporary_path,
     write_atomic,
     write_manifest,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "load_manifest",
     "parse_block",
     "row_masks",
+    "temporary_path",
     "token_dtype",
     "write_atomic",
     "write_manifest",
@@ -239,7 +241,7 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+        self._temporary = temporary_path(path)
         self._file = open(self._temporary, "wb")
         self._hashing = _HashingFile(self._file)
         self._entries: list[tuple[int, int, int, int, int, int, int]] = []

@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.cli import main
-from data_prep.shards import CONTINUATION, PADDING, POSITION_MASK, ShardReader, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.shards import (
+    CONTINUATION,
+    NO_DOCUMENT,
+    PADDING,
+    POSITION_MASK,
+    ShardReader,
+    load_manifest,
+)
+from data_prep.tokenizer import load_tokenizer
 
 
 def make_texts(count: int = 120, seed: int = 0) -> list[str]:
@@ -45,27 +52,55 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
     return {name.as_posix(): p.read_bytes() for name, p in relative if name.parts[0] != "_work"}
 
 
-def documents_of(out, split) -> list[str]:
+def documents_of(out, split, source=None) -> list[str]:
     """The texts that a split's shards hold, put together again from rows."""
     manifest = load_manifest(out)
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    join = {"concat": _stream_of_rows, "best_fit": _documents_of_pieces}[manifest.packing]
     found = []
     for entry in manifest.shards(split):
-        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
-        stream = []
-        for number in range(entry.rows):
-            tokens = np.empty(manifest.row_tokens, reader.dtype)
-            segments = reader.row(number, tokens)
-            end = manifest.row_tokens
-            if segments[-1] & PADDING:
-                end = int(segments[-1] & POSITION_MASK)
-            assert number == 0 or tokens[0] == stream[-1]
-            starts_here = not segments[0] & CONTINUATION
-            assert (tokens[0] == manifest.bos_id) == starts_here
-            stream += tokens[0 if number == 0 else 1 : end].tolist()
-        text: list[int] = []
-        for token in stream:
-            if token == manifest.eos_id:
-                found.append(tokenizer.decode(text))
-            text = [] if token == manifest.bos_id else [*text, token]
+        if source is None or entry.path.split("/")[0] == source:
+            for ids in join(manifest, entry):
+                assert ids[0] == manifest.bos_id and ids[-1] == manifest.eos_id
+                found.append(tokenizer.decode(ids[1:-1]))
     return found
+
+
+def _stream_of_rows(manifest, entry) -> list[list[int]]:
+    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    stream = []
+    for number in range(entry.rows):
+        tokens = np.empty(manifest.row_tokens, reader.dtype)
+        segments = reader.row(number, tokens)
+        end = manifest.row_tokens
+        if segments[-1] & PADDING:
+            end = int(segments[-1] & POSITION_MASK)
+        assert number == 0 or tokens[0] == stream[-1]
+        starts_here = not segments[0] & CONTINUATION
+        assert (tokens[0] == manifest.bos_id) == starts_here
+        stream += tokens[0 if number == 0 else 1 : end].tolist()
+    found: list[list[int]] = []
+    for token in stream:
+        if token == manifest.bos_id:
+            found.append([])
+        found[-1].append(token)
+    return found
+
+
+def _documents_of_pieces(manifest, entry) -> list[list[int]]:
+    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    pieces: dict[int, list[int]] = {}
+    for number in range(reader.num_blocks):
+        block = reader.block(number)
+        for row, tokens in enumerate(block.tokens.tolist()):
+            mine = range(block.offsets[row], block.offsets[row + 1])
+            starts = [int(block.segments[i] & POSITION_MASK) for i in mine] + [len(tokens)]
+            for i, start, end in zip(mine, starts[:-1], starts[1:], strict=True):
+                if block.documents[i] == NO_DOCUMENT:
+                    assert block.segments[i] & PADDING
+                    continue
+                known = pieces.setdefault(int(block.documents[i]), [])
+                assert bool(block.segments[i] & CONTINUATION) == bool(known)
+                assert not known or known[-1] == tokens[start]
+                known += tokens[start + bool(known) : end]
+    return [pieces[number] for number in sorted(pieces)]

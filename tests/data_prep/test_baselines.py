@@ -9,7 +9,7 @@ import pytest
 import data_prep.baselines
 from data_prep.baselines import count_pairs, evaluate_models
 from data_prep.shards import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import load_tokenizer
 from tests.data_prep.helpers import documents_of, run
 
 
@@ -87,7 +87,7 @@ def test_command_counts_exactly_the_targets_of_the_loss(shards, tmp_path, capsys
     assert run("baselines", shards, "--out", file) == 0
     result = json.loads(file.read_text())
     manifest = load_manifest(shards)
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
 
     def pairs(split):
         for ids in tokenizer.encode(documents_of(shards, split)):

@@ -1,6 +1,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,8 @@ import pytest
 import zstandard
 
 from data_prep.errors import PrepError
-from data_prep.readers import Document, Malformed, expand_inputs, read_documents
+from data_prep.files import expand_inputs
+from data_prep.readers import Document, Fields, Malformed, read_documents
 
 TEXTS = ["one\nline", "", "zwei ü", "  three "]
 
@@ -37,7 +39,7 @@ def test_jsonl_plain_gz_zst_agree(tmp_path):
 def test_parquet_with_other_column_and_null(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [7, 8, 9], "body": ["x", None, "y"]}), path)
-    items = list(read_documents(path, "body"))
+    items = list(read_documents(path, Fields("body")))
     assert items[0] == Document(0, "7", "x")
     assert isinstance(items[1], Malformed) and items[1].where == f"{path}:2"
     with pytest.raises(PrepError, match=r"no column 'text'.*body"):
@@ -90,11 +92,11 @@ def test_expand_folders_globs_and_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "SOURCE.json").write_text("{}")
-    names = [p.relative_to(tmp_path).as_posix() for p in expand_inputs([str(tmp_path)])]
+    names = [Path(p).relative_to(tmp_path).as_posix() for p in expand_inputs([str(tmp_path)])]
     assert names == ["a.txt", "b/1.jsonl.gz", "b/2.jsonl"]
     twice = expand_inputs([str(tmp_path / "**/*.jsonl"), str(tmp_path / "b/2.jsonl")])
-    assert twice == [tmp_path / "b/2.jsonl"]
-    assert expand_inputs([str(tmp_path / "*.log")]) == [tmp_path / "c.log"]
+    assert twice == [str(tmp_path / "b/2.jsonl")]
+    assert expand_inputs([str(tmp_path / "*.log")]) == [str(tmp_path / "c.log")]
 
 
 def test_expand_refuses_nothing(tmp_path):

@@ -1,7 +1,9 @@
 import pytest
 
 from data_prep.errors import PrepError
-from data_prep.tokenizer import Tokenizer, sample_texts
+from data_prep.readers import Fields
+from data_prep.tokenizer import SentencePieceTokenizer as Tokenizer
+from data_prep.tokenizer_training import sample_texts
 from tests.data_prep.helpers import make_texts, run, write_jsonl
 
 
@@ -104,7 +106,7 @@ def test_sample_is_bounded_and_independent_of_order(tmp_path):
     forward = write_jsonl(tmp_path / "a.jsonl", texts)
     backward = write_jsonl(tmp_path / "b.jsonl", texts[::-1])
     limit = sum(len(t.encode()) for t in texts) // 3
-    sample, documents, total = sample_texts([forward], "text", limit)
-    assert sample == sample_texts([backward], "text", limit)[0]
+    sample, documents, total = sample_texts([str(forward)], Fields(), limit)
+    assert sample == sample_texts([str(backward)], Fields(), limit)[0]
     assert documents == 200 and total > 2 * limit
     assert limit // 2 < sum(len(t.encode()) for t in sample) <= limit

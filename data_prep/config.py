@@ -1,0 +1,180 @@
+"""Settings of a build: the keys of ``prep.yaml`` and the flags of the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_prep.filters import TextFilters
+from data_prep.readers import Fields, TextSplit
+
+
+class SourceConfig(BaseModel):
+    """One named corpus among ``sources``."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """A folder in OUT; blends of the trainer name it."""
+    input: list[str] = Field(min_length=1)
+    """Files, folders, quoted globs or URLs."""
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet, arrow) of the text."""
+    id_field: str = "id"
+    """Field or column of the document's name, for messages."""
+    text_split: TextSplit = "file"
+    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
+    licence: str = ""
+    """Note for the manifest, beside what SOURCE.json in the inputs' folders says."""
+    origin: str = ""
+    """Note for the manifest: where the corpus comes from."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "tokenizer":
+            raise ValueError("must be letters, digits, '.', '_', '-' and not 'tokenizer'")
+        return value
+
+    @property
+    def fields(self) -> Fields:
+        """Where readers find the documents."""
+        return Fields(self.text_field, self.id_field, self.text_split)
+
+
+class BuildConfig(BaseModel):
+    """Settings of a build: keys of ``prep.yaml`` and flags of the command line alike."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    input: list[str] = Field(default_factory=list)
+    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
+    tokenizer: str
+    """Folder of a tokenizer (`xlstm-data tokenizer`), or a SentencePiece .model file."""
+    out: str
+    """Folder for the shards."""
+    seq_len: int = Field(256, ge=2)
+    """Context length: a row holds seq_len + 1 tokens."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Rows as one chopped stream, or documents kept whole and rows filled up with padding."""
+    valid_fraction: float = Field(0.01, ge=0.0, le=0.5)
+    """Share of the documents for validation, chosen by the hash of the text."""
+    source: str = "corpus"
+    """Name of the corpus: a folder in OUT."""
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet, arrow) of the text."""
+    id_field: str = "id"
+    """Field or column of the document's name, for messages."""
+    text_split: TextSplit = "file"
+    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
+    licence: str = ""
+    """Note for the manifest, beside what SOURCE.json in the inputs' folders says."""
+    origin: str = ""
+    """Note for the manifest: where the corpus comes from."""
+    sources: list[SourceConfig] = Field(default_factory=list)
+    """Several corpora (in prep.yaml, instead of input): name, input, text_field, licence, ..."""
+    min_chars: int = Field(0, ge=0)
+    """Drop shorter texts."""
+    max_chars: int = Field(0, ge=0)
+    """Drop longer texts; 0: no limit."""
+    min_letter_share: float = Field(0.0, ge=0.0, le=1.0)
+    """Drop texts with fewer letters among their visible characters."""
+    max_repeated_line_share: float = Field(1.0, ge=0.0, le=1.0)
+    """Drop texts in which more of the lines repeat an earlier one."""
+    max_mean_word_chars: float = Field(0.0, ge=0.0)
+    """Drop texts whose words are longer on average; 0: no limit."""
+    filter_functions: list[str] = Field(default_factory=list)
+    """Functions of your own, module:function, that say whether a text is kept."""
+    allow_functions: bool = False
+    """Run the code that filter_functions names."""
+    shard_mb: float = Field(64.0, gt=0)
+    """Megabytes of text per shard, the unit of parallel work and of redoing."""
+    max_bad_share: float = Field(0.1, ge=0.0, le=1.0)
+    """Share of malformed records above which the build refuses the corpus."""
+    workers: int = Field(0, ge=0)
+    """Processes; 0 takes every core that the job may use. Does not change the output."""
+    task: int | None = None
+    """This job's number among `tasks`, from 0; default: its place in the Slurm array."""
+    tasks: int | None = Field(None, ge=1)
+    """Jobs that share the build; each writes its shards, then `merge OUT` the manifest."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("source")
+    @classmethod
+    def _usable_name(cls, value: str) -> str:
+        return SourceConfig._usable_name(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BuildConfig:
+        problems = []
+        if bool(self.input) == bool(self.sources):
+            problems.append("give either input or sources")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            problems.append(f"sources: the names {', '.join(names)} must differ")
+        if self.filter_functions and not self.allow_functions:
+            problems.append(
+                f"filter_functions={self.filter_functions} would run code of yours; allow it with "
+                "--allow-functions"
+            )
+        if (self.task is None) != (self.tasks is None) and self.tasks != 1:
+            problems.append("task and tasks belong together")
+        if self.task is not None and not 0 <= self.task < (self.tasks or 1):
+            problems.append(f"task={self.task} must lie between 0 and tasks - 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def all_sources(self) -> list[SourceConfig]:
+        """``sources``, or the one that the plain keys describe."""
+        if self.sources:
+            return self.sources
+        names = ("input", "text_field", "id_field", "text_split", "licence", "origin")
+        return [SourceConfig(name=self.source, **{key: getattr(self, key) for key in names})]
+
+    def filters(self) -> TextFilters:
+        """The rules for leaving texts out."""
+        names = ("min_chars", "max_chars", "min_letter_share", "max_repeated_line_share")
+        rules = {name: getattr(self, name) for name in (*names, "max_mean_word_chars")}
+        return TextFilters(**rules, functions=tuple(self.filter_functions))
+
+    def settings(self) -> dict[str, Any]:
+        """What the contents of the shards depend on, besides corpus and tokenizer."""
+        names = ("seq_len", "packing", "valid_fraction", "shard_mb")
+        sources = {
+            source.name: f"{source.text_field!r} of {source.text_split}"
+            for source in self.all_sources()
+        }
+        chosen = {name: getattr(self, name) for name in names}
+        return {**chosen, "sources": sources, "filters": self.filters().settings()}
+
+    def share(self) -> tuple[int, int]:
+        """(number of this job, number of jobs): from the keys, else from the Slurm array.
+
+        Raises:
+            ValueError: an array whose numbers have gaps.
+        """
+        if self.tasks is not None:
+            return self.task or 0, self.tasks
+        if "SLURM_ARRAY_TASK_ID" not in os.environ:
+            return 0, 1
+        number, count = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "COUNT"))
+        first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("MIN", "MAX"))
+        if last - first + 1 != count:
+            raise ValueError(
+                f"a Slurm array of {count} tasks numbered {first} to {last} has gaps; number it "
+                "without, or give --task and --tasks to do the share of one task again"
+            )
+        return number - first, count
