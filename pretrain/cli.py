@@ -85,7 +85,9 @@ def _build_parser() -> argparse.ArgumentParser:
     show = add("show", "print what a checkpoint holds")
     show.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder")
 
-    generate = add("generate", "continue a text with a trained model")
+    generate = add(
+        "generate", "continue a text with a trained model; under torchrun, tensor parallel"
+    )
     generate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
     generate.add_argument(
         "--prompt",
@@ -103,6 +105,9 @@ def _build_parser() -> argparse.ArgumentParser:
         "--top-k", type=int, default=50, metavar="K", help="sample among K tokens; 0 for all"
     )
     generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    generate.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations"
+    )
     generate.add_argument("--out", metavar="FILE", help="also write the text to this file")
 
     evaluate = add("evaluate", "loss of a checkpoint on a validation split")
@@ -172,6 +177,7 @@ def _generate(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         seed=options.seed,
+        precision=options.precision,
         out=options.out,
     )
 

@@ -1,12 +1,17 @@
-"""Validation loss of a checkpoint, in one process, whatever layout trained it."""
+"""Validation loss of a checkpoint, whatever layout trained it.
+
+In one process, or tensor parallel over all processes of torchrun.
+"""
 
 import math
+import os
 
 import torch
 
 from pretrain.checkpoint import check_same, read_manifest, resolve
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader, open_valid
+from pretrain.generate import check_split
 from xlstm_mcore import cpu_runtime
 from xlstm_mcore.build import load_model
 
@@ -25,6 +30,8 @@ def main(checkpoint: str, config: RunConfig) -> int:
         UserError: no checkpoint, no data, or the data were made with another tokenizer.
     """
     found = evaluate(checkpoint, config)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     for name, (loss, tokens) in found.items():
         print(
             f"{resolve(checkpoint)}{f', {name}' if name else ''}: {loss:.4f} nats per token, "
@@ -45,6 +52,7 @@ def evaluate(checkpoint: str, config: RunConfig) -> dict[str, tuple[float, int]]
     for dataset in sets.values():
         now = {"tokenizer": {"sha256": dataset.manifest.tokenizer_sha256}}
         check_same(saved, now, ("tokenizer.sha256",), path=path)
+    check_split(path)
     model, _ = load_model(path)
     return {name: _loss(model, dataset, config) for name, dataset in sets.items()}
 

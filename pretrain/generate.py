@@ -1,13 +1,15 @@
 """Text from a checkpoint, with the state of every layer carried from token to token."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint import CheckpointError, read_manifest, resolve
-from xlstm_mcore.build import load_model
+from pretrain.config import config_from_dict
+from xlstm_mcore.build import gather_vocabulary, load_model
 from xlstm_mcore.model import XLSTMModel
 
 
@@ -19,9 +21,12 @@ def main(
     temperature: float = 0.8,
     top_k: int = 40,
     seed: int = 0,
+    precision: str = "fp32",
     out: str | None = None,
 ) -> int:
     """Continue prompts and print the texts.
+
+    In one process, or tensor parallel over all processes of torchrun; the texts are the same.
 
     Args:
         checkpoint: a checkpoint or a run folder.
@@ -30,15 +35,21 @@ def main(
         temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
         top_k: sample among the k likeliest tokens; 0 for all.
         seed: seed of the sampling.
+        precision: "fp32" or "bf16", of weights and activations.
         out: file to write the texts to as well.
 
     Returns:
         0.
+
+    Raises:
+        UserError: no checkpoint, or its model does not split over the processes.
     """
     from sentencepiece import SentencePieceProcessor
 
     path = resolve(checkpoint)
-    model, _ = load_model(path)
+    check_split(path)
+    model, _ = load_model(path, precision=precision)
+    main_process = model.tp_group.rank() == 0
     tokenizer_path = Path(read_manifest(path).state["tokenizer"]["path"])
     if not tokenizer_path.is_file():
         raise CheckpointError(
@@ -61,10 +72,24 @@ def main(
             rng=rng,
         )
         texts.append(start + tokenizer.decode(added))
-        print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
-    if out is not None:
+        if main_process:
+            print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
+    if main_process and out is not None:
         Path(out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
     return 0
+
+
+def check_split(path: Path) -> None:
+    """Whether a checkpoint's model splits over the processes that torchrun started.
+
+    Raises ConfigError with the numbers of processes that would work.
+    """
+    tensor = int(os.environ.get("WORLD_SIZE", "1"))
+    if tensor > 1:
+        saved = read_manifest(path).config
+        model = {**saved["model"], "pattern": saved["model"]["pattern"].replace("|", "")}
+        layout = {"tensor": tensor}
+        config_from_dict({**saved, "model": model, "layout": layout}, f"{tensor} processes")
 
 
 @torch.no_grad()
@@ -85,7 +110,7 @@ def generate(
     since a layer's past is its state.
 
     Args:
-        model: a whole model in one process.
+        model: a whole model, in one process or tensor parallel; all ranks return the same.
         tokens: the prompt, at least one token.
         max_new_tokens: how many to add at most.
         temperature: 0 for the likeliest token.
@@ -99,7 +124,8 @@ def generate(
     added: list[int] = []
     window = torch.tensor([tokens], device=device)
     for _ in range(max_new_tokens):
-        logits = model(window, cache=cache)[0, -1, :limit].float().cpu()
+        last = model(window, cache=cache, last_only=True)[0, -1]
+        logits = gather_vocabulary(model, last)[:limit].float().cpu()
         token = _pick(logits, temperature, top_k, rng)
         if token == end:
             break

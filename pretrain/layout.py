@@ -110,16 +110,11 @@ def start(config: Any) -> Layout:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(config, world_size)
     cpu_runtime.activate()
-    backend = "gloo"
-    options: dict[str, Any] = {}
-    if not cpu_runtime.needed():
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        options["device_id"] = cpu_runtime.device()
+    options = cpu_runtime.process_group_options()
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Longer than any checkpoint: a rank that waits for another's disk must not give up first.
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), **options)
+    dist.init_process_group(timeout=datetime.timedelta(minutes=30), **options)
     shape = config.layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=shape.tensor,
@@ -132,7 +127,7 @@ def start(config: Any) -> Layout:
         rank=dist.get_rank(),
         world_size=world_size,
         device=cpu_runtime.device(),
-        backend=backend,
+        backend=options["backend"],
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
     layout.seed_step(config.run.seed, 0)

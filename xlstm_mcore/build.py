@@ -1,10 +1,11 @@
 """From a configuration to model chunks, on any layout or in one process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -105,8 +106,29 @@ def single_process_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def inference_groups() -> ProcessGroupCollection:
+    """Process groups for running a trained model: all processes of the launcher share its heads.
+
+    Under torchrun (WORLD_SIZE above 1) the tensor-parallel size is the number of processes;
+    without a launcher this is :func:`single_process_groups`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return single_process_groups()
+    cpu_runtime.activate()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(**cpu_runtime.process_group_options())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            torch.distributed.get_world_size(), create_gloo_process_groups=False
+        )
+        mcore_compat.seed_parallel(0)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel, XLSTMConfig]:
-    """The model of a checkpoint in this one process, weights only, in evaluation mode.
+    """The model of a checkpoint, weights only, in evaluation mode.
+
+    In one process, or tensor parallel over all processes of a launcher (`inference_groups`).
 
     Args:
         path: a checkpoint, or a run folder (then its newest complete checkpoint).
@@ -115,11 +137,11 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
     Raises:
         CheckpointFormatError: no complete checkpoint, or it holds another model.
     """
-    groups = single_process_groups()
+    groups = inference_groups()
     with CheckpointReader(resolve(path)) as reader:
         section = dict(reader.manifest.config["model"])
-        section["pattern"] = section["pattern"].replace("|", "")  # one process has one stage
-        config = make_config(section, precision=precision)
+        section["pattern"] = section["pattern"].replace("|", "")  # there is one stage
+        config = make_config(section, precision=precision, tensor=groups.tp.size())
         (model,) = build_model(config, groups, seed=0)
         for _, parameter, pieces in named_pieces(model):
             for piece in pieces:
@@ -130,6 +152,12 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
 
 @torch.no_grad()
 def model_logits(model: XLSTMModel, tokens: Tensor) -> Tensor:
-    """Logits ``[b, s, vocab]`` (fp32) of int64 ``tokens [b, s]`` in one process."""
+    """Logits ``[b, s, vocab]`` (fp32) of int64 ``tokens [b, s]``, the same on every rank."""
     model.eval()
-    return model(tokens.to(cpu_runtime.device()))
+    return gather_vocabulary(model, model(tokens.to(cpu_runtime.device())))
+
+
+def gather_vocabulary(model: XLSTMModel, logits: Tensor) -> Tensor:
+    """Whole rows ``[..., vocab]`` from every tensor-parallel rank's ``[..., vocab/tp]``."""
+    group = model.tp_group
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)

@@ -21,6 +21,7 @@ interleaved stages gloo pairs the wrong messages and gradients are *silently* wr
 import contextlib
 import functools
 import importlib
+import os
 import resource
 import sys
 import types
@@ -65,6 +66,14 @@ def needed() -> bool:
 def device() -> torch.device:
     """The device this process computes on: its current CUDA device, or the CPU."""
     return _CPU if needed() else torch.device("cuda", torch.cuda.current_device())
+
+
+def process_group_options() -> dict[str, Any]:
+    """Options of ``init_process_group`` for this process's device; selects the device first."""
+    if needed():
+        return {"backend": "gloo"}
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return {"backend": "nccl", "device_id": device()}
 
 
 def device_name() -> str:

@@ -133,6 +133,7 @@ class XLSTMModel(LanguageModule):
         boundaries: Tensor | None = None,
         labels: Tensor | None = None,
         cache: dict | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """One stage's forward pass.
 
@@ -141,6 +142,8 @@ class XLSTMModel(LanguageModule):
             boundaries: bool ``[b, s]``, True at the first token of a document, or None.
             labels: int64 ``[b, s]``; with labels the last stage returns losses.
             cache: layer states between calls when generating; read and updated.
+            last_only: logits of the last position alone, ``[b, 1, vocab/tp]``; what a long prompt
+                needs.
 
         Returns:
             Before the last stage activations ``[s(/tp), b, h]``; on the last one token losses
@@ -153,6 +156,8 @@ class XLSTMModel(LanguageModule):
         x = self.decoder(x, boundaries, cache)
         if not self.post_process:
             return x
+        if last_only:
+            x = x[-1:]
         tied_here = self.config.tie_embeddings and self.pre_process
         weight = self.shared_embedding_or_output_weight() if tied_here else None
         logits, _ = self.output_layer(x, weight=weight)

@@ -231,3 +231,36 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
                     for p in pieces
                 ]
     return loss.item(), mine
+
+
+def generate_tokens(path: str, prompt: list[int], temperature: float) -> tuple[list[int], Any]:
+    """Continue a prompt with the model of a checkpoint, tensor parallel over this call's ranks."""
+    from pretrain.generate import generate
+    from xlstm_mcore.build import load_model, model_logits
+
+    model, config = load_model(path)
+    logits = model_logits(model, torch.tensor([prompt]))
+    tokens = generate(
+        model,
+        prompt,
+        max_new_tokens=24,
+        temperature=temperature,
+        top_k=10,
+        end=-1,
+        limit=config.vocab_size,
+        rng=torch.Generator().manual_seed(5),
+    )
+    return tokens, logits
+
+
+def refused_split(path: str) -> str:
+    """The message of a checkpoint whose heads do not split over this call's ranks."""
+    from pretrain.checkpoint import resolve
+    from pretrain.errors import ConfigError
+    from pretrain.generate import check_split
+
+    try:
+        check_split(resolve(path))
+    except ConfigError as error:
+        return str(error)
+    return ""

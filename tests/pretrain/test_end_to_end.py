@@ -106,7 +106,10 @@ def test_commands_on_a_finished_run(work):
     assert "4,514,328" in python("pretrain", "show", large)
     assert "nats per token" in python("pretrain", "evaluate", large, large / "config.yaml")
     words = ["pretrain", "generate", large, "--prompt", "def ", "--max-tokens", "8"]
-    assert python(*words, "--temperature", "0") == python(*words, "--temperature", "0")
+    text = python(*words, "--temperature", "0")
+    assert text.startswith('--- prompt "def "') and "Traceback" not in text
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    assert text in run([*torchrun, *words, "--temperature", "0"])
     shards = folder / "data-stdlib" / "shards"
     python("data_prep", "verify", shards, "--full")
     assert "document" in python("data_prep", "inspect", shards, "--row", "3")
