@@ -31,6 +31,7 @@ def make_config(
     backend: str = "gloo",
     recompute: str = "none",
     recompute_full_blocks: str = "",
+    logits_mib: int = 512,
 ) -> XLSTMConfig:
     """XLSTMConfig from the ``model:`` section of a run and its layout.
 
@@ -45,6 +46,7 @@ def make_config(
         backend: communication backend, for settings that gloo needs.
         recompute: "none", "selective" or "full" (recompute.py).
         recompute_full_blocks: letters whose blocks are recomputed in full anyway.
+        logits_mib: logits of a micro-batch that take more MiB on a rank are never whole (loss.py).
     """
     dtype = PRECISION[precision]
     return XLSTMConfig(
@@ -59,6 +61,7 @@ def make_config(
         context_parallel_size=context,
         recompute=recompute,
         recompute_full_blocks=recompute_full_blocks,
+        logits_mib=logits_mib,
         # Parameters are initialised by name (init.py), never by the layers themselves.
         perform_initialization=False,
         # The loss is the mean over the global batch's unmasked tokens, however it is split.

@@ -5,6 +5,8 @@ continues from the state with the chunkwise kernels; a call of one token goes th
 kernels, which update the state in place.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,10 +44,11 @@ def run_mlstm(
     Returns:
         Hidden states ``[b, heads, s, v_dim]``.
     """
+    igate, fgate = _held_open(config, igate, fgate)
     state = None if cache is None else cache.get("mlstm")
     if state is not None and q.shape[2] == 1 and _may_step(boundaries):
         token = (t.squeeze(2) for t in (q, k, v, igate, fgate))
-        h = mlstm_step(*token, state, eps=config.cell_eps, backend=config.kernel_backend)
+        h = mlstm_step(*token, state, **_mlstm_options(config))
         return h.unsqueeze(2)
     h = mlstm_chunkwise(
         q,
@@ -57,12 +60,32 @@ def run_mlstm(
         chunk_size=config.chunk_size,
         return_last_state=cache is not None,
         boundaries=boundaries,
-        eps=config.cell_eps,
-        backend=config.kernel_backend,
+        **_mlstm_options(config),
     )
     if cache is not None:
         h, cache["mlstm"] = h
     return h
+
+
+def _mlstm_options(config: XLSTMConfig) -> dict[str, Any]:
+    return {
+        "gate": config.mlstm_gate,
+        "normalize": config.mlstm_normalize,
+        "eps": config.cell_eps,
+        "backend": config.kernel_backend,
+    }
+
+
+def _held_open(config: XLSTMConfig, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates' pre-activations, or those of a gate of 1 where an ablation takes it away.
+
+    Where a sigmoid makes the gate, 60 does: in fp64 its sigmoid is 1 to the last bit.
+    """
+    if not config.mlstm_input_gate:
+        igate = torch.full_like(igate, 0.0 if config.mlstm_gate == "exp" else 60.0)
+    if not config.mlstm_forget_gate:
+        fgate = torch.full_like(fgate, 60.0)
+    return igate, fgate
 
 
 def run_slstm(
@@ -77,7 +100,7 @@ def run_slstm(
     state = None if cache is None else cache.get("slstm")
     if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
         token = gate_preacts.squeeze(1)
-        h = slstm_step(token, recurrent_weight, bias, state, backend=config.kernel_backend)
+        h = slstm_step(token, recurrent_weight, bias, state, **_slstm_options(config))
         return h.unsqueeze(1)
     h = slstm_scan(
         gate_preacts,
@@ -86,22 +109,31 @@ def run_slstm(
         state,
         return_last_state=cache is not None,
         boundaries=boundaries,
-        backend=config.kernel_backend,
+        **_slstm_options(config),
     )
     if cache is not None:
         h, cache["slstm"] = h
     return h
 
 
+def _slstm_options(config: XLSTMConfig) -> dict[str, Any]:
+    return {"forget_gate": config.slstm_forget_gate, "backend": config.kernel_backend}
+
+
 def run_conv(
     config: XLSTMConfig,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     boundaries: Tensor | None,
     cache: dict | None,
 ) -> Tensor:
-    """Causal convolution and SiLU of ``x [b, s, c]``; the cache's key is "conv"."""
+    """Causal convolution and SiLU of ``x [b, s, c]``; the cache's key is "conv".
+
+    Without a weight, in a model without convolutions, x as it is.
+    """
+    if weight is None:
+        return x
     y = causal_conv1d(
         x,
         weight,
@@ -120,9 +152,12 @@ def run_conv(
 def run_head_norm(
     config: XLSTMConfig, h: Tensor, weight: Tensor, ogate: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm of each head of ``h [..., heads, d]``, times ``sigmoid(ogate)`` of that shape."""
+    """Norm of each head of ``h [..., heads, d]``, times ``sigmoid(ogate)`` of that shape."""
+    if config.head_norm == "none":
+        h = h * weight.view(h.shape[-2:])
+        return h if ogate is None else torch.sigmoid(ogate) * h
     return multihead_norm(
-        h, weight, "layernorm", config.norm_eps, gate=ogate, backend=config.kernel_backend
+        h, weight, config.head_norm, config.norm_eps, gate=ogate, backend=config.kernel_backend
     )
 
 

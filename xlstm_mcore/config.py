@@ -43,6 +43,14 @@ class XLSTMConfig(TransformerConfig):
     slstm_ffn_dim_factor: float = 1.3
     round_up_to: int = 64
 
+    # ablations (arXiv 2405.04517, appendix D; arXiv 2503.14376 for the sigmoid gate)
+    head_norm: str = "layernorm"
+    mlstm_gate: str = "exp"
+    mlstm_normalize: bool = True
+    mlstm_input_gate: bool = True
+    mlstm_forget_gate: bool = True
+    slstm_forget_gate: str = "sigmoid"
+
     # attention block
     attention_heads: int | None = None
     attention_kv_heads: int | None = None
@@ -51,6 +59,7 @@ class XLSTMConfig(TransformerConfig):
     # memory (see recompute.py)
     recompute: str = "none"
     recompute_full_blocks: str = ""
+    logits_mib: int = 512  # see loss.py
 
     # kernels
     chunk_size: int | None = None

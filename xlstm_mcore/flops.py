@@ -124,7 +124,7 @@ def state_bytes(model: ModelSettings, activation_bytes: int, tokens: int = 0) ->
     inputs, and attention k and v, in the activations' type of `activation_bytes` bytes.
     """
     dims, heads = dimensions(model), model.num_heads
-    taps = (model.conv_width - 1) * activation_bytes
+    taps = max(model.conv_width - 1, 0) * activation_bytes
     each = {
         "M": 4 * (dims.qk * (dims.v // heads) + dims.qk + heads),
         "m": 4 * (dims.up * (dims.up // heads) + dims.up + heads) + taps * dims.up,

@@ -1,9 +1,16 @@
-"""Vocabulary-parallel cross entropy with the logit soft-cap inside, a few rows at a time.
+"""Vocabulary-parallel cross entropy with the logit soft-cap inside, a part of it at a time.
 
 Written plainly, ``cross_entropy(cap * tanh(logits / cap))`` passes over the logits of the whole
 micro-batch about ten times and keeps several fp32 copies of them; at a vocabulary of 50,304 that is
-the largest tensor of the step. Here only one block of rows exists beside the logits, in fp32 and
-small enough for a core's cache, and the gradient is written over them.
+the largest tensor of the step. Two ways around it, by the size of the logits:
+
+- they fit: :func:`vocab_parallel_cross_entropy` holds them once, in their own type, with one block
+  of rows in fp32 beside them, and writes the gradient over them;
+- they do not: :func:`linear_cross_entropy` never makes them. It takes the head's weight a slice of
+  the vocabulary at a time, forward for the logsumexp, and again backward for the gradients, which
+  costs one more product with the head (1 % of a 7B's step). Slices of the vocabulary rather than of
+  rows: each slice's weight gradient is then one product, written where it belongs, and only the
+  small gradient of the hidden states is a sum over slices, in fp32.
 """
 
 import torch
@@ -37,6 +44,31 @@ def vocab_parallel_cross_entropy(
     return _CrossEntropy.apply(logits, labels, soft_cap, group)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    soft_cap: float | None,
+    group: dist.ProcessGroup,
+    slice_bytes: int,
+) -> Tensor:
+    """The losses of ``vocab_parallel_cross_entropy(hidden @ weight.T, ...)`` without the logits.
+
+    Args:
+        hidden: ``[..., h]``, the same on every rank of the group. Its gradient is this rank's part
+            of a sum over the group.
+        weight: ``[vocab/tp, h]``, this rank's rows of the head.
+        labels: int64 ``[...]`` in the whole vocabulary.
+        soft_cap: the cap, or None.
+        group: the tensor-parallel group.
+        slice_bytes: memory of one slice of logits in fp32; at least one column is taken.
+
+    Returns:
+        Losses ``[...]``, the same on every rank, in fp32 (fp64 for fp64 hidden states).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, soft_cap, group, slice_bytes)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """See :func:`vocab_parallel_cross_entropy`."""
 
@@ -45,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         width = logits.shape[-1]
         rows = logits.detach().reshape(-1, width)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        local, mine = _local_labels(labels.reshape(-1), width, group.rank())
+        local, mine = _local_labels(labels.reshape(-1), group.rank() * width, width)
 
         largest = rows.new_empty(len(rows), dtype=dtype)
         total = torch.empty_like(largest)
@@ -55,14 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
             chosen[part] = y.gather(1, local[part, None]).squeeze(1)
             largest[part] = y.amax(dim=1)
             total[part] = y.sub(largest[part, None]).exp_().sum(dim=1)
-        chosen = torch.where(mine, chosen, 0.0)
-        if group.size() > 1:
-            over_all = largest.clone()
-            dist.all_reduce(over_all, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack((total * (largest - over_all).exp(), chosen))
-            dist.all_reduce(sums, group=group)
-            largest, (total, chosen) = over_all, sums
-        log_total = total.log() + largest
+        log_total, chosen = _over_ranks(largest, total, torch.where(mine, chosen, 0.0), group)
         ctx.save_for_backward(local, mine, log_total)
         # Not a saved tensor: autograd would object to its memory being used again.
         ctx.rows, ctx.soft_cap, ctx.shape = rows, soft_cap, logits.shape
@@ -80,20 +105,87 @@ class _CrossEntropy(torch.autograd.Function):
             y = rows[part]
             if y.dtype != dtype:  # the forward pass could not leave the capped logits there
                 y = _cap_in_place(y.to(dtype), cap)
-            d = y.sub(log_total[part, None]).exp_()  # softmax
-            d.scatter_add_(1, local[part, None], -mine[part, None].to(dtype))
-            d.mul_(grad[part, None])
-            if cap is not None:  # times 1 - (y / cap)^2, the slope of the cap
-                d.addcmul_(d * y, y, value=-(cap**-2))
-            rows[part] = d
+            rows[part] = _gradient(y, log_total[part], local[part], mine[part], grad[part], cap)
         return rows.view(ctx.shape), None, None, None
 
 
-def _local_labels(labels: Tensor, width: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Labels in this rank's columns (0 for others'), and which of them are this rank's."""
-    local = labels - rank * width
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See :func:`linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        labels_here = labels.reshape(-1) - group.rank() * len(weight)
+        width = max(1, slice_bytes // (dtype.itemsize * len(rows)))
+
+        largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
+        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+        for first in range(0, len(weight), width):
+            part = weight[first : first + width]
+            y = _cap_in_place((rows @ part.t()).to(dtype), soft_cap)
+            before, largest = largest, torch.maximum(largest, y.amax(dim=1))
+            local, mine = _local_labels(labels_here, first, len(part))
+            chosen += torch.where(mine, y.gather(1, local[:, None]).squeeze(1), 0.0)
+            total = total * (before - largest).exp() + y.sub_(largest[:, None]).exp_().sum(dim=1)
+        log_total, chosen = _over_ranks(largest, total, chosen, group)
+        ctx.save_for_backward(rows, weight, labels_here, log_total)
+        ctx.soft_cap, ctx.width, ctx.shape = soft_cap, width, hidden.shape
+        return (log_total - chosen).view(labels.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, weight, labels_here, log_total = ctx.saved_tensors
+        grad, dtype = grad.reshape(-1), log_total.dtype
+        d_rows, d_weight = torch.zeros_like(rows, dtype=dtype), torch.empty_like(weight)
+        for first in range(0, len(weight), ctx.width):
+            part = weight[first : first + ctx.width]
+            y = _cap_in_place((rows @ part.t()).to(dtype), ctx.soft_cap)
+            local, mine = _local_labels(labels_here, first, len(part))
+            d = _gradient(y, log_total, local, mine, grad, ctx.soft_cap).to(rows.dtype)
+            torch.mm(d.t(), rows, out=d_weight[first : first + ctx.width])
+            d_rows += d @ part
+        return d_rows.to(rows.dtype).view(ctx.shape), d_weight, None, None, None, None
+
+
+def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Labels counted from column ``first`` (0 for those outside), and which lie in ``width``."""
+    local = labels - first
     mine = (local >= 0) & (local < width)
     return torch.where(mine, local, 0), mine
+
+
+def _over_ranks(
+    largest: Tensor, total: Tensor, chosen: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Logsumexp and the label's logit over all ranks, from each rank's part of the vocabulary.
+
+    Args:
+        largest: largest logit of each row on this rank.
+        total: sum of ``exp(logit - largest)``.
+        chosen: the label's logit, 0 where another rank has it.
+        group: the tensor-parallel group.
+    """
+    if group.size() > 1:
+        over_all = largest.clone()
+        dist.all_reduce(over_all, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack((total * (largest - over_all).exp(), chosen))
+        dist.all_reduce(sums, group=group)
+        largest, (total, chosen) = over_all, sums
+    return total.log() + largest, chosen
+
+
+def _gradient(
+    y: Tensor, log_total: Tensor, local: Tensor, mine: Tensor, grad: Tensor, cap: float | None
+) -> Tensor:
+    """Gradient of the losses with respect to the logits, of which ``y`` are the capped ones."""
+    d = y.sub(log_total[:, None]).exp_()  # softmax
+    d.scatter_add_(1, local[:, None], -mine[:, None].to(d.dtype))
+    d.mul_(grad[:, None])
+    if cap is not None:  # times 1 - (y / cap)^2, the slope of the cap
+        d.addcmul_(d * y, y, value=-(cap**-2))
+    return d
 
 
 def _blocks(rows: Tensor) -> list[slice]:

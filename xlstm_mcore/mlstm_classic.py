@@ -39,14 +39,16 @@ class ClassicMLSTMMixer(nn.Module):
 
         names = [f"{prefix}up_proj.weight", f"{prefix}z_proj.weight"]
         self.in_proj = input_projection(config, region, names, [inner, inner])
-        self.conv_weight = parameter(
-            config,
-            (self.inner, config.conv_width),
-            packed([f"{prefix}conv.weight"], [(inner, config.conv_width)], **shard),
-        )
-        self.conv_bias = parameter(
-            config, (self.inner,), packed([f"{prefix}conv.bias"], [(inner,)], **shard)
-        )
+        self.conv_weight = self.conv_bias = None
+        if config.conv_width:
+            self.conv_weight = parameter(
+                config,
+                (self.inner, config.conv_width),
+                packed([f"{prefix}conv.weight"], [(inner, config.conv_width)], **shard),
+            )
+            self.conv_bias = parameter(
+                config, (self.inner,), packed([f"{prefix}conv.bias"], [(inner,)], **shard)
+            )
         # [q blocks, k blocks, v blocks], each block (out, in)
         blocks = inner // block
         self.qkv_weight = parameter(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .block import layer_spec
 from .config import XLSTMConfig
-from .layers import Norm, soft_cap
-from .loss import vocab_parallel_cross_entropy
+from .layers import Norm, TensorParallelRegion, soft_cap
+from .loss import linear_cross_entropy, vocab_parallel_cross_entropy
 from .pattern import parse_pattern
 from .pieces import attach, packed
 
@@ -158,11 +158,24 @@ class XLSTMModel(LanguageModule):
             return x
         if last_only:
             x = x[-1:]
+        return self._logits(x) if labels is None else self._losses(x, labels.t()).t()
+
+    def _head_weight(self) -> Tensor:
         tied_here = self.config.tie_embeddings and self.pre_process
-        weight = self.shared_embedding_or_output_weight() if tied_here else None
-        logits, _ = self.output_layer(x, weight=weight)
-        cap = self.config.logit_soft_cap
-        if labels is None:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return soft_cap(logits, cap).transpose(0, 1)
-        return vocab_parallel_cross_entropy(logits, labels.t(), cap, self.tp_group).t()
+        return self.shared_embedding_or_output_weight() if tied_here else self.output_layer.weight
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``x [s(/tp), b, h]`` to soft-capped logits ``[b, s, vocab/tp]``, at least fp32."""
+        logits = self.output_layer(x, weight=self._head_weight())[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return soft_cap(logits, self.config.logit_soft_cap).transpose(0, 1)
+
+    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Token losses ``[s, b]`` of ``x [s(/tp), b, h]``."""
+        weight, cap, group = self._head_weight(), self.config.logit_soft_cap, self.tp_group
+        limit = self.config.logits_mib * 2**20
+        if labels.numel() * len(weight) * x.element_size() <= limit:
+            logits = self.output_layer(x, weight=weight)[0]
+            return vocab_parallel_cross_entropy(logits, labels, cap, group)
+        hidden = TensorParallelRegion(self.config, group).gather(x)
+        return linear_cross_entropy(hidden, weight, labels, cap, group, max(limit // 2, 2**24))

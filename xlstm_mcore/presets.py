@@ -94,7 +94,7 @@ def block_parameters(letter: str, model: ModelSettings) -> int:
     elif letter == "m":
         mixer = (
             2 * dims.up * hidden  # up_proj, z_proj
-            + dims.up * (model.conv_width + 1)  # conv
+            + (dims.up * (model.conv_width + 1) if model.conv_width else 0)  # conv
             + 3 * dims.up * model.qkv_block_size  # q_proj, k_proj, v_proj (block diagonal)
             + 2 * heads * (3 * dims.up + 1)  # igate, fgate see q, k and v of all heads
             + 2 * dims.up  # head_norm, learnable_skip
@@ -104,7 +104,7 @@ def block_parameters(letter: str, model: ModelSettings) -> int:
     elif letter == "s":
         head_dim = hidden // heads
         mixer = (
-            hidden * (model.conv_width + 1)  # conv
+            (hidden * (model.conv_width + 1) if model.conv_width else 0)  # conv
             + 2 * 4 * heads * head_dim * head_dim  # four gate projections, recurrent_weight
             + 4 * hidden  # bias
             + hidden  # head_norm

@@ -41,14 +41,16 @@ class SLSTMMixer(nn.Module):
         mine, d = self.num_heads, self.head_dim
         shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
 
-        self.conv_weight = parameter(
-            config,
-            (mine * d, config.conv_width),
-            packed([f"{prefix}conv.weight"], [(width, config.conv_width)], **shard),
-        )
-        self.conv_bias = parameter(
-            config, (mine * d,), packed([f"{prefix}conv.bias"], [(width,)], **shard)
-        )
+        self.conv_weight = self.conv_bias = None
+        if config.conv_width:
+            self.conv_weight = parameter(
+                config,
+                (mine * d, config.conv_width),
+                packed([f"{prefix}conv.weight"], [(width, config.conv_width)], **shard),
+            )
+            self.conv_bias = parameter(
+                config, (mine * d,), packed([f"{prefix}conv.bias"], [(width,)], **shard)
+            )
         self.gate_weight = parameter(
             config,
             (4 * mine, d, d),

@@ -149,6 +149,17 @@ def _qkv_blocks(config: Any) -> Iterator[str]:
         )
 
 
+def _ablations(config: Any) -> Iterator[str]:
+    model = config.model
+    plain = model.mlstm_gate == "exp" and model.mlstm_normalize
+    if config.layout.context > 1 and not plain and {"M", "m"} & set(_letters(config)):
+        yield (
+            f"layout.context={config.layout.context} passes the state of the mLSTM with an "
+            f"exponential, normalised gate only, but model.mlstm_gate={model.mlstm_gate} and "
+            f"model.mlstm_normalize={str(model.mlstm_normalize).lower()}; use layout.context=1"
+        )
+
+
 def _recompute(config: Any) -> Iterator[str]:
     letters = "".join(sorted(set(_letters(config))))
     blocks = config.memory.recompute_full_blocks
@@ -229,6 +240,7 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _ffn_over_tensor,
     _attention,
     _qkv_blocks,
+    _ablations,
     _recompute,
     *DATA_CHECKS,
     _sequence,

@@ -77,10 +77,22 @@ class ModelConfig(Section):
     """m: inner width over hidden_size, rounded up to round_up_to"""
     qkv_block_size: PositiveInt = 4
     """m: size of the diagonal blocks of the q, k and v projections"""
-    conv_width: PositiveInt = 4
-    """m and s: taps of the causal convolution"""
+    conv_width: NonNegativeInt = 4
+    """m and s: taps of the causal convolution; 0 leaves it out, and its SiLU"""
     slstm_ffn_dim_factor: PositiveFloat = 1.3
     """s: feed-forward width over hidden_size, rounded up to round_up_to"""
+    head_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """M, m and s: norm of each head's output; none keeps only its weight"""
+    mlstm_gate: Literal["exp", "sigmoid"] = "exp"
+    """M and m: activation of the input gate"""
+    mlstm_normalize: bool = True
+    """M and m: divide by the normaliser state; false for the bare numerator"""
+    mlstm_input_gate: bool = True
+    """M and m: false holds the input gate at 1; its parameters stay, without effect"""
+    mlstm_forget_gate: bool = True
+    """M and m: false holds the forget gate at 1; its parameters stay, without effect"""
+    slstm_forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
+    """s: activation of the forget gate"""
     attention_heads: PositiveInt | None = None
     """*: heads of attention; null for num_heads"""
     attention_kv_heads: PositiveInt | None = None
@@ -119,6 +131,8 @@ class MemoryConfig(Section):
     """selective: norms, activations, output gates and gathered inputs; full: whole blocks"""
     recompute_full_blocks: str = ""
     """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
+    logits_mib: NonNegativeInt = 512
+    """MiB of a micro-batch's logits on a process; more are never whole, but computed twice"""
 
 
 class EngineConfig(Section):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pretrain import layout as layouts
 from tests.dist import work
-from xlstm_mcore.loss import vocab_parallel_cross_entropy
+from xlstm_mcore.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 
 
 def shard_loss(ranks, cap):
@@ -25,6 +25,36 @@ def shard_loss(ranks, cap):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     mine = whole.grad.chunk(ranks, dim=-1)[group.rank()]
     torch.testing.assert_close(leaf.grad, mine, rtol=1e-12, atol=1e-12)
+
+
+def shard_head(ranks, cap):
+    group = layouts.start(work.run_config("large", layout__tensor=ranks)).groups.tp
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 2, 6, generator=rng, dtype=torch.float64).requires_grad_()
+    weight = 2 * torch.randn(4 * 13, 6, generator=rng, dtype=torch.float64)
+    whole, labels = weight.requires_grad_(), torch.randint(0, 4 * 13, (9, 2), generator=rng)
+    logits = hidden @ whole.t()
+    y = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(y.flatten(0, 1), labels.flatten(), reduction="none").view(9, 2)
+    expected.square().sum().backward()
+
+    mine = whole.detach().chunk(ranks)[group.rank()].clone().requires_grad_()
+    leaf = hidden.detach().clone().requires_grad_()
+    got = linear_cross_entropy(leaf, mine, labels, cap, group, 5 * 18 * 8)  # 5 columns at a time
+    got.square().sum().backward()
+    torch.distributed.all_reduce(leaf.grad, group=group)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, hidden.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        mine.grad, whole.grad.chunk(ranks)[group.rank()], rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_head_and_loss_over_ranks(pool, ranks, cap):
+    pool(ranks, shard_head, ranks, cap)
 
 
 @pytest.mark.dist

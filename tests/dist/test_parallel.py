@@ -36,8 +36,17 @@ CASES = [
     ("mixed", "pp2_dp2", {}),
     ("mixed", "pp2_vpp2", {"model__tie_embeddings": True}),
     ("hybrid", "tp2_sp", {}),
+    ("large", "tp2_sp", {"model__tie_embeddings": True, "memory__logits_mib": 0}),
+    ("classic", "pp2_tp2_sp", {"memory__logits_mib": 0, "memory__recompute": "full"}),
+    ("mixed", "tp2_sp", {"memory__recompute": "selective"}),
     ("hybrid", "pp2", {}),
 ]
+IDS = ["-".join([m, n, *(f"{key.split('__')[1]}={c[key]}" for key in c)]) for m, n, c in CASES]
+
+
+def _of_the_model(changes):
+    """What one process is built with: how memory is used must not matter."""
+    return tuple((key, value) for key, value in changes.items() if not key.startswith("memory"))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +78,11 @@ def one_gradient(pool):
 @pytest.mark.parametrize(
     ("model", "layout", "changes"),
     CASES,
-    ids=[f"{m}-{n}{'-tied' if 'model__tie_embeddings' in c else ''}" for m, n, c in CASES],
+    ids=IDS,
 )
 def test_layout_equals_one_process(pool, one_process, model, layout, changes):
     ranks, shape = LAYOUTS[layout]
-    expected, state = one_process(model, tuple(changes.items()))
+    expected, state = one_process(model, _of_the_model(changes))
     config = work.run_config(model, **shape, **changes)
     answers = pool(ranks, work.train, config)
     for steps, _ in answers:  # every rank reports the same, right numbers
@@ -94,12 +103,12 @@ def test_layout_equals_one_process(pool, one_process, model, layout, changes):
 @pytest.mark.parametrize(
     ("model", "layout", "changes"),
     CASES,
-    ids=[f"{m}-{n}{'-tied' if 'model__tie_embeddings' in c else ''}" for m, n, c in CASES],
+    ids=IDS,
 )
 def test_gradients_equal_one_process_in_fp64(pool, one_gradient, model, layout, changes):
     """Nothing hides behind rounding here: a forgotten sum of 1e-8 would show."""
     ranks, shape = LAYOUTS[layout]
-    loss, gradients = one_gradient(model, tuple(changes.items()))
+    loss, gradients = one_gradient(model, _of_the_model(changes))
     answers = pool(ranks, work.fp64_gradients, work.run_config(model, **shape, **changes))
     for other, _ in answers:
         assert other == pytest.approx(loss, rel=1e-12)

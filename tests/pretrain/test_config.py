@@ -150,6 +150,7 @@ def test_missing_sections_and_keys_are_named():
             "set model.round_up_to to a multiple of 4",
         ),
         ({"memory__recompute_full_blocks": "Ms"}, "names 's', which model.pattern has not; use"),
+        ({"model__head_norm": "batchnorm"}, "'layernorm', 'rmsnorm' or 'none'"),
         ({"memory__recompute": "some"}, "'none', 'selective' or 'full'"),
         ({"optimizer__betas": [0.9]}, "optimizer.betas"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas[1]=1.5 must be less than 1"),

@@ -22,8 +22,11 @@ def norm(x, weight, config):
 
 
 def head_norm(h, weight, config):
-    """LayerNorm of every head of h [b, s, heads, d]; returns [b, s, heads * d]."""
-    h = h - h.mean(-1, keepdim=True)
+    """Norm of every head of h [b, s, heads, d]; returns [b, s, heads * d]."""
+    if config.head_norm == "none":
+        return h.flatten(2) * weight
+    if config.head_norm == "layernorm":
+        h = h - h.mean(-1, keepdim=True)
     h = h / (h.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
     return h.flatten(2) * weight
 
@@ -50,6 +53,25 @@ def conv(x, weight, bias, boundaries):
     return F.silu(out)
 
 
+def mlstm_cell(q, k, v, i, f, config, boundaries):
+    if not config.mlstm_input_gate:
+        i = torch.full_like(i, torch.inf if config.mlstm_gate == "sigmoid" else 0.0)
+    if not config.mlstm_forget_gate:
+        f = torch.full_like(f, torch.inf)
+    h, _ = mlstm_recurrence(
+        q,
+        k,
+        v,
+        i,
+        f,
+        boundaries=boundaries,
+        gate=config.mlstm_gate,
+        normalize=config.mlstm_normalize,
+        eps=config.cell_eps,
+    )
+    return h.transpose(1, 2)
+
+
 def mlstm_7b(x, w, config, boundaries):
     heads = config.num_heads
     q, k, v = (split_heads(x @ w(f"{n}_proj.weight").T, heads) for n in "qkv")
@@ -57,15 +79,15 @@ def mlstm_7b(x, w, config, boundaries):
         cap(x @ w(f"{g}gate.weight").T + w(f"{g}gate.bias"), config.gate_soft_cap).transpose(1, 2)
         for g in "if"
     )
-    h, _ = mlstm_recurrence(q, k, v, i, f, boundaries=boundaries, eps=config.cell_eps)
-    h = head_norm(h.transpose(1, 2), w("head_norm.weight"), config)
+    h = mlstm_cell(q, k, v, i, f, config, boundaries)
+    h = head_norm(h, w("head_norm.weight"), config)
     return (torch.sigmoid(x @ w("ogate.weight").T) * h) @ w("out_proj.weight").T
 
 
 def mlstm_classic(x, w, config, boundaries):
     heads = config.num_heads
     x_m, z = x @ w("up_proj.weight").T, x @ w("z_proj.weight").T
-    x_c = conv(x_m, w("conv.weight"), w("conv.bias"), boundaries)
+    x_c = conv(x_m, w("conv.weight"), w("conv.bias"), boundaries) if config.conv_width else x_m
 
     def blocks(t, name):
         weight = w(name)
@@ -77,20 +99,26 @@ def mlstm_classic(x, w, config, boundaries):
     seen = torch.cat((q, k, v), dim=-1)
     i, f = ((seen @ w(f"{g}gate.weight").T + w(f"{g}gate.bias")).transpose(1, 2) for g in "if")
     q, k, v = (split_heads(t, heads) for t in (q, k, v))
-    h, _ = mlstm_recurrence(q, k, v, i, f, boundaries=boundaries, eps=config.cell_eps)
-    h = head_norm(h.transpose(1, 2), w("head_norm.weight"), config)
+    h = mlstm_cell(q, k, v, i, f, config, boundaries)
+    h = head_norm(h, w("head_norm.weight"), config)
     return ((h + w("learnable_skip") * x_c) * F.silu(z)) @ w("out_proj.weight").T
 
 
 def slstm(x, w, config, boundaries):
-    x_c = conv(x, w("conv.weight"), w("conv.bias"), boundaries)
+    x_c = conv(x, w("conv.weight"), w("conv.bias"), boundaries) if config.conv_width else x
 
     def headwise(t, name):
         return torch.einsum("bshi,hoi->bsho", t.unflatten(-1, (config.num_heads, -1)), w(name))
 
     sources = {"igate": x_c, "fgate": x_c, "zgate": x, "ogate": x}
     preacts = torch.stack([headwise(t, f"{g}.weight") for g, t in sources.items()], dim=2)
-    h, _ = slstm_recurrence(preacts, w("recurrent_weight"), w("bias"), boundaries=boundaries)
+    h, _ = slstm_recurrence(
+        preacts,
+        w("recurrent_weight"),
+        w("bias"),
+        boundaries=boundaries,
+        forget_gate=config.slstm_forget_gate,
+    )
     return head_norm(h, w("head_norm.weight"), config)
 
 

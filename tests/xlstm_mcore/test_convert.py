@@ -350,6 +350,7 @@ def test_refusals(exported, tmp_path, spm, capsys):
     )
     for changes, words in (
         ({"gate_soft_cap": None}, "model.gate_soft_cap=None"),
+        ({"mlstm_gate": "sigmoid"}, "model.mlstm_gate=sigmoid: transformers' xlstm always has exp"),
         ({"norm": "layernorm"}, "model.norm=layernorm"),
         ({"hidden_size": 64}, "[700, 128], its config makes [700, 64]"),
         ({"pattern": "M"}, "no place for: ['decoder.layers.1."),

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import layout as layouts
 from xlstm_mcore import loss as loss_module
 from xlstm_mcore.build import single_process_groups
-from xlstm_mcore.loss import vocab_parallel_cross_entropy
+from xlstm_mcore.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,73 @@ def test_a_second_backward_is_refused(group):
     got.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         got.backward()
+
+
+@pytest.mark.parametrize("cap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("columns", [1, 7, 32, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_logits_equals_torch_through_the_head(group, cap, columns, dtype):
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, 16, generator=rng, dtype=torch.float64)
+    weight = torch.randn(50, 16, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, 50, (5, 3), generator=rng)
+    mask = torch.rand(5, 3, generator=rng, dtype=torch.float64)
+    exact = [t.clone().requires_grad_() for t in (hidden, weight)]
+    expected = reference(exact[0] @ exact[1].t(), labels, cap)
+    (expected * mask).sum().backward()
+
+    leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+    size = columns * 15 * dtype.itemsize
+    got = linear_cross_entropy(*leaves, labels, cap, group, size)
+    assert got.dtype == dtype and got.shape == labels.shape
+    (got * mask.to(dtype)).sum().backward()
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
+    for leaf, reference_leaf in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), reference_leaf.grad, rtol=0, atol=limit)
+
+
+def test_bf16_without_logits_sums_slices_in_fp32(group):
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=rng).bfloat16().requires_grad_()
+    weight = torch.randn(300, 16, generator=rng).bfloat16().requires_grad_()
+    labels = torch.randint(0, 300, (40,), generator=rng)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    reference(exact[0] @ exact[1].t(), labels, 30.0).sum().backward()
+    got = linear_cross_entropy(hidden, weight, labels, 30.0, group, 10 * 40 * 4)
+    assert got.dtype == torch.float32
+    got.sum().backward()
+    for leaf, wanted in zip((hidden, weight), exact, strict=True):
+        assert leaf.grad.dtype == torch.bfloat16
+        assert (leaf.grad - wanted.grad).abs().max() < 2**-6 * wanted.grad.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_tensor_is_as_large_as_the_logits(group):
+    """Peak memory, counted: slices, the weight and its gradient, and nothing of rows x vocabulary.
+
+    The other way is counted too, to see that the counter sees.
+    """
+    rows, vocab, width, columns = 400, 1000, 8, 50
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    labels = torch.randint(0, vocab, (rows,))
+    with Largest() as seen, torch.autograd.set_multithreading_enabled(False):
+        linear_cross_entropy(
+            hidden, weight, labels, 30.0, group, columns * rows * 4
+        ).sum().backward()
+    assert seen.elements == rows * columns
+    with Largest() as seen:
+        vocab_parallel_cross_entropy(hidden @ weight.t(), labels, 30.0, group).sum()
+    assert seen.elements == rows * vocab

@@ -26,6 +26,23 @@ MODELS = {
     "classic-m": {"pattern": "mm", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
     "classic-s": {"pattern": "ss", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
     "mixed": {"pattern": "Mms", "norm": "layernorm", "conv_width": 3, "qkv_block_size": 8},
+    "no-conv": {"pattern": "ms", "norm": "layernorm", "norm_eps": 1e-4, "conv_width": 0},
+    "sigmoid-gate": {"pattern": "Mm", "norm_eps": 1e-4, "mlstm_gate": "sigmoid"},
+    "no-gates": {
+        "pattern": "Mm",
+        "norm_eps": 1e-4,
+        "mlstm_input_gate": False,
+        "mlstm_forget_gate": False,
+        "head_norm": "rmsnorm",
+    },
+    "bare": {
+        "pattern": "Mms",
+        "head_norm": "none",
+        "mlstm_gate": "sigmoid",
+        "mlstm_input_gate": False,
+        "mlstm_normalize": False,
+        "slstm_forget_gate": "exp",
+    },
     "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
     "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rope_base": 100.0},
 }
@@ -75,16 +92,22 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
     (want * weight.double()).sum().backward()
 
     assert (got - want).abs().max() < 2e-5 * want.abs().max()
-    gradients = canonical(model, lambda p: p.grad)
-    largest = max(t.grad.abs().max() for t in weights.values())
+
+    def gradient(p):  # parameters of a gate that is held open have no effect
+        return torch.zeros_like(p) if p.grad is None else p.grad
+
+    gradients = canonical(model, gradient)
+    largest = max(gradient(t).abs().max() for t in weights.values())
     for key, reference in weights.items():
-        scale = reference.grad.abs().max()
-        error = (gradients[key] - reference.grad).abs().max()
+        scale = gradient(reference).abs().max()
+        error = (gradients[key] - gradient(reference)).abs().max()
         # what is almost zero, such as k's gradient at a first token, is a difference of large terms
         assert error <= 2e-4 * scale + 1e-6 * largest, f"{key}: {error:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("name", ["7b", "classic-m", "classic-s", "mixed", "attention"])
+@pytest.mark.parametrize(
+    "name", ["7b", "classic-m", "classic-s", "mixed", "attention", "no-conv", "bare"]
+)
 def test_generation_state_equals_one_pass(groups, name):
     """Prefill and steps with a cache give the logits of the whole sequence at once."""
     config, model = make(groups, name)
@@ -144,6 +167,20 @@ def test_dropout_is_drawn_in_training_only(groups):
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["7b", "7b-tied", "classic-m"])
+def test_logits_that_are_never_whole_change_nothing(groups, name):
+    results = []
+    for limit in (512, 0):
+        config, model = make(groups, name)
+        config.logits_mib = limit
+        tokens, labels = torch.arange(40).view(2, 20), torch.arange(1, 41).view(2, 20) % 40
+        losses = model(tokens, None, labels)
+        (losses * torch.linspace(0, 1, 40).view(2, 20)).sum().backward()
+        results.append({"loss": losses.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_model_runs_close_to_fp32(groups):

@@ -110,8 +110,17 @@ def check_exportable(model: dict[str, Any]) -> None:
             f"model.pattern={model.get('pattern')!r} has layers that transformers' xlstm does not "
             "have; only patterns of M alone can be exported"
         )
-    for key, wanted in (("norm", "rmsnorm"), ("gate_soft_cap", float), ("logit_soft_cap", float)):
-        value = model.get(key)
+    for key, wanted in (
+        ("norm", "rmsnorm"),
+        ("gate_soft_cap", float),
+        ("logit_soft_cap", float),
+        ("head_norm", "layernorm"),
+        ("mlstm_gate", "exp"),
+        ("mlstm_normalize", True),
+        ("mlstm_input_gate", True),
+        ("mlstm_forget_gate", True),
+    ):
+        value = model.get(key, None if wanted is float else wanted)
         if value != wanted and not (wanted is float and isinstance(value, float | int)):
             rule = "a number" if wanted is float else wanted
             raise ConvertError(
