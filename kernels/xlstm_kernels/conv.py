@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, silu
 
 from xlstm_kernels.checks import (
@@ -13,6 +12,7 @@ from xlstm_kernels.checks import (
     compute_dtype,
 )
 from xlstm_kernels.select import select_backend
+from xlstm_kernels.torch_op import torch_op
 
 
 def causal_conv1d(
@@ -62,7 +62,7 @@ def causal_conv1d(
     document = None
     if boundaries is not None:  # number of the document that each row of `padded` belongs to
         document = pad(boundaries.cumsum(1), (width - 1, 0))
-    y = _Taps.apply(padded, weight, bias, document).to(x.dtype)
+    y = conv_taps(padded, weight, bias, document).to(x.dtype)
     if activation == "silu":
         y = silu(y)
     if not return_last_state:
@@ -93,43 +93,75 @@ def _last_state(x, initial_state, boundaries, width):
     return seen.transpose(1, 2).contiguous()
 
 
-class _Taps(torch.autograd.Function):
-    """Sum of shifted products, in place: autograd would copy a full-size gradient for each tap.
+# Shifted products summed in place: autograd would copy a full-size gradient for each tap.
 
-    padded [b, width - 1 + s, c] -> [b, s, c] in float32 (float64 for float64).
+
+@torch_op("conv_taps_torch")
+def conv_taps(
+    padded: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None
+) -> Tensor:
+    """padded [b, width - 1 + s, c] -> [b, s, c] in float32 (float64 for float64).
+
+    `document` [b, width - 1 + s] is the number of the document that each row belongs to.
     """
+    b, c, width = padded.shape[0], *weight.shape
+    s = padded.shape[1] - width + 1
+    dtype = compute_dtype(padded.dtype)
+    taps = weight.to(dtype).t().contiguous()
+    y = padded.new_zeros(b, s, c, dtype=dtype)
+    if bias is not None:
+        y += bias.to(dtype)
+    scratch = torch.empty_like(y)
+    for j in range(width):
+        y.addcmul_(_own(padded[:, j : j + s], document, j, scratch), taps[j])
+    return y
 
-    @staticmethod
-    def forward(ctx, padded, weight, bias, document):
-        ctx.save_for_backward(padded, weight, document)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        b, c, width = padded.shape[0], *weight.shape
-        s = padded.shape[1] - width + 1
-        dtype = compute_dtype(padded.dtype)
-        taps = weight.to(dtype).t().contiguous()
-        y = padded.new_zeros(b, s, c, dtype=dtype)
-        if bias is not None:
-            y += bias.to(dtype)
-        scratch = torch.empty_like(y)
-        for j in range(width):
-            y.addcmul_(_own(padded[:, j : j + s], document, j, scratch), taps[j])
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        padded, weight, document = ctx.saved_tensors
-        width, s = weight.shape[1], d_y.shape[1]
-        taps = weight.to(d_y.dtype).t().contiguous()
-        d_padded, d_taps = torch.zeros_like(padded, dtype=d_y.dtype), torch.empty_like(taps)
-        scratch, product = torch.empty_like(d_y), torch.empty_like(d_y)
-        for j in range(width):
-            d_own = _own(d_y, document, j, scratch)
-            d_padded[:, j : j + s].addcmul_(d_own, taps[j])
-            torch.mul(d_own, padded[:, j : j + s], out=product)
-            torch.sum(product, (0, 1), out=d_taps[j])
-        d_bias = None if ctx.bias_dtype is None else d_y.sum((0, 1)).to(ctx.bias_dtype)
-        return d_padded.to(padded.dtype), d_taps.t().to(weight.dtype), d_bias, None
+@conv_taps.register_fake
+def _(padded, weight, bias, document):
+    b, rows, c = padded.shape
+    s = rows - weight.shape[1] + 1
+    return padded.new_empty(b, s, c, dtype=compute_dtype(padded.dtype))
+
+
+@torch_op("conv_taps_torch_backward")
+def conv_taps_backward(
+    d_y: Tensor, padded: Tensor, weight: Tensor, document: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of padded, weight and bias, the latter two in the dtype of d_y."""
+    width, s = weight.shape[1], d_y.shape[1]
+    taps = weight.to(d_y.dtype).t().contiguous()
+    d_padded, d_taps = torch.zeros_like(padded, dtype=d_y.dtype), torch.empty_like(taps)
+    d_y = d_y.contiguous()
+    scratch, product = torch.empty_like(d_y), torch.empty_like(d_y)
+    for j in range(width):
+        d_own = _own(d_y, document, j, scratch)
+        d_padded[:, j : j + s].addcmul_(d_own, taps[j])
+        torch.mul(d_own, padded[:, j : j + s], out=product)
+        torch.sum(product, (0, 1), out=d_taps[j])
+    return d_padded.to(padded.dtype), d_taps.t().contiguous(), d_y.sum((0, 1))
+
+
+@conv_taps_backward.register_fake
+def _(d_y, padded, weight, document):
+    c = weight.shape[0]
+    return torch.empty_like(padded), d_y.new_empty(weight.shape), d_y.new_empty(c)
+
+
+def _save(ctx, inputs, output):
+    padded, weight, bias, document = inputs
+    ctx.save_for_backward(padded, weight, document)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx, d_y):
+    padded, weight, document = ctx.saved_tensors
+    d_padded, d_weight, d_bias = conv_taps_backward(d_y, padded, weight, document)
+    d_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
+    return d_padded, d_weight.to(weight.dtype), d_bias, None
+
+
+conv_taps.register_autograd(_differentiate, setup_context=_save)
 
 
 def _own(x: Tensor, document: Tensor | None, j: int, scratch: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import torch
 
 from tests.kernels.kernel_numerics import assert_float32_close, assert_same, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
-from xlstm_kernels.mlstm.chunkwise_torch import CHUNK_GROUP, stabilizer
+from xlstm_kernels.mlstm.chunkwise_torch import CHUNK_GROUP
+from xlstm_kernels.mlstm.decays import stabilizer
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 
 B, HEADS, QK, V = 2, 2, 8, 12

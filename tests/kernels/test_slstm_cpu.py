@@ -162,10 +162,8 @@ def test_custom_op_follows_the_rules_of_torch():
     x, R, b = (x.requires_grad_() for x in make_inputs((3, 2, 20), 5).values())
     state = [torch.rand(3, 2, 20, requires_grad=True) for _ in range(3)] + [torch.zeros(3, 2, 20)]
     boundaries = torch.zeros(3, 5, dtype=torch.bool)
-    # The registration tests leave out what needs a gradient of m and of the buffers: none exists.
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(scan_forward, (x, R, b, *state, boundaries, True), test_utils=tests)
-    torch.library.opcheck(scan_forward, (x.bfloat16(), R, b, *[None] * 5, False), test_utils=tests)
+    torch.library.opcheck(scan_forward, (x, R, b, *state, boundaries, True))
+    torch.library.opcheck(scan_forward, (x.bfloat16(), R, b, *[None] * 5, False))
 
 
 def test_float64_goes_to_the_torch_backend():

@@ -42,11 +42,16 @@ def mlstm_step(
             q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps,
             gate_soft_cap=gate_soft_cap,
         )  # fmt: skip
+    igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
+    with torch.autocast(q.device.type, enabled=False):
+        return _step(q, k, v, igate, fgate, state, gate, normalize, eps)
+
+
+def _step(q, k, v, igate_preact, fgate_preact, state, gate, normalize, eps):
     C, n, m = state
     dtype = compute_dtype(q.dtype)
     query, key, value = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
-    igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
-    log_f, log_i = logsigmoid(fgate.to(dtype)), igate.to(dtype)
+    log_f, log_i = logsigmoid(fgate_preact.to(dtype)), igate_preact.to(dtype)
     if gate == "exp":
         m_new = torch.maximum(log_f + m, log_i)
         decay, write = (log_f + m - m_new).exp(), (log_i - m_new).exp()

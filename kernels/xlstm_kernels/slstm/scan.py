@@ -7,14 +7,15 @@ from torch import Tensor
 from xlstm_kernels.checks import check_boundaries
 from xlstm_kernels.select import select_backend
 from xlstm_kernels.slstm.arguments import check_arguments
-from xlstm_kernels.slstm.scan_torch import slstm_scan_torch
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _operator(backend: str) -> Callable:
     """The custom op behind `backend`; imported when it is used, since its library may be absent."""
-    if backend == "numba":
+    if backend == "torch":
+        from xlstm_kernels.slstm.scan_torch import scan_forward
+    elif backend == "numba":
         from xlstm_kernels.slstm.scan_cpu import scan_forward
     else:
         from xlstm_kernels.slstm.scan_triton import scan_forward
@@ -49,16 +50,6 @@ def slstm_scan(
     check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
     chosen = select_backend("slstm_scan", backend, gate_preacts, d=gate_preacts.shape[-1])
-    if chosen == "torch":
-        return slstm_scan_torch(
-            gate_preacts,
-            recurrent_weight,
-            bias,
-            initial_state,
-            return_last_state=return_last_state,
-            boundaries=boundaries,
-            forget_gate=forget_gate,
-        )
     state = initial_state if initial_state is not None else (None,) * 4
     sigmoid = forget_gate == "sigmoid"
     h, *rest = _operator(chosen)(gate_preacts, recurrent_weight, bias, *state, boundaries, sigmoid)

@@ -183,6 +183,7 @@ def _save(ctx, inputs, output):
     _, recurrent_weight, *_, boundaries, _ = inputs
     ctx.save_for_backward(recurrent_weight, boundaries, *output[5:])
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
+    ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
 

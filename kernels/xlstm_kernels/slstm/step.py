@@ -34,6 +34,11 @@ def slstm_step(
 
         sigmoid = forget_gate == "sigmoid"
         return slstm_step_triton(gate_preacts, recurrent_weight, bias, *state, sigmoid)
+    with torch.autocast(gate_preacts.device.type, enabled=False):
+        return _step(gate_preacts, recurrent_weight, bias, state, forget_gate)
+
+
+def _step(gate_preacts, recurrent_weight, bias, state, forget_gate):
     h, c, n, m = state
     dtype = compute_dtype(gate_preacts.dtype)
     # [b, heads, 1, d] @ [heads, d, d] for each gate
