@@ -1,0 +1,92 @@
+"""The layers inside megatron-core's GPTModel: the same model as XLSTMModel."""
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from pretrain import layout as layouts
+from xlstm_mcore import cpu_runtime
+from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.pieces import named_pieces
+from xlstm_mcore.specs import gpt_layer_spec, prepare_gpt_model
+
+SECTION = {
+    "pattern": "Mms*",
+    "hidden_size": 32,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "round_up_to": 16,
+    "norm_eps": 1e-4,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    yield single_process_groups()
+    layouts.leave()
+
+
+def both(groups, **changes):
+    config = make_config({**SECTION, **changes})
+    (ours,) = build_model(config, groups, seed=3)
+    cpu_runtime.activate()
+    theirs = GPTModel(
+        config=config,
+        transformer_layer_spec=gpt_layer_spec(config),
+        vocab_size=config.vocab_size,
+        max_sequence_length=24,
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+    prepare_gpt_model(theirs, config, seed=3)
+    return config, ours, theirs
+
+
+def mask_of(boundaries):
+    """Megatron-LM's mask of causal attention inside documents, True where it is forbidden."""
+    document = boundaries.int().cumsum(1)
+    s = boundaries.shape[1]
+    apart = document[:, :, None] != document[:, None, :]
+    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    return (apart | future)[:, None]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "logit_soft_cap": None}])
+def test_the_same_logits_losses_and_gradients(groups, changes):
+    _, ours, theirs = both(groups, **changes)
+    rng = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(0, 40, (2, 2, 24), generator=rng)
+    boundaries = torch.rand(2, 24, generator=rng) < 0.2
+    boundaries[:, 0] = False
+    positions = torch.arange(24).expand(2, -1)
+    mask = mask_of(boundaries)
+    with torch.no_grad():
+        got = theirs(tokens, positions, mask)
+        assert (got - ours(tokens, boundaries)).abs().max() < 1e-6 * got.abs().max()
+    theirs(tokens, positions, mask, labels=labels).sum().backward()
+    ours(tokens, boundaries, labels).sum().backward()
+
+    def gradients(model):
+        return {pieces[0].name: p.grad for _, p, pieces in named_pieces(model)}
+
+    expected = gradients(ours)
+    found = gradients(theirs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max(), name
+
+
+def test_packed_rows_are_cut_at_their_lengths(groups):
+    _, ours, theirs = both(groups)
+    tokens = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
+    boundaries = torch.zeros(1, 24, dtype=torch.bool)
+    boundaries[0, [5, 6, 17]] = True
+    starts = torch.tensor([0, 5, 6, 17, 24], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    with torch.no_grad():
+        got = theirs(tokens, torch.arange(24)[None], None, packed_seq_params=packed)
+        assert (got - ours(tokens, boundaries)).abs().max() < 1e-6 * got.abs().max()
+        without = theirs(tokens, torch.arange(24)[None], None)
+    assert (got - without).abs().max() > 1e-3
