@@ -43,17 +43,17 @@ class Batch:
         parts = (self.tokens, self.labels, self.loss_mask, self.boundaries)
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
+    @classmethod
+    def of(cls, rows: Rows) -> Batch:
+        """All rows as one batch."""
+        tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]
+        parts = (tokens.astype(np.int64), labels.astype(np.int64), *rows.masks())
+        return cls(*map(torch.from_numpy, parts))
 
-def to_batches(rows: Rows, micro_batch: int) -> list[Batch]:
-    """Cut rows into micro-batches; they are views of four tensors of all rows."""
-    parts = (
-        rows.tokens[:, :-1].astype(np.int64),
-        rows.tokens[:, 1:].astype(np.int64),
-        rows.loss_mask,
-        rows.boundaries,
-    )
-    cut = [torch.from_numpy(part).split(micro_batch) for part in parts]
-    return [Batch(*fields) for fields in zip(*cut, strict=True)]
+    def split(self, micro_batch: int) -> list[Batch]:
+        """Cut into micro-batches; they are views of this one's tensors."""
+        cut = (part.split(micro_batch) for part in vars(self).values())
+        return [Batch(*fields) for fields in zip(*cut, strict=True)]
 
 
 @dataclass(frozen=True)

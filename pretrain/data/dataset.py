@@ -38,17 +38,32 @@ class NoRowsError(DataError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that were read.
+    """Rows that were read, as small as they lie on disk.
 
-    tokens [n, seq_len + 1] of the stored type; loss_mask float32 and boundaries bool [n, seq_len];
-    damaged: (place among the n, error) of each row whose bytes are not those that were written and
-    which is padding without a loss here.
+    tokens [n, seq_len + 1] of the stored type; segments uint32 (see ``data_prep.shards``) and owner
+    int64, the row among the n that each belongs to; damaged: (place among the n, error) of each row
+    whose bytes are not those that were written and which is padding without a loss here.
     """
 
     tokens: np.ndarray
-    loss_mask: np.ndarray
-    boundaries: np.ndarray
+    segments: np.ndarray
+    owner: np.ndarray
     damaged: list[tuple[int, CorruptShardError]]
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """loss_mask float32 and boundaries bool, each [n, seq_len]; see ``row_masks``."""
+        rows, row_tokens = self.tokens.shape
+        return row_masks(self.owner, self.segments, (rows, row_tokens - 1))
+
+    def padded(self, rows: int, pad_id: int) -> Rows:
+        """The same rows and then padding without a loss, ``rows`` in all."""
+        missing = rows - len(self.tokens)
+        return Rows(
+            np.pad(self.tokens, ((0, missing), (0, 0)), constant_values=pad_id),
+            np.concatenate([self.segments, np.repeat(_NOTHING, missing)]),
+            np.concatenate([self.owner, np.arange(len(self.tokens), rows)]),
+            self.damaged,
+        )
 
 
 class TokenDataset:
@@ -137,6 +152,11 @@ class TokenDataset:
                     segments[place] = _NOTHING
                     damaged.append((place, error))
         return damaged
+
+    @property
+    def open_files(self) -> int:
+        """How many shards are open now; at most ``max_open``."""
+        return len(self._open)
 
     def close(self) -> None:
         """Close the open shards; reading afterwards opens them again."""
@@ -228,8 +248,7 @@ def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndar
         damaged += datasets[number].fill(rows[places], places, tokens, segments)
     owner = np.repeat(np.arange(len(rows)), [len(part) for part in segments])
     flat = np.concatenate(segments) if segments else np.empty(0, np.uint32)
-    masks = row_masks(owner, flat, (len(rows), seq_len))
-    return Rows(tokens, *masks, sorted(damaged, key=lambda item: item[0]))
+    return Rows(tokens, flat, owner, sorted(damaged, key=lambda item: item[0]))
 
 
 __all__ = ["CorruptShardError", "DataError", "NoRowsError", "Rows", "TokenDataset", "read_rows"]

@@ -24,8 +24,8 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import webdataset as wds
 
-from pretrain.data.batch import Batch, DataCursor, to_batches
-from pretrain.data.dataset import Rows, TokenDataset
+from pretrain.data.batch import Batch, DataCursor
+from pretrain.data.dataset import TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
 from pretrain.ramp import BatchRamp
@@ -74,8 +74,10 @@ class _Steps:
         return (starts[:, None] + np.arange(self.micro_batch)).ravel()
 
     def make(self, numbers: Iterator[int]) -> Iterator[tuple[str, object]]:
-        """The pipeline's stage: ("step", (micro-batches, damaged rows)) of each step.
+        """The pipeline's stage: ("step", (all rows of it, damaged ones)) for each step.
 
+        Rows travel as they lie on disk, two or four bytes a token through a pipe, and become
+        tensors where they are used: tensors would travel in shared memory, ten times the bytes.
         ("error", why) ends it: no exception may travel from a worker process as torch sends it.
         """
         try:
@@ -85,7 +87,7 @@ class _Steps:
                     DamagedRow.of(int(samples[n]), self.plan.names[which[n]], int(rows[n]), error)
                     for n, error in found.damaged
                 ]
-                yield "step", (to_batches(found, self.micro_batch), damaged)
+                yield "step", (found, damaged)
         except Exception as error:  # handed to the consumer, whatever it is
             yield "error", error
 
@@ -161,7 +163,7 @@ class TrainLoader:
             raise ValueError(f"consumed_samples={consumed} must not be negative")
         self.plan, self.step, self.consumed_samples = plan, step, consumed
         self.quarantine = Quarantine(0) if quarantine is None else quarantine
-        self._ramp = ramp
+        self._ramp, self._micro_batch = ramp, micro_batch
         steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed)
         pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
         self._items = _Processes(pipeline, workers) if workers else _Thread(pipeline)
@@ -185,9 +187,9 @@ class TrainLoader:
             raise value
         self.consumed_samples += self._ramp.size(self.step)
         self.step += 1
-        batches, damaged = value
+        rows, damaged = value
         self.quarantine.add(damaged)
-        return batches
+        return Batch.of(rows).split(self._micro_batch)
 
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""
@@ -243,7 +245,11 @@ class _Processes:
 
     def __init__(self, pipeline: wds.DataPipeline, workers: int):
         self._loader = wds.WebLoader(
-            pipeline, batch_size=None, num_workers=workers, prefetch_factor=_PREFETCH_STEPS
+            pipeline,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH_STEPS,
         )
         self._iterator: Iterator | None = None
         self._workers: list[BaseProcess] = []
@@ -271,6 +277,11 @@ class _Processes:
         self._closed = True
         self._iterator = None  # DataLoader's iterator tells its workers to end when it goes
         self._finalizer()
+
+
+def _as_it_is(item: tuple[str, object]) -> tuple[str, object]:
+    """No conversion: DataLoader's own would make tensors of arrays."""
+    return item
 
 
 def _kill(workers: list[BaseProcess]) -> None:
@@ -307,12 +318,4 @@ class ValidLoader:
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch
             rows = np.arange(first, min(first + self.micro_batch, self.dataset.num_rows))
             found = self.dataset.read(rows)
-            missing = ((0, self.micro_batch - len(rows)), (0, 0))
-            pad_id = self.dataset.manifest.pad_id
-            found = Rows(
-                np.pad(found.tokens, missing, constant_values=pad_id),
-                np.pad(found.loss_mask, missing),
-                np.pad(found.boundaries, missing),
-                found.damaged,
-            )
-            yield from to_batches(found, self.micro_batch)
+            yield Batch.of(found.padded(self.micro_batch, self.dataset.manifest.pad_id))

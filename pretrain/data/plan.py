@@ -57,7 +57,7 @@ class DataPlan:
         for name, dataset in zip(self.names, self.datasets, strict=True):
             own = derive_seed(seed, "source", name) if name else seed
             if shuffle == "window":
-                dataset.max_open = window_shards
+                dataset.max_open = 2 * window_shards  # a batch may lie in two windows
                 self._orders.append(WindowOrder(dataset.shard_rows, window_shards, own))
             else:
                 self._orders.append(RowOrder(dataset.num_rows, own))

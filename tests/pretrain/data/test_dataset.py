@@ -12,7 +12,7 @@ def test_rows_boundaries_and_masks_agree_with_the_tokens(shards):
     """In these rows a document starts exactly where a bos token stands."""
     data = TokenDataset(shards, "train", seq_len=16)
     rows = data.read(np.arange(data.num_rows))
-    tokens, loss_mask, boundaries = rows.tokens, rows.loss_mask, rows.boundaries
+    tokens, (loss_mask, boundaries) = rows.tokens, rows.masks()
     manifest = data.manifest
     assert tokens.dtype == np.uint16 and loss_mask.dtype == np.float32 and boundaries.dtype == bool
     assert ((tokens[:, :-1] == manifest.bos_id) == boundaries).all()
@@ -28,8 +28,9 @@ def test_random_access_equals_sequential(shards):
     everything = data.read(np.arange(data.num_rows))
     order = np.random.default_rng(0).integers(0, data.num_rows, 50)
     part = data.read(order)
-    for key in ("tokens", "loss_mask", "boundaries"):
-        assert (getattr(everything, key)[order] == getattr(part, key)).all()
+    assert (everything.tokens[order] == part.tokens).all()
+    for whole, some in zip(everything.masks(), part.masks(), strict=True):
+        assert (whole[order] == some).all()
     with pytest.raises(IndexError):
         data.read(np.array([data.num_rows]))
 

@@ -79,8 +79,9 @@ def test_batches_are_the_rows_of_the_order(train, plan):
     assert [len(step) for step in found] == [4, 4, 4]
     assert torch.equal(torch.cat([b.tokens for b in batches]), tokens[:, :-1])
     assert torch.equal(torch.cat([b.labels for b in batches]), tokens[:, 1:])
-    assert torch.equal(torch.cat([b.loss_mask for b in batches]), torch.tensor(rows.loss_mask))
-    assert torch.equal(torch.cat([b.boundaries for b in batches]), torch.tensor(rows.boundaries))
+    loss_mask, boundaries = map(torch.tensor, rows.masks())
+    assert torch.equal(torch.cat([b.loss_mask for b in batches]), loss_mask)
+    assert torch.equal(torch.cat([b.boundaries for b in batches]), boundaries)
     kinds = [t.dtype for t in vars(batches[0]).values()]
     assert kinds == [torch.int64, torch.int64, torch.float32, torch.bool]
     assert all(t.shape == (2, 16) and t.is_contiguous() for t in vars(batches[0]).values())
@@ -209,7 +210,8 @@ def test_thread_ends_with_close_and_with_the_loader(plan):
 
 def test_prefetch_is_bounded(plan, monkeypatch):
     made = []
-    monkeypatch.setattr(loader_module, "to_batches", lambda rows, micro: made.append(rows) or [])
+    whole_read = DataPlan.read
+    monkeypatch.setattr(DataPlan, "read", lambda *args: made.append(args) or whole_read(*args))
     with TrainLoader(plan, BatchRamp(2), micro_batch=2) as loader:
         next(loader)
         time.sleep(0.3)
@@ -234,7 +236,7 @@ def test_bad_arguments_say_what_to_use(plan, change, message):
 @pytest.mark.parametrize("dp_size, micro_batch", [(1, 1), (1, 7), (3, 4), (4, 64)])
 def test_validation_walks_every_row_once(valid, dp_size, micro_batch):
     whole = valid.read(np.arange(valid.num_rows))
-    tokens, mask = whole.tokens.astype(np.int64), whole.loss_mask
+    tokens, mask = whole.tokens.astype(np.int64), whole.masks()[0]
     ranks = [
         list(ValidLoader(valid, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)

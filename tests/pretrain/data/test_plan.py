@@ -141,7 +141,7 @@ def test_validation_sets(folders):
 def test_summary_says_shares_epochs_and_files(folders):
     text = open_plan(data(folders, shuffle="window", window_shards=2), 0).summary(2000)
     assert "web 70.00% of 200 rows, epoch 7.0" in text and "books 0.00% of 64 rows" in text
-    assert "rows of 2 shards mixed at a time, at most 5 files open in each process" in text
+    assert "rows of 2 shards mixed at a time, at most 6 files open in each process" in text
 
 
 def test_phase_weights_may_name_a_source_once(folders):
