@@ -307,14 +307,14 @@ def _check_plan(plan: CorpusPlan, config: BuildConfig) -> None:
                 counts[reason] = counts.get(reason, 0) + count
         why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         raise PrepError(f"--input: no document is left ({why}); look at the filters and the field")
+    more = "give more documents (--text-split makes many of one large text file)"
     if config.valid_fraction > 0 and kept["valid"] == 0:
         raise PrepError(
             f"none of the {total} documents fell into validation with --valid-fraction "
-            f"{config.valid_fraction}; raise it, give more documents (--text-split cuts one large "
-            "text file into many), or set it to 0"
+            f"{config.valid_fraction}; raise it, {more}, or set it to 0"
         )
     if kept["train"] == 0:
         raise PrepError(
             f"all {total} documents fell into validation with --valid-fraction "
-            f"{config.valid_fraction}; lower it or give more documents"
+            f"{config.valid_fraction}; lower it, or {more}"
         )
