@@ -40,6 +40,7 @@ from data_prep.shards import (
     ShardFormatError,
     check_size,
     load_manifest,
+    remove_temporaries,
     write_atomic,
 )
 from data_prep.summary import Finished, report, write_result
@@ -246,10 +247,10 @@ def _encode(
 
 
 def _finish(out, config, tokenizer, settings, corpus, records, seconds, bytes_done) -> Manifest:
-    folders = [out / source.name for source in config.all_sources()]
-    for folder in [*folders, out / "_work"]:  # left by killed processes
-        for temporary in folder.rglob("*.tmp.*"):
-            temporary.unlink(missing_ok=True)
+    names = [source.name for source in config.all_sources()]
+    for folder in (out / name for name in [*names, "tokenizer", "_work"]):
+        remove_temporaries(folder)
+    remove_temporaries(out, "*")
     finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done)
     manifest = write_result(out, finished)
     report(out, manifest, finished)
