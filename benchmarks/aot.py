@@ -15,13 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.assembly import Listing, LoopCount
+from benchmarks.latency import step_floor, step_walk
 from xlstm_kernels.aot import Variant
-
-# One tensor-core instruction that waits for the one before it, one trip through shared memory with
-# the barrier that orders it, one special function: smallest published latencies in cycles
-# (microbenchmarks of A100 and H100), for the floor of a time step.
-CYCLES_TENSOR, CYCLES_EXCHANGE, CYCLES_SPECIAL = 18, 50, 18
-SPECIAL_CHAIN = 5  # special functions that one sLSTM step needs one after the other
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,10 @@ class Resources:
     bytes: int
     flops: int
     bound_us: float
-    floor_us: float | None  # least time of one sequential step, for kernels with a loop over time
+    steps: int  # time steps that one launch does
+    floor_us: float | None  # least time of one of them, without a launch; not counted on AMD
+    floor_by: dict[str, float]  # cycles of that step by what sets the limit
+    waiting: dict[str, float]  # what one warp does in that step: see benchmarks/latency.py
     compile_s: float = 0.0
     limits: list[str] = field(default_factory=list)  # why it could not be launched
 
@@ -137,16 +135,23 @@ def examine(variant: Variant, target: str) -> Resources:
         store, load = listing.local_bytes()
     tensor_memory = 0 if amd else getattr(compiled.metadata, "tmem_size", 0) or 0
     ctas = blocks_per_processor(device, variant.num_warps, registers, shared, tensor_memory)
-    loops = listing.main_loops(outermost=variant.steps > 0)
+    loops = listing.main_loops(outermost=variant.steps > 1)
     loop = loops[0] if loops else None
     unrolled = (
-        1 if amd else unrolling(loops, Listing(compiled.asm["ptx"], "ptx"), variant.steps > 0)
+        1 if amd else unrolling(loops, Listing(compiled.asm["ptx"], "ptx"), variant.steps > 1)
     )
     threads = variant.num_warps * device.warp
     flight = loop.flight * threads * ctas if loop else 0
-    floor = None
-    if variant.steps and loop:
-        floor = step_floor(loop, unrolled, variant.num_warps, device)
+    floor_by, waiting = {}, {}
+    if variant.steps and loop and not amd:
+        innermost = unrolled
+        if variant.inner_loops and variant.steps > 1:
+            innermost = unrolling(
+                listing.main_loops(), Listing(compiled.asm["ptx"], "ptx"), outermost=False
+            )
+        walked = step_walk(listing, variant.inner_loops, innermost)
+        floor_by = step_floor(walked, variant.num_warps, variant.step_bytes)
+        waiting = {"instructions": walked.instructions} | dict(walked.waited)
     blocks = math.prod(variant.grid)
     slots = max(ctas, 1) * device.processors
     limits = [] if ctas else [f"{shared} bytes of shared memory or {registers} registers: too many"]
@@ -175,7 +180,10 @@ def examine(variant: Variant, target: str) -> Resources:
         bytes=variant.bytes,
         flops=variant.flops,
         bound_us=1e6 * max(variant.bytes / device.bandwidth, variant.flops / device.flops),
-        floor_us=floor,
+        steps=variant.steps,
+        floor_us=1e6 * max(floor_by.values()) / device.clock if floor_by else None,
+        floor_by=floor_by,
+        waiting=waiting,
         compile_s=time.monotonic() - start,
         limits=limits,
     )
@@ -190,21 +198,6 @@ def unrolling(loops: list[LoopCount], ptx: Listing, outermost: bool) -> int:
         if count := getattr(before[0], name):
             return max(1, round(getattr(loops[0], name) / count))
     return 1
-
-
-def step_floor(loop: LoopCount, unrolled: int, num_warps: int, device: Device) -> float:
-    """Least time in us of one step of a loop over time: a bound, not a time.
-
-    The larger of two: the issue rate (each of four schedulers issues one instruction of one warp a
-    cycle) and the dependent chain through one step (products into one accumulator, an exchange
-    through shared memory for each barrier, the special functions). Loops inside a step are
-    counted once. Clock rates are the boost clocks of the data sheet; what one step loads is taken
-    to be there.
-    """
-    issue = loop.instructions / unrolled * num_warps / 4
-    chain = loop.chain / unrolled * CYCLES_TENSOR + loop.barriers / unrolled * CYCLES_EXCHANGE
-    chain += min(loop.special / unrolled, SPECIAL_CHAIN) * CYCLES_SPECIAL
-    return 1e6 * max(issue, chain) / device.clock
 
 
 def blocks_per_processor(

@@ -26,6 +26,15 @@ class Instruction:
     operation: str
     operands: str
     conditional: bool
+    guard: str = ""  # its predicate
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that run one after the other: the end of their numbers, what may follow."""
+
+    end: int
+    successors: frozenset[int]  # first instructions of blocks
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,11 @@ class Listing:
             elif found := pattern.search(line.strip()):
                 predicate, operation, operands = found.groups()
                 conditional = bool(predicate) or operation.startswith("s_cbranch")
-                one = Instruction(len(self.instructions), operation, operands, conditional)
+                number = len(self.instructions)
+                one = Instruction(number, operation, operands, conditional, predicate or "")
                 self.instructions.append(one)
+        self.blocks: dict[int, Block] = {}  # by first instruction
+        self.heads: dict[frozenset[int], int] = {}  # of loops
         self.loops = self._find_loops()
 
     # control flow
@@ -98,10 +110,15 @@ class Listing:
         bodies: dict[int, set[int]] = {}
         for source, head in self._back_edges(successors):
             bodies.setdefault(head, set()).update(self._body(source, head, successors))
-        return [
-            frozenset(i for block in body for i in range(heads[block], ends[block]))
-            for body in bodies.values()
-        ]
+        self.blocks = {
+            heads[i]: Block(ends[i], frozenset(heads[j] for j in successors[i]))
+            for i in range(len(heads))
+        }
+        self.heads = {
+            frozenset(i for block in body for i in range(heads[block], ends[block])): heads[head]
+            for head, body in bodies.items()
+        }
+        return list(self.heads)
 
     def _ends(self, one: Instruction) -> bool:
         """Whether the program ends here whatever the predicate."""
@@ -164,6 +181,19 @@ class Listing:
             if not any((body < other) if outermost else (other < body) for other, _ in working)
         ]
         return sorted(chosen, key=lambda c: (-c.tensor, -c.load_bytes - c.async_bytes))
+
+    def working_nest(self) -> list[frozenset[int]]:
+        """Loops with tensor-core instructions, each inside the one before it, outermost first.
+
+        Where several are side by side, the one with most of these instructions.
+        """
+        nest: list[frozenset[int]] = []
+        while True:
+            inside = [x for x in self.loops if self.count(x).tensor and (not nest or x < nest[-1])]
+            outer = [x for x in inside if not any(x < other for other in inside)]
+            if not outer:
+                return nest
+            nest.append(max(outer, key=lambda x: self.count(x).tensor))
 
     def count(self, body: frozenset[int] | None = None) -> LoopCount:
         """Counts over the instructions of `body`, or over the whole kernel."""

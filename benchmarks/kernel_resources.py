@@ -127,6 +127,15 @@ def explain() -> str:
     )
 
 
+FLOORS = f"""\
+The least time of one step, whatever the batch up to 16 rows: the largest of the dependencies of
+one warp (in order; smallest published latencies), the issue of all warps, and the weights that are
+read from L2 again at every step. `one warp` has its instructions, and the cycles that it waits for
+each kind of result. A step that is a launch of its own adds {GRAPH_LAUNCH_US} us: one kernel of a
+CUDA graph after another, published, not measured here. Clocks are the boost clocks of data sheets.
+Not counted for AMD. A floor is no time."""
+
+
 def table(rows: list[list[str]]) -> str:
     """Text table with a header; first column left, others right."""
     lines = [list(COLUMNS), *rows]
@@ -172,21 +181,22 @@ def summary(results: list[Resources], setting: str, target: str) -> list[str]:
 
 
 def latency(results: list[Resources]) -> list[str]:
-    """Floors of the kernels that walk over time, one line each."""
+    """Floors of the kernels that walk over time, one line each; the papers' sizes first."""
     lines = []
-    for one in results:
-        if one.floor_us is not None:
-            loop = one.loop
-            lines.append(
-                f"  {one.target}  {one.name}: >= {one.floor_us:.2f} us a step "
-                f"({loop.instructions // one.unrolled} instructions, {loop.chain / one.unrolled:g} "
-                f"dependent products, {loop.barriers / one.unrolled:g} barriers)"
-            )
-        elif one.phase != "step" and one.count > 64:
-            lines.append(
-                f"  {one.target}  {one.name}: one launch a step, >= {GRAPH_LAUNCH_US} us in a CUDA "
-                f"graph (published) and >= {one.bound_us:.2f} us of bytes and FLOPs"
-            )
+    for one in sorted(results, key=lambda one: (one.target, one.setting == "")):
+        if one.floor_us is None:
+            continue
+        launched = one.steps == 1
+        step = one.floor_us + GRAPH_LAUNCH_US * launched
+        limits = ", ".join(f"{name} {cycles:.0f}" for name, cycles in one.floor_by.items())
+        waits = ", ".join(
+            f"{name} {cycles:.0f}" for name, cycles in one.waiting.items() if cycles >= 1
+        )
+        lines.append(
+            f"  {one.target}  {one.name}: >= {step:.2f} us a step"
+            f"{f' ({GRAPH_LAUNCH_US} of them the launch)' if launched else ''}; "
+            f"cycles: {limits}; one warp: {waits}"
+        )
     return lines
 
 
@@ -202,6 +212,7 @@ def report(results: list[Resources], failures: list[Failure]) -> None:
     print(f"\n{explain()}")
     if floors := latency(results):
         print("\n## Latency floors of the recurrence, per time step: bounds, not times")
+        print(FLOORS)
         print("\n".join(floors))
     print(f"\n{ANCHOR_TABLE}")
     spilling = [o for o in results if o.spill_store and o.target in ("sm_80", "sm_90")]

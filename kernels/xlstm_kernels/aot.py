@@ -50,7 +50,10 @@ class Variant:
     setting: str = ""  # "7b", "125m": part of one forward and backward pass; "": to be compiled
     phase: str = "fw"  # "gates", "fw", "bw" or "step"
     count: int = 1  # launches in one forward and backward pass
-    steps: int = 0  # sequential time steps inside one launch, for the latency floor
+    # For the latency floor of a recurrence:
+    steps: int = 0  # time steps that one launch does, one after the other
+    inner_loops: tuple[int, ...] = ()  # turns of the loops inside a step, outermost first
+    step_bytes: int = 0  # read again by one program at every step
 
     def aligned(self) -> list[str]:
         """Names of the arguments that are multiples of 16."""

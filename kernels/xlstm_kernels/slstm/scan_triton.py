@@ -284,18 +284,26 @@ def describe(target, d, dtype, *, b=8, s=2048, heads=4, boundaries=True, setting
             f"{setting and ' ' + setting}",
             setting,
         )
-        if launch.name == "slstm step":  # reads the weights and one token of everything else
-            rest = (one.bytes - weight.nbytes) // s
-            one = replace(one, count=last, bytes=weight.nbytes + rest)
-        else:
-            one = replace(one, steps=last)
-        variants.append(one)
+        tiles, matrices = tiles_for(target, d, dtype), weight.nbytes // heads
+        if tiles.inner:
+            blocks, turns = triton.cdiv(d, tiles.width), triton.cdiv(d, tiles.inner)
+            if tiles.apart:  # a launch reads the weights and one token of everything else
+                rest = (one.bytes - weight.nbytes) // s
+                one = replace(one, count=last, bytes=weight.nbytes + rest)
+                matrices, blocks = matrices // blocks, 1
+            one = replace(one, inner_loops=(blocks, turns), step_bytes=matrices)
+        variants.append(replace(one, steps=1 if tiles.apart else last))
     return variants
+
+
+PAPER_HEADS = {"350m": 256, "760m": 384, "1.3b": 512}  # beside 125M: 192; arXiv 2405.04517
 
 
 def triton_variants(target: str) -> list[Variant]:
     """What this module launches on `target`: head sizes, dtypes, options, and the 125M setting."""
     variants = describe(target, 192, torch.bfloat16, boundaries=True, setting="125m")
+    for size, d in PAPER_HEADS.items():
+        variants += describe(target, d, torch.bfloat16, boundaries=True, setting=size)
     for dtype in DTYPES:
         for d in (16, 20, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
             variants += describe(target, d, dtype)
