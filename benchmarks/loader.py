@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=12288)
-    parser.add_argument("--no-megatron", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="no peer, no memory")
     options = parser.parse_args()
     import torch
 
@@ -152,7 +152,7 @@ def main() -> None:
         plan = make_plan(root, seq_len)
         print(f"{rows} rows of {seq_len}, 8 shards, micro-batches of {MICRO_BATCH}")
         first = read(plan, rows)
-        peer = None if options.no_megatron else megatron_dataset(root, seq_len, rows)
+        peer = None if options.quick else megatron_dataset(root, seq_len, rows)
         if peer is not None:
             megatron_seconds(peer, rows)
         ours, theirs = [], []
@@ -180,15 +180,15 @@ def main() -> None:
                 start = time.process_time()
                 fresh = make_plan(root, seq_len, shuffle)
                 opened = time.process_time() - start
-                found.append(
-                    f"10^{len(str(sample)) - 1}: {1e3 * read(fresh, STEP_ROWS, sample):.1f}"
-                )
+                found.append(f"{float(sample):.0e}: {1e3 * read(fresh, STEP_ROWS, sample):.1f}")
             print(f"  {shuffle:6}  {', '.join(found)}; opening the folder {1e3 * opened:.1f}")
         for shuffle in ("row", "window"):
             total, most = opened_files(make_plan(root, seq_len, shuffle, 1), rows)
             print(
                 f"files: {shuffle}, about one pass over 8: {total} opened, at most {most} at once"
             )
+        if options.quick:
+            return
         arguments = [str(root), str(seq_len), "row", str(rows)]
         probe = subprocess.run(
             [sys.executable, "-c", MEMORY_PROBE, *arguments],
