@@ -329,7 +329,7 @@ class _Run:
             f"xLSTM {config.model.pattern}, {self.engine.num_parameters:,} parameters, "
             f"{config.engine.precision}; {layout.world_size} processes on {layout.device.type} "
             f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
-            f", pipeline {shape.pipeline}, data {layout.dp_size}; "
+            f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
             f"{config.tokens_per_step:,} tokens per step, {self.data.num_rows:,} rows"
         )
         metrics.message(f"data: {self.data.summary(self.loader.consumed_samples)}")

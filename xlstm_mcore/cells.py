@@ -3,6 +3,8 @@
 With a cache a layer's past is its state. A call of several tokens (the prompt, or a part of it)
 continues from the state with the chunkwise kernels; a call of one token goes through the step
 kernels, which update the state in place.
+
+Without one the past is what the context-parallel ranks before this one hold, if there are any.
 """
 
 from typing import Any
@@ -20,6 +22,8 @@ from xlstm_kernels import (
 )
 
 from .config import XLSTMConfig
+from .context_parallel import ContextParallel
+from .mlstm_context import entering_state
 
 
 def run_mlstm(
@@ -31,21 +35,29 @@ def run_mlstm(
     fgate: Tensor,
     boundaries: Tensor | None,
     cache: dict | None,
+    context: ContextParallel,
 ) -> Tensor:
-    """The mLSTM cell over ``s`` tokens.
+    """The mLSTM cell over this rank's ``s`` tokens.
 
     Args:
         config: eps, chunk size and backend are read.
         q, k: ``[b, heads, s, qk_dim]``; v ``[b, heads, s, v_dim]``.
         igate, fgate: pre-activations ``[b, heads, s]``, soft-capped where the block does.
-        boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+        boundaries: bool ``[b, s * cp]`` of the whole row, True at the first token of a document, or
+            None.
         cache: the layer's state between calls; key "mlstm" is read and updated.
+        context: where this rank's tokens lie.
 
     Returns:
         Hidden states ``[b, heads, s, v_dim]``.
     """
     igate, fgate = _held_open(config, igate, fgate)
-    state = None if cache is None else cache.get("mlstm")
+    boundaries = context.own(boundaries)
+    if cache is None:
+        gates = igate, fgate, boundaries
+        state = entering_state(k, v, *gates, context.group, gate=config.mlstm_gate)
+    else:
+        state = cache.get("mlstm")
     if state is not None and q.shape[2] == 1 and _may_step(boundaries):
         token = (t.squeeze(2) for t in (q, k, v, igate, fgate))
         h = mlstm_step(*token, state, **_mlstm_options(config))
@@ -127,18 +139,26 @@ def run_conv(
     bias: Tensor | None,
     boundaries: Tensor | None,
     cache: dict | None,
+    context: ContextParallel | None = None,
 ) -> Tensor:
     """Causal convolution and SiLU of ``x [b, s, c]``; the cache's key is "conv".
 
-    Without a weight, in a model without convolutions, x as it is.
+    Without a weight, in a model without convolutions, x as it is. With ``context`` x is this rank's
+    slice of the row, whose boundaries are given whole; without it x is the whole row, as after an
+    all-to-all to heads.
     """
     if weight is None:
         return x
+    before = None if cache is None else cache.get("conv")
+    if context is not None:
+        if cache is None:
+            before = context.tokens_before(x, weight.shape[1] - 1, boundaries)
+        boundaries = context.own(boundaries)
     y = causal_conv1d(
         x,
         weight,
         bias,
-        None if cache is None else cache.get("conv"),
+        before,
         activation="silu",
         boundaries=boundaries,
         return_last_state=cache is not None,

@@ -1,4 +1,6 @@
-"""The 7B-style mLSTM mixer (xLSTM 7B, arXiv 2503.13427, figure 8), tensor parallel by heads.
+"""The 7B-style mLSTM mixer (xLSTM 7B, arXiv 2503.13427, figure 8).
+
+Tensor parallel by heads; context parallel ranks pass the cell's state (mlstm_context.py).
 
 ``q, k, v, o = W x``; ``i, f = cap(W_g x + b_g)``; ``y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))``.
 """
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from .cells import run_head_norm, run_mlstm
 from .config import XLSTMConfig
+from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
 from .pieces import packed
 from .recompute import recomputed, regathered
@@ -20,7 +23,7 @@ class MLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` is read).
+        pg_collection: process groups (``tp`` and ``cp`` are read).
         prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
     """
 
@@ -30,6 +33,7 @@ class MLSTMMixer(nn.Module):
         super().__init__()
         self.config = config
         self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
         heads, qk, v = config.num_heads, config.qk_dim, config.v_dim
         self.num_heads = heads // region.size
         self.qk_head_dim, self.v_head_dim = qk // heads, v // heads
@@ -57,12 +61,13 @@ class MLSTMMixer(nn.Module):
         """Mix along the sequence.
 
         Args:
-            x: ``[s(/tp), b, h]``.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            x: ``[s(/cp/tp), b, h]``, this rank's positions.
+            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+                None.
             cache: state of this layer between calls when generating; read and updated.
 
         Returns:
-            ``[s(/tp), b, h]``.
+            The shape of ``x``.
         """
         x = regathered(self.region.gather, x)
         s, b, _ = x.shape
@@ -88,6 +93,7 @@ class MLSTMMixer(nn.Module):
             fgate,
             boundaries,
             cache,
+            self.context,
         )
         return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
 

@@ -2,7 +2,8 @@
 
 Pre up-projection, causal convolution, block-diagonal q, k, v, gates that see all heads, a learnable
 skip and an output gate. The gates are the only place where heads meet: each rank adds its columns'
-part, and one small sum over ranks (2 numbers per head and token) completes them.
+part, and one small sum over ranks (2 numbers per head and token) completes them. Context parallel
+ranks pass the cell's state (mlstm_context.py) and the convolution's last inputs.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .cells import run_conv, run_head_norm, run_mlstm
 from .config import XLSTMConfig
+from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import Piece, packed
 from .recompute import recomputed, regathered
@@ -22,7 +24,7 @@ class ClassicMLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` is read).
+        pg_collection: process groups (``tp`` and ``cp`` are read).
         prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
     """
 
@@ -32,6 +34,7 @@ class ClassicMLSTMMixer(nn.Module):
         super().__init__()
         self.config = config
         self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
         inner, heads, block = config.up_dim, config.num_heads, config.qkv_block_size
         self.inner, self.num_heads = inner // region.size, heads // region.size
         self.head_dim = inner // heads
@@ -89,16 +92,19 @@ class ClassicMLSTMMixer(nn.Module):
         return parameter(self.config, (heads, 3 * mine), pieces)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/tp), b, h]`` to the same shape.
+        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
 
         Args:
-            x: ``[s(/tp), b, h]``.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            x: this rank's positions.
+            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+                None.
             cache: state of this layer between calls when generating; read and updated.
         """
         x = regathered(self.region.gather, x)
         x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
-        x_c = run_conv(self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache)
+        x_c = run_conv(
+            self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache, self.context
+        )
         blocks = self.qkv_weight.shape[0] // 3
         q, k = block_diagonal(x_c, self.qkv_weight[: 2 * blocks].view(2, blocks, *self._block))
         (v,) = block_diagonal(x_m, self.qkv_weight[2 * blocks :].unsqueeze(0))
@@ -109,7 +115,17 @@ class ClassicMLSTMMixer(nn.Module):
         def heads(t: Tensor) -> Tensor:  # [b, s, inner] -> [b, heads, s, head_dim]
             return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
 
-        h = run_mlstm(self.config, heads(q), heads(k), heads(v), igate, fgate, boundaries, cache)
+        h = run_mlstm(
+            self.config,
+            heads(q),
+            heads(k),
+            heads(v),
+            igate,
+            fgate,
+            boundaries,
+            cache,
+            self.context,
+        )
         h = recomputed(self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z)
         return self.out_proj(h.transpose(0, 1))[0]
 

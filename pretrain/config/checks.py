@@ -191,6 +191,32 @@ def _sequence_length(config: Any) -> Iterator[str]:
         )
 
 
+def _tokens_over_context(config: Any) -> Iterator[str]:
+    if "m" not in _letters(config):
+        return
+    layout, length, before = config.layout, config.data.seq_len, config.model.conv_width - 1
+    fit = [n for n in divisors(length) if length // n >= before]
+    if layout.context > 1 and length // layout.context < before:
+        yield (
+            f"layout.context={layout.context} leaves {length // layout.context} tokens of "
+            f"data.seq_len={length} to a process, but the convolution of m looks back "
+            f"model.conv_width - 1 = {before} tokens, into one process at most; use "
+            f"layout.context={choices(fit)}"
+        )
+
+
+def _heads_over_context(config: Any) -> Iterator[str]:
+    layout, heads = config.layout, config.model.num_heads
+    if "s" not in _letters(config) or layout.context == 1 or heads % layout.tensor:
+        return
+    if heads % (layout.tensor * layout.context):
+        yield (
+            f"model.num_heads={heads} does not split over layout.tensor={layout.tensor} times "
+            f"layout.context={layout.context} processes, and an sLSTM head (s in model.pattern) "
+            f"cannot be cut; use layout.context={choices(divisors(heads // layout.tensor))}"
+        )
+
+
 def _schedule(config: Any) -> Iterator[str]:
     schedule, steps = config.schedule, config.run.steps
     if schedule.warmup_steps + schedule.cooldown_steps > steps:
@@ -206,14 +232,6 @@ def _exponential(config: Any) -> Iterator[str]:
         yield (
             "schedule.min_lr_ratio=0 is never reached by schedule.name=exponential; use a ratio "
             "above 0, such as 0.1, or schedule.cooldown_steps"
-        )
-
-
-def _not_built(config: Any) -> Iterator[str]:
-    if config.layout.context > 1:
-        yield (
-            f"layout.context={config.layout.context}: context parallel is not built yet; use 1, "
-            "and layout.tensor with layout.sequence=true for long sequences"
         )
 
 
@@ -245,9 +263,10 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     *DATA_CHECKS,
     _sequence,
     _sequence_length,
+    _tokens_over_context,
+    _heads_over_context,
     _schedule,
     _exponential,
-    _not_built,
     _engine,
     _zero_stage,
 )

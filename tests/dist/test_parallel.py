@@ -17,6 +17,16 @@ LAYOUTS = {
     "pp2_vpp2": (2, {"layout__pipeline": 2, "layout__virtual": 2}),
     "pp2_tp2_sp": (4, {"layout__pipeline": 2, "layout__tensor": 2, "layout__sequence": True}),
     "pp2_dp2": (4, {"layout__pipeline": 2}),
+    "cp2": (2, {"layout__context": 2}),
+    "cp4": (4, {"layout__context": 4}),
+    "cp2_tp2": (4, {"layout__context": 2, "layout__tensor": 2}),
+    "cp2_tp2_sp": (4, {"layout__context": 2, "layout__tensor": 2, "layout__sequence": True}),
+    "cp2_dp2": (4, {"layout__context": 2}),
+    "cp2_pp2": (4, {"layout__context": 2, "layout__pipeline": 2}),
+    "cp2_pp2_vpp2": (
+        4,
+        {"layout__context": 2, "layout__pipeline": 2, "layout__virtual": 2},
+    ),
 }
 CASES = [
     ("large", "tp2", {}),
@@ -40,6 +50,14 @@ CASES = [
     ("classic", "pp2_tp2_sp", {"memory__logits_mib": 0, "memory__recompute": "full"}),
     ("mixed", "tp2_sp", {"memory__recompute": "selective"}),
     ("hybrid", "pp2", {}),
+    ("large", "cp2", {}),
+    ("large", "cp4", {}),
+    ("large", "cp2_pp2", {"model__tie_embeddings": True}),
+    ("large_deep", "cp2_pp2_vpp2", {}),
+    ("classic", "cp4", {}),
+    ("classic", "cp2_tp2_sp", {}),
+    ("mixed", "cp2_tp2", {}),
+    ("mixed", "cp2_dp2", {}),
 ]
 IDS = ["-".join([m, n, *(f"{key.split('__')[1]}={c[key]}" for key in c)]) for m, n, c in CASES]
 

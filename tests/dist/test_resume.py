@@ -14,7 +14,9 @@ TARGETS = {
     "dp2": (2, {}),
     "pp2": (2, {"layout__pipeline": 2}),
     "dp2_tp2_sp": (4, TP2),
+    "cp4": (4, {"layout__context": 4}),
 }
+CP2 = {"layout__context": 2}
 
 
 @pytest.fixture(scope="module", params=["large", "classic"])
@@ -47,6 +49,25 @@ def test_resume_on_any_layout(pool, saved, target):
             torch.testing.assert_close(
                 got[name], value, rtol=0, atol=3e-4 * value.abs().max().item(), msg=name
             )
+
+
+@pytest.fixture(scope="module")
+def saved_in_slices(pool, tmp_path_factory):
+    """(checkpoint, uninterrupted results) of the classic model, saved at CP 2."""
+    root = tmp_path_factory.mktemp("cp2")
+    config = work.run_config("classic", **CP2)
+    answers = pool(2, work.train_and_save, config, str(root), STEPS, MORE)
+    return find_latest(root), answers[0][0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_resume_at_another_context_size(pool, saved_in_slices, context):
+    path, expected = saved_in_slices
+    config = work.run_config("classic", layout__context=context)
+    for steps, _ in pool(context, work.resume, config, str(path), STEPS, MORE):
+        for got, true in zip(steps, expected, strict=True):
+            assert got == (true if context == 2 else pytest.approx(true, rel=1e-5))
 
 
 def resume_with_shared_step(config, path, steps, more):

@@ -137,7 +137,26 @@ def test_missing_sections_and_keys_are_named():
             {"layout__sequence": True, "layout__tensor": 4, "data__seq_len": 254},
             "data.seq_len=254 does not split into 4 parts",
         ),
-        ({"layout__context": 2}, "context parallel is not built yet; use 1"),
+        ({"layout__context": 3}, "data.seq_len=256 does not split into 3 parts"),
+        (
+            {"layout__context": 2, "layout__tensor": 4, "layout__sequence": True}
+            | {"data__seq_len": 252},
+            "data.seq_len=252 does not split into 8 parts",
+        ),
+        (
+            {"model__pattern": "m", "data__seq_len": 16, "layout__context": 8},
+            "leaves 2 tokens of data.seq_len=16 to a process, but the convolution of m looks back "
+            "model.conv_width - 1 = 3 tokens, into one process at most; use layout.context=1, 2 "
+            "or 4",
+        ),
+        (
+            {"model__pattern": "Ms", "layout__context": 8},
+            "cannot be cut; use layout.context=1, 2 or 4",
+        ),
+        (
+            {"model__pattern": "Ms", "layout__context": 4, "layout__tensor": 2},
+            "cannot be cut; use layout.context=1 or 2",
+        ),
         ({"model__kernel_backend": "numba"}, "model.kernel_backend"),
         ({"engine__zero_stage": 0}, "use 1, Megatron's distributed optimizer"),
         ({"engine__zero_stage": 2}, "needs the deepspeed engine, which is not built yet"),
