@@ -40,6 +40,7 @@ from data_prep.shards import (
     ShardFormatError,
     check_size,
     load_manifest,
+    remove_temporaries,
     write_atomic,
 )
 from data_prep.summary import Finished, report, write_result
@@ -246,10 +247,10 @@ def _encode(
 
 
 def _finish(out, config, tokenizer, settings, corpus, records, seconds, bytes_done) -> Manifest:
-    folders = [out / source.name for source in config.all_sources()]
-    for folder in [*folders, out / "_work"]:  # left by killed processes
-        for temporary in folder.rglob("*.tmp.*"):
-            temporary.unlink(missing_ok=True)
+    names = [source.name for source in config.all_sources()]
+    for folder in (out / name for name in [*names, "tokenizer", "_work"]):
+        remove_temporaries(folder)
+    remove_temporaries(out, "*")
     finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done)
     manifest = write_result(out, finished)
     report(out, manifest, finished)
@@ -307,14 +308,14 @@ def _check_plan(plan: CorpusPlan, config: BuildConfig) -> None:
                 counts[reason] = counts.get(reason, 0) + count
         why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         raise PrepError(f"--input: no document is left ({why}); look at the filters and the field")
+    more = "give more documents (--text-split makes many of one large text file)"
     if config.valid_fraction > 0 and kept["valid"] == 0:
         raise PrepError(
             f"none of the {total} documents fell into validation with --valid-fraction "
-            f"{config.valid_fraction}; raise it, give more documents (--text-split cuts one large "
-            "text file into many), or set it to 0"
+            f"{config.valid_fraction}; raise it, {more}, or set it to 0"
         )
     if kept["train"] == 0:
         raise PrepError(
             f"all {total} documents fell into validation with --valid-fraction "
-            f"{config.valid_fraction}; lower it or give more documents"
+            f"{config.valid_fraction}; lower it, or {more}"
         )

@@ -13,9 +13,9 @@ import json
 import os
 import posixpath
 import re
+from functools import lru_cache
 from pathlib import Path
 
-import fsspec
 import zstandard
 from fsspec.core import url_to_fs
 
@@ -115,7 +115,7 @@ def _expand_remote(pattern: str) -> list[str]:
     first, *rest = pattern.split("::")
     protocol = first.partition("://")[0]
     with _errors_of(pattern):
-        fs, path = url_to_fs(pattern)
+        fs, path = _locate(pattern)
         if glob.has_magic(path):
             names = [name for name in fs.glob(path) if not fs.isdir(name)]
             if not names:
@@ -183,12 +183,27 @@ class _errors_of:
         raise PrepError(f"{self.path}: cannot be read ({error})") from error
 
 
+def _locate(path: str):
+    """(file system, name in it) of a URL."""
+    first, _, archive = path.partition("::")
+    if not archive:
+        return url_to_fs(path)
+    protocol, _, name = first.partition("://")
+    return _archive(protocol, archive), name
+
+
+@lru_cache(maxsize=16)
+def _archive(protocol: str, archive: str):
+    """A file system inside a file, kept: it closes its open files when it is dropped."""
+    return url_to_fs(f"{protocol}://::{archive}")[0]
+
+
 def file_size(path: str) -> int:
     """Bytes of a file as stored (0 where a server does not say)."""
     if not is_remote(path):
         return os.stat(path).st_size
     with _errors_of(path):
-        fs, name = url_to_fs(path)
+        fs, name = _locate(path)
         return fs.info(name).get("size") or 0
 
 
@@ -198,7 +213,7 @@ def file_stamp(path: str) -> list:
         stat = os.stat(path)
         return [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
     with _errors_of(path):
-        fs, name = url_to_fs(path)
+        fs, name = _locate(path)
         info = fs.info(name)
         tag = next((str(info[tag]) for tag in _CHANGE_TAGS if tag in info), None)
         return [path, info.get("size"), tag]
@@ -209,7 +224,8 @@ def open_raw(path: str) -> io.BufferedIOBase:
     if not is_remote(path):
         return open(path, "rb", buffering=_CHUNK)
     with _errors_of(path):
-        return fsspec.open(path, "rb").open()
+        fs, name = _locate(path)
+        return fs.open(name, "rb")
 
 
 def open_stream(path: str) -> io.BufferedIOBase:

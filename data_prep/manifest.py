@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any, Literal
@@ -209,6 +210,15 @@ def temporary_path(path: Path) -> Path:
     It carries host and process: jobs on several nodes may write into one folder.
     """
     return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+
+
+def remove_temporaries(folder: Path, below: str = "**/*") -> None:
+    """Remove what killed processes left in ``folder``, when no other process writes there."""
+    for path in list(folder.glob(f"{below}.tmp.*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

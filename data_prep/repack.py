@@ -33,6 +33,7 @@ from data_prep.shards import (
     default_block_rows,
     index_path,
     load_manifest,
+    remove_temporaries,
     write_atomic,
     write_manifest,
 )
@@ -103,8 +104,7 @@ def repack(
     with Progress("repack", sum(task.entry.bytes for task in todo)) as progress:
         for place, entry in run_tasks(repack_shard, todo, workers or available_cpus(), progress):
             done[todo[place].entry.path] = entry.model_dump()
-    for temporary in out.rglob("*.tmp.*"):
-        temporary.unlink(missing_ok=True)
+    remove_temporaries(out)
 
     fields = json.loads((manifest.root / MANIFEST_NAME).read_bytes())
     for source in fields["sources"]:

@@ -182,6 +182,7 @@ def _draw(path: Path, histogram: np.ndarray, seq_len: int) -> None:
     right.stairs(counts * middle / (counts * middle).sum(), edges, color="tab:orange", lw=1.5)
     right.set_ylabel("share of all tokens", color="tab:orange")
     right.set_ylim(bottom=0)
+    left.set_ylim(top=1.15 * counts.max())  # room for the line's label
     left.axvline(seq_len + 1, color="black", ls="--", lw=1)
     left.annotate(
         f"row: {seq_len}",

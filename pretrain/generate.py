@@ -56,6 +56,11 @@ def main(
             f"{path} was trained with the tokenizer {tokenizer_path}, which is gone; put the shard "
             "folder back where it was"
         )
+    if tokenizer_path.suffix == ".json":
+        raise CheckpointError(
+            f"{path} was trained on ids of the Hugging Face tokenizer {tokenizer_path}; generate "
+            "reads SentencePiece models only"
+        )
     tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
     rng = torch.Generator().manual_seed(seed)
     texts = []

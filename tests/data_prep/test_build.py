@@ -11,7 +11,8 @@ import pytest
 
 import data_prep.build
 from data_prep.errors import Interrupted
-from data_prep.shards import load_manifest
+from data_prep.pack import make_packer
+from data_prep.shards import ShardWriter, load_manifest
 from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
 
 
@@ -215,3 +216,91 @@ def test_bad_yaml(tmp_path, text, message, capsys):
 def test_report_is_kept(shards):
     report = json.loads((shards / "_work/report.json").read_text())
     assert report["lossy"] == 0 and report["round_trips"] > 50
+
+
+# A change of tars, index or packing must be meant: shards of earlier versions stay readable.
+GOLDEN = {
+    "concat": ("18605783c53853d8", "d491e54a7fb3ff94"),
+    "best_fit": ("04c8490396dd3140", "f96c289628bea556"),
+}
+
+
+@pytest.mark.parametrize("packing", GOLDEN)
+def test_golden_shard(packing, tmp_path):
+    words = [4 + (n * n) % 326 for n in range(4000)]
+    packer = make_packer(packing, 16, 8, np.dtype("<u2"), bos_id=0, eos_id=2, pad_id=1)
+    with ShardWriter(tmp_path / "shard-00000000.tar") as writer:
+        for number, length in enumerate([3, 40, 0, 14, 15, 16, 7, 200, 1] * 9):
+            for block in packer.add(words[number : number + length]):
+                writer.write(block)
+        for block in packer.finish():
+            writer.write(block)
+        written = writer.close()
+    assert (written["xxh3"], written["index_xxh3"]) == GOLDEN[packing]
+
+
+def kill_soon(delay: float, command: list[str], out) -> bool:
+    """Start a build and kill -9 its process group ``delay`` seconds after it began to write.
+
+    Returns whether it was still running.
+    """
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.exists()}
+
+    before = written()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    while process.poll() is None and written() == before:
+        time.sleep(0.005)
+    try:
+        process.wait(delay)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+_BUILD_SLOWLY = """
+import random, sys, time
+import data_prep.manifest, data_prep.scan, data_prep.shards, data_prep.plan, data_prep.cli
+rng = random.Random(int(sys.argv[1]))
+def slow(real):
+    def call(*arguments, **more):
+        time.sleep(rng.random() * 0.02)
+        return real(*arguments, **more)
+    return call
+import os
+for name in ("replace", "fsync"):  # kills fall around the moments that matter
+    setattr(os, name, slow(getattr(os, name)))
+sys.exit(data_prep.cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_then_bit_equal(seed, build_flags, tmp_path, corpus, texts):
+    """kill -9 again and again at random moments; what is finished stays, the end is the same."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number in range(4):
+        write_jsonl(parts / f"{number}.jsonl", texts[number::4])
+    packing = ["concat", "best_fit"][seed % 2]
+    flags = [*build_flags, "--input", parts, "--packing", packing, "--shard-mb", 0.001]
+    assert run("build", *flags, "--out", tmp_path / "fresh") == 0
+    out, rng = tmp_path / "out", np.random.default_rng(seed)
+    command = [sys.executable, "-c", _BUILD_SLOWLY, str(seed), "build", *map(str, flags)]
+    finished: dict = {}
+    killed = 0
+    for _ in range(4):
+        killed += kill_soon(0.25 * rng.random(), [*command, "--out", str(out)], out)
+        for path, stamp in finished.items():
+            assert path.stat().st_mtime_ns == stamp  # noted shards are never written again
+        notes = [json.loads(p.read_bytes())["entry"] for p in out.glob("_work/done/*.json")]
+        finished = {out / e["path"]: (out / e["path"]).stat().st_mtime_ns for e in notes}
+    assert killed > 1
+    assert run("build", *flags, "--out", out) == 0
+    for path, stamp in finished.items():
+        assert path.stat().st_mtime_ns == stamp
+    assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
+    assert not list(out.rglob("*.tmp.*"))

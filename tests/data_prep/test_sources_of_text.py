@@ -1,0 +1,219 @@
+"""Remote files, Hugging Face datasets on disk, text in pieces, adopted tokenizers."""
+
+import json
+import shutil
+import zipfile
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_prep.errors import PrepError
+from data_prep.files import expand_inputs, file_stamp
+from data_prep.readers import Document, Fields, Malformed, read_documents
+from data_prep.shards import load_manifest
+from data_prep.tokenizer import load_tokenizer
+from tests.data_prep.helpers import documents_of, run, tree_bytes, write_jsonl
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/", recursive=True)
+
+
+def texts_of(path, *args):
+    return [item.text for item in read_documents(path, *args)]
+
+
+def test_remote_build_equals_the_local_one(memory, tmp_path, corpus, build_flags, shards):
+    memory.pipe("/bucket/corpus.jsonl", corpus.read_bytes())
+    memory.pipe("/bucket/notes.png", b"?")
+    out = tmp_path / "out"
+    assert run("build", *build_flags, "--input", "memory://bucket", "--out", out) == 0
+    assert tree_bytes(out) == tree_bytes(shards)
+    memory.pipe("/bucket/SOURCE.json", b'{"licence": "CC0"}')
+    again = tmp_path / "again"
+    flags = ["--input", "memory://bucket/*.jsonl", "--out", again]
+    assert run("build", *build_flags, *flags) == 0
+    assert load_manifest(again).sources[0].provenance == {"licence": "CC0"}
+
+
+def test_archives_globs_and_what_changes(memory, tmp_path, corpus, texts):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(corpus, "in/one.jsonl")
+        archive.write(corpus, "in/two.txt")
+    url = f"zip://in/*.jsonl::{tmp_path}/a.zip"
+    assert expand_inputs([url]) == [f"zip://in/one.jsonl::{tmp_path}/a.zip"]
+    assert texts_of(expand_inputs([url])[0]) == texts
+    memory.pipe("/b/1.txt", b"one")
+    first = file_stamp("memory://b/1.txt")
+    memory.pipe("/b/1.txt", b"two")
+    assert file_stamp("memory://b/1.txt") != first
+    assert expand_inputs([f"file://{corpus}"]) == [f"file://{corpus}"]
+    for url, message in (
+        ("memory://nowhere/*.txt", "no file matches"),
+        ("memory://nowhere", "no file matches"),
+        ("nonsense://a", "nonsense"),
+    ):
+        with pytest.raises(PrepError, match=message):
+            expand_inputs([url])
+
+
+def save_dataset(folder, texts, *, more=None):
+    """The files that Hugging Face datasets' save_to_disk writes."""
+    folder.mkdir(parents=True)
+    names = []
+    for number in range(2):
+        names.append(f"data-0000{number}-of-00002.arrow")
+        mine = texts[number * len(texts) // 2 : (number + 1) * len(texts) // 2]
+        table = pa.table({"body": mine, "id": list(range(len(mine)))})
+        with pa.ipc.new_stream(folder / names[-1], table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    state = {"_data_files": [{"filename": name} for name in names], **(more or {})}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+    shutil.copy(folder / names[0], folder / "cache-123.arrow")
+
+
+def test_hugging_face_dataset_on_disk(tmp_path, capsys):
+    texts = [f"text {n}" for n in range(20)] + [None]
+    save_dataset(tmp_path / "d/train", texts)
+    files = expand_inputs([str(tmp_path / "d")])
+    assert [file.split("/")[-1][:10] for file in files] == ["data-00000", "data-00001"]
+    fields = Fields("body")
+    items = [item for file in files for item in read_documents(file, fields)]
+    assert [item.text for item in items[:-1]] == texts[:-1] and isinstance(items[-1], Malformed)
+    wanted = list(read_documents(files[0], fields, np.array([1, 7])))
+    assert [(item.record, item.text) for item in wanted] == [(1, "text 1"), (7, "text 7")]
+    with pytest.raises(PrepError, match=r"no column 'text'.*body, id"):
+        list(read_documents(files[0]))
+    (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(PrepError, match="splits train, test; name the folder of one"):
+        expand_inputs([str(tmp_path / "d")])
+    save_dataset(tmp_path / "chosen", texts, more={"_indices_files": [{"filename": "i.arrow"}]})
+    with pytest.raises(PrepError, match="flatten_indices"):
+        expand_inputs([str(tmp_path / "chosen")])
+    (tmp_path / "bad.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(PrepError, match="not an arrow file"):
+        list(read_documents(str(tmp_path / "bad.arrow")))
+
+
+def test_arrow_files_of_the_random_access_kind(tmp_path):
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert texts_of(str(tmp_path / "a.arrow")) == ["a", "b"]
+
+
+def test_text_in_lines_and_paragraphs(tmp_path):
+    path = tmp_path / "big.txt"
+    path.write_bytes("one\ntwo\r\n \nthrée\n\n\n\n  four\nfive".encode() + b"\n\nb\xffd\n\nsix")
+    items = list(read_documents(str(path), Fields(split="lines")))
+    assert [item.text for item in items if isinstance(item, Document)] == [
+        *("one", "two", "thrée", "  four", "five", "six")
+    ]
+    items = list(read_documents(str(path), Fields(split="paragraphs")))
+    assert items[1].text == "thrée" and items[2].text == "  four\nfive"
+    assert isinstance(items[3], Malformed) and items[3].where == f"{path}:11"
+    assert items[4].id == "big.txt:13"
+    wanted = list(read_documents(str(path), Fields(split="paragraphs"), np.array([0, 2])))
+    assert [item.text for item in wanted] == ["one\r\ntwo".replace("\r", ""), "  four\nfive"]
+
+
+def test_one_large_text_file_is_built_from_paragraphs(tmp_path, tokenizer_dir, capsys):
+    paragraphs = [f"paragraph {n}\nof two lines" for n in range(60)]
+    (tmp_path / "big.txt").write_text("\n\n".join(paragraphs))
+    flags = ["--input", tmp_path / "big.txt", "--tokenizer", tokenizer_dir, "--workers", 1]
+    flags += ["--valid-fraction", 0.2, "--out", tmp_path / "out"]
+    assert run("build", *flags) == 2
+    assert "--text-split" in capsys.readouterr().err
+    assert run("build", *flags, "--text-split", "paragraphs") == 0
+    found = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "valid")
+    assert sorted(found) == sorted(paragraphs)
+    flags = ["--input", tmp_path / "big.txt", "--min-mb", 0, "--out", tmp_path / "c"]
+    assert run("collect", *flags, "--text-split", "paragraphs") == 0
+    assert texts_of(str(tmp_path / "c/corpus.jsonl.zst")) == paragraphs
+
+
+def test_reading_begins_at_the_first_wanted_line(tmp_path, texts):
+    path = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    items = list(read_documents(path))
+    found = list(read_documents(path, wanted=np.array([50, 60]), offset=items[50].offset))
+    assert found == [items[50], items[60]]
+    cut = tmp_path / "cut.jsonl"  # proves that nothing before is read
+    cut.write_bytes(
+        b"\xff" * items[50].offset + (tmp_path / "a.jsonl").read_bytes()[items[50].offset :]
+    )
+    found = list(read_documents(str(cut), wanted=np.array([50]), offset=items[50].offset))
+    assert [item.text for item in found] == [texts[50]]
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory, texts):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder = tmp_path_factory.mktemp("hf")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = {"__type": "AddedToken", "content": "<|end|>"}
+    config = {"eos_token": eos, "pad_token": "<|pad|>", "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_hugging_face_tokenizer_is_adopted_and_builds(
+    hf_folder, tmp_path, build_flags, texts, capsys
+):
+    from transformers import AutoTokenizer
+
+    adopted, out = tmp_path / "tok", tmp_path / "out"
+    assert run("tokenizer", "--from-hf", hf_folder, "--out", adopted) == 2
+    assert "--bos-token" in capsys.readouterr().err and not list(adopted.glob("*"))
+    flags = ["--from-hf", hf_folder, "--bos-token", "<|end|>", "--out", adopted]
+    for _ in range(2):
+        assert run("tokenizer", *flags) == 0
+    assert "come back unchanged" in capsys.readouterr().out
+    assert run("build", *build_flags, "--tokenizer", adopted, "--out", out) == 0
+    manifest = load_manifest(out)
+    assert (manifest.tokenizer.type, manifest.bos_id, manifest.eos_id) == ("huggingface", 0, 0)
+    assert manifest.pad_id == 1 and manifest.tokenizer_path == (out / "tokenizer/tokenizer.json")
+    assert run("verify", out, "--full") == 0 and run("inspect", out, "--row", 3) == 0
+    report = json.loads((out / "_work/report.json").read_text())
+    assert report["lossy"] == 0 and report["round_trips"] > 50
+    ours, theirs = load_tokenizer(out / "tokenizer"), AutoTokenizer.from_pretrained(adopted)
+    awkward = [*texts, "a <|end|> spelled out", "", "  \n"]
+    for text, ids in zip(awkward, ours.encode(awkward), strict=True):
+        assert ours.decode(ids) == text and not {0, 1} & set(ids)
+        if "<|end|>" not in text:
+            assert ids == theirs.encode(text, add_special_tokens=False)
+    assert run("tokenizer", "--from-hf", out / "tokenizer", "--out", hf_folder) == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+
+
+def test_sentencepiece_model_is_adopted_and_special_tokens_stay_out_of_text(
+    tmp_path, corpus, tokenizer_dir, capsys
+):
+    model = shutil.copy(tokenizer_dir / "tokenizer.model", tmp_path / "other.model")
+    assert run("tokenizer", "--from-model", model, "--out", tmp_path / "t") == 0
+    adopted = (tmp_path / "t/tokenizer.model").read_bytes()
+    assert adopted == (tokenizer_dir / "tokenizer.model").read_bytes()
+    for wrong in (["--from-model", corpus], [], ["--input", corpus, "--from-hf", tmp_path]):
+        assert run("tokenizer", *wrong, "--out", tmp_path / "w") == 2
+    flags = ["--input", corpus, "--vocab-size", 340, "--special-tokens", "<|user|>"]
+    assert run("tokenizer", *flags, "--out", tmp_path / "s") == 0
+    tokenizer = load_tokenizer(tmp_path / "s")
+    special = tokenizer._processor.piece_to_id("<|user|>")
+    (ids,) = tokenizer.encode(["<|user|> hello"])
+    assert special > 3 and special not in ids and tokenizer.decode(ids) == "<|user|> hello"
