@@ -1,5 +1,11 @@
 """The layers inside megatron-core's GPTModel: the same model as XLSTMModel."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -90,3 +96,24 @@ def test_packed_rows_are_cut_at_their_lengths(groups):
         assert (got - ours(tokens, boundaries)).abs().max() < 1e-6 * got.abs().max()
         without = theirs(tokens, torch.arange(24)[None], None)
     assert (got - without).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None,
+    reason="this megatron-core's wheel holds no megatron.training (0.19 does)",
+)
+def test_five_steps_of_megatrons_own_trainer_equal_ours():
+    """In a process of its own: Megatron-LM's trainer lives in global variables."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.xlstm_mcore.megatron_training"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(results["ours"]) == 5
+    for theirs, ours in zip(results["megatron"], results["ours"], strict=True):
+        assert theirs == pytest.approx(ours, rel=5e-5)
+        assert theirs[0] == pytest.approx(ours[0], rel=2e-6)
