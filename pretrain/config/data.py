@@ -98,4 +98,13 @@ def _batch(config: Any) -> Iterator[str]:
             )
 
 
-DATA_CHECKS = (_one_kind, _names, _weights, _phase_order, _batch)
+def _remote(config: Any) -> Iterator[str]:
+    for key, path in config.data.folders:
+        if "://" in path and config.data.cache_dir is None:
+            yield (
+                f"{key}={path!r} is remote, and its shards are read from local copies; set "
+                "data.cache_dir to a folder on a local disk"
+            )
+
+
+DATA_CHECKS = (_remote, _one_kind, _names, _weights, _phase_order, _batch)

@@ -215,6 +215,10 @@ class DataConfig(Section):
     """a damaged block stops the run, or its rows keep their place and give no loss"""
     max_quarantined: PositiveInt = 1000
     """damaged rows that stop a run with on_corrupt=quarantine"""
+    cache_dir: NonEmpty | None = None
+    """folder on a local disk for copies of shards that paths with :// name (fsspec)"""
+    cache_gb: PositiveFloat = 100.0
+    """gigabytes of copies that are kept there, shared by all processes of the machine"""
     workers: NonNegativeInt = 0
     """processes that read ahead for each training process; 0 reads ahead in a thread of it"""
 

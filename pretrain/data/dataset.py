@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from data_prep.shards import (
     row_masks,
     token_dtype,
 )
+from pretrain.data.cache import CacheSettings, ShardCache, is_remote
 from pretrain.errors import UserError
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
@@ -70,11 +72,12 @@ class TokenDataset:
     """Rows of ``split`` in the folder ``path``, in the order in which they were written.
 
     Args:
-        path: folder of shards (or its manifest.json).
+        path: folder of shards (or its manifest.json), or its URL.
         split: "train" or "valid".
         seq_len: the run's context length; must be the one the shards were packed for.
         source: one source of the folder; None for all of them.
         quarantine: give damaged rows as padding without a loss instead of raising.
+        cache: where copies of the shards of a URL go.
 
     Raises:
         DataError: no or damaged manifest, other seq_len, an unknown source, a split without rows,
@@ -90,15 +93,16 @@ class TokenDataset:
         seq_len: int,
         source: str | None = None,
         quarantine: bool = False,
+        cache: CacheSettings | None = None,
     ):
         self.split, self.seq_len, self.source = split, seq_len, source
         self.quarantine = quarantine
         try:
-            self.manifest: Manifest = load_manifest(path)
+            self._cache = ShardCache(str(path), cache) if is_remote(path) and cache else None
+            self.manifest: Manifest = self._cache.manifest if self._cache else load_manifest(path)
             self._entries = self._select()
             if not quarantine:
-                for entry in self._entries:
-                    check_size(self.manifest.root, entry)
+                self._check_sizes()
         except ShardFormatError as error:
             raise DataError(str(error)) from error
         self.dtype = token_dtype(self.manifest.vocab_size)
@@ -181,6 +185,13 @@ class TokenDataset:
             f"{self.manifest.root} has no source {self.source!r}; it has {names}"
         )
 
+    def _check_sizes(self) -> None:
+        if self._cache is not None:
+            self._cache.check_sizes(self._entries)
+            return
+        for entry in self._entries:
+            check_size(self.manifest.root, entry)
+
     def _check(self, path: str | os.PathLike) -> None:
         manifest, seq_len = self.manifest, self.seq_len
         if manifest.seq_len != seq_len:
@@ -209,19 +220,21 @@ class TokenDataset:
             self._damaged[shard, error.block] = error.with_traceback(None)
             raise
 
+    def _reader(self, root: Path, entry: ShardEntry, number: int) -> ShardReader:
+        manifest, checked = self.manifest, self._checked.get(number)
+        return ShardReader(root, entry, manifest.row_tokens, manifest.dtype, checked=checked)
+
     def _shard(self, number: int) -> ShardReader:
         reader = self._open.get(number)
         if reader is None:
             if len(self._open) >= self.max_open:
                 self._open.popitem(last=False)[1].close()
-            manifest, entry = self.manifest, self._entries[number]
-            reader = ShardReader(
-                manifest.root,
-                entry,
-                manifest.row_tokens,
-                manifest.dtype,
-                checked=self._checked.get(number),
-            )
+            entry = self._entries[number]
+            if self._cache is None:
+                reader = self._reader(self.manifest.root, entry, number)
+            else:
+                with self._cache.holding(entry) as root:
+                    reader = self._reader(root, entry, number)
             self._checked[number] = reader.checked
             self._open[number] = reader
         self._open.move_to_end(number)

@@ -13,11 +13,13 @@ before their epoch is over. A phase that begins later is no such change, and rep
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain.data.blend import Blend, Phase
+from pretrain.data.cache import CacheSettings
 from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows
 from pretrain.data.order import Order, RowOrder, WindowOrder, derive_seed
 
@@ -185,6 +187,7 @@ def open_plan(data: Any, seed: int) -> DataPlan:
                 seq_len=data.seq_len,
                 source=item.source,
                 quarantine=data.on_corrupt == "quarantine",
+                cache=_cache(data),
             )
         except DataError as error:
             place = f"source {item.name!r}: " if item.name else "data.path: "
@@ -215,7 +218,7 @@ def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDatase
     for item in given:
         try:
             sets[item.name] = TokenDataset(
-                item.path, "valid", seq_len=data.seq_len, source=item.source
+                item.path, "valid", seq_len=data.seq_len, source=item.source, cache=_cache(data)
             )
         except NoRowsError as error:
             if data.valid:
@@ -228,6 +231,12 @@ def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDatase
         raise DataError("\n".join(problems))
     _check_alike([*(plan.datasets if plan else ()), *sets.values()])
     return sets
+
+
+def _cache(data: Any) -> CacheSettings | None:
+    if data.cache_dir is None:
+        return None
+    return CacheSettings(Path(data.cache_dir).resolve(), int(data.cache_gb * 1e9))
 
 
 def _phases(data: Any) -> Iterable[Phase]:

@@ -353,6 +353,7 @@ TWO = [{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y", "weig
         ({"data__path": None}, "data.path is missing; set it"),
         ({"data__sources": TWO}, "data.path='data' and data.sources are both given"),
         ({"data__phases": [{"from_sample": 5, "weights": {"a": 1}}]}, "there are none; name"),
+        ({"data__path": "s3://b/x"}, "data.path='s3://b/x' is remote, and its shards"),
         ({"data__sources": [*TWO, TWO[0]]}, "the name 'a' is given 2 times"),
         ({"data__sources": [dict(TWO[0], weight=0)]}, "data.sources[0].weight=0 must be greater"),
         ({"data__sources": [dict(TWO[0], wieght=1)]}, "data.sources[0] has no wieght; its keys"),

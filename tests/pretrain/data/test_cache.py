@@ -1,0 +1,146 @@
+"""Remote shards: the same rows, verified copies, bounded bytes, several processes at once."""
+
+import multiprocessing
+import os
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+
+from benchmarks.synthetic_shards import write_shards
+from data_prep.shards import CorruptShardError, ShardFormatError
+from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
+from pretrain.data.cache import CacheSettings
+from pretrain.ramp import BatchRamp
+
+SIZES = [30, 20, 25, 22]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("remote")
+    write_shards(root, {"a": SIZES}, seq_len=16, block_rows=8, valid_rows=3)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "tokenizer.model").write_bytes(b"model")
+    return root
+
+
+def remote(folder, tmp_path, limit=10**9, **options):
+    settings = CacheSettings(tmp_path / "cache", limit)
+    return TokenDataset(f"file://{folder}", seq_len=16, cache=settings, **options)
+
+
+def copies(tmp_path):
+    return sorted((tmp_path / "cache").rglob("*.tar"))
+
+
+def whole(folder):
+    return TokenDataset(folder, seq_len=16).read(np.arange(sum(SIZES))).tokens
+
+
+def test_rows_come_from_copies_made_when_they_are_needed(folder, tmp_path):
+    data = remote(folder, tmp_path)
+    assert not copies(tmp_path) and data.manifest.tokenizer_path.read_bytes() == b"model"
+    data.read(np.array([0, 29]))
+    assert [path.name for path in copies(tmp_path)] == ["shard-00000000.tar"]
+    assert (data.read(np.arange(97)).tokens == whole(folder)).all()
+    assert len(copies(tmp_path)) == 4 and not list(tmp_path.rglob("*.tmp.*"))
+    before = [path.stat().st_ino for path in copies(tmp_path)]
+    assert (remote(folder, tmp_path).read(np.arange(97)).tokens == whole(folder)).all()
+    assert [path.stat().st_ino for path in copies(tmp_path)] == before, "copied once"
+    assert remote(folder, tmp_path, split="valid").num_rows == 3
+
+
+def test_an_object_store_works_alike(folder, tmp_path):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/bucket", recursive=True)
+    settings = CacheSettings(tmp_path / "cache", 10**9)
+    data = TokenDataset("memory://bucket", seq_len=16, cache=settings)
+    assert (data.read(np.arange(97)).tokens == whole(folder)).all()
+    fs.rm("/bucket", recursive=True)
+    with pytest.raises(DataError, match=r"memory://bucket/manifest.json does not exist"):
+        TokenDataset("memory://bucket", seq_len=16, cache=settings)
+    with pytest.raises(DataError, match="cannot be read"):
+        TokenDataset("nosuch://bucket", seq_len=16, cache=settings)
+
+
+def test_the_least_recently_opened_copies_make_room(folder, tmp_path):
+    size = max(path.stat().st_size for path in folder.rglob("*.tar"))
+    data = remote(folder, tmp_path, limit=2 * size + 100)
+    data.max_open = 1
+    for row, kept in ((0, [0]), (40, [0, 1]), (0, [0, 1]), (60, [0, 2]), (90, [2, 3])):
+        data.read(np.array([row]))
+        assert [int(path.stem[-1]) for path in copies(tmp_path)] == kept
+    assert (data.read(np.arange(97)).tokens == whole(folder)).all()
+    assert len(copies(tmp_path)) == 2 == len(list((tmp_path / "cache").rglob("*.npz")))
+    with pytest.raises(ShardFormatError, match="is less than one shard"):
+        remote(folder, tmp_path / "small", limit=size // 2).read(np.array([0]))
+
+
+def test_a_broken_transfer_is_tried_again_and_a_damaged_object_refused(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache, "_PAUSE_SECONDS", 0)
+    good, calls = cache.ShardCache._copy, []
+
+    def torn(self, path, target):
+        calls.append(path)
+        got = good(self, path, target)
+        if path.endswith(".tar") and len(calls) < 4:
+            target.write_bytes(b"torn")
+            return "0" * 16
+        return got
+
+    monkeypatch.setattr(cache.ShardCache, "_copy", torn)
+    assert (remote(folder, tmp_path).read(np.arange(30)).tokens == whole(folder)[:30]).all()
+    assert len(calls) == 4
+    monkeypatch.setattr(cache.ShardCache, "_copy", good)
+
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    tar = sorted(copy.rglob("train/*.tar"))[1]
+    raw = bytearray(tar.read_bytes())
+    raw[600] ^= 8
+    tar.write_bytes(raw)
+    data = remote(copy, tmp_path / "other")
+    with pytest.raises(CorruptShardError, match=r"file://.*shard-00000001.tar.*xxh3.*3 times"):
+        data.read(np.array([30]))
+    tar.unlink()
+    with pytest.raises(DataError, match=r"shard-00000001.tar.*no such file"):
+        remote(copy, tmp_path / "other")
+    found = remote(copy, tmp_path / "other", quarantine=True).read(np.arange(97))
+    assert [place for place, _ in found.damaged] == list(range(30, 50))
+
+
+def _read_all(folder, tmp_path, results):
+    data = remote(folder, tmp_path, limit=60_000)
+    data.max_open = 1
+    rng = np.random.default_rng(os.getpid())
+    expected, good = whole(folder), True
+    for _ in range(30):
+        rows = rng.integers(0, 97, 5)
+        good &= bool((data.read(rows).tokens == expected[rows]).all())
+    results.put(good)
+
+
+def test_processes_share_a_cache_that_is_too_small_for_them(folder, tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_read_all, args=(folder, tmp_path, results)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [True] * 3
+    for worker in workers:
+        worker.join()
+
+
+def test_loader_reads_through_the_cache_in_worker_processes(folder, tmp_path):
+    plans = [DataPlan.of(d, seed=4) for d in (TokenDataset(folder, seq_len=16),)]
+    plans.append(DataPlan.of(remote(folder, tmp_path), seed=4))
+    tokens = []
+    for plan, workers in zip(plans, (0, 2), strict=True):
+        with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=workers) as loader:
+            tokens.append(np.concatenate([next(loader)[0].tokens for _ in range(12)]))
+    assert (tokens[0] == tokens[1]).all()
