@@ -15,12 +15,16 @@
 
 Document boundaries come from what Megatron-LM hands its layers: the attention mask of
 ``--reset-attention-mask``, of which the first subdiagonal is read, or ``packed_seq_params``.
-Megatron-LM deals the layers out over pipeline stages itself; the pattern's cuts have no effect.
+Megatron-LM deals the layers out over pipeline stages itself; the pattern's cuts have no effect. Its
+checkpoints hold our layers under our names (ARCHITECTURE.md), so they too load at any layout.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,7 +42,7 @@ from .config import XLSTMConfig
 from .init import initialize
 from .layers import Norm, soft_cap
 from .model import EMBEDDING, OUTPUT
-from .pieces import attach, packed
+from .pieces import Piece, attach, named_pieces, packed
 
 
 def gpt_layer_spec(
@@ -115,6 +119,8 @@ class GPTLayer(XLSTMLayer):
     ) -> None:
         first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         super().__init__(config, submodules, pg_collection, first + layer_number - 1)
+        self.layer_number = first + layer_number  # megatron-core counts from 1
+        self.pg_collection = pg_collection
 
     def forward(
         self,
@@ -138,12 +144,71 @@ class GPTLayer(XLSTMLayer):
             boundaries = _from_mask(attention_mask, hidden_states.shape[1])
         return super().forward(hidden_states, boundaries), None
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+    ) -> dict[str, ShardedTensorFactory]:
+        """What Megatron-LM's checkpoints save and load of this layer.
+
+        Megatron's own way takes a parameter that no Megatron layer owns for a replicated one, which
+        under tensor parallelism would save one rank's shard as the whole.
+
+        Args:
+            prefix: of the keys of this module's state dict.
+            sharded_offsets: unused; names carry the number of the layer.
+            metadata: unused.
+        """
+        tp, dp_cp = self.pg_collection.tp.rank(), self.pg_collection.dp_cp.rank()
+        return {
+            f"{prefix}{name}": ShardedTensorFactory(
+                f"{prefix}{name}",
+                parameter,
+                functools.partial(_pieces_to_save, pieces),
+                functools.partial(_from_loaded_pieces, pieces, parameter.shape),
+                (0, 0 if parameter.tensor_model_parallel else tp, dp_cp),
+            )
+            for name, parameter, pieces in named_pieces(self)
+        }
+
 
 class FinalNorm(Norm):
     """The final norm with the signature that megatron-core builds norms by."""
 
     def __init__(self, config: XLSTMConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config, "decoder.final_norm.weight")
+
+
+def _pieces_to_save(
+    pieces: Sequence[Piece], key: str, tensor: Tensor, replica_id: Any, flattened_range: Any
+) -> dict[str, ShardedTensor]:
+    """The rectangles of a parameter, or of an optimizer's tensor of its shape, by their names.
+
+    ``key`` is Megatron's, with an optimizer's prefix before the layer's; the rest is the pieces'.
+    """
+    assert flattened_range is None, "rectangles of flattened parameters are not supported"
+    lead = key[: key.index("decoder.layers.")]
+    return {
+        str(number): ShardedTensor.from_rank_offsets(
+            f"{lead}{piece.name}",
+            piece.local(tensor.detach()).contiguous(),
+            *(
+                (axis, offset // size, whole // size)
+                for axis, (offset, size, whole) in enumerate(
+                    zip(piece.global_offset, piece.shape, piece.global_shape, strict=True)
+                )
+            ),
+            replica_id=replica_id,
+        )
+        for number, piece in enumerate(pieces)  # several pieces of one tensor may lie on a rank
+    }
+
+
+def _from_loaded_pieces(
+    pieces: Sequence[Piece], shape: torch.Size, loaded: dict[str, Tensor]
+) -> Tensor:
+    tensor = next(iter(loaded.values())).new_empty(shape)
+    for number, piece in enumerate(pieces):
+        piece.local(tensor).copy_(loaded[str(number)])
+    return tensor
 
 
 def _from_mask(mask: Tensor, rows: int) -> Tensor:
