@@ -47,7 +47,6 @@ class RepackTask:
     """One shard to pack again."""
 
     manifest: Manifest
-    root: Path
     entry: ShardEntry
     out: Path
     seq_len: int
@@ -98,7 +97,7 @@ def repack(
 
     entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
     format_only = manifest.model_copy(update={"sources": []})  # workers need not know all shards
-    tasks = [RepackTask(format_only, manifest.root, e, out, seq_len, packing) for e in entries]
+    tasks = [RepackTask(format_only, e, out, seq_len, packing) for e in entries]
     done = {task.entry.path: _load_note(task) for task in tasks}
     todo = [task for task in tasks if done[task.entry.path] is None]
     with Progress("repack", sum(task.entry.bytes for task in todo)) as progress:
@@ -169,24 +168,19 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
         eos_id=manifest.eos_id,
         pad_id=manifest.pad_id,
     )
-    reader = ShardReader(task.root, old, manifest.row_tokens, manifest.dtype)
-    documents = _uncut if manifest.packing == "concat" else _joined
     tar = task.out / old.path
-    try:
-        with ShardWriter(tar) as writer:
-            for tokens in documents(_blocks(reader, tick), manifest):
-                for block in packer.add_tokens(tokens):
-                    writer.write(block)
-            for block in packer.finish():
+    with ShardWriter(tar) as writer:
+        for tokens in stored_documents(manifest, old, tick):
+            for block in packer.add_tokens(tokens):
                 writer.write(block)
-            if (packer.docs, packer.tokens) != (old.docs, old.tokens):
-                raise PrepError(
-                    f"{reader.path}: {packer.docs} documents of {packer.tokens} tokens, the "
-                    f"manifest says {old.docs} of {old.tokens}; look with `verify --full`"
-                )
-            written = writer.close()
-    finally:
-        reader.close()
+        for block in packer.finish():
+            writer.write(block)
+        if (packer.docs, packer.tokens) != (old.docs, old.tokens):
+            raise PrepError(
+                f"{manifest.root / old.path}: {packer.docs} documents of {packer.tokens} tokens, "
+                f"the manifest says {old.docs} of {old.tokens}; look with `verify --full`"
+            )
+        written = writer.close()
     entry = ShardEntry(
         path=old.path,
         index=index_path(Path(old.path)).as_posix(),
@@ -201,11 +195,26 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
     return entry
 
 
-def _blocks(reader: ShardReader, tick: Tick) -> Iterator[Block]:
-    for number in range(reader.num_blocks):
-        block = reader.block(number)
-        yield block
-        tick(block.tokens.nbytes)
+def stored_documents(
+    manifest: Manifest, entry: ShardEntry, tick: Tick = lambda amount: None
+) -> Iterator[np.ndarray]:
+    """The documents of a shard, each as its ids with bos and eos.
+
+    Raises:
+        CorruptShardError: damaged bytes.
+    """
+    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+
+    def blocks() -> Iterator[Block]:
+        for number in range(reader.num_blocks):
+            block = reader.block(number)
+            yield block
+            tick(block.tokens.nbytes)
+
+    try:
+        yield from (_uncut if manifest.packing == "concat" else _joined)(blocks(), manifest)
+    finally:
+        reader.close()
 
 
 def _uncut(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
