@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+DATA_PREP = "tests/data_prep/test_documented.py"
 END_TO_END = "tests/pretrain/test_end_to_end.py"
 
 # Commands that take minutes, or need a trained model: who runs them.
@@ -18,6 +19,18 @@ RUN_ELSEWHERE = {
     "make pretrain MODEL=classic": (END_TO_END, '"pretrain", "MODEL=classic"'),
     "python -m pretrain launch my.yaml --nproc 2": (END_TO_END, '"pretrain", "launch", f"'),
     "python -m pretrain train": (END_TO_END, '"-m", "pretrain", "train"'),
+    **{
+        f"python -m data_prep {command}": (DATA_PREP, "README.md")
+        for command in (
+            "tokenizer --input corpus/books 'corpus/web/*.jsonl.zst' --vocab-size 32000 --out tok",
+            "build prep.yaml",
+            "verify shards --full",
+            "inspect shards --row 0",
+            "repack shards --seq-len 8192",
+            "merge shards",
+        )
+    },
+    "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
