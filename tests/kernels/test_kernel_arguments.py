@@ -48,6 +48,11 @@ def slstm_arguments():
         ({"q": zeros(B, H, 0, K)}, r"q has shape .*empty"),
         ({"igate_preact": zeros(B, S, H)}, r"igate_preact has shape \[2, 5, 3\]"),
         ({"fgate_preact": zeros(B, H, S, device="meta")}, r"fgate_preact is on meta.*cpu"),
+        (
+            {"boundaries": zeros(B, S, dtype=torch.bool, device="meta")},
+            r"boundaries is on meta.*move it to cpu",
+        ),
+        ({"chunk_size": -64}, r"chunk_size=-64 must be a positive integer"),
         ({"chunk_size": 0}, r"chunk_size=0 must be a positive integer; use"),
         ({"chunk_size": 16.0}, r"chunk_size=16.0 must be a positive integer"),
         ({"gate_soft_cap": 0.0}, r"gate_soft_cap=0.0 must be positive.*None for no cap"),

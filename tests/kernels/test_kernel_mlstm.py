@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.kernel_numerics import assert_float32_close, assert_same, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
-from xlstm_kernels.mlstm.chunkwise_torch import CHUNK_GROUP
+from xlstm_kernels.mlstm import chunkwise_torch
+from xlstm_kernels.mlstm.carry import CHUNK_GROUP
 from xlstm_kernels.mlstm.decays import stabilizer
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 
@@ -64,6 +66,37 @@ def test_float32_values_states_and_gradients(s, gates, state):
     assert_float32_close(
         chunkwise, recurrence, make_inputs(s, gates, state), boundaries=boundaries, chunk_size=64
     )
+
+
+def test_float32_at_a_length_of_1000():
+    inputs = make_inputs(1000, state=True)
+    assert_float32_close(chunkwise, recurrence, inputs, boundaries=some_boundaries(1000, every=300))
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_every_token_its_own_document(gates):
+    inputs = make_inputs(37, gates, state=True)
+    boundaries = torch.ones(B, 37, dtype=torch.bool)
+    assert_float32_close(chunkwise, recurrence, inputs, boundaries=boundaries, chunk_size=16)
+
+
+@pytest.mark.parametrize("s", [1000, 8192, 32768])
+def test_errors_do_not_grow_with_the_length(s):
+    """bfloat16 and float32 beside float64 of the same function, on inputs that bfloat16 has."""
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(1, 1, s, 16).bfloat16() for name in "qkv"}
+    inputs |= {"i": torch.randn(1, 1, s).bfloat16(), "f": torch.randn(1, 1, s).bfloat16() + 5}
+
+    exact = run(chunkwise, inputs, torch.float64)
+    for dtype, value_limit, grad_limit in (
+        (torch.bfloat16, 1e-2, 1e-2),
+        (torch.float32, 5e-6, 2e-5),
+    ):
+        got = run(chunkwise, inputs, dtype)
+        for name, reference in exact.items():
+            error = relative_error(got[name], reference)
+            limit = grad_limit if name.startswith("d_") else value_limit
+            assert error <= limit, f"{dtype} {name}: error {error:.2e} above {limit:.0e}"
 
 
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
@@ -251,6 +284,44 @@ def test_strided_inputs_and_a_second_backward():
     second = torch.autograd.grad(h, arguments, upstream)
     assert torch.equal(upstream, kept)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_in_blocks_are_the_same_rows(monkeypatch):
+    inputs = make_inputs(33, "random +-15", state=True)
+    boundaries = some_boundaries(33)
+    expected = run(chunkwise, inputs, torch.float64, boundaries=boundaries, chunk_size=8)
+    for numbers in (1, 3 * 33 * V):
+        monkeypatch.setattr(chunkwise_torch, "BLOCK_NUMBERS", numbers)
+        got = run(chunkwise, inputs, torch.float64, boundaries=boundaries, chunk_size=8)
+        assert_same(got, expected, 1e-13)
+
+
+class Allocations(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation made in memory of its own."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)]
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+def test_steps_are_in_place_and_allocate_no_second_state(gate):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, HEADS, 64) for _ in range(3))
+    i, f = torch.randn(B, HEADS), torch.randn(B, HEADS)
+    state = torch.randn(B, HEADS, 64, 64), torch.randn(B, HEADS, 64), torch.randn(B, HEADS)
+    before = [(x.data_ptr(), x.clone()) for x in state]
+    with Allocations() as made:
+        mlstm_step(q, k, v, i, f, state, gate=gate, backend="torch")
+    for x, (address, old) in zip(state, before, strict=True):
+        assert x.data_ptr() == address and not torch.equal(x, old)
+    assert 0 < made.largest <= q.numel()
 
 
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])

@@ -42,7 +42,7 @@ def outputs(h, state):
     return {"h": h} | dict(zip(("h_last", "c", "n", "m"), state, strict=True))
 
 
-def recurrence(x, **options):
+def recurrence(x, backend=None, **options):
     arguments, state = split(x)
     return outputs(*slstm_recurrence(*arguments, state, **options))
 
@@ -61,6 +61,20 @@ def test_float32_values_states_and_gradients(s, gates, state, forget_gate):
     boundaries = torch.rand(B, s) < 0.1 if state else None
     inputs = make_inputs(s, gates, state)
     assert_float32_close(scan, recurrence, inputs, boundaries=boundaries, forget_gate=forget_gate)
+
+
+@pytest.mark.parametrize("s", [63, 64, 1000])
+def test_float32_at_more_lengths(s):
+    torch.manual_seed(5)
+    boundaries = torch.rand(B, s) < 0.01
+    assert_float32_close(scan, recurrence, make_inputs(s, state=True), boundaries=boundaries)
+
+
+def test_every_token_its_own_document():
+    boundaries = torch.ones(B, 9, dtype=torch.bool)
+    inputs = make_inputs(9, "random +-15", state=True)
+    for backend in ("torch", None):
+        assert_float32_close(scan, recurrence, inputs, boundaries=boundaries, backend=backend)
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])

@@ -1,5 +1,6 @@
 """The compiled CPU loops of the sLSTM against the float64 step recurrence."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -173,27 +174,76 @@ def test_float64_goes_to_the_torch_backend():
         slstm_scan(*x, backend="numba")
 
 
-def test_compiled_code_is_kept_on_disk(tmp_path):
-    script = """
-        import time, torch
-        from xlstm_kernels import slstm_scan
-        from xlstm_kernels.slstm import cpu_loops
-        x = torch.randn(1, 2, 4, 1, 16, requires_grad=True)
-        R, b = torch.randn(4, 1, 16, 16), torch.zeros(4, 1, 16)
-        slstm_scan(x, R, b, backend="numba").sum().backward()
-        for loop in (cpu_loops.forward, cpu_loops.backward):
-            print(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values()))
-    """
-    lines = []
-    for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, "-c", "\n".join(line[8:] for line in script.splitlines())],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-        )
-        lines.append(result.stdout.split())
-    assert lines == [["0", "1", "0", "1"], ["1", "0", "1", "0"]]
+SCRIPT = """
+import logging, torch
+logging.basicConfig(level="INFO", format="%(message)s")
+from xlstm_kernels import slstm_scan
+from xlstm_kernels.slstm import cpu_loops
+x = torch.ones(1, 2, 4, 1, 16, requires_grad=True)
+R, b = torch.zeros(4, 1, 16, 16), torch.zeros(4, 1, 16)
+slstm_scan(x, R, b, backend="numba").sum().backward()
+for loop in (cpu_loops.forward, cpu_loops.backward):
+    print(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values()))
+"""
+
+
+def start(folder, **environment):
+    """A process that uses the compiled loops, with numba's cache in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(folder)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Hits and misses of the forward, then of the backward loop; and what was logged."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.split(), err
+
+
+def test_compiled_code_is_kept_on_disk_by_processes_that_start_at_once(tmp_path):
+    """And what one of them left broken is compiled again, with a word about it."""
+    compiled, kept = ["0", "1", "0", "1"], ["1", "0", "1", "0"]
+    for process in [start(tmp_path) for _ in range(2)]:
+        counts, _ = finish(process)
+        assert counts in (compiled, kept)
+    counts, err = finish(start(tmp_path))
+    assert counts == kept and "compiles" not in err
+    indices = sorted(tmp_path.rglob("*.nbi"))
+    assert len(indices) == 2
+    for path in indices:
+        path.write_bytes(path.read_bytes()[:20])
+    counts, err = finish(start(tmp_path))
+    assert counts[0] == counts[2] == "0"
+    assert f"{tmp_path}" in err and "could not be read" in err and "NUMBA_CACHE_DIR" in err
+
+
+def test_no_folder_for_compiled_code_is_no_trouble(monkeypatch, caplog):
+    """Installed read-only and no home: compiled in every process."""
+    from numba.core.caching import CacheImpl
+
+    from xlstm_kernels.slstm import cpu_loops
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with caplog.at_level(logging.INFO, logger=cpu_loops.__name__):
+        double = cpu_loops.compiled(lambda x: x + x)
+    assert double(2) == 4 and "NUMBA_CACHE_DIR" in caplog.text
+
+
+def test_a_full_disk_is_no_trouble(monkeypatch, caplog, tmp_path):
+    from numba.core.caching import FunctionCache
+
+    from xlstm_kernels.slstm import cpu_loops
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FunctionCache, "save_overload", full)
+    double = cpu_loops.compiled(lambda x: x + x)
+    assert double(2) == 4
+    assert "No space left on device" in caplog.text and "could not be written" in caplog.text

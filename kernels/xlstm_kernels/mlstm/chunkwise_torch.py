@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xlstm_kernels.checks import compute_dtype
-from xlstm_kernels.mlstm.decays import ROUNDING, decays_of
+from xlstm_kernels.mlstm.carry import carry, carry_back, transfers_of
+from xlstm_kernels.mlstm.decays import decays_of
 from xlstm_kernels.torch_op import torch_op
 
-CHUNK_GROUP = 32  # chunks whose decay matrix is dense; more are carried from group to group
+BLOCK_NUMBERS = 1 << 19  # in the largest array of one block and thread: 2 MB
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -51,7 +51,7 @@ def mlstm_chunkwise_torch(
 
 def _default_chunk_size(qk_dim: int, v_dim: int) -> int:
     """Fastest of 32, 64, 128 measured on a CPU: small heads make states cheap, pairs dear."""
-    return 32 if qk_dim * v_dim <= 64 * 64 else 64
+    return 32 if qk_dim * v_dim < 64 * 64 else 64
 
 
 def _cut(length: int, chunk_size: int) -> tuple[int, int]:
@@ -60,91 +60,62 @@ def _cut(length: int, chunk_size: int) -> tuple[int, int]:
     return chunks, -(-length // chunks)
 
 
-def _transfers(log_keep: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """For each group of g chunks a matrix T [b * heads, g + 1, g + 1]: S_k = sum_l T[k, l] U_l.
+def _blocks(q: Tensor, v: Tensor, chunks: int) -> list[slice]:
+    """The b * heads rows in blocks that are worked off one after the other.
 
-    S_k is the state before chunk k of the group (k = g: after the group), U_0 the state before
-    the group and U_l what chunk l - 1 writes. `log_keep` and `starts` are those of `Decays`.
-    Groups keep memory linear in the length.
+    On a CPU the first touch of fresh memory costs as much as a product with it. Arrays of one
+    block are small enough to stay in the cache and to be used again by the next.
     """
-    transfers = []
-    for decay, started in zip(
-        log_keep.split(CHUNK_GROUP, 1), starts.split(CHUNK_GROUP, 1), strict=True
-    ):
-        decay, started = (pad(x.cumsum(-1), (1, 0)) for x in (decay, started))
-        exponent = (decay[:, :, None] - decay[:, None, :]).clamp_(max=ROUNDING)
-        exponent.masked_fill_(started[:, :, None] != started[:, None, :], -torch.inf)
-        transfers.append(exponent.exp_().tril_().to(dtype))
-    return transfers
-
-
-def _carry(
-    transfers: list[Tensor], written: Tensor, first: Tensor | None, need_last: bool
-) -> tuple[Tensor, Tensor | None]:
-    """States before each chunk [b * heads, chunks, x] and after the last [b * heads, x].
-
-    `written` [b * heads, chunks, x] is what each chunk writes, `first` [b * heads, x] the initial
-    state or None for zeros. The last state is computed if `need_last`.
-    """
-    before = []
-    for group, (T, source) in enumerate(
-        zip(transfers, written.split(CHUNK_GROUP, 1), strict=True), start=1
-    ):
-        states = torch.bmm(T[:, :-1, 1:], source)
-        last = None
-        if need_last or group < len(transfers):
-            last = torch.bmm(T[:, -1:, 1:], source)[:, 0]
-        if first is not None:
-            states.addcmul_(T[:, :-1, :1], first[:, None])
-            last = None if last is None else last.addcmul_(T[:, -1, :1], first)
-        before.append(states)
-        first = last
-    return (before[0] if len(before) == 1 else torch.cat(before, 1)), first
-
-
-def _carry_back(
-    transfers: list[Tensor], d_before: Tensor, d_last: Tensor | None, need_first: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Transpose of `_carry`: gradients of what each chunk writes and of the initial state."""
-    d_written = []
-    groups = list(zip(transfers, d_before.split(CHUNK_GROUP, 1), strict=True))
-    for group, (T, d_states) in reversed(list(enumerate(groups))):
-        d_source = torch.bmm(T[:, :-1, 1:].mT, d_states)
-        d_first = None
-        if need_first or group > 0:
-            d_first = torch.bmm(T[:, :-1, :1].mT, d_states)[:, 0]
-        if d_last is not None:
-            d_source.addcmul_(T[:, -1, 1:, None], d_last[:, None])
-            d_first = None if d_first is None else d_first.addcmul_(T[:, -1, :1], d_last)
-        d_written.append(d_source)
-        d_last = d_first
-    return (d_written[0] if len(d_written) == 1 else torch.cat(d_written[::-1], 1)), d_last
+    b, heads, s, qk_dim = q.shape
+    rows, v_dim = b * heads, v.shape[-1]
+    at_once = rows
+    if q.device.type == "cpu":
+        largest = max(s * max(qk_dim, v_dim), chunks * qk_dim * v_dim)
+        at_once = min(rows, max(1, BLOCK_NUMBERS * torch.get_num_threads() // largest))
+    return [slice(first, min(first + at_once, rows)) for first in range(0, rows, at_once)]
 
 
 def _by_chunk(x: Tensor, chunks: int, length: int, dtype: torch.dtype) -> Tensor:
-    """[b, heads, s, d] as [b * heads * chunks, L, d] in `dtype`, zero beyond the sequence."""
-    b, heads, s, d = x.shape
+    """[r, s, d] as [r * chunks, L, d] in `dtype`, zero beyond the sequence."""
+    r, s, d = x.shape
     if x.dtype != dtype or not x.is_contiguous() or s != chunks * length:
-        padded = x.new_empty(b, heads, chunks * length, d, dtype=dtype)
-        padded[:, :, :s].copy_(x)
-        padded[:, :, s:].zero_()
+        padded = x.new_empty(r, chunks * length, d, dtype=dtype)
+        padded[:, :s].copy_(x)
+        padded[:, s:].zero_()
         x = padded
-    return x.view(b * heads * chunks, length, d)
+    return x.view(r * chunks, length, d)
+
+
+def _room_for(x: Tensor, chunks: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a result [r * chunks, L, d] that `_put` brings to x [r, s, d]: x itself, if so."""
+    r, s, d = x.shape
+    if x.dtype != dtype or s != chunks * length:
+        return x.new_empty(r * chunks, length, d, dtype=dtype)
+    return x.view(r * chunks, length, d)
+
+
+def _put(x: Tensor, result: Tensor) -> None:
+    """Bring `result` [r * chunks, L, d] to x [r, s, d]: without padding, in the dtype of x."""
+    if x.data_ptr() != result.data_ptr():
+        x.copy_(result.view(x.shape[0], -1, x.shape[2])[:, : x.shape[1]])
 
 
 class _Forward(NamedTuple):
-    """Results of the forward pass: h and the last state, then what the backward pass needs."""
+    """Results of the forward pass: h and the last state, then what the backward pass needs.
+
+    Those of all b * heads rows; pairs, read, write, floor, log_keep and starts: see Decays.
+    """
 
     h: Tensor  # [b, heads, s, v_dim] in the dtype of q
     C_last: Tensor  # the last state; C and n are empty if not asked for
     n_last: Tensor
     m_last: Tensor
-    h_wide: Tensor  # [N, L, v_dim] h before rounding to the dtype of q; empty if that is none
-    weights: Tensor  # [N, L, L] q.k under `pairs`
-    C_before: Tensor  # [N, qk_dim, v_dim] state before each chunk
-    n_before: Tensor  # [N, qk_dim]
-    overlap: Tensor  # [N, L] n.q
-    pairs: Tensor  # and the rest: see Decays
+    h_wide: Tensor  # [rows, s, v_dim] h before rounding to the dtype of q; empty if that is none
+    weights: Tensor  # [rows, chunks, L, L] q.k under `pairs`
+    C_before: Tensor  # [rows, chunks, qk_dim * v_dim] state before each chunk
+    n_before: Tensor  # [rows, chunks, qk_dim]
+    overlap: Tensor  # [rows, chunks, L] n.q
+    pairs: Tensor
     read: Tensor
     write: Tensor
     floor: Tensor
@@ -152,7 +123,38 @@ class _Forward(NamedTuple):
     starts: Tensor
 
 
-# In both passes a fresh large buffer costs a CPU more than a product with it: `scratch` is reused.
+def _allocate(q: Tensor, v: Tensor, chunk_size: int, need_last: bool) -> _Forward:
+    b, heads, s, qk_dim = q.shape
+    v_dim = v.shape[-1]
+    rows = b * heads
+    chunks, length = _cut(s, chunk_size)
+    dtype = compute_dtype(q.dtype)
+
+    def new(*shape, dtype=dtype):
+        return q.new_empty(shape, dtype=dtype)
+
+    return _Forward(
+        h=new(b, heads, s, v_dim, dtype=q.dtype),
+        C_last=new(b, heads, qk_dim, v_dim) if need_last else new(0),
+        n_last=new(b, heads, qk_dim) if need_last else new(0),
+        m_last=new(b, heads),
+        h_wide=new(0) if q.dtype == dtype else new(rows, s, v_dim),
+        weights=new(rows, chunks, length, length),
+        C_before=new(rows, chunks, qk_dim * v_dim),
+        n_before=new(rows, chunks, qk_dim),
+        overlap=new(rows, chunks, length),
+        pairs=new(rows, chunks, length, length),
+        read=new(rows, chunks, length),
+        write=new(rows, chunks, length),
+        floor=new(rows, chunks, length),
+        log_keep=new(rows, chunks, dtype=torch.float64),
+        starts=new(rows, chunks, dtype=torch.float64),
+    )
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """[b, heads, ...] as [b * heads, ...]."""
+    return None if x is None else x.flatten(0, 1)
 
 
 @torch_op("mlstm_torch")
@@ -173,88 +175,91 @@ def mlstm_forward(
     need_last: bool,
 ) -> list[Tensor]:
     """The forward pass: the fields of `_Forward`."""
-    b, heads, s, qk_dim = q.shape
-    v_dim = v.shape[-1]
-    dtype = compute_dtype(q.dtype)
-    chunks, length = _cut(s, chunk_size)
-    rows = b * heads
+    heads = q.shape[1]
+    chunks, _ = _cut(q.shape[2], chunk_size)
+    out = _allocate(q, v, chunk_size, need_last)
+    inputs = [_rows(x) for x in (q, k, v, igate_preact, fgate_preact, C, n, m)]
+    inputs.append(None if boundaries is None else boundaries.repeat_interleave(heads, 0))
+    results = [x.flatten(0, 1) if x.ndim > 1 else x for x in out[:4]] + list(out[4:])
+    for block in _blocks(q, v, chunks):
+        _forward_block(
+            *(None if x is None else x[block] for x in inputs),
+            _Forward(*(x if x.numel() == 0 else x[block] for x in results)),
+            exp_gate, normalize, eps,
+        )  # fmt: skip
+    return list(out)
+
+
+def _forward_block(q, k, v, i, f, C, n, m, boundaries, out, exp_gate, normalize, eps):
+    """Some rows of the forward pass, [r, ...] each, into views of the results."""
+    r, qk_dim = q.shape[0], q.shape[-1]
+    v_dim, dtype = v.shape[-1], out.weights.dtype
+    chunks, length = out.weights.shape[1:3]
     decays = decays_of(
-        igate_preact, fgate_preact, m, boundaries, chunks, length, qk_dim**-0.5, exp_gate, dtype
-    )
-    transfers = _transfers(decays.log_keep, decays.starts, dtype)
+        i[:, None], f[:, None], None if m is None else m[:, None], boundaries, chunks, length,
+        qk_dim**-0.5, exp_gate, dtype, out.pairs,
+    )  # fmt: skip
+    transfers = transfers_of(decays.log_keep, decays.starts, dtype)
     query, key, value = (_by_chunk(x, chunks, length, dtype) for x in (q, k, v))
 
-    weights = torch.bmm(query, key.mT).mul_(decays.pairs)
-    h = torch.bmm(weights, value)
-    overlap = weights.sum(-1)
+    weights, overlap = out.weights.flatten(0, 1), out.overlap.flatten(0, 1)
+    torch.bmm(query, key.mT, out=weights).mul_(decays.pairs)
+    h_place = out.h if out.h_wide.numel() == 0 else out.h_wide
+    h = _room_for(h_place, chunks, length, dtype)
+    torch.bmm(weights, value, out=h)
+    torch.sum(weights, -1, out=overlap)
 
     scratch = key * decays.write[..., None]
-    C_written = torch.bmm(scratch.mT, value).view(rows, chunks, -1)
-    n_written = scratch.sum(1).view(rows, chunks, -1)
-    C = None if C is None else C.to(dtype).reshape(rows, -1)
-    n = None if n is None else n.to(dtype).reshape(rows, -1)
-    C_before, C_last = _carry(transfers, C_written, C, need_last)
-    n_before, n_last = _carry(transfers, n_written, n, need_last)
-    C_before, n_before = C_before.view(-1, qk_dim, v_dim), n_before.view(-1, qk_dim)
+    C_written = torch.bmm(scratch.mT, value).view(r, chunks, -1)
+    n_written = scratch.sum(1).view(r, chunks, -1)
+    C, n = (None if x is None else x.to(dtype).reshape(r, -1) for x in (C, n))
+    need_last = out.C_last.numel() > 0
+    C_last = carry(transfers, C_written, C, need_last, out.C_before)
+    n_last = carry(transfers, n_written, n, need_last, out.n_before)
     torch.mul(query, decays.read[..., None], out=scratch)
-    h.baddbmm_(scratch, C_before)
-    overlap += scratch.mul_(n_before[:, None]).sum(-1)
+    h.baddbmm_(scratch, out.C_before.view(-1, qk_dim, v_dim))
+    overlap += scratch.mul_(out.n_before.view(-1, 1, qk_dim)).sum(-1)
     if normalize:
         h.div_((torch.maximum(overlap.abs(), decays.floor) + eps)[..., None])
 
-    none = h.new_empty(0)
-    return list(
-        _Forward(
-            h=h.view(b, heads, chunks * length, v_dim)[:, :, :s].to(q.dtype).contiguous(),
-            C_last=C_last.view(b, heads, qk_dim, v_dim) if need_last else none,
-            n_last=n_last.view(b, heads, qk_dim) if need_last else none.clone(),
-            m_last=decays.last_m,
-            h_wide=none.clone() if q.dtype == dtype else h,
-            weights=weights,
-            C_before=C_before,
-            n_before=n_before,
-            overlap=overlap,
-            pairs=decays.pairs,
-            read=decays.read,
-            write=decays.write,
-            floor=decays.floor,
-            log_keep=decays.log_keep,
-            starts=decays.starts,
-        )
-    )
+    _put(h_place, h)
+    if h_place is not out.h:
+        out.h.copy_(h_place)
+    if need_last:
+        out.C_last.copy_(C_last.view(r, qk_dim, v_dim))
+        out.n_last.copy_(n_last)
+    out.m_last.copy_(decays.last_m[:, 0])
+    for name in ("read", "write", "floor", "log_keep", "starts"):
+        place = getattr(out, name)
+        place.copy_(getattr(decays, name).view(place.shape))
 
 
 @mlstm_forward.register_fake
 def _(q, k, v, igate_preact, fgate_preact, C, n, m, boundaries, chunk_size, exp_gate, normalize,
       eps, need_last):  # fmt: skip
-    b, heads, s, qk_dim = q.shape
-    v_dim = v.shape[-1]
+    return list(_allocate(q, v, chunk_size, need_last))
+
+
+class _Gradients(NamedTuple):
+    """Of the arguments, in their dtypes; of an initial state in the dtype of the computation."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    i: Tensor
+    f: Tensor
+    C: Tensor | None
+    n: Tensor | None
+
+
+def _allocate_gradients(q, k, v, i, f, need_state) -> _Gradients:
+    b, heads, _, qk_dim = q.shape
     dtype = compute_dtype(q.dtype)
-    chunks, length = _cut(s, chunk_size)
-    N, rows = b * heads * chunks, b * heads
-
-    def new(*shape, dtype=dtype):
-        return q.new_empty(shape, dtype=dtype)
-
-    return list(
-        _Forward(
-            h=new(b, heads, s, v_dim, dtype=q.dtype),
-            C_last=new(b, heads, qk_dim, v_dim) if need_last else new(0),
-            n_last=new(b, heads, qk_dim) if need_last else new(0),
-            m_last=new(b, heads),
-            h_wide=new(0) if q.dtype == dtype else new(N, length, v_dim),
-            weights=new(N, length, length),
-            C_before=new(N, qk_dim, v_dim),
-            n_before=new(N, qk_dim),
-            overlap=new(N, length),
-            pairs=new(N, length, length),
-            read=new(N, length),
-            write=new(N, length),
-            floor=new(N, length),
-            log_keep=new(rows, chunks, dtype=torch.float64),
-            starts=new(rows, chunks, dtype=torch.float64),
-        )
-    )
+    C = n = None
+    if need_state:
+        C = q.new_empty(b, heads, qk_dim, v.shape[-1], dtype=dtype)
+        n = q.new_empty(b, heads, qk_dim, dtype=dtype)
+    return _Gradients(*(x.new_empty(x.shape) for x in (q, k, v, i, f)), C, n)
 
 
 @torch_op("mlstm_torch_backward")
@@ -277,15 +282,37 @@ def mlstm_backward(
 
     `saved` is `_Forward` without the last state.
     """
-    (h, h_wide, weights, C_before, n_before, overlap, pairs, read, write, floor, log_keep,
-     starts) = saved  # fmt: skip
-    b, heads, s, qk_dim = q.shape
-    v_dim, dtype, rows = v.shape[-1], weights.dtype, b * heads
-    chunks, length = log_keep.shape[1], weights.shape[1]
-    transfers = _transfers(log_keep, starts, dtype)
-    query, key, value, d_h = (_by_chunk(x, chunks, length, dtype) for x in (q, k, v, d_h))
-    h = _by_chunk(h, chunks, length, dtype) if h_wide.numel() == 0 else h_wide
+    grads = _allocate_gradients(q, k, v, igate_preact, fgate_preact, need_state)
+    h, *buffers = saved
+    chunks = buffers[1].shape[1]
+    inputs = [_rows(x) for x in (q, k, v, igate_preact, fgate_preact, d_h, d_C_last, d_n_last, h)]
+    results = [_rows(x) for x in grads]
+    for block in _blocks(q, v, chunks):
+        _backward_block(
+            *(None if x is None else x[block] for x in inputs),
+            *(x if x.numel() == 0 else x[block] for x in buffers),
+            _Gradients(*(None if x is None else x[block] for x in results)),
+            exp_gate, normalize, eps,
+        )  # fmt: skip
+    return [x for x in grads if x is not None]
+
+
+def _backward_block(
+    q, k, v, i, f, d_h, d_C_last, d_n_last, h, h_wide, weights, C_before, n_before, overlap, pairs,
+    read, write, floor, log_keep, starts, grads, exp_gate, normalize, eps,
+):  # fmt: skip
+    """Some rows of the backward pass, [r, ...] each, into views of the gradients."""
+    (r, chunks, length, _), qk_dim, v_dim = weights.shape, q.shape[-1], v.shape[-1]
+    dtype, need_state = weights.dtype, grads.C is not None
+    transfers = transfers_of(log_keep, starts, dtype)
+    h = h if h_wide.numel() == 0 else h_wide
+    query, key, value, d_h, h = (_by_chunk(x, chunks, length, dtype) for x in (q, k, v, d_h, h))
+    weights, overlap, pairs, read, write, floor = (
+        x.flatten(0, 1) for x in (weights, overlap, pairs, read, write, floor)
+    )
+    C_before, n_before = C_before.view(-1, qk_dim, v_dim), n_before.view(-1, qk_dim)
     scratch_k, scratch_v = torch.empty_like(query), torch.empty_like(value)
+    d_q, d_k, d_v = (_room_for(x, chunks, length, dtype) for x in grads[:3])
 
     d_overlap = torch.zeros_like(overlap)
     if normalize:
@@ -304,30 +331,27 @@ def mlstm_backward(
     later = torch.bmm(ones.triu().expand_as(G), G)
     d_log_i = later[:, 0].clone()
     d_log_f = later.mul_(ones.tril(-1)).sum(-1)
-    d_v = torch.bmm(weights.mT, d_h)
+    torch.bmm(weights.mT, d_h, out=d_v)
 
     # Through the state before the chunk.
     torch.mul(d_h, read[..., None], out=scratch_v)
     d_overlap *= read
-    d_q = torch.bmm(scratch_v, C_before.mT).addcmul_(d_overlap[..., None], n_before[:, None])
+    torch.bmm(scratch_v, C_before.mT, out=d_q).addcmul_(d_overlap[..., None], n_before[:, None])
     row = torch.mul(query, d_q, out=scratch_k).sum(-1)
     d_log_f += row.flip(-1).cumsum(-1).flip(-1)
     d_C_before = torch.bmm(query.mT, scratch_v)
     d_n_before = torch.mul(query, d_overlap[..., None], out=scratch_k).sum(1)
-    d_C_last = None if d_C_last is None else d_C_last.to(dtype).reshape(rows, -1)
-    d_n_last = None if d_n_last is None else d_n_last.to(dtype).reshape(rows, -1)
-    d_C_written, d_C = _carry_back(
-        transfers, d_C_before.view(rows, chunks, -1), d_C_last, need_state
+    d_C_last, d_n_last = (
+        None if x is None else x.to(dtype).reshape(r, -1) for x in (d_C_last, d_n_last)
     )
-    d_n_written, d_n = _carry_back(
-        transfers, d_n_before.view(rows, chunks, -1), d_n_last, need_state
-    )
+    d_C_written, d_C = carry_back(transfers, d_C_before.view(r, chunks, -1), d_C_last, need_state)
+    d_n_written, d_n = carry_back(transfers, d_n_before.view(r, chunks, -1), d_n_last, need_state)
     d_C_written, d_n_written = d_C_written.view(-1, qk_dim, v_dim), d_n_written.view(-1, qk_dim)
 
     # Through the state after the chunk, and across the whole chunk.
     write = write[..., None]
     torch.mul(value, write, out=scratch_v)
-    d_k = torch.bmm(scratch_v, d_C_written.mT).addcmul_(write, d_n_written[:, None])
+    torch.bmm(scratch_v, d_C_written.mT, out=d_k).addcmul_(write, d_n_written[:, None])
     column = torch.mul(key, d_k, out=scratch_k).sum(-1)
     d_log_i += column
     d_log_f[:, 1:] += column[:, :-1].cumsum(-1)
@@ -339,38 +363,22 @@ def mlstm_backward(
 
     d_q.baddbmm_(d_scores, key)
     d_k.baddbmm_(d_scores.mT, query)
-
-    def cut(x, *last, to=dtype):
-        return x.view(b, heads, chunks * length, *last)[:, :, :s].to(to).contiguous()
-
-    d_fgate = cut(d_log_f).mul_(torch.sigmoid(-fgate_preact.to(dtype)))
-    d_igate = cut(d_log_i)
-    if not exp_gate:
-        d_igate.mul_(torch.sigmoid(-igate_preact.to(dtype)))
-    grads = [
-        cut(d_q, qk_dim, to=q.dtype),
-        cut(d_k, qk_dim, to=q.dtype),
-        cut(d_v, v_dim, to=q.dtype),
-    ]
-    grads += [d_igate.to(igate_preact.dtype), d_fgate.to(fgate_preact.dtype)]
+    for place, result in zip(grads[:3], (d_q, d_k, d_v), strict=True):
+        _put(place, result)
+    s = f.shape[1]
+    d_log_f, d_log_i = (x.view(r, -1)[:, :s] for x in (d_log_f, d_log_i))
+    grads.f.copy_(d_log_f.mul_(torch.sigmoid(-f.to(dtype))))
+    grads.i.copy_(d_log_i if exp_gate else d_log_i.mul_(torch.sigmoid(-i.to(dtype))))
     if need_state:
-        grads += [d_C.view(b, heads, qk_dim, v_dim), d_n.view(b, heads, qk_dim)]
-    return grads
+        grads.C.copy_(d_C.view(r, qk_dim, v_dim))
+        grads.n.copy_(d_n)
 
 
 @mlstm_backward.register_fake
 def _(q, k, v, igate_preact, fgate_preact, d_h, d_C_last, d_n_last, saved, exp_gate, normalize,
       eps, need_state):  # fmt: skip
-    def contiguous(x):
-        return x.new_empty(x.shape)
-
-    grads = [contiguous(x) for x in (q, k, v, igate_preact, fgate_preact)]
-    if need_state:
-        b, heads, _, qk_dim = q.shape
-        dtype = compute_dtype(q.dtype)
-        grads.append(q.new_empty(b, heads, qk_dim, v.shape[-1], dtype=dtype))
-        grads.append(q.new_empty(b, heads, qk_dim, dtype=dtype))
-    return grads
+    grads = _allocate_gradients(q, k, v, igate_preact, fgate_preact, need_state)
+    return [x for x in grads if x is not None]
 
 
 def _save(ctx, inputs, output):

@@ -62,8 +62,12 @@ def decays_of(
     scale: float,
     exp_gate: bool,
     dtype: torch.dtype,
+    pairs: Tensor,
 ) -> Decays:
-    """Weights of a sequence cut into `chunks` chunks of `length` tokens (padded at its end)."""
+    """Weights of a sequence cut into `chunks` chunks of `length` tokens (padded at its end).
+
+    `pairs`, of as many elements as `Decays.pairs`, is the memory for them.
+    """
     b, heads, s = fgate_preact.shape
     log_f = logsigmoid(fgate_preact.double())
     log_i = igate_preact.double() if exp_gate else logsigmoid(igate_preact.double())
@@ -93,7 +97,7 @@ def decays_of(
     log_scale = torch.tensor(scale, dtype=torch.float64).log()
     target, source = sums - m_all, log_i - sums
     exponent = (target + log_scale)[..., :, None] + source[..., None, :]
-    pairs = torch.minimum(exponent, causal, out=exponent).to(dtype).exp_()
+    pairs = pairs.view(exponent.shape).copy_(torch.minimum(exponent, causal, out=exponent)).exp_()
     read = (target + m_start[..., None]).clamp(max=ROUNDING).exp() * scale
     write = (source + (sums[..., -1] - m_end)[..., None]).clamp(max=ROUNDING).exp()
     log_keep = (sums[..., -1] + m_start - m_end).clamp(max=ROUNDING)

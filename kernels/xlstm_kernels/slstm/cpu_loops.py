@@ -10,6 +10,7 @@ Buffers are flat float32 arrays; `width` is the head dimension rounded up to `TI
 the padding of the weights. Gates are in the order i, f, z, o. Used by `scan_cpu.py` only.
 """
 
+import logging
 import operator
 
 import llvmlite.binding as llvm
@@ -18,6 +19,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from xlstm_kernels.slstm.cpu_cache import BestEffortCache
+
+log = logging.getLogger(__name__)
 
 # A tile of 4 x TILE sums fits the registers: 8 of 32 with AVX-512, 8 of 16 with 8 lanes.
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
@@ -145,11 +150,12 @@ def times_power_of_two(typing, x, shifted):
 
 def compiled(function):
     """`function` compiled at its first call, without the GIL; kept on disk where that can be."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    dispatcher = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
     try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder that could be written
-        return njit(**options)(function)
+        dispatcher._cache = BestEffortCache(function)  # as `njit(cache=True)` does with its own
+    except RuntimeError:  # no folder that could be written: neither beside this file nor in $HOME
+        log.info("no folder to keep compiled loops in; NUMBA_CACHE_DIR can name one")
+    return dispatcher
 
 
 def inlined(function):
