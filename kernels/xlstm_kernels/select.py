@@ -91,6 +91,7 @@ def _select(
             reason = None if one.module is None else _refusal(one, like, True, facts)
             if reason is not None:
                 raise ValueError(f"backend={backend!r} cannot run this {kernel}: {reason}")
+            _say_once(kernel, one.name, None if like is None else str(like.device), "asked for")
             return one.name
     raise ValueError(
         f"backend={backend!r} does not exist for {kernel}; "
