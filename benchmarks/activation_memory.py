@@ -55,7 +55,10 @@ def main() -> None:
     print(f"{args.config}: one row of {args.tokens:,} tokens, {run.engine.precision}, one process")
     print("counted, not measured; GB of activations kept by all blocks, MB by one of each kind")
     for mode in MODES:
-        kept = kept_by_block(model, run.engine.precision, args.tokens, mode)
+        try:
+            kept = kept_by_block(model, run.engine.precision, args.tokens, mode)
+        except ValueError as error:  # heads that the Triton kernels do not have
+            parser.exit(2, f"error: {error}\n")
         total = sum(kept[letter] * number for letter, number in blocks.items())
         each = ", ".join(f"{letter} {size / 1e6:,.1f}" for letter, size in kept.items())
         print(f"  {mode:9}  {total / 1e9:8.2f} GB   ({each} MB)")
