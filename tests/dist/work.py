@@ -52,7 +52,7 @@ def run_config(model: str, **changes: Any) -> RunConfig:
     }
     for key, value in changes.items():
         section, name = key.split("__")
-        raw[section][name] = value
+        raw.setdefault(section, {})[name] = value
     cuts = raw["layout"].get("pipeline", 1) * raw["layout"].get("virtual", 1)
     letters = raw["model"]["pattern"]
     size = len(letters) // cuts
