@@ -36,6 +36,10 @@ RUN_ELSEWHERE = {
     "make test": (".ci/run", "make --no-print-directory test"),
     "make test-peers": (".ci/run", "make --no-print-directory test-peers"),
     "make test TESTS=tests/kernels": (".ci/run", 'TESTS="tests/dist'),
+    "python -m benchmarks.loader": (
+        "tests/pretrain/data/test_loader_benchmark.py",
+        '"benchmarks.loader", *arguments',
+    ),
     ".ci/run": (".ci/run", "make --no-print-directory test"),
 }
 
