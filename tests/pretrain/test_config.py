@@ -392,7 +392,7 @@ def test_every_stage_of_a_ramp_splits_over_the_replicas():
 
 def test_the_data_section_that_readme_shows():
     text = (CONFIGS.parents[1] / "README.md").read_text(encoding="utf-8")
-    shown = text.split("```yaml\n")[1].split("```")[0]
+    shown = text.split("## Data of a run")[1].split("```yaml\n")[1].split("```")[0]
     data = config_from_dict({**raw(), **yaml.safe_load(shown)}).data
     assert [s.name for s in data.sources] == ["web", "code", "books"] and data.phases
 
