@@ -16,7 +16,7 @@ The backward pass is the transpose. The cell gives dL/dS_in of each rank, a scan
 to the first turns them into dL/dS_out, and the product's gradients complete those of k, v and the
 gates (the forget gates through ``keep`` as well).
 
-Two ways to scan, by :func:`gathers`, with the same result:
+Two ways to scan, by ``context_costs.gathers``, with the same result:
 
 - up to 8 ranks each gathers all S_own and adds them up: one step, ``cp - 1`` states received;
 - beyond, a pipeline along the ranks in slices of the value dimension: each rank receives one state
@@ -38,21 +38,9 @@ from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.checks import compute_dtype
 
-GATHER_UP_TO = 8  # ranks
-SLICES = 8  # of the value dimension, in the pipeline
+from .context_costs import column_slices, gathers
 
 State = tuple[Tensor, Tensor, Tensor]
-
-
-def gathers(ranks: int) -> bool:
-    """Whether a group of this size gathers all states instead of passing them along.
-
-    A gather takes the time of ``ranks - 1`` states and one call, the pipeline that of ``ranks + 7``
-    messages of 1/8 state. A state is small (0.5 MB per row for a head of the 7B), so the latency
-    of messages decides until the gather's bytes, which grow with the ranks, outweigh it. The
-    number is an estimate; nothing of this has been timed on GPUs.
-    """
-    return ranks <= GATHER_UP_TO
 
 
 def entering_state(
@@ -226,7 +214,7 @@ def _gather_states(
         if rank < group.rank():
             state = state.mul_(keep[:, None]).addcmul_(states[rank], gain[:, None])
     C, n = state.split((own.shape[1], qk_dim), -1)
-    C = C.reshape(rows, qk_dim, -1)
+    C = C.view(rows, qk_dim, -1).contiguous()  # as the kernels want it, apart from n
     keeps = torch.stack([join.keep for join in joins])
     return (C, n.contiguous(), m_in), keeps, joins[group.rank()].gain
 
@@ -293,17 +281,12 @@ class _Line:
             work.wait()
 
 
-def _column_slices(width: int) -> list[slice]:
-    step = -(-width // SLICES)
-    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
-
-
 def _pipeline_states(
     key: Tensor, value: Tensor, total: Tensor, best: Tensor, group: dist.ProcessGroup
 ) -> tuple[State, Tensor, Tensor]:
     """The state before this slice; ``keep`` and ``gain`` of this rank ``[N]``."""
     (rows, _, qk_dim), v_dim = key.shape, value.shape[-1]
-    slices = _column_slices(v_dim)
+    slices = column_slices(v_dim)
     shapes = [(rows, qk_dim + 1)] + [(rows, qk_dim, c.stop - c.start) for c in slices]
     line = _Line(shapes, key, group, 1)
     n_own = key.sum(1)
@@ -329,7 +312,7 @@ def _pipeline_gradients(
 
     The caller works on one slice of columns while the next is on its way.
     """
-    slices = _column_slices(d_C.shape[-1])
+    slices = column_slices(d_C.shape[-1])
     shapes = [tuple(d_n.shape)] + [tuple(d_C[..., columns].shape) for columns in slices]
     line = _Line(shapes, d_C, group, -1)
     keep = keep[:, None]

@@ -53,12 +53,10 @@ CASES = [
     ("classic", "cp2_tp2_sp", {"memory__recompute": "selective"}),
     ("large", "cp2", {"memory__recompute": "full"}),
     ("hybrid", "pp2", {}),
-    ("large", "cp2", {}),
     ("large", "cp4", {}),
     ("large", "cp2_pp2", {"model__tie_embeddings": True}),
     ("large_deep", "cp2_pp2_vpp2", {}),
     ("classic", "cp4", {}),
-    ("classic", "cp2_tp2_sp", {}),
     ("mixed", "cp2_tp2", {}),
     ("mixed", "cp2_dp2", {}),
 ]
