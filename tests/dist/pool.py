@@ -5,6 +5,7 @@ its time there. Workers are started once and join a fresh process group for ever
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -96,3 +97,19 @@ def _work(pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
         finally:
             leave()
+            _free_engines()
+
+
+def _free_engines() -> None:
+    """Let go of the engines that a call has left behind, and with them of their process groups.
+
+    The hooks that Megatron's DDP puts on gradient accumulators keep it alive through C++, where the
+    garbage collector does not look, so it is emptied instead. A gloo group has threads of its own:
+    after a hundred calls a worker would have thousands.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel):
+            vars(thing).clear()
+    gc.collect()
