@@ -124,10 +124,11 @@ def cpu_seconds(function, *arguments) -> float:
     return time.process_time() - start
 
 
-def child_seconds(command: list[str]) -> float:
-    """CPU time of a command."""
+def child_seconds(command: list[str], package_root: Path) -> float:
+    """CPU time of a command that imports from ``package_root``."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(package_root)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -160,8 +161,8 @@ def speed(folder: Path, corpus: Path, tokenizer: Path, size: float, arguments) -
     if arguments.megatron:
         name = "Megatron tools/preprocess_data.py"
         root = Path(arguments.megatron)
-        start_up = child_seconds(megatron_command(root, one, tokenizer, folder / "m-one"))
-        whole = child_seconds(megatron_command(root, corpus, tokenizer, folder / "m"))
+        start_up = child_seconds(megatron_command(root, one, tokenizer, folder / "m-one"), root)
+        whole = child_seconds(megatron_command(root, corpus, tokenizer, folder / "m"), root)
         seconds[name] = [whole - start_up]
         theirs = ids_of_bin(folder / "m_text_document")
         print(f"  {name}: " + compare_ids(mine, theirs, bos=False))
