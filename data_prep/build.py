@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.config import BuildConfig
 from data_prep.encode import EncodeTask, ShardPart, ShardRecord, encode_shard, load_record
 from data_prep.errors import PrepError
-from data_prep.files import expand_inputs, file_stamp
+from data_prep.files import absolute, expand_inputs, file_stamp
 from data_prep.parallel import available_cpus, run_tasks
 from data_prep.plan import DROPPED, CorpusPlan, ShardPlan, corpus_digest, plan_corpus
 from data_prep.progress import Progress, say
@@ -108,7 +108,7 @@ def build(config: BuildConfig) -> Manifest | None:
         "settings": settings,
         "corpus": corpus.digest,
         "stamps": stamps,
-        "files": [[file.path, file.source] for file in files],
+        "files": [[absolute(file.path), file.source] for file in files],
         "config": config.model_dump(),
     }
     write_atomic(work / _LEDGER_NAME, json.dumps(fields, indent=1).encode() + b"\n")

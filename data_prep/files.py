@@ -41,6 +41,11 @@ def is_remote(path: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None or "::" in path
 
 
+def absolute(path: str) -> str:
+    """The same file, whatever the working directory will be."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 def suffixes(path: str) -> tuple[str, str]:
     """(content suffix, compression suffix or "") of a path or URL, lower case."""
     stem, suffix = posixpath.splitext(path.split("::")[0].split("?")[0].lower())

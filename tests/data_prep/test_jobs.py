@@ -70,6 +70,22 @@ def test_jobs_left_undone_are_done_by_number_or_by_all(one_job, tmp_path, capsys
         assert tree_bytes(out) == tree_bytes(single)
 
 
+def test_merge_from_elsewhere_keeps_the_provenance(
+    one_job, split_corpus, tmp_path, monkeypatch, capsys
+):
+    flags, _ = one_job
+    shutil.copytree(split_corpus, tmp_path / "corpus")
+    (tmp_path / "corpus/SOURCE.json").write_text('{"licence": "CC0"}')
+    monkeypatch.chdir(tmp_path)
+    for task in range(2):
+        share = ["--task", task, "--tasks", 2, "--out", "out"]
+        assert run("build", *flags, "--input", "corpus", *share) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("merge", "../out") == 0
+    assert load_manifest(tmp_path / "out").sources[0].provenance == {"licence": "CC0"}
+
+
 def test_array_with_gaps_is_refused(one_job, tmp_path, monkeypatch, capsys):
     slurm(monkeypatch, 0, 2)
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "7")
