@@ -221,15 +221,17 @@ def remove_temporaries(folder: Path, below: str = "**/*") -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write ``data`` so that ``path`` is either absent, the old file, or complete.
 
-    A temporary file beside it is synced and renamed.
+    A temporary file beside it is synced and renamed. Without ``sync`` a loss of power may leave
+    other bytes: for files whose readers check them, as waiting for the disk takes milliseconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -97,8 +97,7 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
 
             def flush() -> None:
                 rows = np.array(held, SCAN_ROW)
-                digest.update(np.ascontiguousarray(rows["hash"]))
-                digest.update(np.ascontiguousarray(rows["drop"]))
+                _update(digest, rows)
                 file.write(rows.tobytes())
                 held.clear()
 
@@ -125,8 +124,13 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     tick(unticked)
     scan = FileScan(str(table), documents, malformed, examples, digest.hexdigest())
     fields = {key: value for key, value in asdict(scan).items() if key != "table"}
-    write_atomic(task.note, json.dumps(fields).encode() + b"\n")
+    write_atomic(task.note, json.dumps(fields).encode() + b"\n", sync=False)
     return scan
+
+
+def _update(digest: xxhash.xxh3_128, rows: np.ndarray) -> None:
+    digest.update(np.ascontiguousarray(rows["hash"]))
+    digest.update(np.ascontiguousarray(rows["drop"]))
 
 
 def _judge(filters: TextFilters, path: str, item) -> int:
@@ -142,14 +146,18 @@ def _judge(filters: TextFilters, path: str, item) -> int:
 
 
 def load_scan(note: Path) -> FileScan | None:
-    """A stored scan by the path of its note; None where it is absent or not whole."""
+    """A stored scan by the path of its note; None where it is absent or not what was written."""
     table = note.with_suffix(".scan")
     try:
         scan = FileScan(str(table), **json.loads(note.read_bytes()))
-        whole = table.stat().st_size == scan.documents * SCAN_ROW.itemsize
+        if table.stat().st_size != scan.documents * SCAN_ROW.itemsize:
+            return None
     except (OSError, ValueError, TypeError):
         return None
-    return scan if whole else None
+    digest, rows = xxhash.xxh3_128(), scan.rows()
+    for first in range(0, len(rows), _CHUNK_ROWS):
+        _update(digest, rows[first : first + _CHUNK_ROWS])
+    return scan if digest.hexdigest() == scan.digest else None
 
 
 def scan_note(file: InputFile, stamp: list, filters: TextFilters, work: Path) -> Path:

@@ -116,6 +116,16 @@ def test_deleted_or_truncated_shard_alone_is_made_again(build_flags, shards, tmp
     assert tree_bytes(out) == tree_bytes(shards)
 
 
+def test_damaged_scans_and_plans_are_made_again(build_flags, shards, tmp_path):
+    for kind in ("scan/*.scan", "scan/*.json", "plan/*.json", "plan/*.fate"):
+        out = shutil.copytree(shards, tmp_path / kind.replace("/", "-"))
+        (out / "manifest.json").unlink()
+        for path in out.glob(f"_work/{kind}"):
+            path.write_bytes(bytes(path.stat().st_size - ("fate" in kind)))
+        assert run("build", *build_flags, "--out", out) == 0
+        assert tree_bytes(out) == tree_bytes(shards)
+
+
 def test_duplicates_empty_and_malformed_are_counted(tmp_path, tokenizer_dir, texts, capsys):
     corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, texts[0], texts[7], "", texts[0]])
     with open(corpus, "a") as file:
