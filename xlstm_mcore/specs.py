@@ -107,6 +107,9 @@ class GPTLayer(XLSTMLayer):
         layer_number: number of the layer on this pipeline stage, from 1.
         pg_collection: process groups.
         vp_stage: index of this model chunk on its rank, with interleaved stages.
+
+    Raises:
+        ValueError: context parallelism, which Megatron-LM cuts otherwise.
     """
 
     def __init__(
@@ -117,6 +120,12 @@ class GPTLayer(XLSTMLayer):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
+        if pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"context_parallel_size={pg_collection.cp.size()}: Megatron-LM gives a rank one "
+                "piece from each half of a row, and a recurrence needs contiguous slices in order; "
+                "use context_parallel_size=1, or layout.context of python -m pretrain"
+            )
         first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         super().__init__(config, submodules, pg_collection, first + layer_number - 1)
         self.layer_number = first + layer_number  # megatron-core counts from 1

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pretrain import layout as layouts
 from xlstm_mcore import cpu_runtime
 from xlstm_mcore.build import build_model, make_config, single_process_groups
 from xlstm_mcore.pieces import named_pieces
-from xlstm_mcore.specs import gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.specs import GPTLayer, gpt_layer_spec, prepare_gpt_model
 
 SECTION = {
     "pattern": "Mms*",
@@ -96,6 +97,13 @@ def test_packed_rows_are_cut_at_their_lengths(groups):
         assert (got - ours(tokens, boundaries)).abs().max() < 1e-6 * got.abs().max()
         without = theirs(tokens, torch.arange(24)[None], None)
     assert (got - without).abs().max() > 1e-3
+
+
+def test_context_parallelism_is_refused():
+    """Megatron-LM's slices of a row are not in order, and nothing else would notice."""
+    groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(ValueError, match="contiguous slices in order; use context_parallel_size=1"):
+        GPTLayer(None, None, layer_number=1, pg_collection=groups)
 
 
 @pytest.mark.skipif(
