@@ -286,6 +286,22 @@ def test_strided_inputs_and_a_second_backward():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_memory_kept_for_the_backward_pass_is_linear_in_the_length():
+    def numbers(s):
+        kept = []
+
+        def pack(x):
+            kept.append(x.numel())
+            return x
+
+        arguments = [x.requires_grad_() for x in split(make_inputs(s))[0]]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            mlstm_chunkwise(*arguments)
+        return sum(kept)
+
+    assert numbers(4096) == 4 * numbers(1024)
+
+
 def test_rows_in_blocks_are_the_same_rows(monkeypatch):
     inputs = make_inputs(33, "random +-15", state=True)
     boundaries = some_boundaries(33)
