@@ -5,11 +5,13 @@ broken, then reading such a field raises `Unreadable` and the check is left out,
 has its own message already. That is how one run of `check` reports everything.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from pretrain.config.data import DATA_CHECKS, Unreadable, choices, divisors
 from pretrain.config.schema import RunConfig
+from pretrain.engines import support
 from pretrain.errors import ConfigError
 from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
 from xlstm_mcore.presets import attention_heads, dimensions
@@ -236,15 +238,24 @@ def _exponential(config: Any) -> Iterator[str]:
 
 
 def _engine(config: Any) -> Iterator[str]:
-    if config.engine.name == "deepspeed":
-        yield "engine.name=deepspeed is not built yet; use megatron"
-
-
-def _zero_stage(config: Any) -> Iterator[str]:
-    if config.engine.zero_stage != 1:
+    """The support matrix, see `pretrain.engines.support`."""
+    cell = support.Combination.of(config)
+    if not support.is_layout(cell):
+        return  # has a message of its own
+    reason = support.reason_against(cell)
+    if reason:
+        wanted = support.changes(support.Combination(), cell) or "engine.name=megatron"
         yield (
-            f"engine.zero_stage={config.engine.zero_stage} needs the deepspeed engine, which is "
-            "not built yet; use 1, Megatron's distributed optimizer"
+            f"{wanted} do not go together: {reason}; the nearest combination that works: "
+            f"{support.changes(cell, support.nearest(cell))}"
+        )
+
+
+def _deepspeed(config: Any) -> Iterator[str]:
+    if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        yield (
+            "engine.name=deepspeed, but DeepSpeed is not installed; "
+            "pip install 'deepspeed>=0.19,<0.20', or use engine.name=megatron"
         )
 
 
@@ -268,7 +279,7 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _schedule,
     _exponential,
     _engine,
-    _zero_stage,
+    _deepspeed,
 )
 
 

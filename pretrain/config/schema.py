@@ -142,6 +142,8 @@ class EngineConfig(Section):
     """training engine"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """what data parallel processes share out: 1 the optimizer state (Megatron's engine)"""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
 

@@ -16,6 +16,10 @@ def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
         config: the run, checked.
         layout: the process layout the run was started on.
     """
+    if config.engine.name == "deepspeed":
+        from .deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, layout)
     from .megatron import MegatronEngine
 
     return MegatronEngine(config, layout)

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -112,4 +113,13 @@ def _free_engines() -> None:
     for thing in gc.get_objects():
         if isinstance(thing, DistributedDataParallel):
             vars(thing).clear()
+    if "deepspeed" in sys.modules:
+        from deepspeed import DeepSpeedEngine
+
+        from pretrain.engines import deepspeed_compat
+
+        for thing in gc.get_objects():
+            if isinstance(thing, DeepSpeedEngine):
+                thing.destroy()
+        deepspeed_compat.forget_groups()
     gc.collect()

@@ -1,6 +1,8 @@
 """What distributed tests run on every rank: tiny models, synthetic batches, states to compare."""
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -8,7 +10,10 @@ from pretrain import layout as layouts
 from pretrain.checkpoint import Chunk, load_checkpoint, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.data import Batch
-from pretrain.engines.megatron import MegatronEngine
+from pretrain.engines import make_engine as engine_of
+from pretrain.engines import scheduled
+from pretrain.engines.base import Engine
+from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.pieces import named_pieces
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
@@ -91,16 +96,21 @@ def perturb(models: list[torch.nn.Module]) -> None:
                         piece.local(parameter).clamp_(min=-1.0)
 
 
-def make_engine(config: RunConfig) -> tuple[MegatronEngine, layouts.Layout]:
+def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
     """The engine on this rank's layout, with perturbed weights."""
     layout = layouts.start(config)
-    engine = MegatronEngine(config, layout)
-    perturb(engine.models)
-    return engine, layout
+
+    def build(*args):
+        models = build_model(*args)
+        perturb(models)
+        return models
+
+    with mock.patch.object(scheduled, "build_model", build):
+        return engine_of(config, layout), layout
 
 
 def train_steps(
-    engine: MegatronEngine, layout: layouts.Layout, config: RunConfig, first: int, last: int
+    engine: Engine, layout: layouts.Layout, config: RunConfig, first: int, last: int
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of steps ``first`` to ``last``, this replica's share of each batch."""
     results = []
@@ -166,8 +176,6 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
         finalize_model_grads,
     )
     from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from xlstm_mcore.build import build_model, make_config
 
     layout = layouts.start(config)
     shape = config.layout
@@ -264,3 +272,19 @@ def refused_split(path: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def bf16_gradients(config: RunConfig) -> list[Chunk]:
+    """Adam's first moment after one unclipped step: the summed gradient times 1 - beta1.
+
+    No token is masked and their number is a power of two, so that scaling the loss before the
+    backward pass or the gradient after it rounds alike, and engines differ by their sums alone.
+    """
+    engine, layout = make_engine(config)
+    batches = [
+        replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+        for batch in global_batch(config, 0)
+    ]
+    engine.forward_backward(batches[layout.dp_rank :: layout.dp_size])
+    assert not engine.step(config.optimizer.lr).skipped
+    return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]

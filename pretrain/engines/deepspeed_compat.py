@@ -1,0 +1,200 @@
+"""DeepSpeed's private corners that this project touches, for the one supported release line.
+
+Nothing else reaches into a DeepSpeed optimizer. What is read here was checked against 0.19.8; the
+guard in :func:`load` refuses other release lines, because a name that moved would not fail but
+return the wrong tensor.
+
+Three optimizers stand behind `engine.zero_stage` and `engine.precision`:
+
+- stages 1 and 2: `DeepSpeedZeroOptimizer`, one flat fp32 partition per parameter group;
+- stage 1 in bf16: `BF16_Optimizer` (chosen by DeepSpeed for fp32 gradient sums), the same shape;
+- stage 3: `DeepSpeedZeroOptimizer_Stage3`, flat partitions of sub-groups, and every parameter's
+  compute copy split as well.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError
+from pretrain.layout import Layout
+
+RELEASES = "0.19"
+
+
+def load(device: torch.device) -> ModuleType:
+    """Import DeepSpeed, quiet and without building C++ at start-up.
+
+    Args:
+        device: where the run computes.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or of a release line that was not tested.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # instead of a guess and a warning
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.name=deepspeed, but DeepSpeed cannot be imported ({error}); "
+            f"pip install 'deepspeed>={RELEASES},<0.20', or use engine.name=megatron"
+        ) from error
+    if not deepspeed.__version__.startswith(f"{RELEASES}."):
+        raise ConfigError(
+            f"engine.name=deepspeed needs DeepSpeed {RELEASES}.x, and {deepspeed.__version__} is "
+            f"installed; pip install 'deepspeed>={RELEASES},<0.20', or use engine.name=megatron"
+        )
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints, whatever the log level
+    # Its shared-memory all-reduce serves inference only, and building it takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ModelParallelUnit:
+    """Megatron's groups under the names that DeepSpeed asks for.
+
+    It must not define any ``*_sequence_parallel_*``: DeepSpeed would take those for Ulysses and
+    rescale the gradients.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        groups = layout.groups
+        # (what DeepSpeed calls it, group): "model parallel" is one whole replica.
+        for name, group in (
+            ("model_parallel", groups.mp),
+            ("tensor_model_parallel", groups.tp),
+            ("pipeline_model_parallel", groups.pp),
+            ("data_parallel", groups.dp_cp),
+        ):
+            setattr(self, f"get_{name}_group", lambda group=group: group)
+            setattr(self, f"get_{name}_rank", lambda group=group: group.rank())
+            setattr(self, f"get_{name}_world_size", lambda group=group: group.size())
+        ranks = torch.distributed.get_process_group_ranks(groups.dp_cp)
+        self.get_data_parallel_group_ranks = lambda: ranks
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank's optimizer holds of one parameter.
+
+    Attributes:
+        parameter: the model's parameter.
+        start: first element in the flattened local parameter.
+        end: element after the last.
+        state: flat fp32 views ``param`` (master weight), ``exp_avg`` and ``exp_avg_sq``.
+    """
+
+    parameter: Tensor
+    start: int
+    end: int
+    state: dict[str, Tensor]
+
+
+def flat_partitions(optimizer: Any) -> list[Tensor]:
+    """The flat fp32 master weights that this rank updates."""
+    for name in (
+        "fp32_partitioned_groups_flat",  # stage 3
+        "fp32_groups_flat_partition",  # stage 1 in bf16
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+    ):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise AssertionError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
+
+
+def create_adam_state(optimizer: Any) -> None:
+    """Allocate Adam's state now instead of at the first step, so that it can be loaded into.
+
+    DeepSpeed 0.19.8 links parameters to this state inside the first group's first step, when the
+    other groups have none yet; with the state in place there is nothing to link wrongly.
+    """
+    state = optimizer.optimizer.state
+    for flat in flat_partitions(optimizer):
+        state[flat].update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+    set_adam_step(optimizer, 0)
+
+
+def set_adam_step(optimizer: Any, step: int) -> None:
+    """Set the number of updates done: one tensor per flat partition, as torch's Adam counts."""
+    for flat in flat_partitions(optimizer):
+        optimizer.optimizer.state[flat]["step"] = torch.tensor(float(step))
+
+
+def shards(optimizer: Any, module: nn.Module) -> Iterator[Shard]:
+    """What this rank's optimizer holds of every parameter of ``module``."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_id"):  # stage 3
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start, end = partition_range(parameter)
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            assert end - start <= size
+        else:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # wholly in other ranks' partitions
+                continue
+            start = mapping.lp_fragment_address.start
+            end = start + mapping.lp_fragment_address.numel
+            flat = flat_partitions(optimizer)[mapping.param_group_index]
+            offset = mapping.hp_fragment_address.start
+        if start < end:
+            state = optimizer.optimizer.state[flat]
+            whole = {"param": flat.detach(), **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
+            views = {key: t.narrow(0, offset, end - start) for key, t in whole.items()}
+            yield Shard(parameter, start, end, views)
+
+
+def partition_range(parameter: Tensor) -> tuple[int, int]:
+    """Range of the flattened parameter that this rank keeps at stage 3 (without padding)."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_numel, size * torch.distributed.get_rank(parameter.ds_process_group))
+    return start, min(parameter.ds_numel, start + size)
+
+
+def partition(parameter: Tensor) -> Tensor:
+    """The compute copy that goes with :func:`partition_range`: a flat view."""
+    start, end = partition_range(parameter)
+    return parameter.ds_tensor.data.narrow(0, 0, end - start)
+
+
+@contextlib.contextmanager
+def writable_partitions(optimizer: Any) -> Iterator[None]:
+    """Stage 3: a block that writes :func:`partition` views; small weights are kept whole again.
+
+    Parameters below DeepSpeed's persistence threshold stay gathered between steps. They are
+    released before the block and gathered after it, as DeepSpeed's own step does.
+    """
+    optimizer._partition_all_parameters()
+    yield
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def summed_gradient(parameter: Tensor) -> Tensor:
+    """The gradient summed over micro-batches, before the data-parallel reduction (stage 1)."""
+    high_precision = getattr(parameter, "_hp_grad", None)
+    return parameter.grad if high_precision is None else high_precision
+
+
+def forget_groups() -> None:
+    """Drop the groups DeepSpeed keeps in globals, for a process that will join new ones.
+
+    With stale ones it does not fail but reduce over the wrong ranks. Called after the groups
+    themselves are destroyed.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    comm.cdb = None

@@ -1,0 +1,192 @@
+"""Which combinations of engine, ZeRO stage, offload, precision and layout work: as data, once.
+
+The rules below say what does *not* work and why; everything else does and is compared with one
+process by tests/dist/test_engines.py, which takes its cases from here. The configuration's checks
+take their messages from here, and ARCHITECTURE.md its table (:func:`markdown_table`).
+
+Nothing here imports torch.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One cell of the support matrix. Layout entries say whether a dimension is larger than 1."""
+
+    engine: str = "megatron"
+    zero_stage: int = 1
+    offload: str = "none"
+    precision: str = "fp32"
+    tensor: bool = False
+    sequence: bool = False
+    pipeline: bool = False
+    virtual: bool = False
+    context: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> "Combination":
+        """The combination that a run's configuration asks for."""
+        engine, layout = config.engine, config.layout
+        return cls(
+            engine=engine.name,
+            zero_stage=engine.zero_stage,
+            offload=engine.offload,
+            precision=engine.precision,
+            tensor=layout.tensor > 1,
+            sequence=layout.sequence,
+            pipeline=layout.pipeline > 1,
+            virtual=layout.virtual > 1,
+            context=layout.context > 1,
+        )
+
+
+# What each axis can be, and how much a user minds changing it when another value is proposed.
+AXES: dict[str, tuple[tuple[Any, ...], int]] = {
+    "engine": (("megatron", "deepspeed"), 1),
+    "zero_stage": ((0, 1, 2, 3), 2),
+    "offload": (("none", "optimizer", "parameters"), 3),
+    "precision": (("fp32", "bf16"), 20),
+    "tensor": ((False, True), 10),
+    "sequence": ((False, True), 9),
+    "pipeline": ((False, True), 8),
+    "virtual": ((False, True), 5),
+    "context": ((False, True), 10),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Combinations that do not work.
+
+    Attributes:
+        when: values of axes, all of which a combination must have to fall under the rule.
+        reason: why it does not work, as the rest of a sentence.
+    """
+
+    when: dict[str, tuple[Any, ...]]
+    reason: str
+
+    def applies(self, cell: Combination) -> bool:
+        """Whether ``cell`` falls under this rule."""
+        return all(getattr(cell, axis) in values for axis, values in self.when.items())
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        {"engine": ("megatron",), "zero_stage": (0, 2, 3)},
+        "Megatron's distributed optimizer shares out the optimizer state, which is stage 1",
+    ),
+    Rule(
+        {"engine": ("megatron",), "offload": ("optimizer", "parameters")},
+        "offload is the deepspeed engine's",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "zero_stage": (0,)},
+        "DeepSpeed's stage 0 takes an optimizer step before the first one in bf16 (the weights "
+        "decay, Adam counts one step too many) and reports no gradient norm in fp32",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "zero_stage": (1, 2), "offload": ("parameters",)},
+        "only stage 3 shares out the parameters, so only there can they leave the device",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "zero_stage": (2,), "pipeline": (True,)},
+        "with pipeline stages gradients stay whole until the last micro-batch, so stage 2 takes "
+        "the memory of stage 1",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "zero_stage": (3,), "pipeline": (True,)},
+        "gathering parameters inside pipeline stages deadlocks",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "context": (True,)},
+        "context parallelism was not compared with one process under this engine",
+    ),
+)
+
+
+def reason_against(cell: Combination) -> str | None:
+    """Why a combination does not work; None when it does."""
+    return next((rule.reason for rule in RULES if rule.applies(cell)), None)
+
+
+def is_layout(cell: Combination) -> bool:
+    """Whether the layout is one at all: sequence needs tensor, virtual needs pipeline."""
+    return (cell.tensor or not cell.sequence) and (cell.pipeline or not cell.virtual)
+
+
+def supported() -> Iterator[Combination]:
+    """Every combination that works."""
+    for values in itertools.product(*(values for values, _ in AXES.values())):
+        cell = Combination(**dict(zip(AXES, values, strict=True)))
+        if is_layout(cell) and reason_against(cell) is None:
+            yield cell
+
+
+def nearest(cell: Combination) -> Combination:
+    """The combination that works and asks for the smallest change."""
+
+    def distance(other: Combination) -> int:
+        total = 0
+        for axis, (values, weight) in AXES.items():
+            steps = abs(values.index(getattr(cell, axis)) - values.index(getattr(other, axis)))
+            total += weight * min(steps, 1) + steps
+        return total
+
+    return min(supported(), key=distance)
+
+
+def changes(cell: Combination, to: Combination) -> str:
+    """The keys to set to get from one combination to another, as a user writes them."""
+    words = []
+    for field in fields(Combination):
+        before, after = getattr(cell, field.name), getattr(to, field.name)
+        if before == after:
+            continue
+        if field.name in ("tensor", "pipeline", "virtual", "context"):
+            words.append(f"layout.{field.name}={'2 or more' if after else 1}")
+        elif field.name == "sequence":
+            words.append(f"layout.sequence={str(after).lower()}")
+        else:
+            key = "name" if field.name == "engine" else field.name
+            words.append(f"engine.{key}={after}")
+    return ", ".join(words)
+
+
+LAYOUT_AXES = {
+    "tensor": "TP",
+    "sequence": "SP",
+    "pipeline": "PP",
+    "virtual": "VPP",
+    "context": "CP",
+}
+
+
+def markdown_table() -> str:
+    """The matrix for the documents: one row per engine, stage and offload.
+
+    A layout dimension is listed when it works alone and together with the others in the row.
+    """
+    cells = set(supported())
+    rows = ["| engine | ZeRO stage | offload | precision | layouts |", "|---|---|---|---|---|"]
+    seen = sorted({(c.engine, c.zero_stage, c.offload) for c in cells}, key=str)
+    for engine, stage, offload in sorted(seen, key=lambda row: (row[0] != "megatron", row[1:])):
+        base = Combination(engine, stage, offload)
+        good = [p for p in AXES["precision"][0] if replace(base, precision=p) in cells]
+        widest = [a for a in LAYOUT_AXES if _works_with(base, a, cells)]
+        assert replace(base, **dict.fromkeys(widest, True)) in cells, "dimensions exclude another"
+        rows.append(
+            f"| {engine} | {stage} | {offload} | {', '.join(good)} | "
+            f"{', '.join(LAYOUT_AXES[a] for a in widest)} |"
+        )
+    return "\n".join(rows)
+
+
+def _works_with(base: Combination, axis: str, cells: set[Combination]) -> bool:
+    needs = {"sequence": "tensor", "virtual": "pipeline"}
+    wanted = {axis: True} | ({needs[axis]: True} if axis in needs else {})
+    return replace(base, **wanted) in cells
