@@ -9,7 +9,7 @@ built or on how they are sharded. Formulas: spec of the reference implementation
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +115,30 @@ def initialize(model: nn.Module, config: XLSTMConfig, seed: int) -> None:
             piece.local(parameter).copy_(piece.of_global(value))
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to a canonical tensor, by its kind (papers' recipes).
+# Kinds of canonical tensors for weight decay, the first pattern that fits, and the papers' choice
+# (arXiv 2405.04517 B.2, 2503.13427 App. B: kernels decay, the head and the gates' among them).
+# Tensors packed into one parameter are of one kind.
+_KINDS: list[tuple[str, str, bool]] = [
+    ("embedding", r"embedding\..*", False),
+    ("head", r"output_layer\.weight", True),
+    ("norm", r".*norm\.weight", False),
+    ("skip", r".*\.learnable_skip", False),
+    ("recurrent", r".*\.recurrent_weight", False),
+    ("conv", r".*\.conv\.weight", True),
+    ("projection", r".*\.(\w+_proj|[ifzo]gate)\.weight", True),
+    ("bias", r".*bias", False),
+]
+KINDS = tuple(kind for kind, _, _ in _KINDS)
 
-    Matrices that multiply activations decay, the head and the gates' kernels among them;
-    embeddings, norms, biases, the learnable skip and the recurrent weights of sLSTM do not.
+
+def decays(name: str, overrides: Mapping[str, bool] | None = None) -> bool:
+    """Whether weight decay applies to a canonical tensor, by its kind.
+
+    Args:
+        name: canonical name.
+        overrides: choices that differ from the papers', by kind (one of ``KINDS``).
     """
-    return name.endswith(".weight") and not re.search(r"norm\.weight$|^embedding\.", name)
+    for kind, pattern, choice in _KINDS:
+        if re.fullmatch(pattern, name):
+            return (overrides or {}).get(kind, choice)
+    raise KeyError(f"no kind for {name}")

@@ -230,10 +230,25 @@ def _schedule(config: Any) -> Iterator[str]:
 
 
 def _exponential(config: Any) -> Iterator[str]:
-    if config.schedule.name == "exponential" and config.schedule.min_lr_ratio == 0:
+    schedule = config.schedule
+    if schedule.name == "exponential" and schedule.min_lr_ratio == 0:
         yield (
             "schedule.min_lr_ratio=0 is never reached by schedule.name=exponential; use a ratio "
             "above 0, such as 0.1, or schedule.cooldown_steps"
+        )
+    if schedule.cooldown_shape == "exponential" and schedule.cooldown_min_lr_ratio == 0:
+        yield (
+            "schedule.cooldown_min_lr_ratio=0 is never reached by schedule.cooldown_shape="
+            "exponential; use a ratio above 0, such as 0.01, or another shape"
+        )
+
+
+def _wsd(config: Any) -> Iterator[str]:
+    if config.schedule.name == "wsd" and config.schedule.cooldown_steps == 0:
+        tenth = max(1, config.run.steps // 10)
+        yield (
+            "schedule.name=wsd ends in a cooldown, but schedule.cooldown_steps=0; use, for "
+            f"example, {tenth} (a tenth of run.steps), or schedule.name=constant"
         )
 
 
@@ -242,13 +257,9 @@ def _engine(config: Any) -> Iterator[str]:
     cell = support.Combination.of(config)
     if not support.is_layout(cell):
         return  # has a message of its own
-    reason = support.reason_against(cell)
-    if reason:
-        wanted = support.changes(support.Combination(), cell) or "engine.name=megatron"
-        yield (
-            f"{wanted} do not go together: {reason}; the nearest combination that works: "
-            f"{support.changes(cell, support.nearest(cell))}"
-        )
+    objection = support.objection(cell)
+    if objection:
+        yield objection
 
 
 def _deepspeed(config: Any) -> Iterator[str]:
@@ -278,6 +289,10 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _heads_over_context,
     _schedule,
     _exponential,
+
+
+
+    _wsd,
     _engine,
     _deepspeed,
 )

@@ -247,8 +247,13 @@ class DataConfig(Section):
         return BatchRamp(self.global_batch, [(s.steps, s.global_batch) for s in self.batch_ramp])
 
 
+ParameterKind = Literal[
+    "embedding", "head", "norm", "skip", "recurrent", "conv", "projection", "bias"
+]
+
+
 class OptimizerConfig(Section):
-    """AdamW; norms, biases and the embedding get no weight decay."""
+    """AdamW; by default kernels decay, and norms, biases and the embedding do not."""
 
     name: Literal["adamw"] = "adamw"
     """optimizer"""
@@ -260,6 +265,8 @@ class OptimizerConfig(Section):
     """added to the root of the running square"""
     weight_decay: NonNegativeFloat = 0.1
     """decoupled weight decay"""
+    decay: dict[ParameterKind, bool] = Field(default_factory=dict)
+    """which kinds of parameters decay, where it differs from the papers' choice"""
     clip_grad: NonNegativeFloat = 1.0
     """largest norm of the whole gradient; 0 never clips"""
 
@@ -267,14 +274,18 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over steps; see `pretrain.schedule` for the formulas."""
 
-    name: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
-    """shape between warmup and cooldown"""
+    name: Literal["constant", "linear", "cosine", "exponential", "wsd"] = "cosine"
+    """shape between warmup and cooldown; wsd is warmup, stable, and a cooldown"""
     warmup_steps: NonNegativeInt = 0
     """steps of linear warmup from 0 to optimizer.lr"""
     decay_steps: PositiveInt | None = None
     """steps after the warmup until min_lr_ratio is reached; null for all up to the cooldown"""
     cooldown_steps: NonNegativeInt = 0
-    """last steps of the run, falling linearly to 0"""
+    """last steps of the run, falling to cooldown_min_lr_ratio"""
+    cooldown_shape: Literal["linear", "1-sqrt", "cosine", "exponential"] = "linear"
+    """shape of the cooldown"""
+    cooldown_min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """learning rate at the end of the cooldown over optimizer.lr"""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """learning rate at the end of the decay over optimizer.lr"""
 

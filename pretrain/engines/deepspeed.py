@@ -64,9 +64,9 @@ class DeepSpeedEngine(ScheduledEngine):
         self.engine.train()
         tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
         tokens = tokens.to(self.layout.device)
-        ranks = self.layout.groups.dp_cp
-        torch.distributed.all_reduce(tokens, group=ranks)
-        scale = ranks.size() / max(1.0, tokens.item())
+        groups = self.layout.groups
+        torch.distributed.all_reduce(tokens, group=groups.dp)  # whole rows, so once per replica
+        scale = groups.dp_cp.size() / max(1.0, tokens.item())
         with self._gradient_window():
             return self._run(batches, forward_only=False, loss_scale=scale)
 
@@ -137,7 +137,13 @@ class DeepSpeedEngine(ScheduledEngine):
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
         config = self.config
-        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.layout.backend != "gloo"}
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": self.layout.backend != "gloo",
+            # Stage 3 would replace torch's own linear function for the rest of the process;
+            # Megatron's linear layers keep the parameter itself for the backward pass already.
+            "memory_efficient_linear": False,
+        }
         if config.engine.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu"}
         if config.engine.offload == "parameters":

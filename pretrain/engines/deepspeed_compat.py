@@ -188,13 +188,16 @@ def summed_gradient(parameter: Tensor) -> Tensor:
 
 
 def forget_groups() -> None:
-    """Drop the groups DeepSpeed keeps in globals, for a process that will join new ones.
+    """Drop what DeepSpeed keeps in globals about a run, for a process that joins another one.
 
-    With stale ones it does not fail but reduce over the wrong ranks. Called after the groups
-    themselves are destroyed.
+    Called after the groups themselves are destroyed. Stage 3 numbers modules from a counter that
+    lives as long as the process, and its ranks must agree on the numbers.
     """
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
     comm.cdb = None
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = 0

@@ -46,7 +46,7 @@ class ScheduledEngine:
         self.models = build_model(self.model_config, layout.groups, config.run.seed)
         for model in self.models:
             for _, parameter, pieces in named_pieces(model):
-                parameter.no_weight_decay = not decays(pieces[0].name)
+                parameter.no_weight_decay = not decays(pieces[0].name, config.optimizer.decay)
         self.chunks: list[nn.Module] = list(self.models)
         self.num_parameters = self._count_parameters()
         self._forward_backward = get_forward_backward_func()

@@ -8,8 +8,8 @@ Nothing here imports torch.
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -100,7 +100,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         {"engine": ("deepspeed",), "zero_stage": (3,), "pipeline": (True,)},
-        "gathering parameters inside pipeline stages deadlocks",
+        "DeepSpeed compares the order of modules over all ranks, and stages have different ones",
     ),
     Rule(
         {"engine": ("deepspeed",), "context": (True,)},
@@ -109,9 +109,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def reason_against(cell: Combination) -> str | None:
-    """Why a combination does not work; None when it does."""
-    return next((rule.reason for rule in RULES if rule.applies(cell)), None)
+def broken_rule(cell: Combination) -> Rule | None:
+    """The first rule that a combination falls under; None when it works."""
+    return next((rule for rule in RULES if rule.applies(cell)), None)
 
 
 def is_layout(cell: Combination) -> bool:
@@ -123,7 +123,7 @@ def supported() -> Iterator[Combination]:
     """Every combination that works."""
     for values in itertools.product(*(values for values, _ in AXES.values())):
         cell = Combination(**dict(zip(AXES, values, strict=True)))
-        if is_layout(cell) and reason_against(cell) is None:
+        if is_layout(cell) and broken_rule(cell) is None:
             yield cell
 
 
@@ -140,21 +140,31 @@ def nearest(cell: Combination) -> Combination:
     return min(supported(), key=distance)
 
 
-def changes(cell: Combination, to: Combination) -> str:
-    """The keys to set to get from one combination to another, as a user writes them."""
+def spelled(cell: Combination, axes: Iterable[str]) -> str:
+    """Values of some axes as keys of a run file, such as ``engine.zero_stage=2``."""
     words = []
-    for field in fields(Combination):
-        before, after = getattr(cell, field.name), getattr(to, field.name)
-        if before == after:
-            continue
-        if field.name in ("tensor", "pipeline", "virtual", "context"):
-            words.append(f"layout.{field.name}={'2 or more' if after else 1}")
-        elif field.name == "sequence":
-            words.append(f"layout.sequence={str(after).lower()}")
+    for axis in axes:
+        value = getattr(cell, axis)
+        if axis in ("tensor", "pipeline", "virtual", "context"):
+            words.append(f"layout.{axis}={'2 or more' if value else 1}")
+        elif axis == "sequence":
+            words.append(f"layout.sequence={str(value).lower()}")
         else:
-            key = "name" if field.name == "engine" else field.name
-            words.append(f"engine.{key}={after}")
+            words.append(f"engine.{'name' if axis == 'engine' else axis}={value}")
     return ", ".join(words)
+
+
+def objection(cell: Combination) -> str | None:
+    """What is wrong with a combination and the nearest one that works; None when it works."""
+    rule = broken_rule(cell)
+    if rule is None:
+        return None
+    better = nearest(cell)
+    changed = [axis for axis in AXES if getattr(cell, axis) != getattr(better, axis)]
+    return (
+        f"{spelled(cell, rule.when)}: {rule.reason}; the nearest combination that works has "
+        f"{spelled(better, changed)}"
+    )
 
 
 LAYOUT_AXES = {

@@ -1,5 +1,6 @@
 """What distributed tests run on every rank: tiny models, synthetic batches, states to compare."""
 
+import math
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -288,3 +289,25 @@ def bf16_gradients(config: RunConfig) -> list[Chunk]:
     engine.forward_backward(batches[layout.dp_rank :: layout.dp_size])
     assert not engine.step(config.optimizer.lr).skipped
     return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]
+
+
+def train_around_a_bad_step(config: RunConfig) -> tuple[list[bool], bool, Any]:
+    """Two steps with one of infinite gradients between them, on one rank only.
+
+    Returns:
+        Whether each step was skipped, whether the bad one left the state as it was, and what
+        :func:`train` returns.
+    """
+    engine, layout = make_engine(config)
+    first = train_steps(engine, layout, config, 0, 1)
+    before = [chunk.tensor.clone() for chunk in engine.sharded_state()]
+    parameter = next(engine.models[-1].parameters())
+    factor = float("inf") if layout.rank == layout.world_size - 1 else 1.0
+    handle = parameter.register_hook(lambda gradient: gradient * factor)
+    engine.forward_backward(global_batch(config, 7)[layout.dp_rank :: layout.dp_size])
+    bad = engine.step(config.optimizer.lr)
+    handle.remove()
+    after = [chunk.tensor for chunk in engine.sharded_state()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    last = train_steps(engine, layout, config, 1, 2)
+    return [bad.skipped, not math.isfinite(bad.grad_norm)], same, (first + last)

@@ -60,7 +60,7 @@ def test_every_problem_is_in_one_message():
         model__vocab_size=8191,
         layout__tensor=3,
         data__micro_batch=5,
-        engine__name="deepspeed",
+        engine__zero_stage=2,
         optimizer__lr=-1,
     )
     for part in (
@@ -70,7 +70,7 @@ def test_every_problem_is_in_one_message():
         "layout.tensor=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
         "layout.tensor=3 does not divide model.vocab_size=8191; use model.vocab_size=8193",
         "data.micro_batch=5 does not divide data.global_batch=16; use 1, 2, 4, 8 or 16",
-        "engine.name=deepspeed is not built yet; use megatron",
+        "engine.name=megatron, engine.zero_stage=2: Megatron's distributed optimizer shares out",
         "optimizer.lr=-1 must be greater than 0",
     ):
         assert part in text
@@ -158,8 +158,24 @@ def test_missing_sections_and_keys_are_named():
             "cannot be cut; use layout.context=1 or 2",
         ),
         ({"model__kernel_backend": "numba"}, "model.kernel_backend"),
-        ({"engine__zero_stage": 0}, "use 1, Megatron's distributed optimizer"),
-        ({"engine__zero_stage": 2}, "needs the deepspeed engine, which is not built yet"),
+        ({"engine__zero_stage": 0}, "the nearest combination that works has engine.zero_stage=1"),
+        ({"engine__zero_stage": 2}, "nearest combination that works has engine.name=deepspeed"),
+        ({"engine__offload": "optimizer"}, "works has engine.name=deepspeed"),
+        (
+            {
+                "engine__name": "deepspeed",
+                "engine__zero_stage": 3,
+                "layout__pipeline": 2,
+                "model__pattern": "MM|MM",
+            },
+            "engine.name=deepspeed, engine.zero_stage=3, layout.pipeline=2 or more: DeepSpeed",
+        ),
+        ({"optimizer__decay": {"norms": True}}, "optimizer.decay"),
+        ({"schedule__name": "wsd"}, "example, 10 (a tenth of run.steps)"),
+        (
+            {"schedule__cooldown_shape": "exponential", "schedule__cooldown_steps": 5},
+            "cooldown_min_lr_ratio=0 is never reached",
+        ),
         ({"engine__zero_stage": 4}, "engine.zero_stage=4 must be less than or equal to 3"),
         ({"schedule__warmup_steps": 101}, "do not fit into run.steps=100"),
         ({"schedule__name": "exponential", "schedule__min_lr_ratio": 0.0}, "is never reached"),
@@ -176,7 +192,7 @@ def test_missing_sections_and_keys_are_named():
         ({"optimizer__lr": float("inf")}, "must be a finite number"),
         ({"run__dir": 7}, "must be text; put it into quotes"),
         ({"run__seed": -1}, "run.seed=-1"),
-        ({"schedule__name": "sine"}, "'constant', 'linear', 'cosine' or 'exponential'"),
+        ({"schedule__name": "sine"}, "'cosine', 'exponential' or 'wsd'"),
         ({"model__dropout": 1.0}, "model.dropout=1.0 must be less than 1"),
     ],
 )

@@ -16,12 +16,15 @@ def lr(step, **keys):
         "warmup_steps": 10,
         "decay_steps": None,
         "cooldown_steps": 0,
+        "cooldown_shape": "linear",
+        "cooldown_min_lr_ratio": 0.0,
         "min_lr_ratio": 0.1,
     }
     return learning_rate(step, peak=PEAK, schedule=SimpleNamespace(**settings | keys), steps=STEPS)
 
 
-NAMES = ["constant", "linear", "cosine", "exponential"]
+NAMES = ["constant", "linear", "cosine", "exponential", "wsd"]
+FLAT = ("constant", "wsd")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,6 +43,7 @@ def test_no_warmup_starts_at_the_peak(name):
     ("name", "half"),
     [
         ("constant", 1.0),
+        ("wsd", 1.0),
         ("linear", 0.55),
         ("cosine", 0.55),
         ("exponential", math.sqrt(0.1)),
@@ -47,7 +51,7 @@ def test_no_warmup_starts_at_the_peak(name):
 )
 def test_half_way_and_end(name, half):
     assert lr(55, name=name) == pytest.approx(PEAK * half)
-    assert lr(STEPS, name=name) == pytest.approx(PEAK * (1.0 if name == "constant" else 0.1))
+    assert lr(STEPS, name=name) == pytest.approx(PEAK * (1.0 if name in FLAT else 0.1))
 
 
 def test_cosine_is_no_line():
@@ -64,11 +68,39 @@ def test_after_decay_steps_cosine_rests_and_exponential_falls_on():
 @pytest.mark.parametrize("name", NAMES)
 def test_cooldown_is_linear_to_zero(name):
     before = lr(80, name=name, cooldown_steps=20)
-    assert before == pytest.approx(PEAK * (1.0 if name == "constant" else 0.1))
+    assert before == pytest.approx(PEAK * (1.0 if name in FLAT else 0.1))
     assert lr(90, name=name, cooldown_steps=20) == pytest.approx(before / 2)
     assert lr(99, name=name, cooldown_steps=20) == pytest.approx(before / 20)
     assert lr(100, name=name, cooldown_steps=20) == 0
     assert lr(150, name=name, cooldown_steps=20) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half"),
+    [
+        ("linear", 0.75, 0.5),
+        ("1-sqrt", 0.5, 1 - math.sqrt(0.5)),
+        ("cosine", (1 + math.sqrt(0.5)) / 2, 0.5),
+        ("exponential", None, None),
+    ],
+)
+@pytest.mark.parametrize("floor", [0.0, 0.04])
+def test_shapes_of_the_cooldown(shape, quarter, half, floor):
+    """wsd: stable until the cooldown, then from the peak to the floor."""
+    if shape == "exponential":
+        floor = floor or 0.01
+        quarter, half = ((floor**u - floor) / (1 - floor) for u in (0.25, 0.5))
+
+    def at(step):
+        keys = {"cooldown_steps": 40, "cooldown_shape": shape, "cooldown_min_lr_ratio": floor}
+        return lr(step, name="wsd", **keys) / PEAK
+
+    assert at(10) == at(59) == at(60) == pytest.approx(1)
+    assert at(70) == pytest.approx(floor + (1 - floor) * quarter)
+    assert at(80) == pytest.approx(floor + (1 - floor) * half)
+    assert at(100) == pytest.approx(floor)
+    assert at(120) == pytest.approx(floor)
+    assert all(at(step) > at(step + 1) for step in range(60, 100))
 
 
 def test_the_7b_schedule():
@@ -78,6 +110,8 @@ def test_the_7b_schedule():
         warmup_steps=3000,
         decay_steps=497_000,
         cooldown_steps=7000,
+        cooldown_shape="linear",
+        cooldown_min_lr_ratio=0.0,
         min_lr_ratio=0.1,
     )
     at = make_schedule(5e-4, schedule, 550_000)

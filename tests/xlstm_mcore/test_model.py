@@ -1,14 +1,16 @@
 """The model against its equations in fp64, and the promises of its initialisation."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from pretrain import layout as layouts
+from pretrain.config.schema import ParameterKind
 from tests.xlstm_mcore import reference_model
 from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.init import decays, initial_value, initialize
+from xlstm_mcore.init import KINDS, decays, initial_value, initialize
 from xlstm_mcore.pieces import named_pieces, packed, parameter_pieces, rectangles
 from xlstm_mcore.presets import count_parameters
 
@@ -280,7 +282,19 @@ def test_weight_decay_by_kind(groups):
     ):
         assert kind in no_decay
     for _, _parameter, pieces in named_pieces(model):  # a parameter is one optimizer entry
-        assert len({decays(piece.name) for piece in pieces}) == 1
+        for kind in KINDS:
+            for choice in (True, False):
+                assert len({decays(piece.name, {kind: choice}) for piece in pieces}) == 1
+
+
+def test_weight_decay_can_be_chosen_by_kind():
+    assert decays("embedding.word_embeddings.weight", {"embedding": True})
+    assert not decays("decoder.layers.0.mixer.conv.weight", {"conv": False})
+    assert decays("decoder.layers.0.mixer.igate.weight", {"conv": False})
+    assert not decays("decoder.layers.0.mixer.igate.weight", {"projection": False})
+    with pytest.raises(KeyError, match="no kind for decoder"):
+        decays("decoder.layers.0.mixer.surprise")
+    assert set(get_args(ParameterKind)) == set(KINDS)
 
 
 def test_pieces_cover_every_parameter_once(groups):

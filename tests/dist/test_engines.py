@@ -1,0 +1,183 @@
+"""Every cell of the support matrix equals one process; cases come from the matrix itself."""
+
+import importlib.util
+from unittest import mock
+
+import pytest
+
+from pretrain.engines import support
+from tests.dist import work
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+    ),
+]
+
+MODEL = "mixed"
+TIED = {"model__tie_embeddings": True}
+LAYOUT_SIZES = {"tensor": 2, "pipeline": 2, "virtual": 2, "context": 2}
+
+
+def ranks_and_changes(cell):
+    """(processes, changes to the configuration): two data-parallel replicas where 4 ranks do."""
+    changes = {
+        "engine__name": cell.engine,
+        "engine__zero_stage": cell.zero_stage,
+        "engine__offload": cell.offload,
+        "engine__precision": cell.precision,
+        "layout__sequence": cell.sequence,
+    }
+    replica = 1
+    for axis, size in LAYOUT_SIZES.items():
+        if getattr(cell, axis):
+            changes[f"layout__{axis}"] = size
+            replica *= size if axis != "virtual" else 1
+    return min(4, 2 * replica), changes
+
+
+def name(cell):
+    words = [cell.engine, str(cell.zero_stage), cell.precision]
+    words += [cell.offload] if cell.offload != "none" else []
+    words += [text for axis, text in support.LAYOUT_AXES.items() if getattr(cell, axis)]
+    return "-".join(words)
+
+
+# Megatron's engine has tests of its own, on more models (test_parallel.py).
+CELLS = [
+    c for c in support.supported() if c.engine == "deepspeed" and not (c.tensor and not c.sequence)
+]
+FP32 = [c for c in CELLS if c.precision == "fp32"]
+BF16 = [c for c in CELLS if c.precision == "bf16" and not c.tensor]
+
+
+@pytest.fixture(scope="module")
+def one_process(pool):
+    """Losses, norms and state of Megatron's engine on one process."""
+    ((steps, chunks),) = pool(1, work.train, work.run_config(MODEL, **TIED))
+    return steps, work.assemble([chunks])
+
+
+@pytest.mark.parametrize("cell", FP32, ids=name)
+def test_cell_equals_one_process(pool, one_process, cell):
+    expected, state = one_process
+    ranks, changes = ranks_and_changes(cell)
+    answers = pool(ranks, work.train, work.run_config(MODEL, **TIED, **changes))
+    for steps, _ in answers:
+        for (loss, norm), (true_loss, true_norm) in zip(steps, expected, strict=True):
+            assert loss == pytest.approx(true_loss, rel=2e-6)
+            assert norm == pytest.approx(true_norm, rel=1e-5)
+    got = work.assemble([chunks for _, chunks in answers])
+    assert got.keys() == state.keys()
+    for key, value in state.items():
+        error = (got[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)
+        assert error < 1e-4, f"{key}: {error:.2e}"
+
+
+MICRO_BATCHES = {"data__seq_len": 32, "data__global_batch": 16, "optimizer__clip_grad": 0.0}
+
+
+@pytest.fixture(scope="module")
+def bf16_sums(pool):
+    """16 bf16 gradients summed in an fp32 buffer by one process."""
+    config = work.run_config(MODEL, engine__precision="bf16", **MICRO_BATCHES)
+    return work.assemble(pool(1, work.bf16_gradients, config))
+
+
+def relative_errors(got, expected):
+    assert got.keys() == expected.keys()
+    return {
+        key: ((got[key] - value).norm() / value.norm().clamp(min=1e-12)).item()
+        for key, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("cell", BF16, ids=name)
+def test_gradients_are_summed_in_fp32(pool, bf16_sums, cell):
+    """In the buffer and through the reduction: a single rounding to bf16 would show as 1e-3."""
+    ranks, changes = ranks_and_changes(cell)
+    ranks = min(ranks, 2)
+    answers = pool(ranks, work.bf16_gradients, work.run_config(MODEL, **changes, **MICRO_BATCHES))
+    errors = relative_errors(work.assemble(answers), bf16_sums)
+    assert max(errors.values()) < 1e-6, errors
+
+
+ZERO = {"engine__name": "deepspeed"}
+TP2 = {"layout__tensor": 2, "layout__sequence": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine__zero_stage": 1},
+        {"engine__zero_stage": 1, "layout__pipeline": 2},
+        {"engine__zero_stage": 1, "engine__precision": "bf16"},
+        {"engine__zero_stage": 2, "engine__offload": "optimizer"},
+        {"engine__zero_stage": 2},
+        {"engine__zero_stage": 3},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(pool, changes):
+    config = work.run_config(MODEL, **ZERO, **changes)
+    clean = pool(2, work.train, config, 2)
+    for (bad, same, steps), (expected, _) in zip(
+        pool(2, work.train_around_a_bad_step, config), clean, strict=True
+    ):
+        assert bad == [True, True]
+        assert same
+        assert steps == expected
+
+
+def train_without_the_sequence_hook(config):
+    from pretrain.engines import deepspeed
+
+    with mock.patch.object(deepspeed, "_sum_over", lambda tensor, group: tensor):
+        return work.train(config, 1)[0]
+
+
+def test_the_sequence_parallel_hook_is_needed(pool, one_process):
+    """Without it norms' gradients lack the other ranks' positions: no error, wrong numbers."""
+    expected, _ = one_process
+    config = work.run_config(MODEL, **TIED, **ZERO, **TP2)
+    ((loss, norm),), _ = pool(2, train_without_the_sequence_hook, config)
+    assert loss == pytest.approx(expected[0][0], rel=2e-6)
+    assert norm != pytest.approx(expected[0][1], rel=1e-3)
+
+
+def start_with_a_shard_that_is_not_marked(config):
+    original = work.perturb
+
+    def unmark(models):
+        original(models)
+        next(p for p in models[0].parameters() if p.tensor_model_parallel).tensor_model_parallel = 0
+
+    with mock.patch.object(work, "perturb", unmark):
+        try:
+            work.make_engine(config)
+        except AssertionError as error:
+            return str(error)
+    return "started"
+
+
+def test_a_sharded_weight_must_be_marked(pool):
+    """DeepSpeed would leave the other ranks' shards out of the gradient norm, without an error."""
+    config = work.run_config(MODEL, **ZERO, **TP2)
+    assert pool(2, start_with_a_shard_that_is_not_marked, config)[0].startswith("embedding.")
+
+
+def test_nothing_is_compiled_and_nothing_is_taken_for_ulysses(pool):
+    assert all(pool(2, startup_facts, work.run_config(MODEL, **ZERO, **TP2)))
+
+
+def startup_facts(config):
+    engine, _ = work.make_engine(config)
+    import deepspeed
+    from deepspeed.comm import comm
+
+    return (
+        comm.cdb.shm_comm_op is None
+        and not [name for name in dir(engine.engine.mpu) if "sequence_parallel" in name]
+        and type(engine.engine.basic_optimizer) is deepspeed.runtime.engine.torch.optim.AdamW
+    )

@@ -1,0 +1,74 @@
+"""The support matrix as data: its messages, its table in the documents, and its corners."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import checks
+from pretrain.engines import support
+from pretrain.engines.support import Combination
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_table_in_the_documents_is_the_matrix():
+    """To renew it: print(pretrain.engines.support.markdown_table())."""
+    assert support.markdown_table() in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_every_combination_works_or_has_a_reason_and_a_way_out():
+    cells = set(support.supported())
+    assert Combination() in cells
+    for engine in ("megatron", "deepspeed"):
+        for stage in range(4):
+            for pipeline in (False, True):
+                cell = Combination(engine, stage, pipeline=pipeline)
+                assert (support.objection(cell) is None) == (cell in cells)
+                assert support.nearest(cell) in cells
+                assert (support.nearest(cell) == cell) == (cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (Combination("deepspeed", 2, pipeline=True), "engine.zero_stage=1"),
+        (Combination("deepspeed", 1, "parameters"), "engine.offload=optimizer"),
+        (Combination("deepspeed", 0, precision="bf16"), "engine.zero_stage=1"),
+        (Combination("megatron", 3), "engine.name=deepspeed"),
+    ],
+)
+def test_the_way_out_is_the_nearest(cell, says):
+    assert support.objection(cell).endswith(f"works has {says}")
+
+
+def test_no_combination_gives_up_precision():
+    for cell in support.supported():
+        other = "bf16" if cell.precision == "fp32" else "fp32"
+        assert replace(cell, precision=other) in set(support.supported())
+
+
+def test_a_machine_without_deepspeed_is_told_how_to_get_it(monkeypatch):
+    from tests.pretrain.test_config import config
+
+    run = config(engine__name="deepspeed")
+    assert list(checks._deepspeed(run)) == []
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    (message,) = checks._deepspeed(run)
+    assert "pip install 'deepspeed>=0.19,<0.20'" in message
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.20.0", "1.0.0"])
+def test_other_releases_of_deepspeed_are_refused(monkeypatch, version):
+    """A private name that moved would not fail but return the wrong tensor."""
+    import types
+
+    import torch
+
+    from pretrain.engines import deepspeed_compat
+    from pretrain.errors import ConfigError
+
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(__version__=version))
+    with pytest.raises(ConfigError, match=rf"0\.19\.x, and {version} is installed; pip install"):
+        deepspeed_compat.load(torch.device("cpu"))
