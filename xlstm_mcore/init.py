@@ -142,3 +142,13 @@ def decays(name: str, overrides: Mapping[str, bool] | None = None) -> bool:
         if re.fullmatch(pattern, name):
             return (overrides or {}).get(kind, choice)
     raise KeyError(f"no kind for {name}")
+
+
+def is_hidden_matrix(name: str, shape: Iterable[int]) -> bool:
+    """Whether a canonical tensor is a full matrix between hidden activations (Muon's kind).
+
+    Embedding and head are not, nor are block-diagonal projections and the gates of mLSTM, whose
+    rows are the gates of single heads.
+    """
+    full = re.fullmatch(r"decoder\..*\.(\w+_proj|ogate)\.weight", name) is not None
+    return full and len(tuple(shape)) == 2

@@ -255,14 +255,16 @@ ParameterKind = Literal[
 class OptimizerConfig(Section):
     """AdamW; by default kernels decay, and norms, biases and the embedding do not."""
 
-    name: Literal["adamw"] = "adamw"
-    """optimizer"""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the update of hidden matrices; all else gets adamw"""
     lr: PositiveFloat = 1e-3
     """peak learning rate"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """decay of the running mean and square of the gradient"""
     eps: PositiveFloat = 1e-8
     """added to the root of the running square"""
+    muon_momentum: Fraction = 0.95
+    """muon: decay of the momentum (Nesterov's)"""
     weight_decay: NonNegativeFloat = 0.1
     """decoupled weight decay"""
     decay: dict[ParameterKind, bool] = Field(default_factory=dict)

@@ -20,6 +20,10 @@ def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
         from .deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, layout)
+    if config.optimizer.name == "muon":
+        from .muon import MuonEngine
+
+        return MuonEngine(config, layout)
     from .megatron import MegatronEngine
 
     return MegatronEngine(config, layout)

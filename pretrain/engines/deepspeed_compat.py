@@ -190,14 +190,15 @@ def summed_gradient(parameter: Tensor) -> Tensor:
 def forget_groups() -> None:
     """Drop what DeepSpeed keeps in globals about a run, for a process that joins another one.
 
-    Called after the groups themselves are destroyed. Stage 3 numbers modules from a counter that
-    lives as long as the process, and its ranks must agree on the numbers.
+    Called after the groups themselves are destroyed. Stage 3 numbers modules and parameters from
+    counters that live as long as the process, and its ranks must agree on the numbers.
     """
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
     comm.cdb = None
     (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    counter[0] = 0
+    counter[0] = Init.param_id = 0

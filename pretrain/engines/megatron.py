@@ -34,11 +34,14 @@ class MegatronEngine(ScheduledEngine):
         layout: the process layout the run was started on.
     """
 
+    # Whether data-parallel ranks share out the optimizer state.
+    distributed_optimizer = True
+
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         super().__init__(config, layout)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
+            use_distributed_optimizer=self.distributed_optimizer,
         )
         self.chunks = [
             DistributedDataParallel(
@@ -52,7 +55,6 @@ class MegatronEngine(ScheduledEngine):
         ]
         self.optimizer = self._make_optimizer()
         self.model_config.finalize_model_grads_func = finalize_model_grads
-        self.model_config.grad_scale_func = self.optimizer.scale_loss
         self._clear_gradients()
 
     def forward_backward(self, batches: list[Batch]) -> LossSum:
@@ -104,16 +106,21 @@ class MegatronEngine(ScheduledEngine):
             load: copies a checkpoint's values into the chunks it is given.
             step: optimizer steps taken so far, for Adam's bias correction.
         """
-        chunks = []
-        for model in self.models:
-            for _, parameter, pieces in named_pieces(model):
-                chunks += weight_chunks(parameter, pieces)
-        chunks += [chunk for _, chunk in self._optimizer_chunks()]
+        chunks = self._weights() + [chunk for _, chunk in self._optimizer_chunks()]
         with torch.no_grad():
             load(chunks)
         for optimizer in self.optimizer.chained_optimizers:
             mcore_compat.set_adam_step(optimizer.optimizer, step)
         self._clear_gradients()
+
+    def _weights(self) -> list[Chunk]:
+        """The rectangles of all weights in this rank's model chunks."""
+        return [
+            chunk
+            for model in self.models
+            for _, parameter, pieces in named_pieces(model)
+            for chunk in weight_chunks(parameter, pieces)
+        ]
 
     def _make_optimizer(self) -> Any:
         options = self.config.optimizer
@@ -138,12 +145,14 @@ class MegatronEngine(ScheduledEngine):
         )
         for part in optimizer.chained_optimizers:
             mcore_compat.create_adam_state(part.optimizer)
+        self.model_config.grad_scale_func = optimizer.scale_loss
         return optimizer
 
     def _clear_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def _optimizer_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """Rectangles of fp32 masters and moments that this rank's optimizer shard holds."""

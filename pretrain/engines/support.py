@@ -18,6 +18,7 @@ class Combination:
     """One cell of the support matrix. Layout entries say whether a dimension is larger than 1."""
 
     engine: str = "megatron"
+    optimizer: str = "adamw"
     zero_stage: int = 1
     offload: str = "none"
     precision: str = "fp32"
@@ -33,6 +34,7 @@ class Combination:
         engine, layout = config.engine, config.layout
         return cls(
             engine=engine.name,
+            optimizer=config.optimizer.name,
             zero_stage=engine.zero_stage,
             offload=engine.offload,
             precision=engine.precision,
@@ -47,6 +49,7 @@ class Combination:
 # What each axis can be, and how much a user minds changing it when another value is proposed.
 AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "engine": (("megatron", "deepspeed"), 1),
+    "optimizer": (("adamw", "muon"), 6),
     "zero_stage": ((0, 1, 2, 3), 2),
     "offload": (("none", "optimizer", "parameters"), 3),
     "precision": (("fp32", "bf16"), 20),
@@ -77,7 +80,21 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        {"engine": ("megatron",), "zero_stage": (0, 2, 3)},
+        {"optimizer": ("muon",), "engine": ("deepspeed",)},
+        "Muon needs whole matrices, and DeepSpeed's partitions cut them",
+    ),
+    Rule(
+        {"optimizer": ("muon",), "tensor": (True,)},
+        "every rank would orthogonalise its shard of a matrix, which is not the update of one "
+        "process",
+    ),
+    Rule(
+        {"optimizer": ("muon",), "zero_stage": (1, 2, 3)},
+        "Muon orthogonalises whole matrices, so its state is not shared out over data parallel "
+        "processes",
+    ),
+    Rule(
+        {"engine": ("megatron",), "optimizer": ("adamw",), "zero_stage": (0, 2, 3)},
         "Megatron's distributed optimizer shares out the optimizer state, which is stage 1",
     ),
     Rule(
@@ -149,6 +166,8 @@ def spelled(cell: Combination, axes: Iterable[str]) -> str:
             words.append(f"layout.{axis}={'2 or more' if value else 1}")
         elif axis == "sequence":
             words.append(f"layout.sequence={str(value).lower()}")
+        elif axis == "optimizer":
+            words.append(f"optimizer.name={value}")
         else:
             words.append(f"engine.{'name' if axis == 'engine' else axis}={value}")
     return ", ".join(words)
@@ -182,15 +201,21 @@ def markdown_table() -> str:
     A layout dimension is listed when it works alone and together with the others in the row.
     """
     cells = set(supported())
-    rows = ["| engine | ZeRO stage | offload | precision | layouts |", "|---|---|---|---|---|"]
-    seen = sorted({(c.engine, c.zero_stage, c.offload) for c in cells}, key=str)
-    for engine, stage, offload in sorted(seen, key=lambda row: (row[0] != "megatron", row[1:])):
-        base = Combination(engine, stage, offload)
+    rows = [
+        "| engine | optimizer | ZeRO stage | offload | precision | layouts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for engine, optimizer, stage, offload in itertools.product(
+        *(AXES[axis][0] for axis in ("engine", "optimizer", "zero_stage", "offload"))
+    ):
+        base = Combination(engine, optimizer, stage, offload)
         good = [p for p in AXES["precision"][0] if replace(base, precision=p) in cells]
+        if not good:
+            continue
         widest = [a for a in LAYOUT_AXES if _works_with(base, a, cells)]
         assert replace(base, **dict.fromkeys(widest, True)) in cells, "dimensions exclude another"
         rows.append(
-            f"| {engine} | {stage} | {offload} | {', '.join(good)} | "
+            f"| {engine} | {optimizer} | {stage} | {offload} | {', '.join(good)} | "
             f"{', '.join(LAYOUT_AXES[a] for a in widest)} |"
         )
     return "\n".join(rows)

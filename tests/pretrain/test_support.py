@@ -24,7 +24,7 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
     for engine in ("megatron", "deepspeed"):
         for stage in range(4):
             for pipeline in (False, True):
-                cell = Combination(engine, stage, pipeline=pipeline)
+                cell = Combination(engine, zero_stage=stage, pipeline=pipeline)
                 assert (support.objection(cell) is None) == (cell in cells)
                 assert support.nearest(cell) in cells
                 assert (support.nearest(cell) == cell) == (cell in cells)
@@ -33,10 +33,12 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
 @pytest.mark.parametrize(
     ("cell", "says"),
     [
-        (Combination("deepspeed", 2, pipeline=True), "engine.zero_stage=1"),
-        (Combination("deepspeed", 1, "parameters"), "engine.offload=optimizer"),
-        (Combination("deepspeed", 0, precision="bf16"), "engine.zero_stage=1"),
-        (Combination("megatron", 3), "engine.name=deepspeed"),
+        (Combination("deepspeed", zero_stage=2, pipeline=True), "engine.zero_stage=1"),
+        (Combination("deepspeed", offload="parameters"), "engine.offload=optimizer"),
+        (Combination("deepspeed", zero_stage=0, precision="bf16"), "engine.zero_stage=1"),
+        (Combination("megatron", zero_stage=3), "engine.name=deepspeed"),
+        (Combination(optimizer="muon"), "engine.zero_stage=0"),
+        (Combination(zero_stage=0), "engine.zero_stage=1"),
     ],
 )
 def test_the_way_out_is_the_nearest(cell, says):
