@@ -289,9 +289,6 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
     _heads_over_context,
     _schedule,
     _exponential,
-
-
-
     _wsd,
     _engine,
     _deepspeed,

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the hidden layers, AdamW for everything else, under Megatron's schedules.
+"""Muon for the matrices of hidden layers, AdamW for everything else, under Megatron's schedules.
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut:
 every data-parallel rank keeps the whole optimizer state of its pipeline stage (ZeRO stage 0), and

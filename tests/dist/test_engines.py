@@ -82,7 +82,7 @@ MICRO_BATCHES = {"data__seq_len": 32, "data__global_batch": 16, "optimizer__clip
 def bf16_sums(pool):
     """16 bf16 gradients summed in an fp32 buffer by one process."""
     config = work.run_config(MODEL, engine__precision="bf16", **MICRO_BATCHES)
-    return work.assemble(pool(1, work.bf16_gradients, config))
+    return work.assemble(pool(1, work.first_moments, config, False))
 
 
 def relative_errors(got, expected):
@@ -98,7 +98,8 @@ def test_gradients_are_summed_in_fp32(pool, bf16_sums, cell):
     """In the buffer and through the reduction: a single rounding to bf16 would show as 1e-3."""
     ranks, changes = ranks_and_changes(cell)
     ranks = min(ranks, 2)
-    answers = pool(ranks, work.bf16_gradients, work.run_config(MODEL, **changes, **MICRO_BATCHES))
+    config = work.run_config(MODEL, **changes, **MICRO_BATCHES)
+    answers = pool(ranks, work.first_moments, config, False)
     errors = relative_errors(work.assemble(answers), bf16_sums)
     assert max(errors.values()) < 1e-6, errors
 

@@ -275,17 +275,17 @@ def refused_split(path: str) -> str:
     return ""
 
 
-def bf16_gradients(config: RunConfig) -> list[Chunk]:
-    """Adam's first moment after one unclipped step: the summed gradient times 1 - beta1.
+def first_moments(config: RunConfig, mask: bool = True) -> list[Chunk]:
+    """Adam's first moment after one step: without clipping the gradient times 1 - beta1.
 
-    No token is masked and their number is a power of two, so that scaling the loss before the
-    backward pass or the gradient after it rounds alike, and engines differ by their sums alone.
+    ``mask=False`` counts every token. When their number is a power of two, scaling the loss before
+    the backward pass or the gradient after it rounds alike in bf16, and engines differ by their
+    sums alone.
     """
     engine, layout = make_engine(config)
-    batches = [
-        replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
-        for batch in global_batch(config, 0)
-    ]
+    batches = global_batch(config, 0)
+    if not mask:
+        batches = [replace(b, loss_mask=torch.ones_like(b.loss_mask)) for b in batches]
     engine.forward_backward(batches[layout.dp_rank :: layout.dp_size])
     assert not engine.step(config.optimizer.lr).skipped
     return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]

@@ -70,7 +70,7 @@ def test_every_problem_is_in_one_message():
         "layout.tensor=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
         "layout.tensor=3 does not divide model.vocab_size=8191; use model.vocab_size=8193",
         "data.micro_batch=5 does not divide data.global_batch=16; use 1, 2, 4, 8 or 16",
-        "engine.name=megatron, engine.zero_stage=2: Megatron's distributed optimizer shares out",
+        "engine.zero_stage=2: Megatron's distributed optimizer shares out",
         "optimizer.lr=-1 must be greater than 0",
     ):
         assert part in text
