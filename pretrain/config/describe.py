@@ -62,7 +62,8 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
             "per step"
         )
     lines += [
-        f"engine            {config.engine.name}, {config.engine.precision}",
+        f"engine            {config.engine.name}, ZeRO stage {config.engine.zero_stage}, "
+        f"{config.engine.precision}",
         f"run folder        {config.run.dir}",
         f"data              {data.path}",
     ]

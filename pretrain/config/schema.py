@@ -141,10 +141,10 @@ class EngineConfig(Section):
     name: Literal["megatron", "deepspeed"] = "megatron"
     """training engine"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """what data parallel processes share out: 1 the optimizer state (Megatron's engine)"""
+    """what data parallel processes share out: 1 optimizer state, 2 gradients too, 3 weights too"""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
 
 

@@ -52,7 +52,7 @@ AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "optimizer": (("adamw", "muon"), 6),
     "zero_stage": ((0, 1, 2, 3), 2),
     "offload": (("none", "optimizer", "parameters"), 3),
-    "precision": (("fp32", "bf16"), 20),
+    "precision": (("fp32", "bf16", "fp8"), 20),
     "tensor": ((False, True), 10),
     "sequence": ((False, True), 9),
     "pipeline": ((False, True), 8),
@@ -79,6 +79,10 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        {"precision": ("fp8",)},
+        "fp8 needs TransformerEngine's linear layers, and the blocks are built from Megatron's own",
+    ),
     Rule(
         {"optimizer": ("muon",), "engine": ("deepspeed",)},
         "Muon needs whole matrices, and DeepSpeed's partitions cut them",

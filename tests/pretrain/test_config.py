@@ -160,6 +160,14 @@ def test_missing_sections_and_keys_are_named():
         ({"model__kernel_backend": "numba"}, "model.kernel_backend"),
         ({"engine__zero_stage": 0}, "the nearest combination that works has engine.zero_stage=1"),
         ({"engine__zero_stage": 2}, "nearest combination that works has engine.name=deepspeed"),
+        (
+            {"engine__precision": "fp8"},
+            "the nearest combination that works has engine.precision=bf16",
+        ),
+        (
+            {"optimizer__name": "muon"},
+            "optimizer.name=muon, engine.zero_stage=1: Muon orthogonalises whole matrices",
+        ),
         ({"engine__offload": "optimizer"}, "works has engine.name=deepspeed"),
         (
             {
