@@ -15,6 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
+# Engines stay alive in cycles through C++ hooks, and with them 50 threads of gloo each: fresh
+# processes now and then.
+CALLS_OF_A_PROCESS = 30
 
 
 class Pool:
@@ -24,6 +27,7 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")
         self._size = size
         self._workers: list[Any] = []
+        self._calls = 0
 
     def __enter__(self) -> "Pool":
         return self
@@ -34,6 +38,9 @@ class Pool:
     def __call__(self, ranks: int, function: Callable, *args: Any) -> list[Any]:
         """Results by rank; AssertionError with the traceback of the first rank that failed."""
         assert ranks <= self._size
+        self._calls += 1
+        if self._calls % CALLS_OF_A_PROCESS == 0:
+            self._stop()
         while len(self._workers) < ranks:
             mine, theirs = self._context.Pipe()
             process = self._context.Process(target=_work, args=(theirs,), daemon=True)
