@@ -144,7 +144,7 @@ def test_the_sequence_parallel_hook_is_needed(pool, one_process):
     config = work.run_config(MODEL, **TIED, **ZERO, **TP2)
     ((loss, norm),), _ = pool(2, train_without_the_sequence_hook, config)
     assert loss == pytest.approx(expected[0][0], rel=2e-6)
-    assert norm != pytest.approx(expected[0][1], rel=1e-3)
+    assert norm != pytest.approx(expected[0][1], rel=1e-4)
 
 
 def start_with_a_shard_that_is_not_marked(config):
