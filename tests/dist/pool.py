@@ -15,9 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
-# Engines stay alive in cycles through C++ hooks, and with them 50 threads of gloo each: fresh
-# processes now and then.
-CALLS_OF_A_PROCESS = 30
 
 
 class Pool:
@@ -27,7 +24,6 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")
         self._size = size
         self._workers: list[Any] = []
-        self._calls = 0
 
     def __enter__(self) -> "Pool":
         return self
@@ -38,9 +34,6 @@ class Pool:
     def __call__(self, ranks: int, function: Callable, *args: Any) -> list[Any]:
         """Results by rank; AssertionError with the traceback of the first rank that failed."""
         assert ranks <= self._size
-        self._calls += 1
-        if self._calls % CALLS_OF_A_PROCESS == 0:
-            self._stop()
         while len(self._workers) < ranks:
             mine, theirs = self._context.Pipe()
             process = self._context.Process(target=_work, args=(theirs,), daemon=True)
@@ -114,6 +107,7 @@ def _work(pipe: Any) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         finally:
+            _destroy_deepspeed()
             leave()
             _free_engines()
 
@@ -130,13 +124,19 @@ def _free_engines() -> None:
     for thing in gc.get_objects():
         if isinstance(thing, DistributedDataParallel):
             vars(thing).clear()
+    gc.collect()
+    if "deepspeed" in sys.modules:
+        from pretrain.engines import deepspeed_compat
+
+        deepspeed_compat.forget_groups()
+
+
+def _destroy_deepspeed() -> None:
+    """DeepSpeed's own way to let go of an engine, while its groups are there."""
     if "deepspeed" in sys.modules:
         from deepspeed import DeepSpeedEngine
-
-        from pretrain.engines import deepspeed_compat
 
         for thing in gc.get_objects():
             if isinstance(thing, DeepSpeedEngine):
                 thing.destroy()
-        deepspeed_compat.forget_groups()
-    gc.collect()
+                vars(thing).pop("optimizer", None)
