@@ -82,6 +82,21 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
 
+    self_test = add(
+        "self-test",
+        "train, save, resume and compare bit for bit on this machine or cluster; leaves nothing",
+    )
+    _add_config(self_test)
+    self_test.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes to start; under torchrun or srun, which start them, it is not needed",
+    )
+    self_test.add_argument(
+        "--steps", type=int, default=6, metavar="N", help="steps to train, half before the stop"
+    )
+
     show = add("show", "print what a checkpoint holds")
     show.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder")
 
@@ -144,6 +159,18 @@ def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]
     return launch(options.config, config, _positive_nproc(options), overrides)
 
 
+def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    if "WORLD_SIZE" in os.environ:
+        check_world(config, int(os.environ["WORLD_SIZE"]))
+        from pretrain.selftest import main
+
+        return main(config, options.steps)
+    from pretrain.launch import launch
+
+    words = [*overrides, "--steps", str(options.steps)]
+    return launch(options.config, config, _positive_nproc(options), words, command="self-test")
+
+
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.config.describe import describe_run
 
@@ -204,6 +231,7 @@ def _demo(options: argparse.Namespace) -> int:
 CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], int]] = {
     "train": _train,
     "launch": _launch,
+    "self-test": _self_test,
     "check": _check,
     "evaluate": _evaluate,
 }

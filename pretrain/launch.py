@@ -282,11 +282,16 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
 
 
 def launch(
-    config_path: str, config: RunConfig, nproc: int | None, overrides: Sequence[str] = ()
+    config_path: str,
+    config: RunConfig,
+    nproc: int | None,
+    overrides: Sequence[str] = (),
+    command: str = "train",
 ) -> int:
     """Check a run and train it with `nproc` local workers; returns the run's exit code.
 
-    config: the loaded config; overrides: the command-line words it was loaded with, passed on.
+    config: the loaded config; overrides: the command-line words it was loaded with, passed on;
+    command: what each worker runs, `train` or another that takes the same words.
     nproc=None starts as many processes as one replica of the model needs. Raises ConfigError
     when the layout does not fit `nproc` or the data folder is missing.
     """
@@ -300,5 +305,5 @@ def launch(
                 f"{key}={path!r} is no folder; build one with python -m data_prep build, or give "
                 "another"
             )
-    command = [sys.executable, "-m", "pretrain", "train", config_path, *overrides]
-    return run_workers(command, nproc, Path(config.run.dir) / "logs")
+    words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
+    return run_workers(words, nproc, Path(config.run.dir) / "logs")

@@ -95,6 +95,19 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def make_deterministic() -> None:
+    """Ask torch, cuBLAS and NCCL for the same bits every time; before either of them starts.
+
+    The environment wins where it says something else. Operations without a deterministic version
+    raise, so nothing is left out silently.
+    """
+    torch.use_deterministic_algorithms(True)
+    # It would also fill every new tensor, which hides nothing here and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+
+
 def start(config: Any) -> Layout:
     """Join the run's process groups as its configuration lays them out.
 
@@ -110,6 +123,8 @@ def start(config: Any) -> Layout:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(config, world_size)
     cpu_runtime.activate()
+    if config.run.deterministic:
+        make_deterministic()
     options = cpu_runtime.process_group_options()
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -82,12 +82,12 @@ def main(config: RunConfig) -> int:
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
         layout = layouts.start(config)
         try:
-            return _Run(config, layout, stop).train()
+            return Run(config, layout, stop).train()
         finally:
             layout.close()
 
 
-class _Run:
+class Run:
     """One process's part in a run."""
 
     def __init__(self, config: RunConfig, layout: Layout, stop: StopSignal) -> None:
@@ -276,6 +276,7 @@ class _Run:
             except CheckpointDamagedError as error:
                 if self.layout.is_main:
                     log.warning("passing over a broken checkpoint: %s", error)
+                self.saver.damaged.add(path)
                 continue
             self.resumed_from = self.saver.last_good = path
             return state, DataCursor.from_dict(saved.state["cursor"])

@@ -245,6 +245,13 @@ def resolve(path: Location | str) -> Location:
     reason.
     """
     path = location(path)
+    try:
+        return _resolve(path)
+    except OSError as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}") from error
+
+
+def _resolve(path: Location) -> Location:
     if not is_folder(path):
         raise CheckpointFormatError(f"{path}: no such folder; give a run folder or a checkpoint")
     if exists(path / MANIFEST_NAME) or _STEP_FOLDER.fullmatch(path.name):

@@ -31,7 +31,7 @@ from xlstm_mcore.ckpt_manifest import (
     read_manifest,
     resolve,
 )
-from xlstm_mcore.safetensors_stream import bytes_of, hash_file
+from xlstm_mcore.safetensors_stream import bytes_of, hash_file, view_as
 from xlstm_mcore.storage import Location, RangeReader, location
 
 __all__ = [
@@ -110,14 +110,15 @@ class CheckpointReader:
             raise DamagedError(f"{metadata_file} does not match its hash in the manifest")
         self.blocks = self._parse_blocks(read_json(metadata_file))
         self._ranges = RangeReader()
-        self._kept: tuple[StoredBlock, torch.Tensor] | None = None  # neighbours often share one
+        self._memory = torch.empty(0, dtype=torch.uint8)  # one block, used again for the next
+        self._kept: StoredBlock | None = None  # what is in it; neighbours often share a block
 
     def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *exc_info) -> None:
         self._ranges.close()
-        self._kept = None
+        self._kept, self._memory = None, self._memory[:0]
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a global tensor; CheckpointFormatError if there is none."""
@@ -143,12 +144,7 @@ class CheckpointReader:
             if whole and direct and part.is_contiguous():
                 self._read_block(chunk.name, stored, part)
                 continue
-            if self._kept is None or self._kept[0] is not stored:
-                self._kept = None  # frees it before the next one is read
-                block = torch.empty(stored.shape, dtype=self.info(chunk.name).dtype)
-                self._read_block(chunk.name, stored, block)
-                self._kept = stored, block
-            block = self._kept[1]
+            block = self._read_kept(chunk.name, stored)
             index = tuple(slice(o, o + s) for o, s in zip(inside, part.shape, strict=True))
             part.copy_(block[index] if index else block)
 
@@ -187,6 +183,19 @@ class CheckpointReader:
             else:
                 found.append((stored, tuple(inside), tuple(target)))
         return found
+
+    def _read_kept(self, name: str, stored: StoredBlock) -> torch.Tensor:
+        """A block in this reader's own memory; valid until the next call."""
+        dtype = self.info(name).dtype
+        size = math.prod(stored.shape) * dtype.itemsize
+        if self._memory.numel() < size:
+            self._kept, self._memory = None, torch.empty(size, dtype=torch.uint8)
+        block = view_as(self._memory, dtype, stored.shape)
+        if self._kept is not stored:
+            self._kept = None  # should the read fail
+            self._read_block(name, stored, block)
+            self._kept = stored
+        return block
 
     def _read_block(self, name: str, stored: StoredBlock, into: torch.Tensor) -> None:
         """Fill the contiguous CPU tensor `into` with a block, and compare its hash."""

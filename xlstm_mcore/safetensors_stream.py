@@ -104,10 +104,16 @@ def write_safetensors(
 
         put(len(text).to_bytes(8, "little"))
         put(text)
+        staging = torch.empty(0, dtype=torch.uint8)  # used again: one entry is held, not two
         for entry in ordered:
             tensor = tensor_of(entry).detach()
             assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
-            data = bytes_of(tensor.cpu().contiguous())
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                if staging.numel() < entry.num_bytes:
+                    staging = torch.empty(entry.num_bytes, dtype=torch.uint8)
+                here = view_as(staging, entry.dtype, entry.shape)
+                tensor = here.copy_(tensor)
+            data = bytes_of(tensor)
             written[entry] = WrittenEntry(size, xxhash.xxh3_64_hexdigest(data))
             put(data)
     return WrittenFile(size, digest.hexdigest()), written
@@ -127,6 +133,11 @@ def hash_file(path: Location) -> WrittenFile:
     finally:
         reader.close()
     return WrittenFile(size, digest.hexdigest())
+
+
+def view_as(memory: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The first bytes of a flat uint8 tensor as a contiguous tensor of `dtype` and `shape`."""
+    return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -110,6 +110,7 @@ class CheckpointSaver:
         self.folder = location(folder)
         self.ranks = ranks or background_ranks()
         self.last_good: Location | None = None
+        self.damaged: set[Location] = set()  # found while resuming; retention leaves them alone
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
         self._host_copy = HostCopy()
@@ -207,6 +208,6 @@ class CheckpointSaver:
             return
         self.last_good = path
         if self.ranks.is_first:
-            apply_retention(self.folder, self._retention, path)
+            apply_retention(self.folder, self._retention, path, self.damaged)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)

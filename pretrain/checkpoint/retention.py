@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +65,24 @@ def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
     return [s for s in newest if s.path not in stay]
 
 
-def apply_retention(folder: Location, retention: Retention, just_saved: Location) -> None:
+def apply_retention(
+    folder: Location,
+    retention: Retention,
+    just_saved: Location,
+    damaged: Collection[Location] = (),
+) -> None:
     """Delete what `to_delete` says, but never `just_saved`, and then dead attempts.
 
     For one process. Nothing here fails a run: what cannot be deleted is named in a warning. The
     manifest goes first, so that a deletion that is interrupted leaves nothing that looks complete;
-    the rest is then a dead attempt like any other. Damaged checkpoints are left for a person.
+    the rest is then a dead attempt like any other. Damaged checkpoints, those with a file of the
+    wrong size and those that the caller knows, do not count and are left for a person.
     """
     try:
         saved, attempts = [], []
         for path in step_folders(folder):
+            if path in damaged:
+                continue
             try:
                 saved.append(_about(path))
             except DamagedError:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.data_prep.helpers import make_texts, run, write_jsonl
 from tests.dist.pool import Pool
 
 
@@ -10,3 +11,15 @@ def pool():
     """Runs a function on 1 to 4 gloo processes: ``pool(2, function, *args)`` -> results by rank."""
     with Pool(4) as processes:
         yield processes
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder of tiny shards: 16 tokens per row, 330 words."""
+    root = tmp_path_factory.mktemp("shards")
+    corpus = write_jsonl(root / "corpus.jsonl", make_texts(90))
+    assert run("tokenizer", "--input", corpus, "--vocab-size", 330, "--out", root / "tok") == 0
+    flags = ["--input", corpus, "--tokenizer", root / "tok", "--out", root / "shards"]
+    flags += ["--seq-len", 16, "--valid-fraction", 0.2, "--shard-mb", 0.004, "--workers", 1]
+    assert run("build", *flags) == 0
+    return root / "shards"

@@ -2,13 +2,16 @@
 
 import errno
 import os
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import (
+    CheckpointDamagedError,
     CheckpointError,
+    CheckpointSaver,
     Chunk,
     Ranks,
     candidates_together,
@@ -17,6 +20,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.checkpoint import save as save_module
+from pretrain.signals import any_rank
 
 pytestmark = pytest.mark.dist
 
@@ -173,3 +177,64 @@ def save_in_a_subgroup(rank, world, folder):
 
 def test_a_group_that_does_not_start_at_rank_zero(tmp_path, pool):
     pool(3, worker, save_in_a_subgroup, tmp_path)
+
+
+def save_beside_collectives(rank, world, folder):
+    """Training's collectives and a save run at once; a late failure reaches all at one step."""
+    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    real, steps_of_failure = save_module.write_safetensors, []
+
+    def slow(*args):  # ranks reach the save's agreement at different moments
+        time.sleep(0.03 * rank)
+        return real(*args)
+
+    def full_late(path, *_):
+        time.sleep(0.1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    save_module.write_safetensors = slow
+    with CheckpointSaver(folder) as saver:
+        for step in range(1, 200):
+            total = torch.tensor([step * (rank + 1.0)])
+            dist.all_reduce(total)
+            assert total.item() == step * world * (world + 1) / 2
+            (failed,) = any_rank([saver.failed])
+            if failed:
+                with pytest.raises(CheckpointError) as caught:
+                    saver.wait()
+                steps_of_failure.append((step, str(caught.value)))
+                break
+            if step == 120 and rank == 1:
+                save_module.write_safetensors = full_late
+            if step % 40 == 0:
+                saver.save([chunk], {}, {}, step=step)
+            time.sleep(0.001)
+    save_module.write_safetensors = real
+    everyone = [None] * world
+    dist.all_gather_object(everyone, steps_of_failure[0])
+    assert len(set(everyone)) == 1, everyone
+    step, text = everyone[0]
+    assert step > 120 and "step 120 failed on rank 1: [Errno 28] No space left" in text
+    assert f"last good checkpoint is {folder}/step-00000080-" in text
+    assert [p.name[:13] for p in candidates_together(folder)] == ["step-00000080", "step-00000040"]
+
+
+def test_saving_runs_beside_collectives_and_fails_on_all_ranks_at_one_step(tmp_path, pool):
+    pool(3, worker, save_beside_collectives, tmp_path)
+
+
+def damage_seen_by_one_rank(rank, world, folder):
+    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    path = save_checkpoint(folder, [chunk], {}, {}, step=1)
+    if rank == 1:
+        data = path / "data-00001.safetensors"
+        content = bytearray(data.read_bytes())
+        content[-1] ^= 1
+        data.write_bytes(content)
+    dist.barrier()
+    with pytest.raises(CheckpointDamagedError, match=r"on rank 1: .*w at \[2, 0\] does not match"):
+        load_checkpoint(path, [chunk])
+
+
+def test_damage_that_one_rank_reads_is_damage_for_all(tmp_path, pool):
+    pool(2, worker, damage_seen_by_one_rank, tmp_path)

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a checkpoint of a 7B-style model (pattern of M) as a Hugging Face "
         "folder that transformers loads as `xlstm`, without further packages.",
     )
-    to_hf.add_argument("checkpoint", metavar="CKPT", type=Path, help=ckpt_help)
+    to_hf.add_argument("checkpoint", metavar="CKPT", help=ckpt_help)
     to_hf.add_argument(
         "out",
         metavar="OUT",
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint's model, write parity.json, and generate a few lines. Exit code 1 if they "
         "differ by more than 1e-3 of the largest logit.",
     )
-    verify.add_argument("checkpoint", metavar="CKPT", type=Path, help=ckpt_help)
+    verify.add_argument("checkpoint", metavar="CKPT", help=ckpt_help)
     verify.add_argument("folder", metavar="HF_DIR", type=Path, help="what `to-hf` wrote")
     verify.set_defaults(run=_verify)
     return parser

@@ -1,0 +1,162 @@
+"""Whole runs of two ranks: resumed, beside damage, on remote storage, after a change of data."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import pretrain.selftest
+import pretrain.train
+from pretrain.checkpoint import CheckpointError, candidates_together, find_latest, show
+from pretrain.config import config_from_dict
+from pretrain.metrics import read_metrics
+from tests import objects
+from tests.dist.lives import tiny_run
+from xlstm_mcore import mcore_compat
+from xlstm_mcore.convert import cli as convert
+
+pytestmark = pytest.mark.dist
+
+
+def train(raw):
+    """Exit code, or the message of the error."""
+    objects.register()
+    try:
+        return pretrain.train.main(config_from_dict(raw))
+    except CheckpointError as error:
+        return str(error)
+
+
+def log(folder):
+    records = read_metrics(folder / "metrics.jsonl")
+    return {r["step"]: (r["loss"], r["grad_norm"], r["lr"]) for r in records if "loss" in r}
+
+
+def flip_a_bit(path):
+    data = next(path.glob("data-*"))
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(pool, shards, tmp_path_factory):
+    """The log of a run without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert pool(2, train, tiny_run(folder, shards)) == [0, 0]
+    return log(folder)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(pool, shards, tmp_path, whole):
+    first = tiny_run(tmp_path, shards)
+    first["schedule"]["decay_steps"] = 22  # the same schedule for the shorter run
+    last = tiny_run(tmp_path, shards)
+    assert pool(2, train, first | {"run": first["run"] | {"steps": 13}}) == [0, 0]
+    newest, older = candidates_together(tmp_path)
+    assert newest.name.startswith("step-00000013") and older.name.startswith("step-00000012")
+    flip_a_bit(newest)
+    assert pool(2, train, last) == [0, 0]
+    assert log(tmp_path) == whole
+    assert newest.exists(), "left for a person"
+
+
+def test_a_stop_between_two_lines_of_the_log(pool, shards, tmp_path, whole):
+    raw = tiny_run(tmp_path, shards, logging__interval=5, checkpoint__asynchronous=False)
+    raw["schedule"]["decay_steps"] = 22
+    assert pool(2, train, raw | {"run": raw["run"] | {"steps": 8}}) == [0, 0]
+    assert pool(2, train, raw) == [0, 0]
+    assert log(tmp_path) == {step: whole[step] for step in (1, 5, 8, 10, 15, 20, 24)}
+
+
+def test_nothing_starts_anew_where_all_checkpoints_are_damaged(pool, shards, tmp_path):
+    raw = tiny_run(tmp_path, shards, run__steps=4)
+    assert pool(2, train, raw) == [0, 0]
+    for path in candidates_together(tmp_path):
+        flip_a_bit(path)
+    answers = pool(2, train, raw)
+    assert answers[0] == answers[1] and "none of the 2 checkpoints" in answers[0]
+
+
+def test_resume_from_one_process_of_an_object_store(pool, shards, tmp_path, whole):
+    """Saved by two ranks without rename, continued by two, shown, exported, all by URL."""
+    url = f"objects://{tmp_path}/bucket/run"
+    raw = tiny_run(tmp_path / "run", shards, checkpoint__dir=url, checkpoint__interval=7)
+    raw["schedule"]["decay_steps"] = 22
+    assert pool(2, train, raw | {"run": raw["run"] | {"steps": 10}}) == [0, 0]
+    assert pool(2, train, raw) == [0, 0]
+    assert log(tmp_path / "run") == whole
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "metrics.jsonl", "summary.json"]
+    objects.register()
+    assert f"{url}/step-00000024" in show(url) and "written on  name=megatron" in show(url)
+    assert pool(1, export, url, str(tmp_path / "hf")) == [0]
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_size > 100_000
+
+
+def export(url, folder):
+    objects.register()
+    return convert.main(["to-hf", url, folder])
+
+
+def test_another_tokenizer_or_data_is_refused_unless_it_is_meant(pool, shards, tmp_path):
+    raw = tiny_run(tmp_path / "run", shards, run__steps=4)
+    assert pool(2, train, raw) == [0, 0]
+    path = find_latest(tmp_path / "run")
+    manifest = json.loads((path / "manifest.json").read_text())
+    changed = tiny_run(tmp_path / "run", shards, run__steps=6, run__seed=2)
+    changed["model"]["norm_eps"] = 1e-5
+    text = pool(2, train, changed)[0]
+    for words in (
+        "model.norm_eps: checkpoint 1e-06, run 1e-05",
+        "run.seed: checkpoint 1, run 2",
+        "checkpoint.accept_changes=run.seed,model.norm_eps",
+    ):
+        assert words in text, text
+    assert json.loads((path / "manifest.json").read_text()) == manifest
+    changed["checkpoint"]["accept_changes"] = "model.norm_eps, run"
+    assert pool(2, train, changed) == [0, 0]
+    assert find_latest(tmp_path / "run").name.startswith("step-00000006")
+
+
+def self_test(raw, steps):
+    return pretrain.selftest.main(config_from_dict(raw), steps)
+
+
+def broken_self_test(raw, steps):
+    """With a resume that goes wrong in its second step: one Adam step shared by all parameters."""
+    original = mcore_compat.set_adam_step
+
+    def share(optimizer, step):
+        original(optimizer, step)
+        shared = torch.tensor(float(step))
+        for state in optimizer.state.values():
+            state["step"] = shared
+
+    mcore_compat.set_adam_step = share
+    try:
+        pretrain.selftest.main(config_from_dict(raw), steps)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        mcore_compat.set_adam_step = original
+
+
+def test_the_self_test_passes_and_leaves_nothing(pool, shards, tmp_path):
+    url = f"objects://{tmp_path}/bucket/run"
+    raw = tiny_run(tmp_path / "run", shards, checkpoint__dir=url)
+    assert pool(2, registered_self_test, raw, 6) == [0, 0]
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not any(p.is_file() for p in (tmp_path / "bucket").rglob("*"))
+
+
+def registered_self_test(raw, steps):
+    objects.register()
+    return self_test(raw, steps)
+
+
+def test_the_self_test_names_what_differs(pool, shards, tmp_path):
+    answers = pool(2, broken_self_test, tiny_run(tmp_path / "run", shards), 6)
+    assert answers[0] == answers[1]
+    for words in ("step 5: loss", "tensors, such as", "run.deterministic=true"):
+        assert words in answers[0], answers[0]
+    assert "step 4: loss" not in answers[0]

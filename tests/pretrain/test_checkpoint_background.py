@@ -1,0 +1,227 @@
+"""Saving while training goes on, in one process; which checkpoints stay."""
+
+import errno
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import (
+    CheckpointError,
+    CheckpointSaver,
+    Chunk,
+    Ranks,
+    Retention,
+    find_latest,
+    load_checkpoint,
+)
+from pretrain.checkpoint import background as background_module
+from pretrain.checkpoint import save as save_module
+from pretrain.checkpoint.background import HostCopy
+from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
+from pretrain.errors import UserError
+
+WAIT_S = 20.0
+
+
+def chunks_of(*values):
+    tensors = [torch.full((6, 4), float(value)) for value in values]
+    return [Chunk(f"w{n}", (6, 4), (0, 0), tensor) for n, tensor in enumerate(tensors)]
+
+
+def first_value(path):
+    target = torch.zeros(6, 4)
+    load_checkpoint(path, [Chunk("w0", (6, 4), (0, 0), target)])
+    return target[0, 0].item()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every write until it is opened."""
+    opened, real = threading.Event(), save_module.write_safetensors
+
+    def write(*args):
+        assert opened.wait(WAIT_S)
+        return real(*args)
+
+    monkeypatch.setattr(save_module, "write_safetensors", write)
+    return opened
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path, gate):
+    chunks = chunks_of(1)
+    with CheckpointSaver(tmp_path) as saver:
+        saver.save(chunks, {}, {}, step=1)
+        chunks[0].tensor.fill_(2)  # the next step
+        assert find_latest(tmp_path) is None and saver.take_finished() is None
+        gate.set()
+        saver.wait()
+        done = saver.take_finished()
+        assert done.path == saver.last_good == find_latest(tmp_path)
+        assert 0 < done.stall < done.seconds
+        assert saver.take_finished() is None
+    assert first_value(done.path) == 1
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, gate):
+    chunks = chunks_of(1)
+    with CheckpointSaver(tmp_path) as saver:
+        saver.save(chunks, {}, {}, step=1)
+        threading.Timer(0.05, gate.set).start()
+        saver.save(chunks_of(2), {}, {}, step=2)
+        assert find_latest(tmp_path) is not None, "the first one is complete"
+    assert first_value(find_latest(tmp_path)) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_nothing_but_the_copy_happens_in_the_loop(tmp_path, monkeypatch):
+    """No collective, no serialisation, no file in the thread that trains."""
+    seen = {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.setdefault(name, set()).add(threading.current_thread())
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in (
+        (Ranks, "gather"),
+        (Ranks, "broadcast"),
+        (json, "dumps"),
+        (os, "fsync"),
+        (save_module, "write_safetensors"),
+        (background_module, "apply_retention"),
+    ):
+        watch(owner, name)
+    with CheckpointSaver(tmp_path) as saver:
+        saver.save(chunks_of(1), {}, {}, step=1)
+    assert len(seen) == 6
+    assert threading.main_thread() not in set().union(*seen.values())
+
+
+def test_the_host_holds_one_copy_of_the_shard_and_keeps_it():
+    chunks = chunks_of(1, 2, 3)
+    chunks += [Chunk("t", (4, 6), (0, 0), chunks[0].tensor.t())]
+    host = HostCopy()
+    copies = host.take(chunks)
+    storages = {c.tensor.untyped_storage().data_ptr(): c.tensor.untyped_storage() for c in copies}
+    (memory,) = storages.values()
+    assert memory.nbytes() == 4 * -(-6 * 4 * 4 // 64) * 64
+    for chunk, copy in zip(chunks, copies, strict=True):
+        assert torch.equal(chunk.tensor, copy.tensor) and copy.tensor.is_contiguous()
+    chunks[0].tensor.fill_(9)
+    again = host.take(chunks)
+    assert [a.tensor.data_ptr() for a in again] == [c.tensor.data_ptr() for c in copies]
+    assert again[0].tensor[0, 0] == 9
+    assert host.take(chunks_of(5))[0].tensor[0, 0] == 5, "another layout gets other memory"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_error_names_what_remains_and_the_next_save_works(tmp_path, monkeypatch, asynchronous):
+    with CheckpointSaver(tmp_path, asynchronous=asynchronous) as saver:
+        saver.save(chunks_of(1), {}, {}, step=1)
+        saver.wait()
+        good = find_latest(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(save_module, "write_safetensors", disk_full)
+            with pytest.raises(CheckpointError) as caught:
+                saver.save(chunks_of(2), {}, {}, step=2)
+                saver.wait()
+        for words in ("step 2 failed", "No space left", f"last good checkpoint is {good}"):
+            assert words in str(caught.value)
+        assert list(tmp_path.iterdir()) == [good] and first_value(good) == 1
+        assert not saver.failed, "told once"
+        saver.save(chunks_of(3), {}, {}, step=3)
+    assert first_value(find_latest(tmp_path)) == 3
+
+
+def disk_full(path, *_):
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_no_permission_is_one_message(tmp_path, monkeypatch):
+    def denied(self, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    saver = CheckpointSaver(tmp_path)
+    saver.save(chunks_of(1), {}, {}, step=1)
+    with pytest.raises(CheckpointError, match=r"Permission denied: .*there is no checkpoint yet"):
+        saver.wait()
+
+
+def test_leaving_waits_unless_another_rank_may_be_gone(tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(background_module, "PARTING_S", 0.05)
+    with pytest.raises(RuntimeError, match="peer"), CheckpointSaver(tmp_path / "a") as saver:
+        saver.save(chunks_of(1), {}, {}, step=1)
+        raise RuntimeError("lost a peer")
+    assert find_latest(tmp_path / "a") is None
+    with pytest.raises(UserError, match="diverged"), CheckpointSaver(tmp_path / "b") as saver:
+        saver.save(chunks_of(1), {}, {}, step=1)
+        threading.Timer(0.05, gate.set).start()
+        raise UserError("diverged")
+    assert find_latest(tmp_path / "b") is not None
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(), [1, 2, 3, 4, 5, 6]),
+        (Retention(keep=2), [5, 6]),
+        (Retention(keep=1, keep_every=2), [2, 4, 6]),
+        (Retention(keep=1, keep_best=2), [2, 3, 6]),
+        (Retention(keep=2, keep_every=4, keep_best=1), [3, 4, 5, 6]),
+    ],
+)
+def test_which_checkpoints_stay(retention, left):
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: math.inf, 5: 2.5, 6: 2.2}
+    saved = [Saved(Path(str(step)), step, 0.0, loss) for step, loss in losses.items()]
+    gone = {s.step for s in to_delete(saved, retention)}
+    assert sorted(set(losses) - gone) == left
+
+
+def test_the_best_is_judged_by_the_loss_of_its_own_step(tmp_path):
+    retention = Retention(keep=1, keep_best=1)
+    with CheckpointSaver(tmp_path, retention=retention) as saver:
+        for step, loss, measured in ((1, 2.0, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 3.0, 4)):
+            state = {"valid_loss": loss, "valid_step": measured}
+            saver.save(chunks_of(step), state, {}, step=step)
+    assert sorted(int(p.name.split("-")[1]) for p in tmp_path.iterdir()) == [2, 4]
+
+
+def test_dead_attempts_go_and_living_ones_stay(tmp_path):
+    dead, living, damaged = (tmp_path / f"step-0000000{n}-x" for n in (1, 2, 3))
+    for folder in (dead, living, damaged):
+        folder.mkdir()
+        (folder / "data-00000.safetensors").write_bytes(b"half")
+    (damaged / "manifest.json").write_text("{")
+    long_ago = os.stat(dead).st_mtime - DEAD_AFTER_S - 60
+    for folder in (dead, damaged):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (long_ago, long_ago))
+    os.utime(living, (long_ago, long_ago))  # but its file is young
+    with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
+        saver.save(chunks_of(1), {}, {}, step=4)
+    assert not dead.exists() and living.exists() and damaged.exists()
+
+
+def test_a_checkpoint_that_lost_a_file_before_its_manifest_is_no_checkpoint(tmp_path, monkeypatch):
+    real = save_module.hash_file
+
+    def clean_up_meanwhile(path):
+        (path.parent / "data-00000.safetensors").unlink()
+        return real(path)
+
+    monkeypatch.setattr(save_module, "hash_file", clean_up_meanwhile)
+    saver = CheckpointSaver(tmp_path)
+    saver.save(chunks_of(1), {}, {}, step=1)
+    with pytest.raises(CheckpointError, match="is missing"):
+        saver.wait()
+    assert find_latest(tmp_path) is None
