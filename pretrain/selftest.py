@@ -19,7 +19,8 @@ import shutil
 from pathlib import Path
 
 from pretrain import layout as layouts
-from pretrain.checkpoint import CheckpointError, Ranks, find_latest, read_manifest
+from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
+from pretrain.checkpoint.ranks import background_ranks
 from pretrain.config import RunConfig
 from pretrain.errors import EXIT_DONE, ConfigError
 from pretrain.layout import Layout
@@ -60,7 +61,8 @@ def main(config: RunConfig, steps: int) -> int:
 
 
 def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> int:
-    name = f"self-test-{Ranks().broadcast(secrets.token_hex(4))}"
+    ranks = background_ranks()
+    name = f"self-test-{ranks.broadcast(secrets.token_hex(4))}"
     runs = {kind: _part(config, name, kind) for kind in ("straight", "resumed")}
     for kind, until in (("straight", steps), ("resumed", steps // 2), ("resumed", steps)):
         run = Run(runs[kind], layout, stop)
@@ -72,7 +74,7 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
             raise ConfigError(f"stopped at step {reached}, before the test was over")
     folders = {kind: _folder(part) for kind, part in runs.items()}
     kept = f"; see {Path(config.run.dir) / name}"
-    text = Ranks().first("self-test", lambda: _compare(runs, folders, steps), kept)
+    text = ranks.first("self-test", lambda: _compare(runs, folders, steps), kept)
     if layout.is_main:
         print(text, flush=True)
         shutil.rmtree(Path(config.run.dir) / name)

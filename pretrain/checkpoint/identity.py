@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.config.schema import ModelConfig
 
 #: Keys of `model` that do not change what the weights mean: how it is computed, not what.
 NOT_IDENTITY = frozenset({"model.chunk_size", "model.kernel_backend", "model.dropout"})
@@ -26,10 +27,16 @@ def check_same_model(
     """Refuse a checkpoint of another model or data order, showing each key that differs.
 
     The first two are resolved run configurations (nested mappings with a `model` section). The
-    pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`.
+    pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`. A
+    model key that an older version of this program did not have counts as its default.
     Raises CheckpointError.
     """
-    check_same(saved_config, config, SAME_RUN, path=path, accept=accept)
+    defaults = {k: f.default for k, f in ModelConfig.model_fields.items() if not f.is_required()}
+    saved, run = (
+        {**whole, "model": {**defaults, **whole.get("model", {})}}
+        for whole in (saved_config, config)
+    )
+    check_same(saved, run, SAME_RUN, path=path, accept=accept)
 
 
 def check_same(

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+<<<<<<< HEAD
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 DATA_PREP = "tests/data_prep/test_documented.py"
+=======
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/checkpoints.md")
+>>>>>>> adf4ae4 (Checkpoints: what breaks and what is lost, each row a test; benchmark beside torch's DCP)
 END_TO_END = "tests/pretrain/test_end_to_end.py"
 
 # Commands that take minutes, or need a trained model: who runs them.
@@ -19,6 +23,7 @@ RUN_ELSEWHERE = {
     "make pretrain MODEL=classic": (END_TO_END, '"pretrain", "MODEL=classic"'),
     "python -m pretrain launch my.yaml --nproc 2": (END_TO_END, '"pretrain", "launch", f"'),
     "python -m pretrain train": (END_TO_END, '"-m", "pretrain", "train"'),
+<<<<<<< HEAD
     **{
         f"python -m data_prep {command}": (DATA_PREP, "README.md")
         for command in (
@@ -31,6 +36,13 @@ RUN_ELSEWHERE = {
         )
     },
     "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
+=======
+    "python -m pretrain self-test my.yaml --nproc 2": (END_TO_END, '"pretrain", "self-test", path'),
+    "python -m benchmarks.checkpoint": (
+        "tests/pretrain/test_checkpoint_benchmark.py",
+        "from benchmarks import checkpoint",
+    ),
+>>>>>>> adf4ae4 (Checkpoints: what breaks and what is lost, each row a test; benchmark beside torch's DCP)
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
@@ -78,6 +90,15 @@ def test_command_is_run(document, command):
         [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_named_test_exists():
+    named = set()
+    for name in DOCUMENTS:
+        named |= set(re.findall(r"`(tests/[\w./]+)::(\w+)`", (ROOT / name).read_text("utf-8")))
+    assert len(named) >= 14
+    for path, test in sorted(named):
+        assert f"def {test}(" in (ROOT / path).read_text("utf-8"), f"no {test} in {path}"
 
 
 def test_links_to_files_lead_somewhere():

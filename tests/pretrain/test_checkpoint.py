@@ -333,6 +333,9 @@ def test_another_model_is_refused_with_what_differs():
         "run": {"seed": 1, "steps": 500},
     }
     check_same_model(saved, same)
+    check_same_model(saved, {**same, "model": same["model"] | {"tie_embeddings": False}})
+    with pytest.raises(CheckpointError, match="tie_embeddings: checkpoint False, run True"):
+        check_same_model(saved, {**same, "model": same["model"] | {"tie_embeddings": True}})
     other = {"model": saved["model"] | {"hidden_size": 128, "extra": 1}, "run": {"seed": 2}}
     with pytest.raises(CheckpointError) as caught:
         check_same_model(saved, other)

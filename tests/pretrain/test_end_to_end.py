@@ -190,6 +190,13 @@ def test_killed_run_goes_on_from_its_checkpoint(work, tmp_path):
     assert sorted(losses(folder)) == list(range(1, 13))
 
 
+def test_the_self_test_as_the_documents_show_it(work, tmp_path):
+    words = small_run(tmp_path / "run", work[0], "--run.steps", "20", "--steps", "4")
+    path = words[2]
+    output = python("pretrain", "self-test", path, *words[3:])
+    assert "resume self-test passed: 4 steps" in output
+
+
 def test_train_runs_under_torchrun(work, tmp_path):
     words = small_run(tmp_path / "run", work[0], "--run.steps", "2")
     assert words[:2] == ["pretrain", "launch"]
