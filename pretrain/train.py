@@ -18,8 +18,7 @@ from pretrain.checkpoint import (
     Manifest,
     Retention,
     candidates_together,
-    check_same,
-    check_same_model,
+    check_same_run,
     load_checkpoint,
     read_manifest_together,
 )
@@ -289,16 +288,14 @@ class Run:
 
     def _check_same_run(self, path: Location, saved: Manifest) -> None:
         """Refuse a checkpoint of another model, data, tokenizer, or of a longer run."""
-        accept = self.config.checkpoint.accept_changes
-        config = self.config.model_dump(mode="json")
-        check_same_model(saved.config, config, path=path, accept=accept)
         consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
         now = {
+            **self.config.model_dump(mode="json"),
             "tokenizer": {"sha256": self.data.manifest.tokenizer_sha256},
             "cursor": {"plan": self.data.describe(consumed)},
         }
-        keys = ("tokenizer.sha256", "cursor.plan")
-        check_same(saved.state, now, keys, path=path, accept=accept)
+        accept = self.config.checkpoint.accept_changes
+        check_same_run({**saved.config, **saved.state}, now, path=path, accept=accept)
         if saved.step > self.config.run.steps:
             raise ConfigError(
                 f"run.steps={self.config.run.steps}, but {path} has done {saved.step} steps "

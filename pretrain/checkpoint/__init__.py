@@ -13,7 +13,7 @@ All ranks call both.
 
 from pretrain.checkpoint.background import CheckpointSaver
 from pretrain.checkpoint.errors import CheckpointDamagedError, CheckpointError
-from pretrain.checkpoint.identity import check_same, check_same_model
+from pretrain.checkpoint.identity import check_same, check_same_run
 from pretrain.checkpoint.load import (
     candidates_together,
     find_latest,
@@ -38,7 +38,7 @@ __all__ = [
     "Retention",
     "candidates_together",
     "check_same",
-    "check_same_model",
+    "check_same_run",
     "find_latest",
     "load_checkpoint",
     "read_manifest",

@@ -11,30 +11,29 @@ from pretrain.config.schema import ModelConfig
 #: Keys of `model` that do not change what the weights mean: how it is computed, not what.
 NOT_IDENTITY = frozenset({"model.chunk_size", "model.kernel_backend", "model.dropout"})
 
-#: Sections of the run configuration that decide which model and which order of data it is.
-SAME_RUN = ("model", "data.seq_len", "run.seed")
+#: What decides which model, which order of data and which tokenizer it is.
+SAME_RUN = ("model", "data.seq_len", "run.seed", "tokenizer.sha256", "cursor.plan")
 
 _ABSENT = object()
 
 
-def check_same_model(
-    saved_config: Mapping[str, Any],
-    config: Mapping[str, Any],
+def check_same_run(
+    saved: Mapping[str, Any],
+    run: Mapping[str, Any],
     *,
     path: object = "",
     accept: Sequence[str] = (),
 ) -> None:
-    """Refuse a checkpoint of another model or data order, showing each key that differs.
+    """Refuse a checkpoint of another model, data or tokenizer, showing each key that differs.
 
-    The first two are resolved run configurations (nested mappings with a `model` section). The
-    pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`. A
-    model key that an older version of this program did not have counts as its default.
-    Raises CheckpointError.
+    The first two are resolved run configurations (nested mappings with a `model` section), each
+    together with its `tokenizer` and `cursor` from the training state. The pipeline cuts (`|`) of a
+    pattern belong to the layout and are ignored, as is `NOT_IDENTITY`. A model key that an older
+    version of this program did not have counts as its default. Raises CheckpointError.
     """
     defaults = {k: f.default for k, f in ModelConfig.model_fields.items() if not f.is_required()}
     saved, run = (
-        {**whole, "model": {**defaults, **whole.get("model", {})}}
-        for whole in (saved_config, config)
+        {**whole, "model": {**defaults, **whole.get("model", {})}} for whole in (saved, run)
     )
     check_same(saved, run, SAME_RUN, path=path, accept=accept)
 

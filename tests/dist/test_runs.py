@@ -109,11 +109,12 @@ def test_another_tokenizer_or_data_is_refused_unless_it_is_meant(pool, shards, t
     for words in (
         "model.norm_eps: checkpoint 1e-06, run 1e-05",
         "run.seed: checkpoint 1, run 2",
-        "checkpoint.accept_changes=run.seed,model.norm_eps",
+        "cursor.plan.seed: checkpoint 1, run 2",
+        "checkpoint.accept_changes=run.seed,model.norm_eps,cursor.plan.seed",
     ):
         assert words in text, text
     assert json.loads((path / "manifest.json").read_text()) == manifest
-    changed["checkpoint"]["accept_changes"] = "model.norm_eps, run"
+    changed["checkpoint"]["accept_changes"] = "model.norm_eps, run, cursor.plan"
     assert pool(2, train, changed) == [0, 0]
     assert find_latest(tmp_path / "run").name.startswith("step-00000006")
 

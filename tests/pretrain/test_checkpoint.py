@@ -16,7 +16,7 @@ from pretrain.checkpoint import (
     CheckpointError,
     Chunk,
     check_same,
-    check_same_model,
+    check_same_run,
     find_latest,
     load_checkpoint,
     read_manifest,
@@ -332,13 +332,13 @@ def test_another_model_is_refused_with_what_differs():
         "model": {"hidden_size": 256, "pattern": "MMMM", "chunk_size": None, "ffn": {"a": 1}},
         "run": {"seed": 1, "steps": 500},
     }
-    check_same_model(saved, same)
-    check_same_model(saved, {**same, "model": same["model"] | {"tie_embeddings": False}})
+    check_same_run(saved, same)
+    check_same_run(saved, {**same, "model": same["model"] | {"tie_embeddings": False}})
     with pytest.raises(CheckpointError, match="tie_embeddings: checkpoint False, run True"):
-        check_same_model(saved, {**same, "model": same["model"] | {"tie_embeddings": True}})
+        check_same_run(saved, {**same, "model": same["model"] | {"tie_embeddings": True}})
     other = {"model": saved["model"] | {"hidden_size": 128, "extra": 1}, "run": {"seed": 2}}
     with pytest.raises(CheckpointError) as caught:
-        check_same_model(saved, other)
+        check_same_run(saved, other)
     text = str(caught.value)
     assert "model.hidden_size: checkpoint 256, run 128" in text
     assert "model.extra: checkpoint (none), run 1" in text
