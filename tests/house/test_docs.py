@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-<<<<<<< HEAD
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
-DATA_PREP = "tests/data_prep/test_documented.py"
-=======
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/checkpoints.md")
->>>>>>> adf4ae4 (Checkpoints: what breaks and what is lost, each row a test; benchmark beside torch's DCP)
+DATA_PREP = "tests/data_prep/test_documented.py"
 END_TO_END = "tests/pretrain/test_end_to_end.py"
 
 # Commands that take minutes, or need a trained model: who runs them.
@@ -23,7 +19,6 @@ RUN_ELSEWHERE = {
     "make pretrain MODEL=classic": (END_TO_END, '"pretrain", "MODEL=classic"'),
     "python -m pretrain launch my.yaml --nproc 2": (END_TO_END, '"pretrain", "launch", f"'),
     "python -m pretrain train": (END_TO_END, '"-m", "pretrain", "train"'),
-<<<<<<< HEAD
     **{
         f"python -m data_prep {command}": (DATA_PREP, "README.md")
         for command in (
@@ -36,13 +31,11 @@ RUN_ELSEWHERE = {
         )
     },
     "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
-=======
     "python -m pretrain self-test my.yaml --nproc 2": (END_TO_END, '"pretrain", "self-test", path'),
     "python -m benchmarks.checkpoint": (
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",
     ),
->>>>>>> adf4ae4 (Checkpoints: what breaks and what is lost, each row a test; benchmark beside torch's DCP)
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
