@@ -133,7 +133,9 @@ def _free_engines() -> None:
 
 def _destroy_deepspeed() -> None:
     """DeepSpeed's own way to let go of an engine, while its groups are there."""
-    if "deepspeed" in sys.modules:
+    import torch
+
+    if "deepspeed" in sys.modules and torch.distributed.is_initialized():
         from deepspeed import DeepSpeedEngine
 
         for thing in gc.get_objects():
