@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import kernels_gpu
-from xlstm_kernels import mlstm_chunkwise, mlstm_step, slstm_scan
+from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
 
 
 def test_all_checks_of_the_benchmark(gpu):
@@ -44,6 +44,37 @@ def test_steps_give_what_the_sequence_gives(gpu):
     for t in range(20):
         h = mlstm_step(*(one[:, :, t] for one in x), state, backend="triton")
         assert (h - whole[:, :, t]).abs().max() <= 2e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("dim", [48, 512])
+def test_slstm_steps_give_what_the_sequence_gives(gpu, dim):
+    x, R, b = (
+        one.detach() for one in kernels_gpu.slstm_inputs((17, 2, 8, dim), torch.float32, gpu)
+    )
+    whole, last = slstm_scan(x, R, b, return_last_state=True, backend="torch")
+    state = [torch.zeros_like(one) for one in last]
+    for t in range(8):
+        h = slstm_step(x[:, t], R, b, state, backend="triton")
+        assert (h - whole[:, t]).abs().max() <= 2e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_gate(gpu, dtype, kind):
+    """As the block hands them over: another order of axes, and a slice of a product."""
+    x = torch.randn(2, 4, 300, 192, device=gpu).to(dtype).permute(2, 0, 1, 3)
+    gate = torch.randn(300, 2, 8, 192, device=gpu).to(dtype)[:, :, 4:]
+    inputs = [x, gate, torch.randn(4 * 192, device=gpu)]
+
+    def run(inputs, backend):
+        x, gate, weight = inputs = [one.detach().requires_grad_() for one in inputs]
+        y = multihead_norm(x, weight, kind, 1e-5, gate=gate, backend=backend)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        return y, *torch.autograd.grad(y, inputs, upstream.to(y.device, y.dtype))
+
+    got, expected = run(inputs, "triton"), run([one.float() for one in inputs], "torch")
+    for a, b in zip(got, expected, strict=True):
+        assert (a.float() - b).abs().max() <= kernels_gpu.LIMITS[dtype] * b.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])

@@ -63,6 +63,20 @@ def test_strides_of_the_block_are_read_in_place(monkeypatch):
     assert_float32_close(strided, expected, whole)
 
 
+def test_offsets_beyond_32_bits():
+    """Rows more than 2^31 elements apart: most of this memory is never touched."""
+    x = torch.empty(2**31 + 64).as_strided((2, 1, 2, 8), (2**31, 0, 8, 1))
+    x.copy_(torch.randn(2, 1, 2, 8))
+    weight, upstream = torch.randn(16), torch.randn(2, 1, 2, 8)
+    results = []
+    for one, backend in ((x, "triton"), (x.clone(), "torch")):
+        one = one.detach().requires_grad_()
+        y = multihead_norm(one, weight, "layernorm", 1e-5, gate=one, backend=backend)
+        results.append((y, *torch.autograd.grad(y, one, upstream)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1e15])
 def test_finite_input_never_gives_nan(size):
     x = make_inputs(4)

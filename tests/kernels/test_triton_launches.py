@@ -1,0 +1,102 @@
+"""What holds for every Triton launch, and can be seen without a GPU and without the interpreter."""
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
+
+from xlstm_kernels import conv_triton, norm_triton
+from xlstm_kernels.aot import TARGETS, find_variants
+from xlstm_kernels.mlstm import chunkwise_triton
+from xlstm_kernels.mlstm import step_triton as mlstm_step
+from xlstm_kernels.slstm import scan_triton
+from xlstm_kernels.slstm import step_triton as slstm_step
+
+MODULES = (conv_triton, norm_triton, chunkwise_triton, mlstm_step, scan_triton, slstm_step)
+
+
+def new(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def wide(*shape):
+    return new(*shape, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_grid_lies_on_the_first_axis(target):
+    """It may have 2^31 - 1 programs; the others stop at 65,535."""
+    for variant in find_variants(target):
+        assert len(variant.grid) == 1 and 0 < variant.grid[0] < 2**31, variant.name
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the launches, which do nothing here: tensors have no values to be read back."""
+    names = []
+
+    def record(launches, like):
+        names.extend(launch.name for launch in launches)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "run_all", record)
+        if hasattr(module, "architecture"):
+            monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    return names
+
+
+def slstm_arguments(s, d):
+    return new(2, s, 4, 2, d), wide(4, 2, d, d), wide(4, 2, d)
+
+
+@pytest.mark.parametrize("d, passes", [(64, (1, 1)), (192, (1, 1)), (512, (6, 7))])
+def test_slstm_is_a_fixed_list_of_launches(launched, d, passes):
+    """So a GPU graph can capture it: what is launched and allocated depends on shapes alone."""
+    starts = torch.empty(2, 6, dtype=torch.bool, device="meta")
+    state = [wide(2, 2, d) for _ in range(4)]
+    preacts, weight, bias = slstm_arguments(6, d)
+    out, *rest = scan_triton.scan_forward._init_fn(preacts, weight, bias, *state, starts, True)
+    assert len(launched) == passes[0]
+    launched.clear()
+    kept = rest[4:]
+    scan_triton._backward._init_fn(out, *state[:3], weight, state[0], starts, out, *kept)
+    assert len(launched) == passes[1]
+
+
+def test_steps_are_a_fixed_list_of_launches(launched):
+    preacts, weight, bias = slstm_arguments(1, 512)
+    state = [wide(2, 2, 512) for _ in range(4)]
+    slstm_step.slstm_step_triton._init_fn(preacts[:, 0], weight, bias, *state, True)
+    q, gate = new(2, 2, 64), wide(2, 2)
+    state = wide(2, 2, 64, 64), wide(2, 2, 64), wide(2, 2)
+    mlstm_step._step._init_fn(q, q, q, gate, gate, *state, "exp", True, 1e-6, 15.0)
+    assert launched == ["slstm decode", "step", "step of the normalizer"]
+
+
+def test_the_other_passes_read_nothing_back(launched):
+    q, gate = new(2, 2, 300, 64), wide(2, 2, 300)
+    starts = torch.empty(2, 300, dtype=torch.bool, device="meta")
+    options = (128, True, True, 1e-6, False, 15.0)
+    none = [None] * 3
+    h, *saved = chunkwise_triton.mlstm_forward._init_fn(
+        q, q, q, gate, gate, *none, starts, *options, True, []
+    )
+    chunkwise_triton.mlstm_backward._init_fn(
+        q, q, q, gate, gate, h, *saved[:2], h, *saved[3:], *options, []
+    )
+    assert {"gates", "outputs", "gate gradients"} <= set(launched)
+    x, weight = new(4, 2, 3, 64), wide(192)
+    y = norm_triton._norm._init_fn(x, weight, x, 1e-6, True)
+    norm_triton._backward._init_fn(y, x, weight, x, 1e-6, True)
+    x, weight, bias = new(2, 300, 64), wide(64, 4), wide(64)
+    y = conv_triton.conv_triton._init_fn(x, weight, bias, None, starts, True)
+    conv_triton._backward._init_fn(y, x, weight, bias, None, starts, True)
+    assert launched[-5:] == [
+        "norm_forward", "norm_backward", "conv_forward", "conv_backward_taps",
+        "conv_backward_inputs",
+    ]  # fmt: skip
