@@ -23,6 +23,7 @@ from xlstm_kernels import (
 
 from .config import XLSTMConfig
 from .context_parallel import ContextParallel
+from .layers import soft_cap
 from .mlstm_context import entering_state
 
 
@@ -36,21 +37,27 @@ def run_mlstm(
     boundaries: Tensor | None,
     cache: dict | None,
     context: ContextParallel,
+    gate_soft_cap: float | None = None,
 ) -> Tensor:
     """The mLSTM cell over this rank's ``s`` tokens.
 
     Args:
         config: eps, chunk size and backend are read.
         q, k: ``[b, heads, s, qk_dim]``; v ``[b, heads, s, v_dim]``.
-        igate, fgate: pre-activations ``[b, heads, s]``, soft-capped where the block does.
+        igate, fgate: pre-activations ``[b, heads, s]``.
         boundaries: bool ``[b, s * cp]`` of the whole row, True at the first token of a document, or
             None.
         cache: the layer's state between calls; key "mlstm" is read and updated.
         context: where this rank's tokens lie.
+        gate_soft_cap: of the gates; the kernels apply it, unless the gates are needed here too.
 
     Returns:
         Hidden states ``[b, heads, s, v_dim]``.
     """
+    learned = config.mlstm_input_gate and config.mlstm_forget_gate
+    if not learned or context.group.size() > 1:
+        igate, fgate = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap)
+        gate_soft_cap = None
     igate, fgate = _held_open(config, igate, fgate)
     boundaries = context.own(boundaries)
     if cache is None:
@@ -60,7 +67,7 @@ def run_mlstm(
         state = cache.get("mlstm")
     if state is not None and q.shape[2] == 1 and _may_step(boundaries):
         token = (t.squeeze(2) for t in (q, k, v, igate, fgate))
-        h = mlstm_step(*token, state, **_mlstm_options(config))
+        h = mlstm_step(*token, state, gate_soft_cap=gate_soft_cap, **_mlstm_options(config))
         return h.unsqueeze(2)
     h = mlstm_chunkwise(
         q,
@@ -72,6 +79,7 @@ def run_mlstm(
         chunk_size=config.chunk_size,
         return_last_state=cache is not None,
         boundaries=boundaries,
+        gate_soft_cap=gate_soft_cap,
         **_mlstm_options(config),
     )
     if cache is not None:

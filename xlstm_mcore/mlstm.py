@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cells import run_head_norm, run_mlstm
 from .config import XLSTMConfig
 from .context_parallel import ContextParallel
-from .layers import TensorParallelRegion, input_projection, output_projection, parameter, soft_cap
+from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import packed
 from .recompute import recomputed, regathered
 
@@ -81,8 +81,7 @@ class MLSTMMixer(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x if x.dtype == dtype else recomputed(lambda x: x.to(dtype), x)
         preacts = F.linear(wide, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
-        preacts = soft_cap(preacts, self.config.gate_soft_cap).permute(1, 2, 0)  # [b, 2 heads, s]
-        igate, fgate = preacts.chunk(2, dim=1)
+        igate, fgate = preacts.permute(1, 2, 0).chunk(2, dim=1)  # [b, heads, s] each
 
         h = run_mlstm(
             self.config,
@@ -94,6 +93,7 @@ class MLSTMMixer(nn.Module):
             boundaries,
             cache,
             self.context,
+            self.config.gate_soft_cap,
         )
         return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
 
