@@ -35,6 +35,8 @@ from xlstm_kernels.mlstm.triton_outputs import normalizer_gradients_kernel, outp
 from xlstm_kernels.mlstm.triton_states import PIECE, RESUME, WHOLE, states_kernel
 from xlstm_kernels.triton_launch import Launch
 
+LONGEST_PREFIX = 1024  # gates that the gate pass reduces at a time; registers end beyond
+
 
 class Options(NamedTuple):
     """What a pass depends on beside its tensors."""
@@ -162,7 +164,7 @@ def gates_launch(i, f, m0, boundaries, out: Forward, z: Sizes, options: Options)
         "heads": z.heads, "s": z.s, "chunks": z.chunks, "chunks_per_program": per_program,
         "programs": programs, "log_scale": float(torch.tensor(scale, dtype=torch.float64).log()),
         "scale": scale, "plane": z.plane, "L": z.L,
-        "PREFIX": max(min(power_of_two(z.s), 2048), 16), "EXP_GATE": options.exp_gate,
+        "PREFIX": max(min(power_of_two(z.s), LONGEST_PREFIX), 16), "EXP_GATE": options.exp_gate,
         "CARRIED": m0 is not None, "BOUNDED": boundaries is not None, **cap_arguments(options),
     }  # fmt: skip
     return Launch("gates", gates_kernel, (z.rows * programs,), arguments, 4, 1, "gates")

@@ -139,6 +139,14 @@ def test_one_pass_over_states_and_one_in_segments(monkeypatch, backward):
     assert ("states" in names) == (backward == "all")
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_long_prefix_of_gates_is_reduced_in_blocks(monkeypatch, bounded):
+    monkeypatch.setattr(triton_plan, "LONGEST_PREFIX", 32)
+    boundaries = some_boundaries(150, every=50) if bounded else None
+    x = make_inputs(150, 8, 8, heads=1, gates="random +-15", state=True)
+    check(x, boundaries=boundaries, chunk_size=16)
+
+
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
 def test_boundary_at_every_position_of_a_chunk(state, monkeypatch):
     """Row r of the batch starts a document at token r: two sequences run on their own."""
