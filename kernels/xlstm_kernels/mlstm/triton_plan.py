@@ -35,7 +35,7 @@ from xlstm_kernels.mlstm.triton_outputs import normalizer_gradients_kernel, outp
 from xlstm_kernels.mlstm.triton_states import PIECE, RESUME, WHOLE, states_kernel
 from xlstm_kernels.triton_launch import Launch
 
-LONGEST_PREFIX = 1024  # gates that the gate pass reduces at a time; registers end beyond
+LONGEST_PREFIX = 512  # gates that the gate pass reduces at a time; more take spilled registers
 
 
 class Options(NamedTuple):
