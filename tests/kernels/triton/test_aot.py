@@ -23,7 +23,10 @@ from xlstm_kernels.aot import TARGETS, find_variants
 ROOT = Path(__file__).parents[3]
 
 # Variants allowed to spill, as (target, start of the name): the reason.
-MAY_SPILL: dict[tuple[str, str], str] = {}
+MAY_SPILL: dict[tuple[str, str], str] = {
+    ("sm_80", "gates mlstm 512 1024"): "12 bytes: ptxas holds itself to 64 registers, for eight "
+    "blocks on a processor; this pass moves less than 1 % of what a call moves",
+}
 
 
 def compile_report(folder, *arguments):
