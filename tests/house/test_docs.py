@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     "python -m benchmarks.checkpoint": (
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',
