@@ -51,3 +51,74 @@ def heads_and_back(tensor, sequence, middle):
 def test_heads_and_sequence_change_places_exactly(pool, tensor, sequence, middle):
     ranks = 2 * tensor
     assert pool(ranks, heads_and_back, tensor, sequence, middle) == [True] * ranks
+
+
+def draw(config):
+    groups = layouts.start(config).groups
+    return groups.cp.rank(), torch.rand(8)
+
+
+@pytest.mark.dist
+def test_dropout_masks_differ_over_context_ranks_only(pool):
+    config = work.run_config("large", layout__context=2, layout__tensor=2)
+    numbers = dict(pool(4, draw, config))
+    for rank, drawn in pool(4, draw, config):
+        assert torch.equal(drawn, numbers[rank])
+    assert not torch.equal(numbers[0], numbers[1])
+
+
+def break_one(name):
+    """Take one sum away; returns how to give it back."""
+    from xlstm_mcore import context_parallel, mlstm_context
+
+    state, before = mlstm_context._EnteringState, context_parallel._FromRankBefore
+    owner, attribute, broken = {
+        "halo gradient": (before, "backward", lambda ctx, d: (torch.zeros_like(d), None)),
+        "state gradient": (state, "backward", lambda ctx, *d: (None,) * 6),
+        "decay gradient": (
+            state,
+            "backward",
+            lambda ctx, *d, whole=state.backward: (*whole(ctx, *d)[:3], None, None, None),
+        ),
+        "sum of losses": (work, "make_config", mean_of_means),
+    }[name]
+    original = owner.__dict__[attribute]
+    setattr(owner, attribute, staticmethod(broken) if owner in (state, before) else broken)
+    return lambda: setattr(owner, attribute, original)
+
+
+def mean_of_means(*args, **kwargs):
+    """Each rank's own mean, as megatron-core has it by default."""
+    config = make_config(*args, **kwargs)
+    config.calculate_per_token_loss = False
+    return config
+
+
+def broken_gradients(config, name):
+    mend = break_one(name)
+    try:
+        return work.fp64_gradients(config)
+    finally:
+        mend()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("halo gradient", 2),
+        ("state gradient", 2),
+        # only a slice with others on both sides has a state to decay and passes one on
+        ("decay gradient", 4),
+        ("sum of losses", 2),
+    ],
+)
+def test_each_sum_over_the_cuts_is_needed(pool, name, ranks):
+    """Nothing fails without it, only the gradient is wrong."""
+    ((_, chunks),) = pool(1, work.fp64_gradients, work.run_config("classic"))
+    expected = work.assemble([chunks])
+    config = work.run_config("classic", layout__context=ranks)
+    answers = pool(ranks, broken_gradients, config, name)
+    got = work.assemble([chunks for _, chunks in answers])
+    error = max((got[key] - expected[key]).abs().max() for key in expected)
+    assert error > 1e-6
