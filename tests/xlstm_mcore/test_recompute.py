@@ -123,7 +123,7 @@ def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precisi
     d, qk, v, f = config.hidden_size, config.qk_dim, config.v_dim, config.ffn_dim
     # the residual stream twice; q, k, v and o; h; gate and up of the feed-forward part
     wide = 2 * d + (2 * qk + 2 * v) + v + 2 * f
-    gates = 2 * 2 * config.num_heads  # in fp32, before and after the soft cap
+    gates = 2 * config.num_heads  # in fp32; the soft cap is the cell's
     assert (many - few) / 64 == wide * size + gates * 4
 
 
