@@ -1,8 +1,10 @@
-"""Save at any layout, load at any other: the weights and moments are the same bits.
+"""Save at any layout and engine, load at any other: weights and moments are the same bits.
 
-A seeded sample of pairs; `LAYOUTS` is what it is drawn from.
+A seeded sample of pairs: the layouts shuffled into a ring, each one's checkpoint loaded by the
+next, so that every layout saves once and loads once.
 """
 
+import importlib.util
 import random
 from typing import Any
 
@@ -13,24 +15,49 @@ from pretrain.checkpoint import Chunk, find_latest, load_checkpoint, save_checkp
 from tests.dist import work
 from xlstm_mcore.ckpt_reader import CheckpointReader
 
-PAIRS, SEED = 6, 11
+SEED = 11
 MODEL = "large_deep"  # four layers, so that it also has four stages
 SP: dict[str, Any] = {"layout__tensor": 2, "layout__sequence": True}
+ZERO1: dict[str, Any] = {"engine__name": "deepspeed", "engine__zero_stage": 1}
+ZERO3 = ZERO1 | {"engine__zero_stage": 3}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2": (2, {"layout__tensor": 2}),
     "tp4_sp": (4, {"layout__tensor": 4, "layout__sequence": True}),
-    "pp2": (2, {"layout__pipeline": 2}),
     "pp4": (4, {"layout__pipeline": 4}),
     "pp2_vpp2": (2, {"layout__pipeline": 2, "layout__virtual": 2}),
-    "dp2": (2, {}),
     "dp3_of_unequal_shards": (3, {"data__global_batch": 6}),
     "dp4": (4, {}),
     "dp2_tp2_sp": (4, SP),
     "dp2_pp2": (4, {"layout__pipeline": 2}),
     "tp2_pp2_vpp2": (4, {**SP, "layout__pipeline": 2, "layout__virtual": 2}),
+    "cp2_dp2": (4, {"layout__context": 2}),
+    "cp2_tp2_sp": (4, {**SP, "layout__context": 2}),
+    "zero1_dp2": (2, ZERO1),
+    "zero1_pp2_tp2_sp": (4, {**ZERO1, **SP, "layout__pipeline": 2}),
+    "zero3_dp3": (3, {**ZERO3, "data__global_batch": 6}),
+    "zero3_tp2_sp_dp2": (4, {**ZERO3, **SP}),
 }
-SAMPLE = random.Random(SEED).sample([(a, b) for a in LAYOUTS for b in LAYOUTS if a != b], PAIRS)
+RING = random.Random(SEED).sample(list(LAYOUTS), len(LAYOUTS))
+PAIRS = list(zip(RING, RING[1:] + RING[:1], strict=True))
+
+
+def needs_deepspeed(pair):
+    """Whether a pair cannot run without DeepSpeed."""
+    return any("engine__name" in LAYOUTS[name][1] for name in pair)
+
+
+CASES = [
+    pytest.param(
+        *pair,
+        id="-".join(pair),
+        marks=pytest.mark.skipif(
+            needs_deepspeed(pair) and importlib.util.find_spec("deepspeed") is None,
+            reason="DeepSpeed is not installed",
+        ),
+    )
+    for pair in PAIRS
+]
 
 
 def save(config, root):
@@ -54,7 +81,7 @@ def load(config, path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("source", "target"), SAMPLE, ids=[f"{a}-{b}" for a, b in SAMPLE])
+@pytest.mark.parametrize(("source", "target"), CASES)
 def test_bits_survive_a_change_of_layout(pool, tmp_path, source, target):
     ranks, shape = LAYOUTS[source]
     pool(ranks, save, work.run_config(MODEL, **shape), str(tmp_path))
