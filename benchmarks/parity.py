@@ -15,6 +15,7 @@ trained lengths and above 90 % beyond, `mm` near chance.
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -58,9 +59,10 @@ def train(pattern: str, arguments: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.1
     )
-    warmup = arguments.steps // 10
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.lr, arguments.steps, pct_start=warmup / arguments.steps
+    warmup = max(1, arguments.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / arguments.steps)) / 2),
     )
     rng = torch.Generator().manual_seed(arguments.seed)
     started = time.perf_counter()
@@ -72,7 +74,7 @@ def train(pattern: str, arguments: argparse.Namespace) -> dict:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % (arguments.steps // 10) == 0:
+        if step % warmup == 0:
             print(f"  {pattern} step {step:5}  loss {loss.item():.3f}", flush=True)
     model.eval()
     return {

@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def _transformers():
             sequence_kernel="native_sequence__native",
             step_kernel="native",
             mode="train",
-            return_last_states=False,
+            return_last_states=True,  # without it the training mode cannot run
             use_cache=False,
         )
     )
@@ -226,9 +227,15 @@ class Contestant:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=(log := tempfile.TemporaryFile(mode="w+")),
             text=True,
         )
+        self.log = log
+
+    def why(self) -> str:
+        """The last line that a worker that cannot run has left."""
+        self.log.seek(0)
+        return (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
 
     def ready(self) -> bool:
         """Wait for the first step; False when the worker cannot run here."""
@@ -262,7 +269,9 @@ def measure(model: str, arguments: argparse.Namespace) -> dict:
         if contestant.ready():
             contestants.append(contestant)
         elif peer == "ours":
-            raise SystemExit(f"our own step for {model} does not run; try: make setup")
+            raise SystemExit(f"our own step for {model} does not run: {contestant.why()}")
+        else:
+            print(f"{peer} does not run here: {contestant.why()}")
     limits = []
     for _ in range(arguments.rounds):
         limits.append(contestants[0].ask("limit"))
@@ -296,9 +305,8 @@ def report(model: str, data: dict, arguments: argparse.Namespace) -> None:
             beside += f" (goal {goal}x: {'met' if seconds / ours >= goal else 'MISSED'})"
         speed = f"{seconds * 1e3:9.0f}  {tokens / seconds:8,.0f}"
         print(f"  {peer:13} {speed}  {share:15.0%}  {beside}")
-    for peer in PEERS[model]:
-        if peer not in data["seconds"]:
-            print(f"  {peer:13} not installed here; see tests/peers.txt and --peer-python")
+    if "pip xlstm" in PEERS[model] and "pip xlstm" not in data["seconds"]:
+        print("  pip xlstm     see tests/peers.txt and --peer-python")
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ RUN_ELSEWHERE = {
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
     "make test-peers": (".ci/run", "make --no-print-directory test-peers"),
-    "make test TESTS=tests/kernels": (".ci/run", 'TESTS="tests/dist'),
+    "make test TESTS=tests/kernels": (".ci/run", 'TESTS="--dist-share'),
     "python -m benchmarks.loader": (
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',

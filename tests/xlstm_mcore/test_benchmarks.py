@@ -1,0 +1,37 @@
+"""The model's benchmarks run; their figures are measured by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_train_step_beside_transformers(tmp_path):
+    out = tmp_path / "out.json"
+    small = ["--models", "large", "--rounds", 1, "--batch", 1, "--steps", 64, "--threads", 1]
+    done = run("benchmarks.train_step_cpu", *small, "--json", out)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(out.read_text())["large"]["seconds"]
+    assert {"ours", "transformers"} <= set(seconds)
+    assert "x faster (goal 1.25x" in done.stdout
+
+
+def test_parity_says_when_a_model_has_not_learned_it(tmp_path):
+    short = ["--patterns", "ss", "--steps", 10, "--batch", 8, "--json", tmp_path / "out.json"]
+    done = run("benchmarks.parity", *short)
+    assert done.returncode == 1, done.stderr
+    assert "not as the paper says: ss" in done.stdout
