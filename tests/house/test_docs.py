@@ -36,6 +36,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",
     ),
+    "python -m benchmarks.trainer_overhead": (
+        "tests/pretrain/test_trainer_overhead.py",
+        "trainer_overhead.main(",
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',

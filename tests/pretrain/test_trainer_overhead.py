@@ -1,0 +1,28 @@
+"""The benchmark of the loop around the model: it runs, and its table is what it says."""
+
+import pytest
+
+from benchmarks import trainer_overhead
+
+
+def test_a_part_counts_as_often_as_it_happens():
+    ordinary = {"forward_backward": 0.7, "optimizer": 0.2, "loader": 0.04, "step": 1.0}
+    steps = [{"step": 99.0}] * trainer_overhead.WARM_UP
+    steps += [ordinary, ordinary | {"logging": 0.02}] * 2
+    steps += [ordinary | {"checkpoint stall": 5.0, "step": 6.0}]
+    whole, costs = trainer_overhead.summarize(steps, interval=100)
+    assert whole == 1.0
+    expected = {"forward_backward": 0.7, "optimizer": 0.2, "loader": 0.04, "logging": 0.01}
+    expected |= {"checkpoint stall": 0.05, "other": 0.05}
+    assert costs == pytest.approx(expected)
+    last = trainer_overhead.report(whole, costs, 5).splitlines()[-1]
+    assert last == "around the model: 15.00% of a step (goal 3%: MISSED)"
+
+
+def test_every_part_of_the_loop_is_measured(capfd):
+    assert trainer_overhead.main(["--quick", "--steps", "12"]) == 0
+    out = capfd.readouterr().out
+    for part in ("forward_backward", "optimizer", "loader", "verdict", "logging", "other"):
+        assert f"  {part} " in out
+    for part in ("agreement on signals", "checkpoint stall", "around the model: "):
+        assert part in out
