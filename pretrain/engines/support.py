@@ -1,8 +1,9 @@
 """Which combinations of engine, ZeRO stage, offload, precision and layout work: as data, once.
 
-The rules below say what does *not* work and why; everything else does and is compared with one
-process by tests/dist/test_engines.py, which takes its cases from here. The configuration's checks
-take their messages from here, and ARCHITECTURE.md its table (:func:`markdown_table`).
+The rules below say what does *not* work and why; everything else does. Of that,
+tests/dist/test_engines.py compares with one process a sample in which every two values of its axes
+meet. The configuration's checks take their messages from here, and ARCHITECTURE.md its table
+(:func:`markdown_table`).
 
 Nothing here imports torch.
 """
