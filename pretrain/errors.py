@@ -24,11 +24,13 @@ class ConfigError(UserError):
 def is_user_error(error: BaseException) -> bool:
     """Whether an error is the user's to fix: ours, or one of the packages that know no trainer.
 
-    Those are a damaged shard, found while rows are read, and a damaged checkpoint.
+    Those are a damaged shard, found while rows are read, a damaged checkpoint, and a file that is
+    no tokenizer.
     """
     if isinstance(error, UserError):
         return True
     from data_prep.shards import ShardFormatError
     from xlstm_mcore.ckpt_reader import CheckpointFormatError
+    from xlstm_mcore.tokenizer_file import TokenizerFileError
 
-    return isinstance(error, ShardFormatError | CheckpointFormatError)
+    return isinstance(error, ShardFormatError | CheckpointFormatError | TokenizerFileError)

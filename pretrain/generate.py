@@ -11,6 +11,7 @@ from pretrain.checkpoint import CheckpointError, read_manifest, resolve
 from pretrain.config import config_from_dict
 from xlstm_mcore.build import gather_vocabulary, load_model
 from xlstm_mcore.model import XLSTMModel
+from xlstm_mcore.tokenizer_file import TokenizerFile, open_tokenizer
 
 
 def main(
@@ -42,46 +43,57 @@ def main(
         0.
 
     Raises:
-        UserError: no checkpoint, or its model does not split over the processes.
+        UserError: no checkpoint, its model does not split over the processes, or its tokenizer is
+            gone or another one.
     """
-    from sentencepiece import SentencePieceProcessor
-
     path = resolve(checkpoint)
     check_split(path)
     model, _ = load_model(path, precision=precision)
     main_process = model.tp_group.rank() == 0
-    tokenizer_path = Path(read_manifest(path).state["tokenizer"]["path"])
-    if not tokenizer_path.is_file():
-        raise CheckpointError(
-            f"{path} was trained with the tokenizer {tokenizer_path}, which is gone; put the shard "
-            "folder back where it was"
-        )
-    if tokenizer_path.suffix == ".json":
-        raise CheckpointError(
-            f"{path} was trained on ids of the Hugging Face tokenizer {tokenizer_path}; generate "
-            "reads SentencePiece models only"
-        )
-    tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
+    tokenizer = tokenizer_of(path)
     rng = torch.Generator().manual_seed(seed)
     texts = []
     for start in prompt:
-        tokens = [tokenizer.bos_id(), *tokenizer.encode(start)]
+        prompted = tokenizer.encode(start)
         added = generate(
             model,
-            tokens,
+            [tokenizer.bos, *prompted],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
-            end=tokenizer.eos_id(),
-            limit=tokenizer.vocab_size(),
+            end=tokenizer.eos,
+            limit=tokenizer.vocab_size,
             rng=rng,
         )
-        texts.append(start + tokenizer.decode(added))
+        # Some tokenizers decode a first token without its space: decode it after the prompt.
+        known = len(tokenizer.decode(prompted))
+        texts.append(start + tokenizer.decode([*prompted, *added])[known:])
         if main_process:
             print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
     if main_process and out is not None:
         Path(out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
     return 0
+
+
+def tokenizer_of(path: Path) -> TokenizerFile:
+    """The tokenizer that made the ids a checkpoint was trained on.
+
+    Raises CheckpointError if it is gone or another one; TokenizerFileError if it is damaged.
+    """
+    recorded = read_manifest(path).state["tokenizer"]
+    file = Path(recorded["path"])
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} was trained with the tokenizer {file}, which is gone; put the shard folder "
+            "back where it was"
+        )
+    tokenizer = open_tokenizer(file)
+    if tokenizer.sha256 != recorded["sha256"]:
+        raise CheckpointError(
+            f"{file} is not the tokenizer that {path} was trained with: sha256 "
+            f"{tokenizer.sha256[:12]}, then {recorded['sha256'][:12]}; put the shard folder back"
+        )
+    return tokenizer
 
 
 def check_split(path: Path) -> None:

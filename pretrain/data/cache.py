@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import posixpath
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,11 +131,11 @@ class ShardCache:
             raise ShardFormatError(f"{self._name(path)} cannot be read: {error}") from error
 
     def _fetch_tokenizer(self) -> None:
-        """Beside the copies, because checkpoints point to it; its users compare its hash."""
+        """Its whole folder beside the copies: checkpoints point to it, its users compare a hash."""
         fs, base = self._filesystem()
-        relative = self.manifest.tokenizer.path
+        folder = posixpath.dirname(self.manifest.tokenizer.path)
         with contextlib.suppress(OSError):  # training itself needs no tokenizer
-            for name in fs.find(f"{base}/{relative}"):
+            for name in fs.find(f"{base}/{folder}"):
                 path = name.removeprefix(f"{base}/")
                 if not (self.root / path).exists():
                     write_atomic(self.root / path, self._download(path))

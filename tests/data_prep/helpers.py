@@ -37,6 +37,31 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def save_hf_tokenizer(folder: Path, texts: list[str], *, bos_first: bool = False) -> Path:
+    """A byte-level BPE tokenizer of 400 ids as transformers saves it; no bos is named."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if bos_first:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = {"__type": "AddedToken", "content": "<|end|>"}
+    config = {"eos_token": eos, "pad_token": "<|pad|>", "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def run(*arguments) -> int:
     """The exit code of a command; the parser leaves by SystemExit, everything else returns."""
     try:

@@ -14,7 +14,7 @@ from data_prep.files import expand_inputs, file_stamp
 from data_prep.readers import Document, Fields, Malformed, read_documents
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import load_tokenizer
-from tests.data_prep.helpers import documents_of, run, tree_bytes, write_jsonl
+from tests.data_prep.helpers import documents_of, run, save_hf_tokenizer, tree_bytes, write_jsonl
 
 
 @pytest.fixture
@@ -153,24 +153,7 @@ def test_reading_begins_at_the_first_wanted_line(tmp_path, texts):
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory, texts):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|end|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder = tmp_path_factory.mktemp("hf")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    eos = {"__type": "AddedToken", "content": "<|end|>"}
-    config = {"eos_token": eos, "pad_token": "<|pad|>", "bos_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return save_hf_tokenizer(tmp_path_factory.mktemp("hf"), texts)
 
 
 def test_hugging_face_tokenizer_is_adopted_and_builds(

@@ -37,10 +37,13 @@ Good to know:
 {notes}
 """
 
+#: Whether the exported tokenizer does what was done in training.
+BOS = "Every training document began with the bos token; the tokenizer puts it in front."
+NO_BOS = "Every training document began with the bos token, which the tokenizer does not put there."
+
 #: What holds for every export, because of transformers' xlstm class.
 GENERAL = (
     "Weights are fp32: transformers' native xLSTM kernels are exact only then.",
-    "Every training document began with the bos token; the tokenizer puts it in front.",
     "The class ignores the attention mask: do not pad on the left; generate with batch size 1.",
     "For training or plain logits pass `use_cache=False`.",
 )
@@ -49,6 +52,7 @@ GENERAL = (
 def model_card(provenance: dict[str, Any], notes: Sequence[str]) -> str:
     """README.md of an export from its provenance (see `to_hf.export`) and its special notes."""
     model = provenance["model"]
+    bos = () if NO_BOS in notes else (BOS,)
     facts = {
         "checkpoint": f"`{provenance['checkpoint']}`",
         **{
@@ -65,5 +69,5 @@ def model_card(provenance: dict[str, Any], notes: Sequence[str]) -> str:
         step=provenance["step"],
         tokens=f" on {tokens:,} tokens" if isinstance(tokens, int) else "",
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        notes="\n".join(f"- {note}" for note in (*notes, *GENERAL)),
+        notes="\n".join(f"- {note}" for note in (*notes, *bos, *GENERAL)),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xlstm_mcore.ckpt_reader import CheckpointFormatError
 from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.tokenizer_file import TokenizerFileError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ConvertError, CheckpointFormatError, OSError) as error:
+    except (ConvertError, CheckpointFormatError, TokenizerFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer",
         metavar="FILE",
         type=Path,
-        help="the SentencePiece .model file (default: the one that the checkpoint names)",
+        help="the tokenizer: a SentencePiece .model file or a tokenizer.json with its "
+        "tokenizer_config.json (default: the one that the checkpoint names)",
     )
     to_hf.set_defaults(run=_to_hf)
 

@@ -7,7 +7,6 @@ compute correctly only then.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import secrets
@@ -19,14 +18,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, xLSTMConfig
+from transformers import AutoTokenizer, GenerationConfig, xLSTMConfig
 
 from xlstm_mcore.ckpt_reader import CheckpointReader, is_weight, resolve
-from xlstm_mcore.convert.card import model_card
+from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.names import EMBEDDING, OUTPUT, Dimensions, Row, rows
-from xlstm_mcore.convert.tokenizer import fast_tokenizer, load_sentencepiece
+from xlstm_mcore.convert.tokenizer import SAMPLES, fast_tokenizer
 from xlstm_mcore.safetensors_stream import Entry, write_safetensors
+from xlstm_mcore.tokenizer_file import SENTENCEPIECE_NAME, TokenizerFile, open_tokenizer
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"
@@ -51,12 +51,12 @@ def export(
 ) -> Export:
     """Export a checkpoint (or the newest of a run folder) of a 7B-style model to `out`.
 
-    `tokenizer` is the SentencePiece model; by default the one that the checkpoint names. An `out`
-    that exists is replaced only if it is empty or an earlier export.
+    `tokenizer` is a SentencePiece model or a Hugging Face tokenizer.json; by default the one that
+    the checkpoint names. An `out` that exists is replaced only if it is empty or an earlier export.
 
     Raises ConvertError if the model has no counterpart in transformers, if the tokenizer is missing
     or another one, or if `out` is somebody else's; CheckpointFormatError if the checkpoint is not
-    sound.
+    sound; TokenizerFileError if the tokenizer is none.
     """
     out = Path(out).absolute()
     _check_replaceable(out)
@@ -68,14 +68,14 @@ def export(
         check_exportable(model)
         dimensions = _dimensions(reader, model)
         tensors = _check_tensors(reader, dimensions)
-        tokenizer = _find_tokenizer(tokenizer, manifest.state, dimensions.vocab)
+        found = _find_tokenizer(tokenizer, manifest.state, dimensions.vocab)
         temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
         try:
-            tokens = _write_tokenizer(tokenizer, temporary)
-            notes = [*tokens.notes, *_cache_notes(dimensions)]
+            write_tokenizer = _copy_hugging_face if found.is_hugging_face else _write_sentencepiece
+            notes = [*write_tokenizer(found, temporary), *_cache_notes(dimensions)]
             _write_config(
-                temporary, model, dimensions, tokens, use_cache=not _cache_notes(dimensions)
+                temporary, model, dimensions, found, use_cache=not _cache_notes(dimensions)
             )
             _write_weights(reader, tensors, temporary, max_shard_bytes)
             parameters = sum(math.prod(t.shape) for t in tensors)
@@ -85,7 +85,7 @@ def export(
                 "step": manifest.step,
                 "tokens": manifest.state.get("tokens"),
                 "model": model,
-                "tokenizer_sha256": tokens.sha256,
+                "tokenizer_sha256": found.sha256,
                 "parameters": parameters,
                 "written_by": manifest.versions,
             }
@@ -165,49 +165,62 @@ def _check_tensors(reader: CheckpointReader, dimensions: Dimensions) -> list[Row
     return tensors
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Special tokens of the exported tokenizer."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    sha256: str
-    notes: tuple[str, ...]
-
-
-def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> Path:
-    """The SentencePiece file to ship; ConvertError if it is missing or not the checkpoint's."""
+def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> TokenizerFile:
+    """The tokenizer to ship; ConvertError if it is missing or not the checkpoint's."""
     recorded = state.get("tokenizer") or {}
     path = given or (Path(recorded["path"]) if "path" in recorded else None)
     if path is None:
-        raise ConvertError("the checkpoint records no tokenizer; give --tokenizer FILE.model")
+        raise ConvertError("the checkpoint records no tokenizer; give --tokenizer FILE")
     if not path.is_file():
-        raise ConvertError(f"{path}: no such file; give the tokenizer with --tokenizer FILE.model")
-    if "sha256" in recorded and _sha256(path) != recorded["sha256"]:
+        raise ConvertError(f"{path}: no such file; give the tokenizer with --tokenizer FILE")
+    tokenizer = open_tokenizer(path)
+    if "sha256" in recorded and tokenizer.sha256 != recorded["sha256"]:
         raise ConvertError(
             f"{path} is not the tokenizer of this checkpoint (its sha256 differs); give the right "
-            "one with --tokenizer FILE.model"
+            "one with --tokenizer FILE"
         )
-    size = load_sentencepiece(path).vocab_size()
-    if size > vocab:
-        raise ConvertError(f"{path} has {size} pieces, the model only model.vocab_size={vocab}")
-    return path
+    if tokenizer.vocab_size > vocab:
+        raise ConvertError(
+            f"{path} has {tokenizer.vocab_size} pieces, the model only model.vocab_size={vocab}"
+        )
+    return tokenizer
 
 
-def _write_tokenizer(path: Path, folder: Path) -> _Tokens:
-    """Ship `tokenizer.model` and, where it is exact, its fast form."""
-    shutil.copyfile(path, folder / "tokenizer.model")
-    notes: tuple[str, ...] = ()
+def _write_sentencepiece(tokenizer: TokenizerFile, folder: Path) -> list[str]:
+    """Ship `tokenizer.model` and, where it is exact, its fast form; what to note about it."""
+    (path,) = tokenizer.files
+    shutil.copyfile(path, folder / SENTENCEPIECE_NAME)
     try:
         fast_tokenizer(path).save_pretrained(folder)
     except ConvertError as error:
-        notes = (f"{error}. The folder has tokenizer.model only; encode with sentencepiece.",)
-    exact = load_sentencepiece(path)
-    bos, eos, pad = (
-        i if i >= 0 else None for i in (exact.bos_id(), exact.eos_id(), exact.pad_id())
-    )
-    return _Tokens(bos, eos, pad, _sha256(path), notes)
+        return [f"{error}. The folder has tokenizer.model only; encode with sentencepiece.", NO_BOS]
+    return []
+
+
+def _copy_hugging_face(tokenizer: TokenizerFile, folder: Path) -> list[str]:
+    """Ship the tokenizer's files as they are; what to note about it.
+
+    How transformers reads them depends on its version and on the class that they name, so the ids
+    are compared.
+    """
+    for file in tokenizer.files:
+        shutil.copyfile(file, folder / file.name)
+    try:
+        auto = AutoTokenizer.from_pretrained(folder)
+        for text in SAMPLES:
+            ids = auto.encode(text, add_special_tokens=False, split_special_tokens=True)
+            if ids != tokenizer.encode(text):
+                raise ConvertError(f"it gives other ids for {text[:60]!r}")
+        bos_first = auto.encode("a")[0] == tokenizer.bos
+    except Exception as error:  # whatever a class of transformers may raise
+        return [
+            f"AutoTokenizer is not the trained tokenizer ({error}); use tokenizers' own.",
+            NO_BOS,
+        ]
+    notes = [
+        "Special tokens spelled out in a text were text in training: split_special_tokens=True."
+    ]
+    return notes if bos_first else [*notes, NO_BOS]
 
 
 def _cache_notes(dimensions: Dimensions) -> list[str]:
@@ -221,7 +234,11 @@ def _cache_notes(dimensions: Dimensions) -> list[str]:
 
 
 def _write_config(
-    folder: Path, model: dict[str, Any], dimensions: Dimensions, tokens: _Tokens, use_cache: bool
+    folder: Path,
+    model: dict[str, Any],
+    dimensions: Dimensions,
+    tokens: TokenizerFile,
+    use_cache: bool,
 ) -> None:
     """config.json and generation_config.json, with the kernels that need no further package."""
     factor, multiple = _ffn_rule(model, dimensions)
@@ -326,7 +343,3 @@ def _move_into_place(temporary: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

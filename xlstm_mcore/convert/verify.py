@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from xlstm_mcore.ckpt_reader import resolve
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.tokenizer import load_sentencepiece
+from xlstm_mcore.tokenizer_file import open_tokenizer
 
 #: 1, less than a chunk, a chunk of 64, and a chunk with a rest: each takes another path in both.
 LENGTHS = (1, 15, 64, 100)
@@ -90,15 +90,14 @@ def samples(
     exported: PreTrainedModel, folder: Path | str, *, count: int = 3, new_tokens: int = 48
 ) -> list[str]:
     """A few texts that transformers generates from bos, sampled with a fixed seed."""
-    tokenizer = load_sentencepiece(Path(folder) / "tokenizer.model")
-    start = exported.config.bos_token_id
-    prompt = torch.tensor([[tokenizer.eos_id() if start is None else start]])
+    tokenizer = open_tokenizer(Path(folder))
+    prompt = torch.tensor([[tokenizer.eos if tokenizer.bos is None else tokenizer.bos]])
     torch.manual_seed(0)
     texts = []
     for _ in range(count):
         ids = exported.generate(prompt, max_new_tokens=new_tokens)[0, 1:].tolist()
         # A model's vocabulary may be padded beyond the tokenizer's.
-        texts.append(tokenizer.decode([i for i in ids if i < tokenizer.vocab_size()]))
+        texts.append(tokenizer.decode([i for i in ids if i < tokenizer.vocab_size]))
     return texts
 
 
