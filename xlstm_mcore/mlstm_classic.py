@@ -6,6 +6,8 @@ part, and one small sum over ranks (2 numbers per head and token) completes them
 ranks pass the cell's state (mlstm_context.py) and the convolution's last inputs.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,6 +19,8 @@ from .context_parallel import ContextParallel
 from .layers import TensorParallelRegion, input_projection, output_projection, parameter
 from .pieces import Piece, packed
 from .recompute import recomputed, regathered
+
+TILE = 32  # of a block-diagonal map; measured on CPUs, and two tensor-core tiles
 
 
 class ClassicMLSTMMixer(nn.Module):
@@ -105,27 +109,12 @@ class ClassicMLSTMMixer(nn.Module):
         x_c = run_conv(
             self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache, self.context
         )
-        blocks = self.qkv_weight.shape[0] // 3
-        q, k = block_diagonal(x_c, self.qkv_weight[: 2 * blocks].view(2, blocks, *self._block))
-        (v,) = block_diagonal(x_m, self.qkv_weight[2 * blocks :].unsqueeze(0))
-        igate, fgate = self._gates(q, k, v)
-
-        b, s, _ = q.shape
-
-        def heads(t: Tensor) -> Tensor:  # [b, s, inner] -> [b, heads, s, head_dim]
-            return t.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)
-
-        h = run_mlstm(
-            self.config,
-            heads(q),
-            heads(k),
-            heads(v),
-            igate,
-            fgate,
-            boundaries,
-            cache,
-            self.context,
+        q, k, v = (
+            block_diagonal(source, weight, self.num_heads)
+            for source, weight in zip((x_c, x_c, x_m), self.qkv_weight.chunk(3), strict=True)
         )
+        igate, fgate = self._gates(q, k, v)
+        h = run_mlstm(self.config, q, k, v, igate, fgate, boundaries, cache, self.context)
         h = recomputed(self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z)
         return self.out_proj(h.transpose(0, 1))[0]
 
@@ -134,16 +123,11 @@ class ClassicMLSTMMixer(nn.Module):
         h = run_head_norm(self.config, h.transpose(1, 2), norm_weight)
         return (h.reshape(x_c.shape) + skip * x_c) * F.silu(z)
 
-    @property
-    def _block(self) -> tuple[int, int]:
-        return self.config.qkv_block_size, self.config.qkv_block_size
-
     def _gates(self, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``[b, heads/tp, s]`` before activation, from all heads' qkv ``[b, s, inner]``."""
+        """Gates ``[b, heads/tp, s]`` before activation, from qkv ``[b, heads, s, d]``."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
-        seen = recomputed(lambda *qkv: torch.cat(qkv, dim=-1).to(dtype), *qkv)
-        partial = F.linear(seen, weight)
+        partial = recomputed(_seen_by_gates, weight, *qkv)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
         mine = self.region.sum_and_split(by_head).view(b, s, self.num_heads, 2)
@@ -152,19 +136,38 @@ class ClassicMLSTMMixer(nn.Module):
         return igate, fgate
 
 
-def block_diagonal(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Several block-diagonal linear maps of one input.
+def _seen_by_gates(weight: Tensor, *qkv: Tensor) -> Tensor:
+    """What ``weight [gates, 3 * heads * d]`` makes of qkv ``[b, heads, s, d]``: ``[b, s, gates]``.
+
+    Head by head, so that nothing of the size of q is copied.
+    """
+    _, heads, _, d = qkv[0].shape
+    columns = weight.view(-1, 3, heads, d).permute(1, 2, 3, 0)  # [3, heads, d, gates]
+    parts = (torch.matmul(x.to(weight.dtype), c) for x, c in zip(qkv, columns, strict=True))
+    return sum(parts).sum(1)
+
+
+def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """A block-diagonal linear map, its result by heads.
+
+    Blocks of 4 x 4 make poor matrix products; several are put into one dense tile, with zeros
+    between them.
 
     Args:
         x: ``[b, s, blocks * width]``.
-        weight: ``[maps, blocks, out, in]`` with ``in = out = width``.
+        weight: ``[blocks, out, in]`` with ``in = out = width``.
+        heads: number of heads; it divides the number of blocks.
 
     Returns:
-        One ``[b, s, blocks * width]`` per map.
+        ``[b, heads, s, head_dim]``, contiguous, with ``head_dim = blocks * width / heads``.
     """
-    maps, blocks, out, width = weight.shape
+    blocks, _, width = weight.shape
     b, s, _ = x.shape
-    rows = x.reshape(b * s, blocks, width).transpose(0, 1)  # [blocks, rows, in]
-    columns = weight.permute(1, 3, 0, 2).reshape(blocks, width, maps * out)
-    product = torch.bmm(rows, columns).view(blocks, b, s, maps, out)
-    return product.permute(3, 1, 2, 0, 4).reshape(maps, b, s, blocks * out).unbind(0)
+    joined = math.gcd(blocks // heads, max(1, TILE // width))
+    tiles, tile = blocks // joined, joined * width
+    apart = torch.eye(joined, dtype=weight.dtype, device=weight.device).view(joined, 1, joined, 1)
+    dense = weight.view(tiles, joined, width, 1, width) * apart  # [tiles, block, out, block, in]
+    rows = x.reshape(b * s, tiles, tile).transpose(0, 1)
+    product = torch.bmm(rows, dense.view(tiles, tile, tile).mT)
+    by_head = product.view(heads, tiles // heads, b, s, tile).permute(2, 0, 3, 1, 4)
+    return by_head.reshape(b, heads, s, blocks // heads * width)
