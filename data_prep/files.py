@@ -33,7 +33,10 @@ _CHUNK = 1 << 20
 _DATASET_STATE, _DATASET_INFO = "state.json", "dataset_info.json"
 _DATASET_DICT = "dataset_dict.json"
 # What file systems of fsspec call that which changes with the contents.
-_CHANGE_TAGS = "ETag etag md5Hash mtime LastModified last_modified created CRC".split()
+_CHANGE_TAGS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "mtime", "LastModified"),
+    *("Last-Modified", "last_modified", "created", "CRC"),
+)
 
 
 def is_remote(path: str) -> bool:
@@ -230,7 +233,7 @@ def open_raw(path: str) -> io.BufferedIOBase:
         return open(path, "rb", buffering=_CHUNK)
     with _errors_of(path):
         fs, name = _locate(path)
-        return fs.open(name, "rb")
+        return io.BufferedReader(_RemoteFile(path, fs.open(name, "rb")), _CHUNK)
 
 
 def open_stream(path: str) -> io.BufferedIOBase:
@@ -242,6 +245,36 @@ def open_stream(path: str) -> io.BufferedIOBase:
     if compression == ".zst":
         return io.BufferedReader(_ZstdFile(path, raw), _CHUNK)
     return raw
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec under a buffer: its own ``readline`` is slow, its errors are of any kind."""
+
+    def __init__(self, path: str, file: io.BufferedIOBase):
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _errors_of(self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer) -> int:
+        with _errors_of(self._path):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _GzipFile(gzip.GzipFile):

@@ -68,20 +68,35 @@ class ShardCache:
         self._fetch_tokenizer()
 
     def check_sizes(self, entries: list[ShardEntry]) -> None:
-        """Compare the sizes of remote shards with the manifest's, by one listing.
+        """Compare the sizes of remote shards with the manifest's, by one listing if there is any.
 
         Raises:
             CorruptShardError: a shard is missing or has another size.
+            ShardFormatError: the server does not answer.
         """
         fs, base = self._filesystem()
-        sizes = {name: info["size"] for name, info in fs.find(base, detail=True).items()}
-        for entry in entries:
-            size = sizes.get(f"{base}/{entry.path}")
-            if size != entry.bytes:
-                got = "no such file" if size is None else f"{size} bytes"
-                raise CorruptShardError(
-                    self._name(entry.path), None, 0, f"{entry.bytes} bytes", got
-                )
+        try:
+            sizes = {name: info["size"] for name, info in fs.find(base, detail=True).items()}
+            for entry in entries:
+                name = f"{base}/{entry.path}"
+                size = sizes.get(name) or self._size(name)
+                if size is not None and size != entry.bytes:
+                    got = f"{size} bytes" if size >= 0 else "no such file"
+                    raise CorruptShardError(
+                        self._name(entry.path), None, 0, f"{entry.bytes} bytes", got
+                    )
+        except ShardFormatError:
+            raise
+        except Exception as error:  # of any kind: each protocol has its own
+            raise ShardFormatError(f"{self.url} cannot be read: {error}") from error
+
+    def _size(self, name: str) -> int | None:
+        """Bytes of a file that no listing gave; None: the server does not say; -1: no such file."""
+        fs, _ = self._filesystem()
+        try:
+            return fs.info(name)["size"]
+        except FileNotFoundError:
+            return -1
 
     @contextlib.contextmanager
     def holding(self, entry: ShardEntry) -> Iterator[Path]:
@@ -125,19 +140,20 @@ class ShardCache:
         except FileNotFoundError:
             raise ShardFormatError(
                 f"{self._name(path)} does not exist: the build is unfinished or was not copied "
-                "whole, or this is another folder"
+                "whole, this is another folder, or its server does not answer"
             ) from None
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # of any kind: each protocol has its own
             raise ShardFormatError(f"{self._name(path)} cannot be read: {error}") from error
 
     def _fetch_tokenizer(self) -> None:
-        """Its whole folder beside the copies: checkpoints point to it, its users compare a hash."""
-        fs, base = self._filesystem()
-        folder = posixpath.dirname(self.manifest.tokenizer.path)
-        with contextlib.suppress(OSError):  # training itself needs no tokenizer
-            for name in fs.find(f"{base}/{folder}"):
-                path = name.removeprefix(f"{base}/")
-                if not (self.root / path).exists():
+        """Beside the copies, because checkpoints point to it; its users compare its hash."""
+        tokenizer = self.manifest.tokenizer
+        names = [posixpath.basename(tokenizer.path)]
+        if tokenizer.type == "huggingface":
+            names.append("tokenizer_config.json")
+        for path in (f"{posixpath.dirname(tokenizer.path)}/{name}" for name in names):
+            if not (self.root / path).exists():
+                with contextlib.suppress(ShardFormatError):  # training itself needs none
                     write_atomic(self.root / path, self._download(path))
 
     def _fetch(self, path: str, expected: str) -> None:
@@ -156,7 +172,7 @@ class ShardCache:
                 raise CorruptShardError(
                     self._name(path), None, 0, f"xxh3 {expected}", "no such file"
                 ) from None
-            except OSError as error:
+            except Exception as error:  # of any kind: each protocol has its own
                 problem = ShardFormatError(f"{self._name(path)} cannot be copied: {error}")
                 continue
             if got == expected:

@@ -13,6 +13,7 @@ from data_prep.shards import CorruptShardError, ShardFormatError
 from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings
 from pretrain.ramp import BatchRamp
+from tests.web import serve
 
 SIZES = [30, 20, 25, 22]
 
@@ -144,3 +145,31 @@ def test_loader_reads_through_the_cache_in_worker_processes(folder, tmp_path):
         with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=workers) as loader:
             tokens.append(np.concatenate([next(loader)[0].tokens for _ in range(12)]))
     assert (tokens[0] == tokens[1]).all()
+
+
+@pytest.mark.parametrize("listing", [True, False])
+def test_shards_over_http(folder, tmp_path, listing, monkeypatch):
+    """With worker processes, an answer that ends early, and then a missing and a short shard."""
+    monkeypatch.setattr(cache, "_PAUSE_SECONDS", 0)
+    copy = shutil.copytree(folder, tmp_path / "served")
+    settings = CacheSettings(tmp_path / "cache", 10**9)
+    plans = [DataPlan.of(TokenDataset(folder, seq_len=16), seed=4)]
+    tokens = []
+    with serve(copy, listing=listing) as (url, server):
+        plans.append(DataPlan.of(TokenDataset(url, seq_len=16, cache=settings), seed=4))
+        server.torn = 1
+        for plan, workers in zip(plans, (0, 2), strict=True):
+            with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=workers) as loader:
+                tokens.append(np.concatenate([next(loader)[0].tokens for _ in range(12)]))
+        assert (tokens[0] == tokens[1]).all() and server.torn == 0
+        assert len(copies(tmp_path)) == len(SIZES)
+        assert next((tmp_path / "cache").rglob("tokenizer.model")).read_bytes() == b"model"
+        tar = sorted(copy.rglob("train/*.tar"))[1]
+        tar.write_bytes(tar.read_bytes()[:-512])
+        with pytest.raises(DataError, match=r"http://.*shard-00000001.tar.*[0-9] bytes, got"):
+            TokenDataset(url, seq_len=16, cache=settings)
+        tar.unlink()
+        with pytest.raises(DataError, match=r"shard-00000001.tar.*no such file"):
+            TokenDataset(url, seq_len=16, cache=settings)
+    with pytest.raises(DataError, match=r"http://.*does not answer"):
+        TokenDataset(url, seq_len=16, cache=settings)
