@@ -122,6 +122,9 @@ def start(config: Any) -> Layout:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(config, world_size)
+    # One queue of work per device, so that tensor-parallel messages start before the products they
+    # should hide behind, as megatron-core assumes; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu_runtime.activate()
     if config.run.deterministic:
         make_deterministic()

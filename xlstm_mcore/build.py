@@ -29,6 +29,7 @@ def make_config(
     virtual: int = 1,
     context: int = 1,
     backend: str = "gloo",
+    deterministic: bool = False,
     recompute: str = "none",
     recompute_full_blocks: str = "",
     logits_mib: int = 512,
@@ -44,6 +45,7 @@ def make_config(
         virtual: model chunks per pipeline rank.
         context: context-parallel size.
         backend: communication backend, for settings that gloo needs.
+        deterministic: megatron-core takes operations that give the same bits every time.
         recompute: "none", "selective" or "full" (recompute.py).
         recompute_full_blocks: letters whose blocks are recomputed in full anyway.
         logits_mib: logits of a micro-batch that take more MiB on a rank are never whole (loss.py).
@@ -67,6 +69,7 @@ def make_config(
         # The loss is the mean over the global batch's unmasked tokens, however it is split.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
+        deterministic_mode=deterministic,
         **mcore_compat.QUIET,
         **cpu_runtime.pipeline_settings(backend),
     )

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.checks import compute_dtype
+from xlstm_kernels.running_sum import running_sum
 
 from .context_costs import column_slices, gathers
 
@@ -92,7 +93,7 @@ def _slice_gates(
     """
     log_f, log_i = logsigmoid(fgate_preact.double()), igate_preact.double()
     log_i = log_i if exp_gate else logsigmoid(log_i)
-    after = pad(log_f[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)  # decay behind each token
+    after = running_sum(pad(log_f[..., 1:], (0, 1)).flip(-1)).flip(-1)  # decay behind each token
     total, log_write = log_f.sum(-1), after + log_i
     fresh = None
     if boundaries is not None:

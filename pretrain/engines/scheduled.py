@@ -41,6 +41,7 @@ class ScheduledEngine:
             virtual=config.layout.virtual,
             context=config.layout.context,
             backend=layout.backend,
+            deterministic=config.run.deterministic,
             **config.memory.model_dump(),
         )
         self.models = build_model(self.model_config, layout.groups, config.run.seed)

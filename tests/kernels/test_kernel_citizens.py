@@ -19,6 +19,7 @@ from xlstm_kernels import (
     slstm_scan,
     slstm_step,
 )
+from xlstm_kernels.running_sum import running_sum
 
 B, HEADS, S, QK, V = 2, 3, 37, 8, 12
 
@@ -205,15 +206,46 @@ def test_autocast_changes_no_step():
     assert_equal(states[1], states[0])
 
 
-def test_deterministic_and_reads_no_memory_that_it_has_not_written(case):
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(False)
+
+
+def test_repeats_itself_and_reads_no_memory_that_it_has_not_written(case, deterministic):
+    function, inputs, boundaries = case
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    expected = values_and_gradients(function, inputs, boundaries)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+    assert_equal(values_and_gradients(function, inputs, boundaries), expected)
+
+
+def test_deterministic_mode_keeps_off_what_cuda_refuses_then(case, request, monkeypatch):
     function, inputs, boundaries = case
     expected = values_and_gradients(function, inputs, boundaries)
-    torch.use_deterministic_algorithms(True)  # fresh memory is filled with NaN
-    try:
-        got = values_and_gradients(function, inputs, boundaries)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_equal(got, expected)
+    cumsum = torch.Tensor.cumsum
+
+    def integers_only(x, *arguments, **options):
+        assert not x.is_floating_point(), "cumsum of floats raises on CUDA in deterministic mode"
+        return cumsum(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", integers_only)
+    request.getfixturevalue("deterministic")
+    got = values_and_gradients(function, inputs, boundaries)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 127, 128, 129, 1000, 20_000])
+def test_running_sum_equals_cumsum(length, deterministic):
+    x = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    got, expected = running_sum(x), x.cumsum(-1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
+    (gradient,) = torch.autograd.grad(got, x, weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x, weight)[0])
 
 
 def test_strided_inputs_and_gradients(case):

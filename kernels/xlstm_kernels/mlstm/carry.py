@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from xlstm_kernels.mlstm.decays import ROUNDING
+from xlstm_kernels.running_sum import running_sum
 
 CHUNK_GROUP = 32  # chunks whose decay matrix is dense; more are carried from group to group
 
@@ -20,7 +21,7 @@ def transfers_of(log_keep: Tensor, starts: Tensor, dtype: torch.dtype) -> list[T
     for decay, started in zip(
         log_keep.split(CHUNK_GROUP, 1), starts.split(CHUNK_GROUP, 1), strict=True
     ):
-        decay, started = (pad(x.cumsum(-1), (1, 0)) for x in (decay, started))
+        decay, started = (pad(running_sum(x), (1, 0)) for x in (decay, started))
         exponent = (decay[:, :, None] - decay[:, None, :]).clamp_(max=ROUNDING)
         exponent.masked_fill_(started[:, :, None] != started[:, None, :], -torch.inf)
         transfers.append(exponent.exp_().tril_().to(dtype))

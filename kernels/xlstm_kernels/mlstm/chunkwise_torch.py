@@ -17,6 +17,7 @@ from torch import Tensor
 from xlstm_kernels.checks import compute_dtype
 from xlstm_kernels.mlstm.carry import carry, carry_back, transfers_of
 from xlstm_kernels.mlstm.decays import decays_of
+from xlstm_kernels.running_sum import running_sum
 from xlstm_kernels.torch_op import torch_op
 
 BLOCK_NUMBERS = 1 << 19  # in the largest array of one block and thread: 2 MB
@@ -338,7 +339,7 @@ def _backward_block(
     d_overlap *= read
     torch.bmm(scratch_v, C_before.mT, out=d_q).addcmul_(d_overlap[..., None], n_before[:, None])
     row = torch.mul(query, d_q, out=scratch_k).sum(-1)
-    d_log_f += row.flip(-1).cumsum(-1).flip(-1)
+    d_log_f += running_sum(row.flip(-1)).flip(-1)
     d_C_before = torch.bmm(query.mT, scratch_v)
     d_n_before = torch.mul(query, d_overlap[..., None], out=scratch_k).sum(1)
     d_C_last, d_n_last = (
@@ -354,7 +355,7 @@ def _backward_block(
     torch.bmm(scratch_v, d_C_written.mT, out=d_k).addcmul_(write, d_n_written[:, None])
     column = torch.mul(key, d_k, out=scratch_k).sum(-1)
     d_log_i += column
-    d_log_f[:, 1:] += column[:, :-1].cumsum(-1)
+    d_log_f[:, 1:] += running_sum(column[:, :-1])
     d_v.baddbmm_(torch.mul(key, write, out=scratch_k), d_C_written)
     across = torch.mul(C_before, d_C_written, out=d_C_before).sum((-2, -1))
     across += (n_before * d_n_written).sum(-1)
