@@ -40,6 +40,13 @@ RUN_ELSEWHERE = {
         "tests/pretrain/test_trainer_overhead.py",
         "trainer_overhead.main(",
     ),
+    **{
+        f"python -m benchmarks.{name}": (
+            "tests/xlstm_mcore/test_benchmarks.py",
+            f'run("benchmarks.{name}"',
+        )
+        for name in ("train_step_cpu", "parity")
+    },
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',
