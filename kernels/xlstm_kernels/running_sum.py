@@ -10,7 +10,7 @@ BLOCK = 128
 def running_sum(x: Tensor) -> Tensor:
     """Cumulative sum of `x [..., n]`, finite and floating, over its last axis.
 
-    torch's own for floats raises on CUDA under `torch.use_deterministic_algorithms(True)`. There,
+    torch's own for floats raises on GPUs under `torch.use_deterministic_algorithms(True)`. There,
     blocks of 128 are multiplied with a triangle of ones, and the sums of the blocks added.
     """
     if not torch.are_deterministic_algorithms_enabled():
