@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import PrepError
-from data_prep.pack import make_packer
+from data_prep.pack import as_stored, make_packer
 from data_prep.parallel import Tick
 from data_prep.plan import SPLITS, ShardPlan
 from data_prep.readers import Document, read_documents
@@ -103,9 +103,7 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
         task.seq_len,
         default_block_rows(task.seq_len + 1, dtype),
         dtype,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
+        tokenizer.pad_id,
     )
     histogram = np.zeros(_BINS, np.int64)
     checked = lossy = 0
@@ -119,7 +117,8 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
             bins = (BINS_PER_OCTAVE * np.log2(lengths)).astype(np.int64)
             histogram += np.bincount(bins, minlength=_BINS)
             for ids in encoded:
-                for block in packer.add(ids):
+                tokens = as_stored(ids, tokenizer.bos_id, tokenizer.eos_id, dtype)
+                for block in packer.add(tokens):
                     writer.write(block)
             tick(size)
         for block in packer.finish():

@@ -88,6 +88,6 @@ def _marked(manifest: Manifest, tokenizer: Tokenizer, tokens, segments) -> list[
             kind = "padding"
         lines.append(f"--- tokens {start}..{end - 1}: {kind}")
         if not segment & PADDING:
-            text = tokenizer.decode(tokens[start:end].tolist())
+            text = tokenizer.decode(tokens[start:end])
             lines.append(f"{_COLOURS[number % 2]}{text}{_RESET}" if colour else text)
     return lines

@@ -25,6 +25,13 @@ _OPEN_ROWS = 1_024
 PACKINGS = ("concat", "best_fit")
 
 
+def as_stored(ids: np.ndarray, bos_id: int, eos_id: int, dtype: np.dtype) -> np.ndarray:
+    """A document's tokens as they are stored: [bos] ids [eos]."""
+    tokens = np.empty(len(ids) + 2, dtype)
+    tokens[0], tokens[1:-1], tokens[-1] = bos_id, ids, eos_id
+    return tokens
+
+
 class ConcatPacker:
     """Collects documents and yields blocks of ``block_rows`` rows; the last one is shorter.
 
@@ -32,26 +39,19 @@ class ConcatPacker:
         seq_len: inputs per row; rows hold seq_len + 1 tokens.
         block_rows: rows per block.
         dtype: stored token type.
-        bos_id, eos_id, pad_id: documents become ``[bos] tokens [eos]``; the last row is filled up
-            with pad.
+        pad_id: fills up the last row.
     """
 
-    def __init__(
-        self, seq_len: int, block_rows: int, dtype: np.dtype, *, bos_id: int, eos_id: int, pad_id
-    ):
+    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
         self.seq_len, self.block_rows, self.dtype = seq_len, block_rows, dtype
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.pad_id = pad_id
         self.docs = self.tokens = self.pad_tokens = 0
         self._parts: list[np.ndarray] = []
         self._starts: list[int] = []
         self._length = 0  # tokens in _parts; _starts counts from the first of them
 
-    def add(self, ids: list[int]) -> Iterator[Block]:
-        """Append one document (ids without bos and eos); yields the blocks that it completes."""
-        yield from self.add_tokens(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
-
-    def add_tokens(self, tokens: np.ndarray) -> Iterator[Block]:
-        """Append one document as it is stored, with bos and eos."""
+    def add(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document (of ``as_stored``); yields the blocks that it completes."""
         self._starts.append(self._length)
         self._parts.append(tokens)
         self.docs += 1
@@ -121,11 +121,9 @@ class BestFitPacker:
     Args: as :class:`ConcatPacker`.
     """
 
-    def __init__(
-        self, seq_len: int, block_rows: int, dtype: np.dtype, *, bos_id: int, eos_id: int, pad_id
-    ):
+    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
         self.row_tokens, self.block_rows, self.dtype = seq_len + 1, block_rows, dtype
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.pad_id = pad_id
         self.docs = self.tokens = self.pad_tokens = 0
         self._buffer: list[_Piece] = []
         self._buffered_tokens = 0
@@ -134,12 +132,8 @@ class BestFitPacker:
         self._gaps = 0  # bit c is set where _open[c] has a row
         self._rows: list[list[_Piece]] = []  # done, not yet in a block
 
-    def add(self, ids: list[int]) -> Iterator[Block]:
-        """Append one document (ids without bos and eos); yields the blocks that it completes."""
-        yield from self.add_tokens(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
-
-    def add_tokens(self, tokens: np.ndarray) -> Iterator[Block]:
-        """Append one document as it is stored, with bos and eos."""
+    def add(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document (of ``as_stored``); yields the blocks that it completes."""
         for first in range(0, len(tokens) - 1, self.row_tokens - 1):
             # Its own copy: a short rest must not keep a long document in memory.
             piece = _Piece(self.docs, first > 0, tokens[first : first + self.row_tokens].copy())
@@ -219,6 +213,6 @@ class BestFitPacker:
         )
 
 
-def make_packer(packing: str, *args, **kwargs) -> ConcatPacker | BestFitPacker:
+def make_packer(packing: str, *args) -> ConcatPacker | BestFitPacker:
     """The packer named ``packing`` (one of PACKINGS); arguments as :class:`ConcatPacker`."""
-    return {"concat": ConcatPacker, "best_fit": BestFitPacker}[packing](*args, **kwargs)
+    return {"concat": ConcatPacker, "best_fit": BestFitPacker}[packing](*args)

@@ -164,14 +164,12 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
         task.seq_len,
         default_block_rows(task.seq_len + 1, dtype),
         dtype,
-        bos_id=manifest.bos_id,
-        eos_id=manifest.eos_id,
-        pad_id=manifest.pad_id,
+        manifest.pad_id,
     )
     tar = task.out / old.path
     with ShardWriter(tar) as writer:
         for tokens in stored_documents(manifest, old, tick):
-            for block in packer.add_tokens(tokens):
+            for block in packer.add(tokens):
                 writer.write(block)
         for block in packer.finish():
             writer.write(block)

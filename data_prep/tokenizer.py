@@ -17,11 +17,12 @@ import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import sentencepiece as spm
 
 from data_prep.errors import PrepError
 from data_prep.progress import say
-from data_prep.word_memo import WordMemo, word_pattern
+from data_prep.word_memo import WordMemo, arrays, word_pattern
 
 MODEL_NAME = "tokenizer.model"
 HF_NAME, HF_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -93,22 +94,22 @@ class SentencePieceTokenizer:
         """Number of pieces."""
         return self._processor.get_piece_size()
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without bos and eos."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids int32 of each text, without bos and eos."""
         if self._space_symbol_ids is None:
-            return self._processor.encode(texts, num_threads=1)
+            return arrays(self._processor.encode(texts, num_threads=1))
         spelled = [number for number, text in enumerate(texts) if _SPACE_SYMBOL in text]
         whole = list(texts)
         for number in spelled:
             whole[number] = ""
         encoded = self._encode_whole(whole)
         for number in spelled:
-            encoded[number] = self._encode_space_symbol(texts[number])
+            encoded[number] = np.array(self._encode_space_symbol(texts[number]), np.int32)
         return encoded
 
-    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
         if self._memo is None:
-            return self._processor.encode(texts, num_threads=1)
+            return arrays(self._processor.encode(texts, num_threads=1))
         if self._unchecked <= 0:
             return self._memo.encode(texts)
         compared = [*_AWKWARD, *texts]
@@ -120,16 +121,16 @@ class SentencePieceTokenizer:
                 f"{self.path}: ids of words differ from ids of whole texts; going on without the "
                 "memory of words (slower, same ids as SentencePiece)"
             )
-        return expected[len(_AWKWARD) :]
+        return arrays(expected[len(_AWKWARD) :])
 
     @cached_property
     def _memo(self) -> WordMemo | None:
         pattern = word_pattern(self.files[MODEL_NAME])
         return None if pattern is None else WordMemo(self._processor, pattern)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: np.ndarray) -> str:
         """The text of some ids; control ids (bos, eos, pad) give nothing."""
-        return self._processor.decode(ids)
+        return self._processor.decode(np.asarray(ids).tolist())
 
     @cached_property
     def _space_symbol_ids(self) -> list[int] | None:
@@ -194,14 +195,14 @@ class HuggingFaceTokenizer:
         """Number of ids, with added tokens."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without bos and eos."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids int32 of each text, without bos and eos."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [item.ids for item in encoded]
+        return arrays([item.ids for item in encoded])
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: np.ndarray) -> str:
         """The text of some ids; special ids give nothing."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
 
 def _token(value) -> str | None:

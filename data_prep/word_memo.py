@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from array import array
 
+import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
@@ -81,29 +82,35 @@ class WordMemo:
         self._find = pattern.findall
         self._ids: dict[str, bytes] = {}  # of int32: smaller than lists, and no garbage to look for
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. Where most of the text is new, none of it goes word by word."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids int32 of each text. Where most of the text is new, none of it goes word by word."""
         words = [self._find(text) for text in texts]
         new = set().union(*words).difference(self._ids)
         if 2 * sum(map(len, new)) > sum(map(len, texts)):  # languages without spaces
-            return self._processor.encode(texts, num_threads=1)
+            return arrays(self._processor.encode(texts, num_threads=1))
         return self._join(words, new)
 
     def agrees(self, texts: list[str], expected: list[list[int]]) -> bool:
         """Whether the ids of each text, all of it word by word, are the expected ones."""
         words = [self._find(text) for text in texts]
-        return self._join(words, set().union(*words).difference(self._ids)) == expected
+        found = self._join(words, set().union(*words).difference(self._ids))
+        return [ids.tolist() for ids in found] == expected
 
-    def _join(self, words: list[list[str]], new: set[str]) -> list[list[int]]:
+    def _join(self, words: list[list[str]], new: set[str]) -> list[np.ndarray]:
         missing = list(new)
         found = self._processor.encode(missing, num_threads=1)
         stored = (array("i", ids).tobytes() for ids in found)
         self._ids.update(zip(missing, stored, strict=True))
         look_up = self._ids.__getitem__
-        ids = [array("i", b"".join(map(look_up, each))).tolist() for each in words]
+        ids = [np.frombuffer(b"".join(map(look_up, each)), np.int32) for each in words]
         if len(self._ids) > _LIMIT:
             self._ids.clear()
         for word in missing:
             if len(word) > _LONGEST:
                 self._ids.pop(word, None)
         return ids
+
+
+def arrays(encoded: list[list[int]]) -> list[np.ndarray]:
+    """Lists of ids as int32 arrays."""
+    return [np.array(ids, np.int32) for ids in encoded]

@@ -11,7 +11,7 @@ import pytest
 
 import data_prep.build
 from data_prep.errors import Interrupted
-from data_prep.pack import make_packer
+from data_prep.pack import as_stored, make_packer
 from data_prep.shards import ShardWriter, load_manifest
 from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
 
@@ -238,10 +238,11 @@ GOLDEN = {
 @pytest.mark.parametrize("packing", GOLDEN)
 def test_golden_shard(packing, tmp_path):
     words = [4 + (n * n) % 326 for n in range(4000)]
-    packer = make_packer(packing, 16, 8, np.dtype("<u2"), bos_id=0, eos_id=2, pad_id=1)
+    dtype = np.dtype("<u2")
+    packer = make_packer(packing, 16, 8, dtype, 1)
     with ShardWriter(tmp_path / "shard-00000000.tar") as writer:
         for number, length in enumerate([3, 40, 0, 14, 15, 16, 7, 200, 1] * 9):
-            for block in packer.add(words[number : number + length]):
+            for block in packer.add(as_stored(words[number : number + length], 0, 2, dtype)):
                 writer.write(block)
         for block in packer.finish():
             writer.write(block)

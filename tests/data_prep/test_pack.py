@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.pack import BestFitPacker, ConcatPacker
+from data_prep.pack import BestFitPacker, ConcatPacker, as_stored
 from data_prep.shards import (
     CONTINUATION,
     NO_DOCUMENT,
@@ -17,8 +17,10 @@ BOS, EOS, PAD = 0, 2, 1
 
 
 def pack(docs, seq_len, block_rows, kind=ConcatPacker):
-    packer = kind(seq_len, block_rows, np.dtype("<u2"), bos_id=BOS, eos_id=EOS, pad_id=PAD)
-    blocks = [block for doc in docs for block in packer.add(doc)] + list(packer.finish())
+    dtype = np.dtype("<u2")
+    packer = kind(seq_len, block_rows, dtype, PAD)
+    tokens = [as_stored(doc, BOS, EOS, dtype) for doc in docs]
+    blocks = [block for doc in tokens for block in packer.add(doc)] + list(packer.finish())
     return packer, blocks
 
 
