@@ -3,6 +3,7 @@
     python -m benchmarks.data_prep                       ours, and sentencepiece + megatron-core's
                                                          IndexedDatasetBuilder in one process
     python -m benchmarks.data_prep --megatron DIR        also DIR/tools/preprocess_data.py
+    python -m benchmarks.data_prep --datatrove-python PY also datatrove, which PY can import
     python -m benchmarks.data_prep --input 'c/*.jsonl' --mb 20 --skip memory scaling
 
 The corpus is the Python standard library's sources (or --input), cut to --mb megabytes. Speed is
@@ -10,8 +11,9 @@ text per CPU second of one process, median over rounds in which the ways take tu
 machine hits them alike; the CPU time that a command needs before its first document is subtracted
 from commands. Ours does more than the peer: it also drops duplicates, splits, hashes and verifies.
 
-Sections: speed (with identical ids), shares (of a build's CPU time), packing (padding, overhead of
-tars), scaling (two processes), memory (a job's peak at two sizes of corpus).
+Sections: speed (with identical ids), datatrove (the same with a Hugging Face tokenizer), shares (of
+a build's CPU time), packing (padding, overhead of tars), scaling (two processes), memory (a job's
+peak at two sizes of corpus).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ("speed", "shares", "packing", "scaling", "memory")
+SECTIONS = ("speed", "datatrove", "shares", "packing", "scaling", "memory")
 SEQ_LEN = 2048
 
 
@@ -166,6 +168,73 @@ def speed(folder: Path, corpus: Path, tokenizer: Path, size: float, arguments) -
         seconds[name] = [whole - start_up]
         theirs = ids_of_bin(folder / "m_text_document")
         print(f"  {name}: " + compare_ids(mine, theirs, bos=False))
+    print_speeds(seconds, size)
+
+
+_DATATROVE = """
+import os, sys, time
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+folder, tokenizer, out = sys.argv[1:]
+for name in ("one.jsonl", "corpus.jsonl"):  # the first loads all there is to load
+    start = time.process_time()
+    step = DocumentTokenizer(os.path.join(out, name), tokenizer, eos_token="<|end|>",
+                             shuffle_documents=False)
+    step.run(JsonlReader(folder, glob_pattern=name).run())
+print(time.process_time() - start)
+"""
+
+
+def hugging_face_tokenizer(folder: Path, corpus: Path, vocab_size: int) -> Path:
+    """A folder with a byte-level BPE trained on the corpus."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
+    texts = (json.loads(line)["text"] for line in corpus.read_text().splitlines())
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def datatrove(folder: Path, corpus: Path, size: float, arguments) -> None:
+    """Text per CPU second with a Hugging Face tokenizer, beside datatrove's DocumentTokenizer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = hugging_face_tokenizer(folder / "hf", corpus, arguments.vocab_size)
+    one = folder / "one.jsonl"
+    with open(corpus) as file:
+        one.write_text(file.readline())
+    ours(one, tokenizer, folder / "hf-one")
+    seconds: dict[str, list[float]] = {"ours": []}
+    for number in range(arguments.rounds):
+        out = folder / f"hf-{number}"
+        seconds["ours"].append(cpu_seconds(ours, corpus, tokenizer, out))
+        if arguments.datatrove_python:
+            words = [folder, tokenizer / "tokenizer.json", folder / f"trove-{number}"]
+            command = [arguments.datatrove_python, "-c", _DATATROVE, *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"--datatrove-python: {done.stderr[-2000:]}")
+            seconds.setdefault("datatrove", []).append(float(done.stdout))
+    if arguments.datatrove_python:
+        (data,) = (folder / "trove-0/corpus.jsonl").glob("*.ds")
+        ends = np.fromfile(f"{data}.index", np.uint64).astype(np.int64)
+        theirs = np.split(np.fromfile(data, np.uint16), ends[:-1])
+        print("  " + compare_ids(ids_of_shards(folder / "hf-0"), theirs, bos=False))
+    else:
+        print("  without the peer: `pip install datatrove orjson` elsewhere, --datatrove-python PY")
+    print_speeds(seconds, size)
+
+
+def print_speeds(seconds: dict[str, list[float]], size: float) -> None:
+    """Medians, and ours relative to each."""
     base = statistics.median(seconds["ours"])
     for name, values in seconds.items():
         middle = statistics.median(values)
@@ -174,6 +243,8 @@ def speed(folder: Path, corpus: Path, tokenizer: Path, size: float, arguments) -
 
 def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
     """What of a build's CPU time is not tokenizing."""
+    import sentencepiece
+
     import data_prep.build
     from data_prep import scan
     from data_prep.tokenizer import SentencePieceTokenizer
@@ -204,11 +275,16 @@ def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
         for owner, name, real in kept:
             setattr(owner, name, real)
     work = spent["shards"] - spent["tokenize"]
-    print(
-        f"  tokenizer {spent['tokenize']:.2f} CPU s; read, check, pack and write {work:.2f} "
-        f"({100 * work / spent['tokenize']:.1f} %, goal 8 %); scan before it {spent['scan']:.2f} "
-        f"({100 * spent['scan'] / spent['tokenize']:.1f} %)"
-    )
+    lines = corpus.read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    whole = cpu_seconds(lambda: [plain.encode(text) for text in texts])
+    print(f"  tokenizer {spent['tokenize']:.2f} CPU s; sentencepiece itself {whole:.2f}")
+    for name, value in (("read, check, pack and write", work), ("scan before it", spent["scan"])):
+        print(
+            f"  {name}: {value:.2f} CPU s, {100 * value / spent['tokenize']:.1f} % of the "
+            f"tokenizer's, {100 * value / whole:.1f} % of sentencepiece's (goal: 8 % in all)"
+        )
 
 
 def packing(folder: Path, corpus: Path, tokenizer: Path) -> None:
@@ -305,6 +381,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megatron", metavar="DIR", help="a checkout of Megatron-LM")
+    parser.add_argument("--datatrove-python", metavar="PY", help="a Python that has datatrove")
     parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     arguments = parser.parse_args()
     from data_prep.tokenizer_training import train_tokenizer
@@ -323,6 +400,7 @@ def main() -> None:
         print(f"{len(lines)} documents, {size:.1f} MB of text; {tokenizer.name}")
         sections = {
             "speed": lambda: speed(folder, corpus, tokenizer, size, arguments),
+            "datatrove": lambda: datatrove(folder, corpus, size, arguments),
             "shares": lambda: shares(folder, corpus, tokenizer),
             "packing": lambda: packing(folder, corpus, tokenizer),
             "scaling": lambda: scaling(folder, corpus, tokenizer, arguments.rounds),
