@@ -18,6 +18,7 @@ from data_prep.errors import PrepError
 from data_prep.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
 from data_prep.progress import Progress, say
 from data_prep.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
+from data_prep.scan import QUOTED
 from data_prep.shards import write_atomic
 
 CORPUS_NAME = "corpus.jsonl.zst"
@@ -95,7 +96,8 @@ def collect(
                 for item in documents:
                     if isinstance(item, Malformed):
                         counts.skipped += 1
-                        say(f"malformed, skipped: {item.where}: {item.reason}")
+                        if counts.skipped <= QUOTED:
+                            say(f"malformed, skipped: {item.where}: {item.reason}")
                         continue
                     if not item[1]:
                         continue
@@ -118,6 +120,8 @@ def collect(
         os.replace(temporary, corpus)
     finally:
         temporary.unlink(missing_ok=True)
+    if counts.skipped > QUOTED:
+        say(f"malformed, skipped: {counts.skipped - QUOTED} more")
     say(
         f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
         f"{counts.skipped} skipped"

@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import zstandard
-from fsspec.core import url_to_fs
 
 from data_prep.errors import PrepError
 
@@ -41,7 +40,12 @@ _CHANGE_TAGS = (
 
 def is_remote(path: str) -> bool:
     """Whether ``path`` is an fsspec URL."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None or "::" in path
+    return re.match(r"[a-z][a-z0-9+.-]*(::.*)?://", path) is not None
+
+
+def _name(path: str) -> str:
+    """A path, or the part of a URL that names the file."""
+    return path.split("::")[0].split("?")[0] if is_remote(path) else path
 
 
 def absolute(path: str) -> str:
@@ -51,7 +55,7 @@ def absolute(path: str) -> str:
 
 def suffixes(path: str) -> tuple[str, str]:
     """(content suffix, compression suffix or "") of a path or URL, lower case."""
-    stem, suffix = posixpath.splitext(path.split("::")[0].split("?")[0].lower())
+    stem, suffix = posixpath.splitext(_name(path).lower())
     if suffix in COMPRESSION_SUFFIXES:
         return posixpath.splitext(stem)[1], suffix
     return suffix, ""
@@ -59,7 +63,7 @@ def suffixes(path: str) -> tuple[str, str]:
 
 def base_name(path: str) -> str:
     """Last part of a path or URL."""
-    return posixpath.basename(path.split("::")[0])
+    return posixpath.basename(_name(path))
 
 
 def _readable(path: str) -> bool:
@@ -191,11 +195,17 @@ class _errors_of:
         raise PrepError(f"{self.path}: cannot be read ({error})") from error
 
 
+def _url_to_fs(url: str):
+    from fsspec.core import url_to_fs  # takes a sixth of a worker's start-up
+
+    return url_to_fs(url)
+
+
 def _locate(path: str):
     """(file system, name in it) of a URL."""
     first, _, archive = path.partition("::")
     if not archive:
-        return url_to_fs(path)
+        return _url_to_fs(path)
     protocol, _, name = first.partition("://")
     return _archive(protocol, archive), name
 
@@ -203,7 +213,7 @@ def _locate(path: str):
 @lru_cache(maxsize=16)
 def _archive(protocol: str, archive: str):
     """A file system inside a file, kept: it closes its open files when it is dropped."""
-    return url_to_fs(f"{protocol}://::{archive}")[0]
+    return _url_to_fs(f"{protocol}://::{archive}")[0]
 
 
 def file_size(path: str) -> int:
@@ -330,7 +340,7 @@ def provenance_notes(paths: list[str]) -> list[dict]:
     """
     notes = []
     for folder in sorted({_folder(path) for path in paths}):
-        head, *rest = folder.split("::")
+        head, *rest = folder.split("::") if is_remote(folder) else [folder]
         file = "::".join([posixpath.join(head, PROVENANCE_NAME), *rest])
         try:
             with open_raw(file) as stream:
@@ -346,5 +356,5 @@ def provenance_notes(paths: list[str]) -> list[dict]:
 
 
 def _folder(path: str) -> str:
-    head, *rest = path.split("::")
+    head, *rest = path.split("::") if is_remote(path) else [path]
     return "::".join([posixpath.dirname(head), *rest])

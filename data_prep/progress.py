@@ -37,9 +37,11 @@ class Progress:
         if self._bar is None and now - self._last >= _LOG_SECONDS:
             self._last = now
             rate = done / (now - self._start)
-            left = f", {(self.total - done) / rate:.0f} s left" if rate else ""
-            share = 100 * done / self.total
-            say(f"{self.title}: {share:.0f} % ({done / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left})")
+            size = f"{done / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s"
+            if 0 < done <= self.total:  # a compressed file holds more text than bytes
+                left = (self.total - done) / rate
+                size = f"{100 * done / self.total:.0f} % ({size}, {left:.0f} s left)"
+            say(f"{self.title}: {size}")
 
     def __enter__(self) -> Progress:
         return self

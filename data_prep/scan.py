@@ -22,7 +22,9 @@ from data_prep.progress import Progress, say
 from data_prep.readers import Fields, Malformed, read_documents
 from data_prep.shards import temporary_path, write_atomic
 
-_QUOTED = 5  # malformed records that are printed; the log has more
+QUOTED = 5
+"""Malformed records that are printed."""
+
 _LOGGED = 1_000  # malformed records of a file that are logged
 _CHUNK_ROWS = 1 << 14
 _TICK_BYTES = 1 << 20
@@ -210,12 +212,12 @@ def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None
     if examples:
         write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
     if bad > max_share * (good + bad):
-        quoted = "; ".join(examples[:_QUOTED])
+        quoted = "; ".join(examples[:QUOTED])
         raise PrepError(
             f"{bad} of {good + bad} records are malformed, more than --max-bad-share {max_share}: "
             f"{quoted}; repair them, set --text-field, or raise --max-bad-share"
         )
-    for example in examples[:_QUOTED]:
+    for example in examples[:QUOTED]:
         say(f"malformed, skipped: {example}")
-    if bad > _QUOTED:
-        say(f"malformed, skipped: {bad - _QUOTED} more; see {log}")
+    if bad > QUOTED:
+        say(f"malformed, skipped: {bad - QUOTED} more; see {log}")

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from data_prep import collect as collect_module
+from data_prep import progress
 from data_prep.collect import library_files
 from data_prep.readers import read_documents
 from data_prep.shards import load_manifest
@@ -112,3 +113,14 @@ def test_collect_killed_between_its_files_is_done_again(tmp_path, corpus, monkey
             collect_module.collect(*arguments, min_mb=0)
     path = collect_module.collect(*arguments, min_mb=0)
     assert len(list(read_documents(path))) == len(list(read_documents(corpus)))
+
+
+def test_progress_of_text_that_was_compressed(monkeypatch, capsys):
+    """The total is bytes as stored: past it there is no share and no time left to print."""
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0)
+    bar = progress.Progress("scan", 1_000_000)
+    bar.set(500_000)
+    bar.set(3_000_000)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("scan: 50 % (0.5 MB") and "s left" in first
+    assert second.startswith("scan: 3.0 MB") and "left" not in second and "%" not in second

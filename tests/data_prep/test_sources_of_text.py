@@ -1,5 +1,6 @@
 """Remote files, Hugging Face datasets on disk, text in pieces, adopted tokenizers."""
 
+import gzip
 import json
 import shutil
 import zipfile
@@ -60,6 +61,28 @@ def test_archives_globs_and_what_changes(memory, tmp_path, corpus, texts):
     ):
         with pytest.raises(PrepError, match=message):
             expand_inputs([url])
+
+
+def test_local_names_with_the_marks_of_urls(tmp_path, monkeypatch, texts):
+    """Perl's manual has files such as Algorithm::Diff.3pm.gz."""
+    plain = write_jsonl(tmp_path / "plain", texts).read_bytes()
+    names = ["A::Diff.jsonl.gz", "b::c.jsonl.gz", "what?.jsonl.gz"]
+    for name in names:
+        (tmp_path / name).write_bytes(gzip.compress(plain))
+    monkeypatch.chdir(tmp_path)
+    for inputs in ([str(tmp_path)], names, ["*.gz"]):
+        found = expand_inputs(inputs)
+        assert [path.split("/")[-1] for path in found] == names
+        for path in found:
+            assert texts_of(path) == texts
+
+
+def test_collecting_what_is_no_jsonl_prints_a_few_lines(tmp_path, texts, capsys):
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "package.json").write_text("{\n" * 100)
+    assert run("collect", "--input", tmp_path, "--min-mb", 0, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("not JSON") == 5 and "skipped: 95 more" in shown and "100 skipped" in shown
 
 
 def save_dataset(folder, texts, *, more=None):
