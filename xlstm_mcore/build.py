@@ -95,7 +95,7 @@ def build_model(
             vp_stage=vp_stage if chunks > 1 else None,
         )
         initialize(model, config, seed)
-        models.append(model.to(cpu_runtime.device()))
+        models.append(model)
     return models
 
 

@@ -1,0 +1,19 @@
+"""No operation mixes devices: what a CPU forgives and a GPU does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_layers_and_kernels_stay_on_their_device():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.xlstm_mcore.accelerator"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 cases passed, 0 failed" in done.stdout
