@@ -99,12 +99,14 @@ def _mlstm_options(config: XLSTMConfig) -> dict[str, Any]:
 def _held_open(config: XLSTMConfig, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
     """The gates' pre-activations, or those of a gate of 1 where an ablation takes it away.
 
-    Where a sigmoid makes the gate, 60 does: in fp64 its sigmoid is 1 to the last bit.
+    Where a sigmoid makes the gate, 60 does: in fp64 its sigmoid is 1 to the last bit. Adding 0
+    times the gate gives its parameters a gradient, which is zero: data-parallel wrappers that
+    reduce gradients as they come wait for every one.
     """
     if not config.mlstm_input_gate:
-        igate = torch.full_like(igate, 0.0 if config.mlstm_gate == "exp" else 60.0)
+        igate = 0.0 * igate + (0.0 if config.mlstm_gate == "exp" else 60.0)
     if not config.mlstm_forget_gate:
-        fgate = torch.full_like(fgate, 60.0)
+        fgate = 0.0 * fgate + 60.0
     return igate, fgate
 
 

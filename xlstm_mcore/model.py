@@ -59,6 +59,39 @@ class XLSTMStack(MegatronModule):
         return x if self.final_norm is None else self.final_norm(x)
 
 
+class Head(ColumnParallelLinear):
+    """The output layer: logits, or losses of logits that are never whole.
+
+    Losses are made inside its call because wrappers that bring weights late (DDP with
+    ``overlap_param_gather``) wait for a module's weights when the module is called.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, labels: Tensor | None = None):
+        """Logits of ``x [s(/tp), b, h]`` as Megatron's layer returns them, or token losses.
+
+        Args:
+            x: normalised activations.
+            weight: the embedding's weight when it is tied on this stage, else None.
+            labels: int64 ``[s, b]``, or None.
+
+        Returns:
+            ``(logits [s, b, vocab/tp], None)``; with labels losses ``[s, b]`` (nats, fp32).
+        """
+        if labels is None:
+            return super().forward(x, weight=weight)
+        config, group = self.config, self.tp_group
+        weight = self.weight if weight is None else weight
+        limit = config.logits_mib * 2**20
+        if labels.numel() * len(weight) * x.element_size() <= limit:
+            logits = super().forward(x, weight=weight)[0]
+            return vocab_parallel_cross_entropy(logits, labels, config.logit_soft_cap, group)
+        hidden = TensorParallelRegion(config, group).gather(x)
+        slice_bytes = max(limit // 2, 2**24)
+        return linear_cross_entropy(
+            hidden, weight, labels, config.logit_soft_cap, group, slice_bytes
+        )
+
+
 class XLSTMModel(LanguageModule):
     """An xLSTM language model, or one pipeline stage of it, for Megatron's schedules.
 
@@ -105,7 +138,7 @@ class XLSTMModel(LanguageModule):
         )
         if post_process:
             tied_here = config.tie_embeddings and pre_process
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = Head(
                 config.hidden_size,
                 config.vocab_size,
                 config=config,
@@ -158,24 +191,14 @@ class XLSTMModel(LanguageModule):
             return x
         if last_only:
             x = x[-1:]
-        return self._logits(x) if labels is None else self._losses(x, labels.t()).t()
-
-    def _head_weight(self) -> Tensor:
-        tied_here = self.config.tie_embeddings and self.pre_process
-        return self.shared_embedding_or_output_weight() if tied_here else self.output_layer.weight
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """``x [s(/tp), b, h]`` to soft-capped logits ``[b, s, vocab/tp]``, at least fp32."""
-        logits = self.output_layer(x, weight=self._head_weight())[0]
+        weight = self._tied_weight()
+        if labels is not None:
+            return self.output_layer(x, weight, labels.t()).t()
+        logits = self.output_layer(x, weight)[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return soft_cap(logits, self.config.logit_soft_cap).transpose(0, 1)
 
-    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Token losses ``[s, b]`` of ``x [s(/tp), b, h]``."""
-        weight, cap, group = self._head_weight(), self.config.logit_soft_cap, self.tp_group
-        limit = self.config.logits_mib * 2**20
-        if labels.numel() * len(weight) * x.element_size() <= limit:
-            logits = self.output_layer(x, weight=weight)[0]
-            return vocab_parallel_cross_entropy(logits, labels, cap, group)
-        hidden = TensorParallelRegion(self.config, group).gather(x)
-        return linear_cross_entropy(hidden, weight, labels, cap, group, max(limit // 2, 2**24))
+    def _tied_weight(self) -> Tensor | None:
+        """The embedding's weight, where it is the head's too and lies on this stage."""
+        tied_here = self.config.tie_embeddings and self.pre_process
+        return self.shared_embedding_or_output_weight() if tied_here else None

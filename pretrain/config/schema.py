@@ -148,6 +148,12 @@ class EngineConfig(Section):
     """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
+    overlap_grad_reduce: bool | None = None
+    """reduce gradients while the backward pass still runs; null for yes with NCCL, no with gloo"""
+    overlap_param_gather: bool | None = None
+    """megatron: gather new weights while the forward pass runs; null as above"""
+    tp_comm_overlap: bool = False
+    """overlap tensor parallel communication with matrix products (needs TransformerEngine)"""
 
 
 class SourceConfig(Section):

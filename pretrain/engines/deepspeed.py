@@ -28,6 +28,7 @@ from pretrain.layout import Layout
 from xlstm_mcore.pieces import named_pieces
 
 from . import deepspeed_compat as compat
+from . import support
 from .base import LossSum, StepResult
 from .scheduled import ScheduledEngine
 from .shards import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
@@ -139,7 +140,7 @@ class DeepSpeedEngine(ScheduledEngine):
         config = self.config
         zero: dict[str, Any] = {
             "stage": self.stage,
-            "overlap_comm": self.layout.backend != "gloo",
+            "overlap_comm": support.overlaps(config, self.layout.backend)[0],
             # Stage 3 would replace torch's own linear function for the rest of the process;
             # Megatron's linear layers keep the parameter itself for the backward pass already.
             "memory_efficient_linear": False,

@@ -21,6 +21,7 @@ from pretrain.layout import Layout
 from xlstm_mcore import cpu_runtime, mcore_compat
 from xlstm_mcore.pieces import named_pieces
 
+from . import support
 from .base import LossSum, StepResult
 from .scheduled import ScheduledEngine
 from .shards import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
@@ -39,9 +40,12 @@ class MegatronEngine(ScheduledEngine):
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         super().__init__(config, layout)
+        overlap_gradients, self._gathers_late = support.overlaps(config, layout.backend)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.distributed_optimizer,
+            overlap_grad_reduce=overlap_gradients,
+            overlap_param_gather=self._gathers_late,
         )
         self.chunks = [
             DistributedDataParallel(
@@ -55,6 +59,9 @@ class MegatronEngine(ScheduledEngine):
         ]
         self.optimizer = self._make_optimizer()
         self.model_config.finalize_model_grads_func = finalize_model_grads
+        if overlap_gradients:  # only the last micro-batch's backward pass may reduce them
+            no_sync: Any = [chunk.no_sync for chunk in self.chunks]
+            self.model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._clear_gradients()
 
     def forward_backward(self, batches: list[Batch]) -> LossSum:
@@ -88,6 +95,7 @@ class MegatronEngine(ScheduledEngine):
 
     def sharded_state(self) -> list[Chunk]:
         """The rectangles this rank saves: every element of the state lies on exactly one rank."""
+        self._gather_weights()
         chunks = []
         if self.layout.groups.dp_cp.rank() == 0:
             for model in self.models:
@@ -106,12 +114,19 @@ class MegatronEngine(ScheduledEngine):
             load: copies a checkpoint's values into the chunks it is given.
             step: optimizer steps taken so far, for Adam's bias correction.
         """
+        self._gather_weights()
         chunks = self._weights() + [chunk for _, chunk in self._optimizer_chunks()]
         with torch.no_grad():
             load(chunks)
         for optimizer in self.optimizer.chained_optimizers:
             mcore_compat.set_adam_step(optimizer.optimizer, step)
         self._clear_gradients()
+
+    def _gather_weights(self) -> None:
+        """Finish what ``overlap_param_gather`` leaves to the next forward pass."""
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _weights(self) -> list[Chunk]:
         """The rectangles of all weights in this rank's model chunks."""

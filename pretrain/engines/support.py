@@ -8,8 +8,9 @@ meet. The configuration's checks take their messages from here, and ARCHITECTURE
 Nothing here imports torch.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ class Combination:
     pipeline: bool = False
     virtual: bool = False
     context: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    tp_comm_overlap: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "Combination":
@@ -44,6 +48,10 @@ class Combination:
             pipeline=layout.pipeline > 1,
             virtual=layout.virtual > 1,
             context=layout.context > 1,
+            # Null is decided by engine and device, within the matrix: see `overlaps`.
+            overlap_grad_reduce=engine.overlap_grad_reduce is True,
+            overlap_param_gather=engine.overlap_param_gather is True,
+            tp_comm_overlap=engine.tp_comm_overlap,
         )
 
 
@@ -59,6 +67,9 @@ AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "pipeline": ((False, True), 8),
     "virtual": ((False, True), 5),
     "context": ((False, True), 10),
+    "overlap_grad_reduce": ((False, True), 0),
+    "overlap_param_gather": ((False, True), 1),
+    "tp_comm_overlap": ((False, True), 0),
 }
 
 
@@ -128,6 +139,28 @@ RULES: tuple[Rule, ...] = (
         {"engine": ("deepspeed",), "context": (True,)},
         "context parallelism was not compared with one process under this engine",
     ),
+    Rule(
+        {"tp_comm_overlap": (True,)},
+        "it is a feature of TransformerEngine's linear layers, and the blocks are built from "
+        "Megatron's own",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "zero_stage": (1,), "overlap_grad_reduce": (True,)},
+        "stage 1 reduces gradients once, after the last micro-batch's backward pass",
+    ),
+    Rule(
+        {"engine": ("deepspeed",), "overlap_param_gather": (True,)},
+        "DeepSpeed gathers weights in its own way, right after the step, or at stage 3 ahead of "
+        "each module",
+    ),
+    Rule(
+        {"optimizer": ("muon",), "overlap_param_gather": (True,)},
+        "every data parallel process updates all of its weights, so there is nothing to gather",
+    ),
+    Rule(
+        {"overlap_grad_reduce": (False,), "overlap_param_gather": (True,)},
+        "without buckets of gradients all weights are gathered as one, before the first layer",
+    ),
 )
 
 
@@ -141,12 +174,33 @@ def is_layout(cell: Combination) -> bool:
     return (cell.tensor or not cell.sequence) and (cell.pipeline or not cell.virtual)
 
 
-def supported() -> Iterator[Combination]:
+@functools.cache
+def supported() -> tuple[Combination, ...]:
     """Every combination that works."""
-    for values in itertools.product(*(values for values, _ in AXES.values())):
-        cell = Combination(**dict(zip(AXES, values, strict=True)))
-        if is_layout(cell) and broken_rule(cell) is None:
-            yield cell
+    cells = (
+        Combination(**dict(zip(AXES, values, strict=True)))
+        for values in itertools.product(*(values for values, _ in AXES.values()))
+    )
+    return tuple(cell for cell in cells if is_layout(cell) and broken_rule(cell) is None)
+
+
+def overlaps(config: Any, backend: str) -> tuple[bool, bool]:
+    """Whether gradients are reduced, and weights gathered, while the model computes.
+
+    What the run file leaves open is done with NCCL, where the matrix has it. Gloo's threads would
+    take the cores that the model computes on.
+
+    Args:
+        config: the run, checked.
+        backend: communication backend, "gloo" or "nccl".
+    """
+    asked = Combination.of(config)
+    engine = config.engine
+    for axis in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(engine, axis) is None and backend == "nccl":
+            wanted = replace(asked, **{axis: True})
+            asked = asked if broken_rule(wanted) else wanted
+    return asked.overlap_grad_reduce, asked.overlap_param_gather
 
 
 def nearest(cell: Combination) -> Combination:
@@ -171,6 +225,8 @@ def spelled(cell: Combination, axes: Iterable[str]) -> str:
             words.append(f"layout.{axis}={'2 or more' if value else 1}")
         elif axis == "sequence":
             words.append(f"layout.sequence={str(value).lower()}")
+        elif isinstance(value, bool):
+            words.append(f"engine.{axis}={str(value).lower()}")
         elif axis == "optimizer":
             words.append(f"optimizer.name={value}")
         else:
@@ -199,16 +255,23 @@ LAYOUT_AXES = {
     "context": "CP",
 }
 
+OVERLAP_AXES = {
+    "overlap_grad_reduce": "grad_reduce",
+    "overlap_param_gather": "param_gather",
+    "tp_comm_overlap": "tp_comm",
+}
+
 
 def markdown_table() -> str:
     """The matrix for the documents: one row per engine, stage and offload.
 
-    A layout dimension is listed when it works alone and together with the others in the row.
+    A layout dimension is listed when it works alone and together with the others in the row;
+    so is an overlap.
     """
     cells = set(supported())
     rows = [
-        "| engine | optimizer | ZeRO stage | offload | precision | layouts |",
-        "|---|---|---|---|---|---|",
+        "| engine | optimizer | ZeRO stage | offload | precision | layouts | overlap |",
+        "|---|---|---|---|---|---|---|",
     ]
     for engine, optimizer, stage, offload in itertools.product(
         *(AXES[axis][0] for axis in ("engine", "optimizer", "zero_stage", "offload"))
@@ -218,15 +281,22 @@ def markdown_table() -> str:
         if not good:
             continue
         widest = [a for a in LAYOUT_AXES if _works_with(base, a, cells)]
-        assert replace(base, **dict.fromkeys(widest, True)) in cells, "dimensions exclude another"
+        overlapped = [a for a in OVERLAP_AXES if _works_with(base, a, cells)]
+        everything = replace(base, **dict.fromkeys(widest + overlapped, True))
+        assert everything in cells, "one excludes another"
         rows.append(
             f"| {engine} | {optimizer} | {stage} | {offload} | {', '.join(good)} | "
-            f"{', '.join(LAYOUT_AXES[a] for a in widest)} |"
+            f"{', '.join(LAYOUT_AXES[a] for a in widest)} | "
+            f"{', '.join(OVERLAP_AXES[a] for a in overlapped) or 'none'} |"
         )
     return "\n".join(rows)
 
 
 def _works_with(base: Combination, axis: str, cells: set[Combination]) -> bool:
-    needs = {"sequence": "tensor", "virtual": "pipeline"}
+    needs = {
+        "sequence": "tensor",
+        "virtual": "pipeline",
+        "overlap_param_gather": "overlap_grad_reduce",
+    }
     wanted = {axis: True} | ({needs[axis]: True} if axis in needs else {})
     return replace(base, **wanted) in cells

@@ -29,6 +29,7 @@ def ranks_and_changes(cell):
         "engine__zero_stage": cell.zero_stage,
         "engine__offload": cell.offload,
         "engine__precision": cell.precision,
+        "engine__overlap_grad_reduce": cell.overlap_grad_reduce,
         "layout__sequence": cell.sequence,
     }
     replica = 1
@@ -43,6 +44,7 @@ def name(cell):
     words = [cell.engine, str(cell.zero_stage), cell.precision]
     words += [cell.offload] if cell.offload != "none" else []
     words += [text for axis, text in support.LAYOUT_AXES.items() if getattr(cell, axis)]
+    words += [text for axis, text in support.OVERLAP_AXES.items() if getattr(cell, axis)]
     return "-".join(words)
 
 
@@ -61,7 +63,7 @@ def covering(cells):
     kept, met = [], set()
     for cell in random.Random(SEED).sample(cells, len(cells)):
         tensor, pipeline = (cell.tensor, cell.sequence), (cell.pipeline, cell.virtual)
-        values = (cell.zero_stage, cell.offload, tensor, pipeline)
+        values = (cell.zero_stage, cell.offload, tensor, pipeline, cell.overlap_grad_reduce)
         pairs = set(itertools.combinations(enumerate(values), 2))
         if not pairs <= met:
             kept.append(cell)
@@ -69,7 +71,7 @@ def covering(cells):
     return kept
 
 
-BF16 = [c for c in CELLS if c.precision == "bf16" and not c.tensor]
+BF16 = [c for c in CELLS if c.precision == "bf16" and not c.overlap_grad_reduce]
 
 
 @pytest.fixture(scope="module")

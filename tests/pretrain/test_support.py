@@ -39,6 +39,9 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
         (Combination("megatron", zero_stage=3), "engine.name=deepspeed"),
         (Combination(optimizer="muon"), "engine.zero_stage=0"),
         (Combination(zero_stage=0), "engine.zero_stage=1"),
+        (Combination(overlap_param_gather=True), "engine.overlap_grad_reduce=true"),
+        (Combination("deepspeed", overlap_grad_reduce=True), "engine.overlap_grad_reduce=false"),
+        (Combination(tensor=True, tp_comm_overlap=True), "engine.tp_comm_overlap=false"),
     ],
 )
 def test_the_way_out_is_the_nearest(cell, says):
@@ -46,9 +49,36 @@ def test_the_way_out_is_the_nearest(cell, says):
 
 
 def test_no_combination_gives_up_precision():
-    for cell in support.supported():
+    cells = set(support.supported())
+    for cell in cells:
         other = "bf16" if cell.precision == "fp32" else "fp32"
-        assert replace(cell, precision=other) in set(support.supported())
+        assert replace(cell, precision=other) in cells
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_nccl"),
+    [
+        ({}, (True, True)),
+        ({"engine__overlap_param_gather": False}, (True, False)),
+        ({"engine__overlap_grad_reduce": False}, (False, False)),
+        ({"optimizer__name": "muon", "engine__zero_stage": 0}, (True, False)),
+        ({"engine__name": "deepspeed"}, (False, False)),
+        ({"engine__name": "deepspeed", "engine__zero_stage": 3}, (True, False)),
+    ],
+)
+def test_what_the_run_file_leaves_open_overlaps_with_nccl_alone(changes, on_nccl):
+    from tests.pretrain.test_config import config
+
+    run = config(**changes)
+    assert support.overlaps(run, "gloo") == (False, False)
+    assert support.overlaps(run, "nccl") == on_nccl
+
+
+def test_what_the_run_file_asks_for_is_done_on_every_backend():
+    from tests.pretrain.test_config import config
+
+    run = config(engine__overlap_grad_reduce=True, engine__overlap_param_gather=True)
+    assert support.overlaps(run, "gloo") == support.overlaps(run, "nccl") == (True, True)
 
 
 def test_a_machine_without_deepspeed_is_told_how_to_get_it(monkeypatch):
