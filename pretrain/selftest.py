@@ -68,7 +68,8 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
         run = Run(runs[kind], layout, stop)
         run.train(until)
         reached = run.state.step
-        del run  # its memory is needed for the next one
+        run.engine.close()  # its memory is needed for the next one
+        del run
         gc.collect()
         if stop.requested or reached != until:
             raise ConfigError(f"stopped at step {reached}, before the test was over")

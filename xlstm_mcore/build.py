@@ -1,13 +1,14 @@
 """From a configuration to model chunks, on any layout or in one process."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu_runtime, mcore_compat
 from .ckpt_reader import CheckpointReader, Chunk, resolve
@@ -76,10 +77,26 @@ def make_config(
 
 
 def build_model(
-    config: XLSTMConfig, pg_collection: ProcessGroupCollection, seed: int
+    config: XLSTMConfig,
+    pg_collection: ProcessGroupCollection,
+    seed: int,
+    finish: Callable[[nn.Module], None] = lambda part: None,
 ) -> list[XLSTMModel]:
-    """This rank's model chunks (one, or ``virtual`` with interleaved stages), initialised."""
+    """This rank's model chunks (one, or ``virtual`` with interleaved stages), initialised.
+
+    Args:
+        config: the model's configuration and layout.
+        pg_collection: process groups.
+        seed: of the initial values.
+        finish: called with every part (embedding, layer, final norm, head) once it has its initial
+            values and before the next one is made; it may take their memory away.
+    """
     cpu_runtime.activate()
+
+    def built(part: nn.Module) -> None:
+        initialize(part, config, seed)
+        finish(part)
+
     pp_size, pp_rank = pg_collection.pp.size(), pg_collection.pp.rank()
     chunks = config.virtual_pipeline_model_parallel_size or 1
     last = pp_size * chunks - 1
@@ -93,8 +110,8 @@ def build_model(
             post_process=stage == last,
             stage=stage,
             vp_stage=vp_stage if chunks > 1 else None,
+            built=built,
         )
-        initialize(model, config, seed)
         models.append(model)
     return models
 

@@ -24,6 +24,15 @@ def parallel_rng() -> Any:
     return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
+def release_hooks(chunk: Any) -> None:
+    """Let go of a DistributedDataParallel's hooks on gradients.
+
+    They refer to it, and it to them, through C++, where the garbage collector does not look: the
+    model and its buffers would stay for as long as the process lives.
+    """
+    chunk.grad_accs.clear()
+
+
 def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
     """Flat ranges of the parameters that a DistributedOptimizer updates on this rank.
 

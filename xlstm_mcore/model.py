@@ -1,5 +1,7 @@
 """XLSTMModel: embedding, this pipeline stage's layers, and the language-model head."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -29,6 +31,7 @@ class XLSTMStack(MegatronModule):
         pg_collection: process groups.
         layer_numbers: this stage's layers, numbered in the whole model from 0.
         post_process: whether this is the last stage.
+        built: called with every layer, and the final norm, before the next one is made.
     """
 
     def __init__(
@@ -37,19 +40,24 @@ class XLSTMStack(MegatronModule):
         pg_collection: ProcessGroupCollection,
         layer_numbers: tuple[int, ...],
         post_process: bool,
+        built: Callable[[nn.Module], None],
     ) -> None:
         super().__init__(config)
         letters = config.layer_letters
-        self.layers = nn.ModuleList(
-            build_module(
+        self.layers = nn.ModuleList()
+        for number in layer_numbers:
+            layer = build_module(
                 layer_spec(letters[number], config),
                 config=config,
                 pg_collection=pg_collection,
                 layer_number=number,
             )
-            for number in layer_numbers
-        )
-        self.final_norm = Norm(config, "decoder.final_norm.weight") if post_process else None
+            built(layer)
+            self.layers.append(layer)
+        self.final_norm = None
+        if post_process:
+            self.final_norm = Norm(config, "decoder.final_norm.weight")
+            built(self.final_norm)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         """``x [s(/tp), b, h]`` through this stage's layers, same shape."""
@@ -102,6 +110,8 @@ class XLSTMModel(LanguageModule):
         post_process: whether this stage holds the head.
         stage: index of this stage in the pattern's cuts, ``virtual_rank * pp + pp_rank``.
         vp_stage: index of this model chunk on its rank, with interleaved stages.
+        built: called with every part (embedding, layer, final norm, head) as soon as it is made,
+            its parameters without values; so no more than one part needs to be whole at a time.
     """
 
     def __init__(
@@ -112,6 +122,7 @@ class XLSTMModel(LanguageModule):
         post_process: bool = True,
         stage: int = 0,
         vp_stage: int | None = None,
+        built: Callable[[nn.Module], None] = lambda part: None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.model_type = ModelType.encoder_or_decoder
@@ -133,9 +144,9 @@ class XLSTMModel(LanguageModule):
                 tp_group=self.tp_group,
             )
             attach(self.embedding.word_embeddings.weight, packed([EMBEDDING], [shape], **shard))
-        self.decoder = XLSTMStack(
-            config, pg_collection, parse_pattern(config.pattern).stages[stage], post_process
-        )
+            built(self.embedding)
+        layers = parse_pattern(config.pattern).stages[stage]
+        self.decoder = XLSTMStack(config, pg_collection, layers, post_process, built)
         if post_process:
             tied_here = config.tie_embeddings and pre_process
             self.output_layer = Head(
@@ -150,6 +161,7 @@ class XLSTMModel(LanguageModule):
             if not tied_here:
                 name = EMBEDDING if config.tie_embeddings else OUTPUT
                 attach(self.output_layer.weight, packed([name], [shape], **shard))
+                built(self.output_layer)
         self.input_tensor: Tensor | None = None
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()

@@ -61,3 +61,6 @@ class Engine(Protocol):
 
         ``step`` is the number of optimizer updates done so far.
         """
+
+    def close(self) -> None:
+        """Free the memory of model and optimizer, for a process that goes on without them."""

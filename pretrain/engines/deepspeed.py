@@ -47,14 +47,16 @@ class DeepSpeedEngine(ScheduledEngine):
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         deepspeed = compat.load(layout.device)
-        super().__init__(config, layout)
         self.stage = config.engine.zero_stage
+        self._unit = compat.ModelParallelUnit(layout)
+        self._partitioner = compat.Partitioner(self._unit)
+        super().__init__(config, layout)
         self._prepare_parameters()
         one = len(self.models) == 1
         self.engine, *_ = deepspeed.initialize(
             model=self.models[0] if one else nn.ModuleList(self.models),
             optimizer=self._make_optimizer(),
-            mpu=compat.ModelParallelUnit(layout),
+            mpu=self._unit,
             config=self._settings(),
             dist_init_required=False,
         )
@@ -104,13 +106,23 @@ class DeepSpeedEngine(ScheduledEngine):
             )
         compat.set_adam_step(optimizer, step)
 
+    def close(self) -> None:
+        """Free the memory of model and optimizer."""
+        compat.destroy(self.engine)
+
+    def _finish_part(self, part: nn.Module) -> None:
+        """Stage 3 keeps its share of a part before the next one is built."""
+        if self.stage == 3:
+            self._partitioner(part, self._settings(), self.model_config.params_dtype)
+
     def _prepare_parameters(self) -> None:
         """Tell DeepSpeed what Megatron's own engine knows about parameters.
 
         - The gradient norm counts a parameter on every tensor-parallel rank if it has
           ``tensor_model_parallel``, else once: a shard without it would be lost from the norm.
         - With sequence parallelism a replicated weight has seen a part of the sequence on each
-          rank; its gradient is summed before DeepSpeed takes it.
+          rank. Stages 2 and 3 split its gradient after every micro-batch, so it is summed before
+          DeepSpeed takes it; stage 1 sums it once, see :meth:`_complete_gradients`.
         - The last stage's copy of a tied embedding counts once in the norm.
         """
         group = self.layout.groups.tp
@@ -119,8 +131,8 @@ class DeepSpeedEngine(ScheduledEngine):
                 sharded = pieces[0].shape != pieces[0].global_shape
                 assert parameter.tensor_model_parallel == sharded, name
                 parameter.ds_pipe_replicated = getattr(parameter, "shared", False)
-                if parameter.sequence_parallel:
-                    parameter.register_hook(lambda grad: _sum_over(grad, group))
+                if parameter.sequence_parallel and self.stage > 1:
+                    parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = self.config.optimizer
@@ -177,21 +189,27 @@ class DeepSpeedEngine(ScheduledEngine):
         elif self.config.engine.precision == "bf16":
             self.engine.set_gradient_accumulation_boundary(True)
             yield
-            self._sum_tied_embeddings()
+            self._complete_gradients()
             self.engine.allreduce_gradients()
         else:
             with self.engine.coalesce_grad_reduction():
                 yield
-                self._sum_tied_embeddings()
+                self._complete_gradients()
 
-    def _sum_tied_embeddings(self) -> None:
-        """Sum the gradients of a tied embedding over the first and the last pipeline stage."""
-        if self.layout.groups.pp.size() == 1:
-            return
+    def _complete_gradients(self) -> None:
+        """Stage 1: sum in fp32 what ranks hold in parts that are no data-parallel replicas.
+
+        A tied embedding's parts lie on the first and the last pipeline stage; with sequence
+        parallelism those of a replicated weight on the tensor-parallel ranks.
+        """
+        groups = self.layout.groups
         for model in self.models:
             for parameter in model.parameters():
-                if getattr(parameter, "shared_embedding", False):
-                    _sum_over(compat.summed_gradient(parameter), self.layout.groups.embd)
+                gradient = compat.summed_gradient(parameter)
+                if groups.pp.size() > 1 and getattr(parameter, "shared_embedding", False):
+                    _sum_over(gradient, groups.embd)
+                if parameter.sequence_parallel:
+                    _sum_over(gradient, groups.tp)
 
     def _run(self, batches: list[Batch], forward_only: bool, loss_scale: float = 1.0) -> LossSum:
         """See :class:`ScheduledEngine`; stages 2 and 3 call DeepSpeed for each micro-batch."""

@@ -40,6 +40,7 @@ def load(device: torch.device) -> ModuleType:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # instead of a guess and a warning
+    os.environ.setdefault("LOCAL_RANK", "0")  # read without asking; absent without a launcher
     try:
         import deepspeed
     except ImportError as error:
@@ -83,6 +84,43 @@ class ModelParallelUnit:
             setattr(self, f"get_{name}_world_size", lambda group=group: group.size())
         ranks = torch.distributed.get_process_group_ranks(groups.dp_cp)
         self.get_data_parallel_group_ranks = lambda: ranks
+
+
+class Partitioner:
+    """Stage 3: splits the parameters of a model part by part, while it is being built.
+
+    DeepSpeed's ``zero.Init`` as a context would split a parameter when its module is made, before
+    it has its initial value.
+
+    Args:
+        unit: the groups; parameters are split over their data-parallel one.
+    """
+
+    def __init__(self, unit: ModelParallelUnit) -> None:
+        self._unit = unit
+        self._init: Any = None
+
+    def __call__(self, part: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
+        """Keep this rank's share of every parameter of ``part``, on the device that stage 3 wants.
+
+        Args:
+            part: a module whose parameters are whole and the same on all data-parallel ranks.
+            settings: DeepSpeed's configuration.
+            dtype: of the parameters.
+        """
+        import deepspeed
+
+        if self._init is not None:
+            self._init._convert_to_zero_parameters(part.parameters())
+            return
+        deepspeed.init_distributed(dist_init_required=False)
+        self._init = deepspeed.zero.Init(
+            module=part,
+            data_parallel_group=self._unit.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            dtype=dtype,
+            mpu=self._unit,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +223,19 @@ def summed_gradient(parameter: Tensor) -> Tensor:
     """The gradient summed over micro-batches, before the data-parallel reduction (stage 1)."""
     high_precision = getattr(parameter, "_hp_grad", None)
     return parameter.grad if high_precision is None else high_precision
+
+
+def destroy(engine: Any) -> None:
+    """Let go of a DeepSpeed engine's memory.
+
+    Its own ``destroy`` leaves methods on every parameter that are bound to that parameter, and
+    stage 3's modules in a cache of the class; so the parameters are emptied.
+    """
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    for parameter in parameters:
+        vars(parameter).clear()
+        parameter.data = parameter.data.new_empty(0)
 
 
 def forget_groups() -> None:

@@ -122,6 +122,13 @@ class MegatronEngine(ScheduledEngine):
             mcore_compat.set_adam_step(optimizer.optimizer, step)
         self._clear_gradients()
 
+    def close(self) -> None:
+        """Free the memory of model and optimizer."""
+        # Weights in fp32 lead from the optimizer to DDP's hooks, and the configuration back to it.
+        self.optimizer = self.model_config.grad_scale_func = None
+        for chunk in self.chunks:
+            mcore_compat.release_hooks(chunk)
+
     def _gather_weights(self) -> None:
         """Finish what ``overlap_param_gather`` leaves to the next forward pass."""
         if self._gathers_late:

@@ -1,5 +1,6 @@
 """What all engines share: this rank's model chunks, and Megatron's schedules that drive them."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,13 +45,18 @@ class ScheduledEngine:
             deterministic=config.run.deterministic,
             **config.memory.model_dump(),
         )
-        self.models = build_model(self.model_config, layout.groups, config.run.seed)
+        self.models = build_model(
+            self.model_config, layout.groups, config.run.seed, self._finish_part
+        )
         for model in self.models:
             for _, parameter, pieces in named_pieces(model):
                 parameter.no_weight_decay = not decays(pieces[0].name, config.optimizer.decay)
         self.chunks: list[nn.Module] = list(self.models)
         self.num_parameters = self._count_parameters()
         self._forward_backward = get_forward_backward_func()
+
+    def _finish_part(self, part: nn.Module) -> None:
+        """Called with an embedding, layer or head that has its initial values; see build_model."""
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """Loss over this replica's batches without gradients, summed over all replicas."""
@@ -119,9 +125,10 @@ class ScheduledEngine:
     def _count_parameters(self) -> int:
         """Parameters of the whole model, counted from what all ranks hold."""
         mine = sum(
-            parameter.numel()
+            math.prod(piece.shape)
             for model in self.models
-            for _, parameter, _ in named_pieces(model)
+            for _, parameter, pieces in named_pieces(model)
+            for piece in pieces
             if self._is_owner(parameter)
         )
         count = torch.tensor(mine, dtype=torch.int64, device=self.layout.device)

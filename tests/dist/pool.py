@@ -54,20 +54,20 @@ class Pool:
                 self._stop()
                 raise AssertionError(f"rank {rank} died, exit code {process.exitcode}") from None
             if not ok:
-                value = self._cause(value, workers)
+                rank, value = self._cause(rank, value, workers)
                 self._stop()  # the others may hang in a collective
                 raise AssertionError(f"rank {rank} of {ranks} failed:\n{value}")
             results.append(value)
         return results
 
-    def _cause(self, first: str, workers: list[Any]) -> str:
-        """The traceback of a rank that did not merely lose its connection to another one."""
-        for _, pipe in workers:
+    def _cause(self, rank: int, value: str, workers: list[Any]) -> tuple[int, str]:
+        """Rank and traceback of one that did not merely lose its connection to another one."""
+        for other, (_, pipe) in enumerate(workers):
             with contextlib.suppress(EOFError):
-                if "Connection closed by peer" in first and pipe.poll(2):
-                    ok, value = pipe.recv()
-                    first = first if ok else value
-        return first
+                if "Connection closed by peer" in value and pipe.poll(2):
+                    ok, said = pipe.recv()
+                    rank, value = (rank, value) if ok else (other, said)
+        return rank, value
 
     def _stop(self) -> None:
         for process, pipe in self._workers:

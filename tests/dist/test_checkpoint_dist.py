@@ -138,6 +138,7 @@ def fail_on_one_rank(rank, world, folder):
     save_module.write_safetensors = real
     assert candidates_together(folder)[0] == good
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
+    dist.barrier()  # the next attempt has a folder, for which a slow rank should not look here
 
     # pieces of two ranks that overlap, and a tensor that only one rank finds missing
     for chunk_here, words in (

@@ -69,6 +69,21 @@ def test_a_stop_between_two_lines_of_the_log(pool, shards, tmp_path, whole):
     assert log(tmp_path) == {step: whole[step] for step in (1, 5, 8, 10, 15, 20, 24)}
 
 
+@pytest.mark.parametrize("key", ["run", "checkpoint"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(
+    pool, shards, tmp_path, key
+):
+    """Not at the first save, which may be hours away."""
+    (tmp_path / "file").write_text("")
+    raw = tiny_run(tmp_path, shards)
+    raw.setdefault(key, {})["dir"] = str(tmp_path / "file" / "x")
+    answers = pool(2, train, raw)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"writing to {'run.dir=' if key == 'run' else ''}{tmp_path}/file/")
+    assert "Not a directory" in answers[0] and f"use another {key}.dir" in answers[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_nothing_starts_anew_where_all_checkpoints_are_damaged(pool, shards, tmp_path):
     raw = tiny_run(tmp_path, shards, run__steps=4)
     assert pool(2, train, raw) == [0, 0]

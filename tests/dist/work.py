@@ -12,8 +12,8 @@ from pretrain.checkpoint import Chunk, load_checkpoint, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
-from pretrain.engines import scheduled
 from pretrain.engines.base import Engine
+from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.pieces import named_pieces
 
@@ -101,12 +101,13 @@ def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
     """The engine on this rank's layout, with perturbed weights."""
     layout = layouts.start(config)
 
-    def build(*args):
-        models = build_model(*args)
-        perturb(models)
-        return models
+    original = build.initialize
 
-    with mock.patch.object(scheduled, "build_model", build):
+    def initialize(part, *args):
+        original(part, *args)
+        perturb([part])
+
+    with mock.patch.object(build, "initialize", initialize):
         return engine_of(config, layout), layout
 
 
@@ -275,6 +276,10 @@ def refused_split(path: str) -> str:
     return ""
 
 
+def _first_moments(engine: Engine) -> list[Chunk]:
+    return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]
+
+
 def first_moments(config: RunConfig, mask: bool = True) -> list[Chunk]:
     """Adam's first moment after one step: without clipping the gradient times 1 - beta1.
 
@@ -285,10 +290,34 @@ def first_moments(config: RunConfig, mask: bool = True) -> list[Chunk]:
     engine, layout = make_engine(config)
     batches = global_batch(config, 0)
     if not mask:
-        batches = [replace(b, loss_mask=torch.ones_like(b.loss_mask)) for b in batches]
+        batches = list(map(unmasked, batches))
     engine.forward_backward(batches[layout.dp_rank :: layout.dp_size])
     assert not engine.step(config.optimizer.lr).skipped
-    return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]
+    return _first_moments(engine)
+
+
+def unmasked(batch: Batch) -> Batch:
+    """The batch with every token counted."""
+    return replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+
+
+def first_moments_one_by_one(config: RunConfig) -> list[Chunk]:
+    """``first_moments(config, mask=False)`` of one replica, micro-batches added up here in fp64.
+
+    Each has a step of its own, which starts from a moment of zero and changes no weight.
+    """
+    engine, layout = make_engine(config)
+    assert layout.dp_size == 1
+    moments = _first_moments(engine)
+    totals = [torch.zeros_like(chunk.tensor, dtype=torch.float64) for chunk in moments]
+    batches = list(map(unmasked, global_batch(config, 0)))
+    for batch in batches:
+        torch._foreach_zero_([chunk.tensor for chunk in moments])
+        engine.forward_backward([batch])
+        assert not engine.step(0.0).skipped
+        for total, chunk in zip(totals, moments, strict=True):
+            total += chunk.tensor / len(batches)
+    return [replace(c, tensor=total) for c, total in zip(moments, totals, strict=True)]
 
 
 def train_around_a_bad_step(config: RunConfig) -> tuple[list[bool], bool, Any]:
