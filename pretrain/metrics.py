@@ -77,12 +77,14 @@ def describe(values: Mapping[str, Any]) -> str:
     """Metrics as one short readable line: `loss 4.31  valid_loss 4.40  lr 1.0e-03 ...`."""
     words = []
     for key, value in values.items():
-        if key in ("step", "tokens"):
+        if key in ("step", "tokens", "checkpoint_stall_seconds"):  # a message says the last
             continue
         if not isinstance(value, float):
             words.append(f"{key} {value}")
         elif key == "lr":
             words.append(f"{key} {value:.2e}")
+        elif key == "tflops":
+            words.append(f"{key} {value:.3g}")
         elif key.endswith("_per_second"):
             words.append(f"{key.removesuffix('_per_second')}/s {value:,.0f}")
         else:
@@ -195,8 +197,9 @@ class MetricLogger:
             if short:
                 self._bar.set_postfix_str(describe(short), refresh=True)
             return
-        seconds = time.monotonic() - self._started
-        self.message(f"step {step}/{self._total}  {describe(values)}  ({seconds:.0f} s)")
+        text, seconds = describe(values), time.monotonic() - self._started
+        if text:
+            self.message(f"step {step}/{self._total}  {text}  ({seconds:.0f} s)")
 
     def close(self) -> None:
         """Finish the files and the bar; further calls do nothing."""

@@ -110,6 +110,7 @@ class Run:
             asynchronous=options.asynchronous,
         )
         self.state, cursor = self._resume()
+        self._check_writable()
         self.loader = TrainLoader(
             self.data,
             data.ramp,
@@ -128,9 +129,6 @@ class Run:
     def train(self, until: int | None = None) -> int:
         """The loop; see the module. ``until``: stop after this step, as if asked to."""
         config, steps = self.config, self.config.run.steps
-        if self.layout.is_main:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.dir / CONFIG_FILE)
         with (
             self.loader,
             MetricLogger(
@@ -162,7 +160,8 @@ class Run:
                     self.saver.wait()
                 self._tell_saved(metrics)
                 if stopping and not last:
-                    metrics.message(f"stopped after step {step}; run again to continue")
+                    if self.stop.requested:
+                        metrics.message(f"stopped after step {step}; run again to continue")
                     return EXIT_RESUMABLE
             assert saved == self.state.step
         self._summarize()
@@ -285,6 +284,15 @@ class Run:
                 "them away to start anew"
             )
         return TrainState(), DataCursor(0)
+
+    def _check_writable(self) -> None:
+        """Write the configuration and try out the checkpoint folder, before any step is done."""
+        self.saver.ranks.first(
+            f"writing to run.dir={self.dir}",
+            lambda: save_config(self.config, self.dir / CONFIG_FILE),
+            "; use another run.dir",
+        )
+        self.saver.check_writable()
 
     def _check_same_run(self, path: Location, saved: Manifest) -> None:
         """Refuse a checkpoint of another model, data, tokenizer, or of a longer run."""

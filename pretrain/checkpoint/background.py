@@ -10,6 +10,7 @@ pinning and first touching memory cost more than the copy itself.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
 from pretrain.errors import UserError
 from xlstm_mcore.ckpt_reader import Chunk
-from xlstm_mcore.storage import Location, location
+from xlstm_mcore.storage import Location, location, make_folder, put, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,23 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._finished: FinishedSave | None = None
+
+    def check_writable(self) -> None:
+        """Make and remove a folder with an empty file, on every rank, as a save does.
+
+        Raises:
+            CheckpointError: a rank cannot; a run that found out at its first save would have lost
+                the steps until then.
+        """
+
+        def try_out() -> None:
+            attempt = self.folder / f".write-test-{self.ranks.rank}-{secrets.token_hex(4)}"
+            make_folder(attempt)
+            put(attempt / "file", b"")
+            remove_folder(attempt)
+
+        what, remedy = f"writing to {self.folder}", "; use another checkpoint.dir, or run.dir"
+        self.ranks.together(what, try_out, remedy)
 
     def save(
         self,

@@ -4,6 +4,7 @@ from collections import Counter
 
 from pretrain.config.checks import data_parallel_size
 from pretrain.config.schema import RunConfig
+from pretrain.engines import support
 from xlstm_mcore.flops import forward_flops, state_bytes, training_flops
 from xlstm_mcore.pattern import LETTERS, parse_pattern
 from xlstm_mcore.presets import count_parameters
@@ -11,6 +12,22 @@ from xlstm_mcore.presets import count_parameters
 
 def _million(count: int) -> str:
     return f"{count:,} ({count / 1e6:.2f} M)"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.2f} kB"
+
+
+def _engine(config: RunConfig) -> str:
+    engine = config.engine
+    words = [engine.name, config.optimizer.name, f"ZeRO stage {engine.zero_stage}"]
+    if engine.offload != "none":
+        words.append(f"offload of {engine.offload}")
+    on_gpus = zip(support.OVERLAP_AXES, support.overlaps(config, "nccl"), strict=False)
+    overlapped = [axis for axis, wanted in on_gpus if wanted]
+    if overlapped:
+        words.append(f"{' and '.join(overlapped)} with NCCL")
+    return ", ".join([*words, engine.precision])
 
 
 def describe_run(config: RunConfig, world_size: int | None = None) -> str:
@@ -43,7 +60,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"training FLOPs    {training:.3e} per token, {training * config.tokens_per_step:.3e} "
         f"per step",
         f"  forward         {shares}",
-        f"generation state  {state / 1e6:,.2f} MB per sequence"
+        f"generation state  {_bytes(state)} per sequence"
         f"{f' of {data.seq_len} tokens' if grows else ', whatever its length'}",
         f"tokens per step   {config.tokens_per_step:,} "
         f"({data.global_batch} rows of {data.seq_len})",
@@ -62,9 +79,8 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
             "per step"
         )
     lines += [
-        f"engine            {config.engine.name}, ZeRO stage {config.engine.zero_stage}, "
-        f"{config.engine.precision}",
+        f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",
-        f"data              {data.path}",
+        f"data              {', '.join(s.path for s in data.mixture)}",
     ]
     return "\n".join(lines)

@@ -30,6 +30,9 @@ FIELDS: dict[str, FieldInfo] = {
 }
 
 
+_SWITCH_WORDS = ("true", "false", "yes", "no", "1", "0", "null", "none")
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
 
@@ -56,7 +59,7 @@ def _values_taken(key: str) -> int | None:
         return None
     if get_origin(field.annotation) is tuple:
         return len(get_args(field.annotation))
-    return 0 if field.annotation is bool else 1
+    return 0 if field.annotation in (bool, bool | None) else 1
 
 
 def list_fields() -> dict[str, FieldInfo]:
@@ -110,7 +113,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if equals:
             values = value.strip("[]()").split(",") if (taken or 1) > 1 else [value]
         elif taken == 0:
-            is_value = bool(queue) and queue[0].lower() in ("true", "false", "yes", "no", "1", "0")
+            is_value = bool(queue) and queue[0].lower() in _SWITCH_WORDS
             values = [queue.pop(0)] if is_value else ["true"]
         else:
             values = []
@@ -118,7 +121,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
                 values.append(queue.pop(0))
             if taken is not None and len(values) < taken:
                 wanted = "a value" if taken == 1 else f"{taken} values"
-                raise ConfigError(f"--{key} needs {wanted}; write --{key} " + "VALUE " * taken)
+                raise ConfigError(f"--{key} needs {wanted}; write --{key}" + " VALUE" * taken)
         texts = [text.strip() for text in values]
         if (taken or 1) > 1:
             overrides[key] = texts

@@ -202,6 +202,15 @@ def test_help_with_a_run_file_lists_every_key_with_its_value(run_file, capsys):
     assert "77" in out
 
 
+def test_check_prints_what_overlaps_and_every_source(capsys):
+    sources = ["data.sources=[{name: a, path: here, weight: 1}, {name: b, path: there, weight: 1}]"]
+    words = [f"--{word}" for word in ("data.path=null", *sources)]
+    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml", *words]) == 0
+    text = capsys.readouterr().out
+    assert "adamw, ZeRO stage 1, overlap_grad_reduce and overlap_param_gather with NCCL" in text
+    assert "data              here, there" in text
+
+
 def test_check_prints_flops_and_the_state(capsys):
     assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml"]) == 0
     text = capsys.readouterr().out

@@ -268,6 +268,18 @@ def test_overrides_win_over_the_file(tmp_path):
     assert load_config(path, {"optimizer.lr": 3e-4}).optimizer.lr == 3e-4
 
 
+def test_switches_that_may_be_left_open(tmp_path):
+    path = write(tmp_path / "run.yaml", raw())
+    words = ["--engine.overlap_grad_reduce", "--engine.no-overlap-param-gather"]
+    engine = load_config(path, words).engine
+    assert (engine.overlap_grad_reduce, engine.overlap_param_gather) == (True, False)
+    words = ["--engine.overlap_grad_reduce", "null", "--run.steps", "7"]
+    assert load_config(path, words).engine.overlap_grad_reduce is None
+    assert load_config(path, override_option("engine.overlap_grad_reduce", None)) == load_config(
+        path
+    )
+
+
 def test_problems_of_file_and_command_line_come_together(tmp_path):
     path = write(tmp_path / "run.yaml", raw(optimizer__lr=-1))
     with pytest.raises(ConfigError) as caught:
