@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from data_prep.encode import EncodeTask, ShardPart, ShardRecord, encode_shard, l
 from data_prep.errors import PrepError
 from data_prep.files import absolute, expand_inputs, file_stamp
 from data_prep.parallel import available_cpus, run_tasks
-from data_prep.plan import DROPPED, CorpusPlan, ShardPlan, corpus_digest, plan_corpus
+from data_prep.plan import DROPPED, Corpus, CorpusPlan, ShardPlan, corpus_digest, plan_corpus
 from data_prep.progress import Progress, say
 from data_prep.scan import (
     FileScan,
@@ -47,17 +46,6 @@ from data_prep.summary import Finished, report, write_result
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 _LEDGER_NAME = "build.json"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The input files of a build with all that is decided about them."""
-
-    files: list[InputFile]
-    stamps: list[list]
-    scans: list[FileScan]
-    plan: CorpusPlan
-    digest: str
 
 
 def build(config: BuildConfig) -> Manifest | None:

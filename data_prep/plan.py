@@ -57,6 +57,17 @@ class CorpusPlan:
     """File of one byte per document, file after file."""
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """The input files of a build with all that is decided about them."""
+
+    files: list[InputFile]
+    stamps: list[list]
+    scans: list[FileScan]
+    plan: CorpusPlan
+    digest: str
+
+
 def corpus_digest(files: list[InputFile], scans: list[FileScan]) -> str:
     """SHA-256 over the texts in order and the sources they belong to: the corpus' identity."""
     parts = [[file.source, scan.digest] for file, scan in zip(files, scans, strict=True)]

@@ -7,12 +7,14 @@ import json
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from data_prep.config import BuildConfig
 from data_prep.encode import BINS_PER_OCTAVE, ShardRecord
 from data_prep.files import provenance_notes
+from data_prep.plan import Corpus
 from data_prep.progress import say
 from data_prep.shards import (
     MANIFEST_NAME,
@@ -22,11 +24,7 @@ from data_prep.shards import (
     write_atomic,
     write_manifest,
 )
-
-if TYPE_CHECKING:
-    from data_prep.build import Corpus
-    from data_prep.config import BuildConfig
-    from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer
 
 SPLIT_NAMES = ("train", "valid")
 TOTALS = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
