@@ -232,7 +232,7 @@ def _explain(rank: int, workers: Workers) -> None:
         last = lines[-1:] or ["(no output)"]
         print(f"{ended}: {last[0]}\n(all of it: {log})", file=sys.stderr)
         return
-    print(f"{ended}; its output ({log}) ends:", file=sys.stderr)
+    print(f"{ended}; its output ({log}) {'ends:' if lines else 'is empty'}", file=sys.stderr)
     for line in lines[-TAIL_LINES:]:
         print(f"[rank {rank}] {line}", file=sys.stderr)
 

@@ -31,8 +31,8 @@ from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
 from pretrain.schedule import make_schedule
 from pretrain.signals import StopSignal, any_rank
+from pretrain.speed import Efficiency, Speed
 from xlstm_mcore import cpu_runtime
-from xlstm_mcore.flops import peak_tflops, training_flops
 from xlstm_mcore.storage import Location
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class Run:
             ),
             **place,
         )
-        self._speed = _Speed()
-        self._efficiency = _Efficiency(config, layout)
+        self._speed = Speed()
+        self._efficiency = Efficiency(config, layout)
 
     def train(self, until: int | None = None) -> int:
         """The loop; see the module. ``until``: stop after this step, as if asked to."""
@@ -206,11 +206,15 @@ class Run:
         finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
         if finite or not self.config.guard.stop_on_nonfinite:
             return
+        options = self.config.optimizer
+        remedy = f"lower optimizer.lr={options.lr}"
+        if options.clip_grad == 0:
+            remedy += ", or clip gradients: optimizer.clip_grad=0 never does"
+        good = self.saver.last_good
         raise DivergedError(
             f"step {self.state.step + 1}: loss {loss.mean}, gradient norm {grad_norm}: not finite, "
-            f"so the update was not applied and the run stops (guard.stop_on_nonfinite=true); the "
-            f"checkpoints in {self.dir} are from before. Lower optimizer.lr="
-            f"{self.config.optimizer.lr} or optimizer.clip_grad={self.config.optimizer.clip_grad}"
+            "so the update was not applied and the run stops (guard.stop_on_nonfinite=true); "
+            f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; {remedy}"
         )
 
     def _evaluate(self, metrics: MetricLogger) -> None:
@@ -333,7 +337,8 @@ class Run:
         shape = config.layout
         metrics.message(
             f"xLSTM {config.model.pattern}, {self.engine.num_parameters:,} parameters, "
-            f"{config.engine.precision}; {layout.world_size} processes on {layout.device.type} "
+            f"{config.engine.precision}; {config.engine.name} engine, ZeRO stage "
+            f"{config.engine.zero_stage}, {layout.world_size} processes on {layout.device.type} "
             f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
             f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
             f"{config.tokens_per_step:,} tokens per step, {self.data.num_rows:,} rows"
@@ -367,38 +372,3 @@ class Run:
         temporary = self.dir / f"{SUMMARY_FILE}.tmp"
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.dir / SUMMARY_FILE)
-
-
-class _Speed:
-    """Tokens per second since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds = 0, 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """Count one step."""
-        self._tokens += tokens
-        self._seconds += seconds
-
-    def take(self) -> float:
-        """The mean speed of the counted steps; starts counting anew."""
-        speed = self._tokens / max(self._seconds, 1e-9)
-        self._tokens, self._seconds = 0, 0.0
-        return speed
-
-
-class _Efficiency:
-    """What a speed means per process: model TFLOP/s, and their share of the device's peak."""
-
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self._tflop_per_token = (
-            training_flops(config.model, config.data.seq_len) / 1e12 / layout.world_size
-        )
-        self._peak = config.logging.peak_tflops
-        if self._peak is None and config.engine.precision == "bf16":
-            self._peak = peak_tflops(cpu_runtime.device_name())
-
-    def of(self, tokens_per_second: float) -> dict[str, float]:
-        """`tflops` per process, and `mfu` where the device's peak is known."""
-        tflops = tokens_per_second * self._tflop_per_token
-        return {"tflops": tflops} | ({"mfu": tflops / self._peak} if self._peak else {})

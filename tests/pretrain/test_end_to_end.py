@@ -289,3 +289,5 @@ class TestMisuse:
             code=2,
         )
         assert "not finite" in message and "Traceback" not in message
+        assert "there is no checkpoint yet" in message
+        assert "lower optimizer.lr=1e+25, or clip gradients" in message
