@@ -1,6 +1,12 @@
 """Options of the whole suite."""
 
+import signal
 import zlib
+
+# A shell ignores Ctrl-C for what it starts in the background, and every child would inherit that;
+# some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
