@@ -3,10 +3,14 @@
 import signal
 import zlib
 
-# A shell ignores Ctrl-C for what it starts in the background, and every child would inherit that;
-# some tests send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal too, and
+# so would all its children; some tests send both.
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 def pytest_addoption(parser):
