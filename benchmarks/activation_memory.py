@@ -18,8 +18,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.config import load_config
-from xlstm_mcore.block import XLSTMLayer, layer_spec
-from xlstm_mcore.build import make_config, single_process_groups
+from xlstm_mcore.build import make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.recompute import MODES, count_saved
 
 

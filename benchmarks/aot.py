@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.assembly import Listing, LoopCount
 from benchmarks.latency import step_floor, step_walk
-from xlstm_kernels.aot import Variant
+from xlstm_kernels.common.aot import Variant
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def quietly(function, *arguments, **more):
 
 def make_corpus(folder: Path, inputs: list[str], megabytes: float) -> Path:
     """The first documents of the inputs, in one jsonl of about so many megabytes of text."""
-    from data_prep.collect import collect
-    from data_prep.readers import read_documents
+    from data_prep.sources.readers import read_documents
+    from data_prep.tools.collect import collect
 
     quietly(collect, folder / "all", inputs, min_mb=0)
     path, size = folder / "corpus.jsonl", 0
@@ -70,7 +70,7 @@ def build_config(corpus: Path, tokenizer: Path, out: Path, **more):
 
 def ours(corpus: Path, tokenizer: Path, out: Path) -> None:
     """A whole build in this process."""
-    from data_prep.build import build
+    from data_prep.build.build import build
 
     quietly(build, build_config(corpus, tokenizer, out))
 
@@ -96,8 +96,8 @@ def peer(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 def ids_of_shards(out: Path) -> list[np.ndarray]:
     """The documents of our shards in order, with bos and eos."""
-    from data_prep.repack import stored_documents
-    from data_prep.shards import load_manifest
+    from data_prep.tools.repack import stored_documents
+    from xlstm_io.shards.manifest import load_manifest
 
     manifest = load_manifest(out)
     entries = manifest.shards("train")
@@ -245,9 +245,9 @@ def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
     """What of a build's CPU time is not tokenizing."""
     import sentencepiece
 
-    import data_prep.build
-    from data_prep import scan
-    from data_prep.tokenizer import SentencePieceTokenizer
+    import data_prep.build.build
+    from data_prep.build.build import scan
+    from xlstm_io.tokenizer.encode import SentencePieceTokenizer
 
     spent = {"tokenize": 0.0, "scan": 0.0, "shards": 0.0}
 
@@ -264,7 +264,7 @@ def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
     places = [
         ("tokenize", SentencePieceTokenizer, "encode"),
         ("scan", scan, "scan_file"),
-        ("shards", data_prep.build, "encode_shard"),
+        ("shards", data_prep.build.build, "encode_shard"),
     ]
     kept = [(owner, name, getattr(owner, name)) for _, owner, name in places]
     try:
@@ -289,9 +289,9 @@ def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
 
 def packing(folder: Path, corpus: Path, tokenizer: Path) -> None:
     """Padding, cut documents and the overhead of tars."""
-    from data_prep.build import build
-    from data_prep.repack import repack
-    from data_prep.shards import BlockIndex
+    from data_prep.build.build import build
+    from data_prep.tools.repack import repack
+    from xlstm_io.shards.shard import BlockIndex
 
     whole = quietly(build, build_config(corpus, tokenizer, folder / "p"))
     for name in ("concat", "best_fit"):
@@ -317,7 +317,7 @@ def packing(folder: Path, corpus: Path, tokenizer: Path) -> None:
 
 def scaling(folder: Path, corpus: Path, tokenizer: Path, rounds: int) -> None:
     """Wall clock of the second pass with one process and with two."""
-    from data_prep.build import build
+    from data_prep.build.build import build
 
     few = folder / "few.jsonl"
     with open(corpus) as file:
@@ -346,7 +346,7 @@ _PEAK = """
 import contextlib, io, sys
 sys.path.insert(0, sys.argv[1])
 from benchmarks.data_prep import build_config
-from data_prep.build import build
+from data_prep.build.build import build
 with contextlib.redirect_stdout(io.StringIO()):
     build(build_config(*sys.argv[2:5], shard_mb=1, packing="best_fit"))
 with open("/proc/self/status") as file:  # ru_maxrss would tell the parent's peak
@@ -384,7 +384,7 @@ def main() -> None:
     parser.add_argument("--datatrove-python", metavar="PY", help="a Python that has datatrove")
     parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     arguments = parser.parse_args()
-    from data_prep.tokenizer_training import train_tokenizer
+    from data_prep.tools.train_tokenizer import train_tokenizer
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.anchors import ANCHOR_TABLE
 from benchmarks.aot import DEVICES, Resources, examine, write_json
-from xlstm_kernels.aot import TARGETS, Variant, find_variants
+from xlstm_kernels.common.aot import TARGETS, Variant, find_variants
 
 SEED, SAMPLE, SAMPLED_SETTINGS = 2405, 24, ("7b", "125m")
 MOST_LAUNCHES, LEAST_FLIGHT = 6, 20_000  # forward + backward at 7B; bytes per SM

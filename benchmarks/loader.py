@@ -52,8 +52,8 @@ def make_plan(root: str | Path, seq_len: int, shuffle: str = "row", window: int 
 
 def read(plan, rows: int, consumed: int = 0, workers: int = 0) -> float:
     """CPU seconds of this process for ``rows`` rows as batches."""
+    from pretrain.config.ramp import BatchRamp
     from pretrain.data import TrainLoader
-    from pretrain.ramp import BatchRamp
 
     start = time.process_time()
     options = dict(micro_batch=MICRO_BATCH, consumed_samples=consumed, workers=workers)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
 
 TRAINED, BEYOND = 40, 256
 VOCAB = 8  # 0 and 1 are the bits read, 2 and 3 the answers

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from xlstm_kernels import slstm_scan
-from xlstm_kernels.select import BACKENDS
+from xlstm_kernels.common.backends import BACKENDS
 
 LOOP = "torch loop, autograd"
 

@@ -8,15 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import (
-    Block,
-    Manifest,
-    ShardWriter,
-    default_block_rows,
-    index_path,
-    token_dtype,
-    write_manifest,
-)
+from xlstm_io.shards.manifest import Manifest, write_manifest
+from xlstm_io.shards.rows import Block, token_dtype
+from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
 
 _EMPTY = np.empty(0, np.uint32)
 

@@ -8,8 +8,8 @@ runs: the Megatron engine in one process, gradient clipping included. transforme
 native path; pip xlstm (tests/peers.txt, an environment of its own) runs its native backends. Every
 model lives in a process of its own; they take turns, one step at a time, so that a busy machine
 hits them alike. Medians over rounds. The share of the matrix limit is the model's FLOPs
-(xlstm_mcore/flops.py) in the step's time, over what a product of two 1024 x 1024 matrices reaches
-here in the same minute.
+(sizes/flops.py) in the step's time, over what a product of two 1024 x 1024 matrices reaches here in
+the same minute.
 
 Goals: 1.25x transformers' tokens/s; 2x pip xlstm's for classic [1:0], 3x for [3:1].
 """
@@ -288,7 +288,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict:
 def report(model: str, data: dict, arguments: argparse.Namespace) -> None:
     """Print one model's table."""
     from pretrain.config.schema import ModelConfig
-    from xlstm_mcore.flops import training_flops
+    from xlstm_mcore.sizes.flops import training_flops
 
     settings = ModelConfig(
         pattern=PATTERNS[model], hidden_size=HIDDEN, num_heads=HEADS, vocab_size=VOCAB

@@ -7,7 +7,7 @@
 A step is what the trainer runs in bf16: forward, backward, clipping and update on random tokens.
 The run files are the ones in pretrain/configs. The 7B does not fit one GPU with its optimizer, so a
 single process trains its widths with 4 of 32 blocks: its MFU compares, its tokens/s do not. MFU is
-the model's FLOPs (xlstm_mcore/flops.py, nothing for recomputation) over the device's dense bf16
+the model's FLOPs (sizes/flops.py, nothing for recomputation) over the device's dense bf16
 peak. Published: arXiv 2503.13427, table 2, 128 H100; the paper gives tokens/s, and the MFU follows
 from the same count of FLOPs.
 
@@ -30,8 +30,8 @@ from pretrain import layout as layouts
 from pretrain.config import RunConfig, config_from_dict
 from pretrain.data import Batch
 from pretrain.engines import make_engine
-from xlstm_mcore import cpu_runtime
-from xlstm_mcore.flops import peak_tflops, training_flops
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.sizes.flops import peak_tflops, training_flops
 
 CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
 

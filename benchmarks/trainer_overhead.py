@@ -3,7 +3,7 @@
     python -m benchmarks.trainer_overhead [--steps 60] [--quick]
 
 The demo's own configuration (pretrain/configs/cpu_demo.yaml: two processes, logging and TensorBoard
-as there) trains through `pretrain.train.Run`; rank 0 times each part of the loop. The model is
+as there) trains through `pretrain.trainer.Run`; rank 0 times each part of the loop. The model is
 `engine.forward_backward` and `engine.step`; everything else between two steps' starts is overhead:
 loader, verdict, logging, agreement on signals (with the wait for the other rank), the stall of a
 checkpoint, and what is left. A part's cost per step is its median where it happens times how often
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic_shards import write_shards
+from pretrain.commands.launch import run_workers
 from pretrain.config import RunConfig, load_config
-from pretrain.launch import run_workers
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "pretrain" / "configs" / "cpu_demo.yaml"
@@ -83,7 +83,7 @@ class Clock:
 def worker(config: RunConfig) -> int:
     """Train as the trainer does, one rank of the run; rank 0 writes the seconds of every step."""
     from pretrain import layout as layouts
-    from pretrain import train
+    from pretrain import trainer as train
     from pretrain.data import TrainLoader
     from pretrain.metrics import MetricLogger
     from pretrain.signals import StopSignal

@@ -1,4 +1,4 @@
 """Raw corpora -> tokenizer -> packed WebDataset shards with a manifest; verify, inspect, baselines.
 
-``data_prep.shards`` owns the format and is the only module that the trainer imports.
+``xlstm_io.shards`` owns the format, which is all that the trainer knows of this package.
 """

@@ -17,19 +17,18 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from data_prep.baselines import baselines
-from data_prep.build import build
-from data_prep.collect import collect
+from data_prep.build.build import build
 from data_prep.config import BuildConfig, SourceConfig
-from data_prep.errors import Interrupted, PrepError
-from data_prep.inspection import describe, show_row
-from data_prep.merge import merge
-from data_prep.progress import say
-from data_prep.readers import Fields, TextSplit
-from data_prep.repack import repack
-from data_prep.shards import ShardFormatError
-from data_prep.tokenizer_training import adopt_tokenizer, train_tokenizer
-from data_prep.verify import verify
+from data_prep.jobs.progress import say
+from data_prep.sources.readers import Fields, TextSplit
+from data_prep.tools.collect import collect
+from data_prep.tools.inspect_shards import describe, show_row
+from data_prep.tools.merge import merge
+from data_prep.tools.ngram_baselines import baselines
+from data_prep.tools.repack import repack
+from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
+from data_prep.tools.verify import verify
+from xlstm_io.errors import Interrupted, PrepError, ShardFormatError
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 75
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from data_prep.filters import TextFilters
-from data_prep.readers import Fields, TextSplit
+from data_prep.sources.filters import TextFilters
+from data_prep.sources.readers import Fields, TextSplit
 
 
 class SourceConfig(BaseModel):

@@ -18,7 +18,7 @@ from pretrain.config import (
     override_option,
     split_overrides,
 )
-from pretrain.errors import (
+from xlstm_io.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_SECOND_INTERRUPT,
@@ -148,13 +148,13 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    from pretrain.train import main
+    from pretrain.trainer import main
 
     return main(config)
 
 
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.launch import launch
+    from pretrain.commands.launch import launch
 
     return launch(options.config, config, _positive_nproc(options), overrides)
 
@@ -162,17 +162,17 @@ def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]
 def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         check_world(config, int(os.environ["WORLD_SIZE"]))
-        from pretrain.selftest import main
+        from pretrain.commands.self_test import main
 
         return main(config, options.steps)
-    from pretrain.launch import launch
+    from pretrain.commands.launch import launch
 
     words = [*overrides, "--steps", str(options.steps)]
     return launch(options.config, config, _positive_nproc(options), words, command="self-test")
 
 
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.config.describe import describe_run
+    from pretrain.commands.check import describe_run
 
     nproc = _positive_nproc(options)
     if nproc is not None:
@@ -182,20 +182,20 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.evaluate import main
+    from pretrain.commands.evaluate import main
 
     return main(options.checkpoint, config)
 
 
 def _show(options: argparse.Namespace) -> int:
-    from pretrain.checkpoint import show
+    from pretrain.commands.show import show
 
     print(show(options.checkpoint))
     return EXIT_DONE
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from pretrain.generate import main
+    from pretrain.commands.generate import main
 
     return main(
         options.checkpoint,
@@ -210,13 +210,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pretrain.report import main
+    from pretrain.commands.report import main
 
     return main(options.run_dir, baselines=options.baselines)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from pretrain.demo import main
+    from pretrain.commands.demo import main
 
     return main(
         model=options.model,

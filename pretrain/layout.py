@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from xlstm_mcore import cpu_runtime, mcore_compat
+from xlstm_mcore.megatron import compat, cpu_runtime
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Layout:
         place = self.groups.dp_cp.rank()
         base = (seed * 1_000_003 + step * 8191 + place * 131) % (2**31)
         torch.manual_seed(base)
-        mcore_compat.seed_parallel(base)
+        compat.seed_parallel(base)
 
     def sum(self, *values: float) -> list[float]:
         """Sums of numbers over all processes (fp64)."""
@@ -118,7 +118,7 @@ def start(config: Any) -> Layout:
     Raises:
         ConfigError: the number of processes does not fit the layout.
     """
-    from .config import check_world
+    from pretrain.config import check_world
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(config, world_size)

@@ -17,6 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.config import RunConfig
+from pretrain.layout import Layout
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.sizes.flops import peak_tflops, training_flops
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 BAR_WIDTH = 160
@@ -213,42 +218,36 @@ class MetricLogger:
         self._file.close()
 
 
-def plot_loss(
-    metrics_path: str | os.PathLike,
-    out_path: str | os.PathLike,
-    baselines: Mapping[str, float] | None = None,
-) -> None:
-    """Draw training and validation loss over steps as a PNG.
+class Speed:
+    """Tokens per second since the last time it was asked."""
 
-    baselines: name -> nats per token, drawn as horizontal lines. Raises FileNotFoundError if
-    there are no metrics, ValueError if they hold no loss.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
 
-    records = read_metrics(metrics_path)
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self._tokens += tokens
+        self._seconds += seconds
 
-    def points(key: str) -> tuple[list[float], list[float]]:
-        found = [r for r in records if r.get(key) is not None]
-        return [r["step"] for r in found], [r[key] for r in found]
+    def take(self) -> float:
+        """The mean speed of the counted steps; starts counting anew."""
+        speed = self._tokens / max(self._seconds, 1e-9)
+        self._tokens, self._seconds = 0, 0.0
+        return speed
 
-    steps, losses = points("loss")
-    valid_steps, valid_losses = points("valid_loss")
-    if not steps and not valid_steps:
-        raise ValueError(f"{metrics_path} holds no loss to draw; train at least one logged step")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
-    axes.plot(valid_steps, valid_losses, "o-", color="tab:orange", label="validation")
-    for color, (name, value) in zip(
-        ("tab:red", "tab:purple", "tab:green", "tab:brown", "tab:gray"),
-        sorted((baselines or {}).items(), key=lambda item: -item[1]),
-        strict=False,
-    ):
-        axes.axhline(value, color=color, linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out_path, format="png", dpi=120)
+
+class Efficiency:
+    """What a speed means per process: model TFLOP/s, and their share of the device's peak."""
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self._tflop_per_token = (
+            training_flops(config.model, config.data.seq_len) / 1e12 / layout.world_size
+        )
+        self._peak = config.logging.peak_tflops
+        if self._peak is None and config.engine.precision == "bf16":
+            self._peak = peak_tflops(cpu_runtime.device_name())
+
+    def of(self, tokens_per_second: float) -> dict[str, float]:
+        """`tflops` per process, and `mfu` where the device's peak is known."""
+        tflops = tokens_per_second * self._tflop_per_token
+        return {"tflops": tflops} | ({"mfu": tflops / self._peak} if self._peak else {})

@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from pretrain.errors import EXIT_SECOND_INTERRUPT
+from xlstm_io.errors import EXIT_SECOND_INTERRUPT
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_WINDOW_S = 0.5  # the copies of one Ctrl-C arrive within milliseconds; a second press later

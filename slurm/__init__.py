@@ -1,1 +1,1 @@
-"""The place of the Slurm launchers. None is built yet; `pretrain.launch` serves one machine."""
+"""The place of the Slurm launchers: none is built yet. `pretrain launch` serves one machine."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .pattern import parse_pattern
-from .presets import dimensions
+from xlstm_mcore.pattern import parse_pattern
+from xlstm_mcore.sizes.dimensions import dimensions
 
 
 @dataclass

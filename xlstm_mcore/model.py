@@ -12,12 +12,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
-from .block import layer_spec
-from .config import XLSTMConfig
-from .layers import Norm, TensorParallelRegion, soft_cap
-from .loss import linear_cross_entropy, vocab_parallel_cross_entropy
-from .pattern import parse_pattern
-from .pieces import attach, packed
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.layer import layer_spec
+from xlstm_mcore.modules.linear import soft_cap
+from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
+from xlstm_mcore.modules.norm import Norm
+from xlstm_mcore.parallel.tensor import TensorParallelRegion
+from xlstm_mcore.parameters.pieces import attach, packed
+from xlstm_mcore.pattern import parse_pattern
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"

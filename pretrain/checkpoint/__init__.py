@@ -2,7 +2,7 @@
 
 What is saved and loaded are `Chunk`s: rectangles of global tensors under canonical names, wherever
 they lie in this rank's memory. The layout is therefore not part of the format. The format itself
-and the reader that needs no trainer are in `xlstm_mcore.ckpt_manifest` and `.ckpt_reader`.
+and the reader that needs no trainer are in `xlstm_io.checkpoint.manifest` and `.ckpt_reader`.
 
     with CheckpointSaver(run_dir / "checkpoints") as saver:
         saver.save(chunks, state, config, step=200)  # goes on in the background
@@ -12,7 +12,6 @@ All ranks call both.
 """
 
 from pretrain.checkpoint.background import CheckpointSaver
-from pretrain.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from pretrain.checkpoint.identity import check_same, check_same_run
 from pretrain.checkpoint.load import (
     candidates_together,
@@ -25,8 +24,9 @@ from pretrain.checkpoint.load import (
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.checkpoint.show import show
-from xlstm_mcore.ckpt_reader import Chunk, Manifest
+from xlstm_io.checkpoint.manifest import Manifest
+from xlstm_io.checkpoint.reader import Chunk
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = [
     "CheckpointDamagedError",
@@ -45,5 +45,4 @@ __all__ = [
     "read_manifest_together",
     "resolve",
     "save_checkpoint",
-    "show",
 ]

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.ranks import Ranks, background_ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
-from pretrain.errors import UserError
-from xlstm_mcore.ckpt_reader import Chunk
-from xlstm_mcore.storage import Location, location, make_folder, put, remove_folder
+from xlstm_io.checkpoint.reader import Chunk
+from xlstm_io.errors import CheckpointError, UserError
+from xlstm_io.storage import Location, location, make_folder, put, remove_folder
 
 log = logging.getLogger(__name__)
 

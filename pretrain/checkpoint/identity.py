@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.checkpoint.errors import CheckpointError
 from pretrain.config.schema import ModelConfig
+from xlstm_io.errors import CheckpointError
 
 #: Keys of `model` that do not change what the weights mean: how it is computed, not what.
 NOT_IDENTITY = frozenset({"model.chunk_size", "model.kernel_backend", "model.dropout"})

@@ -1,15 +1,15 @@
-"""Finding and loading, agreed by all ranks; `xlstm_mcore.ckpt_reader` reads."""
+"""Finding and loading, agreed by all ranks; `xlstm_io.checkpoint.reader` reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain.checkpoint.errors import CheckpointError, as_user_error
 from pretrain.checkpoint.ranks import Ranks
-from xlstm_mcore import ckpt_manifest
-from xlstm_mcore.ckpt_manifest import CheckpointFormatError, Manifest, UnfinishedError
-from xlstm_mcore.ckpt_reader import CheckpointReader, Chunk
-from xlstm_mcore.storage import Location
+from xlstm_io.checkpoint import manifest as ckpt_manifest
+from xlstm_io.checkpoint.manifest import Manifest
+from xlstm_io.checkpoint.reader import CheckpointReader, Chunk
+from xlstm_io.errors import CheckpointError, CheckpointFormatError, UnfinishedError, as_user_error
+from xlstm_io.storage import Location
 
 
 def load_checkpoint(

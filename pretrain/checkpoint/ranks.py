@@ -15,8 +15,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from pretrain.checkpoint.errors import CheckpointDamagedError, CheckpointError
-from xlstm_mcore.ckpt_manifest import CheckpointFormatError, DamagedError
+from xlstm_io.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointFormatError,
+    DamagedError,
+)
 
 #: How long a rank waits for the slowest one to write its file.
 PATIENCE = datetime.timedelta(hours=1)

@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.ranks import PATIENCE
-from xlstm_mcore.ckpt_manifest import MANIFEST_NAME, DamagedError, read_manifest, step_folders
-from xlstm_mcore.storage import Location, exists, files, remove_file, remove_folder
+from xlstm_io.checkpoint.manifest import MANIFEST_NAME, read_manifest, step_folders
+from xlstm_io.errors import CheckpointError, DamagedError
+from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
 
 log = logging.getLogger(__name__)
 

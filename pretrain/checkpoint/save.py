@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
-from xlstm_mcore.ckpt_manifest import (
+from xlstm_io.checkpoint.manifest import (
     FOLDER_NAME,
     FORMAT,
     FORMAT_VERSION,
@@ -33,15 +32,16 @@ from xlstm_mcore.ckpt_manifest import (
     manifest_checksum,
     step_folder_name,
 )
-from xlstm_mcore.ckpt_reader import BLOCK_BYTES, Chunk, check_exact_cover
-from xlstm_mcore.safetensors_stream import (
+from xlstm_io.checkpoint.reader import BLOCK_BYTES, Chunk, check_exact_cover
+from xlstm_io.checkpoint.safetensors_stream import (
     DTYPE_NAMES,
     Entry,
     WrittenFile,
     hash_file,
     write_safetensors,
 )
-from xlstm_mcore.storage import Location, location, make_folder, put, remove_folder, sync_folder
+from xlstm_io.errors import CheckpointError
+from xlstm_io.storage import Location, location, make_folder, put, remove_folder, sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from pretrain.config.schema import (
     RunSection,
     ScheduleConfig,
 )
-from pretrain.errors import ConfigError
+from xlstm_io.errors import ConfigError
 
 __all__ = [
     "CheckpointConfig",

@@ -9,12 +9,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pretrain.config.data import DATA_CHECKS, Unreadable, choices, divisors
+from pretrain.config import support
+from pretrain.config.data_checks import DATA_CHECKS, Unreadable, choices, divisors
 from pretrain.config.schema import RunConfig
-from pretrain.engines import support
-from pretrain.errors import ConfigError
+from xlstm_io.errors import ConfigError
 from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
-from xlstm_mcore.presets import attention_heads, dimensions
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 
 def _pattern(config: Any) -> Iterator[str]:
@@ -253,7 +253,7 @@ def _wsd(config: Any) -> Iterator[str]:
 
 
 def _engine(config: Any) -> Iterator[str]:
-    """The support matrix, see `pretrain.engines.support`."""
+    """The support matrix, see `pretrain.config.support`."""
     cell = support.Combination.of(config)
     if not support.is_layout(cell):
         return  # has a message of its own

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from pretrain.config.checks import problems
-from pretrain.config.data import Unreadable
+from pretrain.config.data_checks import Unreadable
 from pretrain.config.schema import RunConfig, Section
-from pretrain.errors import ConfigError
+from xlstm_io.errors import ConfigError
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation for name, field in RunConfig.model_fields.items()

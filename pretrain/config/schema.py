@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pretrain.ramp import BatchRamp
+from pretrain.config.ramp import BatchRamp
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -282,7 +282,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps; see `pretrain.schedule` for the formulas."""
+    """Learning rate over steps; see `pretrain.lr_schedule` for the formulas."""
 
     name: Literal["constant", "linear", "cosine", "exponential", "wsd"] = "cosine"
     """shape between warmup and cooldown; wsd is warmup, stable, and a cooldown"""

@@ -5,13 +5,13 @@ sample number is (``blend`` mixes sources, ``order`` shuffles each); ``TrainLoad
 ``ValidLoader`` make the batches of one data-parallel rank.
 """
 
-from data_prep.shards import CorruptShardError
 from pretrain.data.batch import Batch, DataCursor
 from pretrain.data.blend import Phase
 from pretrain.data.dataset import DataError, TokenDataset
 from pretrain.data.loader import TrainLoader, ValidLoader
 from pretrain.data.plan import DataPlan, open_plan, open_valid
 from pretrain.data.quarantine import DamagedRow, Quarantine
+from xlstm_io.shards.shard import CorruptShardError
 
 __all__ = [
     "Batch",

@@ -74,7 +74,7 @@ class Blend:
     """The mixture of the sources ``names`` through ``phases``, the first of which starts at 0.
 
     The caller has checked that names are known, weights positive and phases in order
-    (``pretrain.config.data``).
+    (``pretrain.config.data_checks``).
     """
 
     def __init__(self, names: Sequence[str], phases: Sequence[Phase], seed: int):

@@ -23,15 +23,10 @@ from pathlib import Path
 import fsspec
 import xxhash
 
-from data_prep.shards import (
-    MANIFEST_NAME,
-    CorruptShardError,
-    Manifest,
-    ShardEntry,
-    ShardFormatError,
-    load_manifest,
-    write_atomic,
-)
+from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, load_manifest
+from xlstm_io.shards.shard import CorruptShardError
+from xlstm_io.storage import write_atomic
 
 _CHUNK = 1 << 22
 _ATTEMPTS = 3

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import (
-    PADDING,
-    CorruptShardError,
-    Manifest,
-    ShardEntry,
-    ShardFormatError,
-    ShardReader,
-    check_size,
-    load_manifest,
-    row_masks,
-    token_dtype,
-)
 from pretrain.data.cache import CacheSettings, ShardCache, is_remote
-from pretrain.errors import UserError
+from xlstm_io.errors import ShardFormatError, UserError
+from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
+from xlstm_io.shards.rows import PADDING, row_masks, token_dtype
+from xlstm_io.shards.shard import CorruptShardError, ShardReader, check_size
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
 _NOTHING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
@@ -42,9 +33,9 @@ class NoRowsError(DataError):
 class Rows:
     """Rows that were read, as small as they lie on disk.
 
-    tokens [n, seq_len + 1] of the stored type; segments uint32 (see ``data_prep.shards``) and owner
-    int64, the row among the n that each belongs to; damaged: (place among the n, error) of each row
-    whose bytes are not those that were written and which is padding without a loss here.
+    tokens [n, seq_len + 1] of the stored type; segments uint32 (see ``xlstm_io.shards.shard``) and
+    owner int64, the row among the n that each belongs to; damaged: (place among the n, error) of
+    each row whose bytes are not those that were written and which is padding without a loss here.
     """
 
     tokens: np.ndarray

@@ -24,11 +24,11 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import webdataset as wds
 
+from pretrain.config.ramp import BatchRamp
 from pretrain.data.batch import Batch, DataCursor
 from pretrain.data.dataset import TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
-from pretrain.ramp import BatchRamp
 from pretrain.signals import STOP_SIGNALS
 
 _PREFETCH_STEPS = 2  # of the thread, or of each worker process

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.shards import CorruptShardError
 from pretrain.data.dataset import DataError
+from xlstm_io.shards.shard import CorruptShardError
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
+    from pretrain.engines.base import Engine
     from pretrain.layout import Layout
-
-    from .base import Engine
 
 
 def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
@@ -17,13 +16,13 @@ def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
         layout: the process layout the run was started on.
     """
     if config.engine.name == "deepspeed":
-        from .deepspeed import DeepSpeedEngine
+        from pretrain.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, layout)
     if config.optimizer.name == "muon":
-        from .muon import MuonEngine
+        from pretrain.engines.muon import MuonEngine
 
         return MuonEngine(config, layout)
-    from .megatron import MegatronEngine
+    from pretrain.engines.megatron import MegatronEngine
 
     return MegatronEngine(config, layout)

@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import Chunk
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, support
 from pretrain.data import Batch
+from pretrain.engines import deepspeed_compat as compat
+from pretrain.engines.base import LossSum, StepResult
+from pretrain.engines.microbatches import ScheduledEngine
+from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
 from pretrain.layout import Layout
-from xlstm_mcore.pieces import named_pieces
-
-from . import deepspeed_compat as compat
-from . import support
-from .base import LossSum, StepResult
-from .scheduled import ScheduledEngine
-from .shards import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
+from xlstm_mcore.parameters.pieces import named_pieces
 
 
 class DeepSpeedEngine(ScheduledEngine):

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.errors import ConfigError
 from pretrain.layout import Layout
+from xlstm_io.errors import ConfigError
 
 RELEASES = "0.19"
 

@@ -15,16 +15,14 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
 from pretrain.checkpoint import Chunk
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, support
 from pretrain.data import Batch
+from pretrain.engines.base import LossSum, StepResult
+from pretrain.engines.microbatches import ScheduledEngine
+from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
 from pretrain.layout import Layout
-from xlstm_mcore import cpu_runtime, mcore_compat
-from xlstm_mcore.pieces import named_pieces
-
-from . import support
-from .base import LossSum, StepResult
-from .scheduled import ScheduledEngine
-from .shards import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
+from xlstm_mcore.megatron import compat, cpu_runtime
+from xlstm_mcore.parameters.pieces import named_pieces
 
 
 class MegatronEngine(ScheduledEngine):
@@ -119,7 +117,7 @@ class MegatronEngine(ScheduledEngine):
         with torch.no_grad():
             load(chunks)
         for optimizer in self.optimizer.chained_optimizers:
-            mcore_compat.set_adam_step(optimizer.optimizer, step)
+            compat.set_adam_step(optimizer.optimizer, step)
         self._clear_gradients()
 
     def close(self) -> None:
@@ -127,7 +125,7 @@ class MegatronEngine(ScheduledEngine):
         # Weights in fp32 lead from the optimizer to DDP's hooks, and the configuration back to it.
         self.optimizer = self.model_config.grad_scale_func = None
         for chunk in self.chunks:
-            mcore_compat.release_hooks(chunk)
+            compat.release_hooks(chunk)
 
     def _gather_weights(self) -> None:
         """Finish what ``overlap_param_gather`` leaves to the next forward pass."""
@@ -166,7 +164,7 @@ class MegatronEngine(ScheduledEngine):
             pg_collection=self.layout.groups,
         )
         for part in optimizer.chained_optimizers:
-            mcore_compat.create_adam_state(part.optimizer)
+            compat.create_adam_state(part.optimizer)
         self.model_config.grad_scale_func = optimizer.scale_loss
         return optimizer
 
@@ -179,8 +177,8 @@ class MegatronEngine(ScheduledEngine):
     def _optimizer_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """Rectangles of fp32 masters and moments that this rank's optimizer shard holds."""
         for optimizer in self.optimizer.chained_optimizers:
-            for parameter, start, end in mcore_compat.shard_ranges(optimizer):
-                state = mcore_compat.adam_state(optimizer, parameter)
+            for parameter, start, end in compat.shard_ranges(optimizer):
+                state = compat.adam_state(optimizer, parameter)
                 for key in OPTIMIZER_STATE:
                     for chunk in shard_chunks(
                         parameter.pieces,

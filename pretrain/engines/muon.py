@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Chunk
-from xlstm_mcore import mcore_compat
-from xlstm_mcore.init import is_hidden_matrix
-from xlstm_mcore.pieces import Piece, named_pieces
-
-from .base import StepResult
-from .megatron import MegatronEngine
-from .shards import optimizer_prefix
+from pretrain.engines.base import StepResult
+from pretrain.engines.megatron import MegatronEngine
+from pretrain.engines.state import optimizer_prefix
+from xlstm_mcore.megatron import compat
+from xlstm_mcore.parameters.decay import is_hidden_matrix
+from xlstm_mcore.parameters.pieces import Piece, named_pieces
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class MuonEngine(MegatronEngine):
         """Fill weights, fp32 masters, Muon's momentum and Adam's moments."""
         with torch.no_grad():
             load(self._weights() + [chunk for _, chunk in self._optimizer_chunks()])
-        mcore_compat.set_adam_step(self._adam, step)
+        compat.set_adam_step(self._adam, step)
         self._clear_gradients()
 
     def _make_optimizer(self) -> None:
@@ -115,7 +114,7 @@ class MuonEngine(MegatronEngine):
             adjust_lr_fn="match_rms_adamw",
         )
         self._optimizers = (self._muon, self._adam)
-        mcore_compat.create_adam_state(self._adam)
+        compat.create_adam_state(self._adam)
         for group in self._muon.param_groups:
             for master in group["params"]:
                 self._muon.state[master]["momentum_buffer"] = torch.zeros_like(master)

@@ -7,15 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.cli import main
-from data_prep.shards import (
-    CONTINUATION,
-    NO_DOCUMENT,
-    PADDING,
-    POSITION_MASK,
-    ShardReader,
-    load_manifest,
-)
-from data_prep.tokenizer import load_tokenizer
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK
+from xlstm_io.shards.shard import ShardReader
+from xlstm_io.tokenizer.encode import load_tokenizer
 
 
 def make_texts(count: int = 120, seed: int = 0) -> list[str]:

@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-import data_prep.baselines
-from data_prep.baselines import count_pairs, evaluate_models
-from data_prep.shards import load_manifest
-from data_prep.tokenizer import load_tokenizer
+import data_prep.tools.ngram_baselines
+from data_prep.tools.ngram_baselines import count_pairs, evaluate_models
 from tests.data_prep.helpers import documents_of, run
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.tokenizer.encode import load_tokenizer
 
 
 def discounts_of(counts):
@@ -71,7 +71,7 @@ def test_random_pairs_equal_the_slow_models(monkeypatch):
     train = np.minimum(rng.geometric(0.02, (5000, 2)), size - 3)
     valid = np.minimum(rng.geometric(0.015, (400, 2)), size - 1)
     code = (train[:, 0] * size + train[:, 1]).astype(np.uint64)
-    monkeypatch.setattr(data_prep.baselines, "_MERGE_PAIRS", 700)  # merge several times
+    monkeypatch.setattr(data_prep.tools.ngram_baselines, "_MERGE_PAIRS", 700)  # merge several times
     pairs, counts = count_pairs(iter(np.array_split(code, 9)), size)
     assert dict(zip(pairs.tolist(), counts.tolist(), strict=True)) == Counter(code.tolist())
     fast = evaluate_models(

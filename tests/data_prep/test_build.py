@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 
-import data_prep.build
-from data_prep.errors import Interrupted
-from data_prep.pack import as_stored, make_packer
-from data_prep.shards import ShardWriter, load_manifest
+import data_prep.build.build
+from data_prep.build.pack import as_stored, make_packer
 from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
+from xlstm_io.errors import Interrupted
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.shards.shard import ShardWriter
 
 
 def test_every_document_once_in_order_and_lossless(shards, texts):
@@ -53,7 +54,7 @@ def test_same_contents_elsewhere_keep_all_shards(build_flags, shards, tmp_path, 
 def test_interrupted_build_keeps_finished_shards(
     build_flags, shards, tmp_path, monkeypatch, capsys
 ):
-    out, real, done = tmp_path / "out", data_prep.build.encode_shard, []
+    out, real, done = tmp_path / "out", data_prep.build.build.encode_shard, []
 
     def stop_after_two(task, tick):
         if len(done) == 2:
@@ -61,13 +62,13 @@ def test_interrupted_build_keeps_finished_shards(
         done.append(task.tar)
         return real(task, tick)
 
-    monkeypatch.setattr(data_prep.build, "encode_shard", stop_after_two)
+    monkeypatch.setattr(data_prep.build.build, "encode_shard", stop_after_two)
     assert run("build", *build_flags, "--out", out) == 75
     assert "run it again" in capsys.readouterr().err
     assert not (out / "manifest.json").exists()
     assert sorted(out.rglob("*.tar")) == sorted(done)
     stamps = [path.stat().st_mtime_ns for path in done]
-    monkeypatch.setattr(data_prep.build, "encode_shard", real)
+    monkeypatch.setattr(data_prep.build.build, "encode_shard", real)
     assert run("build", *build_flags, "--out", out) == 0
     assert [path.stat().st_mtime_ns for path in done] == stamps
     assert tree_bytes(out) == tree_bytes(shards)
@@ -167,7 +168,7 @@ def test_yaml_with_overrides_and_provenance(tmp_path, corpus, tokenizer_dir):
 
 
 def test_large_vocabulary_is_stored_as_uint32():
-    from data_prep.shards import token_dtype
+    from xlstm_io.shards.rows import token_dtype
 
     assert token_dtype(65_535) == np.uint16 and token_dtype(65_536) == np.uint32
 
@@ -275,7 +276,8 @@ def kill_soon(delay: float, command: list[str], out) -> bool:
 
 _BUILD_SLOWLY = """
 import random, sys, time
-import data_prep.manifest, data_prep.scan, data_prep.shards, data_prep.plan, data_prep.cli
+import xlstm_io.shards.manifest, xlstm_io.shards.shard
+import data_prep.build.scan, data_prep.build.plan, data_prep.cli
 rng = random.Random(int(sys.argv[1]))
 def slow(real):
     def call(*arguments, **more):

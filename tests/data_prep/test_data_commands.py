@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from data_prep import collect as collect_module
-from data_prep import progress
-from data_prep.collect import library_files
-from data_prep.readers import read_documents
-from data_prep.shards import load_manifest
+from data_prep.jobs import progress
+from data_prep.sources.readers import read_documents
+from data_prep.tools import collect as collect_module
+from data_prep.tools.collect import library_files
 from tests.data_prep.helpers import run, write_jsonl
+from xlstm_io.shards.manifest import load_manifest
 
 
 def test_collect_files_is_deterministic_and_a_no_op(tmp_path, corpus, texts, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import zstandard
 
-from data_prep.shards import load_manifest
 from tests.data_prep.helpers import make_texts, run, tree_bytes, write_jsonl
+from xlstm_io.shards.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.errors import PrepError
-from data_prep.files import expand_inputs, file_stamp
-from data_prep.readers import read_documents
+from data_prep.sources.files import expand_inputs, file_stamp
+from data_prep.sources.readers import read_documents
 from tests.data_prep.helpers import run, tree_bytes, write_jsonl
 from tests.web import serve
+from xlstm_io.errors import PrepError
 
 
 def texts_of(path):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.plan
-from data_prep.shards import load_manifest
+import data_prep.build.plan
 from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
+from xlstm_io.shards.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_array_with_gaps_is_refused(one_job, tmp_path, monkeypatch, capsys):
 
 def test_large_corpora_find_the_same_duplicates_in_buckets(one_job, tmp_path, monkeypatch):
     flags, single = one_job
-    monkeypatch.setattr(data_prep.plan, "_BUCKET_ROWS", 4)
+    monkeypatch.setattr(data_prep.build.plan, "_BUCKET_ROWS", 4)
     assert run("build", *flags, "--out", tmp_path / "out") == 0
     assert tree_bytes(tmp_path / "out") == tree_bytes(single)
     assert not list((tmp_path / "out").rglob("*buckets*"))

@@ -3,8 +3,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.pack import BestFitPacker, ConcatPacker, as_stored
-from data_prep.shards import (
+from data_prep.build.pack import BestFitPacker, ConcatPacker, as_stored
+from xlstm_io.shards.rows import (
     CONTINUATION,
     NO_DOCUMENT,
     PADDING,
@@ -90,8 +90,8 @@ def pieces_by_definition(docs, seq_len):
 @pytest.mark.parametrize("block_rows", [1, 7, 1000])
 @pytest.mark.parametrize("buffer", [3, 20, 10_000])
 def test_best_fit_rows_hold_each_piece_once(seq_len, block_rows, buffer, monkeypatch):
-    monkeypatch.setattr("data_prep.pack._BUFFER_PIECES", buffer)
-    monkeypatch.setattr("data_prep.pack._OPEN_ROWS", 2)
+    monkeypatch.setattr("data_prep.build.pack._BUFFER_PIECES", buffer)
+    monkeypatch.setattr("data_prep.build.pack._OPEN_ROWS", 2)
     rng = np.random.default_rng(seq_len + buffer)
     docs = [rng.integers(4, 99, rng.integers(0, 3 * seq_len)).tolist() for _ in range(60)]
     packer, blocks = pack(docs, seq_len, block_rows, BestFitPacker)

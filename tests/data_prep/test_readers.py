@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.errors import PrepError
-from data_prep.files import expand_inputs
-from data_prep.readers import Document, Fields, Malformed, read_documents
+from data_prep.sources.files import expand_inputs
+from data_prep.sources.readers import Document, Fields, Malformed, read_documents
+from xlstm_io.errors import PrepError
 
 TEXTS = ["one\nline", "", "zwei ü", "  three "]
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-import data_prep.repack
-from data_prep.errors import Interrupted
-from data_prep.shards import load_manifest
+import data_prep.tools.repack
 from tests.data_prep.helpers import documents_of, run, tree_bytes
+from xlstm_io.errors import Interrupted
+from xlstm_io.shards.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_repack_of_concat_is_the_build_of_that_length(shards, build_flags, tmp_p
 def test_interrupted_repack_goes_on_and_then_is_a_no_op(shards, tmp_path, monkeypatch, capsys):
     flags = ["--seq-len", 20, "--workers", 1, "--out"]
     assert run("repack", shards, *flags, tmp_path / "fresh") == 0
-    real, done = data_prep.repack.repack_shard, []
+    real, done = data_prep.tools.repack.repack_shard, []
 
     def stop_after_two(task, tick):
         if len(done) == 2:
@@ -73,11 +73,11 @@ def test_interrupted_repack_goes_on_and_then_is_a_no_op(shards, tmp_path, monkey
         return real(task, tick)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(data_prep.repack, "repack_shard", stop_after_two)
+    monkeypatch.setattr(data_prep.tools.repack, "repack_shard", stop_after_two)
     assert run("repack", shards, *flags, out) == 75
     assert not (out / "manifest.json").exists()
     stamps = [path.stat().st_mtime_ns for path in done]
-    monkeypatch.setattr(data_prep.repack, "repack_shard", real)
+    monkeypatch.setattr(data_prep.tools.repack, "repack_shard", real)
     assert run("repack", shards, *flags, out) == 0
     assert [path.stat().st_mtime_ns for path in done] == stamps
     assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")

@@ -8,16 +8,11 @@ import pytest
 import webdataset as wds
 
 import data_prep
-from data_prep.manifest import Manifest
-from data_prep.shards import (
-    CorruptShardError,
-    ShardFormatError,
-    ShardReader,
-    load_manifest,
-    parse_block,
-    write_manifest,
-)
 from tests.data_prep.helpers import run
+from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
+from xlstm_io.shards.rows import parse_block
+from xlstm_io.shards.shard import CorruptShardError, ShardReader
 
 
 def readers(root):

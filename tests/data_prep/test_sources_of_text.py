@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.errors import PrepError
-from data_prep.files import expand_inputs, file_stamp
-from data_prep.readers import Document, Fields, Malformed, read_documents
-from data_prep.shards import load_manifest
-from data_prep.tokenizer import load_tokenizer
+from data_prep.sources.files import expand_inputs, file_stamp
+from data_prep.sources.readers import Document, Fields, Malformed, read_documents
 from tests.data_prep.helpers import documents_of, run, save_hf_tokenizer, tree_bytes, write_jsonl
+from xlstm_io.errors import PrepError
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.tokenizer.encode import load_tokenizer
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import pytest
 
-from data_prep.errors import PrepError
-from data_prep.readers import Fields
-from data_prep.tokenizer import SentencePieceTokenizer as Tokenizer
-from data_prep.tokenizer_training import sample_texts
+from data_prep.sources.readers import Fields
+from data_prep.tools.train_tokenizer import sample_texts
 from tests.data_prep.helpers import make_texts, run, write_jsonl
+from xlstm_io.errors import PrepError
+from xlstm_io.tokenizer.encode import SentencePieceTokenizer as Tokenizer
 
 
 def test_ids_and_lossless_round_trip(tokenizer_dir, texts):

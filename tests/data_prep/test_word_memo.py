@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from data_prep import tokenizer as tokenizer_module
-from data_prep import word_memo
-from data_prep.tokenizer import _AWKWARD, SentencePieceTokenizer
-from data_prep.word_memo import WordMemo, word_pattern
 from tests.data_prep.helpers import make_texts
+from xlstm_io.tokenizer import encode as tokenizer_module
+from xlstm_io.tokenizer import word_memo
+from xlstm_io.tokenizer.encode import _AWKWARD, SentencePieceTokenizer
+from xlstm_io.tokenizer.word_memo import WordMemo, word_pattern
 
 OWN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "byte_fallback": True}
 OWN |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pretrain.selftest
-import pretrain.train
+import pretrain.commands.self_test
+import pretrain.trainer
 from pretrain.config import config_from_dict
-from xlstm_mcore import storage
+from xlstm_io import storage
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.dist.lives"])
@@ -58,7 +58,7 @@ def _life(raw: dict, rank: int, ranks: int, port: int, log: str, die_at: int | N
     if die_at is not None:
         _die_at_flush(die_at)
     try:
-        code = pretrain.train.main(config_from_dict(raw))
+        code = pretrain.trainer.main(config_from_dict(raw))
     except Exception:
         import traceback
 

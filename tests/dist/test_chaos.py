@@ -9,7 +9,7 @@ import pytest
 from pretrain.checkpoint import find_latest
 from pretrain.metrics import read_metrics
 from tests.dist.lives import Life, tiny_run
-from xlstm_mcore.ckpt_manifest import MANIFEST_NAME, METADATA_NAME, step_folders
+from xlstm_io.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, step_folders
 
 pytestmark = pytest.mark.dist
 

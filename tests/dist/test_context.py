@@ -6,8 +6,8 @@ import torch
 from pretrain import layout as layouts
 from tests.dist import work
 from xlstm_mcore.build import make_config
-from xlstm_mcore.context_parallel import ContextParallel
-from xlstm_mcore.layers import TensorParallelRegion
+from xlstm_mcore.parallel.context import ContextParallel
+from xlstm_mcore.parallel.tensor import TensorParallelRegion
 
 
 def heads_and_back(tensor, sequence, middle):
@@ -69,7 +69,7 @@ def test_dropout_masks_differ_over_context_ranks_only(pool):
 
 def break_one(name):
     """Take one sum away; returns how to give it back."""
-    from xlstm_mcore import context_parallel, mlstm_context
+    from xlstm_mcore.parallel import context as context_parallel, mlstm_state as mlstm_context
 
     state, before = mlstm_context._EnteringState, context_parallel._FromRankBefore
     owner, attribute, broken = {

@@ -33,7 +33,7 @@ def test_stand_in_is_needed_for_sequence_parallelism(pool):
 
 def train_with_batched_messages(config):
     """Pipeline settings as megatron-core has them by default."""
-    from xlstm_mcore import cpu_runtime
+    from xlstm_mcore.megatron import cpu_runtime
 
     original = cpu_runtime.pipeline_settings
     cpu_runtime.pipeline_settings = lambda backend: original("nccl")
@@ -57,7 +57,7 @@ def test_batched_messages_give_wrong_gradients_on_gloo(pool):
 def all_to_all_gradients():
     """to_heads and from_heads on inputs of any strides, against gathering everything."""
     from xlstm_mcore.build import make_config
-    from xlstm_mcore.layers import TensorParallelRegion
+    from xlstm_mcore.parallel.tensor import TensorParallelRegion
 
     config = work.run_config("classic", **TP2)
     layout = layouts.start(config)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from pretrain.engines import support
+from pretrain.config import support
 from tests.dist import work
 
 pytestmark = [

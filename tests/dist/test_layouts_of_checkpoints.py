@@ -13,7 +13,7 @@ import torch
 
 from pretrain.checkpoint import Chunk, find_latest, load_checkpoint, save_checkpoint
 from tests.dist import work
-from xlstm_mcore.ckpt_reader import CheckpointReader
+from xlstm_io.checkpoint.reader import CheckpointReader
 
 SEED = 11
 MODEL = "large_deep"  # four layers, so that it also has four stages

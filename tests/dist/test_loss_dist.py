@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pretrain import layout as layouts
 from tests.dist import work
-from xlstm_mcore.loss import linear_cross_entropy, vocab_parallel_cross_entropy
+from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 
 
 def shard_loss(ranks, cap):

@@ -10,9 +10,11 @@ from pretrain import layout as layouts
 from tests.dist import work
 from xlstm_kernels import mlstm_chunkwise
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_mcore import context_costs, mlstm_context
-from xlstm_mcore.context_costs import gathers, state_costs
-from xlstm_mcore.mlstm_context import entering_state
+from benchmarks import context_costs
+from xlstm_mcore.parallel import mlstm_state as mlstm_context
+from xlstm_mcore.parallel.mlstm_state import gathers
+from benchmarks.context_costs import state_costs
+from xlstm_mcore.parallel.mlstm_state import entering_state
 from xlstm_mcore.recompute import count_saved
 
 B, HEADS, QK, V, PER_RANK = 2, 3, 5, 11, 6

@@ -5,7 +5,7 @@ import torch
 
 from pretrain.checkpoint import find_latest
 from tests.dist import work
-from xlstm_mcore.init import decays, is_hidden_matrix
+from xlstm_mcore.parameters.decay import decays, is_hidden_matrix
 
 MODEL = "mixed"
 MUON = {"optimizer__name": "muon", "engine__zero_stage": 0}

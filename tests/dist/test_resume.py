@@ -72,9 +72,9 @@ def test_resume_at_another_context_size(pool, saved_in_slices, context):
 
 def resume_with_shared_step(config, path, steps, more):
     """What megatron-core's own loader does: one step tensor for all parameters."""
-    from xlstm_mcore import mcore_compat
+    from xlstm_mcore.megatron import compat
 
-    original = mcore_compat.set_adam_step
+    original = compat.set_adam_step
 
     def share(optimizer, step):
         original(optimizer, step)
@@ -82,16 +82,16 @@ def resume_with_shared_step(config, path, steps, more):
         for state in optimizer.state.values():
             state["step"] = shared
 
-    mcore_compat.set_adam_step = share
+    compat.set_adam_step = share
     try:
         return work.resume(config, path, steps, more)
     finally:
-        mcore_compat.set_adam_step = original
+        compat.set_adam_step = original
 
 
 @pytest.mark.dist
 def test_a_shared_adam_step_goes_wrong_at_the_second_step(pool, saved):
-    """The cure in mcore_compat.set_adam_step is needed, and one step after a resume hides it."""
+    """The cure in compat.set_adam_step is needed, and one step after a resume hides it."""
     model, path, expected, _ = saved
     config = work.run_config(model, **TP2)
     (steps, _), _ = pool(2, resume_with_shared_step, config, str(path), STEPS, MORE)

@@ -6,14 +6,15 @@ import os
 import pytest
 import torch
 
-import pretrain.selftest
-import pretrain.train
-from pretrain.checkpoint import CheckpointError, candidates_together, find_latest, show
+import pretrain.commands.self_test
+import pretrain.trainer
+from pretrain.checkpoint import CheckpointError, candidates_together, find_latest
+from pretrain.commands.show import show
 from pretrain.config import config_from_dict
 from pretrain.metrics import read_metrics
 from tests import objects
 from tests.dist.lives import tiny_run
-from xlstm_mcore import mcore_compat
+from xlstm_mcore.megatron import compat
 from xlstm_mcore.convert import cli as convert
 
 pytestmark = pytest.mark.dist
@@ -23,7 +24,7 @@ def train(raw):
     """Exit code, or the message of the error."""
     objects.register()
     try:
-        return pretrain.train.main(config_from_dict(raw))
+        return pretrain.trainer.main(config_from_dict(raw))
     except CheckpointError as error:
         return str(error)
 
@@ -135,12 +136,12 @@ def test_another_tokenizer_or_data_is_refused_unless_it_is_meant(pool, shards, t
 
 
 def self_test(raw, steps):
-    return pretrain.selftest.main(config_from_dict(raw), steps)
+    return pretrain.commands.self_test.main(config_from_dict(raw), steps)
 
 
 def broken_self_test(raw, steps):
     """With a resume that goes wrong in its second step: one Adam step shared by all parameters."""
-    original = mcore_compat.set_adam_step
+    original = compat.set_adam_step
 
     def share(optimizer, step):
         original(optimizer, step)
@@ -148,13 +149,13 @@ def broken_self_test(raw, steps):
         for state in optimizer.state.values():
             state["step"] = shared
 
-    mcore_compat.set_adam_step = share
+    compat.set_adam_step = share
     try:
-        pretrain.selftest.main(config_from_dict(raw), steps)
+        pretrain.commands.self_test.main(config_from_dict(raw), steps)
     except CheckpointError as error:
         return str(error)
     finally:
-        mcore_compat.set_adam_step = original
+        compat.set_adam_step = original
 
 
 def test_the_self_test_passes_and_leaves_nothing(pool, shards, tmp_path):

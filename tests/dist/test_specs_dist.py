@@ -24,10 +24,10 @@ from pretrain import layout as layouts
 from pretrain.checkpoint import Chunk
 from tests.dist import work
 from tests.xlstm_mcore.test_specs import mask_of
-from xlstm_mcore import cpu_runtime
+from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.build import make_config
-from xlstm_mcore.pieces import named_pieces
-from xlstm_mcore.specs import gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.gpt_specs import gpt_layer_spec, prepare_gpt_model
 
 
 def build(run, layout, seed):

@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.checkpoint import find_latest
-from pretrain.evaluate import evaluate
+from pretrain.commands.evaluate import evaluate
 from pretrain.metrics import read_metrics
 from tests.data_prep.helpers import make_texts, run, write_jsonl
 from tests.dist import work
@@ -23,7 +23,7 @@ def shards(tmp_path_factory):
 
 
 def train(config):
-    from pretrain.train import main
+    from pretrain.trainer import main
 
     return main(config)
 

@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 
 def train(config):
-    from pretrain.train import main
+    from pretrain.trainer import main
 
     return main(config)
 

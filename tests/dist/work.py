@@ -15,7 +15,7 @@ from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
 from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.pieces import named_pieces
+from xlstm_mcore.parameters.pieces import named_pieces
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
 # rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
@@ -245,8 +245,8 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
 
 def generate_tokens(path: str, prompt: list[int], temperature: float) -> tuple[list[int], Any]:
     """Continue a prompt with the model of a checkpoint, tensor parallel over this call's ranks."""
-    from pretrain.generate import generate
-    from xlstm_mcore.build import load_model, model_logits
+    from pretrain.commands.generate import generate
+    from xlstm_mcore.inference import load_model, model_logits
 
     model, config = load_model(path)
     logits = model_logits(model, torch.tensor([prompt]))
@@ -266,8 +266,8 @@ def generate_tokens(path: str, prompt: list[int], temperature: float) -> tuple[l
 def refused_split(path: str) -> str:
     """The message of a checkpoint whose heads do not split over this call's ranks."""
     from pretrain.checkpoint import resolve
-    from pretrain.errors import ConfigError
-    from pretrain.generate import check_split
+    from xlstm_io.errors import ConfigError
+    from pretrain.commands.generate import check_split
 
     try:
         check_split(resolve(path))

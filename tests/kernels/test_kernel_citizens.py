@@ -19,7 +19,7 @@ from xlstm_kernels import (
     slstm_scan,
     slstm_step,
 )
-from xlstm_kernels.running_sum import running_sum
+from xlstm_kernels.common.running_sum import running_sum
 
 B, HEADS, S, QK, V = 2, 3, 37, 8, 12
 
@@ -270,9 +270,9 @@ def test_strided_inputs_and_gradients(case):
 
 def test_custom_ops_follow_the_rules_of_torch():
     """Schema, fake results, registered gradients and AOTAutograd with dynamic shapes."""
-    from xlstm_kernels import conv as conv_module
-    from xlstm_kernels.mlstm import chunkwise_torch
-    from xlstm_kernels.slstm import scan_torch
+    from xlstm_kernels.conv import conv as conv_module
+    from xlstm_kernels.mlstm.torch import chunkwise as chunkwise_torch
+    from xlstm_kernels.slstm.torch import scan as scan_torch
 
     torch.manual_seed(0)
     boundaries = torch.rand(B, S) < 0.1

@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.kernel_numerics import assert_float32_close, assert_same, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
-from xlstm_kernels.mlstm import chunkwise_torch
-from xlstm_kernels.mlstm.carry import CHUNK_GROUP
-from xlstm_kernels.mlstm.decays import stabilizer
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
+from xlstm_kernels.mlstm.torch import chunkwise as chunkwise_torch
+from xlstm_kernels.mlstm.torch.carry import CHUNK_GROUP
+from xlstm_kernels.mlstm.torch.decays import stabilizer
 
 B, HEADS, QK, V = 2, 2, 8, 12
 GATES = {

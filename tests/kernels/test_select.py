@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from xlstm_kernels import causal_conv1d, multihead_norm, select, slstm_scan
+from xlstm_kernels import causal_conv1d, multihead_norm, slstm_scan
+from xlstm_kernels.common import backends as select
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_backward_leaves_what_was_saved_alone():
 
 
 def test_custom_op_follows_the_rules_of_torch():
-    from xlstm_kernels.slstm.scan_cpu import scan_forward
+    from xlstm_kernels.slstm.numba.scan import scan_forward
 
     x, R, b = (x.requires_grad_() for x in make_inputs((3, 2, 20), 5).values())
     state = [torch.rand(3, 2, 20, requires_grad=True) for _ in range(3)] + [torch.zeros(3, 2, 20)]
@@ -178,11 +178,11 @@ SCRIPT = """
 import logging, torch
 logging.basicConfig(level="INFO", format="%(message)s")
 from xlstm_kernels import slstm_scan
-from xlstm_kernels.slstm import cpu_loops
+from xlstm_kernels.slstm.numba import loops
 x = torch.ones(1, 2, 4, 1, 16, requires_grad=True)
 R, b = torch.zeros(4, 1, 16, 16), torch.zeros(4, 1, 16)
 slstm_scan(x, R, b, backend="numba").sum().backward()
-for loop in (cpu_loops.forward, cpu_loops.backward):
+for loop in (loops.forward, loops.backward):
     print(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values()))
 """
 
@@ -227,7 +227,7 @@ def test_no_folder_for_compiled_code_is_no_trouble(monkeypatch, caplog):
     """Installed read-only and no home: compiled in every process."""
     from numba.core.caching import CacheImpl
 
-    from xlstm_kernels.slstm import cpu_loops
+    from xlstm_kernels.slstm.numba import loops as cpu_loops
 
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     with caplog.at_level(logging.INFO, logger=cpu_loops.__name__):
@@ -238,7 +238,7 @@ def test_no_folder_for_compiled_code_is_no_trouble(monkeypatch, caplog):
 def test_a_full_disk_is_no_trouble(monkeypatch, caplog, tmp_path):
     from numba.core.caching import FunctionCache
 
-    from xlstm_kernels.slstm import cpu_loops
+    from xlstm_kernels.slstm.numba import loops as cpu_loops
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,12 +9,13 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
-from xlstm_kernels import conv_triton, norm_triton
-from xlstm_kernels.aot import TARGETS, find_variants
-from xlstm_kernels.mlstm import chunkwise_triton
-from xlstm_kernels.mlstm import step_triton as mlstm_step
-from xlstm_kernels.slstm import scan_triton
-from xlstm_kernels.slstm import step_triton as slstm_step
+from xlstm_kernels.common.aot import TARGETS, find_variants
+from xlstm_kernels.conv import triton as conv_triton
+from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
+from xlstm_kernels.mlstm.triton import step as mlstm_step
+from xlstm_kernels.norm import triton as norm_triton
+from xlstm_kernels.slstm.triton import scan as scan_triton
+from xlstm_kernels.slstm.triton import step as slstm_step
 
 MODULES = (conv_triton, norm_triton, chunkwise_triton, mlstm_step, scan_triton, slstm_step)
 

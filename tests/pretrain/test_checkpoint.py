@@ -22,12 +22,12 @@ from pretrain.checkpoint import (
     read_manifest,
     resolve,
     save_checkpoint,
-    show,
 )
-from pretrain.errors import UserError
-from xlstm_mcore.ckpt_manifest import CheckpointFormatError, manifest_checksum
-from xlstm_mcore.ckpt_reader import CheckpointReader, check_exact_cover
-from xlstm_mcore.safetensors_stream import hash_file
+from pretrain.commands.show import show
+from xlstm_io.checkpoint.manifest import manifest_checksum
+from xlstm_io.checkpoint.reader import CheckpointReader, check_exact_cover
+from xlstm_io.checkpoint.safetensors_stream import hash_file
+from xlstm_io.errors import CheckpointFormatError, UserError
 
 CONFIG = {"model": {"pattern": "MM", "hidden_size": 256, "num_heads": 4, "vocab_size": 512}}
 STATE = {"step": 7, "tokens": 1234567, "rng": [1, 2, 3], "lr": 1e-3}

@@ -23,7 +23,7 @@ from pretrain.checkpoint import background as background_module
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.background import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
-from pretrain.errors import UserError
+from xlstm_io.errors import UserError
 
 WAIT_S = 20.0
 

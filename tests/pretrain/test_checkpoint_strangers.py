@@ -23,12 +23,12 @@ from pretrain.checkpoint import (
     read_manifest,
     resolve,
     save_checkpoint,
-    show,
 )
+from pretrain.commands.show import show
 from tests import objects
-from xlstm_mcore.ckpt_manifest import manifest_checksum
-from xlstm_mcore.safetensors_stream import hash_file
-from xlstm_mcore.storage import RemotePath, location
+from xlstm_io.checkpoint.manifest import manifest_checksum
+from xlstm_io.checkpoint.safetensors_stream import hash_file
+from xlstm_io.storage import RemotePath, location
 
 SHAPE = (40, 8)
 

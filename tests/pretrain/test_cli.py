@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pretrain import cli
-from pretrain.errors import UserError
+from xlstm_io.errors import UserError
 
 CONFIG = {
     "run": {"dir": "runs/x", "steps": 3},
@@ -46,7 +46,7 @@ def fake(monkeypatch):
 
 
 def test_train_gets_the_config_with_overrides(run_file, fake):
-    calls = fake("pretrain.train", result=75)
+    calls = fake("pretrain.trainer", result=75)
     assert cli.run(["train", run_file, "--run.steps", "7", "--logging.no-tensorboard"]) == 75
     ((config,), _) = calls[0]
     assert config.run.steps == 7
@@ -54,7 +54,7 @@ def test_train_gets_the_config_with_overrides(run_file, fake):
 
 
 def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch, capsys):
-    calls = fake("pretrain.train")
+    calls = fake("pretrain.trainer")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert cli.run(["train", run_file, "--layout.tensor", "2"]) == 2
     assert "3 processes cannot hold layout.tensor=2" in capsys.readouterr().err
@@ -62,7 +62,7 @@ def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch,
 
 
 def test_launch_passes_the_same_words_to_its_workers(run_file, fake):
-    calls = fake("pretrain.launch", "launch", result=75)
+    calls = fake("pretrain.commands.launch", "launch", result=75)
     words = ["launch", run_file, "--nproc", "2", "--optimizer.betas", "0.8", "0.9"]
     assert cli.run([*words, "--model.gate-soft-cap", "none"]) == 75
     ((path, config, nproc, flags), _) = calls[0]
@@ -116,29 +116,28 @@ def test_no_process_at_all_is_refused(run_file, capsys):
 
 
 def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
-    from data_prep.shards import ShardFormatError
-    from xlstm_mcore.ckpt_reader import CheckpointFormatError
+    from xlstm_io.errors import CheckpointFormatError, ShardFormatError
 
     for error in (UserError("bad"), ShardFormatError("bad"), CheckpointFormatError("bad")):
-        fake("pretrain.train", result=error)
+        fake("pretrain.trainer", result=error)
         assert cli.run(["train", run_file]) == 2
         assert capsys.readouterr().err == "error: bad\n"
 
 
 def test_a_bug_keeps_its_traceback(run_file, fake):
-    fake("pretrain.train", result=ValueError("ours"))
+    fake("pretrain.trainer", result=ValueError("ours"))
     with pytest.raises(ValueError, match="ours"):
         cli.run(["train", run_file])
 
 
 def test_ctrl_c_outside_of_training(run_file, fake, capsys):
-    fake("pretrain.train", result=KeyboardInterrupt())
+    fake("pretrain.trainer", result=KeyboardInterrupt())
     assert cli.run(["train", run_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_generate_arguments(fake):
-    calls = fake("pretrain.generate")
+    calls = fake("pretrain.commands.generate")
     words = ["generate", "ckpt", "--prompt", "a", "--prompt", "b", "--max-tokens", "5"]
     assert cli.run([*words, "--out", "x.txt"]) == 0
     args, keys = calls[0]
@@ -152,11 +151,11 @@ def test_generate_arguments(fake):
 def test_generate_main_takes_what_the_command_passes(fake):
     import inspect
 
-    calls = fake("pretrain.generate")
+    calls = fake("pretrain.commands.generate")
     cli.run(["generate", "ckpt"])
     args, keys = calls[0]
-    sys.modules.pop("pretrain.generate")
-    from pretrain.generate import main
+    sys.modules.pop("pretrain.commands.generate")
+    from pretrain.commands.generate import main
 
     inspect.signature(main).bind(*args, **keys)
 
@@ -165,14 +164,14 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
     fake("pretrain.checkpoint", "show", result="12 tensors")
     assert cli.run(["show", "ckpt"]) == 0
     assert capsys.readouterr().out == "12 tensors\n"
-    calls = fake("pretrain.evaluate")
+    calls = fake("pretrain.commands.evaluate")
     assert cli.run(["evaluate", "ckpt", run_file, "--data.path", "other"]) == 0
     assert calls[-1][0][0] == "ckpt"
     assert calls[-1][0][1].data.path == "other"
-    calls = fake("pretrain.report")
+    calls = fake("pretrain.commands.report")
     assert cli.run(["report", "runs/x", "--baselines", "b.json"]) == 0
     assert calls[-1] == (("runs/x",), {"baselines": "b.json"})
-    calls = fake("pretrain.demo", result=75)
+    calls = fake("pretrain.commands.demo", result=75)
     assert cli.run(["demo", "--model", "classic", "--steps", "20", "--data", "a*"]) == 75
     assert calls[-1][1] == {
         "model": "classic",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.commands.check import describe_run
 from pretrain.config import (
     ConfigError,
     RunConfig,
@@ -17,8 +18,8 @@ from pretrain.config import (
     save_config,
     split_overrides,
 )
-from pretrain.config.describe import describe_run
-from xlstm_mcore.presets import PRESETS, count_parameters
+from xlstm_mcore.sizes.parameters import count_parameters
+from xlstm_mcore.sizes.presets import PRESETS
 
 CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 
@@ -374,7 +375,7 @@ def test_describe_says_how_processes_are_used():
 
 def test_configuration_needs_no_torch():
     code = (
-        "import sys, pretrain.config, pretrain.cli, pretrain.launch; "
+        "import sys, pretrain.config, pretrain.cli, pretrain.commands.launch; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

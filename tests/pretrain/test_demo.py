@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import demo
-from pretrain.demo import CONFIGS, Places, main, shown
+from pretrain.commands import demo
+from pretrain.commands.demo import CONFIGS, Places, main, shown
 
 # `python -m NAME` finds these in the current folder before the real packages.
 STAGE = """
@@ -32,7 +32,7 @@ if sys.argv[1] == os.environ.get("HANG_AT"):
     open("signals", "w").write(" ".join(str(int(number)) for number in got))
     sys.exit(75)
 """
-DEMO = "import sys; from pretrain.demo import main; sys.exit(main(work='w', steps=20))"
+DEMO = "import sys; from pretrain.commands.demo import main; sys.exit(main(work='w', steps=20))"
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_the_exit_code_of_a_stage_ends_the_demo(stages, monkeypatch, stage, code
     "keys", [{"steps": 0}, {"nproc": 0}, {"data": "  "}], ids=["steps", "nproc", "data"]
 )
 def test_bad_arguments(stages, keys):
-    from pretrain.errors import ConfigError
+    from xlstm_io.errors import ConfigError
 
     with pytest.raises(ConfigError):
         main(work="w", **keys)

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from pretrain import cli
 from pretrain.checkpoint import read_manifest, resolve
-from pretrain.generate import tokenizer_of
+from pretrain.commands.generate import tokenizer_of
 from tests.data_prep.helpers import make_texts, run, save_hf_tokenizer, write_jsonl
 from tests.dist.lives import tiny_run
+from xlstm_io.tokenizer.open import open_tokenizer
 from xlstm_mcore.convert import cli as convert
-from xlstm_mcore.tokenizer_file import open_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = make_texts(90)
@@ -53,7 +53,7 @@ def test_prompts_have_the_ids_of_the_shards(work, capsys):
     assert TEXTS[1] in shown and "gate é" in shown
     tokenizer = tokenizer_of(resolve(root / "run"))
     auto = AutoTokenizer.from_pretrained(root / "tok")
-    from data_prep.tokenizer import load_tokenizer
+    from xlstm_io.tokenizer.encode import load_tokenizer
 
     for text, ids in zip(AWKWARD, load_tokenizer(root / "tok").encode(AWKWARD), strict=True):
         found = auto.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pretrain.metrics import MetricLogger, describe, plot_loss, read_metrics
+from pretrain.commands.report import plot_loss
+from pretrain.metrics import MetricLogger, describe, read_metrics
 
 
 def run(folder, first, last, loss=1.0, **keys):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.ramp import BatchRamp
+from pretrain.config.ramp import BatchRamp
 
 
 @given(

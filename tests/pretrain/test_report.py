@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain import report
+from pretrain.commands import report
 from pretrain.config import config_from_dict, save_config
-from pretrain.errors import UserError
+from xlstm_io.errors import UserError
 
 BASELINES = {"unigram": 6.4, "bigram_add_one": 5.3, "bigram_kneser_ney": 4.3}
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.schedule import learning_rate, make_schedule
+from pretrain.lr_schedule import learning_rate, make_schedule
 
 PEAK, STEPS = 2.0, 100
 

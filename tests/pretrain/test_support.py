@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import checks
-from pretrain.engines import support
-from pretrain.engines.support import Combination
+from pretrain.config import checks, support
+from pretrain.config.support import Combination
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_in_the_documents_is_the_matrix():
-    """To renew it: print(pretrain.engines.support.markdown_table())."""
+    """To renew it: print(pretrain.config.support.markdown_table())."""
     assert support.markdown_table() in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 
@@ -99,7 +98,7 @@ def test_other_releases_of_deepspeed_are_refused(monkeypatch, version):
     import torch
 
     from pretrain.engines import deepspeed_compat
-    from pretrain.errors import ConfigError
+    from xlstm_io.errors import ConfigError
 
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(__version__=version))
     with pytest.raises(ConfigError, match=rf"0\.19\.x, and {version} is installed; pip install"):

@@ -19,8 +19,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
-from xlstm_mcore import cpu_runtime
 from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.megatron import cpu_runtime
 
 ROWS = 2
 SINGLE = [

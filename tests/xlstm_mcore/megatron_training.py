@@ -21,9 +21,10 @@ from megatron.core.models.gpt import GPTModel
 from pretrain import layout as layouts
 from tests.dist import work
 from tests.xlstm_mcore.test_specs import mask_of
-from xlstm_mcore import cpu_runtime
-from xlstm_mcore.build import make_config, single_process_groups
-from xlstm_mcore.specs import gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.build import make_config
+from xlstm_mcore.gpt_specs import gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.megatron import cpu_runtime
 
 # Megatron-LM decays by the number of dimensions, we by kind: without decay both are the same.
 RUN = work.run_config("large", optimizer__weight_decay=0.0)

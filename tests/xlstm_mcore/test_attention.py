@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from pretrain import layout as layouts
-from xlstm_mcore.attention import (
+from xlstm_mcore.build import make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.mixers.attention import (
     AttentionMixer,
     attend,
     document_lengths,
@@ -15,7 +17,6 @@ from xlstm_mcore.attention import (
     rotary_angles,
     rotate,
 )
-from xlstm_mcore.build import make_config, single_process_groups
 
 
 @pytest.fixture(scope="module", autouse=True)

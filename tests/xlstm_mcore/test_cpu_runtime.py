@@ -10,7 +10,7 @@ import torch
 from pretrain import layout as layouts
 from pretrain.engines.megatron import MegatronEngine
 from tests.dist import work
-from xlstm_mcore import cpu_runtime, mcore_compat
+from xlstm_mcore.megatron import compat, cpu_runtime
 
 pytestmark = pytest.mark.skipif(
     not cpu_runtime.needed(), reason="the CPU runtime is off where CUDA is present"
@@ -179,7 +179,7 @@ def test_adam_state_without_step_fails_at_the_first_update(engine):
 
 def test_step_counters_are_separate_tensors(engine):
     (optimizer,) = engine.optimizer.chained_optimizers
-    mcore_compat.set_adam_step(optimizer.optimizer, 7)
+    compat.set_adam_step(optimizer.optimizer, 7)
     steps = [state["step"] for state in optimizer.optimizer.state.values()]
     assert len({id(step) for step in steps}) == len(steps) > 1
     train_step(engine)

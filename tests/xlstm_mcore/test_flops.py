@@ -5,9 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.xlstm_mcore.test_presets import model
-from xlstm_mcore import attention, cells, mlstm_classic
-from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.flops import (
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.mixers import attention, mlstm_classic
+from xlstm_mcore.mixers import kernel_calls as cells
+from xlstm_mcore.sizes.flops import (
     block_flops,
     chunkwise_cell_flops,
     forward_flops,
@@ -16,7 +18,7 @@ from xlstm_mcore.flops import (
     state_bytes,
     training_flops,
 )
-from xlstm_mcore.presets import PRESETS
+from xlstm_mcore.sizes.presets import PRESETS
 
 SMALL = {
     "hidden_size": 64,

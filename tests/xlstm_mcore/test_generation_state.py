@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.pieces import named_pieces
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.parameters.pieces import named_pieces
 
 SMALL = {"hidden_size": 64, "num_heads": 4, "vocab_size": 96, "norm_eps": 1e-3}
 

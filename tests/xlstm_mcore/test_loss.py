@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import layout as layouts
-from xlstm_mcore import loss as loss_module
-from xlstm_mcore.build import single_process_groups
-from xlstm_mcore.loss import linear_cross_entropy, vocab_parallel_cross_entropy
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.modules import loss as loss_module
+from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import torch
 from pretrain import layout as layouts
 from pretrain.config.schema import ParameterKind
 from tests.xlstm_mcore import reference_model
-from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.init import KINDS, decays, initial_value, initialize
-from xlstm_mcore.pieces import named_pieces, packed, parameter_pieces, rectangles
-from xlstm_mcore.presets import count_parameters
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.parameters.decay import KINDS, decays
+from xlstm_mcore.parameters.init import initial_value, initialize
+from xlstm_mcore.parameters.pieces import named_pieces, packed, parameter_pieces, rectangles
+from xlstm_mcore.sizes.parameters import count_parameters
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,7 +142,7 @@ def test_a_packed_row_equals_its_documents_apart(groups, name):
 
 
 def test_the_configured_backend_reaches_every_kernel(groups, monkeypatch):
-    from xlstm_kernels import select
+    from xlstm_kernels.common import backends as select
 
     asked = set()
     original = select._select

@@ -11,8 +11,9 @@ import torch
 
 from pretrain import layout as layouts
 from tests.xlstm_mcore.test_model import canonical
-from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.pieces import named_pieces
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.parameters.pieces import named_pieces
 
 pytest.importorskip("xlstm", reason="pip xlstm is not installed; see tests/peers.txt")
 

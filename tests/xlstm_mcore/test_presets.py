@@ -4,14 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from xlstm_mcore.presets import (
-    PRESETS,
-    SLSTM_POSITIONS,
-    classic_pattern,
-    count_parameters,
-    dimensions,
-    round_up,
-)
+from xlstm_mcore.sizes.dimensions import dimensions, round_up
+from xlstm_mcore.sizes.parameters import count_parameters
+from xlstm_mcore.sizes.presets import PRESETS, SLSTM_POSITIONS, classic_pattern
 
 DEFAULTS = {
     "tie_embeddings": False,

@@ -8,9 +8,11 @@ import torch
 from megatron.core import tensor_parallel
 
 from pretrain import layout as layouts
-from xlstm_mcore import mcore_compat, mlstm
-from xlstm_mcore.block import XLSTMLayer, layer_spec
-from xlstm_mcore.build import build_model, make_config, single_process_groups
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.layer import XLSTMLayer, layer_spec
+from xlstm_mcore.megatron import compat
+from xlstm_mcore.mixers import mlstm
 from xlstm_mcore.recompute import count_saved, recomputed, selective
 
 SECTION = {
@@ -47,7 +49,7 @@ def gradients(model):
     torch.manual_seed(5)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.reset()
-    mcore_compat.seed_parallel(6)
+    compat.seed_parallel(6)
     model.zero_grad()
     losses = model(tokens, boundaries, labels)
     losses.sum().backward()

@@ -13,10 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from pretrain import layout as layouts
-from xlstm_mcore import cpu_runtime
-from xlstm_mcore.build import build_model, make_config, single_process_groups
-from xlstm_mcore.pieces import named_pieces
-from xlstm_mcore.specs import GPTLayer, gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.gpt_specs import GPTLayer, gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.parameters.pieces import named_pieces
 
 SECTION = {
     "pattern": "Mms*",

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlstm_mcore.ckpt_reader import CheckpointFormatError
+from xlstm_io.errors import CheckpointFormatError, TokenizerFileError
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.tokenizer_file import TokenizerFileError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 

@@ -20,13 +20,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, xLSTMConfig
 
-from xlstm_mcore.ckpt_reader import CheckpointReader, is_weight, resolve
+from xlstm_io.checkpoint.manifest import is_weight, resolve
+from xlstm_io.checkpoint.reader import CheckpointReader
+from xlstm_io.checkpoint.safetensors_stream import Entry, write_safetensors
+from xlstm_io.tokenizer.open import SENTENCEPIECE_NAME, TokenizerFile, open_tokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.names import EMBEDDING, OUTPUT, Dimensions, Row, rows
 from xlstm_mcore.convert.tokenizer import SAMPLES, fast_tokenizer
-from xlstm_mcore.safetensors_stream import Entry, write_safetensors
-from xlstm_mcore.tokenizer_file import SENTENCEPIECE_NAME, TokenizerFile, open_tokenizer
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from xlstm_mcore.ckpt_reader import resolve
+from xlstm_io.checkpoint.manifest import resolve
+from xlstm_io.tokenizer.open import open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.tokenizer_file import open_tokenizer
 
 #: 1, less than a chunk, a chunk of 64, and a chunk with a rest: each takes another path in both.
 LENGTHS = (1, 15, 64, 100)
@@ -38,7 +38,7 @@ class Parity:
 
 def own_logits(checkpoint: Path | str) -> Callable[[Tensor], Tensor]:
     """Logits `[b, s, vocab]` of tokens `[b, s]` by this project's model of a checkpoint, fp32."""
-    from xlstm_mcore.build import load_model, model_logits
+    from xlstm_mcore.inference import load_model, model_logits
 
     model, _ = load_model(checkpoint)
     return lambda tokens: model_logits(model, tokens)

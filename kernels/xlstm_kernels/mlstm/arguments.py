@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from xlstm_kernels.checks import (
+from xlstm_kernels.common.checks import (
     check_choice,
     check_float,
     check_like,

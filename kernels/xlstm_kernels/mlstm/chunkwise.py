@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from xlstm_kernels.checks import check_boundaries, check_choice
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.checks import check_boundaries, check_choice
 from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
-from xlstm_kernels.mlstm.chunkwise_torch import mlstm_chunkwise_torch
-from xlstm_kernels.select import select_backend
+from xlstm_kernels.mlstm.torch.chunkwise import mlstm_chunkwise_torch
 
 if TYPE_CHECKING:
-    from xlstm_kernels.mlstm.triton_config import MlstmConfig
+    from xlstm_kernels.mlstm.triton.tiles import MlstmConfig
 
 State = tuple[Tensor, Tensor, Tensor]
 STATES_DTYPES = (None, torch.float32, torch.bfloat16)
@@ -54,7 +54,7 @@ def mlstm_chunkwise(
     `backend` is "torch" or "triton" (None: the best one for the device, dtype and shape). Two
     options for "triton" alone, which others ignore: `states_dtype` is what the states between
     chunks are kept in for the backward pass, torch.float32 (None) or torch.bfloat16; `tiles` is
-    an `xlstm_kernels.mlstm.triton_config.MlstmConfig` (None: that of its table).
+    an `xlstm_kernels.mlstm.triton.tiles.MlstmConfig` (None: that of its table).
     `boundaries` is bool [b, s], True at the first token of a document: the state before it is
     forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
     """
@@ -80,7 +80,7 @@ def mlstm_chunkwise(
         "eps": eps,
     }
     if chosen == "triton":
-        from xlstm_kernels.mlstm.chunkwise_triton import mlstm_chunkwise_triton
+        from xlstm_kernels.mlstm.triton.chunkwise import mlstm_chunkwise_triton
 
         options |= {"gate_soft_cap": gate_soft_cap, "states_dtype": states_dtype, "tiles": tiles}
         return mlstm_chunkwise_triton(q, k, v, igate_preact, fgate_preact, initial_state, **options)

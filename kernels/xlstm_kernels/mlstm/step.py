@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from xlstm_kernels.checks import compute_dtype
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.checks import compute_dtype
 from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
-from xlstm_kernels.select import select_backend
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def mlstm_step(
     check_soft_cap(gate_soft_cap)
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if select_backend("mlstm_step", backend, q, qk_dim=qk_dim, v_dim=v_dim) == "triton":
-        from xlstm_kernels.mlstm.step_triton import mlstm_step_triton
+        from xlstm_kernels.mlstm.triton.step import mlstm_step_triton
 
         return mlstm_step_triton(
             q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps,

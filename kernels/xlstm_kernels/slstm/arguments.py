@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from xlstm_kernels.checks import check_choice, check_float, check_like, check_state
+from xlstm_kernels.common.checks import check_choice, check_float, check_like, check_state
 
 FORGET_GATES = ("sigmoid", "exp")
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from xlstm_kernels.checks import check_boundaries
-from xlstm_kernels.select import select_backend
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.checks import check_boundaries
 from xlstm_kernels.slstm.arguments import check_arguments
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -14,11 +14,11 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 def _operator(backend: str) -> Callable:
     """The custom op behind `backend`; imported when it is used, since its library may be absent."""
     if backend == "torch":
-        from xlstm_kernels.slstm.scan_torch import scan_forward
+        from xlstm_kernels.slstm.torch.scan import scan_forward
     elif backend == "numba":
-        from xlstm_kernels.slstm.scan_cpu import scan_forward
+        from xlstm_kernels.slstm.numba.scan import scan_forward
     else:
-        from xlstm_kernels.slstm.scan_triton import scan_forward
+        from xlstm_kernels.slstm.triton.scan import scan_forward
     return scan_forward
 
 

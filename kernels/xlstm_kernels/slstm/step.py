@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from xlstm_kernels.checks import compute_dtype
-from xlstm_kernels.select import select_backend
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.checks import compute_dtype
 from xlstm_kernels.slstm.arguments import check_arguments
 
 
@@ -30,7 +30,7 @@ def slstm_step(
     check_arguments(gate_preacts, recurrent_weight, bias, state, forget_gate, time=False)
     d = gate_preacts.shape[-1]
     if select_backend("slstm_step", backend, gate_preacts, d=d) == "triton":
-        from xlstm_kernels.slstm.step_triton import slstm_step_triton
+        from xlstm_kernels.slstm.triton.step import slstm_step_triton
 
         sigmoid = forget_gate == "sigmoid"
         return slstm_step_triton(gate_preacts, recurrent_weight, bias, *state, sigmoid)

@@ -18,7 +18,7 @@ from benchmarks.anchors import ANCHOR_TABLE
 from benchmarks.aot import DEVICES, blocks_per_processor
 from benchmarks.assembly import Listing
 from benchmarks.kernel_resources import SEED, choose
-from xlstm_kernels.aot import TARGETS, find_variants
+from xlstm_kernels.common.aot import TARGETS, find_variants
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,9 +149,9 @@ def test_a_kernel_that_does_not_compile_is_reported(tmp_path):
     package = tmp_path / "broken_kernels"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "one_triton.py").write_text(
+    (package / "triton.py").write_text(
         "import torch, triton, triton.language as tl\n"
-        "from xlstm_kernels.aot import make_variant\n"
+        "from xlstm_kernels.common.aot import make_variant\n"
         "@triton.jit\n"
         "def kernel(x, N: tl.constexpr):\n"
         "    i = tl.arange(0, N)\n"

@@ -13,16 +13,10 @@ import torch
 
 from tests.kernels.kernel_numerics import relative_error
 from tests.kernels.triton.checker import Checker
-from xlstm_kernels import (
-    conv,
-    mlstm_chunkwise,
-    mlstm_step,
-    multihead_norm,
-    slstm_scan,
-    slstm_step,
-)
-from xlstm_kernels.aot import TARGETS, find_variants
-from xlstm_kernels.select import BACKENDS
+from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
+from xlstm_kernels.common.aot import TARGETS, find_variants
+from xlstm_kernels.common.backends import BACKENDS
+from xlstm_kernels.conv import conv
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

@@ -6,9 +6,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
-from xlstm_kernels.mlstm import chunkwise_triton, step_triton, triton_config, triton_plan
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_kernels.mlstm.triton_config import MlstmConfig, Tile
+from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
+from xlstm_kernels.mlstm.triton import launches as triton_plan
+from xlstm_kernels.mlstm.triton import step as step_triton
+from xlstm_kernels.mlstm.triton import tiles as triton_config
+from xlstm_kernels.mlstm.triton.tiles import MlstmConfig, Tile
 
 SMALL = Tile(16, 16, 16, 4, 2)
 GATES = {

@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.kernel_numerics import relative_error
 from xlstm_kernels import causal_conv1d
-from xlstm_kernels.conv_triton import _backward, conv_triton
+from xlstm_kernels.conv.triton import _backward, conv_triton
 
 torch.set_num_threads(1)
 B = 2

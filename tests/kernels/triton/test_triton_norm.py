@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
-from xlstm_kernels import multihead_norm, norm_triton
+from xlstm_kernels import multihead_norm
+from xlstm_kernels.norm import triton as norm_triton
 
 
 def make_inputs(*lead, heads=2, d=20, gated=True):

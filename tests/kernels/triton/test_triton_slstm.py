@@ -7,7 +7,8 @@ from tests.kernels.kernel_numerics import assert_float32_close, relative_error, 
 from tests.kernels.test_kernel_slstm import outputs, split
 from tests.kernels.test_slstm_cpu import GATES, make_inputs, recurrence
 from xlstm_kernels import slstm_scan, slstm_step
-from xlstm_kernels.slstm import scan_triton, step_triton
+from xlstm_kernels.slstm.triton import scan as scan_triton
+from xlstm_kernels.slstm.triton import step as step_triton
 
 torch.set_num_threads(1)
 
@@ -191,7 +192,7 @@ def test_what_it_cannot_run_is_refused_with_the_remedy():
 
 
 def test_lengths_and_batches_are_not_specialised():
-    from xlstm_kernels.slstm import triton_kernels
+    from xlstm_kernels.slstm.triton import kernels as triton_kernels
 
     assert {"batch", "steps"} <= set(triton_kernels.SIZES)
     assert {"batch", "steps", "first", "last"} == set(triton_kernels.SIZES_AND_RANGE)

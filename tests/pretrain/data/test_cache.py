@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic_shards import write_shards
-from data_prep.shards import CorruptShardError, ShardFormatError
+from pretrain.config.ramp import BatchRamp
 from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings
-from pretrain.ramp import BatchRamp
 from tests.web import serve
+from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.shard import CorruptShardError
 
 SIZES = [30, 20, 25, 22]
 

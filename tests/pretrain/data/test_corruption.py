@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.synthetic_shards import write_shards
-from data_prep.shards import ShardReader, load_manifest, write_manifest
+from pretrain.config.ramp import BatchRamp
 from pretrain.data import (
     CorruptShardError,
     DataCursor,
@@ -19,7 +19,8 @@ from pretrain.data import (
     TokenDataset,
     TrainLoader,
 )
-from pretrain.ramp import BatchRamp
+from xlstm_io.shards.manifest import load_manifest, write_manifest
+from xlstm_io.shards.shard import ShardReader
 
 SEQ_LEN = 8
 FLIPS, TRUNCATIONS = 40, 8  # of each of the folder's five files

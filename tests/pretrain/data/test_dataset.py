@@ -3,9 +3,9 @@ import shutil
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardReader
 from pretrain.data import CorruptShardError, DataError, TokenDataset
 from pretrain.data import dataset as dataset_module
+from xlstm_io.shards.shard import ShardReader
 
 
 def test_rows_boundaries_and_masks_agree_with_the_tokens(shards):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.synthetic_shards import write_shards
+from pretrain.config.ramp import BatchRamp
 from pretrain.data import (
     Batch,
     CorruptShardError,
@@ -22,7 +23,6 @@ from pretrain.data import (
     ValidLoader,
 )
 from pretrain.data import loader as loader_module
-from pretrain.ramp import BatchRamp
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Corpus to shards: scan, plan, encode, pack, report."""

@@ -1,0 +1,218 @@
+"""Packing: documents -> rows of seq_len + 1 tokens, in one of two ways.
+
+``concat`` chops one long stream. Rows overlap by one token, so that the last target of a row is the
+first input of the next and no target is lost; a document cut by a row's end continues in the next
+row, marked CONTINUATION.
+
+``best_fit`` keeps documents whole where a row can hold them (Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling"): only a document longer than a row is cut, into as few pieces as
+possible, and rows are filled up with padding. A piece after a cut begins with the last token of the
+piece before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block
+
+_BUFFER_PIECES = 10_000
+_BUFFER_TOKENS = 1 << 23
+_OPEN_ROWS = 1_024
+PACKINGS = ("concat", "best_fit")
+
+
+def as_stored(ids: np.ndarray, bos_id: int, eos_id: int, dtype: np.dtype) -> np.ndarray:
+    """A document's tokens as they are stored: [bos] ids [eos]."""
+    tokens = np.empty(len(ids) + 2, dtype)
+    tokens[0], tokens[1:-1], tokens[-1] = bos_id, ids, eos_id
+    return tokens
+
+
+class ConcatPacker:
+    """Collects documents and yields blocks of ``block_rows`` rows; the last one is shorter.
+
+    Args:
+        seq_len: inputs per row; rows hold seq_len + 1 tokens.
+        block_rows: rows per block.
+        dtype: stored token type.
+        pad_id: fills up the last row.
+    """
+
+    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
+        self.seq_len, self.block_rows, self.dtype = seq_len, block_rows, dtype
+        self.pad_id = pad_id
+        self.docs = self.tokens = self.pad_tokens = 0
+        self._parts: list[np.ndarray] = []
+        self._starts: list[int] = []
+        self._length = 0  # tokens in _parts; _starts counts from the first of them
+
+    def add(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document (of ``as_stored``); yields the blocks that it completes."""
+        self._starts.append(self._length)
+        self._parts.append(tokens)
+        self.docs += 1
+        self.tokens += len(tokens)
+        self._length += len(tokens)
+        if self._length > self.block_rows * self.seq_len:
+            yield from self._full_blocks()
+
+    def finish(self) -> Iterator[Block]:
+        """Yield the last, short block; its last row is padded."""
+        if self._length > 1:
+            rows = -(-(self._length - 1) // self.seq_len)
+            self.pad_tokens = rows * self.seq_len + 1 - self._length
+            stream = np.concatenate([*self._parts, np.full(self.pad_tokens, self.pad_id)])
+            starts = np.array(self._starts, np.int64)
+            yield self._block(stream.astype(self.dtype), starts, rows, self._length)
+        self._parts, self._starts, self._length = [], [], 0
+
+    def _full_blocks(self) -> Iterator[Block]:
+        stream, starts = np.concatenate(self._parts), np.array(self._starts, np.int64)
+        step = self.block_rows * self.seq_len
+        first = 0
+        while len(stream) - first > step:
+            inside = starts[(starts >= first) & (starts <= first + step)] - first
+            yield self._block(stream[first : first + step + 1], inside, self.block_rows)
+            first += step
+        self._parts = [stream[first:].copy()]
+        self._starts = (starts[starts >= first] - first).tolist()
+        self._length = len(stream) - first
+
+    def _block(self, stream, starts, rows: int, padding_at: int | None = None) -> Block:
+        """Cut ``stream`` [rows * seq_len + 1] into rows; ``starts`` are the documents' in it."""
+        s = self.seq_len
+        tokens = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, s + 1)[::s])
+        row, position = np.divmod(starts, s)
+        own = row < rows
+        # A start at a row's first position is also the overlapping last position of the row before:
+        # there it says that this last target belongs to another document.
+        shared = (position == 0) & (row > 0)
+        unstarted = np.setdiff1d(np.arange(rows), row[position == 0])
+        entries_row = [row[own], row[shared] - 1, unstarted]
+        entries = [position[own], np.full(shared.sum(), s), np.full(len(unstarted), CONTINUATION)]
+        if padding_at is not None and padding_at < len(stream):
+            entries_row.append([rows - 1])
+            entries.append([(padding_at - (rows - 1) * s) | PADDING])
+        owner = np.concatenate(entries_row).astype(np.int64)
+        segments = np.concatenate(entries).astype(np.uint32)
+        order = np.lexsort((segments & np.uint32(PADDING - 1), owner))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=rows))])
+        return Block(tokens, offsets.astype(np.uint32), segments[order], np.empty(0, np.uint32))
+
+
+class _Piece(NamedTuple):
+    document: int  # number within the shard
+    continues: bool
+    tokens: np.ndarray
+
+
+class BestFitPacker:
+    """Collects documents and yields blocks of ``block_rows`` rows; the last one is shorter.
+
+    Pieces are buffered, sorted by length (longest first, Best-Fit-Decreasing) and each is put where
+    it leaves the smallest gap. Rows with gaps stay open for the next buffer; memory is bounded by
+    the constants above. The capacities of the open rows are one int used as a set of bits, which
+    makes the best fit a shift and a count instead of a search tree.
+
+    Args: as :class:`ConcatPacker`.
+    """
+
+    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
+        self.row_tokens, self.block_rows, self.dtype = seq_len + 1, block_rows, dtype
+        self.pad_id = pad_id
+        self.docs = self.tokens = self.pad_tokens = 0
+        self._buffer: list[_Piece] = []
+        self._buffered_tokens = 0
+        self._open: dict[int, list[list[_Piece]]] = {}  # rows by the tokens that they still take
+        self._open_rows = 0
+        self._gaps = 0  # bit c is set where _open[c] has a row
+        self._rows: list[list[_Piece]] = []  # done, not yet in a block
+
+    def add(self, tokens: np.ndarray) -> Iterator[Block]:
+        """Append one document (of ``as_stored``); yields the blocks that it completes."""
+        for first in range(0, len(tokens) - 1, self.row_tokens - 1):
+            # Its own copy: a short rest must not keep a long document in memory.
+            piece = _Piece(self.docs, first > 0, tokens[first : first + self.row_tokens].copy())
+            if len(piece.tokens) == self.row_tokens:
+                self._rows.append([piece])
+            else:
+                self._buffer.append(piece)
+                self._buffered_tokens += len(piece.tokens)
+        self.docs += 1
+        self.tokens += len(tokens)
+        if len(self._buffer) >= _BUFFER_PIECES or self._buffered_tokens >= _BUFFER_TOKENS:
+            self._place()
+            limit = min(_OPEN_ROWS, max(1, _BUFFER_TOKENS // self.row_tokens))
+            self._close_fullest(self._open_rows - limit)
+        while len(self._rows) >= self.block_rows:
+            yield self._block(self._rows[: self.block_rows])
+            del self._rows[: self.block_rows]
+
+    def finish(self) -> Iterator[Block]:
+        """Yield what is left; the last block may be short."""
+        self._place()
+        self._close_fullest(self._open_rows)
+        for first in range(0, len(self._rows), self.block_rows):
+            yield self._block(self._rows[first : first + self.block_rows])
+        self._rows = []
+
+    def _place(self) -> None:
+        self._buffer.sort(key=lambda piece: -len(piece.tokens))  # stable: ties in input order
+        for piece in self._buffer:
+            size = len(piece.tokens)
+            fitting = self._gaps >> size
+            if fitting:
+                gap = size + (fitting & -fitting).bit_length() - 1
+                row = self._take(gap)
+            else:
+                gap, row = self.row_tokens, []
+            row.append(piece)
+            left = gap - size
+            if left < 2:  # the shortest piece has two tokens
+                self._rows.append(row)
+            else:
+                self._open.setdefault(left, []).append(row)
+                self._open_rows += 1
+                self._gaps |= 1 << left
+        self._buffer, self._buffered_tokens = [], 0
+
+    def _take(self, gap: int) -> list[_Piece]:
+        rows = self._open[gap]
+        row = rows.pop()
+        self._open_rows -= 1
+        if not rows:
+            self._gaps ^= 1 << gap
+        return row
+
+    def _close_fullest(self, count: int) -> None:
+        for _ in range(count):
+            gap = (self._gaps & -self._gaps).bit_length() - 1
+            self._rows.append(self._take(gap))
+
+    def _block(self, rows: list[list[_Piece]]) -> Block:
+        tokens = np.full((len(rows), self.row_tokens), self.pad_id, self.dtype)
+        offsets, segments, documents = [0], [], []
+        for number, row in enumerate(rows):
+            position = 0
+            for piece in row:
+                tokens[number, position : position + len(piece.tokens)] = piece.tokens
+                segments.append(position | (CONTINUATION if piece.continues else 0))
+                documents.append(piece.document)
+                position += len(piece.tokens)
+            if position < self.row_tokens:
+                segments.append(position | PADDING)
+                documents.append(NO_DOCUMENT)
+                self.pad_tokens += self.row_tokens - position
+            offsets.append(len(segments))
+        return Block(
+            tokens, *(np.array(part, np.uint32) for part in (offsets, segments, documents))
+        )
+
+
+def make_packer(packing: str, *args) -> ConcatPacker | BestFitPacker:
+    """The packer named ``packing`` (one of PACKINGS); arguments as :class:`ConcatPacker`."""
+    return {"concat": ConcatPacker, "best_fit": BestFitPacker}[packing](*args)

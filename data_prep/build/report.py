@@ -1,0 +1,190 @@
+"""What a finished build leaves: the manifest, and a report with a picture of document lengths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.build.encode import BINS_PER_OCTAVE, ShardRecord
+from data_prep.build.plan import Corpus
+from data_prep.config import BuildConfig
+from data_prep.jobs.progress import say
+from data_prep.sources.files import provenance_notes
+from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
+from xlstm_io.shards.rows import token_dtype
+from xlstm_io.shards.shard import default_block_rows
+from xlstm_io.storage import write_atomic
+from xlstm_io.tokenizer.encode import Tokenizer
+
+SPLIT_NAMES = ("train", "valid")
+TOTALS = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
+"""Fields of a split that are the sums of its shards'."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A build whose shards are all written."""
+
+    config: BuildConfig
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+    corpus: Corpus
+    records: list[ShardRecord]
+    """In the order of the plan's shards."""
+    seconds: dict[str, float]
+    """Wall clock of the passes that this run did."""
+    bytes_done: int
+    """Text that this run tokenized."""
+
+
+def write_result(out: Path, finished: Finished) -> Manifest:
+    """Write ``OUT/manifest.json``."""
+    config, tokenizer = finished.config, finished.tokenizer
+    plan = finished.corpus.plan
+    dtype = token_dtype(tokenizer.vocab_size)
+    identity = {"settings": finished.settings, "corpus": finished.corpus.digest}
+    fields = {
+        "dtype": dtype.name,
+        "seq_len": config.seq_len,
+        "row_tokens": config.seq_len + 1,
+        "block_rows": default_block_rows(config.seq_len + 1, dtype),
+        "packing": config.packing,
+        "add_bos": True,
+        "add_eos": True,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "tokenizer": {
+            "type": tokenizer.kind,
+            "path": f"tokenizer/{next(iter(tokenizer.files))}",
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "valid_fraction": config.valid_fraction,
+        "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "sources": [
+            {
+                "name": source.name,
+                "provenance": _provenance(finished, source),
+                "documents_read": plan.documents_read[source.name],
+                "dropped": plan.dropped[source.name],
+                "filters": finished.settings["filters"],
+                "splits": {split: _split(finished, source.name, split) for split in SPLIT_NAMES},
+            }
+            for source in config.all_sources()
+        ],
+        "code": {"version": metadata.version("xlstm-pretrain")},
+    }
+    return write_manifest(out, fields)
+
+
+def _split(finished: Finished, source: str, split: str) -> dict[str, Any]:
+    pairs = zip(finished.corpus.plan.shards, finished.records, strict=True)
+    entries = [
+        record.entry for plan, record in pairs if (plan.source, plan.split) == (source, split)
+    ]
+    return split_fields([entry.model_dump() for entry in entries])
+
+
+def split_fields(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """A manifest's ``SplitEntry`` from its shards' entries."""
+    return {**{name: sum(shard[name] for shard in shards) for name in TOTALS}, "shards": shards}
+
+
+def _provenance(finished: Finished, source) -> dict[str, Any] | None:
+    """What the settings and the notes beside the inputs say about licence and origin."""
+    stated = {"licence": source.licence, "origin": source.origin}
+    stated = {key: value for key, value in stated.items() if value}
+    notes = provenance_notes([f.path for f in finished.corpus.files if f.source == source.name])
+    if len(notes) == 1:
+        return {**notes[0], **stated}
+    return {**({"sources": notes} if notes else {}), **stated} or None
+
+
+def report(out: Path, manifest: Manifest, finished: Finished) -> None:
+    """Print the final report; store it and the histogram of lengths under ``_work``."""
+    records, seconds = finished.records, finished.seconds
+    entries = [record.entry for record in records]
+    tokens, text = (sum(getattr(e, name) for e in entries) for name in ("tokens", "bytes_in"))
+    histogram = np.sum([record.histogram for record in records], axis=0)
+    checked = sum(record.round_trips for record in records)
+    lossy = sum(record.lossy for record in records)
+    for source in manifest.sources:
+        kept = sum(split.docs for split in source.splits.values())
+        dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
+        say(f"documents   {source.name}: {kept} kept of {source.documents_read} read; {dropped}")
+        for name, part in source.splits.items():
+            say(
+                f"  {name:9s} {part.docs} documents, {part.tokens} tokens, {part.rows} rows of "
+                f"{manifest.seq_len}, {part.pad_tokens} padding, {len(part.shards)} shards"
+            )
+    say(f"tokens      {tokens} ({text / tokens:.2f} bytes/token)")
+    octaves = histogram.reshape(-1, BINS_PER_OCTAVE).sum(axis=1)
+    lengths = [f"{1 << power}: {count}" for power, count in enumerate(octaves) if count]
+    say(f"lengths     documents of at least so many tokens (powers of 2): {', '.join(lengths)}")
+    say(f"round trip  {checked - lossy} of {checked} checked documents come back unchanged")
+    rate = finished.bytes_done / 1e6 / seconds["tokenize"] if finished.bytes_done else 0.0
+    if seconds:
+        say(
+            f"time        scan {seconds['scan']:.1f} s, tokenize {seconds['tokenize']:.1f} s, "
+            f"{rate:.2f} MB/s"
+        )
+    picture = out / "_work" / "lengths.png"
+    _draw(picture, histogram, manifest.seq_len)
+    say(f"picture     {picture}")
+    say(f"manifest    {out / MANIFEST_NAME}  hash {manifest.hash[:12]}")
+    fields = {
+        "documents_read": {s.name: s.documents_read for s in manifest.sources},
+        "dropped": {s.name: s.dropped for s in manifest.sources},
+        "documents": sum(entry.docs for entry in entries),
+        "tokens": tokens,
+        "bytes_per_token": text / tokens,
+        "pad_tokens": sum(entry.pad_tokens for entry in entries),
+        "seconds": seconds,
+        "mb_per_second": rate,
+        "histogram_log2": octaves.tolist(),
+        "round_trips": checked,
+        "lossy": lossy,
+    }
+    write_atomic(out / "_work" / "report.json", json.dumps(fields, indent=1).encode() + b"\n")
+
+
+def _draw(path: Path, histogram: np.ndarray, seq_len: int) -> None:
+    """Documents, and their tokens, by length; a line marks the length of a row."""
+    from matplotlib.figure import Figure  # slow to import; no display is asked for
+
+    used = np.flatnonzero(histogram)
+    bins = np.arange(used[0], used[-1] + 1)
+    edges = 2.0 ** (np.append(bins, bins[-1] + 1) / BINS_PER_OCTAVE)
+    counts = histogram[bins]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    left.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.6, label="documents")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.set_xlabel("tokens in the document, with bos and eos")
+    left.set_ylabel("documents", color="tab:blue")
+    right = left.twinx()
+    # A bin's tokens, as if its documents lay in its (geometric) middle.
+    middle = np.sqrt(edges[:-1] * edges[1:])
+    right.stairs(counts * middle / (counts * middle).sum(), edges, color="tab:orange", lw=1.5)
+    right.set_ylabel("share of all tokens", color="tab:orange")
+    right.set_ylim(bottom=0)
+    left.set_ylim(top=1.15 * counts.max())  # room for the line's label
+    left.axvline(seq_len + 1, color="black", ls="--", lw=1)
+    left.annotate(
+        f"row: {seq_len}",
+        (seq_len + 1, 0.97),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="top",
+    )
+    left.set_title(f"{counts.sum()} documents")
+    figure.savefig(path, dpi=120)

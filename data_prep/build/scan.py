@@ -1,0 +1,223 @@
+"""First pass over the corpus: per text its hash, its size and the filters' verdict.
+
+Results lie in ``OUT/_work/scan``, one table a file; unchanged files are never read again. Jobs of
+an array share the pass without waiting for each other: each starts with files of its own and then
+takes whatever nobody has finished. A file that two jobs scan at once comes out the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_prep.jobs.progress import Progress, say
+from data_prep.jobs.workers import Tick, run_tasks
+from data_prep.sources.files import file_size, file_stamp
+from data_prep.sources.filters import TextFilters
+from data_prep.sources.readers import Fields, Malformed, read_documents
+from xlstm_io.errors import PrepError
+from xlstm_io.storage import temporary_path, write_atomic
+
+QUOTED = 5
+"""Malformed records that are printed."""
+
+_LOGGED = 1_000  # malformed records of a file that are logged
+_CHUNK_ROWS = 1 << 14
+_TICK_BYTES = 1 << 20
+
+SCAN_ROW = np.dtype(
+    [
+        ("hash", "<u8", 2),  # xxh3-128 of the UTF-8 bytes: high, low
+        ("size", "<i8"),  # UTF-8 bytes
+        ("record", "<i8"),
+        ("offset", "<i8"),  # see Document.offset
+        ("drop", "u1"),  # TextFilters.judge
+    ]
+)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source, and how its documents are found."""
+
+    path: str
+    source: str
+    fields: Fields
+
+
+@dataclass(frozen=True)
+class FileScan:
+    """What one file holds; ``rows()`` has an entry per good record."""
+
+    table: str
+    documents: int
+    malformed: int
+    examples: list[str]
+    """The first malformed records: "file:line: reason"."""
+    digest: str
+    """xxh3-128 over the hashes and verdicts in order."""
+
+    def rows(self) -> np.ndarray:
+        """SCAN_ROW per good record, mapped from disk."""
+        if not self.documents:
+            return np.empty(0, SCAN_ROW)
+        return np.memmap(self.table, SCAN_ROW, "r", shape=(self.documents,))
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """All that a worker needs to scan one file."""
+
+    file: InputFile
+    filters: TextFilters
+    note: Path
+
+
+def text_hash(data: bytes) -> tuple[int, int]:
+    """xxh3-128 of a text as two 64-bit halves (high, low)."""
+    value = xxhash.xxh3_128_intdigest(data)
+    return value >> 64, value & (1 << 64) - 1
+
+
+def scan_file(task: ScanTask, tick: Tick) -> FileScan:
+    """Read one file and store what it holds, unless another job did so meanwhile."""
+    stored = load_scan(task.note)
+    if stored is not None:
+        return stored
+    path = task.file.path
+    table = task.note.with_suffix(".scan")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(table)
+    digest, examples, held = xxhash.xxh3_128(), [], []
+    documents = malformed = unticked = 0
+    try:
+        with open(temporary, "wb") as file:
+
+            def flush() -> None:
+                rows = np.array(held, SCAN_ROW)
+                _update(digest, rows)
+                file.write(rows.tobytes())
+                held.clear()
+
+            for item in read_documents(path, task.file.fields):
+                if isinstance(item, Malformed):
+                    malformed += 1
+                    if len(examples) < _LOGGED:
+                        examples.append(f"{item.where}: {item.reason}")
+                    continue
+                data = item.text.encode("utf-8", "surrogatepass")
+                verdict = _judge(task.filters, path, item)
+                held.append((text_hash(data), len(data), item.record, item.offset, verdict))
+                documents += 1
+                if len(held) >= _CHUNK_ROWS:
+                    flush()
+                unticked += len(data)
+                if unticked >= _TICK_BYTES:
+                    tick(unticked)
+                    unticked = 0
+            flush()
+        temporary.replace(table)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tick(unticked)
+    scan = FileScan(str(table), documents, malformed, examples, digest.hexdigest())
+    fields = {key: value for key, value in asdict(scan).items() if key != "table"}
+    write_atomic(task.note, json.dumps(fields).encode() + b"\n", sync=False)
+    return scan
+
+
+def _update(digest: xxhash.xxh3_128, rows: np.ndarray) -> None:
+    digest.update(np.ascontiguousarray(rows["hash"]))
+    digest.update(np.ascontiguousarray(rows["drop"]))
+
+
+def _judge(filters: TextFilters, path: str, item) -> int:
+    try:
+        return filters.judge(item.text)
+    except Exception as error:
+        if not filters.functions:
+            raise
+        raise PrepError(
+            f"a function of --filter-functions failed on {path}, record {item.record + 1}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def load_scan(note: Path) -> FileScan | None:
+    """A stored scan by the path of its note; None where it is absent or not what was written."""
+    table = note.with_suffix(".scan")
+    try:
+        scan = FileScan(str(table), **json.loads(note.read_bytes()))
+        if table.stat().st_size != scan.documents * SCAN_ROW.itemsize:
+            return None
+    except (OSError, ValueError, TypeError):
+        return None
+    digest, rows = xxhash.xxh3_128(), scan.rows()
+    for first in range(0, len(rows), _CHUNK_ROWS):
+        _update(digest, rows[first : first + _CHUNK_ROWS])
+    return scan if digest.hexdigest() == scan.digest else None
+
+
+def scan_note(file: InputFile, stamp: list, filters: TextFilters, work: Path) -> Path:
+    """Where the scan of a file is noted: its name depends on all that the scan depends on."""
+    key = repr([stamp, file.fields, filters.settings()])
+    return work / "scan" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"
+
+
+def scan_files(
+    files: list[InputFile],
+    filters: TextFilters,
+    work: Path,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+) -> list[FileScan]:
+    """Scan all files, starting with this job's; ``share`` is (number of this job, of jobs).
+
+    Raises:
+        PrepError: a file cannot be read.
+    """
+    notes = [scan_note(file, file_stamp(file.path), filters, work) for file in files]
+    scans = [load_scan(note) for note in notes]
+    todo = [n for n in _order(len(files), share) if scans[n] is None]
+    with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
+        tasks = [ScanTask(files[n], filters, notes[n]) for n in todo]
+        for place, scan in run_tasks(scan_file, tasks, workers, progress):
+            scans[todo[place]] = scan
+    return scans
+
+
+def _order(count: int, share: tuple[int, int]) -> list[int]:
+    """Own files first; then the others', backwards and from a place of one's own."""
+    task, tasks = share
+    others = [number for number in range(count - 1, -1, -1) if number % tasks != task]
+    turn = len(others) * task // tasks
+    return [*range(task, count, tasks), *others[turn:], *others[:turn]]
+
+
+def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None:
+    """Log malformed records, print the first; refuse a corpus with too many.
+
+    Raises:
+        PrepError: more than ``max_share`` of the records are malformed, or none is good.
+    """
+    bad = sum(scan.malformed for scan in scans)
+    good = sum(scan.documents for scan in scans)
+    examples = [example for scan in scans for example in scan.examples]
+    if not good and not bad:
+        raise PrepError("--input: no document in these files")
+    if examples:
+        write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
+    if bad > max_share * (good + bad):
+        quoted = "; ".join(examples[:QUOTED])
+        raise PrepError(
+            f"{bad} of {good + bad} records are malformed, more than --max-bad-share {max_share}: "
+            f"{quoted}; repair them, set --text-field, or raise --max-bad-share"
+        )
+    for example in examples[:QUOTED]:
+        say(f"malformed, skipped: {example}")
+    if bad > QUOTED:
+        say(f"malformed, skipped: {bad - QUOTED} more; see {log}")

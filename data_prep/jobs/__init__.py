@@ -1,0 +1,1 @@
+"""Worker processes and progress of long jobs."""

@@ -1,0 +1,104 @@
+"""Runs independent tasks in this process or in several, with shared progress and a clean stop.
+
+Results must not depend on the number of workers: tasks share nothing but a counter of bytes done
+and a flag that asks them to stop.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from data_prep.jobs.progress import Progress
+from xlstm_io.errors import Interrupted, PrepError
+
+_POLL_SECONDS = 0.2
+_shared: tuple[Any, Any] | None = None  # (counter, stop flag) of a worker process
+
+Tick = Callable[[int], None]
+
+
+def available_cpus() -> int:
+    """Cores that this process may use (what Slurm or taskset grant, not what the node has)."""
+    return len(os.sched_getaffinity(0))
+
+
+def _start_worker(counter, stop) -> None:
+    global _shared
+    _shared = (counter, stop)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # the parent was killed: nobody will collect this task
+
+
+def _worker_tick(amount: int) -> None:
+    counter, stop = _shared
+    with counter.get_lock():
+        counter.value += amount
+    if stop.is_set():
+        raise Interrupted
+
+
+def _in_worker(function, task):
+    return function(task, _worker_tick)
+
+
+def run_tasks(
+    function: Callable[[Any, Tick], Any], tasks: Sequence[Any], workers: int, progress: Progress
+) -> Iterator[tuple[int, Any]]:
+    """Yield (task number, function(task, tick)) as tasks finish, in any order.
+
+    Args:
+        function: importable; calls ``tick(bytes)`` often; ``tick`` raises Interrupted on a stop.
+        tasks: picklable arguments.
+        workers: processes; 1 (or a single task) runs here without starting any.
+        progress: told the sum of all ticks.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        done = 0
+
+        def tick(amount: int) -> None:
+            nonlocal done
+            done += amount
+            progress.set(done)
+
+        for number, task in enumerate(tasks):
+            yield number, function(task, tick)
+        return
+
+    context = multiprocessing.get_context("spawn")  # fork is unsafe beside tqdm's monitor thread
+    counter, stop = context.Value("q", 0), context.Event()
+    executor = ProcessPoolExecutor(
+        min(workers, len(tasks)), context, initializer=_start_worker, initargs=(counter, stop)
+    )
+    try:
+        # Ctrl-C reaches the whole group, but the parent acts: workers inherit these as blocked.
+        # Here they wait until the mask is restored.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            numbers = {executor.submit(_in_worker, function, t): n for n, t in enumerate(tasks)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pending = set(numbers)
+        while pending:
+            finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+            progress.set(counter.value)
+            for future in finished:
+                yield numbers[future], future.result()
+    except BrokenProcessPool:
+        raise PrepError(
+            f"a worker process died (out of memory?); finished shards are kept: run again with "
+            f"fewer than --workers {workers} or a smaller --shard-mb"
+        ) from None
+    finally:
+        stop.set()
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Commands on corpora and on finished shards."""

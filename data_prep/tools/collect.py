@@ -1,0 +1,168 @@
+"""Gathers documents into one ``corpus.jsonl.zst`` with a note of origin and licence beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import xxhash
+import zstandard
+
+from data_prep.build.scan import QUOTED
+from data_prep.jobs.progress import Progress, say
+from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
+from data_prep.sources.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
+from xlstm_io.errors import PrepError
+from xlstm_io.storage import write_atomic
+
+CORPUS_NAME = "corpus.jsonl.zst"
+_RECORD_NAME = ".collect.json"  # how the corpus was made, for reruns
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass
+class _Counts:
+    documents: int = 0
+    skipped: int = 0
+    bytes: int = 0
+
+
+def library_files(root: Path) -> list[Path]:
+    """The standard library's sources below ``root`` in a fixed order.
+
+    Left out: tests, installed packages, and what is generated per machine (build configuration).
+    """
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(
+            name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")
+        )
+        found += [
+            Path(folder, name)
+            for name in sorted(files)
+            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return found
+
+
+def collect(
+    out: Path, inputs: list[str], *, min_mb: float = 8.0, fields: Fields = DEFAULT_FIELDS
+) -> Path:
+    """Write the corpus file to the folder ``out`` and return its path.
+
+    Without ``inputs``: the sources of the running Python's standard library. A finished corpus of
+    the same inputs is left as it is.
+
+    Raises:
+        PrepError: bad inputs, less than ``min_mb`` megabytes of text, or a folder that holds
+            another corpus.
+    """
+    corpus, record = out / CORPUS_NAME, out / _RECORD_NAME
+    if inputs:
+        paths = expand_inputs(inputs)
+        identity = repr([fields, [file_stamp(path) for path in paths]]).encode()
+        settings = {"input": "files", "digest": xxhash.xxh3_128_hexdigest(identity)}
+        provenance = {"origin": "files given by --input", "licence": "as stated by their owner"}
+        documents = _from_files(paths, fields)
+    else:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = library_files(root)
+        settings = {"input": "standard library", "digest": platform.python_version()}
+        provenance = {
+            "origin": f"Python {platform.python_version()} standard library, without tests",
+            "licence": "PSF-2.0 (Python Software Foundation License Version 2)",
+            "url": "https://docs.python.org/3/license.html",
+        }
+        documents = _from_library(root, paths)
+    if _finished(record, corpus, settings):
+        say(f"{corpus} is finished and its inputs are unchanged: nothing to do")
+        return corpus
+
+    counts = _Counts()
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = corpus.with_name(f"{corpus.name}.tmp.{os.getpid()}")
+    try:
+        with (
+            open(temporary, "wb") as file,
+            Progress("collect", sum(file_size(str(path)) for path in paths)) as progress,
+        ):
+            with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
+                for item in documents:
+                    if isinstance(item, Malformed):
+                        counts.skipped += 1
+                        if counts.skipped <= QUOTED:
+                            say(f"malformed, skipped: {item.where}: {item.reason}")
+                        continue
+                    if not item[1]:
+                        continue
+                    counts.documents += 1
+                    counts.bytes += len(item[1].encode("utf-8"))
+                    stream.write(orjson.dumps({"id": item[0], "text": item[1]}) + b"\n")
+                    progress.set(counts.bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        if counts.bytes < min_mb * 1e6:
+            raise PrepError(
+                f"only {counts.bytes / 1e6:.2f} MB of text in {counts.documents} documents, "
+                f"--min-mb asks for {min_mb:g}; give more text with --input, or lower --min-mb"
+            )
+        provenance |= {"documents": counts.documents, "bytes": counts.bytes}
+        write_atomic(out / PROVENANCE_NAME, json.dumps(provenance, indent=1).encode() + b"\n")
+        # The record comes first: a corpus without it is somebody else's and never overwritten.
+        done = {"settings": settings, "size": temporary.stat().st_size}
+        write_atomic(record, json.dumps(done).encode() + b"\n")
+        os.replace(temporary, corpus)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if counts.skipped > QUOTED:
+        say(f"malformed, skipped: {counts.skipped - QUOTED} more")
+    say(
+        f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
+        f"{counts.skipped} skipped"
+    )
+    say(f"origin: {provenance['origin']}; licence: {provenance['licence']}")
+    return corpus
+
+
+def _finished(record: Path, corpus: Path, settings: dict) -> bool:
+    """Whether ``corpus`` is there already; one of other inputs is an error."""
+    try:
+        done = json.loads(record.read_bytes())
+        same_size = corpus.stat().st_size == done["size"]
+        stored = done["settings"]
+    except FileNotFoundError:
+        if corpus.exists():
+            raise PrepError(
+                f"{corpus} exists but was not finished by this command; move it away"
+            ) from None
+        return False
+    except (ValueError, KeyError, TypeError):
+        raise PrepError(f"{record} is damaged; delete the folder or use another --out") from None
+    if stored != settings:
+        raise PrepError(
+            f"{corpus} was made from other inputs ({stored.get('input')}, now {settings['input']}, "
+            "or their contents changed); nothing was overwritten: choose another --out, or delete "
+            "the folder"
+        )
+    if not same_size:
+        raise PrepError(f"{corpus} has changed since it was written; delete it and run again")
+    return True
+
+
+def _from_library(root: Path, paths: list[Path]) -> Iterator[tuple[str, str] | Malformed]:
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        for item in read_documents(str(path)):
+            yield item if isinstance(item, Malformed) else (name, item.text)
+
+
+def _from_files(paths: list[str], fields: Fields) -> Iterator[tuple[str, str] | Malformed]:
+    for path in paths:
+        for item in read_documents(path, fields):
+            yield item if isinstance(item, Malformed) else (item.id, item.text)

@@ -1,0 +1,88 @@
+"""Shows what a folder of shards holds: its totals, or one row as text with its documents marked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from xlstm_io.errors import PrepError
+from xlstm_io.shards.manifest import Manifest, load_manifest
+from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK
+from xlstm_io.shards.shard import ShardReader
+from xlstm_io.tokenizer.encode import Tokenizer, load_tokenizer
+
+_COLOURS = ("\033[36m", "\033[33m")  # neighbouring documents alternate
+_RESET = "\033[0m"
+
+
+def describe(out: Path) -> str:
+    """Totals of every source and split, format and tokenizer, as printable lines."""
+    manifest = load_manifest(out)
+    lines = [
+        f"{manifest.root}  hash {manifest.hash[:12]}",
+        f"rows of {manifest.seq_len} tokens (+1), {manifest.dtype}, {manifest.packing}; "
+        f"{manifest.block_rows} rows a block",
+        f"tokenizer {manifest.tokenizer.type}, {manifest.vocab_size} pieces, "
+        f"bos {manifest.bos_id}, eos {manifest.eos_id}, pad {manifest.pad_id}, "
+        f"sha256 {manifest.tokenizer_sha256[:12]}",
+    ]
+    for source in manifest.sources:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
+        lines.append(f"source {source.name}: {source.documents_read} documents read; {dropped}")
+        for key, value in (source.provenance or {}).items():
+            lines.append(f"    {key}: {value}")
+        for name, split in source.splits.items():
+            lines.append(
+                f"  {name}: {split.docs} documents, {split.tokens} tokens, {split.rows} rows, "
+                f"{split.pad_tokens} padding, {split.bytes_in / 1e6:.2f} MB text, "
+                f"{len(split.shards)} shards"
+            )
+    return "\n".join(lines)
+
+
+def show_row(out: Path, row: int, split: str = "train") -> str:
+    """Row ``row`` of a split as text. Each document is introduced by a line that marks it.
+
+    Raises:
+        PrepError: no such row.
+        CorruptShardError: the row's block is damaged.
+    """
+    manifest = load_manifest(out)
+    entries = manifest.shards(split)
+    total = sum(entry.rows for entry in entries)
+    if not 0 <= row < total:
+        raise PrepError(f"--row {row}: split {split!r} has rows 0 to {total - 1}")
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    local = row
+    for entry in entries:
+        if local < entry.rows:
+            break
+        local -= entry.rows
+    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    tokens = np.empty(manifest.row_tokens, reader.dtype)
+    try:
+        segments = reader.row(local, tokens)
+    finally:
+        reader.close()
+    lines = [f"row {row} of {split}: {entry.path}, row {local} of the shard"]
+    return "\n".join(lines + _marked(manifest, tokenizer, tokens, segments))
+
+
+def _marked(manifest: Manifest, tokenizer: Tokenizer, tokens, segments) -> list[str]:
+    colour = sys.stdout.isatty()
+    starts = (segments & np.uint32(POSITION_MASK)).tolist()
+    ends = [*starts[1:], manifest.row_tokens]
+    lines = []
+    for number, (start, end, segment) in enumerate(zip(starts, ends, segments, strict=True)):
+        kind = "document starts"
+        if segment & CONTINUATION:
+            kind = "document continues from an earlier row"
+        if segment & PADDING:
+            kind = "padding"
+        lines.append(f"--- tokens {start}..{end - 1}: {kind}")
+        if not segment & PADDING:
+            text = tokenizer.decode(tokens[start:end])
+            lines.append(f"{_COLOURS[number % 2]}{text}{_RESET}" if colour else text)
+    return lines

@@ -1,0 +1,249 @@
+"""Packs the documents of finished shards again: another row length, another packing, the same ids.
+
+Each shard becomes one shard, so work is parallel, and a killed run redoes its unfinished shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.build.pack import make_packer
+from data_prep.build.report import split_fields
+from data_prep.jobs.progress import Progress, say
+from data_prep.jobs.workers import Tick, available_cpus, run_tasks
+from xlstm_io.errors import PrepError, ShardFormatError
+from xlstm_io.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    load_manifest,
+    write_manifest,
+)
+from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK, Block
+from xlstm_io.shards.shard import ShardReader, ShardWriter, default_block_rows, index_path
+from xlstm_io.storage import remove_temporaries, write_atomic
+
+_LEDGER_NAME = "repack.json"
+
+
+@dataclass(frozen=True)
+class RepackTask:
+    """One shard to pack again."""
+
+    manifest: Manifest
+    entry: ShardEntry
+    out: Path
+    seq_len: int
+    packing: str
+
+    @property
+    def note(self) -> Path:
+        """Where the ledger notes that the shard is finished."""
+        return self.out / "_work" / "done" / f"{self.entry.path.replace('/', '-')}.json"
+
+
+def repack(
+    shards: Path,
+    seq_len: int,
+    out: Path | None = None,
+    *,
+    packing: str | None = None,
+    workers: int = 0,
+) -> Manifest:
+    """Write the documents of ``shards`` to ``out`` in rows of ``seq_len`` and return the manifest.
+
+    Args:
+        shards: finished folder.
+        seq_len: context length of the new rows.
+        out: default ``SHARDS-N`` beside ``shards``.
+        packing: "concat" or "best_fit"; default: as it is.
+        workers: processes; 0 takes every core. Does not change the output.
+
+    Raises:
+        PrepError: nothing to change, or ``out`` holds something else.
+        CorruptShardError: damaged shards.
+    """
+    manifest = load_manifest(shards)
+    packing = packing or manifest.packing
+    out = out or shards.with_name(f"{shards.name}-{seq_len}")
+    if seq_len < 2:
+        raise PrepError(f"--seq-len {seq_len}: must be at least 2")
+    if (seq_len, packing) == (manifest.seq_len, manifest.packing):
+        raise PrepError(f"{shards} has --seq-len {seq_len} and packing {packing} already")
+    settings = {"from": manifest.hash, "seq_len": seq_len, "packing": packing}
+    if _finished(out, settings):
+        say(f"{out} is finished: nothing to do")
+        return load_manifest(out)
+    write_atomic(out / "_work" / _LEDGER_NAME, json.dumps(settings).encode() + b"\n")
+    folder = manifest.tokenizer_path.parent
+    for file in sorted(folder.iterdir()):
+        write_atomic(out / "tokenizer" / file.name, file.read_bytes())
+
+    entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
+    format_only = manifest.model_copy(update={"sources": []})  # workers need not know all shards
+    tasks = [RepackTask(format_only, e, out, seq_len, packing) for e in entries]
+    done = {task.entry.path: _load_note(task) for task in tasks}
+    todo = [task for task in tasks if done[task.entry.path] is None]
+    with Progress("repack", sum(task.entry.bytes for task in todo)) as progress:
+        for place, entry in run_tasks(repack_shard, todo, workers or available_cpus(), progress):
+            done[todo[place].entry.path] = entry.model_dump()
+    remove_temporaries(out)
+
+    fields = json.loads((manifest.root / MANIFEST_NAME).read_bytes())
+    for source in fields["sources"]:
+        for name, split in source["splits"].items():
+            source["splits"][name] = split_fields([done[e["path"]] for e in split["shards"]])
+    fields |= {
+        "seq_len": seq_len,
+        "row_tokens": seq_len + 1,
+        "block_rows": default_block_rows(seq_len + 1, np.dtype(manifest.dtype)),
+        "packing": packing,
+        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+    }
+    result = write_manifest(out, fields)
+    for source in result.sources:
+        for name, split in source.splits.items():
+            say(
+                f"{source.name} {name}: {split.docs} documents, {split.tokens} tokens, "
+                f"{split.rows} rows of {seq_len}, {split.pad_tokens} padding"
+            )
+    say(f"manifest {out / MANIFEST_NAME}  hash {result.hash[:12]}")
+    return result
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> bool:
+    ledger = out / "_work" / _LEDGER_NAME
+    try:
+        stored = json.loads(ledger.read_bytes())
+    except FileNotFoundError:
+        if out.exists() and any(out.iterdir()):
+            raise PrepError(f"{out} was not made by this command; choose another --out") from None
+        return False
+    except ValueError:
+        raise PrepError(f"{ledger} is damaged; delete {out} or choose another --out") from None
+    if stored != settings:
+        raise PrepError(f"{out} holds other shards or settings; choose another --out")
+    try:
+        load_manifest(out)
+    except ShardFormatError:
+        return False
+    return True
+
+
+def _load_note(task: RepackTask) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(task.note.read_bytes())
+        intact = (task.out / entry["path"]).stat().st_size == entry["bytes"]
+        return entry if intact and (task.out / entry["index"]).exists() else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
+    """Pack one shard again and note it in the ledger."""
+    manifest, old = task.manifest, task.entry
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    packer = make_packer(
+        task.packing,
+        task.seq_len,
+        default_block_rows(task.seq_len + 1, dtype),
+        dtype,
+        manifest.pad_id,
+    )
+    tar = task.out / old.path
+    with ShardWriter(tar) as writer:
+        for tokens in stored_documents(manifest, old, tick):
+            for block in packer.add(tokens):
+                writer.write(block)
+        for block in packer.finish():
+            writer.write(block)
+        if (packer.docs, packer.tokens) != (old.docs, old.tokens):
+            raise PrepError(
+                f"{manifest.root / old.path}: {packer.docs} documents of {packer.tokens} tokens, "
+                f"the manifest says {old.docs} of {old.tokens}; look with `verify --full`"
+            )
+        written = writer.close()
+    entry = ShardEntry(
+        path=old.path,
+        index=index_path(Path(old.path)).as_posix(),
+        tokens=packer.tokens,
+        targets=packer.tokens - packer.docs,
+        pad_tokens=packer.pad_tokens,
+        docs=packer.docs,
+        bytes_in=old.bytes_in,
+        **written,
+    )
+    write_atomic(task.note, json.dumps(entry.model_dump()).encode() + b"\n")
+    return entry
+
+
+def stored_documents(
+    manifest: Manifest, entry: ShardEntry, tick: Tick = lambda amount: None
+) -> Iterator[np.ndarray]:
+    """The documents of a shard, each as its ids with bos and eos.
+
+    Raises:
+        CorruptShardError: damaged bytes.
+    """
+    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+
+    def blocks() -> Iterator[Block]:
+        for number in range(reader.num_blocks):
+            block = reader.block(number)
+            yield block
+            tick(block.tokens.nbytes)
+
+    try:
+        yield from (_uncut if manifest.packing == "concat" else _joined)(blocks(), manifest)
+    finally:
+        reader.close()
+
+
+def _uncut(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
+    """Documents of concat blocks: the rows are one stream, cut where documents start."""
+    held: list[np.ndarray] = []  # of the document that goes on
+    last = np.empty(0, manifest.dtype)  # the row's last token, which the next row begins with
+    for block in blocks:
+        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(np.int64)))
+        places = owner * manifest.seq_len + (block.segments & np.uint32(POSITION_MASK))
+        inside = (block.segments & np.uint32(POSITION_MASK)) < manifest.seq_len
+        padding = (block.segments & np.uint32(PADDING)) != 0
+        starts = places[inside & ~padding & ((block.segments & np.uint32(CONTINUATION)) == 0)]
+        stream, last = block.tokens[:, :-1].reshape(-1), block.tokens[-1, -1:]
+        if padding.any():
+            stream, last = np.append(stream, last)[: places[padding][0]], last[:0]
+        for piece_number, piece in enumerate(np.split(stream, starts)):
+            if piece_number and held:
+                yield np.concatenate(held)
+                held = []
+            if len(piece):
+                held.append(piece)
+    if held:
+        yield np.concatenate([*held, last])
+
+
+def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
+    """Documents of best_fit blocks: pieces are joined by the document that they belong to."""
+    held: dict[int, list[np.ndarray]] = {}
+    for block in blocks:
+        positions = (block.segments & np.uint32(POSITION_MASK)).tolist()
+        documents, offsets = block.documents.tolist(), block.offsets.tolist()
+        for row, tokens in enumerate(block.tokens):
+            first, last = offsets[row], offsets[row + 1]
+            ends = [*positions[first + 1 : last], manifest.row_tokens]
+            for number, start, end in zip(
+                documents[first:last], positions[first:last], ends, strict=True
+            ):
+                if number == NO_DOCUMENT:
+                    continue
+                pieces = held.setdefault(number, [])
+                pieces.append(tokens[start + bool(pieces) : end].copy())
+                if pieces[-1][-1] == manifest.eos_id:
+                    yield np.concatenate(held.pop(number))

@@ -1,0 +1,138 @@
+"""Checks a folder of shards against its manifest: sizes and indices, or every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_prep.jobs.progress import Progress, say
+from xlstm_io.errors import PrepError
+from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
+from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, row_masks
+from xlstm_io.shards.shard import CorruptShardError, ShardReader
+
+_CHUNK = 1 << 22
+
+
+def verify(out: Path, *, full: bool = False) -> Manifest:
+    """Check a folder; print every problem and raise at the end if there was one.
+
+    Always: the manifest's checksum, the tokenizer's hash, size and index of every shard. ``full``
+    also: the hash of every tar and of every block, the tar's member names (what a plain webdataset
+    reader sees), ids below the vocabulary, row structure, and the counts of the manifest.
+
+    Raises:
+        PrepError: something is wrong.
+        ShardFormatError: no usable manifest at all.
+    """
+    manifest = load_manifest(out)
+    problems = list(_tokenizer_problems(manifest))
+    entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
+    with Progress("verify", sum(entry.bytes for entry in entries)) as progress:
+        done = 0
+        for entry in entries:
+            problems += _shard_problems(manifest, entry, full)
+            done += entry.bytes
+            progress.set(done)
+    for source in manifest.sources:
+        for name, split in source.splits.items():
+            for key in ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in"):
+                total = sum(getattr(entry, key) for entry in split.shards)
+                if total != getattr(split, key):
+                    stated = getattr(split, key)
+                    problems.append(f"{source.name}/{name}: {key} {stated}, shards have {total}")
+    for problem in problems:
+        say(f"problem: {problem}")
+    if problems:
+        raise PrepError(f"{out}: {len(problems)} problem(s), the first: {problems[0]}")
+    size = sum(entry.bytes for entry in entries) / 1e6
+    depth = "every block hashed" if full else "sizes and indices; --full hashes every block"
+    say(f"{out}: {len(entries)} shards, {size:.1f} MB, no problem ({depth})")
+    return manifest
+
+
+def _tokenizer_problems(manifest: Manifest) -> Iterator[str]:
+    try:
+        got = hashlib.sha256(manifest.tokenizer_path.read_bytes()).hexdigest()
+    except OSError as error:
+        yield f"{manifest.tokenizer_path}: {error.strerror}"
+        return
+    if got != manifest.tokenizer_sha256:
+        yield f"{manifest.tokenizer_path}: sha256 {got}, expected {manifest.tokenizer_sha256}"
+
+
+def _shard_problems(manifest: Manifest, entry: ShardEntry, full: bool) -> list[str]:
+    reader = None
+    try:
+        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        return list(_content_problems(manifest, entry, reader)) if full else []
+    except CorruptShardError as error:
+        return [str(error)]
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _content_problems(manifest: Manifest, entry: ShardEntry, reader: ShardReader) -> Iterator[str]:
+    damaged = False
+    docs = targets = 0
+    for number in range(reader.num_blocks):
+        try:
+            block = reader.block(number)
+        except CorruptShardError as error:
+            damaged = True
+            yield str(error)
+            continue
+        yield from (f"{reader.path}: block {number}: {p}" for p in _block_problems(manifest, block))
+        docs_here, targets_here = count_block(block, manifest.seq_len)
+        docs, targets = docs + docs_here, targets + targets_here
+    digest = xxhash.xxh3_64()
+    with open(reader.path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != entry.xxh3 and not damaged:
+        yield str(CorruptShardError(reader.path, None, 0, f"xxh3 {entry.xxh3}", digest.hexdigest()))
+    if damaged:
+        return
+    names = [f"b{n:06d}.{kind}" for n in range(reader.num_blocks) for kind in ("tok", "doc")]
+    try:
+        with tarfile.open(reader.path) as tar:
+            found = tar.getnames()
+    except tarfile.TarError as error:
+        found = [str(error)]
+    if found != names:
+        yield f"{reader.path}: members {found[:4]}..., expected {names[:4]}..."
+    if (docs, targets) != (entry.docs, entry.targets):
+        yield (
+            f"{reader.path}: {docs} documents and {targets} targets, the manifest says "
+            f"{entry.docs} and {entry.targets}"
+        )
+
+
+def count_block(block: Block, seq_len: int) -> tuple[int, int]:
+    """(documents that start in a block, targets that its loss masks leave)."""
+    owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(np.int64)))
+    loss_mask, _ = row_masks(owner, block.segments, (len(block.tokens), seq_len))
+    starts = (block.segments & np.uint32(CONTINUATION | PADDING)) == 0
+    # A start at the shared last position is counted by the row that it begins, if there is one.
+    counted = starts & ((block.segments & np.uint32(POSITION_MASK)) < seq_len)
+    return int(counted.sum()), int(loss_mask.sum())
+
+
+def _block_problems(manifest: Manifest, block: Block) -> Iterator[str]:
+    offsets = block.offsets.astype(np.int64)
+    if block.tokens.size and int(block.tokens.max()) >= manifest.vocab_size:
+        yield f"id {block.tokens.max()} is not below vocab_size={manifest.vocab_size}"
+    if offsets[0] != 0 or offsets[-1] != len(block.segments) or (np.diff(offsets) < 1).any():
+        yield "row offsets of the .doc member are inconsistent"
+        return
+    if len(block.documents) != (len(block.segments) if manifest.packing == "best_fit" else 0):
+        yield "documents of the .doc member do not match its segments"
+    position = (block.segments & np.uint32(POSITION_MASK)).astype(np.int64)
+    if (position > manifest.seq_len).any() or (position[offsets[:-1]] != 0).any():
+        yield "document positions lie outside their rows"

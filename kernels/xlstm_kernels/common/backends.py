@@ -1,0 +1,119 @@
+"""Choice of a backend for a kernel call, by device, dtype and shape.
+
+A backend is an implementation of one public function. ``"torch"`` runs on every device and dtype;
+it is the twin that others are tested against. Another one is a line of `BACKENDS`, and the module
+it names has a function ``refusal(like, *, asked, **facts)`` that returns why it cannot run a call
+(with the remedy) or None. What was chosen and why is logged once.
+"""
+
+import logging
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    """Name, the module whose `refusal` decides (None: runs everywhere), the package it needs."""
+
+    name: str
+    module: str | None = None
+    needs: str | None = None
+
+
+class Like(NamedTuple):
+    """What backends may know of an input of the call."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+TORCH = Backend("torch")
+
+# In order of preference.
+BACKENDS = {
+    "mlstm_chunkwise": (
+        Backend("triton", "xlstm_kernels.mlstm.triton.chunkwise", "triton"),
+        TORCH,
+    ),
+    "mlstm_step": (Backend("triton", "xlstm_kernels.mlstm.triton.step", "triton"), TORCH),
+    "slstm_scan": (
+        Backend("triton", "xlstm_kernels.slstm.triton.scan", "triton"),
+        Backend("numba", "xlstm_kernels.slstm.numba.scan", "numba"),
+        TORCH,
+    ),
+    "slstm_step": (Backend("triton", "xlstm_kernels.slstm.triton.step", "triton"), TORCH),
+    "causal_conv1d": (Backend("triton", "xlstm_kernels.conv.triton", "triton"), TORCH),
+    "multihead_norm": (Backend("triton", "xlstm_kernels.norm.triton", "triton"), TORCH),
+}
+
+
+def select_backend(kernel: str, backend: str | None, like: Tensor | None = None, **facts) -> str:
+    """Name of the backend that runs `kernel`: the requested one, or the best one that can.
+
+    `like` is an input of the call (device, dtype), `facts` what else backends decide by, such as
+    sizes; without `like` only "torch" is chosen unasked. Raises ValueError if `backend` names
+    something that `kernel` does not have, with the list of what exists, or that cannot run this
+    call, with the reason.
+    """
+    device, dtype = (None, None) if like is None else (like.device, like.dtype)
+    return _select(kernel, backend, device, dtype, tuple(facts), tuple(facts.values()))
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not look inside
+def _select(
+    kernel: str,
+    backend: str | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    names: tuple,
+    values: tuple,
+) -> str:
+    like = None if device is None else Like(device, dtype)
+    facts = dict(zip(names, values, strict=True))
+    available = BACKENDS[kernel]
+    if backend is None:
+        refused = []
+        for one in available:
+            reason = None if one.module is None else _refusal(one, like, False, facts)
+            if reason is None:
+                why = "; ".join(refused) or "it is the preferred one and can run this call"
+                _say_once(kernel, one.name, None if like is None else str(like.device), why)
+                return one.name
+            refused.append(f"not {one.name!r}: {reason}")
+    for one in available:
+        if one.name == backend:
+            reason = None if one.module is None else _refusal(one, like, True, facts)
+            if reason is not None:
+                raise ValueError(f"backend={backend!r} cannot run this {kernel}: {reason}")
+            _say_once(kernel, one.name, None if like is None else str(like.device), "asked for")
+            return one.name
+    raise ValueError(
+        f"backend={backend!r} does not exist for {kernel}; "
+        f"use one of {', '.join(repr(one.name) for one in available)}, or None for the best one"
+    )
+
+
+def _refusal(one: Backend, like: Like | None, asked: bool, facts: dict) -> str | None:
+    if like is None and not asked:
+        return "nothing is known of the call"
+    if one.needs is not None and not _installed(one.needs):
+        return f"the package {one.needs!r} is not installed; pip install {one.needs}"
+    if not asked and one.needs == "triton" and like.device.type == "cpu":
+        return "the tensors are on the CPU"  # without the import of Triton, which takes a second
+    return import_module(one.module).refusal(like, asked=asked, **facts)
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+@cache
+def _say_once(kernel: str, name: str, device: str | None, why: str) -> None:
+    log.info("%s on %s: backend %r (%s)", kernel, device or "any device", name, why)

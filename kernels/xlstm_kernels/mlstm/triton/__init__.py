@@ -1,0 +1,1 @@
+"""The mLSTM in Triton."""

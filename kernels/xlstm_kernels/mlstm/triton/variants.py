@@ -1,0 +1,113 @@
+"""What the mLSTM can launch, described for ahead-of-time compilation: nothing here runs."""
+
+import torch
+
+from xlstm_kernels.common.aot import Variant
+from xlstm_kernels.common.triton_launch import Launch
+from xlstm_kernels.mlstm.triton.launches import Options, plan_backward, plan_forward
+from xlstm_kernels.mlstm.triton.step import plan_step
+from xlstm_kernels.mlstm.triton.tiles import mlstm_config, pick_chunk_size
+
+
+def plan(
+    target: str,
+    *,
+    b: int,
+    heads: int,
+    s: int,
+    qk: int,
+    v: int,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk: int | None = None,
+    gate: str = "exp",
+    normalize: bool = True,
+    boundaries: bool = False,
+    carried: bool = False,
+    bf16_states: bool = False,
+    soft_cap: float | None = None,
+) -> list[Launch]:
+    """All launches of one forward and backward pass on `target`, on the meta device."""
+    new = {"device": "meta"}
+    q = torch.empty(b, heads, s, qk, dtype=dtype, **new)
+    value = torch.empty(b, heads, s, v, dtype=dtype, **new)
+    gates = torch.empty(b, heads, s, **new)
+    starts = torch.empty(b, s, dtype=torch.bool, **new) if boundaries else None
+    C, n, m, d_c, d_n = [None] * 5
+    if carried:
+        C, d_c = (torch.empty(b, heads, qk, v, **new) for _ in range(2))
+        n, d_n = (torch.empty(b, heads, qk, **new) for _ in range(2))
+        m = torch.empty(b, heads, **new)
+    L = pick_chunk_size(chunk, b * heads, s, qk, v)
+    options = Options(
+        L, gate == "exp", normalize, 1e-6, bf16_states,
+        "tf32x3" if target.startswith("sm_") else "ieee",
+        mlstm_config(target, qk, v, dtype, L, bf16_states), soft_cap,
+    )  # fmt: skip
+    out, forward = plan_forward(
+        q, torch.empty_like(q), value, gates, gates.clone(), C, n, m, starts, options, carried
+    )
+    d_h = torch.empty_like(value)
+    _, backward = plan_backward(
+        q, torch.empty_like(q), value, gates, gates.clone(), d_h, d_c, d_n, out, options
+    )
+    return forward + backward
+
+
+def plan_one_step(
+    *, b: int, heads: int, qk: int, v: int, dtype=torch.bfloat16, gate="exp", soft_cap=None
+):
+    """The launches of one decoding step, on the meta device."""
+    new = {"device": "meta"}
+    q = torch.empty(b, heads, qk, dtype=dtype, **new)
+    value = torch.empty(b, heads, v, dtype=dtype, **new)
+    i, m = (torch.empty(b, heads, **new) for _ in range(2))
+    C, n = torch.empty(b, heads, qk, v, **new), torch.empty(b, heads, qk, **new)
+    return plan_step(
+        q, torch.empty_like(q), value, i, i.clone(), (C, n, m), gate, True, 1e-6, soft_cap
+    )[1]  # fmt: skip
+
+
+SEVEN = {"b": 1, "heads": 8, "s": 8192, "qk": 256, "v": 512, "soft_cap": 15.0}
+SETTINGS = {
+    "7b": SEVEN | {"bf16_states": True},
+    "7b fp32 states": SEVEN,
+    "125m": {"b": 8, "heads": 4, "s": 2048, "qk": 384, "v": 384},
+}
+BF16, FP32 = {"dtype": torch.bfloat16}, {"dtype": torch.float32}
+ODD = {"b": 1, "heads": 2, "s": 1000}
+EVEN = {"b": 1, "heads": 1, "s": 32768}
+SEEN = {"boundaries": True, "carried": True}
+OTHERS = {
+    "smallest": ODD | BF16 | {"qk": 16, "v": 16, "chunk": 64},
+    "smallest fp32": ODD | FP32 | {"qk": 16, "v": 16, "chunk": 16} | SEEN,
+    "32 64 sigmoid": ODD
+    | BF16
+    | {"qk": 32, "v": 64, "chunk": 64, "gate": "sigmoid"}
+    | SEEN
+    | {"soft_cap": 15.0},
+    "96 192": ODD | BF16 | {"qk": 96, "v": 192, "chunk": 128} | SEEN,
+    "96 192 fp32": ODD | FP32 | {"qk": 96, "v": 192, "chunk": 64},
+    "64 64 bare": EVEN | BF16 | {"qk": 64, "v": 64, "chunk": 256, "normalize": False},
+    "128 128 fp32": EVEN | FP32 | {"qk": 128, "v": 128, "chunk": 128, "gate": "sigmoid"},
+    "128 256": {"b": 8, "heads": 16, "s": 8192, "qk": 128, "v": 256} | BF16,
+    "256 512 one head": EVEN | BF16 | {"qk": 256, "v": 512, "bf16_states": True},
+    "256 512 fp32": EVEN | FP32 | {"qk": 256, "v": 512} | SEEN,
+    "512 1024": ODD | BF16 | {"qk": 512, "v": 1024} | SEEN,
+    "512 1024 fp32": ODD | FP32 | {"qk": 512, "v": 1024, "chunk": 256, "normalize": False} | SEEN,
+}
+STEPS = {
+    "decode 7b": {"b": 16, "heads": 8, "qk": 256, "v": 512, "soft_cap": 15.0},
+    "decode 96 192 fp32": FP32 | {"b": 1, "heads": 2, "qk": 96, "v": 192, "gate": "sigmoid"},
+}
+
+
+def triton_variants(target: str) -> list[Variant]:
+    """All launches of the settings that are reported, and of others that are only compiled."""
+    described = []
+    for name, setting in SETTINGS.items():
+        described += [one.variant(f"mlstm {name}", name) for one in plan(target, **setting)]
+    for name, setting in OTHERS.items():
+        described += [one.variant(f"mlstm {name}") for one in plan(target, **setting)]
+    for name, setting in STEPS.items():
+        described += [one.variant(f"mlstm {name}") for one in plan_one_step(**setting)]
+    return described

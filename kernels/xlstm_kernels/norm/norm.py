@@ -1,0 +1,50 @@
+"""Normalisation of each head's output on its own, and the output gate that follows it."""
+
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.checks import check_choice, check_float, check_like, compute_dtype
+
+
+def multihead_norm(
+    x: Tensor,
+    weight: Tensor,
+    kind: str,
+    eps: float,
+    *,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise x [..., heads, d] over d and scale it by weight [heads * d]; same shape and dtype.
+
+    `kind` is "layernorm" (mean subtracted; the head norm of both xLSTM papers) or "rmsnorm". No
+    bias. `gate`, of the shape of x, multiplies the result by its sigmoid (the output gate of the
+    7B-style block, arXiv 2503.13427, figure 8). Computed in float32, in float64 for float64 input,
+    and rounded once. `backend` is "torch" or "triton", None for the best one. Raises ValueError for
+    wrong shapes, dtypes, devices or options.
+    """
+    if x.ndim < 2:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, but must be [..., heads, d]; split its last axis by head"
+        )
+    check_float("x", x, x.ndim, "[..., heads, d]")
+    heads, d = x.shape[-2:]
+    check_like("weight", weight, (heads * d,), "[heads * d]", x)
+    check_choice("kind", kind, ("layernorm", "rmsnorm"))
+    if gate is not None:
+        check_like("gate", gate, tuple(x.shape), "[..., heads, d]", x)
+    if select_backend("multihead_norm", backend, x, d=d) == "triton":
+        from xlstm_kernels.norm.triton import multihead_norm_triton
+
+        return multihead_norm_triton(x, weight, kind, eps, gate)
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    if kind == "layernorm":
+        normed = layer_norm(wide, (d,), eps=eps)
+    else:
+        normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = normed * weight.to(dtype).view(heads, d)
+    if gate is not None:
+        normed = normed * gate.to(dtype).sigmoid()
+    return normed.to(x.dtype)

@@ -1,0 +1,1 @@
+"""The sLSTM as compiled loops on the CPU."""

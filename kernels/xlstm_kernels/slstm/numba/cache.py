@@ -1,0 +1,36 @@
+"""Where the compiled CPU loops are kept between processes. Used by `numba/loops.py` only."""
+
+import logging
+
+from numba.core.caching import FunctionCache
+
+log = logging.getLogger(__name__)
+
+
+class BestEffortCache(FunctionCache):
+    """Numba's cache on disk, of which no trouble is worth a run: full disks, broken files.
+
+    Processes that start at once may all compile; each file is replaced as a whole, so that none
+    reads half of one.
+    """
+
+    def load_overload(self, sig, target_context):
+        """The compiled code, or None for compiling anew."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # whatever a broken file does to the unpickler
+            self._complain("read", error)
+
+    def save_overload(self, sig, data):
+        """Keep compiled code for the next process."""
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            self._complain("written", error)
+
+    def _complain(self, what, error):
+        log.warning(
+            "the cache of compiled loops in %s could not be %s (%s: %s); every start compiles for "
+            "some seconds. Delete that folder, or set NUMBA_CACHE_DIR to one that can be written",
+            self.cache_path, what, type(error).__name__, error,
+        )  # fmt: skip

@@ -1,0 +1,424 @@
+"""The sLSTM's two loops over time for the CPU, compiled by Numba: no system compiler is needed.
+
+One call works off tasks, a task being one head and up to four rows of the batch. Its recurrent
+matrix stays in the cache over all steps, and each tile of its product with the four rows stays in
+registers. Vector types are written out (`Vec`), since LLVM would have to prove that a dozen arrays
+do not overlap before it vectorised the pointwise part. Everything is in this one file because
+Numba's cache on disk looks at the time stamp of the file alone.
+
+Buffers are flat float32 arrays; `width` is the head dimension rounded up to `TILE`, with zeros in
+the padding of the weights. Gates are in the order i, f, z, o. Used by `numba/scan.py` only.
+"""
+
+import logging
+import operator
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from xlstm_kernels.slstm.numba.cache import BestEffortCache
+
+log = logging.getLogger(__name__)
+
+# A tile of 4 x TILE sums fits the registers: 8 of 32 with AVX-512, 8 of 16 with 8 lanes.
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+TILE = 2 * LANES
+ROWS = 4
+
+LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440054690583e-4
+ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the rounded integer in the lowest bits
+
+
+class VecType(types.Type):
+    """LANES float32 numbers."""
+
+    def __init__(self):
+        super().__init__("Vec")
+
+
+Vec = VecType()
+SCALAR = ir.FloatType()
+LLVM_VEC, LLVM_INTS = ir.VectorType(SCALAR, LANES), ir.VectorType(ir.IntType(32), LANES)
+# Fused multiply-adds, nothing that changes the order of sums or assumes finite numbers.
+FLAGS = ("contract",)
+
+
+@register_model(VecType)
+class VecModel(models.PrimitiveModel):
+    """A Vec is one LLVM vector, which fits the registers of any CPU in as many as it takes."""
+
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, LLVM_VEC)
+
+
+def _splat(builder, x):
+    first = builder.insert_element(ir.Constant(LLVM_VEC, ir.Undefined), x, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(LLVM_VEC, ir.Undefined), zeros)
+
+
+def _number(builder, x, kind):
+    """Any number or Vec as an LLVM vector."""
+    if kind == Vec:
+        return x
+    if isinstance(kind, types.Integer):
+        return _splat(builder, builder.sitofp(x, SCALAR))
+    return _splat(builder, x if kind == types.float32 else builder.fptrunc(x, SCALAR))
+
+
+def _define(function, instruction):
+    """`function`, an operator, for a Vec and a Vec or number."""
+
+    class Typing(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == 2 and Vec in args:
+                if all(x == Vec or isinstance(x, types.Number) for x in args):
+                    return Vec(*args)
+
+    infer_global(function)(Typing)
+    for left, right in ((Vec, Vec), (Vec, types.Number), (types.Number, Vec)):
+
+        @lower_builtin(function, left, right)
+        def lower(context, builder, sig, args):
+            a, b = (_number(builder, x, kind) for x, kind in zip(args, sig.args, strict=True))
+            return getattr(builder, instruction)(a, b, flags=FLAGS)
+
+
+for _function, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define(_function, _instruction)
+
+
+def _address(context, builder, kind, array, index):
+    data = cgutils.create_struct_proxy(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), LLVM_VEC.as_pointer())
+
+
+@intrinsic
+def load(typing, array, index):
+    """The Vec at array[index : index + LANES]."""
+
+    def generate(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig.args[0], *args), align=4)
+
+    return Vec(array, types.intp), generate
+
+
+@intrinsic
+def store(typing, array, index, x):
+    """array[index : index + LANES] = x."""
+
+    def generate(context, builder, sig, args):
+        address = _address(context, builder, sig.args[0], *args[:2])
+        builder.store(_number(builder, args[2], sig.args[2]), address, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, x), generate
+
+
+@intrinsic
+def where_less(typing, a, b, yes, no):
+    """Lane by lane: a < b ? yes : no."""
+
+    def generate(context, builder, sig, args):
+        a, b, yes, no = (_number(builder, x, k) for x, k in zip(args, sig.args, strict=True))
+        return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
+
+    return Vec(a, b, yes, no), generate
+
+
+@intrinsic
+def times_power_of_two(typing, x, shifted):
+    """X * 2^n with n in the lowest bits of `shifted`, by adding to the exponent."""
+
+    def generate(context, builder, sig, args):
+        x, shifted = (builder.bitcast(_number(builder, a, k), LLVM_INTS)
+                      for a, k in zip(args, sig.args, strict=True))  # fmt: skip
+        power = builder.shl(shifted, ir.Constant(LLVM_INTS, [23] * LANES))
+        return builder.bitcast(builder.add(x, power), LLVM_VEC)
+
+    return Vec(x, shifted), generate
+
+
+def compiled(function):
+    """`function` compiled at its first call, without the GIL; kept on disk where that can be."""
+    dispatcher = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    try:
+        dispatcher._cache = BestEffortCache(function)  # as `njit(cache=True)` does with its own
+    except RuntimeError:  # no folder that could be written: neither beside this file nor in $HOME
+        log.info("no folder to keep compiled loops in; NUMBA_CACHE_DIR can name one")
+    return dispatcher
+
+
+def inlined(function):
+    """A helper, inlined by LLVM."""
+    return njit(forceinline=True, error_model="numpy", boundscheck=False)(function)
+
+
+@inlined
+def magnitude(x):
+    """|x|."""
+    return where_less(x, 0.0, 0.0 - x, x)
+
+
+@inlined
+def split_exponent(x):
+    """(exp(r) - 1, n in the lowest bits) with x = r + n ln 2, |r| <= ln 2 / 2, |x| < 88."""
+    shifted = x * LOG2_E + ROUND
+    n = shifted - ROUND
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    # The power series to r^7 / 7!: the next term is below 6e-9.
+    p = r * (1 / 5040) + 1 / 720
+    p = p * r + 1 / 120
+    p = p * r + 1 / 24
+    p = p * r + 1 / 6
+    p = p * r + 0.5
+    return p * (r * r) + r, shifted
+
+
+@inlined
+def exp_negative(x):
+    """exp(x) for x <= 0, -inf included; 0 below -86."""
+    less_one, shifted = split_exponent(where_less(x, -86.0, -86.0, x))
+    return where_less(x, -86.0, 0.0, times_power_of_two(less_one + 1.0, shifted))
+
+
+@inlined
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1]: 2 atanh(x / (2 + x)), whose series ends below 3e-9."""
+    y = x / (x + 2.0)
+    y2 = y * y
+    p = y2 * (2 / 15) + 2 / 13
+    p = p * y2 + 2 / 11
+    p = p * y2 + 2 / 9
+    p = p * y2 + 2 / 7
+    p = p * y2 + 2 / 5
+    p = p * y2 + 2 / 3
+    return p * (y2 * y) + y * 2.0
+
+
+@inlined
+def tanh(x):
+    """Tanh to float32 precision at every size, from exp(2|x|) - 1."""
+    size = magnitude(x) * 2.0
+    less_one, shifted = split_exponent(where_less(size, 20.0, size, 20.0))
+    power = times_power_of_two(1.0, shifted)
+    expm1 = power * less_one + (power - 1.0)
+    y = expm1 / (expm1 + 2.0)
+    return where_less(x, 0.0, 0.0 - y, y)
+
+
+@inlined
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow."""
+    e = exp_negative(0.0 - magnitude(x))
+    y = 1.0 / (e + 1.0)
+    return where_less(x, 0.0, e * y, y)
+
+
+@inlined
+def add_product(rows, x, x0, x_row, matrix, m0, inner, width, y, y0, y_row):
+    """y[row] += x[row] @ matrix for up to ROWS rows.
+
+    `matrix` [width / TILE, inner, TILE] at m0; rows of x and y are x_row and y_row apart; `inner`
+    is even.
+    """
+    for j in range(0, width, TILE):
+        o = y0 + j
+        m = m0 + j * inner
+        if rows == ROWS:
+            a0, b0 = load(y, o), load(y, o + LANES)
+            a1, b1 = load(y, o + y_row), load(y, o + y_row + LANES)
+            a2, b2 = load(y, o + 2 * y_row), load(y, o + 2 * y_row + LANES)
+            a3, b3 = load(y, o + 3 * y_row), load(y, o + 3 * y_row + LANES)
+            for k in range(x0, x0 + inner):
+                u, v = load(matrix, m), load(matrix, m + LANES)
+                m += TILE
+                s = x[k]
+                a0, b0 = a0 + u * s, b0 + v * s
+                s = x[k + x_row]
+                a1, b1 = a1 + u * s, b1 + v * s
+                s = x[k + 2 * x_row]
+                a2, b2 = a2 + u * s, b2 + v * s
+                s = x[k + 3 * x_row]
+                a3, b3 = a3 + u * s, b3 + v * s
+            store(y, o, a0)
+            store(y, o + LANES, b0)
+            store(y, o + y_row, a1)
+            store(y, o + y_row + LANES, b1)
+            store(y, o + 2 * y_row, a2)
+            store(y, o + 2 * y_row + LANES, b2)
+            store(y, o + 3 * y_row, a3)
+            store(y, o + 3 * y_row + LANES, b3)
+        else:
+            for row in range(rows):
+                o = y0 + row * y_row + j
+                m = m0 + j * inner
+                a0, b0 = load(y, o), load(y, o + LANES)
+                a1, b1 = a0 * 0.0, b0 * 0.0
+                for k in range(x0 + row * x_row, x0 + row * x_row + inner, 2):
+                    s, t = x[k], x[k + 1]
+                    a0, b0 = a0 + load(matrix, m) * s, b0 + load(matrix, m + LANES) * s
+                    m += TILE
+                    a1, b1 = a1 + load(matrix, m) * t, b1 + load(matrix, m + LANES) * t
+                    m += TILE
+                store(y, o, a0 + a1)
+                store(y, o + LANES, b0 + b1)
+
+
+@inlined
+def add(y, y0, x, x0, z, z0, d):
+    """y = x + z, d numbers of each from y0, x0 and z0."""
+    whole = d // LANES * LANES
+    for j in range(0, whole, LANES):
+        store(y, y0 + j, load(x, x0 + j) + load(z, z0 + j))
+    for j in range(whole, d):
+        y[y0 + j] = x[x0 + j] + z[z0 + j]
+
+
+@inlined
+def copy(y, y0, x, x0, d):
+    """y = x, d numbers of each from y0 and x0."""
+    whole = d // LANES * LANES
+    for j in range(0, whole, LANES):
+        store(y, y0 + j, load(x, x0 + j))
+    for j in range(whole, d):
+        y[y0 + j] = x[x0 + j]
+
+
+@compiled
+def forward(
+    first_task, end_task, batch, steps, heads, d, width, sigmoid_forget,
+    preacts, bias, matrix, starts, sums, acts, decays, hs, cs, ns, ms, out,
+):  # fmt: skip
+    """All steps of the tasks from `first_task` to before `end_task`.
+
+    preacts [batch, steps, 4, heads, d] and bias [4, heads, d] in; matrix [heads, 4 width / TILE,
+    width, TILE] in; starts [batch, steps] uint8 in; sums [heads, batch, 4, width] is scratch.
+    acts [heads, batch, steps, 4, width] gets write gate, d decay / d pre-activation, tanh(z),
+    sigmoid(o); decays [heads, batch, steps, width]; hs, cs, ns [heads, batch, steps + 1, width]:
+    states before each step and after the last, of which the first are given (h is zeroed where a
+    document starts); ms [heads, batch, width] in and out; out [batch, steps, heads, d] gets h.
+    """
+    blocks = (batch + ROWS - 1) // ROWS
+    for task in range(first_task, end_task):
+        head, first = task // blocks, task % blocks * ROWS
+        rows = min(ROWS, batch - first)
+        index = head * batch + first
+        for t in range(steps):
+            acts0 = (index * steps + t) * 4 * width
+            states0 = (index * (steps + 1) + t) * width
+            for row in range(rows):
+                b = first + row
+                x = (b * steps + t) * 4 * heads + head
+                y = (index + row) * 4 * width
+                for gate in range(4):
+                    source, offset = (x + gate * heads) * d, (gate * heads + head) * d
+                    add(sums, y + gate * width, preacts, source, bias, offset, d)
+                    for j in range(d, width):
+                        sums[y + gate * width + j] = 0.0
+                if starts[b * steps + t]:
+                    for j in range(0, width, LANES):
+                        store(hs, states0 + row * (steps + 1) * width + j, 0.0)
+                        store(ms, (index + row) * width + j, -float("inf"))
+            add_product(
+                rows, hs, states0, (steps + 1) * width,
+                matrix, head * 4 * width * width, width, 4 * width,
+                sums, index * 4 * width, 4 * width,
+            )  # fmt: skip
+            for row in range(rows):
+                y = (index + row) * 4 * width
+                a, now = acts0 + row * steps * 4 * width, states0 + row * (steps + 1) * width
+                for j in range(0, width, LANES):
+                    i, f = load(sums, y + j), load(sums, y + width + j)
+                    z, o = load(sums, y + 2 * width + j), load(sums, y + 3 * width + j)
+                    m = load(ms, (index + row) * width + j)
+                    if sigmoid_forget:
+                        e = exp_negative(0.0 - magnitude(f))
+                        carried = where_less(f, 0.0, f, 0.0) - log1p_unit(e) + m
+                        large = 1.0 / (e + 1.0)
+                        closing = where_less(f, 0.0, large, e * large)  # sigmoid(-f)
+                    else:
+                        carried = f + m
+                        closing = where_less(f, f, f, 1.0)
+                    # One of the two gates is 1: m is the larger exponent.
+                    smaller = exp_negative(0.0 - magnitude(carried - i))
+                    write = where_less(i, carried, smaller, 1.0)
+                    decay = where_less(carried, i, smaller, 1.0)
+                    store(ms, (index + row) * width + j, where_less(carried, i, i, carried))
+                    z, o = tanh(z), sigmoid(o)
+                    c = decay * load(cs, now + j) + write * z
+                    n = decay * load(ns, now + j) + write
+                    store(acts, a + j, write)
+                    store(acts, a + width + j, decay * closing)
+                    store(acts, a + 2 * width + j, z)
+                    store(acts, a + 3 * width + j, o)
+                    store(decays, ((index + row) * steps + t) * width + j, decay)
+                    store(cs, now + width + j, c)
+                    store(ns, now + width + j, n)
+                    store(hs, now + width + j, o * c / n)
+                copy(out, (((first + row) * steps + t) * heads + head) * d, hs, now + width, d)
+
+
+@compiled
+def backward(
+    first_task, end_task, batch, steps, heads, d, width,
+    d_out, matrix, starts, acts, decays, cs, ns, d_h, d_c, d_n, d_step, d_preacts,
+):  # fmt: skip
+    """All steps of the tasks from `first_task` to before `end_task`, backwards.
+
+    d_out [batch, steps, heads, d] in; matrix [heads, width / TILE, 4 width, TILE] in, the
+    transposed one; d_h, d_c, d_n [heads, batch, width] in and out: gradients of the last state,
+    then of the first. d_step [heads, batch, 4, width] is scratch; d_preacts [batch, steps, 4,
+    heads, d] out. The others are those of `forward`.
+    """
+    blocks = (batch + ROWS - 1) // ROWS
+    for task in range(first_task, end_task):
+        head, first = task // blocks, task % blocks * ROWS
+        rows = min(ROWS, batch - first)
+        index = head * batch + first
+        for t in range(steps - 1, -1, -1):
+            for row in range(rows):
+                b, at = first + row, index + row
+                add(
+                    d_h, at * width, d_h, at * width, d_out, ((b * steps + t) * heads + head) * d, d
+                )
+                a, now = (at * steps + t) * 4 * width, (at * (steps + 1) + t) * width
+                g = at * 4 * width
+                for j in range(0, width, LANES):
+                    write, closing = load(acts, a + j), load(acts, a + width + j)
+                    z, o = load(acts, a + 2 * width + j), load(acts, a + 3 * width + j)
+                    decay = load(decays, (at * steps + t) * width + j)
+                    dh = load(d_h, at * width + j)
+                    c, inverse = load(cs, now + width + j), 1.0 / load(ns, now + width + j)
+                    h = o * c * inverse
+                    dc = load(d_c, at * width + j) + dh * o * inverse
+                    dn = load(d_n, at * width + j) - dh * h * inverse
+                    store(d_step, g + j, write * (dc * z + dn))
+                    d_f = closing * (dc * load(cs, now + j) + dn * load(ns, now + j))
+                    store(d_step, g + width + j, d_f)
+                    store(d_step, g + 2 * width + j, dc * write * (1.0 - z * z))
+                    store(d_step, g + 3 * width + j, dh * h * (1.0 - o))
+                    store(d_c, at * width + j, dc * decay)
+                    store(d_n, at * width + j, dn * decay)
+                    store(d_h, at * width + j, 0.0)
+                x0 = (b * steps + t) * 4 * heads + head
+                for gate in range(4):
+                    copy(d_preacts, (x0 + gate * heads) * d, d_step, g + gate * width, d)
+            add_product(
+                rows, d_step, index * 4 * width, 4 * width,
+                matrix, head * 4 * width * width, 4 * width, width,
+                d_h, index * width, width,
+            )  # fmt: skip
+            for row in range(rows):
+                if starts[(first + row) * steps + t]:
+                    for j in range(0, width, LANES):
+                        store(d_h, (index + row) * width + j, 0.0)

@@ -1,0 +1,197 @@
+"""SLSTM on the CPU as two compiled loops (`cpu_loops`), behind custom ops with registered autograd.
+
+Float32 arithmetic for every input but float64, which the torch backend runs. Heads and blocks of
+rows go to as many threads as torch uses. Needs the extra ``cpu`` (Numba); compiled code is kept on
+disk, so only the first call on a machine waits some seconds.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
+    """Why this backend cannot run such a call, with the remedy; None if it can."""
+    if like.device.type != "cpu":
+        return f"the compiled loops run on the CPU, not on {like.device.type}; use another backend"
+    if like.dtype == torch.float64:
+        return "the compiled loops compute in float32, not float64; convert, or use 'torch'"
+    return None
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "slstm")
+
+
+def _run(loop, heads: int, batch: int, rows: int, *arguments) -> None:
+    """Call loop(first_task, end_task, *arguments) for all tasks, spread over torch's threads."""
+    tasks = heads * -(-batch // rows)
+    threads = min(torch.get_num_threads(), tasks)
+    arguments = [x.detach().view(-1).numpy() if isinstance(x, Tensor) else x for x in arguments]
+    if threads == 1:
+        loop(0, tasks, *arguments)
+        return
+    cuts = [tasks * i // threads for i in range(threads + 1)]
+    pool = _pool(threads)
+    jobs: list[Future] = [pool.submit(loop, *cut, *arguments) for cut in pairwise(cuts)]
+    for job in jobs:
+        job.result()
+
+
+def _padded_weight(recurrent_weight: Tensor, width: int) -> Tensor:
+    """[heads, d_in, 4, d_out] in float32 with zeros up to `width` in both dimensions."""
+    _, heads, d, _ = recurrent_weight.shape
+    padded = recurrent_weight.new_zeros(heads, width, 4, width, dtype=torch.float32)
+    padded[:, :d, :, :d] = recurrent_weight.permute(1, 2, 0, 3)
+    return padded
+
+
+def _tiles(matrix: Tensor, tile: int) -> Tensor:
+    """[heads, inner, columns] as [heads, columns / tile, inner, tile], read front to back."""
+    return matrix.unflatten(2, (-1, tile)).transpose(1, 2).contiguous()
+
+
+def _shapes(gate_preacts: Tensor) -> tuple[int, int, int, int, int]:
+    """Batch, steps, heads, d, and d rounded up to whole tiles."""
+    from xlstm_kernels.slstm.numba.loops import TILE
+
+    b, s, _, heads, d = gate_preacts.shape
+    return b, s, heads, d, -(-d // TILE) * TILE
+
+
+def _per_head(x: Tensor | None, heads: int, b: int, d: int, width: int) -> Tensor:
+    """A state part [b, heads, d] as [heads, b, width] in float32; zeros for None."""
+    padded = torch.zeros(heads, b, width)
+    if x is not None:
+        padded[:, :, :d] = x.transpose(0, 1)
+    return padded
+
+
+def _starts(boundaries: Tensor | None, b: int, s: int) -> Tensor:
+    if boundaries is None:
+        return torch.zeros(b, s, dtype=torch.uint8)
+    return boundaries.contiguous().view(torch.uint8)
+
+
+@torch.library.custom_op("xlstm_kernels::slstm_scan_cpu", mutates_args=())
+def scan_forward(
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    boundaries: Tensor | None,
+    sigmoid_forget: bool,
+) -> list[Tensor]:
+    """h of all steps, the last (h, c, n, m), and what the backward needs: see `forward`."""
+    from xlstm_kernels.slstm.numba import loops as cpu_loops
+
+    b, s, heads, d, width = _shapes(gate_preacts)
+    out, *last, acts, decays, hs, cs, ns = _outputs(
+        gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget
+    )
+    for buffer, x in ((hs, h), (cs, c), (ns, n)):
+        buffer[:, :, 0] = _per_head(x, heads, b, d, width)
+    ms = _per_head(m, heads, b, d, width).masked_fill_(ns[:, :, 0] == 0, -torch.inf)
+    matrix = _padded_weight(recurrent_weight, width).flatten(2)
+    wide = out if out.dtype == torch.float32 else out.float()
+    _run(
+        cpu_loops.forward, heads, b, cpu_loops.ROWS,
+        b, s, heads, d, width, sigmoid_forget,
+        gate_preacts.float().contiguous(), bias.float().contiguous(),
+        _tiles(matrix, cpu_loops.TILE), _starts(boundaries, b, s),
+        ms.new_empty(heads, b, 4, width), acts, decays, hs, cs, ns, ms, wide,
+    )  # fmt: skip
+    if wide is not out:
+        out.copy_(wide)
+    for part, x in zip(last, (hs[:, :, s], cs[:, :, s], ns[:, :, s], ms), strict=True):
+        part.copy_(x[..., :d].transpose(0, 1))
+    return [out, *last, acts, decays, hs, cs, ns]
+
+
+@scan_forward.register_fake
+def _outputs(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
+    b, s, heads, d, width = _shapes(gate_preacts)
+    new = gate_preacts.new_empty
+    wide = {"dtype": torch.float32}
+    last = [new(b, heads, d, **wide) for _ in range(4)]
+    acts, decays = new(heads, b, s, 4, width, **wide), new(heads, b, s, width, **wide)
+    states = [new(heads, b, s + 1, width, **wide) for _ in range(3)]
+    return [new(b, s, heads, d), *last, acts, decays, *states]
+
+
+@torch.library.custom_op("xlstm_kernels::slstm_scan_cpu_backward", mutates_args=())
+def _backward(
+    d_out: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
+    d_n: Tensor | None,
+    recurrent_weight: Tensor,
+    boundaries: Tensor | None,
+    acts: Tensor,
+    decays: Tensor,
+    hs: Tensor,
+    cs: Tensor,
+    ns: Tensor,
+) -> list[Tensor]:
+    """Gradients, all float32, of the pre-activations, recurrent weight, bias and first h, c, n."""
+    from xlstm_kernels.slstm.numba import loops as cpu_loops
+
+    heads, b, s, _, width = acts.shape
+    d = recurrent_weight.shape[-1]
+    d_preacts = acts.new_empty(b, s, 4, heads, d)
+    if d_out is None:
+        d_out = acts.new_zeros(b, s, heads, d)
+    matrix = _padded_weight(recurrent_weight, width).permute(0, 2, 3, 1).flatten(1, 2)
+    d_states = [_per_head(x, heads, b, d, width) for x in (d_h, d_c, d_n)]
+    _run(
+        cpu_loops.backward, heads, b, cpu_loops.ROWS,
+        b, s, heads, d, width,
+        d_out.float().contiguous(), _tiles(matrix, cpu_loops.TILE), _starts(boundaries, b, s),
+        acts, decays, cs, ns, *d_states, acts.new_empty(heads, b, 4, width), d_preacts,
+    )  # fmt: skip
+    # The gradient of the recurrent weight is one product over all steps for each gate.
+    h_prev = hs[:, :, :s, :d].reshape(heads, b * s, d)
+    d_weight = torch.empty_like(recurrent_weight, dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        for gate in range(4):
+            d_gate = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
+            torch.bmm(h_prev.mT, d_gate, out=d_weight[gate])
+    d_bias = d_preacts.sum((0, 1))
+    d_states = [x[..., :d].transpose(0, 1).contiguous() for x in d_states]
+    return [d_preacts, d_weight, d_bias, *d_states]
+
+
+@_backward.register_fake
+def _(d_out, d_h, d_c, d_n, recurrent_weight, boundaries, acts, decays, hs, cs, ns):
+    heads, b, s, _, _ = acts.shape
+    d = recurrent_weight.shape[-1]
+    d_weight = torch.empty_like(recurrent_weight, dtype=torch.float32)
+    d_states = [acts.new_empty(b, heads, d) for _ in range(3)]
+    return [acts.new_empty(b, s, 4, heads, d), d_weight, acts.new_empty(4, heads, d), *d_states]
+
+
+def _save(ctx, inputs, output):
+    _, recurrent_weight, *_, boundaries, _ = inputs
+    ctx.save_for_backward(recurrent_weight, boundaries, *output[5:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_outputs):
+    recurrent_weight, boundaries, *buffers = ctx.saved_tensors
+    grads = _backward(*d_outputs[:4], recurrent_weight, boundaries, *buffers)
+    grads = [g.to(dtype) if dtype else None for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *grads, None, None, None
+
+
+scan_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,313 @@
+"""SLSTM on Triton: custom ops with registered autograd around the kernels of `triton_kernels`.
+
+As `torch.library` custom ops with fake implementations they work under torch.compile, FakeTensor
+and activation recomputation. Weights take part in the products in the dtype of the
+pre-activations. Heads too large for one program take one launch per step and pass, which a GPU
+graph can capture: nothing in between touches the host.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from xlstm_kernels.common import triton_launch
+from xlstm_kernels.common.aot import Variant
+from xlstm_kernels.common.triton_launch import DTYPES, Launch, architecture, run_all
+from xlstm_kernels.slstm.triton import kernels
+
+MOST = 1024
+BATCH = 16  # rows of a program: the least that a tensor core's product takes
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
+    """Why this backend cannot run such a call, with the remedy; None if it can."""
+    reason = triton_launch.refusal(like, asked=asked)
+    if reason is not None:
+        return reason
+    if d > MOST:
+        return f"a head of {d} exceeds {MOST}; use more heads, or 'torch'"
+    return None
+
+
+class Tiles(NamedTuple):
+    """How a pass is tiled: `width` columns and `inner` of the summed axis at a time.
+
+    inner = 0 means resident weights (then width holds the whole head). `apart`: each tile of
+    columns is a program of its own, and every step a launch.
+    """
+
+    width: int
+    apart: bool
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
+    """The table: `target` is "sm_90", "gfx942" and so on."""
+    whole = max(16, triton.next_power_of_2(d))
+    wide = dtype == torch.float32
+    if target == "interpreter":  # where every operation costs the same, whatever its size
+        most, streamed, apart = 64, Tiles(128, False, 128, 4, 1), Tiles(256, True, 256, 4, 1)
+    elif target.startswith("gfx"):  # 64 KB of shared memory
+        most = 32 if wide else 64
+        streamed, apart = Tiles(64, False, 16 if wide else 32, 4, 1), Tiles(32, True, 32, 4, 2)
+    elif wide:
+        most, streamed, apart = 64, Tiles(64, False, 16, 8, 2), Tiles(32, True, 16, 4, 2)
+    else:
+        most, streamed, apart = 128, Tiles(128, False, 32, 8, 2), Tiles(32, True, 64, 4, 3)
+    if whole <= most:
+        return Tiles(whole, False, 0, 8 if whole > 64 or (wide and whole > 16) else 4, 1)
+    return streamed if whole <= 256 else apart
+
+
+def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, phase: str, target: str, last: int):
+    """Launches of one pass over `last` steps: one, or one per step where tiles share a head."""
+    batch, steps, heads, d = shape
+    resident, streamed = kernels_of
+    blocks = heads * triton.cdiv(batch, BATCH)
+    sizes = {"batch": batch, "steps": steps, "heads": heads, "d": d}
+    static = {
+        "PRECISION": "tf32x3" if target.startswith("sm_") else "ieee",
+        "BATCH": BATCH,
+        "STAGES": tiles.num_stages,
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "phase": phase}
+    flops = 2 * 4 * d * d * batch * heads
+    if not tiles.inner:
+        arguments = arguments | sizes | static | {"D": tiles.width}
+        yield Launch(
+            "slstm resident", resident, (blocks,), arguments, flops=flops * last, **options
+        )
+        return
+    arguments = arguments | sizes | static
+    arguments |= {"WIDTH": tiles.width, "INNER": tiles.inner, "APART": tiles.apart}
+    name, count, programs = "slstm streamed", last, blocks
+    if tiles.apart:
+        name, count, programs = "slstm step", 1, blocks * triton.cdiv(d, tiles.width)
+    for first in range(0, last, count):
+        given = arguments | {"first": first, "last": first + count}
+        yield Launch(name, streamed, (programs,), given, flops=flops * count, **options)
+
+
+def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target):
+    """Launches of the forward pass. `states` (h, c, n, m) are first and become last; in the
+    streamed form h has two parts, see `forward_streamed`.
+    """
+    batch, steps, _, heads, d = preacts.shape
+    tiles = tiles_for(target, d, preacts.dtype)
+    h, c, n, m = states
+    arguments = {
+        "preacts": preacts, "weight": weight, "bias": bias, "starts": starts,
+        ("h_states" if tiles.inner else "h_state"): h, "c_state": c, "n_state": n, "m_state": m,
+        "out": out, "SIGMOID": sigmoid_forget, **kept,
+    }  # fmt: skip
+    both = kernels.forward_resident, kernels.forward_streamed
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, "fw", target, steps)
+
+
+def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, target):
+    """Launches of the backward pass; `d_states` (h, c, n) are of the last state, become the first.
+
+    Only a streamed pass writes `d_h_first`; it takes a step more.
+    """
+    batch, steps, _, heads, d = d_preacts.shape
+    tiles = tiles_for(target, d, d_preacts.dtype)
+    h, c, n = d_states
+    arguments = {
+        "d_out": d_out, "weight": weight, "starts": starts, **kept,
+        "d_c_state": c, "d_n_state": n, "d_preacts": d_preacts,
+    }  # fmt: skip
+    arguments |= {"d_h_last": h, "d_h_first": d_h_first} if tiles.inner else {"d_h_state": h}
+    both = kernels.backward_resident, kernels.backward_streamed
+    last = steps + 1 if tiles.inner else steps
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, "bw", target, last)
+
+
+KEPT = ("acts", "decays", "cs", "ns")
+
+
+def _buffers(preacts: Tensor) -> list[Tensor]:
+    """What the backward pass needs, as `KEPT`."""
+    b, s, _, heads, d = preacts.shape
+    wide = {"dtype": torch.float32}
+    states = [preacts.new_empty(b, s, heads, d, **wide) for _ in range(3)]
+    return [preacts.new_empty(b, s, 4, heads, d), *states]
+
+
+def _state(x: Tensor | None, like: Tensor) -> Tensor:
+    """A state part as a float32 tensor of its own; zeros for None."""
+    b, _, _, heads, d = like.shape
+    if x is None:
+        return like.new_zeros(b, heads, d, dtype=torch.float32)
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _bytes(boundaries: Tensor | None) -> Tensor | None:
+    return None if boundaries is None else boundaries.contiguous().view(torch.uint8)
+
+
+@torch.library.custom_op("xlstm_kernels::slstm_scan_triton", mutates_args=())
+def scan_forward(
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    boundaries: Tensor | None,
+    sigmoid_forget: bool,
+) -> list[Tensor]:
+    """h of all steps, the last (h, c, n, m), and `KEPT`."""
+    preacts, steps = gate_preacts.contiguous(), gate_preacts.shape[1]
+    weight = recurrent_weight.to(preacts.dtype).contiguous()
+    target = architecture(preacts.device)
+    h, c, n, m = (_state(x, preacts) for x in (h, c, n, m))
+    m.masked_fill_(n == 0, -torch.inf)
+    streamed = tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
+    if streamed:
+        h = torch.stack([h, torch.empty_like(h)])
+    out, kept = torch.empty_like(preacts[:, :, 0]), _buffers(preacts)
+    launches = plan_forward(
+        preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
+        dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
+    )  # fmt: skip
+    run_all(launches, preacts)
+    if streamed:
+        h = h[steps % 2].clone()
+    return [out, h, c, n, m, *kept]
+
+
+@scan_forward.register_fake
+def _(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
+    b, s, _, heads, d = gate_preacts.shape
+    states = [gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
+    return [gate_preacts.new_empty(b, s, heads, d), *states, *_buffers(gate_preacts)]
+
+
+@torch.library.custom_op("xlstm_kernels::slstm_scan_triton_backward", mutates_args=())
+def _backward(
+    d_out: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
+    d_n: Tensor | None,
+    recurrent_weight: Tensor,
+    h: Tensor | None,
+    boundaries: Tensor | None,
+    out: Tensor,
+    acts: Tensor,
+    decays: Tensor,
+    cs: Tensor,
+    ns: Tensor,
+) -> list[Tensor]:
+    """Gradients of the pre-activations, recurrent weight, bias and first h, c, n."""
+    b, s, _, heads, d = acts.shape
+    target = architecture(out.device)
+    weight = recurrent_weight.to(out.dtype).contiguous()
+    d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+    d_states = [_state(x, acts) for x in (d_h, d_c, d_n)]
+    d_h_first, d_preacts = torch.empty_like(d_states[0]), torch.empty_like(acts)
+    launches = plan_backward(
+        d_out, weight, _bytes(boundaries), dict(zip(KEPT, (acts, decays, cs, ns), strict=True)),
+        d_states, d_h_first, d_preacts, target,
+    )  # fmt: skip
+    run_all(launches, out)
+    if tiles_for(target, d, out.dtype).inner:
+        d_states[0] = d_h_first
+    # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
+    h_prev = torch.empty_like(out)
+    h_prev[:, 1:] = out[:, :-1]
+    h_prev[:, 0] = 0 if h is None else h
+    if boundaries is not None:
+        h_prev.masked_fill_(boundaries[:, :, None, None], 0)
+    left = h_prev.view(b * s, heads, d).permute(1, 2, 0)
+    d_weight = torch.empty_like(weight)
+    with torch.autocast(out.device.type, enabled=False):
+        for gate in range(4):
+            right = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
+            d_weight[gate] = torch.bmm(left, right)
+    d_bias = d_preacts.sum((0, 1), dtype=torch.float32)
+    return [d_preacts, d_weight, d_bias, *d_states]
+
+
+@_backward.register_fake
+def _(d_out, d_h, d_c, d_n, recurrent_weight, h, boundaries, out, acts, decays, cs, ns):
+    b, _, _, heads, d = acts.shape
+    new = {"dtype": torch.float32}
+    d_weight = torch.empty_like(recurrent_weight, dtype=acts.dtype)
+    d_states = [acts.new_empty(b, heads, d, **new) for _ in range(3)]
+    return [torch.empty_like(acts), d_weight, acts.new_empty(4, heads, d, **new), *d_states]
+
+
+def _save(ctx, inputs, output):
+    _, recurrent_weight, _, h, *_, boundaries, _ = inputs
+    ctx.save_for_backward(recurrent_weight, h, boundaries, output[0], *output[5:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_outputs):
+    grads = _backward(*d_outputs[:4], *ctx.saved_tensors)
+    grads = [g.to(dtype) if dtype else None for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *grads, None, None, None
+
+
+scan_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def describe(target, d, dtype, *, b=8, s=2048, heads=4, boundaries=True, setting="", sigmoid=True):
+    """Variants of a forward and backward pass on `target`, on the meta device."""
+    preacts = torch.empty(b, s, 4, heads, d, dtype=dtype, device="meta")
+    weight, bias = preacts.new_empty(4, heads, d, d), preacts.new_empty(4, heads, d)
+    starts = preacts.new_empty(b, s, dtype=torch.uint8) if boundaries else None
+    states = [_state(None, preacts) for _ in range(4)]
+    kept, out = dict(zip(KEPT, _buffers(preacts), strict=True)), preacts[:, :, 0].contiguous()
+    passes = (
+        plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid, target),
+        plan_backward(
+            out, weight, starts, kept, states[:3], states[3], torch.empty_like(preacts), target
+        ),
+    )
+    variants = []
+    for launches in passes:
+        launch = next(iter(launches))
+        last = s + (launch.phase == "bw" and "first" in launch.arguments)
+        one = launch.variant(
+            f"{launch.phase} d{d} {str(dtype)[6:]} {'starts' if boundaries else 'whole'} "
+            f"{'sigmoid' if sigmoid else 'exp'}{' one head' if heads == 1 else ''}"
+            f"{setting and ' ' + setting}",
+            setting,
+        )
+        tiles, matrices = tiles_for(target, d, dtype), weight.nbytes // heads
+        if tiles.inner:
+            blocks, turns = triton.cdiv(d, tiles.width), triton.cdiv(d, tiles.inner)
+            if tiles.apart:  # a launch reads the weights and one token of everything else
+                rest = (one.bytes - weight.nbytes) // s
+                one = replace(one, count=last, bytes=weight.nbytes + rest)
+                matrices, blocks = matrices // blocks, 1
+            one = replace(one, inner_loops=(blocks, turns), step_bytes=matrices)
+        variants.append(replace(one, steps=1 if tiles.apart else last))
+    return variants
+
+
+PAPER_HEADS = {"350m": 256, "760m": 384, "1.3b": 512}  # beside 125M: 192; arXiv 2405.04517
+
+
+def triton_variants(target: str) -> list[Variant]:
+    """What this module launches on `target`: head sizes, dtypes, options, and the 125M setting."""
+    variants = describe(target, 192, torch.bfloat16, boundaries=True, setting="125m")
+    for size, d in PAPER_HEADS.items():
+        variants += describe(target, d, torch.bfloat16, boundaries=True, setting=size)
+    for dtype in DTYPES:
+        for d in (16, 20, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
+            variants += describe(target, d, dtype)
+    for d in (32, 192, 512):
+        variants += describe(target, d, torch.bfloat16, boundaries=False, sigmoid=False)
+        variants += describe(target, d, torch.bfloat16, heads=1)
+    return variants

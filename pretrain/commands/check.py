@@ -1,0 +1,86 @@
+"""What `check` prints: the facts of a run that follow from its config alone."""
+
+from collections import Counter
+
+from pretrain.config import support
+from pretrain.config.checks import data_parallel_size
+from pretrain.config.schema import RunConfig
+from xlstm_mcore.pattern import LETTERS, parse_pattern
+from xlstm_mcore.sizes.flops import forward_flops, state_bytes, training_flops
+from xlstm_mcore.sizes.parameters import count_parameters
+
+
+def _million(count: int) -> str:
+    return f"{count:,} ({count / 1e6:.2f} M)"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.2f} kB"
+
+
+def _engine(config: RunConfig) -> str:
+    engine = config.engine
+    words = [engine.name, config.optimizer.name, f"ZeRO stage {engine.zero_stage}"]
+    if engine.offload != "none":
+        words.append(f"offload of {engine.offload}")
+    on_gpus = zip(support.OVERLAP_AXES, support.overlaps(config, "nccl"), strict=False)
+    overlapped = [axis for axis, wanted in on_gpus if wanted]
+    if overlapped:
+        words.append(f"{' and '.join(overlapped)} with NCCL")
+    return ", ".join([*words, engine.precision])
+
+
+def describe_run(config: RunConfig, world_size: int | None = None) -> str:
+    """Model, batch and layout in a few lines; with `world_size`, how the processes are used."""
+    model, data, layout = config.model, config.data, config.layout
+    counts = count_parameters(model)
+    blocks = Counter(parse_pattern(model.pattern).letters)
+    replica = layout.tensor * layout.pipeline * layout.context
+    tied = " (tied to the embedding)" if model.tie_embeddings else ""
+    lines = [
+        f"parameters        {_million(counts['total'])}",
+        f"  embedding       {_million(counts['embedding'])}",
+        f"  output layer    {_million(counts['head'])}{tied}",
+        f"  {len(counts['layers'])} blocks",
+    ]
+    for letter, number in blocks.items():
+        each = counts["layers"][parse_pattern(model.pattern).letters.index(letter)]
+        lines.append(f"    {number:3} x {letter}       {_million(each)} each: {LETTERS[letter]}")
+    forward = forward_flops(model, data.seq_len)
+    shares = ", ".join(
+        f"{name.replace('_', '-')} {count / sum(forward.values()):.1%}"
+        for name, count in forward.items()
+        if count
+    )
+    training = training_flops(model, data.seq_len)
+    size = 2 if config.engine.precision == "bf16" else 4
+    state = state_bytes(model, size, data.seq_len)
+    grows = state != state_bytes(model, size)
+    lines += [
+        f"training FLOPs    {training:.3e} per token, {training * config.tokens_per_step:.3e} "
+        f"per step",
+        f"  forward         {shares}",
+        f"generation state  {_bytes(state)} per sequence"
+        f"{f' of {data.seq_len} tokens' if grows else ', whatever its length'}",
+        f"tokens per step   {config.tokens_per_step:,} "
+        f"({data.global_batch} rows of {data.seq_len})",
+        f"tokens in the run {data.ramp.samples(config.run.steps) * data.seq_len:,} "
+        f"({config.run.steps:,} steps)",
+        f"one replica       {replica} process{'es' if replica > 1 else ''}: tensor {layout.tensor}"
+        f"{' with sequence parallel' if layout.sequence else ''}, pipeline {layout.pipeline}"
+        f" (virtual {layout.virtual}), context {layout.context}",
+    ]
+    if world_size is not None:
+        replicas = data_parallel_size(config, world_size)
+        micro = data.global_batch // (data.micro_batch * replicas)
+        lines.append(
+            f"on {world_size} processes    {replicas} data parallel replica"
+            f"{'s' if replicas > 1 else ''}, {micro} micro-batches of {data.micro_batch} rows each "
+            "per step"
+        )
+    lines += [
+        f"engine            {_engine(config)}",
+        f"run folder        {config.run.dir}",
+        f"data              {', '.join(s.path for s in data.mixture)}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""The whole pipeline in one command, which is what `make pretrain` runs.
+
+    python -m pretrain demo --model large|classic --steps 200 [--data PATH] [--work runs/demo]
+
+It holds no logic of its own: it prints and runs, one after another, the commands that a person
+would type, so that its output is a tutorial and every stage is the real thing. A stage's exit code
+is the demo's (2 bad input, 75 stopped and resumable); every stage keeps what it has finished, so
+the same command continues.
+
+Data lie in WORK/data-NAME/ and are shared by both models; each model's run lies in WORK/MODEL/.
+"""
+
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
+from pretrain.config import load_config
+from pretrain.signals import STOP_SIGNALS
+from xlstm_io.errors import EXIT_BUG, EXIT_DONE, EXIT_RESUMABLE, EXIT_SECOND_INTERRUPT, ConfigError
+
+CONFIGS = {"large": "cpu_demo.yaml", "classic": "cpu_demo_classic.yaml"}
+# At 1 % a corpus of hundreds of files holds out so few that the losses are a matter of luck.
+VALID_FRACTION = 0.05
+SHARD_MB = 4  # several shards, so that several processes can write them
+# Beginnings for the sample text; whose corpus has no Python in it starts from nothing instead.
+PYTHON_PROMPTS = ("import os\n", "class ", "    def __init__(self")
+TITLES = {
+    "collect": "collect text",
+    "tokenizer": "train a tokenizer",
+    "build": "pack the text into shards",
+    "baselines": "measure n-gram models of the same tokens",
+    "launch": "pretrain",
+    "to-hf": "export to Hugging Face",
+    "verify": "load the export with transformers and compare logits",
+    "generate": "write some text",
+    "report": "summary",
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demo's files lie."""
+
+    data: Path
+    run: Path
+
+    @classmethod
+    def of(cls, work: Path, model: str, data: str | None) -> "Places":
+        """The folders of a demo; another DATA gets another data folder, never the same one."""
+        name = "stdlib" if data is None else hashlib.sha256(data.encode()).hexdigest()[:8]
+        # A model trained on other data is another run.
+        run = model if data is None else f"{model}-{name}"
+        return cls(work / f"data-{name}", work / run)
+
+    @property
+    def corpus(self) -> Path:
+        """Collected documents."""
+        return self.data / "corpus"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's folder."""
+        return self.data / "tokenizer"
+
+    @property
+    def shards(self) -> Path:
+        """Packed shards, what training reads."""
+        return self.data / "shards"
+
+    @property
+    def baselines(self) -> Path:
+        """Losses of the n-gram models."""
+        return self.data / "baselines.json"
+
+
+def config_path(model: str) -> Path:
+    """The demo's run file, relative to here where that is possible."""
+    path = Path(__file__).parent / "configs" / CONFIGS[model]
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def data_commands(
+    places: Places, data: str | None, vocab_size: int, seq_len: int
+) -> list[list[str]]:
+    """Text -> tokenizer -> shards -> baselines, each a list of words after `python -m`."""
+    # A user's corpus may be small; whether it is large enough is the tokenizer's question.
+    source = [] if data is None else ["--input", data, "--min-mb", "0"]
+    prep = ["data_prep"]
+    corpus = str(places.corpus)
+    return [
+        [*prep, "collect", "--out", corpus, *source],
+        [
+            *[*prep, "tokenizer", "--input", corpus, "--vocab-size", str(vocab_size)],
+            *["--out", str(places.tokenizer)],
+        ],
+        [
+            *[*prep, "build", "--input", corpus, "--tokenizer", str(places.tokenizer)],
+            *["--out", str(places.shards), "--seq-len", str(seq_len)],
+            *["--valid-fraction", str(VALID_FRACTION), "--shard-mb", str(SHARD_MB)],
+        ],
+        [*prep, "baselines", str(places.shards), "--out", str(places.baselines)],
+    ]
+
+
+def train_command(places: Places, model: str, steps: int, nproc: int) -> list[str]:
+    """The training run."""
+    command = ["pretrain", "launch", str(config_path(model)), "--nproc", str(nproc)]
+    command += ["--run.dir", str(places.run), "--run.steps", str(steps)]
+    command += ["--data.path", str(places.shards)]
+    warmup = load_config(config_path(model)).schedule.warmup_steps
+    if warmup > steps // 2:  # a very short run still wants a falling learning rate
+        command += ["--schedule.warmup_steps", str(steps // 2)]
+    return command
+
+
+def result_commands(places: Places, model: str, data: str | None) -> list[list[str]]:
+    """What is done with the newest checkpoint of the run."""
+    run, export = str(places.run), str(places.run / EXPORT_DIR)
+    commands = []
+    if model == "large":
+        commands += [
+            ["xlstm_mcore.convert", "to-hf", run, export],
+            ["xlstm_mcore.convert", "verify", run, export],
+        ]
+    prompts = PYTHON_PROMPTS if data is None else ("",)
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    commands += [
+        ["pretrain", "generate", run, *asked, "--out", str(places.run / SAMPLE_FILE)],
+        ["pretrain", "report", run, "--baselines", str(places.baselines)],
+    ]
+    return commands
+
+
+def shown(command: list[str]) -> str:
+    """A command as a person would type it."""
+    words = [f"$'{w[:-1]}\\n'" if w.endswith("\n") else shlex.quote(w) for w in command]
+    return " ".join([program("python"), "-m", *words])
+
+
+@dataclass
+class Runner:
+    """Runs one command at a time and lets signals through to it.
+
+    Ctrl-C at a terminal reaches the command directly; other ways to signal the demo do not, and
+    then it passes the signal on. It never dies before its command.
+    """
+
+    stopped_by: int | None = None
+    _child: subprocess.Popen | None = None
+    _previous: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "Runner":
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = number
+        if self._child is None or self._child.returncode is not None:
+            return
+        if number == signal.SIGINT and _in_foreground():
+            return  # the terminal has told the child already
+        self._child.send_signal(number)
+
+    def run(self, command: list[str]) -> int:
+        """Run `python -m COMMAND` to its end; returns an exit code, also for a killed child."""
+        if self.stopped_by is None:
+            self._child = subprocess.Popen([sys.executable, "-m", *command])
+            code = self._child.wait()
+        else:
+            code = EXIT_DONE
+        if code < 0:
+            if self.stopped_by is None:
+                print(f"killed by {signal.Signals(-code).name}", file=sys.stderr)
+                return EXIT_BUG
+            code = EXIT_RESUMABLE
+        if code in (EXIT_DONE, EXIT_SECOND_INTERRUPT) and self.stopped_by is not None:
+            # Asked to stop in the last moment of a stage, or in one that knows no other answer.
+            return EXIT_RESUMABLE if code == EXIT_DONE else code
+        return code
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's Ctrl-C goes to our process group."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False  # no terminal at all
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_all(runner: Runner, commands: list[list[str]]) -> int:
+    """Print and run commands until one does not end with 0; returns the last exit code."""
+    for command in commands:
+        _say(f"\n=== {TITLES[command[1]]}\n$ {shown(command)}")
+        started = time.monotonic()
+        code = runner.run(command)
+        if code != EXIT_DONE:
+            if code == EXIT_RESUMABLE:
+                _say("stopped; the same command continues from here")
+            return code
+        _say(f"({time.monotonic() - started:.0f} s)")
+    return EXIT_DONE
+
+
+def main(
+    *, model: str = "large", steps: int = 200, data: str | None = None, work: str, nproc: int = 2
+) -> int:
+    """Run every stage; returns the exit code of the first that does not end with 0.
+
+    model: "large" (7B-style blocks) or "classic" (mLSTM and sLSTM blocks at [3:1]).
+    data: a file, folder or glob of text; None for the Python standard library's sources.
+    Raises ConfigError for steps or nproc below 1.
+    """
+    for name, value in (("--steps", steps), ("--nproc", nproc)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is too small; use 1 or more")
+    if data is not None and not data.strip():
+        raise ConfigError("--data is empty; give a file, a folder or a glob, or leave it out")
+    config = load_config(config_path(model))
+    places = Places.of(Path(work), model, data)
+    started = time.monotonic()
+    with Runner() as runner:
+        commands = data_commands(places, data, config.model.vocab_size, config.data.seq_len)
+        commands.append(train_command(places, model, steps, nproc))
+        code = run_all(runner, commands)
+        if code != EXIT_DONE:
+            return code
+        if model == "classic":
+            _say("\n(no Hugging Face export: that of classic blocks comes with a later release)")
+        code = run_all(runner, result_commands(places, model, data))
+    if code == EXIT_DONE:
+        minutes = (time.monotonic() - started) / 60
+        _say(f"\nall done in {minutes:.1f} minutes; the summary is in {places.run}/summary.txt")
+    return code

@@ -1,0 +1,309 @@
+"""Start the workers of a run on this machine and return the run's own exit code.
+
+    xlstm-pretrain launch run.yaml --nproc 2 [--section.key value ...]
+
+checks the config first (exit 2 before any process starts), then starts N processes of
+`python -m pretrain train run.yaml ...` with the same environment variables that torchrun sets, so
+`train` works under either. Why not torchrun itself, measured with torch 2.13:
+
+- every failure becomes exit code 1, a worker's 75 (resumable) and 2 (bad input) included;
+- the first worker to exit 75 makes the agent send SIGTERM to the others, a second Ctrl-C reaches
+  the workers as SIGTERM, never as SIGINT, and each stop ends in the agent's own traceback;
+- SIGUSR1 kills the agent and orphans its workers (it handles TERM, INT, HUP and QUIT only).
+
+What it adds, rendezvous over nodes and elastic restarts, one machine does not need.
+
+Signals. Ctrl-C reaches launcher and workers from the terminal; `kill` and a batch system may reach
+the launcher only. The launcher passes on whatever it gets, and a worker takes a repetition within
+half a second as the same request (`pretrain.signals`). It then waits for the workers to save. A
+second Ctrl-C ends everything within seconds, even a worker that sits in a collective and cannot
+run its Python handler.
+
+Failures. When a worker fails, the others get a few seconds to end by themselves (they lose their
+peer and usually do), then SIGTERM, then SIGKILL. If the launcher itself is killed, the kernel
+sends the workers SIGTERM (Linux).
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pretrain.config import RunConfig, check_world
+from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS
+from xlstm_io.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_RESUMABLE,
+    EXIT_SECOND_INTERRUPT,
+    ConfigError,
+)
+
+POLL_S = 0.05
+FAILURE_GRACE_S = 5.0  # for the other workers to notice that one is gone and say why they end
+TERMINATE_GRACE_S = 3.0  # between SIGTERM and SIGKILL after a failure
+INTERRUPT_GRACE_S = 3.0  # between the second Ctrl-C and SIGKILL
+STOP_LIMIT_S = 600.0  # after the first worker ended well; longer than a checkpoint takes
+TAIL_LINES = 30
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """The environment of one worker: torchrun's variables, and a fair share of the cores."""
+    environment = dict(os.environ)
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        LOCAL_WORLD_SIZE=str(nproc),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    # glibc gives large blocks back at once and gets them again page by page: a sixth of a training
+    # step on a CPU. Up to 1 GiB that is free stays with the process.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TOP_PAD_", str(2**26))
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # All peers are on this machine: no need for its name to resolve or its network to be up.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rank:
+        environment["PYTHONUNBUFFERED"] = "1"  # its log must be whole even if it is killed
+    return environment
+
+
+def _die_with_parent(parent: int) -> None:
+    """In the child, before exec: get SIGTERM when the launcher is gone (Linux only)."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the mask would survive exec
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the request above
+            os._exit(EXIT_RESUMABLE)
+
+
+@dataclass
+class Workers:
+    """The running workers and what has happened to them so far.
+
+    codes: exit codes by rank in the order of ending (negative: killed by that signal).
+    own: ranks that ended before the launcher killed anything.
+    stop_requested: the launcher was asked to stop; interrupted: it was asked twice by Ctrl-C.
+    """
+
+    processes: list[subprocess.Popen]
+    logs: list[Path | None]
+    codes: dict[int, int] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    stop_requested: bool = False
+    interrupted: bool = False
+    terminated: bool = False
+    _last_sigint: float | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler of the launcher: note the request and pass it on."""
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._last_sigint is not None and now - self._last_sigint >= REPEAT_WINDOW_S:
+                self.interrupted = True
+            self._last_sigint = now
+        self.stop_requested = True
+        self.send(number)
+
+    def send(self, number: int) -> None:
+        """Send a signal to every worker that still runs."""
+        for process in self.processes:
+            if process.returncode is None:
+                process.send_signal(number)
+
+    def poll(self) -> None:
+        """Collect the workers that have ended."""
+        for rank, process in enumerate(self.processes):
+            if rank not in self.codes and process.poll() is not None:
+                self.codes[rank] = process.returncode
+                if not self.terminated:
+                    self.own.add(rank)
+
+    @property
+    def failed(self) -> list[int]:
+        """Ranks that ended with something else than 0 or 75, by themselves, in that order."""
+        asked = (EXIT_DONE, EXIT_RESUMABLE)
+        if self.stop_requested:
+            # Asked before its handlers were there (imports take seconds): nothing was lost.
+            asked += (*(-number for number in STOP_SIGNALS), EXIT_SECOND_INTERRUPT)
+        return [r for r, code in self.codes.items() if code not in asked and r in self.own]
+
+
+def start_workers(command: Sequence[str], nproc: int, log_dir: Path) -> Workers:
+    """Start `nproc` copies of a command, one per rank.
+
+    Rank 0 has this process's output; rank N writes to log_dir/rank_N.log. Raises ConfigError if
+    that folder cannot be written.
+    """
+    port, parent = free_port(), os.getpid()
+    workers = Workers([], [])
+    for rank in range(nproc):
+        path = log_dir / f"rank_{rank}.log" if rank else None
+        output: Any = None
+        if path is not None:
+            try:
+                log_dir.mkdir(parents=True, exist_ok=True)
+                output = open(path, "wb")
+            except OSError as error:
+                workers.send(signal.SIGKILL)
+                raise ConfigError(
+                    f"{path} cannot be written ({error.strerror}); choose another run.dir"
+                ) from error
+        workers.processes.append(
+            subprocess.Popen(
+                command,
+                env=worker_environment(rank, nproc, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                preexec_fn=lambda: _die_with_parent(parent),
+            )
+        )
+        workers.logs.append(path)
+        if output is not None:
+            output.close()
+    return workers
+
+
+def _wait(workers: Workers) -> None:
+    """Wait until all workers have ended; end those that outlive a failure or an interrupt."""
+    first_exit = failure = interrupt = terminate = None
+    while len(workers.codes) < len(workers.processes):
+        time.sleep(POLL_S)
+        workers.poll()
+        now = time.monotonic()
+        if workers.codes and first_exit is None:
+            first_exit = now
+        if workers.failed and failure is None:
+            failure = now
+        if workers.interrupted and interrupt is None:
+            interrupt = now
+        if terminate is None and (
+            (failure is not None and now - failure > FAILURE_GRACE_S)
+            or (first_exit is not None and now - first_exit > STOP_LIMIT_S)
+        ):
+            terminate, workers.terminated = now, True
+            workers.send(signal.SIGTERM)
+        if (terminate is not None and now - terminate > TERMINATE_GRACE_S) or (
+            interrupt is not None and now - interrupt > INTERRUPT_GRACE_S
+        ):
+            workers.terminated = True
+            workers.send(signal.SIGKILL)
+
+
+def _explain(rank: int, workers: Workers) -> None:
+    """Say what rank did, and show its output unless the terminal has it already."""
+    code, log = workers.codes[rank], workers.logs[rank]
+    ended = f"rank {rank} ended with exit code {code}"
+    if code < 0:
+        ended = f"rank {rank} was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            ended += " (often the machine ran out of memory; a smaller data.micro_batch helps)"
+    if log is None:
+        if code < 0:
+            print(ended, file=sys.stderr)
+        return
+    if 0 in workers.own and workers.codes[0] == code == EXIT_BAD_INPUT:
+        return  # rank 0 has printed the same message
+    lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    if 0 in workers.own and workers.codes[0] == code:
+        # Most likely the same error everywhere: one line is enough to tell if it is not.
+        last = lines[-1:] or ["(no output)"]
+        print(f"{ended}: {last[0]}\n(all of it: {log})", file=sys.stderr)
+        return
+    print(f"{ended}; its output ({log}) {'ends:' if lines else 'is empty'}", file=sys.stderr)
+    for line in lines[-TAIL_LINES:]:
+        print(f"[rank {rank}] {line}", file=sys.stderr)
+
+
+def _exit_code(workers: Workers) -> int:
+    """The run's exit code from those of its workers; explains a failure on stderr."""
+    if workers.interrupted:
+        return EXIT_SECOND_INTERRUPT
+    failed = workers.failed
+    if failed:
+        # A worker says 2 only on purpose; another's 1 may be the consequence of losing it.
+        bad_input = [rank for rank in failed if workers.codes[rank] == EXIT_BAD_INPUT]
+        rank = (bad_input or failed)[0]
+        _explain(rank, workers)
+        return EXIT_BAD_INPUT if bad_input else EXIT_BUG
+    if workers.terminated:
+        late = [rank for rank in workers.codes if rank not in workers.own]
+        print(
+            f"ranks {late} still ran {STOP_LIMIT_S:.0f} s after another had ended; stopped them",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return EXIT_DONE if set(workers.codes.values()) == {EXIT_DONE} else EXIT_RESUMABLE
+
+
+def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
+    """Run `nproc` copies of a command to their end; returns the exit code for all of them.
+
+    0 if all ended with 0; 2 if one refused its input; 75 if they were interrupted and can resume;
+    130 after a second Ctrl-C; 1 for everything else. Must be called in the main thread.
+    """
+    # Blocked until the handlers are in place, so that no early signal leaves workers behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    previous: dict[int, Any] = {}
+    try:
+        workers = start_workers(command, nproc, log_dir)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                previous[number] = signal.signal(number, workers.handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        _wait(workers)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return _exit_code(workers)
+
+
+def launch(
+    config_path: str,
+    config: RunConfig,
+    nproc: int | None,
+    overrides: Sequence[str] = (),
+    command: str = "train",
+) -> int:
+    """Check a run and train it with `nproc` local workers; returns the run's exit code.
+
+    config: the loaded config; overrides: the command-line words it was loaded with, passed on;
+    command: what each worker runs, `train` or another that takes the same words.
+    nproc=None starts as many processes as one replica of the model needs. Raises ConfigError
+    when the layout does not fit `nproc` or the data folder is missing.
+    """
+    layout = config.layout
+    if nproc is None:
+        nproc = layout.tensor * layout.pipeline * layout.context
+    check_world(config, nproc)
+    for key, path in config.data.folders:
+        if "://" not in path and not Path(path).is_dir():
+            raise ConfigError(
+                f"{key}={path!r} is no folder; build one with python -m data_prep build, or give "
+                "another"
+            )
+    words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
+    return run_workers(words, nproc, Path(config.run.dir) / "logs")

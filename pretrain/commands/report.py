@@ -1,0 +1,274 @@
+"""The summary of a run, in words for a person: `xlstm-pretrain report RUN_DIR`.
+
+Reads what the run left (config.yaml, metrics.jsonl, summary.json), draws the loss curve and writes
+the same text to summary.txt. Works for an unfinished run too, from its metrics.
+
+The yardstick is n-gram models of the same tokens. A bigram with add-one smoothing knows which
+token follows which; a language model that does not beat it clearly has not learnt to use context,
+so the gate is 0.3 nat below it.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import RunConfig, load_config
+from pretrain.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+from xlstm_io.errors import EXIT_DONE, UserError
+from xlstm_mcore.sizes.parameters import count_parameters
+
+GATE_NATS = 0.3
+BASELINE_NAMES = {
+    "unigram": "unigram",
+    "bigram_add_one": "bigram, add-one",
+    "bigram_kneser_ney": "bigram, Kneser-Ney",
+}
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+BASELINES_FILE = "baselines.json"
+PLOT_FILE = "loss.png"
+TEXT_FILE = "summary.txt"
+SAMPLE_FILE = "sample.txt"
+EXPORT_DIR = "hf"
+
+
+def _read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """A JSON object from a file; UserError if it is missing or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; it is made by {made_by}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no readable JSON ({error}); make it again with {made_by}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; make it again with {made_by}")
+    return content
+
+
+def read_baselines(path: str | os.PathLike) -> dict[str, float]:
+    """The n-gram losses in nats per token that `data_prep baselines` wrote, by short name."""
+    content = _read_json(Path(path), "python -m data_prep baselines")
+    found = {
+        name: float(content[name])
+        for name in BASELINE_NAMES
+        if isinstance(content.get(name), int | float)
+    }
+    if not found:
+        raise UserError(
+            f"{path} has none of {', '.join(BASELINE_NAMES)}; make it again with "
+            "python -m data_prep baselines"
+        )
+    return found
+
+
+def _summary(run_dir: Path, config: RunConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """summary.json, or what the metrics say about a run that has not finished."""
+    path = run_dir / SUMMARY_FILE
+    last_step = records[-1]["step"] if records else 0
+    if path.exists():
+        summary = _read_json(path, "training to the end")
+        if summary.get("steps", 0) >= last_step:
+            return summary | {"finished": summary.get("steps", 0) >= config.run.steps}
+    summary: dict[str, Any] = {
+        "finished": False,
+        "steps": last_step,
+        "parameters": count_parameters(config.model)["total"],
+    }
+    for record in records:  # later records win
+        for key in ("valid_loss", "tokens_per_second", "tokens"):
+            if record.get(key) is not None:
+                summary[key] = record[key]
+    return summary
+
+
+def _gate_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> list[str]:
+    """The validation loss among the baselines, best last, and the verdict."""
+    if valid_loss is None:
+        return ["validation loss     none yet: no evaluation has run"]
+    rows = [(value, BASELINE_NAMES[name]) for name, value in baselines.items()]
+    rows.append((valid_loss, "this model"))
+    lines = ["validation loss, nats per token of held-out documents:"]
+    lines += [
+        f"  {'->' if name == 'this model' else '  '} {name:<20} {value:6.3f}"
+        for value, name in sorted(rows, reverse=True)
+    ]
+    reference = baselines.get("bigram_add_one")
+    if reference is None:
+        return [*lines, "  (no baselines given: --baselines FILE compares with n-gram models)"]
+    margin = reference - valid_loss
+    verdict = "met" if margin >= GATE_NATS else "NOT met"
+    side = "below" if margin >= 0 else "above"
+    lines.append(
+        f"gate {verdict}: {abs(margin):.3f} nat {side} the add-one bigram "
+        f"(wanted: {GATE_NATS} below)"
+    )
+    return lines
+
+
+def _memory_line(peak: Any) -> str | None:
+    """Peak memory from summary.json: {"sum": bytes, "max": bytes} over the processes."""
+    if not isinstance(peak, Mapping):
+        return None
+    total, largest = (peak[key] / 2**30 for key in ("sum", "max"))
+    return f"peak memory         {total:.2f} GiB over all processes, {largest:.2f} GiB in one"
+
+
+def _places(run_dir: Path) -> list[str]:
+    """What lies where, as far as it exists."""
+    named = (
+        ("configuration", run_dir / CONFIG_FILE),
+        ("metrics", run_dir / METRICS_FILE),
+        ("loss curve", run_dir / PLOT_FILE),
+        ("TensorBoard", run_dir / TENSORBOARD_DIR),
+        ("checkpoints", run_dir / "checkpoints"),
+        ("Hugging Face", run_dir / EXPORT_DIR),
+        ("sample text", run_dir / SAMPLE_FILE),
+        ("this summary", run_dir / TEXT_FILE),
+    )
+    return [f"  {name:<17} {path}" for name, path in named if path.exists()]
+
+
+def program(name: str) -> str:
+    """How to call one of this environment's programs from here, activated or not.
+
+    `xlstm-pretrain` where the shell finds it, `.venv/bin/xlstm-pretrain` where it would not.
+    """
+    folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is not None and Path(found).parent == folder:
+        return name
+    path, here = folder / name, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool) -> list[str]:
+    """What a person may want to do now."""
+    config_path = run_dir / CONFIG_FILE
+    steps = config.run.steps if not finished else 2 * config.run.steps
+    ours = program("xlstm-pretrain")
+    lines = [
+        f"  {'train longer' if finished else 'go on':<17} "
+        f"{ours} launch {config_path} --run.steps {steps}",
+        f"  {'write more text':<17} {ours} generate {run_dir} --prompt 'import ' --max-tokens 300",
+        f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
+        f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml",
+    ]
+    if finished and not gate_met:
+        lines.insert(0, "  the gate asks for more steps: a model of this size needs a few hundred")
+    return lines
+
+
+def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
+    """The text of the summary. Raises UserError if the folder holds no run."""
+    config_path = run_dir / CONFIG_FILE
+    metrics_path = run_dir / METRICS_FILE
+    if not config_path.exists():
+        raise UserError(
+            f"{run_dir} has no {CONFIG_FILE}, so it is no run folder; give the run.dir of a run"
+        )
+    config = load_config(config_path)
+    records = read_metrics(metrics_path) if metrics_path.exists() else []
+    summary = _summary(run_dir, config, records)
+    valid_loss = summary.get("valid_loss")
+    reference = baselines.get("bigram_add_one")
+    gate_met = None not in (valid_loss, reference) and reference - valid_loss >= GATE_NATS
+    state = "finished" if summary["finished"] else "not finished"
+    data = config.data
+    tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
+    lines = [
+        f"run {run_dir}: {state}, {summary['steps']:,} of {config.run.steps:,} steps",
+        f"model               {summary['parameters'] / 1e6:.2f} M parameters, "
+        f"pattern {config.model.pattern}",
+        f"trained on          {tokens:,} tokens",
+        "",
+        *_gate_lines(valid_loss, baselines),
+        "",
+    ]
+    if summary.get("tokens_per_second"):
+        lines.append(f"speed               {summary['tokens_per_second']:,.0f} tokens/s")
+    if summary.get("seconds"):
+        lines.append(f"training time       {summary['seconds']:,.0f} s")
+    memory = _memory_line(summary.get("peak_memory_bytes"))
+    if memory:
+        lines.append(memory)
+    lines += ["", "where things lie:", *_places(run_dir)]
+    lines += ["", "what to try next:"]
+    lines += _next_steps(run_dir, config, summary["finished"], gate_met)
+    return "\n".join(lines)
+
+
+def main(run_dir: str | os.PathLike, baselines: str | os.PathLike | None = None) -> int:
+    """Print the summary of a run and write it beside the run; returns the exit code.
+
+    baselines: JSON of n-gram losses; a copy stays in the run folder and is used the next time.
+    Raises UserError for a folder without a run or an unreadable baselines file.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the run.dir of a run")
+    kept = folder / BASELINES_FILE
+    values: dict[str, float] = {}
+    if baselines is not None:
+        values = read_baselines(baselines)
+        kept.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    elif kept.exists():
+        values = read_baselines(kept)
+    metrics_path = folder / METRICS_FILE
+    if metrics_path.exists() and any("loss" in record for record in read_metrics(metrics_path)):
+        plot_loss(
+            metrics_path,
+            folder / PLOT_FILE,
+            {BASELINE_NAMES[name]: value for name, value in values.items()},
+        )
+    (folder / TEXT_FILE).touch()  # so that the list of places has it
+    text = build_report(folder, values)
+    (folder / TEXT_FILE).write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return EXIT_DONE
+
+
+def plot_loss(
+    metrics_path: str | os.PathLike,
+    out_path: str | os.PathLike,
+    baselines: Mapping[str, float] | None = None,
+) -> None:
+    """Draw training and validation loss over steps as a PNG.
+
+    baselines: name -> nats per token, drawn as horizontal lines. Raises FileNotFoundError if
+    there are no metrics, ValueError if they hold no loss.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+
+    def points(key: str) -> tuple[list[float], list[float]]:
+        found = [r for r in records if r.get(key) is not None]
+        return [r["step"] for r in found], [r[key] for r in found]
+
+    steps, losses = points("loss")
+    valid_steps, valid_losses = points("valid_loss")
+    if not steps and not valid_steps:
+        raise ValueError(f"{metrics_path} holds no loss to draw; train at least one logged step")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
+    axes.plot(valid_steps, valid_losses, "o-", color="tab:orange", label="validation")
+    for color, (name, value) in zip(
+        ("tab:red", "tab:purple", "tab:green", "tab:brown", "tab:gray"),
+        sorted((baselines or {}).items(), key=lambda item: -item[1]),
+        strict=False,
+    ):
+        axes.axhline(value, color=color, linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_path, format="png", dpi=120)

@@ -1,0 +1,63 @@
+"""What a checkpoint contains, as text for a person."""
+
+from __future__ import annotations
+
+import datetime
+import math
+
+from pretrain.checkpoint.load import read_manifest, resolve
+from xlstm_io.checkpoint.manifest import is_weight
+from xlstm_io.storage import Location
+
+
+def show(path: Location | str) -> str:
+    """What a checkpoint (or the newest of a run folder) contains, as text; CheckpointError."""
+    path = resolve(path)
+    manifest = read_manifest(path)
+    state, config = manifest.state, manifest.config
+    weights = {n: t for n, t in manifest.tensors.items() if is_weight(n)}
+    parameters = sum(math.prod(t.shape) for t in weights.values())
+    size = sum(f.size for f in manifest.files.values())
+    created = datetime.datetime.fromtimestamp(manifest.created).astimezone()
+    facts = {
+        "checkpoint": str(path),
+        "saved": created.isoformat(" ", "seconds"),
+        "step": f"{manifest.step:,}",
+        "tokens": f"{state['tokens']:,}" if "tokens" in state else "not recorded",
+        "valid loss": _valid_loss(state),
+        "data": f"{state.get('cursor', {}).get('consumed_samples', 0):,} samples consumed",
+        "model": _words(config, "model", "pattern", "hidden_size", "num_heads", "vocab_size"),
+        "written on": " ".join(
+            (
+                _words(config, "engine", "name", "zero_stage", "precision"),
+                _words(config, "layout", "tensor", "pipeline", "virtual", "context"),
+            )
+        ),
+        "parameters": f"{parameters:,} in {len(weights)} tensors",
+        "optimizer": f"{len(manifest.tensors) - len(weights)} tensors",
+        "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
+        "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    lines = [f"{label:<12}{value}" for label, value in facts.items()]
+    lines.append("weights")
+    lines += [
+        f"  {name:<56} {str(info.dtype).removeprefix('torch.'):<9} {list(info.shape)}"
+        for name, info in sorted(weights.items(), key=lambda item: _natural(item[0]))
+    ]
+    return "\n".join(lines)
+
+
+def _valid_loss(state: dict) -> str:
+    if state.get("valid_loss") is None:
+        return "none yet"
+    return f"{state['valid_loss']:.4f} at step {state.get('valid_step', 'unknown')}"
+
+
+def _words(config: dict, section: str, *keys: str) -> str:
+    values = config.get(section, {})
+    return " ".join(f"{key}={values[key]}" for key in keys if key in values)
+
+
+def _natural(name: str) -> list:
+    """Sort key that puts layer 10 after layer 9."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]

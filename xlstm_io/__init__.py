@@ -1,0 +1,1 @@
+"""What outlives a process: errors, storage, tokenizers, formats of checkpoints and shards."""

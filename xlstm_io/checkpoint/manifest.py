@@ -1,0 +1,265 @@
+"""The checkpoint format: what lies in a folder, its manifest, and finding complete ones.
+
+A checkpoint is a folder `step-00000200-<attempt id>`:
+
+    data-00000.safetensors ...   one file per saving rank; a tensor's stored rectangle ("block") has
+                                 the key `<name>@<offset>,<offset>...`
+    metadata.json                {"tensors": {name: [[offset, shape, file, begin, xxh3], ...]}}:
+                                 where each block's bytes lie, and their hash
+    manifest.json                written last: sizes and hashes of the files, the global tensors,
+                                 training state, config, versions, `complete: true`
+
+Readers trust only a manifest that is complete, has the right checksum, and whose files have the
+sizes it says. A folder without one is an attempt that was cut short, or is still being written.
+
+Loading a stranger's checkpoint executes no code: the JSON files are parsed as JSON, with a limit on
+their size, and of the data files only the byte ranges that the metadata names are read. Nothing is
+unpickled, and no header of a data file is parsed.
+
+This module needs neither the trainer nor torch.distributed, so that conversion and evaluation of a
+checkpoint work in one plain process. Writing is `pretrain.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
+from xlstm_io.errors import CheckpointFormatError, DamagedError, UnfinishedError
+from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
+from xlstm_io.storage import subfolders as list_subfolders
+
+FORMAT = "xlstm-pretrain checkpoint"
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+METADATA_NAME = "metadata.json"
+FOLDER_NAME = "checkpoints"
+OPTIMIZER_PREFIX = "optimizer."
+#: Largest JSON file that is read, in bytes: a thousand times what a 7B model needs.
+JSON_LIMIT = 1 << 30
+_STEP_FOLDER = re.compile(r"step-(\d{8,18})-[\w.]+")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a global tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says; `state` and `config` are the trainer's own JSON."""
+
+    step: int
+    created: float
+    files: dict[str, WrittenFile]
+    tensors: dict[str, TensorInfo]
+    state: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+def step_folder_name(step: int, attempt: str) -> str:
+    """Folder of one attempt to save `step`; names sort by step."""
+    return f"step-{step:08d}-{attempt}"
+
+
+def step_of_folder(path: Location) -> int:
+    """The step that a checkpoint folder's name says."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the model (and not to the optimizer)."""
+    return not name.startswith(OPTIMIZER_PREFIX)
+
+
+def manifest_checksum(body: dict) -> str:
+    """xxh3-64 of the manifest without its own `checksum` key, in canonical JSON."""
+    rest = {key: value for key, value in body.items() if key != "checksum"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64(canonical.encode()).hexdigest()
+
+
+def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest:
+    """Read and check the manifest of the checkpoint folder `path`, and its files' sizes.
+
+    Raises DamagedError saying which file is missing, cut short or altered, CheckpointFormatError
+    for another version of the format, OSError where reading is refused.
+    """
+    path = location(path)
+    file = path / MANIFEST_NAME
+    try:
+        body = read_json(file)
+    except FileNotFoundError as error:
+        raise UnfinishedError(f"{path} has no {MANIFEST_NAME}: it was never completed") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise DamagedError(f"{file} is not the manifest of a checkpoint")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise CheckpointFormatError(
+            f"{path}: checkpoint format version {body.get('format_version')}, this program reads "
+            f"version {FORMAT_VERSION}; use the version of the program that wrote it"
+        )
+    try:
+        if body.get("complete") is not True or body.get("checksum") != manifest_checksum(body):
+            raise DamagedError(f"{file} is incomplete or was altered")
+        manifest = Manifest(
+            step=int(body["step"]),
+            created=float(body["created"]),
+            files={n: WrittenFile(int(f["size"]), f["xxh3"]) for n, f in body["files"].items()},
+            tensors={
+                name: TensorInfo(parse_sizes(entry["shape"]), DTYPES[entry["dtype"]])
+                for name, entry in body["tensors"].items()
+            },
+            state=dict(body["state"]),
+            config=dict(body["config"]),
+            versions=dict(body["versions"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointFormatError):
+            raise
+        raise DamagedError(f"{file} is malformed: {error!r}") from error
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name):
+            raise DamagedError(f"{file} names a file outside: {name!r}")
+    if check_files:
+        for name, expected in manifest.files.items():
+            check_size(path / name, expected)
+    return manifest
+
+
+def check_size(path: Location, expected: WrittenFile) -> None:
+    """Compare a file's size with what was written; DamagedError if it differs or is missing."""
+    try:
+        size = file_size(path)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    if size != expected.size:
+        raise DamagedError(f"{path} has {size} bytes, the manifest says {expected.size}")
+
+
+def verify_hashes(path: Location | str, manifest: Manifest) -> None:
+    """Read every file of a checkpoint; DamagedError names the first one that changed."""
+    for name, expected in manifest.files.items():
+        if hash_file(location(path) / name) != expected:
+            raise DamagedError(
+                f"{location(path) / name} does not match its hash in the manifest: it is corrupted"
+            )
+
+
+def read_json(path: Location) -> Any:
+    """Parse a JSON file; OSError if it cannot be read, DamagedError if it is none."""
+    try:
+        return json.loads(read_file(path, JSON_LIMIT))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is no JSON: {error}") from error
+
+
+def step_folders(root: Location | str) -> list[Location]:
+    """All checkpoint folders under a run folder or a `checkpoints` folder, whatever their state."""
+    root = location(root)
+    folder = root / FOLDER_NAME if is_folder(root / FOLDER_NAME) else root
+    return [path for path in list_subfolders(folder) if _STEP_FOLDER.fullmatch(path.name)]
+
+
+def newest_first(root: Location | str, broken: list[CheckpointFormatError]) -> Iterator[Location]:
+    """The complete checkpoints under `root`, newest first, reading no more than is asked for.
+
+    Newest is the highest step, and among attempts at the same step the last one written. What is
+    wrong with those that are passed over is appended to `broken`.
+    """
+    steps: dict[int, list[Location]] = {}
+    for path in step_folders(root):
+        steps.setdefault(step_of_folder(path), []).append(path)
+    for step in sorted(steps, reverse=True):
+        found = []
+        for path in steps[step]:
+            try:
+                manifest = read_manifest(path)
+                if manifest.step != step:
+                    raise DamagedError(f"{path}: the manifest says step {manifest.step}")
+            except CheckpointFormatError as error:
+                broken.append(error)
+            else:
+                found.append((manifest.created, path))
+        yield from (path for _, path in sorted(found, reverse=True))
+
+
+def find_latest(root: Location | str, *, verify: bool = False) -> Location | None:
+    """The newest complete checkpoint under a run folder or `checkpoints` folder, or None.
+
+    A broken one is named in a warning and passed over; nothing is deleted. `verify=True` also reads
+    the files and compares their hashes.
+    """
+    broken: list[CheckpointFormatError] = []
+    latest = None
+    for path in newest_first(root, broken):
+        try:
+            if verify:
+                verify_hashes(path, read_manifest(path))
+            latest = path
+            break
+        except DamagedError as error:
+            broken.append(error)
+    name_broken(broken)
+    return latest
+
+
+def name_broken(broken: list[CheckpointFormatError]) -> None:
+    """Warn about each checkpoint that is passed over."""
+    for problem in broken:
+        log.warning("passing over a broken checkpoint: %s", problem)
+
+
+def resolve(path: Location | str) -> Location:
+    """The checkpoint that `path` means: itself, or the newest of a run or `checkpoints` folder.
+
+    `path` is local or an fsspec URL. Raises CheckpointFormatError when there is none, with the
+    reason.
+    """
+    path = location(path)
+    try:
+        return _resolve(path)
+    except OSError as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}") from error
+
+
+def _resolve(path: Location) -> Location:
+    if not is_folder(path):
+        raise CheckpointFormatError(f"{path}: no such folder; give a run folder or a checkpoint")
+    if exists(path / MANIFEST_NAME) or _STEP_FOLDER.fullmatch(path.name):
+        read_manifest(path)
+        return path
+    broken: list[CheckpointFormatError] = []
+    for latest in newest_first(path, broken):
+        name_broken(broken)
+        return latest
+    reason = "; ".join(map(str, broken)) or f"it has no finished {step_folder_name(0, '<attempt>')}"
+    raise CheckpointFormatError(f"{path} holds no complete checkpoint: {reason}")
+
+
+def parse_sizes(values: Any) -> tuple[int, ...]:
+    """A shape or offset from JSON; ValueError unless it is a short list of sizes."""
+    if not isinstance(values, list) or len(values) > 8:
+        raise ValueError(f"{values!r} is no shape")
+    if not all(type(v) is int and 0 <= v < 1 << 48 for v in values):
+        raise ValueError(f"{values!r} is no shape")
+    if math.prod(values) >= 1 << 62:
+        raise ValueError(f"{values!r} is no shape")
+    return tuple(values)

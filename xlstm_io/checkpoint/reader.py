@@ -1,0 +1,272 @@
+"""Reading a checkpoint's tensors by rectangle, whatever layout wrote them.
+
+    with CheckpointReader(resolve("runs/demo")) as reader:
+        weight = reader.read("decoder.final_norm.weight")
+
+The format is described in `xlstm_io.checkpoint.manifest`. Tensors lie in blocks of at most
+`BLOCK_BYTES`; a block is read as a range of bytes, its hash is compared, and the part that is
+wanted is copied into place. So nothing is read that is not needed, but for the rest of a block; no
+more than one block is held; and no byte is used that is not the one that was written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from xlstm_io.checkpoint.manifest import (
+    METADATA_NAME,
+    Manifest,
+    TensorInfo,
+    is_weight,
+    parse_sizes,
+    read_json,
+    read_manifest,
+    resolve,
+)
+from xlstm_io.checkpoint.safetensors_stream import bytes_of, hash_file, view_as
+from xlstm_io.errors import CheckpointFormatError, DamagedError
+from xlstm_io.storage import Location, RangeReader, location
+
+__all__ = [
+    "BLOCK_BYTES",
+    "CheckpointFormatError",
+    "CheckpointReader",
+    "Chunk",
+    "DamagedError",
+    "Manifest",
+    "StoredBlock",
+    "TensorInfo",
+    "check_exact_cover",
+    "is_weight",
+    "read_manifest",
+    "resolve",
+]
+
+#: Saving cuts rectangles into blocks of at most this size (one row may be larger): small enough
+#: that reading a part of a tensor reads little else, large enough for full speed.
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a global tensor and the local memory that holds it.
+
+    `tensor` is a view with the shape of the rectangle, on any device, with any strides: saving
+    reads it, loading copies into it in place. `global_offset` is its corner in `global_shape`.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    tensor: torch.Tensor
+
+    def __post_init__(self):
+        shape = tuple(self.tensor.shape)
+        fits = len(self.global_shape) == len(self.global_offset) == len(shape) and all(
+            0 <= o and o + s <= g
+            for o, s, g in zip(self.global_offset, shape, self.global_shape, strict=True)
+        )
+        if not fits:
+            raise CheckpointFormatError(
+                f"{self.name}: a piece of shape {list(shape)} at {list(self.global_offset)} does "
+                f"not lie inside the tensor's shape {list(self.global_shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A rectangle of a global tensor as it lies in a file: contiguous from byte `begin` on."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    xxh3: str
+
+
+class CheckpointReader:
+    """Reads rectangles of a checkpoint's tensors; holds one block at a time.
+
+    Use as a context manager. Raises DamagedError when the checkpoint is not sound,
+    CheckpointFormatError for a tensor or a rectangle that it does not hold, OSError where the file
+    system refuses.
+    """
+
+    def __init__(self, path: Location | str):
+        self.path = location(path)
+        self.manifest = read_manifest(self.path)
+        metadata_file = self.path / METADATA_NAME
+        if METADATA_NAME not in self.manifest.files:
+            raise DamagedError(f"{self.path}: the manifest lists no {METADATA_NAME}")
+        # This file decides which bytes go where; theirs are checked as they are read.
+        if hash_file(metadata_file) != self.manifest.files[METADATA_NAME]:
+            raise DamagedError(f"{metadata_file} does not match its hash in the manifest")
+        self.blocks = self._parse_blocks(read_json(metadata_file))
+        self._ranges = RangeReader()
+        self._memory = torch.empty(0, dtype=torch.uint8)  # one block, used again for the next
+        self._kept: StoredBlock | None = None  # what is in it; neighbours often share a block
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._ranges.close()
+        self._kept, self._memory = None, self._memory[:0]
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a global tensor; CheckpointFormatError if there is none."""
+        if name not in self.manifest.tensors:
+            raise CheckpointFormatError(f"{self.path} holds no tensor {name}")
+        return self.manifest.tensors[name]
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor `name`, on the CPU, in its own dtype or in `dtype`."""
+        info = self.info(name)
+        tensor = torch.empty(info.shape, dtype=dtype or info.dtype)
+        self.read_into(Chunk(name, info.shape, (0,) * len(info.shape), tensor))
+        return tensor
+
+    @torch.no_grad()
+    def read_into(self, chunk: Chunk) -> None:
+        """Copy the rectangle that `chunk` covers into its tensor."""
+        tensor = chunk.tensor.detach()
+        for stored, inside, target in self.overlaps(chunk):
+            part = tensor[target] if target else tensor
+            whole = tuple(part.shape) == stored.shape
+            direct = part.device.type == "cpu" and part.dtype == self.info(chunk.name).dtype
+            if whole and direct and part.is_contiguous():
+                self._read_block(chunk.name, stored, part)
+                continue
+            block = self._read_kept(chunk.name, stored)
+            index = tuple(slice(o, o + s) for o, s in zip(inside, part.shape, strict=True))
+            part.copy_(block[index] if index else block)
+
+    def overlaps(
+        self, chunk: Chunk
+    ) -> list[tuple[StoredBlock, tuple[int, ...], tuple[slice, ...]]]:
+        """Where the rectangle of `chunk` lies: (stored block, offset in it, slices of the target).
+
+        Raises CheckpointFormatError, naming the tensor, if it is missing, has another global shape
+        or another kind of dtype.
+        """
+        info = self.info(chunk.name)
+        if info.shape != tuple(chunk.global_shape):
+            raise CheckpointFormatError(
+                f"{chunk.name}: the checkpoint has shape {list(info.shape)}, this model needs "
+                f"{list(chunk.global_shape)} ({self.path})"
+            )
+        if info.dtype.is_floating_point != chunk.tensor.dtype.is_floating_point:
+            raise CheckpointFormatError(
+                f"{chunk.name}: the checkpoint has {info.dtype}, this model needs "
+                f"{chunk.tensor.dtype} ({self.path})"
+            )
+        found = []
+        for stored in self.blocks.get(chunk.name, ()):
+            inside, target = [], []
+            for (s_off, s_len), (c_off, c_len) in zip(
+                zip(stored.offset, stored.shape, strict=True),
+                zip(chunk.global_offset, chunk.tensor.shape, strict=True),
+                strict=True,
+            ):
+                start, stop = max(s_off, c_off), min(s_off + s_len, c_off + c_len)
+                if start >= stop:
+                    break
+                inside.append(start - s_off)
+                target.append(slice(start - c_off, stop - c_off))
+            else:
+                found.append((stored, tuple(inside), tuple(target)))
+        return found
+
+    def _read_kept(self, name: str, stored: StoredBlock) -> torch.Tensor:
+        """A block in this reader's own memory; valid until the next call."""
+        dtype = self.info(name).dtype
+        size = math.prod(stored.shape) * dtype.itemsize
+        if self._memory.numel() < size:
+            self._kept, self._memory = None, torch.empty(size, dtype=torch.uint8)
+        block = view_as(self._memory, dtype, stored.shape)
+        if self._kept is not stored:
+            self._kept = None  # should the read fail
+            self._read_block(name, stored, block)
+            self._kept = stored
+        return block
+
+    def _read_block(self, name: str, stored: StoredBlock, into: torch.Tensor) -> None:
+        """Fill the contiguous CPU tensor `into` with a block, and compare its hash."""
+        data = bytes_of(into)
+        file = self.path / stored.file
+        self._ranges.read_into(file, stored.begin, data)
+        if xxhash.xxh3_64_hexdigest(data) != stored.xxh3:
+            raise DamagedError(
+                f"{file}: {name} at {list(stored.offset)} does not match its hash: it is corrupted"
+            )
+
+    def _parse_blocks(self, body: Any) -> dict[str, list[StoredBlock]]:
+        """Blocks per tensor; together they must be the manifest's tensors, each element once."""
+        file = self.path / METADATA_NAME
+        blocks: dict[str, list[StoredBlock]] = {}
+        left = {name: written.size for name, written in self.manifest.files.items()}
+        try:
+            for name, info in self.manifest.tensors.items():
+                blocks[name] = []
+                for offset, shape, where, begin, xxh3 in body["tensors"][name]:
+                    block = StoredBlock(
+                        parse_sizes(offset), parse_sizes(shape), where, int(begin), str(xxh3)
+                    )
+                    size = math.prod(block.shape) * info.dtype.itemsize
+                    # No byte is there twice, so that a small file cannot claim a huge tensor.
+                    left[block.file] -= size
+                    if not 0 <= block.begin <= self.manifest.files[block.file].size - size:
+                        raise ValueError(f"{name}: {block} lies outside its file")
+                    if left[block.file] < 0:
+                        raise ValueError(f"{name}: {block.file} is too small for what it holds")
+                    blocks[name].append(block)
+                check_exact_cover(name, info.shape, [(b.offset, b.shape, 0) for b in blocks[name]])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(f"{file} does not describe the tensors: {error}") from error
+        return blocks
+
+
+def check_exact_cover(
+    name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int], int]]
+) -> None:
+    """Raise CheckpointFormatError unless `pieces` (offset, shape, rank) tile a tensor exactly once.
+
+    A sweep along the axis with the most cuts: for slices and flat ranges only neighbours are
+    compared, so thousands of pieces are cheap.
+    """
+    total = 0
+    for offset, size, rank in pieces:
+        if not len(offset) == len(size) == len(shape) or not all(
+            0 <= o and 0 < s and o + s <= g for o, s, g in zip(offset, size, shape, strict=True)
+        ):
+            raise CheckpointFormatError(
+                f"{name}: the piece {list(size)} at {list(offset)} of rank {rank} does not lie in "
+                f"its shape {list(shape)}"
+            )
+        total += math.prod(size)
+    axis = max(range(len(shape)), key=lambda a: len({o[a] for o, _, _ in pieces}), default=None)
+    if axis is not None:
+        active: list[tuple[Sequence[int], Sequence[int], int]] = []
+        for piece in sorted(pieces, key=lambda p: p[0][axis]):
+            offset, size, rank = piece
+            active = [p for p in active if p[0][axis] + p[1][axis] > offset[axis]]
+            for other_offset, other_size, other_rank in active:
+                if all(
+                    a < b + t and b < a + s
+                    for a, s, b, t in zip(offset, size, other_offset, other_size, strict=True)
+                ):
+                    raise CheckpointFormatError(
+                        f"{name}: the piece {list(size)} at {list(offset)} of rank {rank} overlaps "
+                        f"the piece {list(other_size)} at {list(other_offset)} of rank {other_rank}"
+                    )
+            active.append(piece)
+    if total != math.prod(shape):
+        raise CheckpointFormatError(
+            f"{name}: the pieces given by all ranks hold {total} of its {math.prod(shape)} elements"
+        )

@@ -1,0 +1,79 @@
+"""Rows of tokens in a block: where documents begin, what is padding, and which positions count.
+
+Segments and flags: see ``xlstm_io.shards.shard``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CONTINUATION = 1 << 31
+PADDING = 1 << 30
+POSITION_MASK = PADDING - 1
+NO_DOCUMENT = (1 << 32) - 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Little-endian storage type of ids below ``vocab_size``."""
+    return np.dtype("<u2") if vocab_size <= 65_535 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Packed rows: tokens [rows, row_tokens]; offsets [rows + 1] into segments (uint32)."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    segments: np.ndarray
+    documents: np.ndarray
+    """best_fit: the document of each segment (NO_DOCUMENT: padding). concat: empty."""
+
+    def doc_bytes(self) -> bytes:
+        """Payload of the ``.doc`` member."""
+        parts = np.concatenate([self.offsets, self.segments, self.documents])
+        return parts.astype("<u4", copy=False).tobytes()
+
+
+def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype) -> Block:
+    """Turn the payloads of a ``.tok`` and a ``.doc`` member back into a Block.
+
+    Also the decoder for samples of a plain ``webdataset`` pipeline. ``dtype``: the manifest's.
+    """
+    tokens = np.frombuffer(tok, np.dtype(dtype).newbyteorder("<")).reshape(-1, row_tokens)
+    numbers = np.frombuffer(doc, "<u4")
+    first = len(tokens) + 1
+    last = first + int(numbers[first - 1])
+    return Block(tokens, numbers[:first], numbers[first:last], numbers[last:])
+
+
+def row_masks(
+    rows: np.ndarray, segments: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the segments of some rows mean to the loss and to the cells.
+
+    Args:
+        rows: for each segment, which row (0-based) it belongs to.
+        segments: ``position | flags`` of each.
+        shape: (number of rows, seq_len).
+
+    Returns:
+        loss_mask float32 [rows, seq_len], 0 where the target belongs to another document or is
+        padding; boundaries bool [rows, seq_len], True at the first token of a document or of a
+        piece of one that another document precedes in the row.
+    """
+    loss_mask = np.ones(shape, np.float32)
+    boundaries = np.zeros(shape, bool)
+    position = (segments & POSITION_MASK).astype(np.int64)
+    padding = (segments & PADDING) != 0
+    # A continuation inside a row follows another document, just like a start.
+    starts = ~padding & (((segments & CONTINUATION) == 0) | (position > 0))
+
+    inside = starts & (position < shape[1])
+    boundaries[rows[inside], position[inside]] = True
+    crossed = starts & (position > 0)  # the position before a start would predict across documents
+    loss_mask[rows[crossed], position[crossed] - 1] = 0.0
+    for row, start in zip(rows[padding], position[padding], strict=True):
+        loss_mask[row, max(start - 1, 0) :] = 0.0
+    return loss_mask, boundaries

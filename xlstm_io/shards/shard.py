@@ -1,0 +1,338 @@
+"""The shard format, owned here alone: tars of blocks of packed rows, with index and checksums.
+
+Layout of a folder (every path in ``manifest.json`` is relative to it)::
+
+    <source>/<split>/shard-00000042.tar       ustar, mtime 0: the same bytes on every build
+        b000000.tok   little-endian uint16|uint32 [rows, seq_len + 1]
+        b000000.doc   little-endian uint32: rows + 1 offsets, then the segments of each row;
+                      best_fit: then the document of each segment, numbered within the shard
+    <source>/<split>/shard-00000042.idx.npz   offsets, sizes and xxh3 of every block
+    tokenizer/tokenizer.model                 the tokenizer travels with its ids
+    manifest.json                             written last
+
+A tar member is a block of rows (about 1 MiB), not one sequence: a header per 4 KB costs 25 %.
+Plain ``webdataset`` reads the tars as samples ``{"tok": bytes, "doc": bytes}``; this module also
+finds single rows by offset. Its readers never trust tarfile's end of file, which takes a damaged
+header for the end of the archive: they read what the index lists and compare xxh3.
+
+A *segment* of a row is ``position | flags``: where a document (or padding) starts in the row.
+Position 0 always has one; CONTINUATION says that the document began in an earlier row, PADDING
+that the rest of the row is padding. In ``concat`` rows a continuation stands at position 0 and goes
+on from the row before. In ``best_fit`` rows it may stand anywhere: the piece of a cut document
+begins with the last token of the piece before, so that no target is lost.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import os
+import tarfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.manifest import (
+    ShardEntry,
+)
+from xlstm_io.shards.rows import (
+    Block,
+    parse_block,
+)
+from xlstm_io.storage import temporary_path, write_atomic
+
+_TARGET_BLOCK_BYTES = 1 << 20
+
+
+class CorruptShardError(ShardFormatError):
+    """Bytes of a shard are not those that were written.
+
+    Attributes: path; block (None: the whole file); offset in bytes; expected; got.
+    """
+
+    def __init__(self, path, block: int | None, offset: int, expected: str, got: str):
+        self.path, self.block, self.offset = str(path), block, offset
+        self.expected, self.got = expected, got
+        where = "file" if block is None else f"block {block}"
+        super().__init__(
+            f"{path}: {where} at byte {offset} is damaged: expected {expected}, got {got}; restore "
+            "the file, or delete it and its .idx.npz and run `xlstm-data build` again"
+        )
+
+    def __reduce__(self):
+        """Rebuild from the arguments, so that worker processes can raise it."""
+        return type(self), (self.path, self.block, self.offset, self.expected, self.got)
+
+
+def default_block_rows(row_tokens: int, dtype: np.dtype) -> int:
+    """Rows per block that make a block of about 1 MiB."""
+    return max(1, _TARGET_BLOCK_BYTES // (row_tokens * dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """Where the blocks of one shard lie: arrays of one entry per block."""
+
+    off: np.ndarray
+    size: np.ndarray
+    xxh3: np.ndarray
+    doc_off: np.ndarray
+    doc_size: np.ndarray
+    doc_xxh3: np.ndarray
+    rows: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """The ``.idx.npz`` file (the same bytes for the same index)."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, path: Path, expected_xxh3: str) -> BlockIndex:
+        """Read an index file.
+
+        Raises:
+            CorruptShardError: its bytes have another hash than the manifest says, or it is missing.
+        """
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
+        got = xxhash.xxh3_64_hexdigest(raw)
+        if got != expected_xxh3:
+            raise CorruptShardError(path, None, 0, f"xxh3 {expected_xxh3}", f"xxh3 {got}")
+        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+
+
+class _HashingFile:
+    """A file that is written from front to back, with a running xxh3."""
+
+    def __init__(self, file):
+        self.file, self.hash, self.position = file, xxhash.xxh3_64(), 0
+
+    def write(self, data) -> int:
+        self.hash.update(data)
+        self.position += len(data)
+        return self.file.write(data)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The bytes before a payload; mtime, uid and gid are 0: nothing depends on the machine."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _member(block: int, suffix: str) -> str:
+    return f"b{block:06d}.{suffix}"
+
+
+class ShardWriter:
+    """Writes one tar and its index; nothing appears under the final names before ``close``.
+
+    Use as a context manager: leaving it with an exception removes the unfinished file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = temporary_path(path)
+        self._file = open(self._temporary, "wb")
+        self._hashing = _HashingFile(self._file)
+        self._entries: list[tuple[int, int, int, int, int, int, int]] = []
+
+    def _add(self, name: str, payload: bytes) -> tuple[int, int, int]:
+        self._hashing.write(_tar_header(name, len(payload)))
+        offset = self._hashing.position
+        self._hashing.write(payload)
+        self._hashing.write(bytes(-len(payload) % tarfile.BLOCKSIZE))
+        return offset, len(payload), xxhash.xxh3_64_intdigest(payload)
+
+    def write(self, block: Block) -> None:
+        """Append one block."""
+        number = len(self._entries)
+        tok = self._add(_member(number, "tok"), block.tokens.tobytes())
+        doc = self._add(_member(number, "doc"), block.doc_bytes())
+        self._entries.append((*tok, *doc, len(block.tokens)))
+
+    def close(self) -> dict[str, str | int]:
+        """Finish both files; the ``ShardEntry`` fields that depend on bytes, without the paths."""
+        end = 2 * tarfile.BLOCKSIZE  # the end of an archive, then up to a whole record
+        self._hashing.write(bytes(end + -(self._hashing.position + end) % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        table = np.array(self._entries, np.uint64).reshape(len(self._entries), 7)
+        index = BlockIndex(*(np.ascontiguousarray(column) for column in table.T))
+        raw = index.to_bytes()
+        write_atomic(index_path(self.path), raw)
+        os.replace(self._temporary, self.path)
+        return {
+            "rows": int(index.rows.sum()),
+            "bytes": self._hashing.position,
+            "xxh3": self._hashing.hash.hexdigest(),
+            "index_xxh3": xxhash.xxh3_64_hexdigest(raw),
+        }
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def index_path(tar: Path) -> Path:
+    """``shard-00000042.tar`` -> ``shard-00000042.idx.npz``."""
+    return tar.with_suffix("").with_suffix(".idx.npz")
+
+
+class ShardReader:
+    """Random access to the rows of one tar. A block is checked when it is first touched.
+
+    Checked are the hashes of both payloads and every other byte: headers, padding and, with the
+    last block, the end of the archive. So no byte of a tar can change unnoticed.
+
+    Args:
+        root: the manifest's folder.
+        entry: the shard.
+        row_tokens, dtype: the manifest's.
+        checked: one byte per block, 1 where it was checked before; a dataset keeps it while it
+            closes and opens the shard.
+
+    Raises (from every method):
+        CorruptShardError: missing, unreadable or short file, or other bytes than were written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        entry: ShardEntry,
+        row_tokens: int,
+        dtype,
+        checked: bytearray | None = None,
+    ):
+        self.path = root / entry.path
+        self.entry, self.row_tokens = entry, row_tokens
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._row_bytes = row_tokens * self.dtype.itemsize
+        self.index = BlockIndex.load(root / entry.index, entry.index_xxh3)
+        self._first_row = [0, *np.cumsum(self.index.rows.astype(np.int64)).tolist()]
+        self._offsets = self.index.off.tolist()
+        self._docs: dict[int, np.ndarray] = {}  # about 4 bytes for each row and document
+        self.checked = bytearray(len(self.index.rows)) if checked is None else checked
+        if self._first_row[-1] != entry.rows:
+            got = f"{self._first_row[-1]} rows in its index"
+            raise CorruptShardError(self.path, None, 0, f"{entry.rows} rows", got)
+        check_size(root, entry)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CorruptShardError(self.path, None, 0, "a readable file", str(error)) from None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks in this shard."""
+        return len(self.index.rows)
+
+    def close(self) -> None:
+        """Close the file; calling it again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def block_of(self, row: int) -> int:
+        """Number of the block that holds a row."""
+        return bisect.bisect_right(self._first_row, row) - 1
+
+    def block(self, number: int) -> Block:
+        """A whole block, every byte of it checked."""
+        index = self.index
+        tok = self._verified(number, "tok", index.off, index.size, index.xxh3)
+        doc = self._verified(number, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
+        if number == self.num_blocks - 1:
+            end = int(index.doc_off[number]) + len(doc)
+            rest = self._read(number, end, self.entry.bytes - end)
+            if rest.count(0) != len(rest):
+                raise CorruptShardError(self.path, number, end, "zeros to the end", "other bytes")
+        self.checked[number] = 1
+        return parse_block(tok, doc, self.row_tokens, self.dtype)
+
+    def row(self, number: int, out: np.ndarray) -> np.ndarray:
+        """Read one row's tokens into ``out`` [row_tokens] (of the stored type); its segments."""
+        block = self.block_of(number)
+        if not self.checked[block]:
+            self.block(block)
+        local = number - self._first_row[block]
+        offset = self._offsets[block] + local * self._row_bytes
+        try:
+            size = os.preadv(self._fd, [out], offset)
+        except OSError as error:
+            raise self._unreadable(block, offset, self._row_bytes, error) from None
+        if size != self._row_bytes:
+            raise self._short(block, offset, self._row_bytes)
+        doc = self._docs.get(block)
+        if doc is None:
+            index = self.index
+            raw = self._verified(block, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
+            doc = self._docs[block] = np.frombuffer(raw, "<u4")
+        start = self._first_row[block + 1] - self._first_row[block] + 1
+        return doc[start + int(doc[local]) : start + int(doc[local + 1])]
+
+    def _read(self, block: int, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise self._unreadable(block, offset, size, error) from None
+        if len(data) != size:
+            raise self._short(block, offset, size)
+        return data
+
+    def _unreadable(self, block: int, offset: int, size: int, error: OSError) -> CorruptShardError:
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", str(error))
+
+    def _short(self, block: int, offset: int, size: int) -> CorruptShardError:
+        got = f"the end of the file at {os.fstat(self._fd).st_size}"
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", got)
+
+    def _verified(self, block: int, suffix: str, off, size, xxh3) -> bytes:
+        """A member's payload; its header, hash and padding are those that were written."""
+        offset, size = int(off[block]), int(size[block])
+        header = _tar_header(_member(block, suffix), size)
+        padded = size + -size % tarfile.BLOCKSIZE
+        data = self._read(block, offset - len(header), len(header) + padded)
+        payload = memoryview(data)[len(header) : len(header) + size]
+        got, expected = xxhash.xxh3_64_intdigest(payload), int(xxh3[block])
+        if got != expected:
+            raise CorruptShardError(
+                self.path, block, offset, f"xxh3 {expected:016x}", f"xxh3 {got:016x}"
+            )
+        if not data.startswith(header):
+            at = offset - len(header)
+            raise CorruptShardError(self.path, block, at, "the header of its member", "other bytes")
+        if any(data[len(header) + size :]):
+            at = offset + size
+            raise CorruptShardError(self.path, block, at, "zeros up to the next header", "others")
+        return bytes(payload)
+
+
+def check_size(root: Path, entry: ShardEntry) -> None:
+    """Compare a shard's size on disk with the manifest's; cheap enough for every shard at start.
+
+    Raises:
+        CorruptShardError: the file is missing or has another size.
+    """
+    path = root / entry.path
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CorruptShardError(path, None, 0, f"{entry.bytes} bytes", str(error)) from None
+    if size != entry.bytes:
+        raise CorruptShardError(
+            path, None, min(size, entry.bytes), f"{entry.bytes} bytes", f"{size} bytes"
+        )

@@ -1,0 +1,1 @@
+"""Tokenizers: opening one, and encoding texts with it."""

@@ -1,0 +1,236 @@
+"""The same layers inside megatron-core's own GPTModel, for an unmodified Megatron-LM.
+
+.. code-block:: python
+
+    model = GPTModel(
+        config=config,  # an XLSTMConfig
+        transformer_layer_spec=gpt_layer_spec(config, pp_rank=..., vp_stage=...),
+        vocab_size=config.vocab_size,
+        max_sequence_length=seq_len,
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+    prepare_gpt_model(model, config, seed)
+
+Document boundaries come from what Megatron-LM hands its layers: the attention mask of
+``--reset-attention-mask``, of which the first subdiagonal is read, or ``packed_seq_params``.
+Megatron-LM deals the layers out over pipeline stages itself; the pattern's cuts have no effect. Its
+checkpoints hold our layers under our names (ARCHITECTURE.md), so they too load at any layout.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.layer import XLSTMLayer, XLSTMLayerSubmodules, layer_spec
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.model import EMBEDDING, OUTPUT
+from xlstm_mcore.modules.linear import soft_cap
+from xlstm_mcore.modules.norm import Norm
+from xlstm_mcore.parameters.init import initialize
+from xlstm_mcore.parameters.pieces import Piece, attach, named_pieces, packed
+
+
+def gpt_layer_spec(
+    config: XLSTMConfig, pp_rank: int = 0, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """What GPTModel takes as ``transformer_layer_spec``: the layers of one pipeline stage.
+
+    Args:
+        config: the model's configuration.
+        pp_rank: this process's pipeline rank.
+        vp_stage: index of this model chunk on its rank, with interleaved stages.
+    """
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    number = get_num_layers_to_build(config, vp_stage, pp_rank)
+    letters = config.layer_letters[first : first + number]
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            ModuleSpec(GPTLayer, submodules=layer_spec(letter, config).submodules)
+            for letter in letters
+        ],
+        layer_norm=FinalNorm,
+    )
+
+
+def prepare_gpt_model(model: GPTModel, config: XLSTMConfig, seed: int) -> None:
+    """Finish a GPTModel (or one stage of it): names, the logits' soft cap, initial weights.
+
+    Afterwards every parameter has its pieces (pieces.py), so that weight decay, the count of
+    parameters and tools that go by names see the same model as XLSTMModel; with the same seed it
+    has the same weights.
+
+    Args:
+        model: a model of :func:`gpt_layer_spec`.
+        config: its configuration.
+        seed: seed of the initial weights.
+    """
+    group = model.pg_collection.tp
+    shard = {"shard_dim": 0, "rank": group.rank(), "size": group.size()}
+    shape = (config.vocab_size, config.hidden_size)
+    if model.pre_process:
+        attach(model.embedding.word_embeddings.weight, packed([EMBEDDING], [shape], **shard))
+    if model.post_process:
+        if model.output_layer.weight is not None:
+            name = EMBEDDING if config.tie_embeddings else OUTPUT
+            attach(model.output_layer.weight, packed([name], [shape], **shard))
+        if config.logit_soft_cap is not None:
+            model.output_layer.register_forward_hook(
+                lambda layer, inputs, output: (
+                    soft_cap(output[0], config.logit_soft_cap),
+                    *output[1:],
+                )
+            )
+    initialize(model, config, seed)
+
+
+class GPTLayer(XLSTMLayer):
+    """An XLSTMLayer with the signature of megatron-core's TransformerLayer.
+
+    Args:
+        config: the model's configuration.
+        submodules: the layer's parts.
+        layer_number: number of the layer on this pipeline stage, from 1.
+        pg_collection: process groups.
+        vp_stage: index of this model chunk on its rank, with interleaved stages.
+
+    Raises:
+        ValueError: context parallelism, which Megatron-LM cuts otherwise.
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        submodules: XLSTMLayerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        if pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"context_parallel_size={pg_collection.cp.size()}: Megatron-LM gives a rank one "
+                "piece from each half of a row, and a recurrence needs contiguous slices in order; "
+                "use context_parallel_size=1, or layout.context of python -m pretrain"
+            )
+        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        super().__init__(config, submodules, pg_collection, first + layer_number - 1)
+        self.layer_number = first + layer_number  # megatron-core counts from 1
+        self.pg_collection = pg_collection
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """``hidden_states [s(/tp), b, h]`` to the same shape, and no cross-attention context.
+
+        Args:
+            hidden_states: the residual stream.
+            attention_mask: bool ``[b or 1, 1, s, s]``, True where attention is forbidden, or None.
+            packed_seq_params: Megatron's description of one packed row, or None.
+            unused: what other layers need (rotary embeddings, contexts of cross-attention).
+        """
+        boundaries = None
+        if packed_seq_params is not None:
+            boundaries = _from_lengths(packed_seq_params.cu_seqlens_q)
+        elif attention_mask is not None:
+            boundaries = _from_mask(attention_mask, hidden_states.shape[1])
+        return super().forward(hidden_states, boundaries), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+    ) -> dict[str, ShardedTensorFactory]:
+        """What Megatron-LM's checkpoints save and load of this layer.
+
+        Megatron's own way takes a parameter that no Megatron layer owns for a replicated one, which
+        under tensor parallelism would save one rank's shard as the whole.
+
+        Args:
+            prefix: of the keys of this module's state dict.
+            sharded_offsets: unused; names carry the number of the layer.
+            metadata: unused.
+        """
+        tp, dp_cp = self.pg_collection.tp.rank(), self.pg_collection.dp_cp.rank()
+        return {
+            f"{prefix}{name}": ShardedTensorFactory(
+                f"{prefix}{name}",
+                parameter,
+                functools.partial(_pieces_to_save, pieces),
+                functools.partial(_from_loaded_pieces, pieces, parameter.shape),
+                (0, 0 if parameter.tensor_model_parallel else tp, dp_cp),
+            )
+            for name, parameter, pieces in named_pieces(self)
+        }
+
+
+class FinalNorm(Norm):
+    """The final norm with the signature that megatron-core builds norms by."""
+
+    def __init__(self, config: XLSTMConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, "decoder.final_norm.weight")
+
+
+def _pieces_to_save(
+    pieces: Sequence[Piece], key: str, tensor: Tensor, replica_id: Any, flattened_range: Any
+) -> dict[str, ShardedTensor]:
+    """The rectangles of a parameter, or of an optimizer's tensor of its shape, by their names.
+
+    ``key`` is Megatron's, with an optimizer's prefix before the layer's; the rest is the pieces'.
+    """
+    assert flattened_range is None, "rectangles of flattened parameters are not supported"
+    lead = key[: key.index("decoder.layers.")]
+    return {
+        str(number): ShardedTensor.from_rank_offsets(
+            f"{lead}{piece.name}",
+            piece.local(tensor.detach()).contiguous(),
+            *(
+                (axis, offset // size, whole // size)
+                for axis, (offset, size, whole) in enumerate(
+                    zip(piece.global_offset, piece.shape, piece.global_shape, strict=True)
+                )
+            ),
+            replica_id=replica_id,
+        )
+        for number, piece in enumerate(pieces)  # several pieces of one tensor may lie on a rank
+    }
+
+
+def _from_loaded_pieces(
+    pieces: Sequence[Piece], shape: torch.Size, loaded: dict[str, Tensor]
+) -> Tensor:
+    tensor = next(iter(loaded.values())).new_empty(shape)
+    for number, piece in enumerate(pieces):
+        piece.local(tensor).copy_(loaded[str(number)])
+    return tensor
+
+
+def _from_mask(mask: Tensor, rows: int) -> Tensor:
+    """A document begins at a token that may not see the one before it: ``[b, s]``."""
+    hidden = mask[:, 0].diagonal(-1, dim1=1, dim2=2)
+    first = hidden.new_zeros(len(hidden), 1)
+    return torch.cat((first, hidden), dim=1).expand(rows, -1)
+
+
+def _from_lengths(starts: Tensor) -> Tensor:
+    """Boundaries ``[1, s]`` from the documents' first tokens and the end, ``cu_seqlens``."""
+    length = int(starts[-1])
+    boundaries = torch.zeros(1, length, dtype=torch.bool, device=cpu_runtime.device())
+    boundaries[0, starts[:-1].long()] = True
+    return boundaries

@@ -1,0 +1,87 @@
+"""A trained model outside of a training run: load it, and compute logits."""
+
+import os
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from xlstm_io.checkpoint.manifest import resolve
+from xlstm_io.checkpoint.reader import CheckpointReader, Chunk
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.megatron import compat, cpu_runtime
+from xlstm_mcore.model import XLSTMModel
+from xlstm_mcore.parameters.pieces import named_pieces
+
+
+def single_process_groups() -> ProcessGroupCollection:
+    """Process groups of one process, for tools that run a model outside a distributed job."""
+    cpu_runtime.activate()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        compat.seed_parallel(0)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def inference_groups() -> ProcessGroupCollection:
+    """Process groups for running a trained model: all processes of the launcher share its heads.
+
+    Under torchrun (WORLD_SIZE above 1) the tensor-parallel size is the number of processes;
+    without a launcher this is :func:`single_process_groups`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return single_process_groups()
+    cpu_runtime.activate()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(**cpu_runtime.process_group_options())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            torch.distributed.get_world_size(), create_gloo_process_groups=False
+        )
+        compat.seed_parallel(0)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel, XLSTMConfig]:
+    """The model of a checkpoint, weights only, in evaluation mode.
+
+    In one process, or tensor parallel over all processes of a launcher (`inference_groups`).
+
+    Args:
+        path: a checkpoint, or a run folder (then its newest complete checkpoint).
+        precision: "fp32" or "bf16".
+
+    Raises:
+        CheckpointFormatError: no complete checkpoint, or it holds another model.
+    """
+    groups = inference_groups()
+    with CheckpointReader(resolve(path)) as reader:
+        section = dict(reader.manifest.config["model"])
+        section["pattern"] = section["pattern"].replace("|", "")  # there is one stage
+        config = make_config(section, precision=precision, tensor=groups.tp.size())
+        (model,) = build_model(config, groups, seed=0)
+        for _, parameter, pieces in named_pieces(model):
+            for piece in pieces:
+                view = piece.local(parameter.detach())
+                reader.read_into(Chunk(piece.name, piece.global_shape, piece.global_offset, view))
+    return model.eval(), config
+
+
+@torch.no_grad()
+def model_logits(model: XLSTMModel, tokens: Tensor) -> Tensor:
+    """Logits ``[b, s, vocab]`` (fp32) of int64 ``tokens [b, s]``, the same on every rank."""
+    model.eval()
+    return gather_vocabulary(model, model(tokens.to(cpu_runtime.device())))
+
+
+def gather_vocabulary(model: XLSTMModel, logits: Tensor) -> Tensor:
+    """Whole rows ``[..., vocab]`` from every tensor-parallel rank's ``[..., vocab/tp]``."""
+    group = model.tp_group
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)

@@ -1,0 +1,118 @@
+"""One residual layer: a mixer and, where the block has one, a feed-forward part."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.megatron import compat
+from xlstm_mcore.mixers.attention import AttentionMixer
+from xlstm_mcore.mixers.mlstm import MLSTMMixer
+from xlstm_mcore.mixers.mlstm_classic import ClassicMLSTMMixer
+from xlstm_mcore.mixers.slstm import SLSTMMixer
+from xlstm_mcore.modules.feed_forward import FeedForward
+from xlstm_mcore.modules.norm import Norm
+from xlstm_mcore.recompute import selective
+
+
+@dataclass
+class XLSTMLayerSubmodules:
+    """The parts of a layer, as Megatron ModuleSpecs.
+
+    Attributes:
+        mixer: the sequence mixer.
+        feed_forward: the feed-forward part, or None for blocks without one.
+    """
+
+    mixer: ModuleSpec
+    feed_forward: ModuleSpec | None = None
+
+
+def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
+    """The ModuleSpec of a layer for one letter of the pattern (see ``XLSTMConfig.pattern``)."""
+    swiglu = {"width": config.ffn_dim, "activation": "silu"}
+    geglu = {"width": config.slstm_ffn_dim, "activation": "gelu"}
+    submodules = {
+        "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), ModuleSpec(FeedForward, params=swiglu)),
+        "m": XLSTMLayerSubmodules(ModuleSpec(ClassicMLSTMMixer)),
+        "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+        "*": XLSTMLayerSubmodules(
+            ModuleSpec(AttentionMixer), ModuleSpec(FeedForward, params=swiglu)
+        ),
+    }
+    return ModuleSpec(XLSTMLayer, submodules=submodules[letter])
+
+
+class XLSTMLayer(MegatronModule):
+    """``x + mixer(norm(x))`` and then, where present, ``x + feed_forward(norm(x))``.
+
+    Args:
+        config: the model's configuration.
+        submodules: the layer's parts.
+        pg_collection: process groups.
+        layer_number: number of the layer in the whole model, from 0.
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        submodules: XLSTMLayerSubmodules,
+        pg_collection: ProcessGroupCollection,
+        layer_number: int,
+    ) -> None:
+        super().__init__(config)
+        prefix = f"decoder.layers.{layer_number}."
+        self.layer_number = layer_number
+        full = config.layer_letters[layer_number] in config.recompute_full_blocks
+        self.recompute = "full" if full else config.recompute
+        self.mixer_norm = Norm(config, f"{prefix}mixer_norm.weight")
+        self.mixer = build_module(
+            submodules.mixer,
+            config=config,
+            pg_collection=pg_collection,
+            prefix=f"{prefix}mixer.",
+        )
+        self.ffn = None
+        if submodules.feed_forward is not None:
+            self.ffn_norm = Norm(config, f"{prefix}ffn_norm.weight")
+            self.ffn = build_module(
+                submodules.feed_forward,
+                config=config,
+                pg_collection=pg_collection,
+                prefix=f"{prefix}ffn.",
+            )
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """``x [s(/tp), b, h]`` to the same shape.
+
+        Args:
+            x: the residual stream.
+            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            cache: this layer's state between calls when generating; read and updated.
+        """
+        if not torch.is_grad_enabled() or cache is not None or self.recompute == "none":
+            return self._forward(x, boundaries, cache)
+        if self.recompute == "full":
+            return tensor_parallel.checkpoint(lambda x: self._forward(x, boundaries), False, x)
+        with selective():
+            return self._forward(x, boundaries)
+
+    def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        x = x + self._dropout(self.mixer(self.mixer_norm(x), boundaries, cache))
+        if self.ffn is not None:
+            x = x + self._dropout(self.ffn(self.ffn_norm(x)))
+        return x
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        if not (self.training and self.config.dropout):
+            return x
+        if self.config.sequence_parallel:  # each rank holds other tokens: draw other masks
+            with compat.parallel_rng():
+                return F.dropout(x, self.config.dropout)
+        return F.dropout(x, self.config.dropout)

@@ -1,0 +1,1 @@
+"""What this package needs of megatron-core beyond its public interface."""

@@ -1,0 +1,1 @@
+"""The mixers of the blocks: mLSTM, classic mLSTM, sLSTM, attention."""

@@ -1,0 +1,104 @@
+"""The 7B-style mLSTM mixer (xLSTM 7B, arXiv 2503.13427, figure 8).
+
+Tensor parallel by heads; context parallel ranks pass the cell's state (parallel/mlstm_state.py).
+
+``q, k, v, o = W x``; ``i, f = cap(W_g x + b_g)``; ``y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))``.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.kernel_calls import run_head_norm, run_mlstm
+from xlstm_mcore.modules.linear import input_projection, output_projection, parameter
+from xlstm_mcore.parallel.context import ContextParallel
+from xlstm_mcore.parallel.tensor import TensorParallelRegion
+from xlstm_mcore.parameters.pieces import packed
+from xlstm_mcore.recompute import recomputed, regathered
+
+
+class MLSTMMixer(nn.Module):
+    """mLSTM with its projections, gates and per-head norm.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups (``tp`` and ``cp`` are read).
+        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+    """
+
+    def __init__(
+        self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.region = region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
+        heads, qk, v = config.num_heads, config.qk_dim, config.v_dim
+        self.num_heads = heads // region.size
+        self.qk_head_dim, self.v_head_dim = qk // heads, v // heads
+        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
+
+        names = [f"{prefix}{n}.weight" for n in ("q_proj", "k_proj", "v_proj", "ogate")]
+        self.in_proj = input_projection(config, region, names, [qk, qk, v, v])
+        gates = [f"{prefix}igate", f"{prefix}fgate"]
+        self.gate_weight = parameter(
+            config,
+            (2 * self.num_heads, config.hidden_size),
+            packed([f"{g}.weight" for g in gates], [(heads, config.hidden_size)] * 2, **shard),
+        )
+        self.gate_bias = parameter(
+            config,
+            (2 * self.num_heads,),
+            packed([f"{g}.bias" for g in gates], [(heads,)] * 2, **shard),
+        )
+        self.head_norm_weight = parameter(
+            config, (v // region.size,), packed([f"{prefix}head_norm.weight"], [(v,)], **shard)
+        )
+        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", v)
+
+    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+        """Mix along the sequence.
+
+        Args:
+            x: ``[s(/cp/tp), b, h]``, this rank's positions.
+            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+                None.
+            cache: state of this layer between calls when generating; read and updated.
+
+        Returns:
+            The shape of ``x``.
+        """
+        x = regathered(self.region.gather, x)
+        s, b, _ = x.shape
+        qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
+        q, k, v_, ogate = self.in_proj(x)[0].split([qk, qk, v, v], dim=-1)
+
+        def heads(t: Tensor, width: int) -> Tensor:  # [s, b, heads * width] -> [b, heads, s, width]
+            return t.view(s, b, self.num_heads, width).permute(1, 2, 0, 3)
+
+        # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x if x.dtype == dtype else recomputed(lambda x: x.to(dtype), x)
+        preacts = F.linear(wide, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
+        igate, fgate = preacts.permute(1, 2, 0).chunk(2, dim=1)  # [b, heads, s] each
+
+        h = run_mlstm(
+            self.config,
+            heads(q, self.qk_head_dim),
+            heads(k, self.qk_head_dim),
+            heads(v_, self.v_head_dim),
+            igate,
+            fgate,
+            boundaries,
+            cache,
+            self.context,
+            self.config.gate_soft_cap,
+        )
+        return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
+
+    def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
+        """``sigmoid(o) * norm(h)``: ``h [b, heads, s, d]``, ``ogate [s, b, heads * d]``."""
+        h = h.permute(2, 0, 1, 3)
+        return run_head_norm(self.config, h, norm_weight, ogate.view(h.shape)).flatten(2)

@@ -1,0 +1,1 @@
+"""The other parts of a block and of the model: norms, projections, feed-forward, loss."""

@@ -1,0 +1,58 @@
+"""The feed-forward part of a block."""
+
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor, nn
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.modules.linear import TensorParallelRegion, output_projection
+from xlstm_mcore.parameters.pieces import attach, packed
+from xlstm_mcore.recompute import recomputed
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward ``down(act(gate(x)) * up(x))``: SwiGLU (7B) or GeGLU (classic sLSTM).
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups (``tp`` is read).
+        prefix: canonical prefix of the parameters' names.
+        width: inner width.
+        activation: "silu" or "gelu".
+    """
+
+    def __init__(
+        self,
+        config: XLSTMConfig,
+        pg_collection: ProcessGroupCollection,
+        prefix: str,
+        width: int,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        region = TensorParallelRegion(config, pg_collection.tp)
+        self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
+        self.linear_fc1 = ColumnParallelLinear(
+            config.hidden_size,
+            2 * width,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            tp_group=region.group,
+        )
+        names = [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"]
+        shapes = [(width, config.hidden_size)] * 2
+        attach(
+            self.linear_fc1.weight,
+            packed(names, shapes, shard_dim=0, rank=region.rank, size=region.size),
+        )
+        self.linear_fc2 = output_projection(config, region, f"{prefix}down_proj.weight", width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[s(/tp), b, h] -> [s(/tp), b, h]``."""
+        return self.linear_fc2(recomputed(self._gated, self.linear_fc1(x)[0]))[0]
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up

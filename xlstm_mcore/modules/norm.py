@@ -1,0 +1,42 @@
+"""The norm of a block: RMSNorm or LayerNorm, with sequence parallelism."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.modules.linear import parameter
+from xlstm_mcore.parameters.pieces import Piece
+from xlstm_mcore.recompute import recomputed
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension, without bias, computed in fp32.
+
+    megatron-core's plain norm refuses sequence parallelism, and its others need Apex or
+    TransformerEngine.
+
+    Args:
+        config: ``norm`` ("rmsnorm" or "layernorm"), ``norm_eps``, ``hidden_size`` are read.
+        name: canonical name of the weight, initialised to ones.
+    """
+
+    def __init__(self, config: XLSTMConfig, name: str) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.kind, self.eps = config.norm, config.norm_eps
+        piece = Piece(name, (width,), (0,), (0,), (width,))
+        self.weight = parameter(config, (width,), [piece])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x [..., hidden]``; same shape and dtype."""
+        return recomputed(self._normalize, x, self.weight)
+
+    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        shape, weight = weight.shape, weight.to(dtype)
+        if self.kind == "layernorm":
+            out = F.layer_norm(x.to(dtype), shape, weight, None, self.eps)
+        else:
+            out = F.rms_norm(x.to(dtype), shape, weight, self.eps)
+        return out.to(x.dtype)

@@ -1,0 +1,1 @@
+"""What crosses ranks: tensor-parallel regions, context-parallel slices, states."""

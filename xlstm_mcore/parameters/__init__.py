@@ -1,0 +1,1 @@
+"""Parameters by their global names: slices, initial values, weight decay."""

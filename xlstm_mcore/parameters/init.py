@@ -1,0 +1,115 @@
+"""Initialisation by canonical name: the same seed gives the same weights on every layout.
+
+Every canonical tensor has its own random stream, seeded by the run's seed and the tensor's name,
+and every rank copies its pieces from the whole. Nothing depends on the order in which modules are
+built or on how they are sharded. Formulas: spec of the reference implementations, sections 1a, 1b
+(small init: Nguyen and Salazar 2019; wang init: Wang and Komatsuzaki, GPT-J).
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.parameters.pieces import named_pieces
+
+Rule = Callable[[Tensor, XLSTMConfig, int, torch.Generator], None]
+
+
+def _small(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.normal_(0.0, math.sqrt(2 / (5 * config.hidden_size)), generator=rng)
+
+
+def _wang(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.normal_(0.0, 2 / (config.num_layers * math.sqrt(config.hidden_size)), generator=rng)
+
+
+def _zeros(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.zero_()
+
+
+def _ones(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.fill_(1.0)
+
+
+def _conv(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    bound = 1 / math.sqrt(config.conv_width)  # torch's Conv1d default at one input channel
+    t.uniform_(-bound, bound, generator=rng)
+
+
+def _fgate_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.copy_(torch.linspace(3.0, 6.0, t.numel()))
+
+
+def _igate_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    if config.layer_letters[layer] == "M":
+        t.fill_(config.igate_bias_init)
+    else:
+        t.normal_(0.0, 0.1, generator=rng)
+
+
+def _slstm_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    """Zero but for the forget gate, which falls from 5 to -7 over a head's channels."""
+    depth = layer / max(1, config.num_layers - 1)
+    position = torch.arange(t.shape[-1]) / max(1, t.shape[-1] - 1)
+    t.zero_()
+    t[1] = 5.0 - 12.0 * position ** (0.3 + 1.3 * depth)
+
+
+_RULES: list[tuple[str, Rule]] = [
+    (r"embedding\..*", _small),
+    (r"output_layer\.weight", _small),
+    (r".*norm\.weight", _ones),
+    (r".*\.learnable_skip", _ones),
+    (r".*\.(q|k|v|up|z|gate)_proj\.weight", _small),
+    (r".*\.(out|down)_proj\.weight", _wang),
+    (r".*\.conv\.(weight|bias)", _conv),
+    (r".*\.recurrent_weight", _zeros),
+    (r".*\.mixer\.bias", _slstm_bias),
+    (r".*\.igate\.bias", _igate_bias),
+    (r".*\.fgate\.bias", _fgate_bias),
+]
+
+
+def initial_value(name: str, shape: Iterable[int], config: XLSTMConfig, seed: int) -> Tensor:
+    """The initial value (fp32, CPU, global shape) of a canonical tensor.
+
+    Args:
+        name: canonical name.
+        shape: its global shape.
+        config: the model's configuration.
+        seed: the run's seed.
+    """
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    layer = int(match.group(1)) if match else 0
+    value = torch.empty(tuple(shape))
+    _rule(name, config, layer)(value, config, layer, rng)
+    return value
+
+
+def _rule(name: str, config: XLSTMConfig, layer: int) -> Rule:
+    if re.fullmatch(r".*\.(i|f|z|o)gate\.weight|.*\.ogate\.weight", name):
+        # sLSTM gates are headwise projections of the input; mLSTM gates start from their biases.
+        return _small if config.layer_letters[layer] == "s" else _zeros
+    for pattern, rule in _RULES:
+        if re.fullmatch(pattern, name):
+            return rule
+    raise KeyError(f"no initialisation for {name}")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: XLSTMConfig, seed: int) -> None:
+    """Fill every parameter of a model (or pipeline stage) with its initial value.
+
+    Memory beyond the model: one canonical tensor at a time.
+    """
+    for _, parameter, pieces in named_pieces(model):
+        for piece in pieces:
+            value = initial_value(piece.name, piece.global_shape, config, seed)
+            piece.local(parameter).copy_(piece.of_global(value))

@@ -1,0 +1,1 @@
+"""Widths, parameter counts, FLOPs and the sizes of the papers, without torch."""

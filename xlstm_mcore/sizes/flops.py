@@ -1,0 +1,138 @@
+"""Floating point operations of a model, by arithmetic, and the share of a device that they use.
+
+What is counted is the model's own work: a matrix product of `[m, k]` and `[k, n]` is 2 m k n, and
+the cells count their recurrences (arXiv 2405.04517, equations 16 to 27), not what a kernel happens
+to execute for them. A chunkwise kernel does more (`chunkwise_cell_flops`), and so does a run that
+recomputes activations; counting that as useful work would make a slower setting look better.
+Elementwise work is left out, as is usual. Backward is twice forward: one product for the gradient
+of each factor.
+
+Counting needs only the attributes of the `model:` section and no torch.
+"""
+
+from xlstm_mcore.pattern import parse_pattern
+from xlstm_mcore.sizes.dimensions import ModelSettings, attention_heads, dimensions
+
+COMPONENTS = ("projections", "feed_forward", "conv", "cell", "head")
+
+# Dense bf16 TFLOP/s of the makers' data sheets (no sparsity). The first name that the device's
+# name contains counts, so the narrower ones come first.
+PEAK_BF16_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("MI300X", 1307.4),
+)
+
+
+def block_flops(letter: str, model: ModelSettings, seq_len: int | None) -> dict[str, int]:
+    """Forward FLOPs of one token in one block, by component (all of COMPONENTS but the head).
+
+    Attention depends on the length of the row: a token sees (seq_len + 1) / 2 on average, itself
+    included. Boundaries inside the row, which make it less, are left out.
+    """
+    dims = dimensions(model)
+    hidden, heads = model.hidden_size, model.num_heads
+    if letter == "M":
+        return {
+            "projections": 2 * hidden * (2 * dims.qk + 3 * dims.v + 2 * heads),
+            "feed_forward": 6 * hidden * dims.ffn,
+            "conv": 0,
+            "cell": heads * mlstm_cell_flops(dims.qk // heads, dims.v // heads),
+        }
+    if letter == "m":
+        return {
+            # up, z and out; block-diagonal q, k and v; two gates that see all of them
+            "projections": 6 * hidden * dims.up
+            + 6 * dims.up * model.qkv_block_size
+            + 2 * 2 * heads * 3 * dims.up,
+            "feed_forward": 0,
+            "conv": 2 * model.conv_width * dims.up,
+            "cell": heads * mlstm_cell_flops(dims.up // heads, dims.up // heads),
+        }
+    if letter == "s":
+        return {
+            "projections": 2 * 4 * hidden * (hidden // heads),
+            "feed_forward": 6 * hidden * dims.slstm_ffn,
+            "conv": 2 * model.conv_width * hidden,
+            "cell": 2 * 4 * hidden * (hidden // heads),  # h_{t-1} times four recurrent matrices
+        }
+    if letter == "*":
+        if seq_len is None:
+            raise ValueError("the FLOPs of attention (*) depend on the row's length: pass seq_len")
+        q_heads, kv_heads = attention_heads(model)
+        return {
+            "projections": 4 * hidden * (hidden + hidden // q_heads * kv_heads),
+            "feed_forward": 6 * hidden * dims.ffn,
+            "conv": 0,
+            "cell": 2 * hidden * (seq_len + 1),  # q k^T, and the scores times v
+        }
+    raise AssertionError(f"no block has the letter {letter!r}")
+
+
+def mlstm_cell_flops(qk_head_dim: int, v_head_dim: int) -> int:
+    """Forward FLOPs of one token in one mLSTM head: write k v^T and k, read C^T q and n . q."""
+    return 4 * qk_head_dim * (v_head_dim + 1)
+
+
+def chunkwise_cell_flops(qk_head_dim: int, v_head_dim: int, chunk: int) -> int:
+    """Forward FLOPs per token and head that a chunkwise mLSTM executes with full score blocks.
+
+    State in and out of the chunk (as the recurrence, once per token) and the scores q k^T and
+    their product with v and 1 over the whole chunk (arXiv 2503.14376, section 3).
+    """
+    inside = 2 * chunk * (qk_head_dim + v_head_dim + 1)
+    return mlstm_cell_flops(qk_head_dim, v_head_dim) + inside
+
+
+def forward_flops(model: ModelSettings, seq_len: int | None = None) -> dict[str, int]:
+    """Forward FLOPs of one token by component; `head` is the product with the vocabulary.
+
+    `seq_len` is needed for patterns with attention only. Raises ValueError where it is missing.
+    """
+    total = dict.fromkeys(COMPONENTS, 0)
+    total["head"] = 2 * model.hidden_size * model.vocab_size
+    for letter in parse_pattern(model.pattern).letters:
+        for component, count in block_flops(letter, model, seq_len).items():
+            total[component] += count
+    return total
+
+
+def training_flops(model: ModelSettings, seq_len: int | None = None) -> int:
+    """FLOPs of one token, forward and backward, without recomputation (see `forward_flops`)."""
+    return 3 * sum(forward_flops(model, seq_len).values())
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a device by its name, or None where it is not in the table."""
+    for name, peak in PEAK_BF16_TFLOPS:
+        if name in device_name:
+            return peak
+    return None
+
+
+def state_bytes(model: ModelSettings, activation_bytes: int, tokens: int = 0) -> int:
+    """Bytes of one sequence's state in generation after `tokens` tokens.
+
+    It is the same after any number of them but for attention, which keeps k and v of each. Cell
+    states are fp32 (C, n, m of mLSTM; h, c, n, m of sLSTM); the convolutions keep their last
+    inputs, and attention k and v, in the activations' type of `activation_bytes` bytes.
+    """
+    dims, heads = dimensions(model), model.num_heads
+    taps = max(model.conv_width - 1, 0) * activation_bytes
+    each = {
+        "M": 4 * (dims.qk * (dims.v // heads) + dims.qk + heads),
+        "m": 4 * (dims.up * (dims.up // heads) + dims.up + heads) + taps * dims.up,
+        "s": 4 * 4 * model.hidden_size + taps * model.hidden_size,
+    }
+    letters = parse_pattern(model.pattern).letters
+    if "*" in letters:
+        q_heads, kv_heads = attention_heads(model)
+        key = model.hidden_size // q_heads * kv_heads * activation_bytes
+        each["*"] = 2 * key * tokens + 8  # and where the current document begins
+    return sum(each[letter] for letter in letters)
