@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from pretrain.checkpoint import CheckpointSaver, Chunk, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import CheckpointSaver, TensorSlice, load_checkpoint, save_checkpoint
 
 SHAPES = ((4096, 1024), (1024, 1024), (1024, 2736), (1024,))  # of one layer, more or less
 
@@ -42,7 +42,7 @@ def make_state(megabytes: int) -> dict[str, torch.Tensor]:
 def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, float]:
     """Median seconds of each operation."""
     state = make_state(megabytes)
-    chunks = [Chunk(n, tuple(t.shape), (0,) * t.ndim, t) for n, t in state.items()]
+    chunks = [TensorSlice(n, tuple(t.shape), (0,) * t.ndim, t) for n, t in state.items()]
     copies = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     for name, tensor in state.items():
         copies[name].copy_(tensor)  # touches the memory

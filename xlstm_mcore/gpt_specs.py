@@ -43,7 +43,7 @@ from xlstm_mcore.model import EMBEDDING, OUTPUT
 from xlstm_mcore.modules.linear import soft_cap
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.parameters.init import initialize
-from xlstm_mcore.parameters.pieces import Piece, attach, named_pieces, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, attach, named_slices, packed
 
 
 def gpt_layer_spec(
@@ -71,7 +71,7 @@ def gpt_layer_spec(
 def prepare_gpt_model(model: GPTModel, config: XLSTMConfig, seed: int) -> None:
     """Finish a GPTModel (or one stage of it): names, the logits' soft cap, initial weights.
 
-    Afterwards every parameter has its pieces (pieces.py), so that weight decay, the count of
+    Afterwards every parameter has its slices (slices.py), so that weight decay, the count of
     parameters and tools that go by names see the same model as XLSTMModel; with the same seed it
     has the same weights.
 
@@ -124,7 +124,7 @@ class GPTLayer(XLSTMLayer):
         if pg_collection.cp.size() > 1:
             raise ValueError(
                 f"context_parallel_size={pg_collection.cp.size()}: Megatron-LM gives a rank one "
-                "piece from each half of a row, and a recurrence needs contiguous slices in order; "
+                "slice from each half of a row, and a recurrence needs contiguous slices in order; "
                 "use context_parallel_size=1, or layout.context of python -m pretrain"
             )
         first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
@@ -172,11 +172,11 @@ class GPTLayer(XLSTMLayer):
             f"{prefix}{name}": ShardedTensorFactory(
                 f"{prefix}{name}",
                 parameter,
-                functools.partial(_pieces_to_save, pieces),
-                functools.partial(_from_loaded_pieces, pieces, parameter.shape),
+                functools.partial(_slices_to_save, slices),
+                functools.partial(_from_loaded_slices, slices, parameter.shape),
                 (0, 0 if parameter.tensor_model_parallel else tp, dp_cp),
             )
-            for name, parameter, pieces in named_pieces(self)
+            for name, parameter, slices in named_slices(self)
         }
 
 
@@ -187,37 +187,41 @@ class FinalNorm(Norm):
         super().__init__(config, "decoder.final_norm.weight")
 
 
-def _pieces_to_save(
-    pieces: Sequence[Piece], key: str, tensor: Tensor, replica_id: Any, flattened_range: Any
+def _slices_to_save(
+    slices: Sequence[ParameterSlice],
+    key: str,
+    tensor: Tensor,
+    replica_id: Any,
+    flattened_range: Any,
 ) -> dict[str, ShardedTensor]:
     """The rectangles of a parameter, or of an optimizer's tensor of its shape, by their names.
 
-    ``key`` is Megatron's, with an optimizer's prefix before the layer's; the rest is the pieces'.
+    ``key`` is Megatron's, with an optimizer's prefix before the layer's; the rest is the slices'.
     """
     assert flattened_range is None, "rectangles of flattened parameters are not supported"
     lead = key[: key.index("decoder.layers.")]
     return {
         str(number): ShardedTensor.from_rank_offsets(
-            f"{lead}{piece.name}",
-            piece.local(tensor.detach()).contiguous(),
+            f"{lead}{part.name}",
+            part.local(tensor.detach()).contiguous(),
             *(
                 (axis, offset // size, whole // size)
                 for axis, (offset, size, whole) in enumerate(
-                    zip(piece.global_offset, piece.shape, piece.global_shape, strict=True)
+                    zip(part.global_offset, part.shape, part.global_shape, strict=True)
                 )
             ),
             replica_id=replica_id,
         )
-        for number, piece in enumerate(pieces)  # several pieces of one tensor may lie on a rank
+        for number, part in enumerate(slices)  # several slices of one tensor may lie on a rank
     }
 
 
-def _from_loaded_pieces(
-    pieces: Sequence[Piece], shape: torch.Size, loaded: dict[str, Tensor]
+def _from_loaded_slices(
+    slices: Sequence[ParameterSlice], shape: torch.Size, loaded: dict[str, Tensor]
 ) -> Tensor:
     tensor = next(iter(loaded.values())).new_empty(shape)
-    for number, piece in enumerate(pieces):
-        piece.local(tensor).copy_(loaded[str(number)])
+    for number, part in enumerate(slices):
+        part.local(tensor).copy_(loaded[str(number)])
     return tensor
 
 

@@ -9,12 +9,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from xlstm_io.checkpoint.manifest import resolve
-from xlstm_io.checkpoint.reader import CheckpointReader, Chunk
+from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 
 def single_process_groups() -> ProcessGroupCollection:
@@ -67,10 +67,12 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
         section["pattern"] = section["pattern"].replace("|", "")  # there is one stage
         config = make_config(section, precision=precision, tensor=groups.tp.size())
         (model,) = build_model(config, groups, seed=0)
-        for _, parameter, pieces in named_pieces(model):
-            for piece in pieces:
-                view = piece.local(parameter.detach())
-                reader.read_into(Chunk(piece.name, piece.global_shape, piece.global_offset, view))
+        for _, parameter, slices in named_slices(model):
+            for part in slices:
+                view = part.local(parameter.detach())
+                reader.read_into(
+                    TensorSlice(part.name, part.global_shape, part.global_offset, view)
+                )
     return model.eval(), config
 
 

@@ -18,7 +18,7 @@ from xlstm_mcore.modules.linear import soft_cap
 from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.pieces import attach, packed
+from xlstm_mcore.parameters.slices import attach, packed
 from xlstm_mcore.pattern import parse_pattern
 
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -1,12 +1,12 @@
 """Checkpoints of a training run: save on any layout, load on any other.
 
-What is saved and loaded are `Chunk`s: rectangles of global tensors under canonical names, wherever
-they lie in this rank's memory. The layout is therefore not part of the format. The format itself
-and the reader that needs no trainer are in `xlstm_io.checkpoint.manifest` and `.ckpt_reader`.
+What is saved and loaded are `TensorSlice`s: slices of global tensors under global names, wherever
+they lie in the memory of this rank. So the layout is not part of the format. The format itself and
+the reader that needs no trainer are in `xlstm_io.checkpoint.manifest` and `.reader`.
 
     with CheckpointSaver(run_dir / "checkpoints") as saver:
-        saver.save(chunks, state, config, step=200)  # goes on in the background
-    manifest = load_checkpoint(path, chunks)  # in place
+        saver.save(slices, state, config, step=200)  # goes on in the background
+    manifest = load_checkpoint(path, slices)  # in place
 
 All ranks call both.
 """
@@ -25,17 +25,17 @@ from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.save import save_checkpoint
 from xlstm_io.checkpoint.manifest import Manifest
-from xlstm_io.checkpoint.reader import Chunk
+from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = [
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointSaver",
-    "Chunk",
     "Manifest",
     "Ranks",
     "Retention",
+    "TensorSlice",
     "candidates_together",
     "check_same",
     "check_same_run",

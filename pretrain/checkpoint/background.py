@@ -22,7 +22,7 @@ import torch
 from pretrain.checkpoint.ranks import Ranks, background_ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
-from xlstm_io.checkpoint.reader import Chunk
+from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, UserError
 from xlstm_io.storage import Location, location, make_folder, put, remove_folder
 
@@ -52,39 +52,39 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._layout: list[tuple] = []
-        self._copies: list[Chunk] = []
+        self._copies: list[TensorSlice] = []
 
-    def take(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+    def take(self, slices: Sequence[TensorSlice]) -> list[TensorSlice]:
         """Copies of all rectangles; they hold until the next call."""
-        chunks = [chunk for chunk in chunks if chunk.tensor.numel()]
-        layout = [(c.name, c.global_offset, c.tensor.shape, c.tensor.dtype) for c in chunks]
+        slices = [part for part in slices if part.tensor.numel()]
+        layout = [(c.name, c.global_offset, c.tensor.shape, c.tensor.dtype) for c in slices]
         if layout != self._layout:
             self._copies = []  # frees the memory before more is taken
-            self._copies, self._layout = _allocate(chunks), layout
+            self._copies, self._layout = _allocate(slices), layout
         on_device = False
         with torch.no_grad():
-            for chunk, copy in zip(chunks, self._copies, strict=True):
-                copy.tensor.copy_(chunk.tensor.detach(), non_blocking=True)
-                on_device |= chunk.tensor.device.type != "cpu"
+            for part, copy in zip(slices, self._copies, strict=True):
+                copy.tensor.copy_(part.tensor.detach(), non_blocking=True)
+                on_device |= part.tensor.device.type != "cpu"
         if on_device:
             torch.accelerator.synchronize()
         return self._copies
 
 
-def _allocate(chunks: Sequence[Chunk]) -> list[Chunk]:
+def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
     """Chunks with the same places and contiguous tensors in one block of host memory."""
     starts, end = [], 0
-    for chunk in chunks:
+    for part in slices:
         starts.append(end)
-        size = chunk.tensor.numel() * chunk.tensor.element_size()
+        size = part.tensor.numel() * part.tensor.element_size()
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    pinned = any(chunk.tensor.device.type != "cpu" for chunk in chunks)
+    pinned = any(part.tensor.device.type != "cpu" for part in slices)
     memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
     copies = []
-    for chunk, start in zip(chunks, starts, strict=True):
-        size = chunk.tensor.numel() * chunk.tensor.element_size()
-        view = memory[start : start + size].view(chunk.tensor.dtype).view(chunk.tensor.shape)
-        copies.append(Chunk(chunk.name, chunk.global_shape, chunk.global_offset, view))
+    for part, start in zip(slices, starts, strict=True):
+        size = part.tensor.numel() * part.tensor.element_size()
+        view = memory[start : start + size].view(part.tensor.dtype).view(part.tensor.shape)
+        copies.append(TensorSlice(part.name, part.global_shape, part.global_offset, view))
     return copies
 
 
@@ -137,7 +137,7 @@ class CheckpointSaver:
 
     def save(
         self,
-        chunks: Sequence[Chunk],
+        slices: Sequence[TensorSlice],
         state: Mapping[str, Any],
         config: Mapping[str, Any],
         *,
@@ -154,10 +154,10 @@ class CheckpointSaver:
         started = time.perf_counter()
         self.wait()
         if not self._asynchronous:
-            self._write(chunks, state, config, step, started, None)
+            self._write(slices, state, config, step, started, None)
             self.wait()
             return time.perf_counter() - started
-        copies = self._host_copy.take(chunks)
+        copies = self._host_copy.take(slices)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(
             target=self._write,
@@ -210,7 +210,7 @@ class CheckpointSaver:
 
     def _write(
         self,
-        chunks: Sequence[Chunk],
+        slices: Sequence[TensorSlice],
         state: Mapping[str, Any],
         config: Mapping[str, Any],
         step: int,
@@ -219,7 +219,7 @@ class CheckpointSaver:
     ) -> None:
         """Write and agree; keeps the outcome for the training loop."""
         try:
-            path = write_checkpoint(self.folder, chunks, state, config, step=step, ranks=self.ranks)
+            path = write_checkpoint(self.folder, slices, state, config, step=step, ranks=self.ranks)
         except BaseException as error:  # raised by `wait`, whatever it is
             self._error = error
             return

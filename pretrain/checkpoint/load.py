@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pretrain.checkpoint.ranks import Ranks
 from xlstm_io.checkpoint import manifest as ckpt_manifest
 from xlstm_io.checkpoint.manifest import Manifest
-from xlstm_io.checkpoint.reader import CheckpointReader, Chunk
+from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.errors import CheckpointError, CheckpointFormatError, UnfinishedError, as_user_error
 from xlstm_io.storage import Location
 
 
 def load_checkpoint(
-    path: Location | str, chunks: Sequence[Chunk], *, ranks: Ranks | None = None
+    path: Location | str, slices: Sequence[TensorSlice], *, ranks: Ranks | None = None
 ) -> Manifest:
-    """Fill the tensors of `chunks` in place from the checkpoint folder `path`.
+    """Fill the tensors of `slices` in place from the checkpoint folder `path`.
 
     Called by all `ranks` (default: all; without torch.distributed: this process), each with the
     rectangles that it needs, whatever layout wrote them. Only floating point tensors are converted,
@@ -30,9 +30,9 @@ def load_checkpoint(
 
     def read() -> Manifest:
         with CheckpointReader(path) as reader:
-            for chunk in chunks:
-                if chunk.tensor.numel():
-                    reader.read_into(chunk)
+            for part in slices:
+                if part.tensor.numel():
+                    reader.read_into(part)
         mine.append(reader.manifest)
 
     mine: list[Manifest] = []

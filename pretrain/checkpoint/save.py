@@ -32,7 +32,7 @@ from xlstm_io.checkpoint.manifest import (
     manifest_checksum,
     step_folder_name,
 )
-from xlstm_io.checkpoint.reader import BLOCK_BYTES, Chunk, check_exact_cover
+from xlstm_io.checkpoint.reader import BLOCK_BYTES, TensorSlice, check_exact_cover
 from xlstm_io.checkpoint.safetensors_stream import (
     DTYPE_NAMES,
     Entry,
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 def save_checkpoint(
     root: Location | str,
-    chunks: Sequence[Chunk],
+    slices: Sequence[TensorSlice],
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     *,
@@ -64,13 +64,13 @@ def save_checkpoint(
     it was given. Afterwards all but the newest `keep` complete checkpoints are deleted (None: all
     are kept).
 
-    Raises CheckpointError, the same on every rank, if the file system refuses, if pieces overlap or
+    Raises CheckpointError, the same on every rank, if the file system refuses, if slices overlap or
     are missing, or if `state` or `config` is not JSON. Earlier checkpoints are untouched then, and
     the incomplete attempt is removed.
     """
     ranks = ranks or Ranks()
     folder = location(root) / FOLDER_NAME
-    path = write_checkpoint(folder, chunks, state, config, step=step, ranks=ranks)
+    path = write_checkpoint(folder, slices, state, config, step=step, ranks=ranks)
     if keep is not None and ranks.is_first:
         apply_retention(folder, Retention(keep=keep), path)
     return path
@@ -78,7 +78,7 @@ def save_checkpoint(
 
 def write_checkpoint(
     folder: Location,
-    chunks: Sequence[Chunk],
+    slices: Sequence[TensorSlice],
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     *,
@@ -90,8 +90,8 @@ def write_checkpoint(
     remedy = f"; nothing was saved, earlier checkpoints in {folder} are as they were"
     path = ranks.first(what, lambda: _start(folder, step, state, config), remedy)
     try:
-        parts = ranks.together(what, lambda: _write_part(path, ranks.rank, chunks), remedy)
-        ranks.first(what, lambda: _finish(path, parts, step, state, config), remedy)
+        data_files = ranks.together(what, lambda: _write_slices(path, ranks.rank, slices), remedy)
+        ranks.first(what, lambda: _finish(path, data_files, step, state, config), remedy)
     except BaseException:
         # Errors of the ranks reach all of them, so nobody is writing any more.
         if ranks.is_first:
@@ -101,7 +101,7 @@ def write_checkpoint(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _DataFile:
     """What one rank wrote.
 
     tensors: {name: (global shape, dtype name)}; rows: {name: [[offset, shape, file, begin, xxh3]]}.
@@ -113,9 +113,9 @@ class _Part:
     rows: dict[str, list[list]]
 
 
-def blocks_of(chunk: Chunk) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+def blocks_of(part: TensorSlice) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Cut a rectangle along its first axis into blocks: (offset in the global tensor, view)."""
-    tensor, offset = chunk.tensor.detach(), tuple(chunk.global_offset)
+    tensor, offset = part.tensor.detach(), tuple(part.global_offset)
     axis = next((a for a, size in enumerate(tensor.shape) if size > 1), None)
     if axis is None:
         yield offset, tensor
@@ -139,61 +139,67 @@ def _start(folder: Location, step: int, state: Mapping, config: Mapping) -> Loca
     return path
 
 
-def _write_part(path: Location, rank: int, chunks: Sequence[Chunk]) -> _Part:
+def _write_slices(path: Location, rank: int, slices: Sequence[TensorSlice]) -> _DataFile:
     """On every rank: stream its rectangles into its file."""
-    part = _Part(f"data-{rank:05d}.safetensors", None, {}, {})
+    data_file = _DataFile(f"data-{rank:05d}.safetensors", None, {}, {})
     entries: dict[Entry, tuple[str, tuple[int, ...], torch.Tensor]] = {}
-    for chunk in chunks:
-        if not chunk.tensor.numel():
+    for part in slices:
+        if not part.tensor.numel():
             continue
-        if chunk.tensor.dtype not in DTYPE_NAMES:
+        if part.tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(
-                f"{chunk.name}: dtype {chunk.tensor.dtype} is not in the checkpoint format"
+                f"{part.name}: dtype {part.tensor.dtype} is not in the checkpoint format"
             )
-        about = (tuple(chunk.global_shape), DTYPE_NAMES[chunk.tensor.dtype])
-        if part.tensors.setdefault(chunk.name, about) != about:
-            raise CheckpointError(f"{chunk.name}: {about} and {part.tensors[chunk.name]}")
-        for offset, block in blocks_of(chunk):
-            key = f"{chunk.name}@{','.join(map(str, offset))}"
+        about = (tuple(part.global_shape), DTYPE_NAMES[part.tensor.dtype])
+        if data_file.tensors.setdefault(part.name, about) != about:
+            raise CheckpointError(f"{part.name}: {about} and {data_file.tensors[part.name]}")
+        for offset, block in blocks_of(part):
+            key = f"{part.name}@{','.join(map(str, offset))}"
             entry = Entry(key, block.dtype, tuple(block.shape))
             if entry in entries:
-                raise CheckpointError(f"{chunk.name}: two pieces at {list(offset)}")
-            entries[entry] = chunk.name, offset, block
+                raise CheckpointError(f"{part.name}: two slices at {list(offset)}")
+            entries[entry] = part.name, offset, block
     if not entries:
-        return part
+        return data_file
     written, places = write_safetensors(
-        path / part.file, list(entries), lambda entry: entries[entry][2]
+        path / data_file.file, list(entries), lambda entry: entries[entry][2]
     )
     for entry, (name, offset, _) in entries.items():
         place = places[entry]
-        row = [list(offset), list(entry.shape), part.file, place.begin, place.xxh3]
-        part.rows.setdefault(name, []).append(row)
-    return dataclasses.replace(part, written=written)
+        row = [list(offset), list(entry.shape), data_file.file, place.begin, place.xxh3]
+        data_file.rows.setdefault(name, []).append(row)
+    return dataclasses.replace(data_file, written=written)
 
 
 def _finish(
-    path: Location, parts: Sequence[_Part], step: int, state: Mapping, config: Mapping
+    path: Location, data_files: Sequence[_DataFile], step: int, state: Mapping, config: Mapping
 ) -> None:
     """On the first rank, when all data is stored: check, metadata, and the manifest last."""
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     rows: dict[str, list[list]] = {}
-    pieces: dict[str, list[tuple]] = {}
-    for rank, part in enumerate(parts):
-        for name, about in part.tensors.items():
+    slices: dict[str, list[tuple]] = {}
+    for rank, data_file in enumerate(data_files):
+        for name, about in data_file.tensors.items():
             if tensors.setdefault(name, about) != about:
                 (shape, dtype), (other_shape, other_dtype) = about, tensors[name]
                 raise CheckpointError(
                     f"{name}: rank {rank} has {list(shape)} {dtype}, other ranks have "
                     f"{list(other_shape)} {other_dtype}"
                 )
-            rows.setdefault(name, []).extend(part.rows[name])
-            pieces.setdefault(name, []).extend((row[0], row[1], rank) for row in part.rows[name])
+            rows.setdefault(name, []).extend(data_file.rows[name])
+            slices.setdefault(name, []).extend(
+                (row[0], row[1], rank) for row in data_file.rows[name]
+            )
     for name in tensors:
-        check_exact_cover(name, tensors[name][0], pieces[name])
+        check_exact_cover(name, tensors[name][0], slices[name])
     metadata = path / METADATA_NAME
     put(metadata, json.dumps({"tensors": dict(sorted(rows.items()))}).encode())
     files = {METADATA_NAME: hash_file(metadata)}
-    files |= {part.file: part.written for part in parts if part.written is not None}
+    files |= {
+        data_file.file: data_file.written
+        for data_file in data_files
+        if data_file.written is not None
+    }
     for name, written in files.items():  # someone may have cleaned up meanwhile
         check_size(path / name, written)
     manifest = {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pretrain.checkpoint import Chunk
+from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
 
 
@@ -53,10 +53,10 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """Loss over batches without gradients, summed over the data-parallel replicas."""
 
-    def sharded_state(self) -> list[Chunk]:
+    def sharded_state(self) -> list[TensorSlice]:
         """The rectangles of the checkpoint that this rank saves."""
 
-    def load_sharded_state(self, load: Callable[[list[Chunk]], Any], step: int) -> None:
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], step: int) -> None:
         """Fill the state by calling ``load(chunks)`` with every rectangle this rank needs.
 
         ``step`` is the number of optimizer updates done so far.

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import Chunk
+from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines import deepspeed_compat as compat
 from pretrain.engines.base import LossSum, StepResult
 from pretrain.engines.microbatches import ScheduledEngine
-from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
+from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, range_slices, weight_slices
 from pretrain.layout import Layout
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 
 class DeepSpeedEngine(ScheduledEngine):
@@ -81,14 +81,14 @@ class DeepSpeedEngine(ScheduledEngine):
         assert applied == math.isfinite(norm)
         return StepResult(grad_norm=norm, skipped=not applied)
 
-    def sharded_state(self) -> list[Chunk]:
+    def sharded_state(self) -> list[TensorSlice]:
         """The rectangles this rank saves: every element of the state lies on exactly one rank."""
         chunks = []
         if self.stage == 3 or self.layout.groups.dp_cp.rank() == 0:
-            chunks += [c for parameter, c in self._weight_chunks() if self._is_owner(parameter)]
-        return chunks + [c for p, c in self._optimizer_chunks() if self._is_owner(p)]
+            chunks += [c for parameter, c in self._weight_slices() if self._is_owner(parameter)]
+        return chunks + [c for p, c in self._optimizer_slices() if self._is_owner(p)]
 
-    def load_sharded_state(self, load: Callable[[list[Chunk]], Any], step: int) -> None:
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], step: int) -> None:
         """Fill weights, fp32 masters and moments, each rank only its own part.
 
         Args:
@@ -99,8 +99,8 @@ class DeepSpeedEngine(ScheduledEngine):
         split = compat.writable_partitions(optimizer) if self.stage == 3 else None
         with split or contextlib.nullcontext(), torch.no_grad():
             load(
-                [chunk for _, chunk in self._weight_chunks()]
-                + [chunk for _, chunk in self._optimizer_chunks()]
+                [chunk for _, chunk in self._weight_slices()]
+                + [chunk for _, chunk in self._optimizer_slices()]
             )
         compat.set_adam_step(optimizer, step)
 
@@ -125,8 +125,8 @@ class DeepSpeedEngine(ScheduledEngine):
         """
         group = self.layout.groups.tp
         for model in self.models:
-            for name, parameter, pieces in named_pieces(model):
-                sharded = pieces[0].shape != pieces[0].global_shape
+            for name, parameter, slices in named_slices(model):
+                sharded = slices[0].shape != slices[0].global_shape
                 assert parameter.tensor_model_parallel == sharded, name
                 parameter.ds_pipe_replicated = getattr(parameter, "shared", False)
                 if parameter.sequence_parallel and self.stage > 1:
@@ -223,30 +223,30 @@ class DeepSpeedEngine(ScheduledEngine):
                 self.engine.backward(loss, scale_wrt_gas=False)
         return self._sum_losses(sums)
 
-    def _weight_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
+    def _weight_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Rectangles of the weights in compute precision that this rank holds."""
         for model in self.models:
-            for _, parameter, pieces in named_pieces(model):
+            for _, parameter, slices in named_slices(model):
                 if self.stage == 3:
-                    chunks: Any = shard_chunks(
-                        pieces,
+                    chunks: Any = range_slices(
+                        slices,
                         parameter.ds_shape,
                         compat.partition(parameter),
                         *compat.partition_range(parameter),
                     )
                 else:
-                    chunks = weight_chunks(parameter, pieces)
+                    chunks = weight_slices(parameter, slices)
                 yield from ((parameter, chunk) for chunk in chunks)
 
-    def _optimizer_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
+    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Rectangles of fp32 masters and moments that this rank's partition holds."""
         for model in self.models:
             for shard in compat.shards(self.engine.optimizer, model):
                 parameter = shard.parameter
                 shape = parameter.ds_shape if self.stage == 3 else parameter.shape
                 for key in OPTIMIZER_STATE:
-                    for chunk in shard_chunks(
-                        parameter.pieces,
+                    for chunk in range_slices(
+                        parameter.slices,
                         shape,
                         shard.state[key],
                         shard.start,

@@ -14,15 +14,15 @@ from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_op
 from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
-from pretrain.checkpoint import Chunk
+from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines.base import LossSum, StepResult
 from pretrain.engines.microbatches import ScheduledEngine
-from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, shard_chunks, weight_chunks
+from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, range_slices, weight_slices
 from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat, cpu_runtime
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 
 class MegatronEngine(ScheduledEngine):
@@ -91,21 +91,21 @@ class MegatronEngine(ScheduledEngine):
         self._clear_gradients()
         return StepResult(grad_norm=norm, skipped=not finite)
 
-    def sharded_state(self) -> list[Chunk]:
+    def sharded_state(self) -> list[TensorSlice]:
         """The rectangles this rank saves: every element of the state lies on exactly one rank."""
         self._gather_weights()
         chunks = []
         if self.layout.groups.dp_cp.rank() == 0:
             for model in self.models:
-                for _, parameter, pieces in named_pieces(model):
+                for _, parameter, slices in named_slices(model):
                     if self._is_owner(parameter):
-                        chunks += weight_chunks(parameter, pieces)
-        for parameter, chunk in self._optimizer_chunks():
+                        chunks += weight_slices(parameter, slices)
+        for parameter, chunk in self._optimizer_slices():
             if self._is_owner(parameter):
                 chunks.append(chunk)
         return chunks
 
-    def load_sharded_state(self, load: Callable[[list[Chunk]], None], step: int) -> None:
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], None], step: int) -> None:
         """Fill weights, fp32 masters and moments.
 
         Args:
@@ -113,7 +113,7 @@ class MegatronEngine(ScheduledEngine):
             step: optimizer steps taken so far, for Adam's bias correction.
         """
         self._gather_weights()
-        chunks = self._weights() + [chunk for _, chunk in self._optimizer_chunks()]
+        chunks = self._weights() + [chunk for _, chunk in self._optimizer_slices()]
         with torch.no_grad():
             load(chunks)
         for optimizer in self.optimizer.chained_optimizers:
@@ -133,13 +133,13 @@ class MegatronEngine(ScheduledEngine):
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def _weights(self) -> list[Chunk]:
+    def _weights(self) -> list[TensorSlice]:
         """The rectangles of all weights in this rank's model chunks."""
         return [
             chunk
             for model in self.models
-            for _, parameter, pieces in named_pieces(model)
-            for chunk in weight_chunks(parameter, pieces)
+            for _, parameter, slices in named_slices(model)
+            for chunk in weight_slices(parameter, slices)
         ]
 
     def _make_optimizer(self) -> Any:
@@ -174,14 +174,14 @@ class MegatronEngine(ScheduledEngine):
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
-    def _optimizer_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
+    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Rectangles of fp32 masters and moments that this rank's optimizer shard holds."""
         for optimizer in self.optimizer.chained_optimizers:
             for parameter, start, end in compat.shard_ranges(optimizer):
                 state = compat.adam_state(optimizer, parameter)
                 for key in OPTIMIZER_STATE:
-                    for chunk in shard_chunks(
-                        parameter.pieces,
+                    for chunk in range_slices(
+                        parameter.slices,
                         parameter.shape,
                         state[key].detach(),
                         start,

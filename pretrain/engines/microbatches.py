@@ -14,7 +14,7 @@ from pretrain.engines.base import LossSum
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.decay import decays
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 
 class ScheduledEngine:
@@ -48,8 +48,8 @@ class ScheduledEngine:
             self.model_config, layout.groups, config.run.seed, self._finish_part
         )
         for model in self.models:
-            for _, parameter, pieces in named_pieces(model):
-                parameter.no_weight_decay = not decays(pieces[0].name, config.optimizer.decay)
+            for _, parameter, slices in named_slices(model):
+                parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
         self.chunks: list[nn.Module] = list(self.models)
         self.num_parameters = self._count_parameters()
         self._forward_backward = get_forward_backward_func()
@@ -124,10 +124,10 @@ class ScheduledEngine:
     def _count_parameters(self) -> int:
         """Parameters of the whole model, counted from what all ranks hold."""
         mine = sum(
-            math.prod(piece.shape)
+            math.prod(part.shape)
             for model in self.models
-            for _, parameter, pieces in named_pieces(model)
-            for piece in pieces
+            for _, parameter, slices in named_slices(model)
+            for part in slices
             if self._is_owner(parameter)
         )
         count = torch.tensor(mine, dtype=torch.int64, device=self.layout.device)

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut:
 every data-parallel rank keeps the whole optimizer state of its pipeline stage (ZeRO stage 0), and
-tensor parallelism is refused. What is a matrix is decided by canonical tensors, not by parameters:
+tensor parallelism is refused. What is a matrix is decided by global tensors, not by parameters:
 q, k, v and the output gate lie in one parameter and are orthogonalised one by one. The update is
 scaled to the root mean square of AdamW's, so that one learning rate serves both (Liu et al.,
 arXiv 2502.16982).
@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import Chunk
+from pretrain.checkpoint import TensorSlice
 from pretrain.engines.base import StepResult
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.state import optimizer_prefix
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.parameters.decay import is_hidden_matrix
-from xlstm_mcore.parameters.pieces import Piece, named_pieces
+from xlstm_mcore.parameters.slices import ParameterSlice, named_slices
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One canonical tensor of this rank: its place in a parameter, and its fp32 master weight."""
+    """One global tensor of this rank: its place in a parameter, and its fp32 master weight."""
 
     parameter: Tensor
-    piece: Piece
+    part: ParameterSlice
     master: Tensor
     owned: bool
 
@@ -46,7 +46,7 @@ class MuonEngine(MegatronEngine):
     def step(self, lr: float) -> StepResult:
         """Clip, update with learning rate ``lr`` and clear the gradients."""
         for entry in self._entries:
-            entry.master.grad = entry.piece.local(entry.parameter.main_grad).float().contiguous()
+            entry.master.grad = entry.part.local(entry.parameter.main_grad).float().contiguous()
         norm = self._gradient_norm()
         finite = math.isfinite(norm)
         if finite:
@@ -63,16 +63,16 @@ class MuonEngine(MegatronEngine):
         self._clear_gradients()
         return StepResult(grad_norm=norm, skipped=not finite)
 
-    def sharded_state(self) -> list[Chunk]:
+    def sharded_state(self) -> list[TensorSlice]:
         """The rectangles this rank saves: of equal replicas the first one saves."""
         if self.layout.groups.dp_cp.rank() > 0:
             return []
         return super().sharded_state()
 
-    def load_sharded_state(self, load: Callable[[list[Chunk]], None], step: int) -> None:
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], None], step: int) -> None:
         """Fill weights, fp32 masters, Muon's momentum and Adam's moments."""
         with torch.no_grad():
-            load(self._weights() + [chunk for _, chunk in self._optimizer_chunks()])
+            load(self._weights() + [chunk for _, chunk in self._optimizer_slices()])
         compat.set_adam_step(self._adam, step)
         self._clear_gradients()
 
@@ -81,13 +81,13 @@ class MuonEngine(MegatronEngine):
         self._entries = [
             _Entry(
                 parameter,
-                piece,
-                piece.local(parameter.detach()).float().clone().requires_grad_(),
+                part,
+                part.local(parameter.detach()).float().clone().requires_grad_(),
                 self._is_owner(parameter),
             )
             for model in self.models
-            for _, parameter, pieces in named_pieces(model)
-            for piece in pieces
+            for _, parameter, slices in named_slices(model)
+            for part in slices
         ]
 
         def groups(muon: bool) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class MuonEngine(MegatronEngine):
                     "params": [
                         e.master
                         for e in self._entries
-                        if is_hidden_matrix(e.piece.name, e.piece.global_shape) == muon
+                        if is_hidden_matrix(e.part.name, e.part.global_shape) == muon
                         and e.parameter.no_weight_decay == without
                     ],
                     "weight_decay": 0.0 if without else options.weight_decay,
@@ -131,20 +131,20 @@ class MuonEngine(MegatronEngine):
     @torch.no_grad()
     def _copy_masters_to_weights(self) -> None:
         for entry in self._entries:
-            entry.piece.local(entry.parameter).copy_(entry.master)
+            entry.part.local(entry.parameter).copy_(entry.master)
 
-    def _optimizer_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
-        """Masters with Muon's momentum or Adam's moments, by canonical tensor."""
+    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Masters with Muon's momentum or Adam's moments, by global tensor."""
         for entry in self._entries:
-            piece, master = entry.piece, entry.master
+            part, master = entry.part, entry.master
             state = {"param": master.detach()}
             if master in self._muon.state:
                 state["momentum"] = self._muon.state[master]["momentum_buffer"]
             else:
                 state |= {key: self._adam.state[master][key] for key in ("exp_avg", "exp_avg_sq")}
             for key, tensor in state.items():
-                name = optimizer_prefix(key) + piece.name
+                name = optimizer_prefix(key) + part.name
                 yield (
                     entry.parameter,
-                    Chunk(name, piece.global_shape, piece.global_offset, tensor),
+                    TensorSlice(name, part.global_shape, part.global_offset, tensor),
                 )

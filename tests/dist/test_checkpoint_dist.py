@@ -12,7 +12,7 @@ from pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
-    Chunk,
+    TensorSlice,
     Ranks,
     candidates_together,
     find_latest,
@@ -48,8 +48,8 @@ def flat_range_chunks(name, shape, tensor_flat, start, stop):
         else:
             size = ((stop - position) // columns, columns)
             length = size[0] * columns
-        piece = tensor_flat[position - start : position - start + length].view(size)
-        chunks.append(Chunk(name, shape, (row, column), piece))
+        part = tensor_flat[position - start : position - start + length].view(size)
+        chunks.append(TensorSlice(name, shape, (row, column), part))
         position += length
     return chunks
 
@@ -61,11 +61,11 @@ def layout(kind, rank, world):
         value = full(name)
         if kind == "tensor":  # a slice of rows or of columns per rank
             axis = 1 if name.startswith("columns") else 0
-            part = shape[axis] // world
+            extent = shape[axis] // world
             offset = [0, 0]
-            offset[axis] = rank * part
-            piece = value.narrow(axis, rank * part, part)
-            pairs.append((Chunk(name, shape, tuple(offset), torch.zeros_like(piece)), piece))
+            offset[axis] = rank * extent
+            part = value.narrow(axis, rank * extent, extent)
+            pairs.append((TensorSlice(name, shape, tuple(offset), torch.zeros_like(part)), part))
         elif kind == "flat":  # an uneven range of the flattened tensor per rank
             cuts = [value.numel() * r // world + (r % 2) * 3 for r in range(world)]
             cuts.append(value.numel())
@@ -74,9 +74,9 @@ def layout(kind, rank, world):
                 (r, c), (h, w) = chunk.global_offset, chunk.tensor.shape
                 pairs.append((chunk, value[r : r + h, c : c + w]))
         elif kind == "whole" and rank == 0:  # everything on the first rank, nothing on others
-            pairs.append((Chunk(name, shape, (0, 0), torch.zeros(shape)), value))
+            pairs.append((TensorSlice(name, shape, (0, 0), torch.zeros(shape)), value))
         elif kind == "copies":  # every rank has everything (loading only)
-            pairs.append((Chunk(name, shape, (0, 0), torch.zeros(shape)), value))
+            pairs.append((TensorSlice(name, shape, (0, 0), torch.zeros(shape)), value))
     return pairs
 
 
@@ -119,7 +119,7 @@ def test_any_layout_loads_into_any_layout(kind, tmp_path, pool):
 
 def fail_on_one_rank(rank, world, folder):
     tensor = torch.full((2, 4), float(rank))
-    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), tensor)
+    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), tensor)
     good = save_checkpoint(folder, [chunk], {}, {}, step=1)
 
     def disk_full(path, *_):
@@ -140,14 +140,14 @@ def fail_on_one_rank(rank, world, folder):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
     dist.barrier()  # the next attempt has a folder, for which a slow rank should not look here
 
-    # pieces of two ranks that overlap, and a tensor that only one rank finds missing
+    # slices of two ranks that overlap, and a tensor that only one rank finds missing
     for chunk_here, words in (
-        (Chunk("w", (2 * world, 4), (rank, 0), tensor), "overlaps the piece"),
-        (Chunk("w", (2 * world + rank, 4), (2 * rank, 0), tensor), "other ranks have"),
+        (TensorSlice("w", (2 * world, 4), (rank, 0), tensor), "overlaps the slice"),
+        (TensorSlice("w", (2 * world + rank, 4), (2 * rank, 0), tensor), "other ranks have"),
     ):
         with pytest.raises(CheckpointError, match=words):
             save_checkpoint(folder, [chunk_here], {}, {}, step=2)
-    wanted = Chunk("missing" if rank == 1 else "w", (2 * world, 4), (0, 0), tensor)
+    wanted = TensorSlice("missing" if rank == 1 else "w", (2 * world, 4), (0, 0), tensor)
     with pytest.raises(CheckpointError, match=r"on rank 1: .* holds no tensor missing"):
         load_checkpoint(good, [wanted])
     with pytest.raises(CheckpointError, match=f"on {world} ranks.*no manifest.json"):
@@ -167,11 +167,11 @@ def save_in_a_subgroup(rank, world, folder):
     group = dist.new_group([1, 2])
     if rank in (1, 2):
         ranks = Ranks(group)
-        chunk = Chunk("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
+        chunk = TensorSlice("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
         path = save_checkpoint(folder, [chunk], {}, {}, step=1, ranks=ranks)
         assert candidates_together(folder, ranks=ranks)[0] == path
         target = torch.zeros(2, 4)
-        load_checkpoint(path, [Chunk("w", (2, 4), (0, 0), target)], ranks=ranks)
+        load_checkpoint(path, [TensorSlice("w", (2, 4), (0, 0), target)], ranks=ranks)
         assert target[:, 0].tolist() == [1.0, 2.0]
     dist.barrier()
 
@@ -182,7 +182,7 @@ def test_a_group_that_does_not_start_at_rank_zero(tmp_path, pool):
 
 def save_beside_collectives(rank, world, folder):
     """Training's collectives and a save run at once; a late failure reaches all at one step."""
-    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
     real, steps_of_failure = save_module.write_safetensors, []
 
     def slow(*args):  # ranks reach the save's agreement at different moments
@@ -225,7 +225,7 @@ def test_saving_runs_beside_collectives_and_fails_on_all_ranks_at_one_step(tmp_p
 
 
 def damage_seen_by_one_rank(rank, world, folder):
-    chunk = Chunk("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
     path = save_checkpoint(folder, [chunk], {}, {}, step=1)
     if rank == 1:
         data = path / "data-00001.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import Chunk, find_latest, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import TensorSlice, find_latest, load_checkpoint, save_checkpoint
 from tests.dist import work
 from xlstm_io.checkpoint.reader import CheckpointReader
 
@@ -75,7 +75,7 @@ def load(config, path):
             chunk.tensor.fill_(-3.0)
     engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), 1)
     return [
-        Chunk(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
+        TensorSlice(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
         for c in engine.sharded_state()
     ]
 

@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.core.models.gpt import GPTModel
 
 from pretrain import layout as layouts
-from pretrain.checkpoint import Chunk
+from pretrain.checkpoint import TensorSlice
 from tests.dist import work
 from tests.xlstm_mcore.test_specs import mask_of
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.build import make_config
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 from xlstm_mcore.gpt_specs import gpt_layer_spec, prepare_gpt_model
 
 
@@ -63,7 +63,7 @@ def gradients_and_checkpoint(run):
     batch = work.global_batch(run, 0)[0]
     losses = model(batch.tokens, None, mask_of(batch.boundaries), labels=batch.labels)
     (losses * batch.loss_mask).sum().backward()
-    for _, parameter, _ in named_pieces(model):
+    for _, parameter, _ in named_slices(model):
         if parameter.sequence_parallel:  # what finalize_model_grads does
             torch.distributed.all_reduce(parameter.grad, group=layout.groups.tp)
     saved = model.sharded_state_dict()
@@ -71,15 +71,15 @@ def gradients_and_checkpoint(run):
     _, everywhere = determine_global_metadata(saved)
     validate_sharding_integrity(everywhere)
     parts = [
-        Chunk(t.key, t.global_shape, t.global_offset, t.data.detach().clone())
+        TensorSlice(t.key, t.global_shape, t.global_offset, t.data.detach().clone())
         for t in nested_values(saved)
         if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)
     ]
     gradients = [
-        Chunk(p.name, p.global_shape, p.global_offset, p.local(parameter.grad))
-        for _, parameter, pieces in named_pieces(model)
+        TensorSlice(p.name, p.global_shape, p.global_offset, p.local(parameter.grad))
+        for _, parameter, slices in named_slices(model)
         if parameter.tensor_model_parallel or layout.groups.tp.rank() == 0
-        for p in pieces
+        for p in slices
     ]
     return gradients, parts
 

@@ -8,14 +8,14 @@ from unittest import mock
 import torch
 
 from pretrain import layout as layouts
-from pretrain.checkpoint import Chunk, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import TensorSlice, load_checkpoint, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
 from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
 # rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
@@ -85,16 +85,16 @@ def global_batch(config: RunConfig, step: int) -> list[Batch]:
 
 
 def perturb(models: list[torch.nn.Module]) -> None:
-    """Move weights off their special initial values, by canonical name."""
+    """Move weights off their special initial values, by global name."""
     with torch.no_grad():
         for model in models:
-            for _, parameter, pieces in named_pieces(model):
-                for piece in pieces:
-                    rng = torch.Generator().manual_seed(sum(piece.name.encode()))
-                    noise = 0.1 * torch.randn(piece.global_shape, generator=rng)
-                    piece.local(parameter).add_(piece.of_global(noise))
-                    if piece.name.endswith("igate.bias"):
-                        piece.local(parameter).clamp_(min=-1.0)
+            for _, parameter, slices in named_slices(model):
+                for part in slices:
+                    rng = torch.Generator().manual_seed(sum(part.name.encode()))
+                    noise = 0.1 * torch.randn(part.global_shape, generator=rng)
+                    part.local(parameter).add_(part.of_global(noise))
+                    if part.name.endswith("igate.bias"):
+                        part.local(parameter).clamp_(min=-1.0)
 
 
 def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
@@ -123,12 +123,12 @@ def train_steps(
     return results
 
 
-def train(config: RunConfig, steps: int = 3) -> tuple[list[tuple[float, float]], list[Chunk]]:
+def train(config: RunConfig, steps: int = 3) -> tuple[list[tuple[float, float]], list[TensorSlice]]:
     """Train a few steps; losses and gradient norms, and the rectangles this rank would save."""
     engine, layout = make_engine(config)
     results = train_steps(engine, layout, config, 0, steps)
     return results, [
-        Chunk(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
+        TensorSlice(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
         for c in engine.sharded_state()
     ]
 
@@ -150,7 +150,7 @@ def resume(config: RunConfig, path: str, steps: int, more: int) -> Any:
     return results, engine.sharded_state()
 
 
-def assemble(parts: list[list[Chunk]]) -> dict[str, torch.Tensor]:
+def assemble(parts: list[list[TensorSlice]]) -> dict[str, torch.Tensor]:
     """Whole tensors from all ranks' rectangles; every element must come from exactly one."""
     tensors: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
@@ -167,7 +167,7 @@ def assemble(parts: list[list[Chunk]]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
+def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
     """Loss and gradient of one global batch in fp64, through Megatron's schedule and DDP.
 
     Only what this rank counts for: one copy of replicated and of tied parameters.
@@ -232,13 +232,13 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[Chunk]]:
     torch.distributed.all_reduce(loss, group=parts.pp)
     mine = []
     for model in models:
-        for _, parameter, pieces in named_pieces(model.module):
+        for _, parameter, slices in named_slices(model.module):
             counted = parameter.tensor_model_parallel or parts.tp.rank() == 0
             if parts.dp_cp.rank() == 0 and counted and not getattr(parameter, "shared", False):
                 assert parameter.main_grad.dtype == torch.float64
                 mine += [
-                    Chunk(p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad))
-                    for p in pieces
+                    TensorSlice(p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad))
+                    for p in slices
                 ]
     return loss.item(), mine
 
@@ -276,11 +276,11 @@ def refused_split(path: str) -> str:
     return ""
 
 
-def _first_moments(engine: Engine) -> list[Chunk]:
+def _first_moments(engine: Engine) -> list[TensorSlice]:
     return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]
 
 
-def first_moments(config: RunConfig, mask: bool = True) -> list[Chunk]:
+def first_moments(config: RunConfig, mask: bool = True) -> list[TensorSlice]:
     """Adam's first moment after one step: without clipping the gradient times 1 - beta1.
 
     ``mask=False`` counts every token. When their number is a power of two, scaling the loss before
@@ -301,7 +301,7 @@ def unmasked(batch: Batch) -> Batch:
     return replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
 
 
-def first_moments_one_by_one(config: RunConfig) -> list[Chunk]:
+def first_moments_one_by_one(config: RunConfig) -> list[TensorSlice]:
     """``first_moments(config, mask=False)`` of one replica, micro-batches added up here in fp64.
 
     Each has a step of its own, which starts from a moment of zero and changes no weight.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import (
     CheckpointError,
-    Chunk,
+    TensorSlice,
     check_same,
     check_same_run,
     find_latest,
@@ -34,7 +34,7 @@ STATE = {"step": 7, "tokens": 1234567, "rng": [1, 2, 3], "lr": 1e-3}
 
 
 def whole(name, tensor):
-    return Chunk(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+    return TensorSlice(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
 
 def tensors():
@@ -50,14 +50,14 @@ def tensors():
 
 
 def save(root, values=None, step=7, **kw):
-    chunks = [whole(n, t) for n, t in (values or tensors()).items()]
-    return save_checkpoint(root, chunks, STATE, CONFIG, step=step, **kw)
+    slices = [whole(n, t) for n, t in (values or tensors()).items()]
+    return save_checkpoint(root, slices, STATE, CONFIG, step=step, **kw)
 
 
-def random_tiling(shape, rng, pieces=1):
+def random_tiling(shape, rng, slices=1):
     """Cut a box into random boxes, recursively."""
     boxes = [((0,) * len(shape), tuple(shape))]
-    for _ in range(pieces):
+    for _ in range(slices):
         offset, size = boxes.pop(rng.randrange(len(boxes)))
         axis = rng.randrange(len(shape))
         if size[axis] < 2:
@@ -93,13 +93,17 @@ def test_any_tiling_loads_into_any_tiling(tmp_path):
     for number, shape in enumerate([(13, 9), (4, 5, 6), (31,), (2, 3, 4, 5)]):
         full = torch.randn(shape)
         saved = [
-            Chunk("w", shape, o, view(full, o, s)) for o, s in random_tiling(shape, rng, pieces=12)
+            TensorSlice("w", shape, o, view(full, o, s))
+            for o, s in random_tiling(shape, rng, slices=12)
         ]
         path = save_checkpoint(tmp_path, saved, {}, {}, step=number)
         target = torch.zeros(shape)
         load_checkpoint(
             path,
-            [Chunk("w", shape, o, view(target, o, s)) for o, s in random_tiling(shape, rng, 12)],
+            [
+                TensorSlice("w", shape, o, view(target, o, s))
+                for o, s in random_tiling(shape, rng, 12)
+            ],
         )
         assert torch.equal(target, full)
 
@@ -109,7 +113,7 @@ def test_only_what_is_asked_for_is_loaded_and_floats_convert(tmp_path):
     path = save(tmp_path, values)
     name = "decoder.layers.0.mixer.q_proj.weight"
     out = torch.zeros(5, 20)
-    load_checkpoint(path, [Chunk(name, (12, 20), (4, 0), out)])
+    load_checkpoint(path, [TensorSlice(name, (12, 20), (4, 0), out)])
     assert torch.equal(out, values[name][4:9].float())
 
 
@@ -128,7 +132,7 @@ def test_files_are_plain_safetensors_and_no_pickle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "words"),
+    ("slices", "words"),
     [
         ([((0, 0), (4, 6))], None),
         ([((0, 0), (2, 6)), ((2, 0), (2, 6))], None),
@@ -139,21 +143,23 @@ def test_files_are_plain_safetensors_and_no_pickle(tmp_path):
         ([((0, 0), (4, 4)), ((0, 3), (4, 2))], "overlaps"),
     ],
 )
-def test_exact_cover(pieces, words):
-    pieces = [(o, s, rank) for rank, (o, s) in enumerate(pieces)]
+def test_exact_cover(slices, words):
+    slices = [(o, s, rank) for rank, (o, s) in enumerate(slices)]
     if words is None:
-        check_exact_cover("w", (4, 6), pieces)
+        check_exact_cover("w", (4, 6), slices)
     else:
         with pytest.raises(CheckpointFormatError, match=words):
-            check_exact_cover("w", (4, 6), pieces)
+            check_exact_cover("w", (4, 6), slices)
 
 
 def test_a_missing_piece_is_named_at_save_and_nothing_is_left(tmp_path):
     w = torch.randn(4, 6)
-    with pytest.raises(CheckpointError, match=r"layers\.3\.w: the pieces.*hold 12 of its 24"):
-        save_checkpoint(tmp_path, [Chunk("layers.3.w", (4, 6), (0, 0), w[:2])], {}, {}, step=1)
+    with pytest.raises(CheckpointError, match=r"layers\.3\.w: the slices.*hold 12 of its 24"):
+        save_checkpoint(
+            tmp_path, [TensorSlice("layers.3.w", (4, 6), (0, 0), w[:2])], {}, {}, step=1
+        )
     assert find_latest(tmp_path) is None
-    with pytest.raises(CheckpointError, match="two pieces at"):
+    with pytest.raises(CheckpointError, match="two slices at"):
         save_checkpoint(tmp_path, [whole("w", w), whole("w", w)], {}, {}, step=1)
     with pytest.raises(CheckpointError, match="state to be saved is not JSON"):
         save_checkpoint(tmp_path, [whole("w", w)], {"rng": w}, {}, step=1)
@@ -172,7 +178,7 @@ def test_a_missing_or_misshaped_tensor_is_named_at_load(tmp_path):
 
 def test_a_piece_outside_its_tensor_is_refused():
     with pytest.raises(ValueError, match="does not lie inside"):
-        Chunk("w", (4, 4), (2, 0), torch.zeros(3, 4))
+        TensorSlice("w", (4, 4), (2, 0), torch.zeros(3, 4))
 
 
 def test_latest_passes_over_broken_ones_and_names_them(tmp_path, caplog):
@@ -248,7 +254,7 @@ def test_a_stranger_cannot_point_outside_or_lie_about_pieces(tmp_path):
     (path / "metadata.json").write_text(json.dumps(meta))
     written = hash_file(path / "metadata.json")
     rewrite(files=body["files"] | {"metadata.json": {"size": written.size, "xxh3": written.xxh3}})
-    with pytest.raises(CheckpointError, match="count: the pieces"):
+    with pytest.raises(CheckpointError, match="count: the slices"):
         load_checkpoint(path, [whole("scalar", torch.zeros((), dtype=torch.float64))])
 
 
@@ -356,11 +362,11 @@ def test_memory_of_saving_and_loading_is_counted(tmp_path):
     """
     code = f"""
 import torch
-from pretrain.checkpoint import CheckpointSaver, Chunk, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import CheckpointSaver, TensorSlice, load_checkpoint, save_checkpoint
 torch.set_num_threads(1)
 data = [torch.ones(4, 6 << 20).t() for _ in range(2)]  # not contiguous
 data += [torch.ones(1024, 1024) for i in range(8)]
-chunks = [Chunk(f"w{{i}}", tuple(t.shape), (0, 0), t) for i, t in enumerate(data)]
+slices = [TensorSlice(f"w{{i}}", tuple(t.shape), (0, 0), t) for i, t in enumerate(data)]
 def peak(function):
     open("/proc/self/clear_refs", "w").write("5")
     read = lambda key: int(open("/proc/self/status").read().split(key)[1].split()[0]) // 1024
@@ -368,12 +374,12 @@ def peak(function):
     value = function()
     print(read("VmHWM:") - before)
     return value
-small = [chunks[-1]]
+small = [slices[-1]]
 load_checkpoint(save_checkpoint({str(tmp_path)!r}, small, {{}}, {{}}, step=1), small)  # warm up
-path = peak(lambda: save_checkpoint({str(tmp_path)!r}, chunks, {{}}, {{}}, step=2))
-peak(lambda: load_checkpoint(path, chunks))
+path = peak(lambda: save_checkpoint({str(tmp_path)!r}, slices, {{}}, {{}}, step=2))
+peak(lambda: load_checkpoint(path, slices))
 saver = CheckpointSaver({str(tmp_path)!r} + "/b")
-peak(lambda: (saver.save(chunks, {{}}, {{}}, step=3), saver.wait()))
+peak(lambda: (saver.save(slices, {{}}, {{}}, step=3), saver.wait()))
 """
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -13,9 +13,9 @@ import torch
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointSaver,
-    Chunk,
     Ranks,
     Retention,
+    TensorSlice,
     find_latest,
     load_checkpoint,
 )
@@ -30,12 +30,12 @@ WAIT_S = 20.0
 
 def chunks_of(*values):
     tensors = [torch.full((6, 4), float(value)) for value in values]
-    return [Chunk(f"w{n}", (6, 4), (0, 0), tensor) for n, tensor in enumerate(tensors)]
+    return [TensorSlice(f"w{n}", (6, 4), (0, 0), tensor) for n, tensor in enumerate(tensors)]
 
 
 def first_value(path):
     target = torch.zeros(6, 4)
-    load_checkpoint(path, [Chunk("w0", (6, 4), (0, 0), target)])
+    load_checkpoint(path, [TensorSlice("w0", (6, 4), (0, 0), target)])
     return target[0, 0].item()
 
 
@@ -53,10 +53,10 @@ def gate(monkeypatch):
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path, gate):
-    chunks = chunks_of(1)
+    slices = chunks_of(1)
     with CheckpointSaver(tmp_path) as saver:
-        saver.save(chunks, {}, {}, step=1)
-        chunks[0].tensor.fill_(2)  # the next step
+        saver.save(slices, {}, {}, step=1)
+        slices[0].tensor.fill_(2)  # the next step
         assert find_latest(tmp_path) is None and saver.take_finished() is None
         gate.set()
         saver.wait()
@@ -68,9 +68,9 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, gate):
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, gate):
-    chunks = chunks_of(1)
+    slices = chunks_of(1)
     with CheckpointSaver(tmp_path) as saver:
-        saver.save(chunks, {}, {}, step=1)
+        saver.save(slices, {}, {}, step=1)
         threading.Timer(0.05, gate.set).start()
         saver.save(chunks_of(2), {}, {}, step=2)
         assert find_latest(tmp_path) is not None, "the first one is complete"
@@ -106,17 +106,17 @@ def test_nothing_but_the_copy_happens_in_the_loop(tmp_path, monkeypatch):
 
 
 def test_the_host_holds_one_copy_of_the_shard_and_keeps_it():
-    chunks = chunks_of(1, 2, 3)
-    chunks += [Chunk("t", (4, 6), (0, 0), chunks[0].tensor.t())]
+    slices = chunks_of(1, 2, 3)
+    slices += [TensorSlice("t", (4, 6), (0, 0), slices[0].tensor.t())]
     host = HostCopy()
-    copies = host.take(chunks)
+    copies = host.take(slices)
     storages = {c.tensor.untyped_storage().data_ptr(): c.tensor.untyped_storage() for c in copies}
     (memory,) = storages.values()
     assert memory.nbytes() == 4 * -(-6 * 4 * 4 // 64) * 64
-    for chunk, copy in zip(chunks, copies, strict=True):
-        assert torch.equal(chunk.tensor, copy.tensor) and copy.tensor.is_contiguous()
-    chunks[0].tensor.fill_(9)
-    again = host.take(chunks)
+    for part, copy in zip(slices, copies, strict=True):
+        assert torch.equal(part.tensor, copy.tensor) and copy.tensor.is_contiguous()
+    slices[0].tensor.fill_(9)
+    again = host.take(slices)
     assert [a.tensor.data_ptr() for a in again] == [c.tensor.data_ptr() for c in copies]
     assert again[0].tensor[0, 0] == 9
     assert host.take(chunks_of(5))[0].tensor[0, 0] == 5, "another layout gets other memory"

@@ -15,8 +15,8 @@ from pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
-    Chunk,
     Retention,
+    TensorSlice,
     candidates_together,
     find_latest,
     load_checkpoint,
@@ -38,7 +38,7 @@ def value():
 
 
 def wanted():
-    return Chunk("w", SHAPE, (0, 0), torch.zeros(SHAPE))
+    return TensorSlice("w", SHAPE, (0, 0), torch.zeros(SHAPE))
 
 
 class Bomb:
@@ -53,7 +53,7 @@ class Bomb:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return save_checkpoint(tmp_path, [Chunk("w", SHAPE, (0, 0), value())], {}, {}, step=1)
+    return save_checkpoint(tmp_path, [TensorSlice("w", SHAPE, (0, 0), value())], {}, {}, step=1)
 
 
 def sign(path, **changes):
@@ -97,9 +97,9 @@ def test_headers_of_data_files_are_not_even_parsed(checkpoint):
     data[:8] = struct.pack("<Q", 1 << 63)
     data[8:20] = b"{" * 12
     (checkpoint / DATA).write_bytes(data)
-    chunk = wanted()
-    load_checkpoint(checkpoint, [chunk])
-    assert torch.equal(chunk.tensor, value())
+    part = wanted()
+    load_checkpoint(checkpoint, [part])
+    assert torch.equal(part.tensor, value())
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_small_file_cannot_claim_a_huge_tensor(checkpoint):
     (checkpoint / "metadata.json").write_text(json.dumps({"tensors": {"w": rows}}))
     sign(checkpoint, tensors={"w": body["tensors"]["w"] | {"shape": [1000, 8]}})
     with pytest.raises(CheckpointDamagedError, match="too small for what it holds"):
-        load_checkpoint(checkpoint, [Chunk("w", (1000, 8), (0, 0), torch.zeros(1000, 8))])
+        load_checkpoint(checkpoint, [TensorSlice("w", (1000, 8), (0, 0), torch.zeros(1000, 8))])
 
 
 @pytest.mark.parametrize("offset", [0, 700, -1])
@@ -189,7 +189,7 @@ def test_a_flipped_bit_in_what_is_read_is_found(checkpoint, offset):
     (checkpoint / DATA).write_bytes(data)
     assert find_latest(checkpoint.parent) == checkpoint, "sizes and manifest are right"
     with pytest.raises(CheckpointDamagedError, match=r"w at \[0, 0\] does not match its hash"):
-        load_checkpoint(checkpoint, [Chunk("w", SHAPE, (3, 0), torch.zeros(2, 8))])
+        load_checkpoint(checkpoint, [TensorSlice("w", SHAPE, (3, 0), torch.zeros(2, 8))])
 
 
 def test_a_run_never_starts_anew_beside_broken_checkpoints(checkpoint):
@@ -210,10 +210,10 @@ def store(tmp_path):
 
 
 def test_a_checkpoint_in_an_object_store(store):
-    chunk = Chunk("w", SHAPE, (0, 0), value())
+    part = TensorSlice("w", SHAPE, (0, 0), value())
     with CheckpointSaver(store, retention=Retention(keep=2)) as saver:
         for step in (1, 2, 3):
-            saver.save([chunk], {"tokens": step}, {}, step=step)
+            saver.save([part], {"tokens": step}, {}, step=step)
     latest = find_latest(store)
     assert isinstance(latest, RemotePath) and str(latest).startswith(f"{store}/step-00000003-")
     assert resolve(store) == resolve(str(latest)) == latest
@@ -227,13 +227,15 @@ def test_a_checkpoint_in_an_object_store(store):
 def test_only_the_ranges_that_are_needed_are_downloaded(store):
     big = torch.randn(4096, 4096)  # 64 MiB in blocks of 16
     small = torch.randn(64, 64)
-    chunks = [Chunk(n, tuple(t.shape), (0, 0), t) for n, t in (("big", big), ("small", small))]
-    path = save_checkpoint(store, chunks, {}, {}, step=1)
+    slices = [
+        TensorSlice(n, tuple(t.shape), (0, 0), t) for n, t in (("big", big), ("small", small))
+    ]
+    path = save_checkpoint(store, slices, {}, {}, step=1)
     objects.ObjectStore.bytes_read = 0
-    load_checkpoint(path, [Chunk("small", (64, 64), (0, 0), torch.zeros(64, 64))])
+    load_checkpoint(path, [TensorSlice("small", (64, 64), (0, 0), torch.zeros(64, 64))])
     assert objects.ObjectStore.bytes_read < 50_000
     rows = torch.zeros(10, 4096)
-    load_checkpoint(path, [Chunk("big", (4096, 4096), (1020, 0), rows)])  # touches two blocks
+    load_checkpoint(path, [TensorSlice("big", (4096, 4096), (1020, 0), rows)])  # touches two blocks
     assert torch.equal(rows, big[1020:1030])
     assert objects.ObjectStore.bytes_read < 33 << 20
 
@@ -243,11 +245,11 @@ def test_a_failing_store_is_one_message(store, monkeypatch):
         raise RuntimeError("SlowDown: please reduce your request rate")
 
     saver = CheckpointSaver(store)
-    chunk = Chunk("w", SHAPE, (0, 0), value())
-    saver.save([chunk], {}, {}, step=1)
+    part = TensorSlice("w", SHAPE, (0, 0), value())
+    saver.save([part], {}, {}, step=1)
     saver.wait()
     monkeypatch.setattr(objects.ObjectStore, "pipe_file", refuse)
-    saver.save([chunk], {}, {}, step=2)
+    saver.save([part], {}, {}, step=2)
     with pytest.raises(CheckpointError, match=r"RuntimeError: SlowDown.*last good checkpoint is"):
         saver.wait()
     monkeypatch.undo()

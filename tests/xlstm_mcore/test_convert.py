@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pretrain.checkpoint import Chunk, save_checkpoint
+from pretrain.checkpoint import TensorSlice, save_checkpoint
 from xlstm_mcore.convert import cli, to_hf, verify
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.tokenizer import SAMPLES, check_equal, fast_tokenizer
@@ -47,7 +47,7 @@ TRAINING = {
 
 
 def make_weights(seed=0, qk=64):
-    """Random weights under canonical names: all gates, caps and norms have an effect."""
+    """Random weights under global names: all gates, caps and norms have an effect."""
     g = torch.Generator().manual_seed(seed)
     d, heads, v, f, vocab = 128, 2, 128, 384, 700
 
@@ -158,15 +158,15 @@ def spm(tmp_path_factory):
 
 
 def save(root, weights, spm, **changes):
-    """A checkpoint with optimizer state, cut into two pieces per matrix."""
+    """A checkpoint with optimizer state, cut into two slices per matrix."""
     chunks = []
     for name, value in weights.items():
         half = value.shape[0] // 2
         rest = (0,) * (value.ndim - 1)
         chunks += [
-            Chunk(name, tuple(value.shape), (0, *rest), value[:half]),
-            Chunk(name, tuple(value.shape), (half, *rest), value[half:]),
-            Chunk(
+            TensorSlice(name, tuple(value.shape), (0, *rest), value[:half]),
+            TensorSlice(name, tuple(value.shape), (half, *rest), value[half:]),
+            TensorSlice(
                 f"optimizer.state.param.{name}",
                 tuple(value.shape),
                 (0, *rest),
@@ -310,7 +310,7 @@ def test_the_gate_notices_another_tokenizer(spm, tmp_path):
 def test_user_defined_symbols(tmp_path):
     symbols = ["<|sep|>", "\n", "\n\n", "  ", "\u2581\u2581\u2581", "x\u2581"]
     path = train_tokenizer(tmp_path / "u.model", user_defined_symbols=symbols)
-    fast = fast_tokenizer(path)  # gated inside, on texts made of its pieces
+    fast = fast_tokenizer(path)  # gated inside, on texts made of its slices
     exact = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for text in ("a<|sep|>b", "\n\n\n", "      ", "x y  x  z", "<|sep|><s>"):
         assert fast.encode(text) == [1, *exact.encode(text)]

@@ -5,7 +5,7 @@ import torch
 
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 SMALL = {"hidden_size": 64, "num_heads": 4, "vocab_size": 96, "norm_eps": 1e-3}
 
@@ -15,7 +15,7 @@ def make_model(pattern, **keys):
     (model,) = build_model(config, single_process_groups(), seed=0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero recurrent weights and gates at -10 would hide the state
-        for name, parameter, _ in named_pieces(model):
+        for name, parameter, _ in named_slices(model):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
             if name.endswith("gate_bias"):
                 parameter.clamp_(min=-1.0)

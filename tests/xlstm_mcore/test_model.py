@@ -13,7 +13,7 @@ from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.parameters.decay import KINDS, decays
 from xlstm_mcore.parameters.init import initial_value, initialize
-from xlstm_mcore.parameters.pieces import named_pieces, packed, parameter_pieces, rectangles
+from xlstm_mcore.parameters.slices import named_slices, packed, parameter_slices, rectangles
 from xlstm_mcore.sizes.parameters import count_parameters
 
 
@@ -60,22 +60,22 @@ def make(groups, name, **changes):
         rng = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
-        for _, parameter, pieces in named_pieces(model):
-            for piece in pieces:  # away from exp(-m) >> |n q|, where the memory would not show
-                if piece.name.endswith("igate.bias"):
-                    piece.local(parameter).clamp_(min=-1.0)
+        for _, parameter, slices in named_slices(model):
+            for part in slices:  # away from exp(-m) >> |n q|, where the memory would not show
+                if part.name.endswith("igate.bias"):
+                    part.local(parameter).clamp_(min=-1.0)
     return config, model
 
 
 def canonical(model, of=lambda p: p.detach()):
     """Canonical tensors in fp64, gathered from the model's packed parameters."""
     tensors = {}
-    for _, parameter, pieces in named_pieces(model):
-        for piece in pieces:
+    for _, parameter, slices in named_slices(model):
+        for part in slices:
             whole = tensors.setdefault(
-                piece.name, torch.zeros(piece.global_shape, dtype=torch.float64)
+                part.name, torch.zeros(part.global_shape, dtype=torch.float64)
             )
-            piece.of_global(whole).copy_(piece.local(of(parameter)))
+            part.of_global(whole).copy_(part.local(of(parameter)))
     return tensors
 
 
@@ -269,7 +269,7 @@ class TestInitialisation:
 
 def test_weight_decay_by_kind(groups):
     _config, model = make(groups, "mixed")
-    names = {piece.name for _, _, pieces in named_pieces(model) for piece in pieces}
+    names = {part.name for _, _, slices in named_slices(model) for part in slices}
     no_decay = {name for name in names if not decays(name)}
     assert {name.rsplit(".", 1)[-1] for name in names - no_decay} == {"weight"}
     assert "output_layer.weight" not in no_decay
@@ -285,10 +285,10 @@ def test_weight_decay_by_kind(groups):
         "decoder.final_norm.weight",
     ):
         assert kind in no_decay
-    for _, _parameter, pieces in named_pieces(model):  # a parameter is one optimizer entry
+    for _, _parameter, slices in named_slices(model):  # a parameter is one optimizer entry
         for kind in KINDS:
             for choice in (True, False):
-                assert len({decays(piece.name, {kind: choice}) for piece in pieces}) == 1
+                assert len({decays(part.name, {kind: choice}) for part in slices}) == 1
 
 
 def test_weight_decay_can_be_chosen_by_kind():
@@ -304,10 +304,10 @@ def test_weight_decay_can_be_chosen_by_kind():
 def test_pieces_cover_every_parameter_once(groups):
     _, model = make(groups, "mixed")
     parameters = dict(model.named_parameters())
-    for name, pieces in parameter_pieces(model).items():
+    for name, slices in parameter_slices(model).items():
         count = torch.zeros(parameters[name].shape)
-        for piece in pieces:
-            piece.local(count).add_(1)
+        for part in slices:
+            part.local(count).add_(1)
         assert (count == 1).all(), name
 
 

@@ -13,7 +13,7 @@ from pretrain import layout as layouts
 from tests.xlstm_mcore.test_model import canonical
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 pytest.importorskip("xlstm", reason="pip xlstm is not installed; see tests/peers.txt")
 
@@ -29,10 +29,10 @@ def our_model(groups, section, weights):
     (model,) = build_model(config, groups, seed=0)
     used = set()
     with torch.no_grad():
-        for _, parameter, pieces in named_pieces(model):
-            for piece in pieces:
-                piece.local(parameter).copy_(piece.of_global(weights[piece.name]))
-                used.add(piece.name)
+        for _, parameter, slices in named_slices(model):
+            for part in slices:
+                part.local(parameter).copy_(part.of_global(weights[part.name]))
+                used.add(part.name)
     assert used == set(weights)
     return model
 

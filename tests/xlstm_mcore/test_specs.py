@@ -17,7 +17,7 @@ from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.gpt_specs import GPTLayer, gpt_layer_spec, prepare_gpt_model
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.megatron import cpu_runtime
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 SECTION = {
     "pattern": "Mms*",
@@ -77,7 +77,7 @@ def test_the_same_logits_losses_and_gradients(groups, changes):
     ours(tokens, boundaries, labels).sum().backward()
 
     def gradients(model):
-        return {pieces[0].name: p.grad for _, p, pieces in named_pieces(model)}
+        return {slices[0].name: p.grad for _, p, slices in named_slices(model)}
 
     expected = gradients(ours)
     found = gradients(theirs)

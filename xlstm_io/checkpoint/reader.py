@@ -37,11 +37,11 @@ __all__ = [
     "BLOCK_BYTES",
     "CheckpointFormatError",
     "CheckpointReader",
-    "Chunk",
     "DamagedError",
     "Manifest",
-    "StoredBlock",
+    "StoredSlice",
     "TensorInfo",
+    "TensorSlice",
     "check_exact_cover",
     "is_weight",
     "read_manifest",
@@ -54,7 +54,7 @@ BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorSlice:
     """A rectangle of a global tensor and the local memory that holds it.
 
     `tensor` is a view with the shape of the rectangle, on any device, with any strides: saving
@@ -74,13 +74,13 @@ class Chunk:
         )
         if not fits:
             raise CheckpointFormatError(
-                f"{self.name}: a piece of shape {list(shape)} at {list(self.global_offset)} does "
+                f"{self.name}: a slice of shape {list(shape)} at {list(self.global_offset)} does "
                 f"not lie inside the tensor's shape {list(self.global_shape)}"
             )
 
 
 @dataclass(frozen=True)
-class StoredBlock:
+class StoredSlice:
     """A rectangle of a global tensor as it lies in a file: contiguous from byte `begin` on."""
 
     offset: tuple[int, ...]
@@ -110,7 +110,7 @@ class CheckpointReader:
         self.blocks = self._parse_blocks(read_json(metadata_file))
         self._ranges = RangeReader()
         self._memory = torch.empty(0, dtype=torch.uint8)  # one block, used again for the next
-        self._kept: StoredBlock | None = None  # what is in it; neighbours often share a block
+        self._kept: StoredSlice | None = None  # what is in it; neighbours often share a block
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -129,49 +129,49 @@ class CheckpointReader:
         """The whole tensor `name`, on the CPU, in its own dtype or in `dtype`."""
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=dtype or info.dtype)
-        self.read_into(Chunk(name, info.shape, (0,) * len(info.shape), tensor))
+        self.read_into(TensorSlice(name, info.shape, (0,) * len(info.shape), tensor))
         return tensor
 
     @torch.no_grad()
-    def read_into(self, chunk: Chunk) -> None:
-        """Copy the rectangle that `chunk` covers into its tensor."""
-        tensor = chunk.tensor.detach()
-        for stored, inside, target in self.overlaps(chunk):
-            part = tensor[target] if target else tensor
-            whole = tuple(part.shape) == stored.shape
-            direct = part.device.type == "cpu" and part.dtype == self.info(chunk.name).dtype
-            if whole and direct and part.is_contiguous():
-                self._read_block(chunk.name, stored, part)
+    def read_into(self, part: TensorSlice) -> None:
+        """Copy what the checkpoint holds of the slice `part` into its tensor."""
+        tensor = part.tensor.detach()
+        for stored, inside, target in self.overlaps(part):
+            into = tensor[target] if target else tensor
+            whole = tuple(into.shape) == stored.shape
+            direct = into.device.type == "cpu" and into.dtype == self.info(part.name).dtype
+            if whole and direct and into.is_contiguous():
+                self._read_block(part.name, stored, into)
                 continue
-            block = self._read_kept(chunk.name, stored)
-            index = tuple(slice(o, o + s) for o, s in zip(inside, part.shape, strict=True))
-            part.copy_(block[index] if index else block)
+            block = self._read_kept(part.name, stored)
+            index = tuple(slice(o, o + s) for o, s in zip(inside, into.shape, strict=True))
+            into.copy_(block[index] if index else block)
 
     def overlaps(
-        self, chunk: Chunk
-    ) -> list[tuple[StoredBlock, tuple[int, ...], tuple[slice, ...]]]:
-        """Where the rectangle of `chunk` lies: (stored block, offset in it, slices of the target).
+        self, part: TensorSlice
+    ) -> list[tuple[StoredSlice, tuple[int, ...], tuple[slice, ...]]]:
+        """Where the rectangle of `slice` lies: (stored block, offset in it, slices of the target).
 
         Raises CheckpointFormatError, naming the tensor, if it is missing, has another global shape
         or another kind of dtype.
         """
-        info = self.info(chunk.name)
-        if info.shape != tuple(chunk.global_shape):
+        info = self.info(part.name)
+        if info.shape != tuple(part.global_shape):
             raise CheckpointFormatError(
-                f"{chunk.name}: the checkpoint has shape {list(info.shape)}, this model needs "
-                f"{list(chunk.global_shape)} ({self.path})"
+                f"{part.name}: the checkpoint has shape {list(info.shape)}, this model needs "
+                f"{list(part.global_shape)} ({self.path})"
             )
-        if info.dtype.is_floating_point != chunk.tensor.dtype.is_floating_point:
+        if info.dtype.is_floating_point != part.tensor.dtype.is_floating_point:
             raise CheckpointFormatError(
-                f"{chunk.name}: the checkpoint has {info.dtype}, this model needs "
-                f"{chunk.tensor.dtype} ({self.path})"
+                f"{part.name}: the checkpoint has {info.dtype}, this model needs "
+                f"{part.tensor.dtype} ({self.path})"
             )
         found = []
-        for stored in self.blocks.get(chunk.name, ()):
+        for stored in self.blocks.get(part.name, ()):
             inside, target = [], []
             for (s_off, s_len), (c_off, c_len) in zip(
                 zip(stored.offset, stored.shape, strict=True),
-                zip(chunk.global_offset, chunk.tensor.shape, strict=True),
+                zip(part.global_offset, part.tensor.shape, strict=True),
                 strict=True,
             ):
                 start, stop = max(s_off, c_off), min(s_off + s_len, c_off + c_len)
@@ -183,7 +183,7 @@ class CheckpointReader:
                 found.append((stored, tuple(inside), tuple(target)))
         return found
 
-    def _read_kept(self, name: str, stored: StoredBlock) -> torch.Tensor:
+    def _read_kept(self, name: str, stored: StoredSlice) -> torch.Tensor:
         """A block in this reader's own memory; valid until the next call."""
         dtype = self.info(name).dtype
         size = math.prod(stored.shape) * dtype.itemsize
@@ -196,7 +196,7 @@ class CheckpointReader:
             self._kept = stored
         return block
 
-    def _read_block(self, name: str, stored: StoredBlock, into: torch.Tensor) -> None:
+    def _read_block(self, name: str, stored: StoredSlice, into: torch.Tensor) -> None:
         """Fill the contiguous CPU tensor `into` with a block, and compare its hash."""
         data = bytes_of(into)
         file = self.path / stored.file
@@ -206,16 +206,16 @@ class CheckpointReader:
                 f"{file}: {name} at {list(stored.offset)} does not match its hash: it is corrupted"
             )
 
-    def _parse_blocks(self, body: Any) -> dict[str, list[StoredBlock]]:
+    def _parse_blocks(self, body: Any) -> dict[str, list[StoredSlice]]:
         """Blocks per tensor; together they must be the manifest's tensors, each element once."""
         file = self.path / METADATA_NAME
-        blocks: dict[str, list[StoredBlock]] = {}
+        blocks: dict[str, list[StoredSlice]] = {}
         left = {name: written.size for name, written in self.manifest.files.items()}
         try:
             for name, info in self.manifest.tensors.items():
                 blocks[name] = []
                 for offset, shape, where, begin, xxh3 in body["tensors"][name]:
-                    block = StoredBlock(
+                    block = StoredSlice(
                         parse_sizes(offset), parse_sizes(shape), where, int(begin), str(xxh3)
                     )
                     size = math.prod(block.shape) * info.dtype.itemsize
@@ -233,28 +233,28 @@ class CheckpointReader:
 
 
 def check_exact_cover(
-    name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int], int]]
+    name: str, shape: Sequence[int], slices: Sequence[tuple[Sequence[int], Sequence[int], int]]
 ) -> None:
-    """Raise CheckpointFormatError unless `pieces` (offset, shape, rank) tile a tensor exactly once.
+    """Raise CheckpointFormatError unless `slices` (offset, shape, rank) tile a tensor exactly once.
 
     A sweep along the axis with the most cuts: for slices and flat ranges only neighbours are
-    compared, so thousands of pieces are cheap.
+    compared, so thousands of slices are cheap.
     """
     total = 0
-    for offset, size, rank in pieces:
+    for offset, size, rank in slices:
         if not len(offset) == len(size) == len(shape) or not all(
             0 <= o and 0 < s and o + s <= g for o, s, g in zip(offset, size, shape, strict=True)
         ):
             raise CheckpointFormatError(
-                f"{name}: the piece {list(size)} at {list(offset)} of rank {rank} does not lie in "
+                f"{name}: the slice {list(size)} at {list(offset)} of rank {rank} does not lie in "
                 f"its shape {list(shape)}"
             )
         total += math.prod(size)
-    axis = max(range(len(shape)), key=lambda a: len({o[a] for o, _, _ in pieces}), default=None)
+    axis = max(range(len(shape)), key=lambda a: len({o[a] for o, _, _ in slices}), default=None)
     if axis is not None:
         active: list[tuple[Sequence[int], Sequence[int], int]] = []
-        for piece in sorted(pieces, key=lambda p: p[0][axis]):
-            offset, size, rank = piece
+        for part in sorted(slices, key=lambda p: p[0][axis]):
+            offset, size, rank = part
             active = [p for p in active if p[0][axis] + p[1][axis] > offset[axis]]
             for other_offset, other_size, other_rank in active:
                 if all(
@@ -262,11 +262,11 @@ def check_exact_cover(
                     for a, s, b, t in zip(offset, size, other_offset, other_size, strict=True)
                 ):
                     raise CheckpointFormatError(
-                        f"{name}: the piece {list(size)} at {list(offset)} of rank {rank} overlaps "
-                        f"the piece {list(other_size)} at {list(other_offset)} of rank {other_rank}"
+                        f"{name}: the slice {list(size)} at {list(offset)} of rank {rank} overlaps "
+                        f"the slice {list(other_size)} at {list(other_offset)} of rank {other_rank}"
                     )
-            active.append(piece)
+            active.append(part)
     if total != math.prod(shape):
         raise CheckpointFormatError(
-            f"{name}: the pieces given by all ranks hold {total} of its {math.prod(shape)} elements"
+            f"{name}: the slices given by all ranks hold {total} of its {math.prod(shape)} elements"
         )

@@ -182,7 +182,7 @@ def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> To
         )
     if tokenizer.vocab_size > vocab:
         raise ConvertError(
-            f"{path} has {tokenizer.vocab_size} pieces, the model only model.vocab_size={vocab}"
+            f"{path} has {tokenizer.vocab_size} slices, the model only model.vocab_size={vocab}"
         )
     return tokenizer
 

@@ -15,7 +15,7 @@ from xlstm_mcore.mixers.kernel_calls import run_head_norm, run_mlstm
 from xlstm_mcore.modules.linear import input_projection, output_projection, parameter
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.pieces import packed
+from xlstm_mcore.parameters.slices import packed
 from xlstm_mcore.recompute import recomputed, regathered
 
 

@@ -18,7 +18,7 @@ from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_mlstm
 from xlstm_mcore.modules.linear import input_projection, output_projection, parameter
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.pieces import Piece, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, packed
 from xlstm_mcore.recompute import recomputed, regathered
 
 TILE = 32  # of a block-diagonal map; measured on CPUs, and two tensor-core tiles
@@ -77,15 +77,15 @@ class ClassicMLSTMMixer(nn.Module):
             ("head_norm.weight", "head_norm_weight"),
             ("learnable_skip", "learnable_skip"),
         ):
-            pieces = packed([f"{prefix}{name}"], [(inner,)], **shard)
-            setattr(self, attribute, parameter(config, (self.inner,), pieces))
+            slices = packed([f"{prefix}{name}"], [(inner,)], **shard)
+            setattr(self, attribute, parameter(config, (self.inner,), slices))
         self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", inner)
 
     def _gate_weight(self, name: str) -> nn.Parameter:
         """Weight ``[heads, 3 * inner]`` of a gate, of which a rank holds its q, k, v columns."""
         heads, inner, mine = self.config.num_heads, self.config.up_dim, self.inner
-        pieces = [
-            Piece(
+        slices = [
+            ParameterSlice(
                 name,
                 (heads, 3 * inner),
                 (0, part * inner + self.region.rank * mine),
@@ -94,7 +94,7 @@ class ClassicMLSTMMixer(nn.Module):
             )
             for part in range(3)
         ]
-        return parameter(self.config, (heads, 3 * mine), pieces)
+        return parameter(self.config, (heads, 3 * mine), slices)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.

@@ -15,7 +15,7 @@ from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_slstm
 from xlstm_mcore.modules.linear import parameter
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.pieces import Piece, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, packed
 from xlstm_mcore.recompute import recomputed
 
 GATES = ("igate", "fgate", "zgate", "ogate")
@@ -62,7 +62,7 @@ class SLSTMMixer(nn.Module):
             config,
             (4, mine, d, d),
             [
-                Piece(
+                ParameterSlice(
                     f"{prefix}recurrent_weight",
                     (4, heads, d, d),
                     (0, first, 0, 0),
@@ -74,7 +74,11 @@ class SLSTMMixer(nn.Module):
         self.bias = parameter(
             config,
             (4, mine, d),
-            [Piece(f"{prefix}bias", (4, heads, d), (0, first, 0), (0, 0, 0), (4, mine, d))],
+            [
+                ParameterSlice(
+                    f"{prefix}bias", (4, heads, d), (0, first, 0), (0, 0, 0), (4, mine, d)
+                )
+            ],
         )
         self.head_norm_weight = parameter(
             config, (mine * d,), packed([f"{prefix}head_norm.weight"], [(width,)], **shard)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import TensorParallelRegion, output_projection
-from xlstm_mcore.parameters.pieces import attach, packed
+from xlstm_mcore.parameters.slices import attach, packed
 from xlstm_mcore.recompute import recomputed
 
 

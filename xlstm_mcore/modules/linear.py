@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.pieces import Piece, attach, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, attach, packed
 
 
 def input_projection(
@@ -21,7 +21,7 @@ def input_projection(
     """Several bias-free projections of the same, already gathered input as one matrix product.
 
     Args:
-        names: canonical names of the projections' weights.
+        names: global names of the projections' weights.
         widths: their global output widths; each must divide by the tensor-parallel size.
 
     Returns:
@@ -40,8 +40,8 @@ def input_projection(
         tp_group=region.group,
     )
     shapes = [(width, config.hidden_size) for width in widths]
-    pieces = packed(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
-    attach(linear.weight, pieces)
+    slices = packed(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
+    attach(linear.weight, slices)
     return linear
 
 
@@ -64,12 +64,14 @@ def output_projection(
     return linear
 
 
-def parameter(config: XLSTMConfig, shape: tuple[int, ...], pieces: list[Piece]) -> nn.Parameter:
-    """An uninitialised parameter on the model's device with its pieces attached."""
+def parameter(
+    config: XLSTMConfig, shape: tuple[int, ...], slices: list[ParameterSlice]
+) -> nn.Parameter:
+    """An uninitialised parameter on the model's device with its slices attached."""
     weight = nn.Parameter(
         torch.empty(shape, dtype=config.params_dtype, device=cpu_runtime.device())
     )
-    attach(weight, pieces, sequence_parallel=config.sequence_parallel)
+    attach(weight, slices, sequence_parallel=config.sequence_parallel)
     return weight
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import parameter
-from xlstm_mcore.parameters.pieces import Piece
+from xlstm_mcore.parameters.slices import ParameterSlice
 from xlstm_mcore.recompute import recomputed
 
 
@@ -18,15 +18,15 @@ class Norm(nn.Module):
 
     Args:
         config: ``norm`` ("rmsnorm" or "layernorm"), ``norm_eps``, ``hidden_size`` are read.
-        name: canonical name of the weight, initialised to ones.
+        name: global name of the weight, initialised to ones.
     """
 
     def __init__(self, config: XLSTMConfig, name: str) -> None:
         super().__init__()
         width = config.hidden_size
         self.kind, self.eps = config.norm, config.norm_eps
-        piece = Piece(name, (width,), (0,), (0,), (width,))
-        self.weight = parameter(config, (width,), [piece])
+        part = ParameterSlice(name, (width,), (0,), (0,), (width,))
+        self.weight = parameter(config, (width,), [part])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [..., hidden]``; same shape and dtype."""

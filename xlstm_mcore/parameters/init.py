@@ -1,7 +1,7 @@
-"""Initialisation by canonical name: the same seed gives the same weights on every layout.
+"""Initialisation by global name: the same seed gives the same weights on every layout.
 
-Every canonical tensor has its own random stream, seeded by the run's seed and the tensor's name,
-and every rank copies its pieces from the whole. Nothing depends on the order in which modules are
+Every global tensor has its own random stream, seeded by the run's seed and the tensor's name,
+and every rank copies its slices from the whole. Nothing depends on the order in which modules are
 built or on how they are sharded. Formulas: spec of the reference implementations, sections 1a, 1b
 (small init: Nguyen and Salazar 2019; wang init: Wang and Komatsuzaki, GPT-J).
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.parameters.pieces import named_pieces
+from xlstm_mcore.parameters.slices import named_slices
 
 Rule = Callable[[Tensor, XLSTMConfig, int, torch.Generator], None]
 
@@ -76,10 +76,10 @@ _RULES: list[tuple[str, Rule]] = [
 
 
 def initial_value(name: str, shape: Iterable[int], config: XLSTMConfig, seed: int) -> Tensor:
-    """The initial value (fp32, CPU, global shape) of a canonical tensor.
+    """The initial value (fp32, CPU, global shape) of a global tensor.
 
     Args:
-        name: canonical name.
+        name: global name.
         shape: its global shape.
         config: the model's configuration.
         seed: the run's seed.
@@ -107,9 +107,9 @@ def _rule(name: str, config: XLSTMConfig, layer: int) -> Rule:
 def initialize(model: nn.Module, config: XLSTMConfig, seed: int) -> None:
     """Fill every parameter of a model (or pipeline stage) with its initial value.
 
-    Memory beyond the model: one canonical tensor at a time.
+    Memory beyond the model: one global tensor at a time.
     """
-    for _, parameter, pieces in named_pieces(model):
-        for piece in pieces:
-            value = initial_value(piece.name, piece.global_shape, config, seed)
-            piece.local(parameter).copy_(piece.of_global(value))
+    for _, parameter, slices in named_slices(model):
+        for part in slices:
+            value = initial_value(part.name, part.global_shape, config, seed)
+            part.local(parameter).copy_(part.of_global(value))

@@ -45,7 +45,7 @@ def copy(folder, tmp_path):
 
 
 def damages(size, rng):
-    """(what, function of the file's bytes) of many flips, truncations and overwritten pieces."""
+    """(what, function of the file's bytes) of many flips, truncations and overwritten slices."""
     for place in [0, size - 1, *rng.sample(range(size), FLIPS)]:
         bit = 1 << rng.randrange(8)
         yield (

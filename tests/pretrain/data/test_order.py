@@ -45,8 +45,8 @@ def test_each_epoch_visits_each_row_once_however_it_is_asked(kind, sizes, seed):
     rows = order.rows(draws)
     for epoch in range(3):
         assert sorted(rows[epoch * total : (epoch + 1) * total]) == list(range(total))
-    pieces = [ORDERS[kind](sizes, seed).rows(part) for part in np.array_split(draws, 7)]
-    assert (np.concatenate(pieces) == rows).all()
+    slices = [ORDERS[kind](sizes, seed).rows(part) for part in np.array_split(draws, 7)]
+    assert (np.concatenate(slices) == rows).all()
     shape = np.arange(3 * total).reshape(3, total)
     assert (order.rows(shape) == rows[shape]).all()
 
