@@ -83,7 +83,7 @@ class Places:
 
 def config_path(model: str) -> Path:
     """The demo's run file, relative to here where that is possible."""
-    path = Path(__file__).parent / "configs" / CONFIGS[model]
+    path = Path(__file__).parents[1] / "configs" / CONFIGS[model]
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
