@@ -44,4 +44,4 @@ test-peers: $(INSTALLED)
 	.venv-peers/bin/python -m pytest tests/xlstm_mcore/test_peers.py
 
 lint: $(INSTALLED)
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
