@@ -23,6 +23,7 @@ from pretrain.checkpoint import (
     read_manifest_together,
 )
 from pretrain.config import RunConfig, save_config
+from pretrain.config.support import zero_stage
 from pretrain.data import DataCursor, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, LossSum
@@ -317,7 +318,7 @@ class Run:
         metrics.message(
             f"xLSTM {config.model.pattern}, {self.engine.num_parameters:,} parameters, "
             f"{config.engine.precision}; {config.engine.name} engine, ZeRO stage "
-            f"{config.engine.zero_stage}, {layout.world_size} processes on {layout.device.type} "
+            f"{zero_stage(config)}, {layout.world_size} processes on {layout.device.type} "
             f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
             f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
             f"{config.tokens_per_step:,} tokens per step, {self.data.num_rows:,} rows"

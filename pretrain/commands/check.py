@@ -20,7 +20,7 @@ def _bytes(count: int) -> str:
 
 def _engine(config: RunConfig) -> str:
     engine = config.engine
-    words = [engine.name, config.optimizer.name, f"ZeRO stage {engine.zero_stage}"]
+    words = [engine.name, config.optimizer.name, f"ZeRO stage {support.zero_stage(config)}"]
     if engine.offload != "none":
         words.append(f"offload of {engine.offload}")
     on_gpus = zip(support.OVERLAP_AXES, support.overlaps(config, "nccl"), strict=False)

@@ -55,7 +55,7 @@ def _valid_loss(state: dict) -> str:
 
 def _words(config: dict, section: str, *keys: str) -> str:
     values = config.get(section, {})
-    return " ".join(f"{key}={values[key]}" for key in keys if key in values)
+    return " ".join(f"{key}={values[key]}" for key in keys if values.get(key) is not None)
 
 
 def _natural(name: str) -> list:

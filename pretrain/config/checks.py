@@ -257,9 +257,9 @@ def _engine(config: Any) -> Iterator[str]:
     cell = support.Combination.of(config)
     if not support.is_layout(cell):
         return  # has a message of its own
-    objection = support.objection(cell)
-    if objection:
-        yield objection
+    reason = support.unsupported_reason(cell)
+    if reason:
+        yield reason
 
 
 def _deepspeed(config: Any) -> Iterator[str]:

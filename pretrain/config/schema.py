@@ -142,8 +142,8 @@ class EngineConfig(Section):
 
     name: Literal["megatron", "deepspeed"] = "megatron"
     """training engine"""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """what data parallel processes share out: 1 optimizer state, 2 gradients too, 3 weights too"""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """what data parallel ranks share out: 1 optimizer state, 2 gradients, 3 weights; null picks"""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"

@@ -1,9 +1,9 @@
-"""Which combinations of engine, ZeRO stage, offload, precision and layout work: as data, once.
+"""Which combinations of engine, ZeRO stage, offload, precision and layout work, written as data.
 
-The rules below say what does *not* work and why; everything else does. Of that,
-tests/dist/test_engines.py compares with one process a sample in which every two values of its axes
-meet. The configuration's checks take their messages from here, and ARCHITECTURE.md its table
-(:func:`markdown_table`).
+The rules below say what does *not* work and why. Every other combination is supported.
+tests/dist/test_engines.py trains a sample of the supported ones, in which every two values of its
+axes meet, and compares each with one process. The checks of the configuration take their messages
+from here, and the documents their table (`markdown_table`).
 
 Nothing here imports torch.
 """
@@ -14,10 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pretrain.config.schema import RunConfig
+
 
 @dataclass(frozen=True)
 class Combination:
-    """One cell of the support matrix. Layout entries say whether a dimension is larger than 1."""
+    """One combination of the support matrix.
+
+    The layout's entries (`tensor`, `pipeline`, `virtual`, `context`) say whether that size is
+    larger than 1.
+    """
 
     engine: str = "megatron"
     optimizer: str = "adamw"
@@ -34,13 +40,12 @@ class Combination:
     tp_comm_overlap: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> "Combination":
-        """The combination that a run's configuration asks for."""
+    def of(cls, config: RunConfig) -> "Combination":
+        """The combination that a run asks for, with the ZeRO stage that `zero_stage` chooses."""
         engine, layout = config.engine, config.layout
-        return cls(
+        asked = cls(
             engine=engine.name,
             optimizer=config.optimizer.name,
-            zero_stage=engine.zero_stage,
             offload=engine.offload,
             precision=engine.precision,
             tensor=layout.tensor > 1,
@@ -53,9 +58,19 @@ class Combination:
             overlap_param_gather=engine.overlap_param_gather is True,
             tp_comm_overlap=engine.tp_comm_overlap,
         )
+        if engine.zero_stage is not None:
+            return replace(asked, zero_stage=engine.zero_stage)
+        stages = [replace(asked, zero_stage=stage) for stage in _PREFERRED_STAGES]
+        return next((cell for cell in stages if broken_rule(cell) is None), stages[0])
 
 
-# What each axis can be, and how much a user minds changing it when another value is proposed.
+# `engine.zero_stage: null` means the first of these that works. Stage 1 comes first, because
+# sharing out the optimizer state costs no time. Stages 2 and 3 send more messages.
+_PREFERRED_STAGES = (1, 0, 2, 3)
+
+
+# The values of each axis, and what it costs a user to change it: `suggest` looks for the supported
+# combination that costs least.
 AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "engine": (("megatron", "deepspeed"), 1),
     "optimizer": (("adamw", "muon"), 6),
@@ -86,7 +101,7 @@ class Rule:
     reason: str
 
     def applies(self, cell: Combination) -> bool:
-        """Whether ``cell`` falls under this rule."""
+        """Whether `cell` falls under this rule."""
         return all(getattr(cell, axis) in values for axis, values in self.when.items())
 
 
@@ -184,40 +199,52 @@ def supported() -> tuple[Combination, ...]:
     return tuple(cell for cell in cells if is_layout(cell) and broken_rule(cell) is None)
 
 
-def overlaps(config: Any, backend: str) -> tuple[bool, bool]:
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage of a run: `engine.zero_stage`, or where it is null the best one that works.
+
+    That is 1 with AdamW, 0 with Muon, and 3 where DeepSpeed is to keep the parameters in host
+    memory.
+    """
+    return Combination.of(config).zero_stage
+
+
+def overlaps(config: RunConfig, backend: str) -> tuple[bool, bool]:
     """Whether gradients are reduced, and weights gathered, while the model computes.
 
-    What the run file leaves open is done with NCCL, where the matrix has it. Gloo's threads would
-    take the cores that the model computes on.
+    An overlap that the run file leaves open is done with NCCL, where the matrix supports it. With
+    gloo it is not done, because gloo's threads would take the cores that the model computes on.
 
     Args:
         config: the run, checked.
         backend: communication backend, "gloo" or "nccl".
+
+    Returns:
+        (whether gradients are reduced meanwhile, whether weights are gathered meanwhile).
     """
     asked = Combination.of(config)
-    engine = config.engine
     for axis in ("overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(engine, axis) is None and backend == "nccl":
-            wanted = replace(asked, **{axis: True})
+        if getattr(config.engine, axis) is None and backend == "nccl":
+            change: dict[str, Any] = {axis: True}
+            wanted = replace(asked, **change)
             asked = asked if broken_rule(wanted) else wanted
     return asked.overlap_grad_reduce, asked.overlap_param_gather
 
 
-def nearest(cell: Combination) -> Combination:
-    """The combination that works and asks for the smallest change."""
+def suggest(cell: Combination) -> Combination:
+    """The supported combination that asks for the smallest change."""
 
-    def distance(other: Combination) -> int:
+    def cost_of(other: Combination) -> int:
         total = 0
-        for axis, (values, weight) in AXES.items():
+        for axis, (values, cost) in AXES.items():
             steps = abs(values.index(getattr(cell, axis)) - values.index(getattr(other, axis)))
-            total += weight * min(steps, 1) + steps
+            total += cost * min(steps, 1) + steps
         return total
 
-    return min(supported(), key=distance)
+    return min(supported(), key=cost_of)
 
 
-def spelled(cell: Combination, axes: Iterable[str]) -> str:
-    """Values of some axes as keys of a run file, such as ``engine.zero_stage=2``."""
+def as_config_keys(cell: Combination, axes: Iterable[str]) -> str:
+    """Values of some axes as keys of a run file, such as `engine.zero_stage=2`."""
     words = []
     for axis in axes:
         value = getattr(cell, axis)
@@ -234,16 +261,16 @@ def spelled(cell: Combination, axes: Iterable[str]) -> str:
     return ", ".join(words)
 
 
-def objection(cell: Combination) -> str | None:
-    """What is wrong with a combination and the nearest one that works; None when it works."""
+def unsupported_reason(cell: Combination) -> str | None:
+    """Why a combination does not work, and a similar one that does; None when it works."""
     rule = broken_rule(cell)
     if rule is None:
         return None
-    better = nearest(cell)
+    better = suggest(cell)
     changed = [axis for axis in AXES if getattr(cell, axis) != getattr(better, axis)]
     return (
-        f"{spelled(cell, rule.when)}: {rule.reason}; the nearest combination that works has "
-        f"{spelled(better, changed)}"
+        f"{as_config_keys(cell, rule.when)}: {rule.reason}; the nearest combination that works has "
+        f"{as_config_keys(better, changed)}"
     )
 
 
@@ -282,7 +309,8 @@ def markdown_table() -> str:
             continue
         widest = [a for a in LAYOUT_AXES if _works_with(base, a, cells)]
         overlapped = [a for a in OVERLAP_AXES if _works_with(base, a, cells)]
-        everything = replace(base, **dict.fromkeys(widest + overlapped, True))
+        together: dict[str, Any] = dict.fromkeys(widest + overlapped, True)
+        everything = replace(base, **together)
         assert everything in cells, "one excludes another"
         rows.append(
             f"| {engine} | {optimizer} | {stage} | {offload} | {', '.join(good)} | "
@@ -298,5 +326,5 @@ def _works_with(base: Combination, axis: str, cells: set[Combination]) -> bool:
         "virtual": "pipeline",
         "overlap_param_gather": "overlap_grad_reduce",
     }
-    wanted = {axis: True} | ({needs[axis]: True} if axis in needs else {})
+    wanted: dict[str, Any] = {axis: True} | ({needs[axis]: True} if axis in needs else {})
     return replace(base, **wanted) in cells

@@ -45,7 +45,7 @@ class DeepSpeedEngine(ScheduledEngine):
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         deepspeed = compat.load(layout.device)
-        self.stage = config.engine.zero_stage
+        self.stage = support.zero_stage(config)
         self._unit = compat.ModelParallelUnit(layout)
         self._partitioner = compat.Partitioner(self._unit)
         super().__init__(config, layout)

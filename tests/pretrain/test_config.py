@@ -166,7 +166,7 @@ def test_missing_sections_and_keys_are_named():
             "the nearest combination that works has engine.precision=bf16",
         ),
         (
-            {"optimizer__name": "muon"},
+            {"optimizer__name": "muon", "engine__zero_stage": 1},
             "optimizer.name=muon, engine.zero_stage=1: Muon orthogonalises whole matrices",
         ),
         ({"engine__offload": "optimizer"}, "works has engine.name=deepspeed"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.commands.check import describe_run
 from pretrain.config import checks, support
 from pretrain.config.support import Combination
 
@@ -14,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_table_in_the_documents_is_the_matrix():
     """To renew it: print(pretrain.config.support.markdown_table())."""
-    assert support.markdown_table() in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    table = support.markdown_table()
+    assert sum(table in document.read_text(encoding="utf-8") for document in documents) == 1
 
 
 def test_every_combination_works_or_has_a_reason_and_a_way_out():
@@ -24,9 +27,9 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
         for stage in range(4):
             for pipeline in (False, True):
                 cell = Combination(engine, zero_stage=stage, pipeline=pipeline)
-                assert (support.objection(cell) is None) == (cell in cells)
-                assert support.nearest(cell) in cells
-                assert (support.nearest(cell) == cell) == (cell in cells)
+                assert (support.unsupported_reason(cell) is None) == (cell in cells)
+                assert support.suggest(cell) in cells
+                assert (support.suggest(cell) == cell) == (cell in cells)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
     ],
 )
 def test_the_way_out_is_the_nearest(cell, says):
-    assert support.objection(cell).endswith(f"works has {says}")
+    assert support.unsupported_reason(cell).endswith(f"works has {says}")
 
 
 def test_no_combination_gives_up_precision():
@@ -60,7 +63,7 @@ def test_no_combination_gives_up_precision():
         ({}, (True, True)),
         ({"engine__overlap_param_gather": False}, (True, False)),
         ({"engine__overlap_grad_reduce": False}, (False, False)),
-        ({"optimizer__name": "muon", "engine__zero_stage": 0}, (True, False)),
+        ({"optimizer__name": "muon"}, (True, False)),
         ({"engine__name": "deepspeed"}, (False, False)),
         ({"engine__name": "deepspeed", "engine__zero_stage": 3}, (True, False)),
     ],
@@ -71,6 +74,26 @@ def test_what_the_run_file_leaves_open_overlaps_with_nccl_alone(changes, on_nccl
     run = config(**changes)
     assert support.overlaps(run, "gloo") == (False, False)
     assert support.overlaps(run, "nccl") == on_nccl
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        ({}, 1),
+        ({"optimizer__name": "muon"}, 0),
+        ({"engine__name": "deepspeed"}, 1),
+        ({"engine__name": "deepspeed", "engine__offload": "parameters"}, 3),
+        ({"engine__name": "deepspeed", "engine__overlap_grad_reduce": True}, 2),
+        ({"engine__name": "deepspeed", "engine__zero_stage": 2}, 2),
+    ],
+)
+def test_the_zero_stage_follows_from_engine_and_optimizer_unless_it_is_given(changes, stage):
+    from tests.pretrain.test_config import config
+
+    run = config(**changes)
+    assert support.zero_stage(run) == stage
+    assert f"ZeRO stage {stage}" in describe_run(run)
+    assert run.engine.zero_stage == changes.get("engine__zero_stage")
 
 
 def test_what_the_run_file_asks_for_is_done_on_every_backend():
