@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.assembly import Listing, LoopCount
+from benchmarks.kernel_variants import Variant
 from benchmarks.latency import step_floor, step_walk
-from xlstm_kernels.common.aot import Variant
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.anchors import ANCHOR_TABLE
 from benchmarks.aot import DEVICES, Resources, examine, write_json
-from xlstm_kernels.common.aot import TARGETS, Variant, find_variants
+from benchmarks.kernel_variants import MODULE, TARGETS, Variant, find_variants
 
 SEED, SAMPLE, SAMPLED_SETTINGS = 2405, 24, ("7b", "125m")
 MOST_LAUNCHES, LEAST_FLIGHT = 6, 20_000  # forward + backward at 7B; bytes per SM
@@ -36,17 +36,17 @@ Failure = tuple[str, str, str]  # target, variant, message
 
 
 @cache
-def variants(package: str, target: str) -> dict[str, Variant]:
+def variants(module: str, target: str) -> dict[str, Variant]:
     """The variants of a target by name."""
-    return {variant.name: variant for variant in find_variants(target, package)}
+    return {variant.name: variant for variant in find_variants(target, module)}
 
 
-def choose(package: str, target: str, *, everything: bool, only: list[str], seed: int) -> list[str]:
+def choose(module: str, target: str, *, everything: bool, only: list[str], seed: int) -> list[str]:
     """Names of the variants to compile: all, those of some settings, or settings and a sample.
 
     The sample is spread over the targets: each has every fourth of the names that were drawn.
     """
-    known = variants(package, target)
+    known = variants(module, target)
     if only:
         return [name for name, one in known.items() if one.setting.startswith(tuple(only))]
     if everything:
@@ -58,10 +58,10 @@ def choose(package: str, target: str, *, everything: bool, only: list[str], seed
 
 
 def work(task: tuple[str, str, str]) -> Resources | Failure:
-    """Compile and count one (package, target, name); runs in a worker."""
-    package, target, name = task
+    """Compile and count one (module, target, name); runs in a worker."""
+    module, target, name = task
     try:
-        return examine(variants(package, target)[name], target)
+        return examine(variants(module, target)[name], target)
     except Exception as error:
         return target, name, f"{type(error).__name__}: {error}"
 
@@ -233,7 +233,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, default=Path("build/kernel_resources.json"))
-    parser.add_argument("--package", default="xlstm_kernels", help="where the kernels are")
+    parser.add_argument("--module", default=MODULE, help="has the function triton_variants")
     chosen = parser.parse_args(arguments)
     chosen.targets = chosen.targets.split(",")
     chosen.only = [name for name in chosen.only.split(",") if name]
@@ -251,14 +251,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     tasks = [
-        (chosen.package, target, name)
+        (chosen.module, target, name)
         for target in chosen.targets
         for name in choose(
-            chosen.package, target, everything=chosen.all, only=chosen.only, seed=chosen.seed
+            chosen.module, target, everything=chosen.all, only=chosen.only, seed=chosen.seed
         )
     ]
     if not tasks:
-        print(f"no variants found in {chosen.package} for this choice", file=sys.stderr)
+        print(f"no variants found in {chosen.module} for this choice", file=sys.stderr)
         return 2
     results, failures = run(tasks, chosen.jobs)
     report(results, failures)

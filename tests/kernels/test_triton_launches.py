@@ -9,7 +9,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
-from xlstm_kernels.common.aot import TARGETS, find_variants
+from benchmarks.kernel_variants import TARGETS, find_variants
 from xlstm_kernels.conv import triton as conv_triton
 from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
 from xlstm_kernels.mlstm.triton import step as mlstm_step

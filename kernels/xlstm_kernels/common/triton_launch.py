@@ -1,6 +1,7 @@
 """What every Triton backend shares: launches as data, where they can run, and running them.
 
-A launch can be run, or described for compilation without a device.
+A launch is planned on any device, also on the meta device: `benchmarks/kernel_variants` compiles
+planned launches for GPUs that are not there.
 """
 
 from collections.abc import Iterable
@@ -10,8 +11,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-
-from xlstm_kernels.common.aot import Variant, make_variant
 
 DTYPES = (torch.float32, torch.bfloat16)
 NOT_TRITON = ("cpu", "meta", "mps")
@@ -29,7 +28,13 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 class Launch:
     """A kernel, its grid and its arguments, run-time and compile-time ones together.
 
-    `flops` are those of tensor cores; `phase` is "gates", "fw", "bw" or "step".
+    Attributes:
+        name: What the launch computes, for reports.
+        kernel: The function that `triton.jit` made.
+        grid: Programs along each axis.
+        arguments: What the kernel is called with, by name.
+        num_warps: Warps of a program.
+        num_stages: Stages of software pipelines.
     """
 
     name: str
@@ -38,29 +43,11 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
-    phase: str
-    flops: int = 0
 
     def run(self) -> None:
         """Launch on the current stream."""
         self.kernel[self.grid](
             **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
-
-    def variant(self, prefix: str, setting: str = "") -> Variant:
-        """What the ahead-of-time compilation and the resources report need to know."""
-        tensors = {id(x): x for x in self.arguments.values() if isinstance(x, Tensor)}
-        return make_variant(
-            f"{self.name} {prefix}",
-            self.kernel,
-            self.arguments,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            grid=self.grid,
-            bytes=sum(x.numel() * x.itemsize for x in tensors.values()),
-            flops=self.flops,
-            setting=setting,
-            phase=self.phase,
         )
 
 

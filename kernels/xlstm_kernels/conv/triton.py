@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.common.aot import Variant
 from xlstm_kernels.common.triton_launch import Launch, refusal, run_all
 
-__all__ = ["conv_triton", "refusal", "triton_variants"]
+__all__ = ["conv_triton", "refusal"]
 
 TOKENS, CHANNELS = 32, 64  # of a program
 SIZES = ["batch", "steps"]  # vary without recompilation
@@ -140,20 +139,20 @@ def conv_backward_inputs(
         tl.store(d_before + at, total, mask=(t < 0)[:, None] & inside[None, :])
 
 
-def plan(kernel, phase: str, arguments: dict, shape, taps: int, length: int) -> Launch:
+def plan(kernel, arguments: dict, shape, taps: int, length: int) -> Launch:
     """The launch of `kernel` over `length` times of every row; `shape` is that of x."""
     batch, steps, channels = shape
     blocks = batch * triton.cdiv(length, TOKENS) * triton.cdiv(channels, CHANNELS)
     arguments = arguments | {"batch": batch, "steps": steps, "channels": channels, "TAPS": taps}
     arguments |= {"TOKENS": TOKENS, "CHANNELS": CHANNELS}
-    return Launch(kernel.__name__, kernel, (blocks,), arguments, 8, 1, phase)
+    return Launch(kernel.__name__, kernel, (blocks,), arguments, 8, 1)
 
 
 def plan_forward(x, weight, bias, before, starts, silu: bool, y) -> Launch:
     """The forward launch; starts is uint8 [b, s] or None."""
     arguments = {"x": x, "weight": weight, "bias": bias, "before": before, "starts": starts}
     arguments |= {"y": y, "SILU": silu}
-    return plan(conv_forward, "fw", arguments, x.shape, weight.shape[1], x.shape[1])
+    return plan(conv_forward, arguments, x.shape, weight.shape[1], x.shape[1])
 
 
 def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_x, d_before):
@@ -166,8 +165,8 @@ def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_x, d_befor
     first |= {"starts": starts, "d_pre": d_pre, "d_taps": d_taps, "SILU": silu}
     second = {"d_pre": d_pre, "weight": weight, "starts": starts, "d_x": d_x, "d_before": d_before}
     launches = [
-        plan(conv_backward_taps, "bw", first, x.shape, taps, s),
-        plan(conv_backward_inputs, "bw", second, x.shape, taps, s + taps - 1),
+        plan(conv_backward_taps, first, x.shape, taps, s),
+        plan(conv_backward_inputs, second, x.shape, taps, s + taps - 1),
     ]
     return launches, d_taps
 
@@ -252,27 +251,3 @@ def _differentiate(ctx, d_y):
 
 
 conv_triton.register_autograd(_differentiate, setup_context=_save)
-
-
-def triton_variants(target: str) -> list[Variant]:
-    """What this module launches: the 125M settings, and odd ones."""
-    del target  # one table for all
-    meta = {"device": "meta"}
-    variants = []
-    cases = [("125m m", 8, 2048, 1536, 4, torch.bfloat16, True, True, False)]
-    cases += [("125m s", 8, 2048, 768, 4, torch.bfloat16, True, True, False)]
-    cases += [("plain", 2, 65, 70, 3, torch.float32, False, False, True)]
-    cases += [("carried", 2, 65, 128, 4, torch.bfloat16, True, True, True)]
-    for name, b, s, c, taps, dtype, silu, bounded, carried in cases:
-        x = torch.empty(b, s, c, dtype=dtype, **meta)
-        weight, bias = torch.empty(c, taps, dtype=dtype, **meta), torch.empty(c, **meta)
-        before = torch.empty(b, c, taps - 1, **meta) if carried else None
-        starts = torch.empty(b, s, dtype=torch.uint8, **meta) if bounded else None
-        forward = plan_forward(x, weight, bias, before, starts, silu, torch.empty_like(x))
-        backward, _ = plan_backward(
-            torch.empty_like(x), x, weight, bias, before, starts, silu, torch.empty_like(x),
-            None if before is None else torch.empty_like(before),
-        )  # fmt: skip
-        setting = "125m" if "125m" in name else ""
-        variants += [launch.variant(name, setting) for launch in (forward, *backward)]
-    return variants

@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
-from xlstm_kernels.common.aot import Variant
 from xlstm_kernels.common.triton_launch import Launch, run_all
 
-__all__ = ["multihead_norm_triton", "refusal", "triton_variants"]
+__all__ = ["multihead_norm_triton", "refusal"]
 
 MOST = 4096  # of a head
 ELEMENTS = 2048  # of a tile, or one row
@@ -130,12 +129,12 @@ def _strides(prefix: str, x: Tensor | None) -> dict[str, int]:
     return {f"stride_{prefix}{a}": 0 if x is None else x.stride(i) for i, a in enumerate(axes)}
 
 
-def _plan(kernel, phase: str, arguments: dict, x: Tensor, blocks: int) -> Launch:
+def _plan(kernel, arguments: dict, x: Tensor, blocks: int) -> Launch:
     outer, inner, heads, d = x.shape
     arguments |= {"outer": outer, "inner": inner, "heads": heads, "d": d}
     tile = _tile(d)
     warps = 8 if tile["D"] > ELEMENTS else 4
-    return Launch(kernel.__name__, kernel, (blocks * heads,), arguments | tile, warps, 1, phase)
+    return Launch(kernel.__name__, kernel, (blocks * heads,), arguments | tile, warps, 1)
 
 
 def plan_forward(x, weight, gate, y, eps: float, centered: bool) -> Launch:
@@ -143,7 +142,7 @@ def plan_forward(x, weight, gate, y, eps: float, centered: bool) -> Launch:
     arguments = {"x": x, "weight": weight, "gate": gate, "y": y, "eps": eps, "CENTERED": centered}
     arguments |= _strides("x", x) | _strides("g", gate)
     rows = x.shape[0] * x.shape[1]
-    return _plan(norm_forward, "fw", arguments, x, triton.cdiv(rows, _tile(x.shape[3])["ROWS"]))
+    return _plan(norm_forward, arguments, x, triton.cdiv(rows, _tile(x.shape[3])["ROWS"]))
 
 
 def plan_backward(d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool):
@@ -157,7 +156,7 @@ def plan_backward(d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool)
         "d_weight": d_weight, "blocks": blocks, "eps": eps, "CENTERED": centered,
     }  # fmt: skip
     arguments |= _strides("d", d_y) | _strides("x", x) | _strides("g", gate)
-    return _plan(norm_backward, "bw", arguments, x, blocks), d_weight
+    return _plan(norm_backward, arguments, x, blocks), d_weight
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
@@ -227,30 +226,3 @@ def multihead_norm_triton(
         x = x.reshape(shaped)
         gate = None if gate is None else gate.reshape(shaped)
     return _norm(x, weight, gate, eps, kind == "layernorm").view(shape)
-
-
-def triton_variants(target: str) -> list[Variant]:
-    """The norms of the 7B and of the 125M model, and odd ones."""
-    del target  # one table for all
-    variants = []
-    for name, (outer, inner, heads, d), dtype, gated, centered, setting in (
-        ("7b norm and gate", (8192, 1, 8, 512), torch.bfloat16, True, True, ""),
-        ("125m norm", (8, 2048, 4, 192), torch.bfloat16, False, True, ""),
-        ("rms", (33, 2, 3, 20), torch.float32, False, False, ""),
-        ("gated rms", (33, 2, 3, 4096), torch.float32, True, False, ""),
-    ):
-        # As the 7B-style block hands them over: another order of axes, and a slice.
-        x = torch.empty(inner, heads, outer, d, dtype=dtype, device="meta").permute(2, 0, 1, 3)
-        gate = None
-        if gated:
-            gate = torch.empty(outer, inner, 3 * heads, d, dtype=dtype, device="meta")
-            gate = gate[:, :, 2 * heads :]
-        new = torch.empty(outer, inner, heads, d, dtype=dtype, device="meta")
-        weight = torch.empty(heads * d, device="meta")
-        d_gate = None if gate is None else torch.empty_like(new)
-        forward = plan_forward(x, weight, gate, new, 1e-6, centered)
-        backward, _ = plan_backward(
-            new, x, weight, gate, torch.empty_like(new), d_gate, 1e-6, centered
-        )
-        variants += [launch.variant(name, setting) for launch in (forward, backward)]
-    return variants

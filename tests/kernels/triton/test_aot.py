@@ -18,7 +18,7 @@ from benchmarks.anchors import ANCHOR_TABLE
 from benchmarks.aot import DEVICES, blocks_per_processor
 from benchmarks.assembly import Listing
 from benchmarks.kernel_resources import SEED, choose
-from xlstm_kernels.common.aot import TARGETS, find_variants
+from benchmarks.kernel_variants import MODULE, TARGETS, find_variants
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,7 +63,7 @@ def test_settings_and_sample_compile(sample):
     assert data["seed"] == SEED
     compiled = {(one["target"], one["name"]) for one in data["kernels"]}
     for target in TARGETS:
-        wanted = choose("xlstm_kernels", target, everything=False, only=[], seed=SEED)
+        wanted = choose(MODULE, target, everything=False, only=[], seed=SEED)
         assert {(target, name) for name in wanted} <= compiled
 
 
@@ -101,7 +101,7 @@ def test_settings_are_described_on_every_target():
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     data, result = compile_report(
-        tmp_path_factory.mktemp("toys"), "--all", "--package", "tests.kernels.triton"
+        tmp_path_factory.mktemp("toys"), "--all", "--module", "tests.kernels.triton.toy_triton"
     )
     return {(one["target"], one["name"]): one for one in data["kernels"]}, result.stdout
 
@@ -146,12 +146,9 @@ def test_floors_are_those_of_one_step_and_called_bounds(toys):
 
 
 def test_a_kernel_that_does_not_compile_is_reported(tmp_path):
-    package = tmp_path / "broken_kernels"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "triton.py").write_text(
+    (tmp_path / "broken_kernels.py").write_text(
         "import torch, triton, triton.language as tl\n"
-        "from xlstm_kernels.common.aot import make_variant\n"
+        "from benchmarks.kernel_variants.variant import make_variant\n"
         "@triton.jit\n"
         "def kernel(x, N: tl.constexpr):\n"
         "    i = tl.arange(0, N)\n"
@@ -166,7 +163,7 @@ def test_a_kernel_that_does_not_compile_is_reported(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "benchmarks.kernel_resources", "--targets", "sm_90"]
-    command += ["--package", "broken_kernels", "--all", "--json", str(tmp_path / "o.json")]
+    command += ["--module", "broken_kernels", "--all", "--json", str(tmp_path / "o.json")]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -11,10 +11,10 @@ from functools import cache
 import pytest
 import torch
 
+from benchmarks.kernel_variants import TARGETS, find_variants
 from tests.kernels.kernel_numerics import relative_error
 from tests.kernels.triton.checker import Checker
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
-from xlstm_kernels.common.aot import TARGETS, find_variants
 from xlstm_kernels.common.backends import BACKENDS
 from xlstm_kernels.conv import conv
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xlstm_kernels.common.aot import make_variant
+from benchmarks.kernel_variants.variant import make_variant
 
 
 @triton.jit

@@ -72,15 +72,6 @@ class Sizes(NamedTuple):
         """Elements of one padded vector over time, all rows."""
         return self.rows * self.chunks * self.L
 
-    def pair_flops(self, tokens: int, width: int) -> int:
-        """FLOPs of products over all causal pairs of tiles in all chunks, `width` deep."""
-        tiles = self.L // tokens
-        return 2 * self.rows * self.chunks * tiles * (tiles + 1) // 2 * tokens * tokens * width
-
-    def state_flops(self) -> int:
-        """FLOPs of one product between all tokens and a state."""
-        return 2 * self.plane * self.qk * self.v
-
 
 def sizes_of(q: Tensor, v: Tensor, chunk_size: int) -> Sizes:
     """Sizes of a call with these inputs."""
@@ -167,7 +158,7 @@ def gates_launch(i, f, m0, boundaries, out: Forward, z: Sizes, options: Options)
         "PREFIX": max(min(power_of_two(z.s), LONGEST_PREFIX), 16), "EXP_GATE": options.exp_gate,
         "CARRIED": m0 is not None, "BOUNDED": boundaries is not None, **cap_arguments(options),
     }  # fmt: skip
-    return Launch("gates", gates_kernel, (z.rows * programs,), arguments, 4, 1, "gates")
+    return Launch("gates", gates_kernel, (z.rows * programs,), arguments, 4, 1)
 
 
 def states_launches(
@@ -206,7 +197,7 @@ def states_launches(
         more = {"segments": count, "PHASE": phase.value, "STORE_LAST": ends["last_c"] is not None}
         return Launch(
             name + suffix, states_kernel, (grid * count,), shared | ends | more,
-            tile.num_warps, tile.num_stages, "bw" if backward else "fw", z.state_flops(),
+            tile.num_warps, tile.num_stages,
         )  # fmt: skip
 
     if pieces == 1:
@@ -236,8 +227,6 @@ def outputs_launch(
     return Launch(
         "value gradients" if backward else "outputs", outputs_kernel,
         (z.plane // tile.tokens * x_tiles,), arguments, tile.num_warps, tile.num_stages,
-        "bw" if backward else "fw",
-        z.state_flops() + z.pair_flops(tile.tokens, x_tiles * z.qk + z.v),
     )  # fmt: skip
 
 
@@ -324,7 +313,7 @@ def plan_backward(
         }  # fmt: skip
         launches.append(
             Launch("normalizer gradients", normalizer_gradients_kernel, (z.plane // tokens,),
-                   arguments, 4, 2, "bw")
+                   arguments, 4, 2)
         )  # fmt: skip
     launches += states_launches(
         q, d_h, out, z, options, d_overlap=d_overlap, first=(d_last_c, d_last_n), states=d_states,
@@ -344,11 +333,10 @@ def plan_backward(
         "NORMALIZE": options.normalize, "BOUNDED": bounded, "EVEN_S": z.s % z.L == 0,
         "PRECISION": options.precision, "STAGES": tile.num_stages,
     }  # fmt: skip
-    flops = 2 * z.state_flops() + 2 * z.pair_flops(tile.tokens, x_tiles * z.v + z.qk)
     launches.append(
         Launch("query and key gradients", query_key_gradients_kernel,
                (2 * z.plane // tile.tokens * x_tiles,), arguments, tile.num_warps,
-               tile.num_stages, "bw", flops)
+               tile.num_stages)
     )  # fmt: skip
     arguments = {
         "igate": i, "fgate": f, "first": first, "keep": out.keep, "parts": parts, "across": across,
@@ -358,7 +346,6 @@ def plan_backward(
         "BOUNDED": bounded, **cap_arguments(options),
     }  # fmt: skip
     launches.append(
-        Launch("gate gradients", gate_gradients_kernel, (z.rows * z.chunks,), arguments, 4, 1,
-               "gates")
+        Launch("gate gradients", gate_gradients_kernel, (z.rows * z.chunks,), arguments, 4, 1)
     )  # fmt: skip
     return grads, launches

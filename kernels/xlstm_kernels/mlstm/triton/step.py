@@ -109,12 +109,9 @@ def plan_step(
         "V": dim, "BV": width, "NORMALIZE": normalize,
     } | gates | sizes  # fmt: skip
     return h, [
-        Launch("step", step_kernel, (b * heads * v_tiles,), arguments, 4, 2, "step"),
-        Launch(
-            "step of the normalizer", step_normalizer_kernel, (b * heads,), gates | sizes, 1, 1,
-            "step",
-        ),
-    ]  # fmt: skip
+        Launch("step", step_kernel, (b * heads * v_tiles,), arguments, 4, 2),
+        Launch("step of the normalizer", step_normalizer_kernel, (b * heads,), gates | sizes, 1, 1),
+    ]
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_step_triton", mutates_args=("C", "n", "m"))

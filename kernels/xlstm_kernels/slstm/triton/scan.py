@@ -6,7 +6,6 @@ pre-activations. Heads too large for one program take one launch per step and pa
 graph can capture: nothing in between touches the host.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ import triton
 from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
-from xlstm_kernels.common.aot import Variant
-from xlstm_kernels.common.triton_launch import DTYPES, Launch, architecture, run_all
+from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.triton import kernels
 
 MOST = 1024
@@ -66,7 +64,7 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     return streamed if whole <= 256 else apart
 
 
-def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, phase: str, target: str, last: int):
+def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: int):
     """Launches of one pass over `last` steps: one, or one per step where tiles share a head."""
     batch, steps, heads, d = shape
     resident, streamed = kernels_of
@@ -77,13 +75,10 @@ def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, phase: str, target: 
         "BATCH": BATCH,
         "STAGES": tiles.num_stages,
     }
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "phase": phase}
-    flops = 2 * 4 * d * d * batch * heads
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if not tiles.inner:
         arguments = arguments | sizes | static | {"D": tiles.width}
-        yield Launch(
-            "slstm resident", resident, (blocks,), arguments, flops=flops * last, **options
-        )
+        yield Launch("slstm resident", resident, (blocks,), arguments, **options)
         return
     arguments = arguments | sizes | static
     arguments |= {"WIDTH": tiles.width, "INNER": tiles.inner, "APART": tiles.apart}
@@ -92,7 +87,7 @@ def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, phase: str, target: 
         name, count, programs = "slstm step", 1, blocks * triton.cdiv(d, tiles.width)
     for first in range(0, last, count):
         given = arguments | {"first": first, "last": first + count}
-        yield Launch(name, streamed, (programs,), given, flops=flops * count, **options)
+        yield Launch(name, streamed, (programs,), given, **options)
 
 
 def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target):
@@ -108,7 +103,7 @@ def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forge
         "out": out, "SIGMOID": sigmoid_forget, **kept,
     }  # fmt: skip
     both = kernels.forward_resident, kernels.forward_streamed
-    return _plan(both, tiles, (batch, steps, heads, d), arguments, "fw", target, steps)
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, steps)
 
 
 def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, target):
@@ -126,14 +121,14 @@ def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, t
     arguments |= {"d_h_last": h, "d_h_first": d_h_first} if tiles.inner else {"d_h_state": h}
     both = kernels.backward_resident, kernels.backward_streamed
     last = steps + 1 if tiles.inner else steps
-    return _plan(both, tiles, (batch, steps, heads, d), arguments, "bw", target, last)
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, last)
 
 
 KEPT = ("acts", "decays", "cs", "ns")
 
 
-def _buffers(preacts: Tensor) -> list[Tensor]:
-    """What the backward pass needs, as `KEPT`."""
+def kept_buffers(preacts: Tensor) -> list[Tensor]:
+    """Fresh tensors for what the backward pass needs, in the order of `KEPT`."""
     b, s, _, heads, d = preacts.shape
     wide = {"dtype": torch.float32}
     states = [preacts.new_empty(b, s, heads, d, **wide) for _ in range(3)]
@@ -173,7 +168,7 @@ def scan_forward(
     streamed = tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
     if streamed:
         h = torch.stack([h, torch.empty_like(h)])
-    out, kept = torch.empty_like(preacts[:, :, 0]), _buffers(preacts)
+    out, kept = torch.empty_like(preacts[:, :, 0]), kept_buffers(preacts)
     launches = plan_forward(
         preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
         dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
@@ -188,7 +183,7 @@ def scan_forward(
 def _(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
     b, s, _, heads, d = gate_preacts.shape
     states = [gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
-    return [gate_preacts.new_empty(b, s, heads, d), *states, *_buffers(gate_preacts)]
+    return [gate_preacts.new_empty(b, s, heads, d), *states, *kept_buffers(gate_preacts)]
 
 
 @torch.library.custom_op("xlstm_kernels::slstm_scan_triton_backward", mutates_args=())
@@ -259,55 +254,3 @@ def _differentiate(ctx, d_outputs):
 
 
 scan_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def describe(target, d, dtype, *, b=8, s=2048, heads=4, boundaries=True, setting="", sigmoid=True):
-    """Variants of a forward and backward pass on `target`, on the meta device."""
-    preacts = torch.empty(b, s, 4, heads, d, dtype=dtype, device="meta")
-    weight, bias = preacts.new_empty(4, heads, d, d), preacts.new_empty(4, heads, d)
-    starts = preacts.new_empty(b, s, dtype=torch.uint8) if boundaries else None
-    states = [_state(None, preacts) for _ in range(4)]
-    kept, out = dict(zip(KEPT, _buffers(preacts), strict=True)), preacts[:, :, 0].contiguous()
-    passes = (
-        plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid, target),
-        plan_backward(
-            out, weight, starts, kept, states[:3], states[3], torch.empty_like(preacts), target
-        ),
-    )
-    variants = []
-    for launches in passes:
-        launch = next(iter(launches))
-        last = s + (launch.phase == "bw" and "first" in launch.arguments)
-        one = launch.variant(
-            f"{launch.phase} d{d} {str(dtype)[6:]} {'starts' if boundaries else 'whole'} "
-            f"{'sigmoid' if sigmoid else 'exp'}{' one head' if heads == 1 else ''}"
-            f"{setting and ' ' + setting}",
-            setting,
-        )
-        tiles, matrices = tiles_for(target, d, dtype), weight.nbytes // heads
-        if tiles.inner:
-            blocks, turns = triton.cdiv(d, tiles.width), triton.cdiv(d, tiles.inner)
-            if tiles.apart:  # a launch reads the weights and one token of everything else
-                rest = (one.bytes - weight.nbytes) // s
-                one = replace(one, count=last, bytes=weight.nbytes + rest)
-                matrices, blocks = matrices // blocks, 1
-            one = replace(one, inner_loops=(blocks, turns), step_bytes=matrices)
-        variants.append(replace(one, steps=1 if tiles.apart else last))
-    return variants
-
-
-PAPER_HEADS = {"350m": 256, "760m": 384, "1.3b": 512}  # beside 125M: 192; arXiv 2405.04517
-
-
-def triton_variants(target: str) -> list[Variant]:
-    """What this module launches on `target`: head sizes, dtypes, options, and the 125M setting."""
-    variants = describe(target, 192, torch.bfloat16, boundaries=True, setting="125m")
-    for size, d in PAPER_HEADS.items():
-        variants += describe(target, d, torch.bfloat16, boundaries=True, setting=size)
-    for dtype in DTYPES:
-        for d in (16, 20, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
-            variants += describe(target, d, dtype)
-    for d in (32, 192, 512):
-        variants += describe(target, d, torch.bfloat16, boundaries=False, sigmoid=False)
-        variants += describe(target, d, torch.bfloat16, heads=1)
-    return variants

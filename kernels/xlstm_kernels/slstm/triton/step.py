@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.common.aot import Variant
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.triton.kernels import cell, load_wide, recurrent_sums
 from xlstm_kernels.slstm.triton.scan import BATCH, MOST, Tiles, refusal, tiles_for
 
-__all__ = ["refusal", "slstm_step_triton", "triton_variants"]
+__all__ = ["refusal", "slstm_step_triton"]
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -80,7 +79,7 @@ def plan_step(
     }  # fmt: skip
     launch = Launch(
         "slstm decode", one_step, (triton.cdiv(batch, BATCH) * heads * count,), arguments,
-        tiles.num_warps, tiles.num_stages, "step", 2 * 4 * d * d * batch * heads,
+        tiles.num_warps, tiles.num_stages,
     )  # fmt: skip
     return out, h_next, launch
 
@@ -115,16 +114,3 @@ def slstm_step_triton(
 @slstm_step_triton.register_fake
 def _(gate_preacts, recurrent_weight, bias, h, c, n, m, sigmoid_forget):
     return gate_preacts.new_empty(h.shape)
-
-
-def triton_variants(target: str) -> list[Variant]:
-    """Decoding steps: small and large heads, and the papers' largest."""
-    variants = []
-    for d, dtype in ((20, torch.float32), (64, torch.bfloat16), (192, torch.bfloat16),
-                     (512, torch.bfloat16), (1024, torch.float32)):  # fmt: skip
-        preacts = torch.empty(16, 4, 4, d, dtype=dtype, device="meta")
-        weight, bias = preacts.new_empty(4, 4, d, d), preacts.new_empty(4, 4, d)
-        state = [preacts.new_empty(16, 4, d, dtype=torch.float32) for _ in range(4)]
-        launch = plan_step(preacts, weight, bias, state, True, target)[2]
-        variants.append(launch.variant(f"d{d} {str(dtype)[6:]}"))
-    return variants

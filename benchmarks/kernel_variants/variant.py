@@ -1,17 +1,17 @@
 """What is known of a kernel launch before it runs: enough to compile it on a machine without a GPU.
 
-A module with "triton" in its name describes the launches it can make as a list of `Variant`, in a
-function ``triton_variants(target)``; `find_variants` collects them. Compiling and counting them is
-the work of ``benchmarks/kernel_resources.py``. This module imports no Triton.
+`benchmarks/aot.py` compiles and counts variants. This module does not import Triton.
 """
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from xlstm_kernels.common.triton_launch import Launch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTERS = {
@@ -31,10 +31,26 @@ POINTERS = {
 class Variant:
     """One specialisation of one kernel, and the launch it was made for.
 
-    `signature` maps every argument, in order, to its Triton type ("*bf16", "i32", "fp32") or
-    "constexpr"; `constexprs` has the values of the latter; `divisible` names the arguments that are
-    multiples of 16 at launch (for a pointer: its address), without which loads are not vectorised.
-    `bytes` are read and written once per tensor and launch, `flops` those of tensor cores.
+    Attributes:
+        name: Unique among all variants.
+        fn: The kernel.
+        signature: Every argument, in order, with its Triton type ("*bf16", "i32", "fp32") or
+            "constexpr".
+        constexprs: Values of the "constexpr" arguments.
+        num_warps: Warps of a program.
+        num_stages: Stages of software pipelines.
+        grid: Programs along each axis.
+        bytes: Sizes of all tensors of the launch, each counted once.
+        flops: Floating-point operations of tensor cores.
+        divisible: Arguments that are multiples of 16 at launch (for a pointer: its address). Loads
+            are vectorised only then. None means every pointer.
+        setting: The model that the launch belongs to, such as "7b" or "125m": all launches of a
+            setting are one forward and backward pass. "" for a launch that is only compiled.
+        phase: "gates", "fw", "bw" or "step".
+        count: Launches in one forward and backward pass.
+        steps: For the latency floor of a recurrence: time steps that one launch does in turn.
+        inner_loops: Likewise: turns of the loops inside a step, outermost first.
+        step_bytes: Likewise: bytes that one program reads again at every step.
     """
 
     name: str
@@ -46,14 +62,13 @@ class Variant:
     grid: tuple[int, ...]
     bytes: int
     flops: int
-    divisible: tuple[str, ...] | None = None  # None: every pointer
-    setting: str = ""  # "7b", "125m": part of one forward and backward pass; "": to be compiled
-    phase: str = "fw"  # "gates", "fw", "bw" or "step"
-    count: int = 1  # launches in one forward and backward pass
-    # For the latency floor of a recurrence:
-    steps: int = 0  # time steps that one launch does, one after the other
-    inner_loops: tuple[int, ...] = ()  # turns of the loops inside a step, outermost first
-    step_bytes: int = 0  # read again by one program at every step
+    divisible: tuple[str, ...] | None = None
+    setting: str = ""
+    phase: str = "fw"
+    count: int = 1
+    steps: int = 0
+    inner_loops: tuple[int, ...] = ()
+    step_bytes: int = 0
 
     def aligned(self) -> list[str]:
         """Names of the arguments that are multiples of 16."""
@@ -65,10 +80,17 @@ class Variant:
 def make_variant(name: str, fn, arguments: Mapping[str, object], **launch) -> Variant:
     """The variant that Triton compiles for a launch of `fn` with `arguments`.
 
-    Arguments map names to what the launch passes: tensors (of the meta device, if no other is
-    there), None for a pointer that is absent, numbers, and the values of constexpr parameters.
-    Specialises as Triton does: 1 becomes a constant, a multiple of 16 is noted as one. `launch`
-    has the other fields of `Variant`. Raises ValueError if names are missing or unknown.
+    Specialises as Triton does: 1 becomes a constant, a multiple of 16 is noted as one.
+
+    Args:
+        name: Name of the variant.
+        fn: The kernel.
+        arguments: What the launch passes, by name: tensors (of the meta device, if there is no
+            other), None for a pointer that is absent, numbers, and values of constexpr parameters.
+        launch: The other fields of `Variant`.
+
+    Raises:
+        ValueError: If arguments are missing or unknown.
     """
     parameters = inspect.signature(fn.fn).parameters
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
@@ -107,21 +129,20 @@ def _specialise(value: object, plain: bool) -> tuple[str, bool]:
     return "constexpr", False
 
 
-def find_variants(target: str, package: str = "xlstm_kernels") -> list[Variant]:
-    """All variants of all modules of `package` for one of `TARGETS`.
-
-    Raises ValueError for an unknown target and for two variants of one name.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} is not known; use one of {', '.join(TARGETS)}")
-    variants: list[Variant] = []
-    root = importlib.import_module(package)
-    for info in pkgutil.walk_packages(root.__path__, f"{package}."):
-        if "triton" in info.name.split("."):
-            describe = getattr(importlib.import_module(info.name), "triton_variants", None)
-            if describe is not None and describe.__module__ == info.name:  # not an imported one
-                variants += describe(target)
-    names = [variant.name for variant in variants]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two variants are called {twice[0]!r}; give each its own name")
-    return variants
+def variant_of(
+    launch: "Launch", suffix: str, phase: str, flops: int = 0, setting: str = ""
+) -> Variant:
+    """The variant of a planned launch, named after the launch and `suffix`."""
+    tensors = {id(x): x for x in launch.arguments.values() if isinstance(x, Tensor)}
+    return make_variant(
+        f"{launch.name} {suffix}",
+        launch.kernel,
+        launch.arguments,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        grid=launch.grid,
+        bytes=sum(x.numel() * x.itemsize for x in tensors.values()),
+        flops=flops,
+        setting=setting,
+        phase=phase,
+    )

@@ -1,11 +1,15 @@
-"""What the mLSTM can launch, described for ahead-of-time compilation: nothing here runs."""
+"""What the mLSTM launches at the sizes of the papers' models, and at awkward sizes."""
 
 import torch
 
-from xlstm_kernels.common.aot import Variant
+from benchmarks.kernel_variants.variant import Variant, variant_of
 from xlstm_kernels.common.triton_launch import Launch
+from xlstm_kernels.mlstm.triton.gates import gate_gradients_kernel, gates_kernel
+from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel
 from xlstm_kernels.mlstm.triton.launches import Options, plan_backward, plan_forward
-from xlstm_kernels.mlstm.triton.step import plan_step
+from xlstm_kernels.mlstm.triton.outputs import normalizer_gradients_kernel, outputs_kernel
+from xlstm_kernels.mlstm.triton.states import states_kernel
+from xlstm_kernels.mlstm.triton.step import plan_step, step_kernel, step_normalizer_kernel
 from xlstm_kernels.mlstm.triton.tiles import mlstm_config, pick_chunk_size
 
 
@@ -101,13 +105,42 @@ STEPS = {
 }
 
 
+def phase_of(launch: Launch) -> str:
+    """Which part of a pass a launch belongs to: "gates", "fw", "bw" or "step"."""
+    if launch.kernel in (gates_kernel, gate_gradients_kernel):
+        return "gates"
+    if launch.kernel in (step_kernel, step_normalizer_kernel):
+        return "step"
+    gradients = (normalizer_gradients_kernel, query_key_gradients_kernel)
+    backward = launch.kernel in gradients or launch.arguments["BACKWARD"]
+    return "bw" if backward else "fw"
+
+
+def flops_of(launch: Launch) -> int:
+    """Floating-point operations of tensor cores in one launch."""
+    known = launch.arguments
+    if launch.kernel not in (states_kernel, outputs_kernel, query_key_gradients_kernel):
+        return 0
+    tokens, qk, v, L = known["plane"], known["QK"], known["V"], known["L"]
+    with_states = 2 * tokens * qk * v  # one product between all tokens and a state
+    if launch.kernel is states_kernel:
+        return with_states
+    # A product over all causal pairs of tiles in all chunks, for one unit of depth.
+    tile, x_tiles = known["BT"], known["x_tiles"]
+    tiles = L // tile
+    pairs = 2 * (tokens // L) * tiles * (tiles + 1) // 2 * tile * tile
+    if launch.kernel is outputs_kernel:
+        return with_states + pairs * (x_tiles * qk + v)
+    return 2 * with_states + 2 * pairs * (x_tiles * v + qk)
+
+
 def triton_variants(target: str) -> list[Variant]:
     """All launches of the settings that are reported, and of others that are only compiled."""
-    described = []
-    for name, setting in SETTINGS.items():
-        described += [one.variant(f"mlstm {name}", name) for one in plan(target, **setting)]
-    for name, setting in OTHERS.items():
-        described += [one.variant(f"mlstm {name}") for one in plan(target, **setting)]
-    for name, setting in STEPS.items():
-        described += [one.variant(f"mlstm {name}") for one in plan_one_step(**setting)]
-    return described
+    planned = [(name, name, plan(target, **setting)) for name, setting in SETTINGS.items()]
+    planned += [(name, "", plan(target, **setting)) for name, setting in OTHERS.items()]
+    planned += [(name, "", plan_one_step(**setting)) for name, setting in STEPS.items()]
+    return [
+        variant_of(one, f"mlstm {name}", phase_of(one), flops_of(one), setting)
+        for name, setting, launches in planned
+        for one in launches
+    ]

@@ -1,0 +1,34 @@
+"""What the norm of the heads launches in the papers' models, and awkward cases."""
+
+import torch
+
+from benchmarks.kernel_variants.variant import Variant, variant_of
+from xlstm_kernels.norm.triton import plan_backward, plan_forward
+
+
+def triton_variants(target: str) -> list[Variant]:
+    """The norms of the 7B and of the 125M model, and odd ones."""
+    del target  # one table for all
+    variants = []
+    for name, (outer, inner, heads, d), dtype, gated, centered, setting in (
+        ("7b norm and gate", (8192, 1, 8, 512), torch.bfloat16, True, True, ""),
+        ("125m norm", (8, 2048, 4, 192), torch.bfloat16, False, True, ""),
+        ("rms", (33, 2, 3, 20), torch.float32, False, False, ""),
+        ("gated rms", (33, 2, 3, 4096), torch.float32, True, False, ""),
+    ):
+        # As the 7B-style block hands them over: another order of axes, and a slice.
+        x = torch.empty(inner, heads, outer, d, dtype=dtype, device="meta").permute(2, 0, 1, 3)
+        gate = None
+        if gated:
+            gate = torch.empty(outer, inner, 3 * heads, d, dtype=dtype, device="meta")
+            gate = gate[:, :, 2 * heads :]
+        new = torch.empty(outer, inner, heads, d, dtype=dtype, device="meta")
+        weight = torch.empty(heads * d, device="meta")
+        d_gate = None if gate is None else torch.empty_like(new)
+        forward = plan_forward(x, weight, gate, new, 1e-6, centered)
+        backward, _ = plan_backward(
+            new, x, weight, gate, torch.empty_like(new), d_gate, 1e-6, centered
+        )
+        variants.append(variant_of(forward, name, "fw", setting=setting))
+        variants.append(variant_of(backward, name, "bw", setting=setting))
+    return variants
