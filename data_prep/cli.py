@@ -1,7 +1,6 @@
 """The command line ``xlstm-data``: collect, tokenizer, build, merge, repack, verify, ...
 
-Exit codes: 0 done, 2 bad input or settings (one message on stderr), 75 interrupted by a signal
-(run again to continue), 1 a bug of ours.
+The exit codes are those of `xlstm_io.errors.ExitCode`.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from data_prep.tools.ngram_baselines import baselines
 from data_prep.tools.repack import repack
 from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
 from data_prep.tools.verify import verify
-from xlstm_io.errors import Interrupted, PrepError, ShardFormatError
-
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 75
+from xlstm_io.errors import ExitCode, Interrupted, PrepError, UserError
 
 
 @dataclass(kw_only=True)
@@ -307,33 +304,33 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if arguments else EXIT_BAD_INPUT
+        return ExitCode.DONE if arguments else ExitCode.BAD_INPUT
     name = _ALIASES.get(arguments[0], arguments[0])
     if name not in _COMMANDS:
         print(
             f"xlstm-data: unknown command {name!r}; use one of {', '.join(_COMMANDS)}",
             file=sys.stderr,
         )
-        return EXIT_BAD_INPUT
+        return ExitCode.BAD_INPUT
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run(name, arguments[1:])
-    except (PrepError, ShardFormatError) as error:
+    except UserError as error:
         print(f"xlstm-data {name}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return ExitCode.BAD_INPUT
     except ValidationError as error:
         print(f"xlstm-data {name}: {_explain(error.errors())}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return ExitCode.BAD_INPUT
     except OSError as error:  # disk full, no permission, a file in place of a folder
         where = f": {error.filename}" if error.filename else ""
         print(f"xlstm-data {name}: {os.strerror(error.errno or 0)}{where}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return ExitCode.BAD_INPUT
     except (Interrupted, KeyboardInterrupt):
         print(
             f"xlstm-data {name}: interrupted; what is finished is kept, run it again to continue",
             file=sys.stderr,
         )
-        return EXIT_INTERRUPTED
+        return ExitCode.STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
+    return ExitCode.DONE

@@ -18,13 +18,7 @@ from pretrain.config import (
     override_option,
     split_overrides,
 )
-from xlstm_io.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_SECOND_INTERRUPT,
-    ConfigError,
-    is_user_error,
-)
+from xlstm_io.errors import ConfigError, ExitCode, UserError
 
 OVERRIDES_HELP = (
     "Every key of the run file can be given as an option, e.g. --optimizer.lr 3e-4 "
@@ -178,7 +172,7 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
     if nproc is not None:
         check_world(config, nproc)
     print(describe_run(config, nproc))
-    return EXIT_DONE
+    return ExitCode.DONE
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
@@ -191,7 +185,7 @@ def _show(options: argparse.Namespace) -> int:
     from pretrain.commands.show import show
 
     print(show(options.checkpoint))
-    return EXIT_DONE
+    return ExitCode.DONE
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -264,7 +258,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         if not files:
             parser.parse_args([words[0], "--help"])  # ends here
         _config_help(words[0], files[0], flags)
-        return EXIT_DONE
+        return ExitCode.DONE
     options = parser.parse_args(words)
     config = load_config(options.config, overrides)
     return CONFIG_COMMANDS[options.command](options, config, flags)
@@ -278,14 +272,12 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         return _dispatch(argv)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_SECOND_INTERRUPT
+        return ExitCode.SECOND_INTERRUPT
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from xlstm_io.errors import EXIT_SECOND_INTERRUPT
+from xlstm_io.errors import ExitCode
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_WINDOW_S = 0.5  # the copies of one Ctrl-C arrive within milliseconds; a second press later
@@ -38,7 +38,7 @@ class StopSignal:
             while step < steps:
                 ...
                 if any_rank([stop.requested], device)[0]:
-                    save(); return EXIT_RESUMABLE
+                    save(); return ExitCode.STOPPED
 
     announce: print one line at the first signal; only one rank should.
     """
@@ -83,7 +83,7 @@ class StopSignal:
             self._last_sigint = now
             if again:
                 # Not sys.exit: that would run cleanup that may wait for other ranks.
-                os._exit(EXIT_SECOND_INTERRUPT)
+                os._exit(ExitCode.SECOND_INTERRUPT)
         if not self.requested:
             self.requested = True
             if self._announce:

@@ -32,7 +32,7 @@ from pretrain.lr_schedule import make_schedule
 from pretrain.metrics import Efficiency, MetricLogger, Speed
 from pretrain.resume import TrainState
 from pretrain.signals import StopSignal, any_rank
-from xlstm_io.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, UserError
+from xlstm_io.errors import ConfigError, ExitCode, UserError
 from xlstm_io.storage import Location
 from xlstm_mcore.megatron import cpu_runtime
 
@@ -142,10 +142,10 @@ class Run:
                 if stopping and not last:
                     if self.stop.requested:
                         metrics.message(f"stopped after step {step}; run again to continue")
-                    return EXIT_RESUMABLE
+                    return ExitCode.STOPPED
             assert saved == self.state.step
         self._summarize()
-        return EXIT_DONE
+        return ExitCode.DONE
 
     def _step(self, metrics: MetricLogger) -> None:
         """One optimizer step: batch, loss, verdict, update, log."""

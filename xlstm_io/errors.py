@@ -1,21 +1,60 @@
-"""The one mark that separates a user's mistake from a bug of ours.
+"""The errors that a user can cause, and the exit codes of every command.
 
-Every error that a user can cause (bad config, bad data, a checkpoint of another model) derives
-from `UserError`. The command line turns it into one message and exit code 2; anything else is a
-bug, keeps its traceback and exits with 1. The message itself states the value, the rule, and the
-remedy.
+Every error that a user can cause (a bad configuration, bad data, a damaged checkpoint) derives from
+`UserError`. Its message states the value, the rule and the remedy. A command line catches
+`UserError`, prints the message and exits with `ExitCode.BAD_INPUT`. Any other exception is a bug of
+ours: it keeps its traceback, and Python exits with 1.
+
+An error may be defined in the module that raises it, as long as it derives from this family.
 """
 
-from __future__ import annotations
+from enum import IntEnum
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-EXIT_DONE = 0
-EXIT_BUG = 1
-EXIT_BAD_INPUT = 2
-EXIT_RESUMABLE = 75  # sysexits' EX_TEMPFAIL: interrupted, the same command continues
-EXIT_SECOND_INTERRUPT = 130  # 128 + SIGINT, the shell's convention
+class ExitCode(IntEnum):
+    """What the exit code of a command means; the only list of exit codes.
+
+    Attributes:
+        meaning: one phrase for the documentation.
+        reserved: no command returns this code yet.
+    """
+
+    meaning: str
+    reserved: bool
+
+    def __new__(cls, number: int, meaning: str, reserved: bool = False) -> "ExitCode":
+        """Make a member that is the number and carries its meaning."""
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.meaning, member.reserved = meaning, reserved
+        return member
+
+    DONE = 0, "done"
+    BUG = 1, "a bug of ours, with its traceback"
+    BAD_INPUT = 2, "bad input or configuration: one message, no traceback"
+    REFUTED = 3, "a claim was refuted under `--strict`", True
+    # 70 and 75 follow sysexits.h: EX_SOFTWARE (here: what we run on) and EX_TEMPFAIL.
+    MACHINE_FAILED = (
+        70,
+        "the machine failed (a lost peer, a killed worker, a port that is taken, a full disk); "
+        "the same command may be repeated",
+        True,
+    )
+    DIVERGED = 71, "the run diverged", True
+    HANG = 74, "the run hung; the stacks of its processes were written", True
+    STOPPED = 75, "stopped on request; the same command continues"
+    SUPERSEDED = 76, "another process has taken over the run", True
+    # 128 + SIGINT, the shell's convention.
+    SECOND_INTERRUPT = 130, "stopped at once by a second Ctrl-C"
+
+
+def exit_code_table() -> str:
+    """The exit codes as a Markdown table of two columns: code, meaning."""
+    rows = [
+        f"| {code.value} | {code.meaning}{' (reserved)' if code.reserved else ''} |"
+        for code in ExitCode
+    ]
+    return "\n".join(["| code | meaning |", "|---|---|", *rows]) + "\n"
 
 
 class UserError(ValueError):
@@ -26,63 +65,29 @@ class ConfigError(UserError):
     """One or more things are wrong with a run configuration; the message lists all of them."""
 
 
-def is_user_error(error: BaseException) -> bool:
-    """Whether an error is the user's to fix: ours, or one of the packages that know no trainer.
-
-    Those are a damaged shard, found while rows are read, a damaged checkpoint, and a file that is
-    no tokenizer.
-    """
-    if isinstance(error, UserError):
-        return True
-    from xlstm_io.errors import CheckpointFormatError, ShardFormatError, TokenizerFileError
-
-    return isinstance(error, ShardFormatError | CheckpointFormatError | TokenizerFileError)
+class PrepError(UserError):
+    """Data preparation was given bad input or a bad configuration."""
 
 
-class PrepError(ValueError):
-    """Bad input or configuration; the command line prints the message and exits with 2."""
-
-
-class Interrupted(Exception):
-    """A signal asked the job to stop; what is finished is kept; exit code 75."""
-
-
-class CheckpointFormatError(ValueError):
-    """A checkpoint is missing, incomplete, damaged, or does not hold what is asked of it."""
-
-
-class DamagedError(CheckpointFormatError):
-    """A checkpoint is not what was written: cut short, altered, or never completed."""
-
-
-class UnfinishedError(DamagedError):
-    """A folder without a manifest: an attempt that was cut short, or is still being written."""
-
-
-class CheckpointError(UserError, CheckpointFormatError):
+class CheckpointError(UserError):
     """A checkpoint cannot be saved or loaded; the message says which, why, and what remains."""
 
 
-class CheckpointDamagedError(CheckpointError, DamagedError):
-    """A checkpoint is not what was written; an older one may be."""
+class CheckpointDamagedError(CheckpointError):
+    """A checkpoint is not what was written: cut short, altered, or never completed."""
 
 
-@contextmanager
-def as_user_error() -> Iterator[None]:
-    """Turn the reader's errors and the file system's into the trainer's CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except DamagedError as error:
-        raise CheckpointDamagedError(str(error)) from error
-    except (CheckpointFormatError, OSError) as error:
-        raise CheckpointError(str(error)) from error
+class UnfinishedError(CheckpointDamagedError):
+    """A folder without a manifest: an attempt that was cut short, or is still being written."""
 
 
-class ShardFormatError(ValueError):
+class ShardFormatError(UserError):
     """A shard folder is missing, unfinished, or not of the format that this code reads."""
 
 
-class TokenizerFileError(ValueError):
-    """A file that is no tokenizer; the message names it."""
+class TokenizerFileError(UserError):
+    """A file is not a tokenizer; the message names it."""
+
+
+class Interrupted(Exception):
+    """A signal asked the job to stop; what is finished is kept; `ExitCode.STOPPED`."""

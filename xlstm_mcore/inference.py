@@ -59,7 +59,7 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
         precision: "fp32" or "bf16".
 
     Raises:
-        CheckpointFormatError: no complete checkpoint, or it holds another model.
+        CheckpointError: no complete checkpoint, or it holds another model.
     """
     groups = inference_groups()
     with CheckpointReader(resolve(path)) as reader:

@@ -8,10 +8,12 @@ repeated or abbreviated, so that a config file shows the model as it is built:
 >>> parse_pattern("mmsm|mmmm").stages
 ((0, 1, 2, 3), (4, 5, 6, 7))
 
-This module imports nothing, so that a config can be checked without loading torch.
+This module imports nothing heavy, so that a config can be checked without loading torch.
 """
 
 from dataclasses import dataclass
+
+from xlstm_io.errors import UserError
 
 LETTERS = {
     "M": "7B-style mLSTM block with its feed-forward part",
@@ -21,7 +23,7 @@ LETTERS = {
 }
 
 
-class PatternError(ValueError):
+class PatternError(UserError):
     """A pattern string that names no model; the message says value, rule and remedy."""
 
 

@@ -15,16 +15,13 @@ from pretrain.checkpoint.background import CheckpointSaver
 from pretrain.checkpoint.identity import check_same, check_same_run
 from pretrain.checkpoint.load import (
     candidates_together,
-    find_latest,
     load_checkpoint,
-    read_manifest,
     read_manifest_together,
-    resolve,
 )
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.save import save_checkpoint
-from xlstm_io.checkpoint.manifest import Manifest
+from xlstm_io.checkpoint.manifest import Manifest, find_latest, read_manifest, resolve
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pretrain.checkpoint.ranks import Ranks
-from xlstm_io.checkpoint import manifest as ckpt_manifest
-from xlstm_io.checkpoint.manifest import Manifest
+from xlstm_io.checkpoint.manifest import Manifest, name_broken, newest_first, parse_manifest
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
-from xlstm_io.errors import CheckpointError, CheckpointFormatError, UnfinishedError, as_user_error
+from xlstm_io.errors import CheckpointError, UnfinishedError
 from xlstm_io.storage import Location
 
 
@@ -40,16 +39,6 @@ def load_checkpoint(
     return mine[0]
 
 
-def find_latest(root: Location | str, *, verify: bool = False) -> Location | None:
-    """The newest complete checkpoint of a run folder or `checkpoints` folder, or None.
-
-    Broken ones are named in a warning and passed over; `verify=True` also reads the files and
-    compares their hashes. For one process; ranks that must agree use `candidates_together`.
-    """
-    with as_user_error():
-        return ckpt_manifest.find_latest(root, verify=verify)
-
-
 def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> list[Location]:
     """The checkpoints that a run may continue from, newest first; the same on every rank.
 
@@ -61,14 +50,14 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
     """
 
     def find() -> list[Location]:
-        broken: list[CheckpointFormatError] = []
-        found = list(ckpt_manifest.newest_first(root, broken))
+        broken: list[CheckpointError] = []
+        found = list(newest_first(root, broken))
         if not found and any(not isinstance(problem, UnfinishedError) for problem in broken):
             raise CheckpointError(
                 "none of the checkpoints there is sound; move them away to start anew:\n  "
                 + "\n  ".join(map(str, broken))
             )
-        ckpt_manifest.name_broken(broken)
+        name_broken(broken)
         return found
 
     return (ranks or Ranks()).first(f"looking for checkpoints in {root}", find)
@@ -76,19 +65,4 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
 
 def read_manifest_together(path: Location, *, ranks: Ranks) -> Manifest:
     """`read_manifest` by the first rank; every rank gets its answer, or its error."""
-    return ranks.first(f"reading {path}", lambda: ckpt_manifest.read_manifest(path))
-
-
-def resolve(path: Location | str) -> Location:
-    """The checkpoint that a user means by a run folder, a `checkpoints` folder or a checkpoint.
-
-    Raises CheckpointError when there is no complete one.
-    """
-    with as_user_error():
-        return ckpt_manifest.resolve(path)
-
-
-def read_manifest(path: Location | str) -> Manifest:
-    """The manifest of a checkpoint folder; CheckpointError if it is not complete and sound."""
-    with as_user_error():
-        return ckpt_manifest.read_manifest(path)
+    return ranks.first(f"reading {path}", lambda: parse_manifest(path))

@@ -15,12 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from xlstm_io.errors import (
-    CheckpointDamagedError,
-    CheckpointError,
-    CheckpointFormatError,
-    DamagedError,
-)
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 
 #: How long a rank waits for the slowest one to write its file.
 PATIENCE = datetime.timedelta(hours=1)
@@ -111,9 +106,9 @@ def background_ranks() -> Ranks:
 def _kind(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupt"
-    if isinstance(error, DamagedError):
+    if isinstance(error, CheckpointDamagedError):
         return "damaged"
-    return "user" if isinstance(error, OSError | CheckpointFormatError) else "bug"
+    return "user" if isinstance(error, OSError | CheckpointError) else "bug"
 
 
 def _text(error: BaseException) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.ranks import PATIENCE
-from xlstm_io.checkpoint.manifest import MANIFEST_NAME, read_manifest, step_folders
-from xlstm_io.errors import CheckpointError, DamagedError
+from xlstm_io.checkpoint.manifest import MANIFEST_NAME, parse_manifest, step_folders
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def apply_retention(
                 continue
             try:
                 saved.append(_about(path))
-            except DamagedError:
+            except CheckpointDamagedError:
                 if not exists(path / MANIFEST_NAME):
                     attempts.append(path)
         for old in to_delete(saved, retention):
@@ -102,7 +102,7 @@ def apply_retention(
 
 
 def _about(path: Location) -> Saved:
-    manifest = read_manifest(path)
+    manifest = parse_manifest(path)
     state = manifest.state
     loss = state.get("valid_loss") if state.get("valid_step") == manifest.step else None
     return Saved(path, manifest.step, manifest.created, math.inf if loss is None else loss)

@@ -24,7 +24,7 @@ from types import FrameType
 from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
 from pretrain.config import load_config
 from pretrain.signals import STOP_SIGNALS
-from xlstm_io.errors import EXIT_BUG, EXIT_DONE, EXIT_RESUMABLE, EXIT_SECOND_INTERRUPT, ConfigError
+from xlstm_io.errors import ConfigError, ExitCode
 
 CONFIGS = {"large": "cpu_demo.yaml", "classic": "cpu_demo_classic.yaml"}
 # At 1 % a corpus of hundreds of files holds out so few that the losses are a matter of luck.
@@ -182,15 +182,15 @@ class Runner:
             self._child = subprocess.Popen([sys.executable, "-m", *command])
             code = self._child.wait()
         else:
-            code = EXIT_DONE
+            code = ExitCode.DONE
         if code < 0:
             if self.stopped_by is None:
                 print(f"killed by {signal.Signals(-code).name}", file=sys.stderr)
-                return EXIT_BUG
-            code = EXIT_RESUMABLE
-        if code in (EXIT_DONE, EXIT_SECOND_INTERRUPT) and self.stopped_by is not None:
+                return ExitCode.BUG
+            code = ExitCode.STOPPED
+        if code in (ExitCode.DONE, ExitCode.SECOND_INTERRUPT) and self.stopped_by is not None:
             # Asked to stop in the last moment of a stage, or in one that knows no other answer.
-            return EXIT_RESUMABLE if code == EXIT_DONE else code
+            return ExitCode.STOPPED if code == ExitCode.DONE else code
         return code
 
 
@@ -218,12 +218,12 @@ def run_all(runner: Runner, commands: list[list[str]]) -> int:
         _say(f"\n=== {TITLES[command[1]]}\n$ {shown(command)}")
         started = time.monotonic()
         code = runner.run(command)
-        if code != EXIT_DONE:
-            if code == EXIT_RESUMABLE:
+        if code != ExitCode.DONE:
+            if code == ExitCode.STOPPED:
                 _say("stopped; the same command continues from here")
             return code
         _say(f"({time.monotonic() - started:.0f} s)")
-    return EXIT_DONE
+    return ExitCode.DONE
 
 
 def main(
@@ -247,12 +247,12 @@ def main(
         commands = data_commands(places, data, config.model.vocab_size, config.data.seq_len)
         commands.append(train_command(places, model, steps, nproc))
         code = run_all(runner, commands)
-        if code != EXIT_DONE:
+        if code != ExitCode.DONE:
             return code
         if model == "classic":
             _say("\n(no Hugging Face export: that of classic blocks comes with a later release)")
         code = run_all(runner, result_commands(places, model, data))
-    if code == EXIT_DONE:
+    if code == ExitCode.DONE:
         minutes = (time.monotonic() - started) / 60
         _say(f"\nall done in {minutes:.1f} minutes; the summary is in {places.run}/summary.txt")
     return code

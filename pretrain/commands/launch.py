@@ -39,14 +39,7 @@ from typing import Any
 
 from pretrain.config import RunConfig, check_world
 from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS
-from xlstm_io.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_RESUMABLE,
-    EXIT_SECOND_INTERRUPT,
-    ConfigError,
-)
+from xlstm_io.errors import ConfigError, ExitCode
 
 POLL_S = 0.05
 FAILURE_GRACE_S = 5.0  # for the other workers to notice that one is gone and say why they end
@@ -95,7 +88,7 @@ def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the request above
-            os._exit(EXIT_RESUMABLE)
+            os._exit(ExitCode.STOPPED)
 
 
 @dataclass
@@ -143,10 +136,10 @@ class Workers:
     @property
     def failed(self) -> list[int]:
         """Ranks that ended with something else than 0 or 75, by themselves, in that order."""
-        asked = (EXIT_DONE, EXIT_RESUMABLE)
+        asked = (ExitCode.DONE, ExitCode.STOPPED)
         if self.stop_requested:
             # Asked before its handlers were there (imports take seconds): nothing was lost.
-            asked += (*(-number for number in STOP_SIGNALS), EXIT_SECOND_INTERRUPT)
+            asked += (*(-number for number in STOP_SIGNALS), ExitCode.SECOND_INTERRUPT)
         return [r for r, code in self.codes.items() if code not in asked and r in self.own]
 
 
@@ -224,7 +217,7 @@ def _explain(rank: int, workers: Workers) -> None:
         if code < 0:
             print(ended, file=sys.stderr)
         return
-    if 0 in workers.own and workers.codes[0] == code == EXIT_BAD_INPUT:
+    if 0 in workers.own and workers.codes[0] == code == ExitCode.BAD_INPUT:
         return  # rank 0 has printed the same message
     lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
     if 0 in workers.own and workers.codes[0] == code:
@@ -240,22 +233,22 @@ def _explain(rank: int, workers: Workers) -> None:
 def _exit_code(workers: Workers) -> int:
     """The run's exit code from those of its workers; explains a failure on stderr."""
     if workers.interrupted:
-        return EXIT_SECOND_INTERRUPT
+        return ExitCode.SECOND_INTERRUPT
     failed = workers.failed
     if failed:
         # A worker says 2 only on purpose; another's 1 may be the consequence of losing it.
-        bad_input = [rank for rank in failed if workers.codes[rank] == EXIT_BAD_INPUT]
+        bad_input = [rank for rank in failed if workers.codes[rank] == ExitCode.BAD_INPUT]
         rank = (bad_input or failed)[0]
         _explain(rank, workers)
-        return EXIT_BAD_INPUT if bad_input else EXIT_BUG
+        return ExitCode.BAD_INPUT if bad_input else ExitCode.BUG
     if workers.terminated:
         late = [rank for rank in workers.codes if rank not in workers.own]
         print(
             f"ranks {late} still ran {STOP_LIMIT_S:.0f} s after another had ended; stopped them",
             file=sys.stderr,
         )
-        return EXIT_BUG
-    return EXIT_DONE if set(workers.codes.values()) == {EXIT_DONE} else EXIT_RESUMABLE
+        return ExitCode.BUG
+    return ExitCode.DONE if set(workers.codes.values()) == {ExitCode.DONE} else ExitCode.STOPPED
 
 
 def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pretrain.config import RunConfig, load_config
 from pretrain.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
-from xlstm_io.errors import EXIT_DONE, UserError
+from xlstm_io.errors import ExitCode, UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
 GATE_NATS = 0.3
@@ -230,7 +230,7 @@ def main(run_dir: str | os.PathLike, baselines: str | os.PathLike | None = None)
     text = build_report(folder, values)
     (folder / TEXT_FILE).write_text(text + "\n", encoding="utf-8")
     print(text)
-    return EXIT_DONE
+    return ExitCode.DONE
 
 
 def plot_loss(

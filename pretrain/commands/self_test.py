@@ -27,7 +27,7 @@ from pretrain.metrics import METRICS_FILE, read_metrics
 from pretrain.signals import StopSignal
 from pretrain.trainer import Run
 from xlstm_io.checkpoint.reader import CheckpointReader
-from xlstm_io.errors import EXIT_DONE, ConfigError
+from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.storage import Location, is_folder, location, remove_folder
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens")
@@ -82,7 +82,7 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
         for folder in folders.values():
             if is_folder(folder):  # on remote storage
                 remove_folder(folder)
-    return EXIT_DONE
+    return ExitCode.DONE
 
 
 def _part(config: RunConfig, name: str, kind: str) -> RunConfig:

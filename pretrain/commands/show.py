@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 
-from pretrain.checkpoint.load import read_manifest, resolve
-from xlstm_io.checkpoint.manifest import is_weight
+from xlstm_io.checkpoint.manifest import is_weight, read_manifest, resolve
 from xlstm_io.storage import Location
 
 

@@ -116,9 +116,9 @@ def test_no_process_at_all_is_refused(run_file, capsys):
 
 
 def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
-    from xlstm_io.errors import CheckpointFormatError, ShardFormatError
+    from xlstm_io.errors import CheckpointError, ShardFormatError
 
-    for error in (UserError("bad"), ShardFormatError("bad"), CheckpointFormatError("bad")):
+    for error in (UserError("bad"), ShardFormatError("bad"), CheckpointError("bad")):
         fake("pretrain.trainer", result=error)
         assert cli.run(["train", run_file]) == 2
         assert capsys.readouterr().err == "error: bad\n"
@@ -161,7 +161,7 @@ def test_generate_main_takes_what_the_command_passes(fake):
 
 
 def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
-    fake("pretrain.checkpoint", "show", result="12 tensors")
+    fake("pretrain.commands.show", "show", result="12 tensors")
     assert cli.run(["show", "ckpt"]) == 0
     assert capsys.readouterr().out == "12 tensors\n"
     calls = fake("pretrain.commands.evaluate")

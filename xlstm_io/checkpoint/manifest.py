@@ -27,6 +27,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 import xxhash
 
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
-from xlstm_io.errors import CheckpointFormatError, DamagedError, UnfinishedError
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
 from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
 from xlstm_io.storage import subfolders as list_subfolders
 
@@ -97,11 +98,31 @@ def manifest_checksum(body: dict) -> str:
     return xxhash.xxh3_64(canonical.encode()).hexdigest()
 
 
+@contextmanager
+def _os_errors_explained() -> Iterator[None]:
+    """Turn what the file system refuses into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest:
     """Read and check the manifest of the checkpoint folder `path`, and its files' sizes.
 
-    Raises DamagedError saying which file is missing, cut short or altered, CheckpointFormatError
-    for another version of the format, OSError where reading is refused.
+    Raises:
+        CheckpointDamagedError: a file is missing, cut short or altered; the message says which.
+        CheckpointError: another version of the format, or the file system refuses to read.
+    """
+    with _os_errors_explained():
+        return parse_manifest(path, check_files=check_files)
+
+
+def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifest:
+    """`read_manifest` that leaves an OSError as it is.
+
+    A checkpoint that cannot be read just now is not a damaged one, so a search for the newest
+    sound checkpoint must end there and not pass it over.
     """
     path = location(path)
     file = path / MANIFEST_NAME
@@ -110,15 +131,15 @@ def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} has no {MANIFEST_NAME}: it was never completed") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise DamagedError(f"{file} is not the manifest of a checkpoint")
+        raise CheckpointDamagedError(f"{file} is not the manifest of a checkpoint")
     if body.get("format_version") != FORMAT_VERSION:
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path}: checkpoint format version {body.get('format_version')}, this program reads "
             f"version {FORMAT_VERSION}; use the version of the program that wrote it"
         )
     try:
         if body.get("complete") is not True or body.get("checksum") != manifest_checksum(body):
-            raise DamagedError(f"{file} is incomplete or was altered")
+            raise CheckpointDamagedError(f"{file} is incomplete or was altered")
         manifest = Manifest(
             step=int(body["step"]),
             created=float(body["created"]),
@@ -132,12 +153,12 @@ def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest
             versions=dict(body["versions"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointFormatError):
+        if isinstance(error, CheckpointError):
             raise
-        raise DamagedError(f"{file} is malformed: {error!r}") from error
+        raise CheckpointDamagedError(f"{file} is malformed: {error!r}") from error
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name):
-            raise DamagedError(f"{file} names a file outside: {name!r}")
+            raise CheckpointDamagedError(f"{file} names a file outside: {name!r}")
     if check_files:
         for name, expected in manifest.files.items():
             check_size(path / name, expected)
@@ -145,30 +166,34 @@ def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest
 
 
 def check_size(path: Location, expected: WrittenFile) -> None:
-    """Compare a file's size with what was written; DamagedError if it differs or is missing."""
+    """Compare a file's size with what was written.
+
+    Raises:
+        CheckpointDamagedError: it differs, or the file is missing.
+    """
     try:
         size = file_size(path)
     except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
+        raise CheckpointDamagedError(f"{path} is missing") from error
     if size != expected.size:
-        raise DamagedError(f"{path} has {size} bytes, the manifest says {expected.size}")
+        raise CheckpointDamagedError(f"{path} has {size} bytes, the manifest says {expected.size}")
 
 
 def verify_hashes(path: Location | str, manifest: Manifest) -> None:
-    """Read every file of a checkpoint; DamagedError names the first one that changed."""
+    """Read every file of a checkpoint; CheckpointDamagedError names the first one that changed."""
     for name, expected in manifest.files.items():
         if hash_file(location(path) / name) != expected:
-            raise DamagedError(
+            raise CheckpointDamagedError(
                 f"{location(path) / name} does not match its hash in the manifest: it is corrupted"
             )
 
 
 def read_json(path: Location) -> Any:
-    """Parse a JSON file; OSError if it cannot be read, DamagedError if it is none."""
+    """Parse a JSON file; OSError if it cannot be read, CheckpointDamagedError if it is none."""
     try:
         return json.loads(read_file(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is no JSON: {error}") from error
+        raise CheckpointDamagedError(f"{path} is no JSON: {error}") from error
 
 
 def step_folders(root: Location | str) -> list[Location]:
@@ -178,7 +203,7 @@ def step_folders(root: Location | str) -> list[Location]:
     return [path for path in list_subfolders(folder) if _STEP_FOLDER.fullmatch(path.name)]
 
 
-def newest_first(root: Location | str, broken: list[CheckpointFormatError]) -> Iterator[Location]:
+def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterator[Location]:
     """The complete checkpoints under `root`, newest first, reading no more than is asked for.
 
     Newest is the highest step, and among attempts at the same step the last one written. What is
@@ -191,10 +216,10 @@ def newest_first(root: Location | str, broken: list[CheckpointFormatError]) -> I
         found = []
         for path in steps[step]:
             try:
-                manifest = read_manifest(path)
+                manifest = parse_manifest(path)
                 if manifest.step != step:
-                    raise DamagedError(f"{path}: the manifest says step {manifest.step}")
-            except CheckpointFormatError as error:
+                    raise CheckpointDamagedError(f"{path}: the manifest says step {manifest.step}")
+            except CheckpointError as error:
                 broken.append(error)
             else:
                 found.append((manifest.created, path))
@@ -205,23 +230,28 @@ def find_latest(root: Location | str, *, verify: bool = False) -> Location | Non
     """The newest complete checkpoint under a run folder or `checkpoints` folder, or None.
 
     A broken one is named in a warning and passed over; nothing is deleted. `verify=True` also reads
-    the files and compares their hashes.
+    the files and compares their hashes. For one process: ranks that must agree use
+    `pretrain.checkpoint.candidates_together`.
+
+    Raises:
+        CheckpointError: the file system refuses to read.
     """
-    broken: list[CheckpointFormatError] = []
+    broken: list[CheckpointError] = []
     latest = None
-    for path in newest_first(root, broken):
-        try:
-            if verify:
-                verify_hashes(path, read_manifest(path))
-            latest = path
-            break
-        except DamagedError as error:
-            broken.append(error)
+    with _os_errors_explained():
+        for path in newest_first(root, broken):
+            try:
+                if verify:
+                    verify_hashes(path, parse_manifest(path))
+                latest = path
+                break
+            except CheckpointDamagedError as error:
+                broken.append(error)
     name_broken(broken)
     return latest
 
 
-def name_broken(broken: list[CheckpointFormatError]) -> None:
+def name_broken(broken: list[CheckpointError]) -> None:
     """Warn about each checkpoint that is passed over."""
     for problem in broken:
         log.warning("passing over a broken checkpoint: %s", problem)
@@ -230,28 +260,28 @@ def name_broken(broken: list[CheckpointFormatError]) -> None:
 def resolve(path: Location | str) -> Location:
     """The checkpoint that `path` means: itself, or the newest of a run or `checkpoints` folder.
 
-    `path` is local or an fsspec URL. Raises CheckpointFormatError when there is none, with the
+    `path` is local or an fsspec URL. Raises CheckpointError when there is none, with the
     reason.
     """
     path = location(path)
     try:
         return _resolve(path)
     except OSError as error:
-        raise CheckpointFormatError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _resolve(path: Location) -> Location:
     if not is_folder(path):
-        raise CheckpointFormatError(f"{path}: no such folder; give a run folder or a checkpoint")
+        raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint")
     if exists(path / MANIFEST_NAME) or _STEP_FOLDER.fullmatch(path.name):
-        read_manifest(path)
+        parse_manifest(path)
         return path
-    broken: list[CheckpointFormatError] = []
+    broken: list[CheckpointError] = []
     for latest in newest_first(path, broken):
         name_broken(broken)
         return latest
     reason = "; ".join(map(str, broken)) or f"it has no finished {step_folder_name(0, '<attempt>')}"
-    raise CheckpointFormatError(f"{path} holds no complete checkpoint: {reason}")
+    raise CheckpointError(f"{path} holds no complete checkpoint: {reason}")
 
 
 def parse_sizes(values: Any) -> tuple[int, ...]:

@@ -30,14 +30,14 @@ from xlstm_io.checkpoint.manifest import (
     resolve,
 )
 from xlstm_io.checkpoint.safetensors_stream import bytes_of, hash_file, view_as
-from xlstm_io.errors import CheckpointFormatError, DamagedError
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, RangeReader, location
 
 __all__ = [
     "BLOCK_BYTES",
-    "CheckpointFormatError",
+    "CheckpointDamagedError",
+    "CheckpointError",
     "CheckpointReader",
-    "DamagedError",
     "Manifest",
     "StoredSlice",
     "TensorInfo",
@@ -73,7 +73,7 @@ class TensorSlice:
             for o, s, g in zip(self.global_offset, shape, self.global_shape, strict=True)
         )
         if not fits:
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"{self.name}: a slice of shape {list(shape)} at {list(self.global_offset)} does "
                 f"not lie inside the tensor's shape {list(self.global_shape)}"
             )
@@ -93,8 +93,8 @@ class StoredSlice:
 class CheckpointReader:
     """Reads rectangles of a checkpoint's tensors; holds one block at a time.
 
-    Use as a context manager. Raises DamagedError when the checkpoint is not sound,
-    CheckpointFormatError for a tensor or a rectangle that it does not hold, OSError where the file
+    Use as a context manager. Raises CheckpointDamagedError when the checkpoint is not sound,
+    CheckpointError for a tensor or a rectangle that it does not hold, OSError where the file
     system refuses.
     """
 
@@ -103,10 +103,10 @@ class CheckpointReader:
         self.manifest = read_manifest(self.path)
         metadata_file = self.path / METADATA_NAME
         if METADATA_NAME not in self.manifest.files:
-            raise DamagedError(f"{self.path}: the manifest lists no {METADATA_NAME}")
+            raise CheckpointDamagedError(f"{self.path}: the manifest lists no {METADATA_NAME}")
         # This file decides which bytes go where; theirs are checked as they are read.
         if hash_file(metadata_file) != self.manifest.files[METADATA_NAME]:
-            raise DamagedError(f"{metadata_file} does not match its hash in the manifest")
+            raise CheckpointDamagedError(f"{metadata_file} does not match its hash in the manifest")
         self.blocks = self._parse_blocks(read_json(metadata_file))
         self._ranges = RangeReader()
         self._memory = torch.empty(0, dtype=torch.uint8)  # one block, used again for the next
@@ -120,9 +120,9 @@ class CheckpointReader:
         self._kept, self._memory = None, self._memory[:0]
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a global tensor; CheckpointFormatError if there is none."""
+        """Shape and dtype of a global tensor; CheckpointError if there is none."""
         if name not in self.manifest.tensors:
-            raise CheckpointFormatError(f"{self.path} holds no tensor {name}")
+            raise CheckpointError(f"{self.path} holds no tensor {name}")
         return self.manifest.tensors[name]
 
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -152,17 +152,17 @@ class CheckpointReader:
     ) -> list[tuple[StoredSlice, tuple[int, ...], tuple[slice, ...]]]:
         """Where the rectangle of `slice` lies: (stored block, offset in it, slices of the target).
 
-        Raises CheckpointFormatError, naming the tensor, if it is missing, has another global shape
+        Raises CheckpointError, naming the tensor, if it is missing, has another global shape
         or another kind of dtype.
         """
         info = self.info(part.name)
         if info.shape != tuple(part.global_shape):
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"{part.name}: the checkpoint has shape {list(info.shape)}, this model needs "
                 f"{list(part.global_shape)} ({self.path})"
             )
         if info.dtype.is_floating_point != part.tensor.dtype.is_floating_point:
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"{part.name}: the checkpoint has {info.dtype}, this model needs "
                 f"{part.tensor.dtype} ({self.path})"
             )
@@ -202,7 +202,7 @@ class CheckpointReader:
         file = self.path / stored.file
         self._ranges.read_into(file, stored.begin, data)
         if xxhash.xxh3_64_hexdigest(data) != stored.xxh3:
-            raise DamagedError(
+            raise CheckpointDamagedError(
                 f"{file}: {name} at {list(stored.offset)} does not match its hash: it is corrupted"
             )
 
@@ -228,14 +228,16 @@ class CheckpointReader:
                     blocks[name].append(block)
                 check_exact_cover(name, info.shape, [(b.offset, b.shape, 0) for b in blocks[name]])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(f"{file} does not describe the tensors: {error}") from error
+            raise CheckpointDamagedError(
+                f"{file} does not describe the tensors: {error}"
+            ) from error
         return blocks
 
 
 def check_exact_cover(
     name: str, shape: Sequence[int], slices: Sequence[tuple[Sequence[int], Sequence[int], int]]
 ) -> None:
-    """Raise CheckpointFormatError unless `slices` (offset, shape, rank) tile a tensor exactly once.
+    """Raise CheckpointError unless `slices` (offset, shape, rank) tile a tensor exactly once.
 
     A sweep along the axis with the most cuts: for slices and flat ranges only neighbours are
     compared, so thousands of slices are cheap.
@@ -245,7 +247,7 @@ def check_exact_cover(
         if not len(offset) == len(size) == len(shape) or not all(
             0 <= o and 0 < s and o + s <= g for o, s, g in zip(offset, size, shape, strict=True)
         ):
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"{name}: the slice {list(size)} at {list(offset)} of rank {rank} does not lie in "
                 f"its shape {list(shape)}"
             )
@@ -261,12 +263,12 @@ def check_exact_cover(
                     a < b + t and b < a + s
                     for a, s, b, t in zip(offset, size, other_offset, other_size, strict=True)
                 ):
-                    raise CheckpointFormatError(
+                    raise CheckpointError(
                         f"{name}: the slice {list(size)} at {list(offset)} of rank {rank} overlaps "
                         f"the slice {list(other_size)} at {list(other_offset)} of rank {other_rank}"
                     )
             active.append(part)
     if total != math.prod(shape):
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{name}: the slices given by all ranks hold {total} of its {math.prod(shape)} elements"
         )

@@ -56,7 +56,7 @@ def export(
     the checkpoint names. An `out` that exists is replaced only if it is empty or an earlier export.
 
     Raises ConvertError if the model has no counterpart in transformers, if the tokenizer is missing
-    or another one, or if `out` is somebody else's; CheckpointFormatError if the checkpoint is not
+    or another one, or if `out` is somebody else's; CheckpointError if the checkpoint is not
     sound; TokenizerFileError if the tokenizer is none.
     """
     out = Path(out).absolute()
