@@ -15,7 +15,7 @@ WORK   ?= runs/demo
 NPROC  ?= 2
 TESTS  ?= tests
 
-# One tested stack for the interpreter at hand; see constraints/.
+# The tested stack for the interpreter at hand. Another one: make setup CONSTRAINTS=constraints/...
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints/" + ("py312-mcore019.txt" if sys.version_info >= (3, 12) else "py311-mcore016.txt"))')
 INSTALLED   := $(VENV)/.installed
 

@@ -113,22 +113,6 @@ def test_peers_are_listed_for_tests_only():
     assert "xlstm==" in peers and "NXAI Community License" in peers
 
 
-def test_base_dependencies_are_pinned_in_every_tested_stack():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["cpu"], *extras["gpu"]]
-    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in wanted} - {project["name"]}
-    files = sorted((ROOT / "constraints").glob("*.txt"))
-    assert len(files) == 2
-    for file in files:
-        pinned = {
-            line.split("==")[0].lower()
-            for line in file.read_text().splitlines()
-            if line and not line.startswith("#")
-        }
-        assert names <= pinned, f"{file.name} lacks {sorted(names - pinned)}"
-
-
 def test_the_product_is_clean_for_ruff():
     """Style, unused code and a docstring on every public module, class and function."""
     for arguments in (["check"], ["format", "--check"]):
