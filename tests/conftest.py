@@ -1,7 +1,13 @@
-"""Options of the whole suite."""
+"""Options of the whole suite, and what every test finds: signals as usual, and no GPU."""
 
+import os
 import signal
 import zlib
+from pathlib import Path
+
+from tests.minutes_per_folder import MinutesPerFolder
+
+GPU_TESTS = Path(__file__).parent / "gpu"
 
 # What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal too, and
 # so would all its children; some tests send both.
@@ -21,6 +27,31 @@ def pytest_addoption(parser):
         metavar="SHARE",
         help="run this share of the tests that start several processes, the same ones every time",
     )
+    parser.addoption(
+        "--budget", action="store_true", help="print the minutes per folder beside what is planned"
+    )
+
+
+def pytest_configure(config):
+    if not only_gpu_tests(config.args, config.invocation_params.dir):
+        hide_gpus()
+    if config.getoption("--budget"):
+        config.pluginmanager.register(MinutesPerFolder())
+
+
+def only_gpu_tests(arguments, folder):
+    """Whether pytest was asked for files of tests/gpu and nothing else."""
+    paths = [(folder / argument.split("::")[0]).resolve() for argument in arguments]
+    return bool(paths) and all(path.is_relative_to(GPU_TESTS) for path in paths)
+
+
+def hide_gpus():
+    """Hide the GPUs from this process and its children, before torch asks for them.
+
+    The suite runs on the CPU by design: on a machine with one GPU, four ranks would ask NCCL for
+    four.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):

@@ -18,3 +18,8 @@ def test_engines_of_earlier_calls_are_gone_with_their_groups(pool):
     for _ in range(2):
         pool(2, work.train, config, 1)
     assert max(pool(2, count_threads)) < before + 20  # one engine's groups have about 50
+
+
+@pytest.mark.dist
+def test_gpus_are_hidden_from_the_ranks(pool):
+    assert pool(2, os.getenv, "CUDA_VISIBLE_DEVICES") == ["", ""]
