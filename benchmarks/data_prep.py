@@ -246,8 +246,8 @@ def shares(folder: Path, corpus: Path, tokenizer: Path) -> None:
     import sentencepiece
 
     import data_prep.build.build
-    from data_prep.build.build import scan
-    from xlstm_io.tokenizer.encode import SentencePieceTokenizer
+    from data_prep.build import scan
+    from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
     spent = {"tokenize": 0.0, "scan": 0.0, "shards": 0.0}
 

@@ -47,10 +47,10 @@ from data_prep.config import BuildConfig
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import available_cpus, run_tasks
 from data_prep.sources.files import absolute, expand_inputs, file_stamp
-from xlstm_io.errors import PrepError
+from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
 from xlstm_io.storage import remove_temporaries, write_atomic
-from xlstm_io.tokenizer.encode import Tokenizer, load_tokenizer
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 
 def build(config: BuildConfig) -> Manifest | None:
@@ -73,7 +73,7 @@ def build(config: BuildConfig) -> Manifest | None:
         for source in config.all_sources()
         for path in expand_inputs(source.input)
     ]
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = _open_tokenizer(config.tokenizer)
     settings = {**config.settings(), "tokenizer": tokenizer.sha256}
     stamps = [file_stamp(file.path) for file in files]
     ledger = load_ledger(work)
@@ -121,6 +121,19 @@ def build(config: BuildConfig) -> Manifest | None:
     records, bytes_done = _encode(out, config, tokenizer, corpus, everything, workers)
     seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}
     return finish_build(out, config, tokenizer, settings, corpus, records, seconds, bytes_done)
+
+
+def _open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of `--tokenizer`, which must define what stands around a document."""
+    try:
+        tokenizer = open_tokenizer(path)
+    except TokenizerFileError as error:
+        raise PrepError(
+            f"--tokenizer {error}; make one with `python -m data_prep tokenizer` and give "
+            "its --out folder"
+        ) from None
+    tokenizer.document_ids()
+    return tokenizer
 
 
 def plan_build(out: Path, config: BuildConfig, files, stamps, scans) -> Corpus:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from xlstm_io.shards.manifest import ShardEntry
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
 from xlstm_io.storage import write_atomic
-from xlstm_io.tokenizer.encode import Tokenizer, cached_tokenizer
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH_BYTES = 1 << 18
 BINS_PER_OCTAVE = 4  # of the histogram of lengths
@@ -92,14 +93,15 @@ def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
 
 def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     """Tokenize, pack and write one shard, then note it in the ledger."""
-    tokenizer = cached_tokenizer(task.tokenizer, task.tokenizer_sha256)
+    tokenizer = _tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
+    ids = tokenizer.document_ids()
     dtype = token_dtype(tokenizer.vocab_size)
     packer = make_packer(
         task.packing,
         task.seq_len,
         default_block_rows(task.seq_len + 1, dtype),
         dtype,
-        tokenizer.pad_id,
+        ids.pad,
     )
     histogram = np.zeros(_BINS, np.int64)
     checked = lossy = 0
@@ -109,11 +111,11 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
             if checked < _ROUND_TRIPS:
                 lossy += _count_lossy(tokenizer, texts, encoded, _ROUND_TRIPS - checked)
                 checked = min(_ROUND_TRIPS, checked + len(texts))
-            lengths = np.array([len(ids) + 2 for ids in encoded])
+            lengths = np.array([len(document) + 2 for document in encoded])
             bins = (BINS_PER_OCTAVE * np.log2(lengths)).astype(np.int64)
             histogram += np.bincount(bins, minlength=_BINS)
-            for ids in encoded:
-                tokens = as_stored(ids, tokenizer.bos_id, tokenizer.eos_id, dtype)
+            for document in encoded:
+                tokens = as_stored(document, ids.bos, ids.eos, dtype)
                 for block in packer.add(tokens):
                     writer.write(block)
             tick(size)
@@ -135,6 +137,15 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     path = record_path(task.out, task.plan)
     write_atomic(path, json.dumps(stored).encode() + b"\n")
     return record
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_of_worker(path: str, sha256: str) -> Tokenizer:
+    """The tokenizer of a worker process, opened once; `sha256` makes a changed file a miss."""
+    tokenizer = open_tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise PrepError(f"--tokenizer {path}: changed while the build was running; run it again")
+    return tokenizer
 
 
 def _count_lossy(tokenizer: Tokenizer, texts, encoded, limit: int) -> int:

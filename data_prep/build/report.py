@@ -20,7 +20,7 @@ from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
 from xlstm_io.storage import write_atomic
-from xlstm_io.tokenizer.encode import Tokenizer
+from xlstm_io.tokenizer import Tokenizer
 
 SPLIT_NAMES = ("train", "valid")
 TOTALS = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
@@ -47,6 +47,7 @@ def write_result(out: Path, finished: Finished) -> Manifest:
     """Write ``OUT/manifest.json``."""
     config, tokenizer = finished.config, finished.tokenizer
     plan = finished.corpus.plan
+    ids = tokenizer.document_ids()
     dtype = token_dtype(tokenizer.vocab_size)
     identity = {"settings": finished.settings, "corpus": finished.corpus.digest}
     fields = {
@@ -57,9 +58,9 @@ def write_result(out: Path, finished: Finished) -> Manifest:
         "packing": config.packing,
         "add_bos": True,
         "add_eos": True,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
+        "bos_id": ids.bos,
+        "eos_id": ids.eos,
+        "pad_id": ids.pad,
         "tokenizer": {
             "type": tokenizer.kind,
             "path": f"tokenizer/{next(iter(tokenizer.files))}",

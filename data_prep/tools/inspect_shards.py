@@ -11,7 +11,7 @@ from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK
 from xlstm_io.shards.shard import ShardReader
-from xlstm_io.tokenizer.encode import Tokenizer, load_tokenizer
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _COLOURS = ("\033[36m", "\033[33m")  # neighbouring documents alternate
 _RESET = "\033[0m"
@@ -54,7 +54,7 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
     total = sum(entry.rows for entry in entries)
     if not 0 <= row < total:
         raise PrepError(f"--row {row}: split {split!r} has rows 0 to {total - 1}")
-    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    tokenizer = open_tokenizer(manifest.tokenizer_path)
     local = row
     for entry in entries:
         if local < entry.rows:

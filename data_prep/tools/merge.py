@@ -33,7 +33,7 @@ from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
 from xlstm_io.shards.shard import check_size
 from xlstm_io.storage import temporary_path
-from xlstm_io.tokenizer.encode import load_tokenizer
+from xlstm_io.tokenizer import open_tokenizer
 
 _SAME = ("dtype", "seq_len", "packing", "block_rows", "bos_id", "eos_id", "pad_id")
 
@@ -161,7 +161,7 @@ def merge_jobs(out: Path) -> Manifest:
         say(f"{out} is finished: nothing to do")
         return done
     config = BuildConfig.model_validate(ledger["config"])
-    tokenizer = load_tokenizer(out / "tokenizer")
+    tokenizer = open_tokenizer(out / "tokenizer")
     scans = stored_scans(out, config, ledger)
     if None in scans:
         raise PrepError(f"{out}: scans in {work / 'scan'} are gone; run the build again")

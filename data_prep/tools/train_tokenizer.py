@@ -16,16 +16,11 @@ from data_prep.build.scan import text_hash
 from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import expand_inputs, file_size, file_stamp
 from data_prep.sources.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
-from xlstm_io.errors import PrepError
+from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.storage import write_atomic
-from xlstm_io.tokenizer.encode import (
-    HF_CONFIG_NAME,
-    HF_NAME,
-    MODEL_NAME,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
+from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME
+from xlstm_io.tokenizer.base import SENTENCEPIECE_NAME as MODEL_NAME
 
 INFO_NAME = "tokenizer_info.json"
 # The ids of the Hugging Face xlstm configuration's defaults.
@@ -103,7 +98,7 @@ def train_tokenizer(
     finished = stored is not None and (out / MODEL_NAME).exists()
     if finished and stored["inputs"] == stamps:
         say(f"{out / MODEL_NAME} is finished and its inputs are unchanged: nothing to do")
-        return SentencePieceTokenizer(out)
+        return open_tokenizer(out / MODEL_NAME)
 
     texts, documents, total = sample_texts(paths, fields, int(sample_mb * 1e6))
     if not texts:
@@ -116,7 +111,7 @@ def train_tokenizer(
         )
     if finished:
         say(f"{out / MODEL_NAME} is finished and its inputs have the same contents: nothing to do")
-        return SentencePieceTokenizer(out)
+        return open_tokenizer(out / MODEL_NAME)
     sampled = sum(len(text.encode("utf-8")) for text in texts)
     say(f"training {model_type} with {vocab_size} pieces on {sampled / 1e6:.1f} MB")
     model = _train(texts, vocab_size, model_type, sampled, special_tokens)
@@ -130,7 +125,7 @@ def train_tokenizer(
     # The info comes first: a model without it is somebody else's and never overwritten.
     write_atomic(out / INFO_NAME, json.dumps(info, indent=1).encode() + b"\n")
     write_atomic(out / MODEL_NAME, model)
-    tokenizer = SentencePieceTokenizer(out)
+    tokenizer = open_tokenizer(out / MODEL_NAME)
     checked = _check_round_trip(tokenizer, texts[:_ROUND_TRIPS])
     say(f"{out / MODEL_NAME}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
     say(f"read {documents} documents, {total / 1e6:.1f} MB; round trip {checked}")
@@ -248,7 +243,7 @@ def adopt_tokenizer(
     elif bos_token or eos_token:
         raise PrepError("--bos-token and --eos-token are for Hugging Face tokenizers")
     else:
-        files = SentencePieceTokenizer(path).files
+        files = open_tokenizer(path).files
     for name in (MODEL_NAME, HF_NAME, HF_CONFIG_NAME):
         there = (out / name).read_bytes() if (out / name).exists() else None
         if there is not None and there != files.get(name):
@@ -259,8 +254,9 @@ def adopt_tokenizer(
     for name, data in files.items():
         write_atomic(out / name, data)
     try:
-        tokenizer = load_tokenizer(out)
-    except PrepError:
+        tokenizer = open_tokenizer(out)
+        tokenizer.document_ids()
+    except TokenizerFileError:
         for name in files:
             (out / name).unlink()
         raise

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import CheckpointError, read_manifest, resolve
 from pretrain.config import config_from_dict
-from xlstm_io.tokenizer.open import TokenizerFile, open_tokenizer
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_mcore.inference import gather_vocabulary, load_model
 from xlstm_mcore.model import XLSTMModel
 
@@ -54,14 +54,14 @@ def main(
     rng = torch.Generator().manual_seed(seed)
     texts = []
     for start in prompt:
-        prompted = tokenizer.encode(start)
+        prompted = prompt_ids(tokenizer, start)
         added = generate(
             model,
-            [tokenizer.bos, *prompted],
+            prompted,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
-            end=tokenizer.eos,
+            end=tokenizer.document_ids().eos,
             limit=tokenizer.vocab_size,
             rng=rng,
         )
@@ -75,7 +75,12 @@ def main(
     return 0
 
 
-def tokenizer_of(path: Path) -> TokenizerFile:
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt: those of a training document that begins with it, bos included."""
+    return [tokenizer.document_ids().bos, *tokenizer.encode([text])[0].tolist()]
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that made the ids a checkpoint was trained on.
 
     Raises CheckpointError if it is gone or another one; TokenizerFileError if it is damaged.

@@ -10,7 +10,7 @@ from data_prep.cli import main
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK
 from xlstm_io.shards.shard import ShardReader
-from xlstm_io.tokenizer.encode import load_tokenizer
+from xlstm_io.tokenizer import open_tokenizer
 
 
 def make_texts(count: int = 120, seed: int = 0) -> list[str]:
@@ -75,7 +75,7 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
 def documents_of(out, split, source=None) -> list[str]:
     """The texts that a split's shards hold, put together again from rows."""
     manifest = load_manifest(out)
-    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    tokenizer = open_tokenizer(manifest.tokenizer_path)
     join = {"concat": _stream_of_rows, "best_fit": _documents_of_pieces}[manifest.packing]
     found = []
     for entry in manifest.shards(split):

@@ -10,7 +10,7 @@ import data_prep.tools.ngram_baselines
 from data_prep.tools.ngram_baselines import count_pairs, evaluate_models
 from tests.data_prep.helpers import documents_of, run
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.tokenizer.encode import load_tokenizer
+from xlstm_io.tokenizer import open_tokenizer
 
 
 def discounts_of(counts):
@@ -87,7 +87,7 @@ def test_command_counts_exactly_the_targets_of_the_loss(shards, tmp_path, capsys
     assert run("baselines", shards, "--out", file) == 0
     result = json.loads(file.read_text())
     manifest = load_manifest(shards)
-    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    tokenizer = open_tokenizer(manifest.tokenizer_path)
 
     def pairs(split):
         for ids in tokenizer.encode(documents_of(shards, split)):

@@ -175,7 +175,7 @@ def test_large_vocabulary_is_stored_as_uint32():
 
 BAD_BUILDS = {
     "missing input": (["--input", "/no/such/path"], "no such file"),
-    "missing tokenizer": (["--tokenizer", "/no/such/tok"], "cannot read"),
+    "missing tokenizer": (["--tokenizer", "/no/such/tok"], "/no/such/tok: No such file"),
     "other settings": (["--seq-len", 32], "seq_len 16 -> 32"),
     "bad numbers": (["--seq-len", 1, "--valid-fraction", 0.9], "seq_len=1"),
     "bad name": (["--source", "../up"], "source='../up'"),

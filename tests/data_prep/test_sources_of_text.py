@@ -15,7 +15,7 @@ from data_prep.sources.readers import Document, Fields, Malformed, read_document
 from tests.data_prep.helpers import documents_of, run, save_hf_tokenizer, tree_bytes, write_jsonl
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.tokenizer.encode import load_tokenizer
+from xlstm_io.tokenizer import open_tokenizer
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_hugging_face_tokenizer_is_adopted_and_builds(
     assert run("verify", out, "--full") == 0 and run("inspect", out, "--row", 3) == 0
     report = json.loads((out / "_work/report.json").read_text())
     assert report["lossy"] == 0 and report["round_trips"] > 50
-    ours, theirs = load_tokenizer(out / "tokenizer"), AutoTokenizer.from_pretrained(adopted)
+    ours, theirs = open_tokenizer(out / "tokenizer"), AutoTokenizer.from_pretrained(adopted)
     awkward = [*texts, "a <|end|> spelled out", "", "  \n"]
     for text, ids in zip(awkward, ours.encode(awkward), strict=True):
         assert ours.decode(ids) == text and not {0, 1} & set(ids)
@@ -219,7 +219,7 @@ def test_sentencepiece_model_is_adopted_and_special_tokens_stay_out_of_text(
         assert run("tokenizer", *wrong, "--out", tmp_path / "w") == 2
     flags = ["--input", corpus, "--vocab-size", 340, "--special-tokens", "<|user|>"]
     assert run("tokenizer", *flags, "--out", tmp_path / "s") == 0
-    tokenizer = load_tokenizer(tmp_path / "s")
+    tokenizer = open_tokenizer(tmp_path / "s")
     special = tokenizer._processor.piece_to_id("<|user|>")
     (ids,) = tokenizer.encode(["<|user|> hello"])
     assert special > 3 and special not in ids and tokenizer.decode(ids) == "<|user|> hello"

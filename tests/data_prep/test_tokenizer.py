@@ -3,13 +3,13 @@ import pytest
 from data_prep.sources.readers import Fields
 from data_prep.tools.train_tokenizer import sample_texts
 from tests.data_prep.helpers import make_texts, run, write_jsonl
-from xlstm_io.errors import PrepError
-from xlstm_io.tokenizer.encode import SentencePieceTokenizer as Tokenizer
+from xlstm_io.errors import TokenizerFileError
+from xlstm_io.tokenizer import DocumentIds, open_tokenizer
 
 
 def test_ids_and_lossless_round_trip(tokenizer_dir, texts):
-    tokenizer = Tokenizer(tokenizer_dir)
-    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id) == (0, 1, 2)
+    tokenizer = open_tokenizer(tokenizer_dir)
+    assert tokenizer.document_ids() == DocumentIds(bos=0, eos=2, pad=1)
     assert tokenizer.vocab_size == 330
     awkward = [
         "",
@@ -29,7 +29,7 @@ def test_ids_and_lossless_round_trip(tokenizer_dir, texts):
 
 
 def test_newline_is_one_symbol(tokenizer_dir):
-    tokenizer = Tokenizer(tokenizer_dir)
+    tokenizer = open_tokenizer(tokenizer_dir)
     (ids,) = tokenizer.encode(["\n\n\n"])
     assert len(ids) == 3 and len(set(ids)) == 1
 
@@ -94,11 +94,11 @@ def test_killed_before_the_model_was_written(tmp_path, corpus):
 
 
 def test_not_a_model(tmp_path):
-    with pytest.raises(PrepError, match="cannot read"):
-        Tokenizer(tmp_path)
+    with pytest.raises(TokenizerFileError, match=r"tokenizer\.model: No such file"):
+        open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"garbage")
-    with pytest.raises(PrepError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path)
+    with pytest.raises(TokenizerFileError, match="not a SentencePiece model"):
+        open_tokenizer(tmp_path)
 
 
 def test_sample_is_bounded_and_independent_of_order(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
+from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert import cli, to_hf, verify
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.tokenizer import SAMPLES, check_equal, fast_tokenizer
@@ -290,27 +291,34 @@ def test_odd_widths_turn_the_cache_off(tmp_path, spm, capsys):
 
 
 def test_fast_tokenizer_equals_sentencepiece(exported, spm):
+    training = open_tokenizer(spm)
     exact = sentencepiece.SentencePieceProcessor(model_file=str(spm))
     fast = AutoTokenizer.from_pretrained(exported[2])
-    check_equal(fast, exact)
-    for text in SAMPLES:
+    check_equal(fast, training)
+    for text, trained in zip(SAMPLES, training.encode(SAMPLES), strict=True):
         ids = fast.encode(text)
         assert ids == [1, *exact.encode(text)]
-        if "\u2581" not in text:  # which SentencePiece itself cannot tell from a space
-            assert fast.decode(ids, skip_special_tokens=True) == text
+        # Neither SentencePiece nor the fast form can tell U+2581 from a space; training can.
+        same = "\u2581" not in text
+        assert (ids == [1, *trained.tolist()]) == same
+        assert (fast.decode(ids, skip_special_tokens=True) == text) == same
+        assert training.decode(trained) == text
+
+
+def test_the_export_says_what_its_fast_tokenizer_does_with_the_space_symbol(exported):
+    assert "reads the character U+2581 as a space" in (exported[2] / "README.md").read_text()
 
 
 def test_the_gate_notices_another_tokenizer(spm, tmp_path):
     other = train_tokenizer(tmp_path / "other.model", vocab_size=400)
-    exact = sentencepiece.SentencePieceProcessor(model_file=str(other))
     with pytest.raises(ConvertError, match="other ids than SentencePiece"):
-        check_equal(fast_tokenizer(spm), exact)
+        check_equal(fast_tokenizer(open_tokenizer(spm)), open_tokenizer(other))
 
 
 def test_user_defined_symbols(tmp_path):
     symbols = ["<|sep|>", "\n", "\n\n", "  ", "\u2581\u2581\u2581", "x\u2581"]
     path = train_tokenizer(tmp_path / "u.model", user_defined_symbols=symbols)
-    fast = fast_tokenizer(path)  # gated inside, on texts made of its slices
+    fast = fast_tokenizer(open_tokenizer(path))  # checked inside, on texts made of its pieces
     exact = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for text in ("a<|sep|>b", "\n\n\n", "      ", "x y  x  z", "<|sep|><s>"):
         assert fast.encode(text) == [1, *exact.encode(text)]

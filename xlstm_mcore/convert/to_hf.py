@@ -23,11 +23,12 @@ from transformers import AutoTokenizer, GenerationConfig, xLSTMConfig
 from xlstm_io.checkpoint.manifest import is_weight, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import Entry, write_safetensors
-from xlstm_io.tokenizer.open import SENTENCEPIECE_NAME, TokenizerFile, open_tokenizer
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
+from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.names import EMBEDDING, OUTPUT, Dimensions, Row, rows
-from xlstm_mcore.convert.tokenizer import SAMPLES, fast_tokenizer
+from xlstm_mcore.convert.tokenizer import SAMPLES, SPACE_SYMBOL_NOTE, fast_tokenizer
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"
@@ -57,7 +58,7 @@ def export(
 
     Raises ConvertError if the model has no counterpart in transformers, if the tokenizer is missing
     or another one, or if `out` is somebody else's; CheckpointError if the checkpoint is not
-    sound; TokenizerFileError if the tokenizer is none.
+    sound; TokenizerFileError if the tokenizer cannot be opened.
     """
     out = Path(out).absolute()
     _check_replaceable(out)
@@ -73,8 +74,7 @@ def export(
         temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
         try:
-            write_tokenizer = _copy_hugging_face if found.is_hugging_face else _write_sentencepiece
-            notes = [*write_tokenizer(found, temporary), *_cache_notes(dimensions)]
+            notes = [*_write_tokenizer(found, temporary), *_cache_notes(dimensions)]
             _write_config(
                 temporary, model, dimensions, found, use_cache=not _cache_notes(dimensions)
             )
@@ -166,7 +166,7 @@ def _check_tensors(reader: CheckpointReader, dimensions: Dimensions) -> list[Row
     return tensors
 
 
-def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> TokenizerFile:
+def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> Tokenizer:
     """The tokenizer to ship; ConvertError if it is missing or not the checkpoint's."""
     recorded = state.get("tokenizer") or {}
     path = given or (Path(recorded["path"]) if "path" in recorded else None)
@@ -182,37 +182,46 @@ def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> To
         )
     if tokenizer.vocab_size > vocab:
         raise ConvertError(
-            f"{path} has {tokenizer.vocab_size} slices, the model only model.vocab_size={vocab}"
+            f"{path} has {tokenizer.vocab_size} ids, the model only model.vocab_size={vocab}"
         )
     return tokenizer
 
 
-def _write_sentencepiece(tokenizer: TokenizerFile, folder: Path) -> list[str]:
-    """Ship `tokenizer.model` and, where it is exact, its fast form; what to note about it."""
-    (path,) = tokenizer.files
-    shutil.copyfile(path, folder / SENTENCEPIECE_NAME)
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Ship the tokenizer's files as they are, with a fast form of a SentencePiece model.
+
+    Returns:
+        What a user should know about it.
+    """
+    for name, data in tokenizer.files.items():
+        (folder / name).write_bytes(data)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _write_fast_form(tokenizer, folder)
+    return _compare_with_transformers(tokenizer, folder)
+
+
+def _write_fast_form(tokenizer: SentencePieceTokenizer, folder: Path) -> list[str]:
+    """Add the fast form of a SentencePiece model where there is one; what to note about it."""
     try:
-        fast_tokenizer(path).save_pretrained(folder)
+        fast_tokenizer(tokenizer).save_pretrained(folder)
     except ConvertError as error:
         return [f"{error}. The folder has tokenizer.model only; encode with sentencepiece.", NO_BOS]
-    return []
+    return [SPACE_SYMBOL_NOTE]
 
 
-def _copy_hugging_face(tokenizer: TokenizerFile, folder: Path) -> list[str]:
-    """Ship the tokenizer's files as they are; what to note about it.
+def _compare_with_transformers(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """What to note about a Hugging Face tokenizer as transformers reads it.
 
-    How transformers reads them depends on its version and on the class that they name, so the ids
+    That depends on the version of transformers and on the class that the files name, so the ids
     are compared.
     """
-    for file in tokenizer.files:
-        shutil.copyfile(file, folder / file.name)
     try:
         auto = AutoTokenizer.from_pretrained(folder)
         for text in SAMPLES:
             ids = auto.encode(text, add_special_tokens=False, split_special_tokens=True)
-            if ids != tokenizer.encode(text):
+            if ids != tokenizer.encode([text])[0].tolist():
                 raise ConvertError(f"it gives other ids for {text[:60]!r}")
-        bos_first = auto.encode("a")[0] == tokenizer.bos
+        bos_first = auto.encode("a")[0] == tokenizer.bos_id
     except Exception as error:  # whatever a class of transformers may raise
         return [
             f"AutoTokenizer is not the trained tokenizer ({error}); use tokenizers' own.",
@@ -238,12 +247,13 @@ def _write_config(
     folder: Path,
     model: dict[str, Any],
     dimensions: Dimensions,
-    tokens: TokenizerFile,
+    tokens: Tokenizer,
     use_cache: bool,
 ) -> None:
     """config.json and generation_config.json, with the kernels that need no further package."""
     factor, multiple = _ffn_rule(model, dimensions)
-    ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    names = ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": getattr(tokens, f"{name}_id") for name in names}
     xLSTMConfig(
         architectures=["xLSTMForCausalLM"],
         dtype="float32",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from xlstm_io.checkpoint.manifest import resolve
-from xlstm_io.tokenizer.open import open_tokenizer
+from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
 
 #: 1, less than a chunk, a chunk of 64, and a chunk with a rest: each takes another path in both.
@@ -91,7 +91,7 @@ def samples(
 ) -> list[str]:
     """A few texts that transformers generates from bos, sampled with a fixed seed."""
     tokenizer = open_tokenizer(Path(folder))
-    prompt = torch.tensor([[tokenizer.eos if tokenizer.bos is None else tokenizer.bos]])
+    prompt = torch.tensor([[tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]])
     torch.manual_seed(0)
     texts = []
     for _ in range(count):
