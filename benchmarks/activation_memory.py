@@ -1,6 +1,6 @@
 """Bytes of activations that a model keeps for its backward pass, counted without computing them.
 
-``python -m benchmarks.activation_memory pretrain/configs/xlstm_7b.yaml`` builds each kind of block
+`python -m benchmarks.activation_memory pretrain/configs/xlstm_7b.yaml` builds each kind of block
 of a run file with its true widths on fake tensors (shapes without memory), runs its forward pass
 with the Triton kernels' own rules for what they save, and counts what autograd holds. Nothing here
 is a measurement: no allocator's rounding, no workspace, no weights, gradients or optimizer state.
@@ -25,7 +25,7 @@ from xlstm_mcore.recompute import MODES, count_saved
 
 
 def kept_by_block(model: dict, precision: str, tokens: int, mode: str) -> dict[str, int]:
-    """Bytes that one block of each kind keeps for one row of ``tokens`` tokens."""
+    """Bytes that one block of each kind keeps for one row of `tokens` tokens."""
     section = model | {"pattern": model["pattern"].replace("|", ""), "kernel_backend": "triton"}
     config = make_config(section, precision=precision, recompute=mode)
     groups = single_process_groups()

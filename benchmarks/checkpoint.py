@@ -1,6 +1,6 @@
 """How long a save stops training, and how fast checkpoints are written and read.
 
-``python -m benchmarks.checkpoint`` saves and loads the same state with this project and with
+`python -m benchmarks.checkpoint` saves and loads the same state with this project and with
 torch.distributed.checkpoint (DCP) in turn, round after round, on one rank of this machine; medians
 over rounds. The yardstick of the stall is the copy of the state into memory that is there already:
 less is not possible without stopping the next step. Both flush to the disk; this project also

@@ -1,7 +1,7 @@
 """What context parallelism costs one rank, by arithmetic: bytes kept, bytes received, messages.
 
 For each block, one micro-batch, forward and backward; what a rank sends is what another receives.
-Nothing here is a measurement. Needs the ``model:`` section's attributes and no torch.
+Nothing here is a measurement. Needs the `model:` section's attributes and no torch.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def block_costs(
     Args:
         letter: the block's letter.
         model: the model section.
-        tokens: of a row on this rank, ``s / cp``.
+        tokens: of a row on this rank, `s / cp`.
         ranks: context-parallel size.
         tensor: tensor-parallel size.
         micro_batch: rows.
@@ -116,7 +116,7 @@ def block_costs(
 def model_costs(
     model: ModelSettings, tokens: int, ranks: int, tensor: int = 1, micro_batch: int = 1
 ) -> Costs:
-    """Of all blocks; ``kept`` and ``received`` add up, ``working`` is the largest."""
+    """Of all blocks; `kept` and `received` add up, `working` is the largest."""
     total = Costs()
     for letter in parse_pattern(model.pattern).letters:
         total += block_costs(letter, model, tokens, ranks, tensor, micro_batch)

@@ -1,9 +1,9 @@
 """One rank's memory and traffic under context parallelism, counted.
 
-``python -m benchmarks.context_parallel pretrain/configs/xlstm_7b.yaml`` prints a table for rows of
+`python -m benchmarks.context_parallel pretrain/configs/xlstm_7b.yaml` prints a table for rows of
 128 k and 1 M tokens (one row per micro-batch, no tensor parallelism, one data-parallel replica).
-Nothing here is a measurement: bytes follow from shapes (``benchmarks.context_costs``,
-``benchmarks.activation_memory``), and no time is given.
+Nothing here is a measurement: bytes follow from shapes (`benchmarks.context_costs`,
+`benchmarks.activation_memory`), and no time is given.
 """
 
 import argparse

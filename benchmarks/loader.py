@@ -8,8 +8,6 @@ loss mask and document boundaries from a mixture of two sources; GPTDataset's it
 labels, loss mask and position ids, one row at a time, not yet collated, its attention mask off.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import statistics
@@ -51,7 +49,7 @@ def make_plan(root: str | Path, seq_len: int, shuffle: str = "row", window: int 
 
 
 def read(plan, rows: int, consumed: int = 0, workers: int = 0) -> float:
-    """CPU seconds of this process for ``rows`` rows as batches."""
+    """CPU seconds of this process for `rows` rows as batches."""
     from pretrain.config.ramp import BatchRamp
     from pretrain.data import TrainLoader
 
@@ -99,7 +97,7 @@ def megatron_dataset(root: Path, seq_len: int, rows: int):
 
 
 def megatron_seconds(dataset, rows: int) -> float:
-    """CPU seconds for ``rows`` items, in the dataset's shuffled order."""
+    """CPU seconds for `rows` items, in the dataset's shuffled order."""
     start = time.process_time()
     for number in range(rows):
         dataset[number % len(dataset)]
@@ -107,7 +105,7 @@ def megatron_seconds(dataset, rows: int) -> float:
 
 
 def opened_files(plan, rows: int) -> tuple[int, int]:
-    """(.tar files opened in all, most open at once) while ``rows`` rows are read in order."""
+    """(.tar files opened in all, most open at once) while `rows` rows are read in order."""
     opened, most = [], 0
 
     def hook(event, arguments):

@@ -14,7 +14,7 @@
     prepare_gpt_model(model, config, seed)
 
 Document boundaries come from what Megatron-LM hands its layers: the attention mask of
-``--reset-attention-mask``, of which the first subdiagonal is read, or ``packed_seq_params``.
+`--reset-attention-mask`, of which the first subdiagonal is read, or `packed_seq_params`.
 Megatron-LM deals the layers out over pipeline stages itself; the pattern's cuts have no effect. Its
 checkpoints hold our layers under our names (ARCHITECTURE.md), so they too load at any layout.
 """
@@ -49,7 +49,7 @@ from xlstm_mcore.parameters.slices import ParameterSlice, attach, named_slices, 
 def gpt_layer_spec(
     config: XLSTMConfig, pp_rank: int = 0, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """What GPTModel takes as ``transformer_layer_spec``: the layers of one pipeline stage.
+    """What GPTModel takes as `transformer_layer_spec`: the layers of one pipeline stage.
 
     Args:
         config: the model's configuration.
@@ -76,7 +76,7 @@ def prepare_gpt_model(model: GPTModel, config: XLSTMConfig, seed: int) -> None:
     has the same weights.
 
     Args:
-        model: a model of :func:`gpt_layer_spec`.
+        model: a model of `gpt_layer_spec`.
         config: its configuration.
         seed: seed of the initial weights.
     """
@@ -139,11 +139,11 @@ class GPTLayer(XLSTMLayer):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """``hidden_states [s(/tp), b, h]`` to the same shape, and no cross-attention context.
+        """`hidden_states [s(/tp), b, h]` to the same shape, and no cross-attention context.
 
         Args:
             hidden_states: the residual stream.
-            attention_mask: bool ``[b or 1, 1, s, s]``, True where attention is forbidden, or None.
+            attention_mask: bool `[b or 1, 1, s, s]`, True where attention is forbidden, or None.
             packed_seq_params: Megatron's description of one packed row, or None.
             unused: what other layers need (rotary embeddings, contexts of cross-attention).
         """
@@ -196,7 +196,7 @@ def _slices_to_save(
 ) -> dict[str, ShardedTensor]:
     """The rectangles of a parameter, or of an optimizer's tensor of its shape, by their names.
 
-    ``key`` is Megatron's, with an optimizer's prefix before the layer's; the rest is the slices'.
+    `key` is Megatron's, with an optimizer's prefix before the layer's; the rest is the slices'.
     """
     assert flattened_range is None, "rectangles of flattened parameters are not supported"
     lead = key[: key.index("decoder.layers.")]
@@ -226,14 +226,14 @@ def _from_loaded_slices(
 
 
 def _from_mask(mask: Tensor, rows: int) -> Tensor:
-    """A document begins at a token that may not see the one before it: ``[b, s]``."""
+    """A document begins at a token that may not see the one before it: `[b, s]`."""
     hidden = mask[:, 0].diagonal(-1, dim1=1, dim2=2)
     first = hidden.new_zeros(len(hidden), 1)
     return torch.cat((first, hidden), dim=1).expand(rows, -1)
 
 
 def _from_lengths(starts: Tensor) -> Tensor:
-    """Boundaries ``[1, s]`` from the documents' first tokens and the end, ``cu_seqlens``."""
+    """Boundaries `[1, s]` from the documents' first tokens and the end, `cu_seqlens`."""
     length = int(starts[-1])
     boundaries = torch.zeros(1, length, dtype=torch.bool, device=cpu_runtime.device())
     boundaries[0, starts[:-1].long()] = True

@@ -34,7 +34,7 @@ def inference_groups() -> ProcessGroupCollection:
     """Process groups for running a trained model: all processes of the launcher share its heads.
 
     Under torchrun (WORLD_SIZE above 1) the tensor-parallel size is the number of processes;
-    without a launcher this is :func:`single_process_groups`.
+    without a launcher this is `single_process_groups`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return single_process_groups()
@@ -78,12 +78,12 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
 
 @torch.no_grad()
 def model_logits(model: XLSTMModel, tokens: Tensor) -> Tensor:
-    """Logits ``[b, s, vocab]`` (fp32) of int64 ``tokens [b, s]``, the same on every rank."""
+    """Logits `[b, s, vocab]` (fp32) of int64 `tokens [b, s]`, the same on every rank."""
     model.eval()
     return gather_vocabulary(model, model(tokens.to(cpu_runtime.device())))
 
 
 def gather_vocabulary(model: XLSTMModel, logits: Tensor) -> Tensor:
-    """Whole rows ``[..., vocab]`` from every tensor-parallel rank's ``[..., vocab/tp]``."""
+    """Whole rows `[..., vocab]` from every tensor-parallel rank's `[..., vocab/tp]`."""
     group = model.tp_group
     return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)

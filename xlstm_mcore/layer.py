@@ -35,7 +35,7 @@ class XLSTMLayerSubmodules:
 
 
 def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
-    """The ModuleSpec of a layer for one letter of the pattern (see ``XLSTMConfig.pattern``)."""
+    """The ModuleSpec of a layer for one letter of the pattern (see `XLSTMConfig.pattern`)."""
     swiglu = {"width": config.ffn_dim, "activation": "silu"}
     geglu = {"width": config.slstm_ffn_dim, "activation": "gelu"}
     submodules = {
@@ -50,7 +50,7 @@ def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
 
 
 class XLSTMLayer(MegatronModule):
-    """``x + mixer(norm(x))`` and then, where present, ``x + feed_forward(norm(x))``.
+    """`x + mixer(norm(x))` and then, where present, `x + feed_forward(norm(x))`.
 
     Args:
         config: the model's configuration.
@@ -89,11 +89,11 @@ class XLSTMLayer(MegatronModule):
             )
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """``x [s(/tp), b, h]`` to the same shape.
+        """`x [s(/tp), b, h]` to the same shape.
 
         Args:
             x: the residual stream.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+            boundaries: bool `[b, s]`, True at the first token of a document, or None.
             cache: this layer's state between calls when generating; read and updated.
         """
         if not torch.is_grad_enabled() or cache is not None or self.recompute == "none":

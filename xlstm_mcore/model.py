@@ -62,7 +62,7 @@ class XLSTMStack(MegatronModule):
             built(self.final_norm)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """``x [s(/tp), b, h]`` through this stage's layers, same shape."""
+        """`x [s(/tp), b, h]` through this stage's layers, same shape."""
         for layer in self.layers:
             state = None if cache is None else cache.setdefault(layer.layer_number, {})
             x = layer(x, boundaries, state)
@@ -73,19 +73,19 @@ class Head(ColumnParallelLinear):
     """The output layer: logits, or losses of logits that are never whole.
 
     Losses are made inside its call because wrappers that bring weights late (DDP with
-    ``overlap_param_gather``) wait for a module's weights when the module is called.
+    `overlap_param_gather`) wait for a module's weights when the module is called.
     """
 
     def forward(self, x: Tensor, weight: Tensor | None = None, labels: Tensor | None = None):
-        """Logits of ``x [s(/tp), b, h]`` as Megatron's layer returns them, or token losses.
+        """Logits of `x [s(/tp), b, h]` as Megatron's layer returns them, or token losses.
 
         Args:
             x: normalised activations.
             weight: the embedding's weight when it is tied on this stage, else None.
-            labels: int64 ``[s, b]``, or None.
+            labels: int64 `[s, b]`, or None.
 
         Returns:
-            ``(logits [s, b, vocab/tp], None)``; with labels losses ``[s, b]`` (nats, fp32).
+            `(logits [s, b, vocab/tp], None)`; with labels losses `[s, b]` (nats, fp32).
         """
         if labels is None:
             return super().forward(x, weight=weight)
@@ -110,7 +110,7 @@ class XLSTMModel(LanguageModule):
         pg_collection: process groups.
         pre_process: whether this stage holds the embedding.
         post_process: whether this stage holds the head.
-        stage: index of this stage in the pattern's cuts, ``virtual_rank * pp + pp_rank``.
+        stage: index of this stage in the pattern's cuts, `virtual_rank * pp + pp_rank`.
         vp_stage: index of this model chunk on its rank, with interleaved stages.
         built: called with every part (embedding, layer, final norm, head) as soon as it is made,
             its parameters without values; so no more than one part needs to be whole at a time.
@@ -185,16 +185,16 @@ class XLSTMModel(LanguageModule):
         """One stage's forward pass.
 
         Args:
-            tokens: int64 ``[b, s]``.
-            boundaries: bool ``[b, s]``, True at the first token of a document, or None.
-            labels: int64 ``[b, s]``; with labels the last stage returns losses.
+            tokens: int64 `[b, s]`.
+            boundaries: bool `[b, s]`, True at the first token of a document, or None.
+            labels: int64 `[b, s]`; with labels the last stage returns losses.
             cache: layer states between calls when generating; read and updated.
-            last_only: logits of the last position alone, ``[b, 1, vocab/tp]``; what a long prompt
+            last_only: logits of the last position alone, `[b, 1, vocab/tp]`; what a long prompt
                 needs.
 
         Returns:
-            Before the last stage activations ``[s(/tp), b, h]``; on the last one token losses
-            ``[b, s]`` (nats, fp32), or without labels this rank's logits ``[b, s, vocab/tp]``.
+            Before the last stage activations `[s(/tp), b, h]`; on the last one token losses
+            `[b, s]` (nats, fp32), or without labels this rank's logits `[b, s, vocab/tp]`.
         """
         if self.pre_process:
             x = self.embedding(tokens, None)

@@ -7,7 +7,7 @@ replays the random states of both of its generators).
 from that at the cost of reading it: norms, the activation of the feed-forward part, output gates,
 fp32 copies, and what sequence parallelism gathered. Autograd saves such a tensor twice, as an input
 or output of the cheap operation and again as the factor of the next matrix product, so making the
-operation a checkpoint is not enough: :func:`recomputed` also leaves a recipe wherever a later
+operation a checkpoint is not enough: `recomputed` also leaves a recipe wherever a later
 operation of the layer saves its output.
 """
 
@@ -71,7 +71,7 @@ _layer: _Layer | None = None
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, which selective recompute does not keep.
+    """`function(*inputs)`, which selective recompute does not keep.
 
     Args:
         function: cheap and a function of the tensors alone: no random numbers, and parameters among
@@ -86,7 +86,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def regathered(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` of a collective that keeps nothing for its own backward pass.
+    """`function(x)` of a collective that keeps nothing for its own backward pass.
 
     Selective recompute repeats it in the backward pass where its output is needed again, instead of
     holding the whole sequence on every rank, and differentiates it as it is.

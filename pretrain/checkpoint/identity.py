@@ -1,7 +1,5 @@
 """Is this checkpoint one of the run that wants to continue from it?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

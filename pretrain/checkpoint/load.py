@@ -1,7 +1,5 @@
 """Finding and loading, agreed by all ranks; `xlstm_io.checkpoint.reader` reads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pretrain.checkpoint.ranks import Ranks

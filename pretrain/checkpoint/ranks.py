@@ -6,8 +6,6 @@ training's backend is. Both kinds of collectives can then be under way at the sa
 order.
 """
 
-from __future__ import annotations
-
 import datetime
 import traceback
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Which checkpoints stay, and the removal of attempts that nobody will finish."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Sequence

@@ -6,8 +6,6 @@ memory; its other writer pickles. What is left of it then is the exchange of pla
 `pretrain.checkpoint.ranks` has that in a form that a background thread can use.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json

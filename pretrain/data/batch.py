@@ -27,7 +27,7 @@ class Batch:
     boundaries: torch.Tensor
 
     def context_slice(self, rank: int, size: int) -> Batch:
-        """What context-parallel rank ``rank`` of ``size`` computes: its slice of every row.
+        """What context-parallel rank `rank` of `size` computes: its slice of every row.
 
         Boundaries stay those of the whole row: cells that see all positions need them.
         """
@@ -39,7 +39,7 @@ class Batch:
         return Batch(*(part[:, mine].contiguous() for part in parts), self.boundaries)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """The same batch on `device`."""
         parts = (self.tokens, self.labels, self.loss_mask, self.boundaries)
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -60,7 +60,7 @@ class Batch:
 class DataCursor:
     """Where a run stands in its data: all that a checkpoint needs, the same on every rank.
 
-    plan is the description of the order of the consumed samples (``DataPlan.describe``): a
+    plan is the description of the order of the consumed samples (`DataPlan.describe`): a
     checkpoint continues only on data that describe themselves equally, or where a change is meant.
     quarantined are the damaged rows that were met.
     """
@@ -75,6 +75,6 @@ class DataCursor:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataCursor:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of `to_dict`."""
         rows = tuple(DamagedRow(**row) for row in values.get("quarantined", ()))
         return cls(int(values["consumed_samples"]), dict(values.get("plan", {})), rows)

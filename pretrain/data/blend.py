@@ -1,6 +1,6 @@
 """Weighted mixtures: sample number -> (source, draw of that source), a pure function.
 
-Samples come in cycles of ``CYCLE`` slots. Each cycle holds exactly the same number of slots of each
+Samples come in cycles of `CYCLE` slots. Each cycle holds exactly the same number of slots of each
 source, its quota: the weights' shares of the cycle, rounded so that they add up (largest remainder;
 weights of up to four decimals are exact). One permuted table says whose turn each slot is and how
 many slots of the same source came before it. So the n-th draw of a source is found in closed form,
@@ -9,8 +9,6 @@ draws follow one another without a gap, and memory is O(CYCLE) whatever the leng
 *Phases* change the weights from a given sample on. A phase continues the draws of every source
 where the phase before left them, also in the middle of a cycle: no row is skipped or repeated.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +22,14 @@ CYCLE = 10_000
 
 @dataclass(frozen=True)
 class Phase:
-    """From sample ``from_sample`` on, sources are mixed by ``weights`` (absent: not used)."""
+    """From sample `from_sample` on, sources are mixed by `weights` (absent: not used)."""
 
     from_sample: int
     weights: Mapping[str, float]
 
 
 def quotas(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
-    """Whole numbers in proportion to ``weights`` that add up to ``cycle`` (largest remainder)."""
+    """Whole numbers in proportion to `weights` that add up to `cycle` (largest remainder)."""
     total = sum(weights)
     exact = [weight / total * cycle for weight in weights]
     whole = [int(share + 1e-9) for share in exact]
@@ -56,7 +54,7 @@ class _Table:
         self.rank[by_source] = np.arange(CYCLE) - (bounds - self.quota)[self.source[by_source]]
 
     def draws(self, samples: int) -> np.ndarray:
-        """Draws of each source [sources] before the ``samples``-th sample of this phase."""
+        """Draws of each source [sources] before the `samples`-th sample of this phase."""
         cycle, slot = divmod(samples, CYCLE)
         begun = np.bincount(self.source[:slot], minlength=len(self.quota))
         return self.before + cycle * self.quota + begun
@@ -71,10 +69,10 @@ class _Table:
 
 
 class Blend:
-    """The mixture of the sources ``names`` through ``phases``, the first of which starts at 0.
+    """The mixture of the sources `names` through `phases`, the first of which starts at 0.
 
     The caller has checked that names are known, weights positive and phases in order
-    (``pretrain.config.data_checks``).
+    (`pretrain.config.data_checks`).
     """
 
     def __init__(self, names: Sequence[str], phases: Sequence[Phase], seed: int):
@@ -91,13 +89,13 @@ class Blend:
             self._tables.append(_Table(quota, before, key))
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source (its place in ``names``) and which draw of it the samples are.
+        """Which source (its place in `names`) and which draw of it the samples are.
 
         Args:
             samples: int64 array of sample numbers, from 0.
 
         Returns:
-            Two int64 arrays of the shape of ``samples``.
+            Two int64 arrays of the shape of `samples`.
         """
         samples = np.asarray(samples, np.int64)
         phase = np.searchsorted(self._starts, samples, side="right") - 1
@@ -109,7 +107,7 @@ class Blend:
         return source, draw
 
     def shares(self, number: int) -> dict[str, float]:
-        """The share of each source that phase ``number`` uses, as it is kept."""
+        """The share of each source that phase `number` uses, as it is kept."""
         quota = self._tables[number].quota.tolist()
         return {name: q / CYCLE for name, q in zip(self.names, quota, strict=True) if q}
 
@@ -118,7 +116,7 @@ class Blend:
         return self.shares(int(np.searchsorted(self._starts, sample, side="right")) - 1)
 
     def draws(self, consumed: int) -> dict[str, int]:
-        """How many draws of each source the first ``consumed`` samples are."""
+        """How many draws of each source the first `consumed` samples are."""
         number = int(np.searchsorted(self._starts, consumed, side="right")) - 1
         counts = self._tables[number].draws(consumed - int(self._starts[number]))
         return dict(zip(self.names, counts.tolist(), strict=True))

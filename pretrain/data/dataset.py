@@ -33,7 +33,7 @@ class NoRowsError(DataError):
 class Rows:
     """Rows that were read, as small as they lie on disk.
 
-    tokens [n, seq_len + 1] of the stored type; segments uint32 (see ``xlstm_io.shards.shard``) and
+    tokens [n, seq_len + 1] of the stored type; segments uint32 (see `xlstm_io.shards.shard`) and
     owner int64, the row among the n that each belongs to; damaged: (place among the n, error) of
     each row whose bytes are not those that were written and which is padding without a loss here.
     """
@@ -44,12 +44,12 @@ class Rows:
     damaged: list[tuple[int, CorruptShardError]]
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """loss_mask float32 and boundaries bool, each [n, seq_len]; see ``row_masks``."""
+        """loss_mask float32 and boundaries bool, each [n, seq_len]; see `row_masks`."""
         rows, row_tokens = self.tokens.shape
         return row_masks(self.owner, self.segments, (rows, row_tokens - 1))
 
     def padded(self, rows: int, pad_id: int) -> Rows:
-        """The same rows and then padding without a loss, ``rows`` in all."""
+        """The same rows and then padding without a loss, `rows` in all."""
         missing = rows - len(self.tokens)
         return Rows(
             np.pad(self.tokens, ((0, missing), (0, 0)), constant_values=pad_id),
@@ -60,7 +60,7 @@ class Rows:
 
 
 class TokenDataset:
-    """Rows of ``split`` in the folder ``path``, in the order in which they were written.
+    """Rows of `split` in the folder `path`, in the order in which they were written.
 
     Args:
         path: folder of shards (or its manifest.json), or its URL.
@@ -73,7 +73,7 @@ class TokenDataset:
     Raises:
         DataError: no or damaged manifest, other seq_len, an unknown source, a split without rows,
             missing or truncated shards (sizes of all are compared at once; hashes when a block is
-            read). With ``quarantine`` a bad shard is found when one of its rows is read.
+            read). With `quarantine` a bad shard is found when one of its rows is read.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class TokenDataset:
         """Rows by number.
 
         Raises:
-            CorruptShardError: bytes on disk are not those that were written (no ``quarantine``).
+            CorruptShardError: bytes on disk are not those that were written (no `quarantine`).
         """
         return read_rows([self], np.zeros(len(rows), np.int64), rows)
 
     def fill(self, rows: np.ndarray, places: np.ndarray, tokens: np.ndarray, segments: list):
-        """Read ``rows`` into ``tokens[places]`` and ``segments[places]``; the damaged ones.
+        """Read `rows` into `tokens[places]` and `segments[places]`; the damaged ones.
 
-        Rows are read in the order in which they lie on disk. See :func:`read_rows`.
+        Rows are read in the order in which they lie on disk. See `read_rows`.
         """
         if len(rows) and not (0 <= rows.min() and rows.max() < self.num_rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {self.num_rows}")
@@ -150,7 +150,7 @@ class TokenDataset:
 
     @property
     def open_files(self) -> int:
-        """How many shards are open now; at most ``max_open``."""
+        """How many shards are open now; at most `max_open`."""
         return len(self._open)
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndar
         rows: row numbers in those datasets.
 
     Raises:
-        CorruptShardError: see :meth:`TokenDataset.read`.
+        CorruptShardError: see `TokenDataset.read`.
     """
     rows = np.asarray(rows, np.int64)
     seq_len = datasets[0].seq_len

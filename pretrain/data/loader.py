@@ -104,7 +104,7 @@ class _Steps:
 
 
 def _produce(pipeline: wds.DataPipeline, out: queue.Queue, stop: threading.Event) -> None:
-    """Fill ``out`` from the pipeline until ``stop`` or its end."""
+    """Fill `out` from the pipeline until `stop` or its end."""
     for item in pipeline:
         while not stop.is_set():
             try:
@@ -125,14 +125,14 @@ class TrainLoader:
         micro_batch: samples per forward pass of one rank.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
         step: where to start; finished steps.
-        consumed_samples: what a checkpoint's cursor says; None takes the ramp's number at ``step``.
+        consumed_samples: what a checkpoint's cursor says; None takes the ramp's number at `step`.
         workers: processes that read ahead; 0 reads ahead in a thread of this process.
         quarantine: where damaged rows go, if the plan's datasets give them as padding.
 
     Raises:
         ValueError: a batch of the ramp is not a multiple of micro_batch * dp_size (and bad ranges).
-        CorruptShardError: from ``next``, when bytes on disk are not those that were written.
-        DataError: from ``next``, when the quarantine is full.
+        CorruptShardError: from `next`, when bytes on disk are not those that were written.
+        DataError: from `next`, when the quarantine is full.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class _Thread:
         self._finalizer = weakref.finalize(self, self._stop.set)
 
     def get(self) -> tuple[str, object]:
-        """The next item; StopIteration after ``close``."""
+        """The next item; StopIteration after `close`."""
         if self._stop.is_set():
             raise StopIteration
         if self._thread.ident is None:
@@ -257,7 +257,7 @@ class _Processes:
         self._closed = False
 
     def get(self) -> tuple[str, object]:
-        """The next item; StopIteration after ``close``."""
+        """The next item; StopIteration after `close`."""
         if self._closed:
             raise StopIteration
         if self._iterator is not None:
@@ -295,7 +295,7 @@ class ValidLoader:
     """Walks a split once, in order; iterate again to walk again.
 
     Batch j of rank r holds the rows [(j * dp_size + r) * micro_batch, + micro_batch). Rows past the
-    end are pad tokens with loss_mask 0, so that every rank has ``len(self)`` batches of full size.
+    end are pad tokens with loss_mask 0, so that every rank has `len(self)` batches of full size.
 
     Raises:
         ValueError: dp_rank outside dp_size or micro_batch < 1.

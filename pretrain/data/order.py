@@ -1,16 +1,14 @@
 """The order of one source: draw number -> row, a pure function of the seed.
 
 No list of indices is kept and no iterator state: a Feistel network is a permutation of [0, 4^w)
-for every round function, and walking its cycles until the value falls below ``size`` makes it a
+for every round function, and walking its cycles until the value falls below `size` makes it a
 permutation of [0, size). So each epoch visits each row once, in an order of its own, and a run
 continues at any sample number at the same cost as at zero.
 
-``RowOrder`` permutes all rows: the best mixture, and a random read of a few KB for each row.
-``WindowOrder`` permutes the shards, and the rows inside windows of a few neighbouring shards: each
+`RowOrder` permutes all rows: the best mixture, and a random read of a few KB for each row.
+`WindowOrder` permutes the shards, and the rows inside windows of a few neighbouring shards: each
 window's files are read once and whole, for object stores and parallel file systems.
 """
-
-from __future__ import annotations
 
 from collections import OrderedDict
 from typing import Protocol
@@ -37,12 +35,12 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def derive_seed(seed: int, *words: str | int) -> int:
-    """A seed of its own for everything that ``words`` name; 64 bits."""
+    """A seed of its own for everything that `words` name; 64 bits."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *words))).encode())
 
 
 def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Image of ``index`` (any integer array with values in [0, size)) under a permutation.
+    """Image of `index` (any integer array with values in [0, size)) under a permutation.
 
     Args:
         size: number of rows; the permutation is of [0, size).
@@ -50,7 +48,7 @@ def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarra
         epoch: each epoch has another permutation.
 
     Returns:
-        int64 array of the shape of ``index``.
+        int64 array of the shape of `index`.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
@@ -68,12 +66,12 @@ def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarra
 
 
 class Order(Protocol):
-    """Which row of a source its draw number is; ``size`` draws are an epoch."""
+    """Which row of a source its draw number is; `size` draws are an epoch."""
 
     size: int
 
     def rows(self, draws: np.ndarray) -> np.ndarray:
-        """Row numbers (int64, the shape of ``draws``); draws count from 0 over all epochs."""
+        """Row numbers (int64, the shape of `draws`); draws count from 0 over all epochs."""
 
 
 class RowOrder:
@@ -83,7 +81,7 @@ class RowOrder:
         self.size, self.seed = num_rows, seed
 
     def rows(self, draws: np.ndarray) -> np.ndarray:
-        """See :class:`Order`."""
+        """See `Order`."""
         epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
         rows = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
@@ -93,7 +91,7 @@ class RowOrder:
 
 
 class WindowOrder:
-    """Every epoch permutes the shards; the rows of each ``window`` consecutive ones are mixed.
+    """Every epoch permutes the shards; the rows of each `window` consecutive ones are mixed.
 
     Args:
         shard_rows: rows of each shard, in the order in which the rows are numbered.
@@ -110,7 +108,7 @@ class WindowOrder:
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def rows(self, draws: np.ndarray) -> np.ndarray:
-        """See :class:`Order`."""
+        """See `Order`."""
         epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
         rows = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():

@@ -3,9 +3,9 @@
     sample --Blend--> (source, draw of it) --Order--> row --TokenDataset--> tokens
 
 Every stage is a pure function of the seed, so a run continues anywhere, on any number of processes,
-and nothing but the sample number is stored. The plan also describes itself (``describe``):
+and nothing but the sample number is stored. The plan also describes itself (`describe`):
 checkpoints keep that description, and one that another plan made is refused. Where the change is
-meant (``checkpoint.accept_changes: cursor.plan``), the run goes on with what the new plan says
+meant (`checkpoint.accept_changes: cursor.plan`), the run goes on with what the new plan says
 about the next sample number, as if it had been the plan from the start: rows may be met again
 before their epoch is over. A phase that begins later is no such change, and repeats nothing.
 """
@@ -66,7 +66,7 @@ class DataPlan:
 
     @classmethod
     def of(cls, dataset: TokenDataset, *, seed: int, **options: Any) -> DataPlan:
-        """The plan of a run on one dataset; what ``data.path`` means."""
+        """The plan of a run on one dataset; what `data.path` means."""
         return cls({"": dataset}, [Phase(0, {"": 1.0})], seed=seed, **options)
 
     @property
@@ -80,13 +80,13 @@ class DataPlan:
         return sum(dataset.num_rows for dataset in self.datasets)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source (its place in ``names``) and which of its rows the samples are.
+        """Which source (its place in `names`) and which of its rows the samples are.
 
         Args:
             samples: int64 array of global sample numbers, from 0.
 
         Returns:
-            Two int64 arrays of the shape of ``samples``.
+            Two int64 arrays of the shape of `samples`.
         """
         which, draws = self._blend.locate(samples)
         rows = np.empty_like(draws)
@@ -96,17 +96,17 @@ class DataPlan:
         return which, rows
 
     def read(self, which: np.ndarray, rows: np.ndarray) -> Rows:
-        """Rows that :meth:`locate` found; see ``TokenDataset.read`` for errors."""
+        """Rows that `locate` found; see `TokenDataset.read` for errors."""
         return read_rows(self.datasets, which, rows)
 
     def epochs(self, consumed: int) -> dict[str, float]:
-        """Passes over each source that the first ``consumed`` samples are."""
+        """Passes over each source that the first `consumed` samples are."""
         draws = self._blend.draws(consumed)
         sizes = {n: d.num_rows for n, d in zip(self.names, self.datasets, strict=True)}
         return {name: draws[name] / sizes[name] for name in self.names}
 
     def summary(self, consumed: int) -> str:
-        """One line about the sources and the shuffle, at the phase of sample ``consumed``."""
+        """One line about the sources and the shuffle, at the phase of sample `consumed`."""
         parts = []
         shares, epochs = self._blend.shares_at(consumed), self.epochs(consumed)
         for name, dataset in zip(self.names, self.datasets, strict=True):
@@ -119,7 +119,7 @@ class DataPlan:
         return f"{'; '.join(parts)}; {how}, at most {files} files open in each process"
 
     def describe(self, consumed: int) -> dict[str, Any]:
-        """All that the first ``consumed`` samples (at least one) depend on, as plain values.
+        """All that the first `consumed` samples (at least one) depend on, as plain values.
 
         Two plans that describe themselves equally up to a sample agree on every sample before it.
         Phases that start later, and sources that only those use, are left out: a run may add them.
@@ -172,7 +172,7 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
 
 
 def open_plan(data: Any, seed: int) -> DataPlan:
-    """The training data that a ``DataConfig`` describes.
+    """The training data that a `DataConfig` describes.
 
     Raises:
         DataError: with the problems of all sources.
@@ -204,9 +204,9 @@ def open_plan(data: Any, seed: int) -> DataPlan:
 
 
 def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDataset]:
-    """The sets to evaluate on, by name: ``data.valid``, or the validation split of every source.
+    """The sets to evaluate on, by name: `data.valid`, or the validation split of every source.
 
-    ``plan``: the training data, whose tokenizer the sets must share. Sources without validation
+    `plan`: the training data, whose tokenizer the sets must share. Sources without validation
     rows are left out, as long as there are others.
 
     Raises:

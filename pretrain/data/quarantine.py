@@ -33,7 +33,7 @@ class DamagedRow:
 
     @classmethod
     def of(cls, sample: int, source: str, row: int, error: CorruptShardError) -> DamagedRow:
-        """The record of a row that raised ``error``."""
+        """The record of a row that raised `error`."""
         return cls(
             sample, source, row, error.path, error.block, error.offset, error.expected, error.got
         )
@@ -65,7 +65,7 @@ class Quarantine:
         """Write down rows that this process met.
 
         Raises:
-            DataError: more than ``limit`` rows.
+            DataError: more than `limit` rows.
         """
         new = [row for row in rows if row.sample not in self._rows]
         if new and self.file is not None:
@@ -80,7 +80,7 @@ class Quarantine:
         """Take over rows that other ranks met.
 
         Raises:
-            DataError: more than ``limit`` rows.
+            DataError: more than `limit` rows.
         """
         self._rows |= {row.sample: row for row in rows}
         if len(self._rows) > self.limit:

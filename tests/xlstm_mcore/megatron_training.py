@@ -1,9 +1,9 @@
 """Five steps of Megatron-LM's own trainer on GPTModel with our layers; prints losses and norms.
 
-``python -m tests.xlstm_mcore.megatron_training`` needs the newer stack: megatron-core 0.19's wheel
-holds ``megatron.training``. Its ``setup_model_and_optimizer`` and ``train_step`` run as they are:
+`python -m tests.xlstm_mcore.megatron_training` needs the newer stack: megatron-core 0.19's wheel
+holds `megatron.training`. Its `setup_model_and_optimizer` and `train_step` run as they are:
 arguments, DDP, distributed optimizer, learning rate schedule, clipping. What stands between
-``megatron.training.pretrain`` itself and a machine without CUDA is taken out of the way here, and
+`megatron.training.pretrain` itself and a machine without CUDA is taken out of the way here, and
 none of it computes anything: it asserts CUDA and leaves process groups alone without it, compiles a
 data set index builder whose makefile is not in the wheel, builds DDP on a CUDA stream, and keeps
 CUDA's random states for reruns.

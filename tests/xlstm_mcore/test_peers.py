@@ -2,7 +2,7 @@
 
 The maps between names live here, in the test: they are what a converter from the peers' checkpoints
 will need. Traps they handle: norm weights are stored as w - 1 in the classic model, sLSTM's
-``fgate`` projection feeds the input gate and ``igate`` the forget gate, and its recurrent kernel
+`fgate` projection feeds the input gate and `igate` the forget gate, and its recurrent kernel
 lies as [heads, gate * d_out, d_in].
 """
 
@@ -122,7 +122,7 @@ def test_7b_style_equals_xlstm_large(groups, heads, length):
 
 
 def classic_tensors(peer, letters, of, shift):
-    """What ``of`` takes from the classic peer's parameters, under our names and layouts.
+    """What `of` takes from the classic peer's parameters, under our names and layouts.
 
     shift: added to norm weights, which the peer stores as w - 1 (0 for their gradients).
     """

@@ -118,7 +118,7 @@ def test_a_block_recomputed_in_full_keeps_its_input(groups, letter):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precision):
-    """Per token of an ``M`` block, without the cell's own states."""
+    """Per token of an `M` block, without the cell's own states."""
     size = 2 if precision == "bf16" else 4
     few, config = kept(groups, "M", 64, precision, recompute="selective")
     many, _ = kept(groups, "M", 128, precision, recompute="selective")

@@ -20,8 +20,6 @@ This module needs neither the trainer nor torch.distributed, so that conversion 
 checkpoint work in one plain process. Writing is `pretrain.checkpoint`'s.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -9,8 +9,6 @@ Format: 8 bytes little-endian header length, a JSON header padded with spaces to
 then the tensors' bytes without gaps (https://github.com/huggingface/safetensors).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The model card of an export."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +21,14 @@ xlstm-pretrain; the architecture is the one of xLSTM 7B (arXiv 2503.13427).
 
 ## Use
 
-```python
+``python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
+``
 
 Good to know:
 

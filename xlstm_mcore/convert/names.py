@@ -4,8 +4,6 @@ One row per kind of tensor; `{n}` is the layer number. All weights are (out, in)
 is packed, and norm weights are plain, so converting is renaming.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

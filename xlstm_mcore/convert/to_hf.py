@@ -5,8 +5,6 @@ is in memory at a time. They are written in fp32, because transformers' own (nat
 compute correctly only then.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import secrets

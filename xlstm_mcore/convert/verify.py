@@ -1,7 +1,5 @@
 """Compare an exported folder, loaded by transformers, with the model it was exported from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

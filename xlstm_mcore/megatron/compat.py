@@ -37,7 +37,7 @@ def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
     """Flat ranges of the parameters that a DistributedOptimizer updates on this rank.
 
     Yields:
-        ``(parameter, start, end)``: the optimizer owns elements ``[start, end)`` of the flattened
+        `(parameter, start, end)`: the optimizer owns elements `[start, end)` of the flattened
         local parameter.
     """
     for buffers in optimizer.gbuf_ranges:
@@ -49,7 +49,7 @@ def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
 
 
 def adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
-    """Flat fp32 tensors ``param`` (master), ``exp_avg``, ``exp_avg_sq`` of a parameter's shard."""
+    """Flat fp32 tensors `param` (master), `exp_avg`, `exp_avg_sq` of a parameter's shard."""
     group, index = optimizer.model_param_group_index_map[parameter]
     main = optimizer.optimizer.param_groups[group]["params"][index]
     state = optimizer.optimizer.state[main]
@@ -59,7 +59,7 @@ def adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
     """Allocate Adam's state now instead of at the first step, so that it can be loaded into.
 
-    megatron-core's own way leaves out ``step`` for torch's Adam (KeyError at the first update) and
+    megatron-core's own way leaves out `step` for torch's Adam (KeyError at the first update) and
     asserts on a fresh optimizer's state.
     """
     for group in optimizer.param_groups:

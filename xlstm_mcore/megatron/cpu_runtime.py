@@ -1,20 +1,20 @@
 """The one place that makes megatron-core run on a machine without CUDA.
 
-megatron-core hard-codes the CUDA device (``device="cuda"``, ``torch.cuda.current_device()``,
-``param.type() == "torch.cuda.FloatTensor"``). Instead of a second, native trainer that would test
-code nobody runs on GPUs, :func:`activate` gives megatron-core's *own modules* a stand-in for the
-name ``torch`` whose device requests answer "cpu". Nothing outside ``megatron.core`` sees it:
-``torch.cuda`` itself is untouched, and this project's code asks its layout for the device.
+megatron-core hard-codes the CUDA device (`device="cuda"`, `torch.cuda.current_device()`,
+`param.type() == "torch.cuda.FloatTensor"`). Instead of a second, native trainer that would test
+code nobody runs on GPUs, `activate` gives megatron-core's *own modules* a stand-in for the
+name `torch` whose device requests answer "cpu". Nothing outside `megatron.core` sees it:
+`torch.cuda` itself is untouched, and this project's code asks its layout for the device.
 
 Three kinds of cure live here, each with a test that fails without it
 (tests/xlstm_mcore/test_cpu_runtime.py, tests/dist/test_cpu_runtime_dist.py):
 
-1. device requests in module code: the ``torch`` stand-in (:class:`_TorchOnCpu`);
-2. device requests as tensor methods (``t.type()``, ``t.cuda()``), which no module attribute can
-   reach: a ``TorchFunctionMode`` entered only inside the few megatron-core calls that need it;
-3. random state: a CPU tracker behind ``tensor_parallel.get_cuda_rng_tracker()``.
+1. device requests in module code: the `torch` stand-in (`_TorchOnCpu`);
+2. device requests as tensor methods (`t.type()`, `t.cuda()`), which no module attribute can
+   reach: a `TorchFunctionMode` entered only inside the few megatron-core calls that need it;
+3. random state: a CPU tracker behind `tensor_parallel.get_cuda_rng_tracker()`.
 
-Gloo needs one more rule, :func:`pipeline_settings`: with batched point-to-point messages and
+Gloo needs one more rule, `pipeline_settings`: with batched point-to-point messages and
 interleaved stages gloo pairs the wrong messages and gradients are *silently* wrong.
 """
 
@@ -69,7 +69,7 @@ def device() -> torch.device:
 
 
 def process_group_options() -> dict[str, Any]:
-    """Options of ``init_process_group`` for this process's device; selects the device first."""
+    """Options of `init_process_group` for this process's device; selects the device first."""
     if needed():
         return {"backend": "gloo"}
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -109,10 +109,10 @@ def activate() -> bool:
 
 
 def pipeline_settings(backend: str) -> dict[str, Any]:
-    """Point-to-point settings of ``TransformerConfig`` that are right on a communication backend.
+    """Point-to-point settings of `TransformerConfig` that are right on a communication backend.
 
-    On gloo, ``batch_p2p_comm=True`` with interleaved stages gives a gradient norm two orders of
-    magnitude off without any error, and ``overlap_p2p_comm=True`` frees buffers still being sent.
+    On gloo, `batch_p2p_comm=True` with interleaved stages gives a gradient norm two orders of
+    magnitude off without any error, and `overlap_p2p_comm=True` frees buffers still being sent.
 
     Args:
         backend: name of the torch.distributed backend, "gloo" or "nccl".
@@ -121,7 +121,7 @@ def pipeline_settings(backend: str) -> dict[str, Any]:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """``torch.cuda`` as megatron-core sees it on a CPU: the questions it asks, answered "cpu"."""
+    """`torch.cuda` as megatron-core sees it on a CPU: the questions it asks, answered "cpu"."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -140,7 +140,7 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _TorchOnCpu(types.ModuleType):
-    """The module ``torch`` with device requests for CUDA turned into requests for the CPU."""
+    """The module `torch` with device requests for CUDA turned into requests for the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -171,7 +171,7 @@ def _on_cpu(factory: Any) -> Any:
 
 
 class _TensorMethods(TorchFunctionMode):
-    """Answers ``t.type()`` with CUDA's type names and keeps ``t.cuda()`` on the CPU."""
+    """Answers `t.type()` with CUDA's type names and keeps `t.cuda()` on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -205,8 +205,8 @@ def _redirect_methods_in(module_name: str, class_name: str | None, name: str) ->
 def _install_rng_tracker() -> None:
     """Put a tracker of CPU random states where megatron-core looks for the CUDA one.
 
-    Replacing only ``torch.cuda.get_rng_state`` would be a trap: setting a state goes through
-    ``torch.cuda``'s lazy queue, which never runs without CUDA, so every fork would go on with the
+    Replacing only `torch.cuda.get_rng_state` would be a trap: setting a state goes through
+    `torch.cuda`'s lazy queue, which never runs without CUDA, so every fork would go on with the
     same numbers.
     """
     random = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -219,7 +219,7 @@ def _install_rng_tracker() -> None:
         _xlstm_on_cpu = True
 
         def add(self, name: str, seed: int) -> None:
-            """Track a new state ``name`` seeded with ``seed``."""
+            """Track a new state `name` seeded with `seed`."""
             if seed in self.seeds_ or name in self.states_:
                 raise ValueError(f"rng state {name!r} or seed {seed} exists already")
             self._is_initialized = True
@@ -228,7 +228,7 @@ def _install_rng_tracker() -> None:
 
         @contextlib.contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Any:
-            """Run the block with state ``name``, then go back to the state before it."""
+            """Run the block with state `name`, then go back to the state before it."""
             if name not in self.states_:
                 raise KeyError(f"rng state {name!r} was not added")
             outside = torch.get_rng_state()

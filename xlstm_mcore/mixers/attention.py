@@ -3,7 +3,7 @@
 Rotary positions (Su et al. 2021, arXiv 2104.09864) and, as an option, grouped-query attention
 (Ainslie et al. 2023, arXiv 2305.13245), parallel by heads: under context parallelism an all-to-all
 turns a slice of the sequence into the whole sequence of fewer heads. The core is torch's
-``scaled_dot_product_attention``: megatron-core's local core refuses packed rows.
+`scaled_dot_product_attention`: megatron-core's local core refuses packed rows.
 
 A document attends to itself alone because it *is* alone: packed rows are cut at the boundaries and
 every document is one causal call. So there is no mask, no time spent on pairs of tokens that may
@@ -29,8 +29,8 @@ class AttentionMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` and ``cp`` are read).
-        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+        pg_collection: process groups (`tp` and `cp` are read).
+        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class AttentionMixer(nn.Module):
         self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", q)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
+        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
 
         Args:
             x: this rank's positions.
-            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
                 None.
-            cache: this layer's past when generating, read and updated: ``k`` and ``v``
-                ``[b, kv_heads, n, head_dim]`` (k rotated) and ``start [b]``, the first of the n
+            cache: this layer's past when generating, read and updated: `k` and `v`
+                `[b, kv_heads, n, head_dim]` (k rotated) and `start [b]`, the first of the n
                 tokens that the current document of each row has.
         """
         widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
@@ -80,9 +80,9 @@ class AttentionMixer(nn.Module):
         return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict):
-        """Attention of ``s`` new tokens to themselves and the past, ``[b, s, heads, d]``.
+        """Attention of `s` new tokens to themselves and the past, `[b, s, heads, d]`.
 
-        Its mask is ``[b, s, n + s]``: decoding adds one token at a time.
+        Its mask is `[b, s, n + s]`: decoding adds one token at a time.
         """
         past, new = cache["k"].shape[2], q.shape[1]
         cache["k"] = torch.cat((cache["k"], k.transpose(1, 2)), dim=2)
@@ -104,13 +104,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> Tensor
     """Causal attention inside documents.
 
     Args:
-        q: ``[b, s, heads, d]``.
-        k: ``[b, s, kv_heads, d]``, like ``v``; head ``i`` of q uses head ``i * kv_heads // heads``.
+        q: `[b, s, heads, d]`.
+        k: `[b, s, kv_heads, d]`, like `v`; head `i` of q uses head `i * kv_heads // heads`.
         v: values.
-        boundaries: bool ``[b, s]``, True at the first token of a document, or None.
+        boundaries: bool `[b, s]`, True at the first token of a document, or None.
 
     Returns:
-        ``[b, s, heads, d]``.
+        `[b, s, heads, d]`.
     """
     if boundaries is None:
         return _causal(q, k, v)
@@ -131,7 +131,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def document_lengths(boundaries: Tensor) -> list[int]:
-    """Lengths of the documents of ``boundaries [b, s]``, row after row; rows always cut them."""
+    """Lengths of the documents of `boundaries [b, s]`, row after row; rows always cut them."""
     first = boundaries.clone()
     first[:, 0] = True
     starts = first.flatten().nonzero().squeeze(1).tolist()
@@ -145,13 +145,13 @@ def document_starts(
     """Where the document of each new token begins, counted from the first cached token.
 
     Args:
-        x: the new tokens, ``[b, s, ...]``.
-        boundaries: bool ``[b, s]`` or None.
+        x: the new tokens, `[b, s, ...]`.
+        boundaries: bool `[b, s]` or None.
         past: number of cached tokens.
-        start: ``[b]``, where the documents of the last cached tokens begin, or None for 0.
+        start: `[b]`, where the documents of the last cached tokens begin, or None for 0.
 
     Returns:
-        int64 ``[b, s]``, or ``[1, 1]`` when all are 0.
+        int64 `[b, s]`, or `[1, 1]` when all are 0.
     """
     if boundaries is None and start is None:
         return torch.zeros(1, 1, dtype=torch.int64, device=x.device)
@@ -165,7 +165,7 @@ def document_starts(
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[b, s, 1, head_dim / 2]`` (fp64) of ``positions [b, s]``.
+    """Cosine and sine `[b, s, 1, head_dim / 2]` (fp64) of `positions [b, s]`.
 
     In fp64: at position 10^6 an angle in fp32 is off by 0.06.
     """
@@ -175,7 +175,7 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel pairs ``(i, i + d/2)`` of ``x [b, s, heads, d]`` by their positions' angles."""
+    """Turn channel pairs `(i, i + d/2)` of `x [b, s, heads, d]` by their positions' angles."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(dtype) for t in angles)
     a, b = x.to(dtype).chunk(2, dim=-1)

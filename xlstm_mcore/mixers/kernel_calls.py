@@ -38,20 +38,20 @@ def run_mlstm(
     context: ContextParallel,
     gate_soft_cap: float | None = None,
 ) -> Tensor:
-    """The mLSTM cell over this rank's ``s`` tokens.
+    """The mLSTM cell over this rank's `s` tokens.
 
     Args:
         config: eps, chunk size and backend are read.
-        q, k: ``[b, heads, s, qk_dim]``; v ``[b, heads, s, v_dim]``.
-        igate, fgate: pre-activations ``[b, heads, s]``.
-        boundaries: bool ``[b, s * cp]`` of the whole row, True at the first token of a document, or
+        q, k: `[b, heads, s, qk_dim]`; v `[b, heads, s, v_dim]`.
+        igate, fgate: pre-activations `[b, heads, s]`.
+        boundaries: bool `[b, s * cp]` of the whole row, True at the first token of a document, or
             None.
         cache: the layer's state between calls; key "mlstm" is read and updated.
         context: where this rank's tokens lie.
         gate_soft_cap: of the gates; the kernels apply it, unless the gates are needed here too.
 
     Returns:
-        Hidden states ``[b, heads, s, v_dim]``.
+        Hidden states `[b, heads, s, v_dim]`.
     """
     learned = config.mlstm_input_gate and config.mlstm_forget_gate
     if not learned or context.group.size() > 1:
@@ -117,7 +117,7 @@ def run_slstm(
     boundaries: Tensor | None,
     cache: dict | None,
 ) -> Tensor:
-    """The sLSTM cell over ``s`` tokens; shapes as in ``slstm_scan``, the cache's key is "slstm"."""
+    """The sLSTM cell over `s` tokens; shapes as in `slstm_scan`, the cache's key is "slstm"."""
     state = None if cache is None else cache.get("slstm")
     if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
         token = gate_preacts.squeeze(1)
@@ -150,9 +150,9 @@ def run_conv(
     cache: dict | None,
     context: ContextParallel | None = None,
 ) -> Tensor:
-    """Causal convolution and SiLU of ``x [b, s, c]``; the cache's key is "conv".
+    """Causal convolution and SiLU of `x [b, s, c]`; the cache's key is "conv".
 
-    Without a weight, in a model without convolutions, x as it is. With ``context`` x is this rank's
+    Without a weight, in a model without convolutions, x as it is. With `context` x is this rank's
     slice of the row, whose boundaries are given whole; without it x is the whole row, as after an
     all-to-all to heads.
     """
@@ -181,7 +181,7 @@ def run_conv(
 def run_head_norm(
     config: XLSTMConfig, h: Tensor, weight: Tensor, ogate: Tensor | None = None
 ) -> Tensor:
-    """Norm of each head of ``h [..., heads, d]``, times ``sigmoid(ogate)`` of that shape."""
+    """Norm of each head of `h [..., heads, d]`, times `sigmoid(ogate)` of that shape."""
     if config.head_norm == "none":
         h = h * weight.view(h.shape[-2:])
         return h if ogate is None else torch.sigmoid(ogate) * h

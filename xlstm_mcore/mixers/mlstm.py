@@ -2,7 +2,7 @@
 
 Tensor parallel by heads; context parallel ranks pass the cell's state (parallel/mlstm_state.py).
 
-``q, k, v, o = W x``; ``i, f = cap(W_g x + b_g)``; ``y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))``.
+`q, k, v, o = W x`; `i, f = cap(W_g x + b_g)`; `y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))`.
 """
 
 import torch
@@ -24,8 +24,8 @@ class MLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` and ``cp`` are read).
-        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+        pg_collection: process groups (`tp` and `cp` are read).
+        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class MLSTMMixer(nn.Module):
         """Mix along the sequence.
 
         Args:
-            x: ``[s(/cp/tp), b, h]``, this rank's positions.
-            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+            x: `[s(/cp/tp), b, h]`, this rank's positions.
+            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
                 None.
             cache: state of this layer between calls when generating; read and updated.
 
         Returns:
-            The shape of ``x``.
+            The shape of `x`.
         """
         x = regathered(self.region.gather, x)
         s, b, _ = x.shape
@@ -99,6 +99,6 @@ class MLSTMMixer(nn.Module):
         return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
-        """``sigmoid(o) * norm(h)``: ``h [b, heads, s, d]``, ``ogate [s, b, heads * d]``."""
+        """`sigmoid(o) * norm(h)`: `h [b, heads, s, d]`, `ogate [s, b, heads * d]`."""
         h = h.permute(2, 0, 1, 3)
         return run_head_norm(self.config, h, norm_weight, ogate.view(h.shape)).flatten(2)

@@ -29,8 +29,8 @@ class ClassicMLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` and ``cp`` are read).
-        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+        pg_collection: process groups (`tp` and `cp` are read).
+        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ClassicMLSTMMixer(nn.Module):
         self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", inner)
 
     def _gate_weight(self, name: str) -> nn.Parameter:
-        """Weight ``[heads, 3 * inner]`` of a gate, of which a rank holds its q, k, v columns."""
+        """Weight `[heads, 3 * inner]` of a gate, of which a rank holds its q, k, v columns."""
         heads, inner, mine = self.config.num_heads, self.config.up_dim, self.inner
         slices = [
             ParameterSlice(
@@ -97,11 +97,11 @@ class ClassicMLSTMMixer(nn.Module):
         return parameter(self.config, (heads, 3 * mine), slices)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
+        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
 
         Args:
             x: this rank's positions.
-            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
                 None.
             cache: state of this layer between calls when generating; read and updated.
         """
@@ -120,12 +120,12 @@ class ClassicMLSTMMixer(nn.Module):
         return self.out_proj(h.transpose(0, 1))[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor):
-        """``(norm(h) + skip * x_c) * silu(z)``, ``[b, s, inner]``: ``h [b, heads, s, d]``."""
+        """`(norm(h) + skip * x_c) * silu(z)`, `[b, s, inner]`: `h [b, heads, s, d]`."""
         h = run_head_norm(self.config, h.transpose(1, 2), norm_weight)
         return (h.reshape(x_c.shape) + skip * x_c) * F.silu(z)
 
     def _gates(self, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``[b, heads/tp, s]`` before activation, from qkv ``[b, heads, s, d]``."""
+        """Gates `[b, heads/tp, s]` before activation, from qkv `[b, heads, s, d]`."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
         partial = recomputed(_seen_by_gates, weight, *qkv)
@@ -138,7 +138,7 @@ class ClassicMLSTMMixer(nn.Module):
 
 
 def _seen_by_gates(weight: Tensor, *qkv: Tensor) -> Tensor:
-    """What ``weight [gates, 3 * heads * d]`` makes of qkv ``[b, heads, s, d]``: ``[b, s, gates]``.
+    """What `weight [gates, 3 * heads * d]` makes of qkv `[b, heads, s, d]`: `[b, s, gates]`.
 
     Head by head, so that nothing of the size of q is copied.
     """
@@ -155,12 +155,12 @@ def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     between them.
 
     Args:
-        x: ``[b, s, blocks * width]``.
-        weight: ``[blocks, out, in]`` with ``in = out = width``.
+        x: `[b, s, blocks * width]`.
+        weight: `[blocks, out, in]` with `in = out = width`.
         heads: number of heads; it divides the number of blocks.
 
     Returns:
-        ``[b, heads, s, head_dim]``, contiguous, with ``head_dim = blocks * width / heads``.
+        `[b, heads, s, head_dim]`, contiguous, with `head_dim = blocks * width / heads`.
     """
     blocks, _, width = weight.shape
     b, s, _ = x.shape

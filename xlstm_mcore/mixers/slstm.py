@@ -3,7 +3,7 @@
 Convolution, gates and recurrence are block-diagonal over heads, so a rank needs its own channels
 only: with sequence parallelism one all-to-all brings them in and one takes the result back. The
 recurrence needs all positions in turn, so context parallelism too cuts heads here, not positions:
-a second all-to-all, after which every rank runs the whole sequence of its ``1/(tp cp)`` of them.
+a second all-to-all, after which every rank runs the whole sequence of its `1/(tp cp)` of them.
 """
 
 import torch
@@ -26,8 +26,8 @@ class SLSTMMixer(nn.Module):
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` and ``cp`` are read).
-        prefix: canonical prefix of the parameters' names, ``decoder.layers.N.mixer.``.
+        pg_collection: process groups (`tp` and `cp` are read).
+        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class SLSTMMixer(nn.Module):
         )
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: ``x [s(/cp/tp), b, h]`` to the same shape.
+        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
 
         Args:
             x: this rank's positions.
-            boundaries: bool ``[b, s]`` of the whole row, True at the first token of a document, or
+            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
                 None.
             cache: state of this layer between calls when generating; read and updated.
         """
@@ -112,7 +112,7 @@ class SLSTMMixer(nn.Module):
         return run_head_norm(self.config, h, weight).flatten(2)
 
     def _gate_preacts(self, x: Tensor, x_c: Tensor) -> Tensor:
-        """``[b, s, 4, heads, d]``: i and f from the convolved input, z and o from the input."""
+        """`[b, s, 4, heads, d]`: i and f from the convolved input, z and o from the input."""
         b, s, _ = x.shape
         d = self.head_dim
         weight = self.context.own(self.gate_weight.view(2, 2, self.num_heads, d, d), 2)

@@ -12,11 +12,11 @@ from xlstm_mcore.recompute import recomputed
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward ``down(act(gate(x)) * up(x))``: SwiGLU (7B) or GeGLU (classic sLSTM).
+    """Gated feed-forward `down(act(gate(x)) * up(x))`: SwiGLU (7B) or GeGLU (classic sLSTM).
 
     Args:
         config: the model's configuration.
-        pg_collection: process groups (``tp`` is read).
+        pg_collection: process groups (`tp` is read).
         prefix: canonical prefix of the parameters' names.
         width: inner width.
         activation: "silu" or "gelu".
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
         self.linear_fc2 = output_projection(config, region, f"{prefix}down_proj.weight", width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[s(/tp), b, h] -> [s(/tp), b, h]``."""
+        """`[s(/tp), b, h] -> [s(/tp), b, h]`."""
         return self.linear_fc2(recomputed(self._gated, self.linear_fc1(x)[0]))[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:

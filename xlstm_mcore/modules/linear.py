@@ -25,7 +25,7 @@ def input_projection(
         widths: their global output widths; each must divide by the tensor-parallel size.
 
     Returns:
-        A Megatron layer ``[s, b, h] -> [s, b, sum(widths)/tp]``; its rows are this rank's rows of
+        A Megatron layer `[s, b, h] -> [s, b, sum(widths)/tp]`; its rows are this rank's rows of
         the first projection, then of the second, and so on.
     """
     inside = copy.copy(config)
@@ -48,7 +48,7 @@ def input_projection(
 def output_projection(
     config: XLSTMConfig, region: TensorParallelRegion, name: str, width: int
 ) -> RowParallelLinear:
-    """The projection back to the residual stream, ``[s, b, width/tp] -> [s(/tp), b, h]``."""
+    """The projection back to the residual stream, `[s, b, width/tp] -> [s(/tp), b, h]`."""
     linear = RowParallelLinear(
         width,
         config.hidden_size,
@@ -76,5 +76,5 @@ def parameter(
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """``cap * tanh(x / cap)`` (xLSTM 7B, section 3); ``None`` leaves x as it is."""
+    """`cap * tanh(x / cap)` (xLSTM 7B, section 3); `None` leaves x as it is."""
     return x if cap is None else cap * torch.tanh(x / cap)

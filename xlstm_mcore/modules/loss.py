@@ -1,12 +1,12 @@
 """Vocabulary-parallel cross entropy with the logit soft-cap inside, a part of it at a time.
 
-Written plainly, ``cross_entropy(cap * tanh(logits / cap))`` passes over the logits of the whole
+Written plainly, `cross_entropy(cap * tanh(logits / cap))` passes over the logits of the whole
 micro-batch about ten times and keeps several fp32 copies of them; at a vocabulary of 50,304 that is
 the largest tensor of the step. Two ways around it, by the size of the logits:
 
-- they fit: :func:`vocab_parallel_cross_entropy` holds them once, in their own type, with one block
+- they fit: `vocab_parallel_cross_entropy` holds them once, in their own type, with one block
   of rows in fp32 beside them, and writes the gradient over them;
-- they do not: :func:`linear_cross_entropy` never makes them. It takes the head's weight a slice of
+- they do not: `linear_cross_entropy` never makes them. It takes the head's weight a slice of
   the vocabulary at a time, forward for the logsumexp, and again backward for the gradients, which
   costs one more product with the head (1 % of a 7B's step). Slices of the vocabulary rather than of
   rows: each slice's weight gradient is then one product, written where it belongs, and only the
@@ -27,19 +27,19 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Token losses in nats of soft-capped, vocabulary-parallel logits.
 
-    ``loss = logsumexp(y) - y[label]`` with ``y = soft_cap * tanh(logits / soft_cap)`` (xLSTM 7B,
-    section 3), or ``y = logits`` without a cap. The logsumexp is the usual one, shifted by the
+    `loss = logsumexp(y) - y[label]` with `y = soft_cap * tanh(logits / soft_cap)` (xLSTM 7B,
+    section 3), or `y = logits` without a cap. The logsumexp is the usual one, shifted by the
     largest logit of all ranks.
 
     Args:
-        logits: ``[..., vocab/tp]``, this rank's rows of the head in the order of ranks. Its memory
+        logits: `[..., vocab/tp]`, this rank's rows of the head in the order of ranks. Its memory
             is used for the capped logits and then for the gradient: nothing else may read it.
-        labels: int64 ``[...]`` in the whole vocabulary.
+        labels: int64 `[...]` in the whole vocabulary.
         soft_cap: the cap, or None.
         group: the tensor-parallel group.
 
     Returns:
-        Losses ``[...]``, the same on every rank, in fp32 (fp64 for fp64 logits).
+        Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 logits).
     """
     return _CrossEntropy.apply(logits, labels, soft_cap, group)
 
@@ -52,25 +52,25 @@ def linear_cross_entropy(
     group: dist.ProcessGroup,
     slice_bytes: int,
 ) -> Tensor:
-    """The losses of ``vocab_parallel_cross_entropy(hidden @ weight.T, ...)`` without the logits.
+    """The losses of `vocab_parallel_cross_entropy(hidden @ weight.T, ...)` without the logits.
 
     Args:
-        hidden: ``[..., h]``, the same on every rank of the group. Its gradient is this rank's part
+        hidden: `[..., h]`, the same on every rank of the group. Its gradient is this rank's part
             of a sum over the group.
-        weight: ``[vocab/tp, h]``, this rank's rows of the head.
-        labels: int64 ``[...]`` in the whole vocabulary.
+        weight: `[vocab/tp, h]`, this rank's rows of the head.
+        labels: int64 `[...]` in the whole vocabulary.
         soft_cap: the cap, or None.
         group: the tensor-parallel group.
         slice_bytes: memory of one slice of logits in fp32; at least one column is taken.
 
     Returns:
-        Losses ``[...]``, the same on every rank, in fp32 (fp64 for fp64 hidden states).
+        Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 hidden states).
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, soft_cap, group, slice_bytes)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """See :func:`vocab_parallel_cross_entropy`."""
+    """See `vocab_parallel_cross_entropy`."""
 
     @staticmethod
     def forward(ctx, logits, labels, soft_cap, group):
@@ -110,7 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See :func:`linear_cross_entropy`."""
+    """See `linear_cross_entropy`."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes):
@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Labels counted from column ``first`` (0 for those outside), and which lie in ``width``."""
+    """Labels counted from column `first` (0 for those outside), and which lie in `width`."""
     local = labels - first
     mine = (local >= 0) & (local < width)
     return torch.where(mine, local, 0), mine
@@ -163,7 +163,7 @@ def _over_ranks(
 
     Args:
         largest: largest logit of each row on this rank.
-        total: sum of ``exp(logit - largest)``.
+        total: sum of `exp(logit - largest)`.
         chosen: the label's logit, 0 where another rank has it.
         group: the tensor-parallel group.
     """
@@ -179,7 +179,7 @@ def _over_ranks(
 def _gradient(
     y: Tensor, log_total: Tensor, local: Tensor, mine: Tensor, grad: Tensor, cap: float | None
 ) -> Tensor:
-    """Gradient of the losses with respect to the logits, of which ``y`` are the capped ones."""
+    """Gradient of the losses with respect to the logits, of which `y` are the capped ones."""
     d = y.sub(log_total[:, None]).exp_()  # softmax
     d.scatter_add_(1, local[:, None], -mine[:, None].to(d.dtype))
     d.mul_(grad[:, None])

@@ -17,7 +17,7 @@ class Norm(nn.Module):
     TransformerEngine.
 
     Args:
-        config: ``norm`` ("rmsnorm" or "layernorm"), ``norm_eps``, ``hidden_size`` are read.
+        config: `norm` ("rmsnorm" or "layernorm"), `norm_eps`, `hidden_size` are read.
         name: global name of the weight, initialised to ones.
     """
 
@@ -29,7 +29,7 @@ class Norm(nn.Module):
         self.weight = parameter(config, (width,), [part])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x [..., hidden]``; same shape and dtype."""
+        """Normalise `x [..., hidden]`; same shape and dtype."""
         return recomputed(self._normalize, x, self.weight)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
 """Context parallelism: the sequence is cut into contiguous slices, one per context-parallel rank.
 
-Rank r holds tokens ``[r s/cp, (r + 1) s/cp)`` of every row, and with sequence parallelism cuts
+Rank r holds tokens `[r s/cp, (r + 1) s/cp)` of every row, and with sequence parallelism cuts
 its slice further over the tensor-parallel ranks. Three things look across the cuts:
 
-- sLSTM and attention need all positions of a head at once: :meth:`ContextParallel.to_heads` turns
-  a slice of the sequence with all of this rank's heads into the whole sequence with ``1/cp`` of
-  them, by one all-to-all; what comes back goes through :meth:`ContextParallel.from_heads`.
-- a causal convolution needs the last ``width - 1`` tokens of the slice before
-  (:meth:`ContextParallel.tokens_before`).
+- sLSTM and attention need all positions of a head at once: `ContextParallel.to_heads` turns
+  a slice of the sequence with all of this rank's heads into the whole sequence with `1/cp` of
+  them, by one all-to-all; what comes back goes through `ContextParallel.from_heads`.
+- a causal convolution needs the last `width - 1` tokens of the slice before
+  (`ContextParallel.tokens_before`).
 - mLSTM needs the state at the end of the slice before (parallel/mlstm_state.py).
 
-Document boundaries are bool ``[b, s]`` over the *whole* row on every rank, since every rank reads
-its own rows (nothing is sent for them). :meth:`ContextParallel.own` cuts out this rank's slice.
+Document boundaries are bool `[b, s]` over the *whole* row on every rank, since every rank reads
+its own rows (nothing is sent for them). `ContextParallel.own` cuts out this rank's slice.
 
 Parameters are the same on all context-parallel ranks, and their gradients are summed over data and
-context parallel ranks together (Megatron's ``dp_cp`` group). A rank that computes a part of the
+context parallel ranks together (Megatron's `dp_cp` group). A rank that computes a part of the
 heads uses a part of its parameters and leaves zeros in the rest of the gradient.
 """
 
@@ -38,22 +38,22 @@ class ContextParallel:
         self.size, self.rank = group.size(), group.rank()
 
     def own(self, x: Tensor | None, dim: int = 1) -> Tensor | None:
-        """This rank's ``1/cp`` of a dimension: positions of a row, or heads of a parameter."""
+        """This rank's `1/cp` of a dimension: positions of a row, or heads of a parameter."""
         if x is None or self.size == 1:
             return x
         width = x.shape[dim] // self.size
         return x.narrow(dim, self.rank * width, width)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """All positions of this rank's heads: ``[s/cp, b, c] -> [s, b, c/cp]``.
+        """All positions of this rank's heads: `[s/cp, b, c] -> [s, b, c/cp]`.
 
-        The last dimension is cut in ``cp`` equal parts, so a tensor of ``heads * width`` channels
-        gives whole heads when ``heads`` (those this tensor-parallel rank holds) is a multiple of
-        ``cp``; part r belongs to context-parallel rank r. Several tensors of the same heads (q, k
-        and v) go through separately, or stacked before the last dimension: ``[s/cp, b, 3, c]`` is
-        as good. Any strides. The backward pass is :meth:`from_heads`, exactly.
+        The last dimension is cut in `cp` equal parts, so a tensor of `heads * width` channels
+        gives whole heads when `heads` (those this tensor-parallel rank holds) is a multiple of
+        `cp`; part r belongs to context-parallel rank r. Several tensors of the same heads (q, k
+        and v) go through separately, or stacked before the last dimension: `[s/cp, b, 3, c]` is
+        as good. Any strides. The backward pass is `from_heads`, exactly.
 
-        Under tensor parallelism this follows ``TensorParallelRegion.to_heads``: two all-to-alls
+        Under tensor parallelism this follows `TensorParallelRegion.to_heads`: two all-to-alls
         move at most twice the bytes of one over both groups, but those between nodes (context) go
         in messages that are larger by the number of tensor-parallel ranks.
         """
@@ -66,7 +66,7 @@ class ContextParallel:
         return tensor_parallel.all_to_all(self.group, parts.contiguous()).flatten(0, 1)
 
     def from_heads(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`to_heads`: ``[s, b, c/cp] -> [s/cp, b, c]``."""
+        """Inverse of `to_heads`: `[s, b, c/cp] -> [s/cp, b, c]`."""
         if self.size == 1:
             return x
         slices = x.unflatten(0, (self.size, -1)).contiguous()
@@ -76,12 +76,12 @@ class ContextParallel:
         """What a causal convolution needs of the slice before this one, as its initial state.
 
         Args:
-            x: ``[b, s/cp, c]``, the convolution's input.
-            number: how many tokens, the convolution's width less one; at most ``s/cp``.
-            boundaries: bool ``[b, s]`` of the whole row, or None.
+            x: `[b, s/cp, c]`, the convolution's input.
+            number: how many tokens, the convolution's width less one; at most `s/cp`.
+            boundaries: bool `[b, s]` of the whole row, or None.
 
         Returns:
-            ``[b, c, number]``, oldest first: the last tokens of the slice before, zeros on the
+            `[b, c, number]`, oldest first: the last tokens of the slice before, zeros on the
             first rank and where a document starts behind a token. None in a group of one. Its
             gradient goes back to the rank that holds the tokens.
         """
@@ -108,7 +108,7 @@ class _FromRankBefore(torch.autograd.Function):
 
 
 def _shift(x: Tensor, group: dist.ProcessGroup, step: int) -> Tensor:
-    """``x`` of the rank ``step`` before this one in the group, or zeros where there is none."""
+    """`x` of the rank `step` before this one in the group, or zeros where there is none."""
     x, rank, size = x.contiguous(), group.rank(), group.size()
     received = torch.zeros_like(x)
     work = []

@@ -4,27 +4,27 @@ The state that enters a rank's slice of the sequence follows from the slices bef
 
     S_out = keep * S_in + gain * S_own        (C and n alike; exp(m) C is what is carried)
 
-``S_own`` is what the slice writes into an empty state, one matrix product ``(w k)^T v`` whose
-weights w come from the gates, and ``keep`` the decay over the slice (0 where a document starts in
+`S_own` is what the slice writes into an empty state, one matrix product `(w k)^T v` whose
+weights w come from the gates, and `keep` the decay over the slice (0 where a document starts in
 it). So every rank first computes S_own, then a scan over ranks gives S_in, then the cell runs once
-with the right initial state. The product is what this costs: ``2 qk_dim v_dim`` operations per
+with the right initial state. The product is what this costs: `2 qk_dim v_dim` operations per
 token and head, a third of the cell's, which is itself about a hundredth of a 7B model's. Running
 the cell from zero first and adding the missing part later would need that product too, and the
 numerator and denominator apart.
 
 The backward pass is the transpose. The cell gives dL/dS_in of each rank, a scan from the last rank
 to the first turns them into dL/dS_out, and the product's gradients complete those of k, v and the
-gates (the forget gates through ``keep`` as well).
+gates (the forget gates through `keep` as well).
 
-Two ways to scan, by ``context_costs.gathers``, with the same result:
+Two ways to scan, by `context_costs.gathers`, with the same result:
 
-- up to 8 ranks each gathers all S_own and adds them up: one step, ``cp - 1`` states received;
+- up to 8 ranks each gathers all S_own and adds them up: one step, `cp - 1` states received;
 - beyond, a pipeline along the ranks in slices of the value dimension: each rank receives one state
   and sends one, whatever the sequence and the number of ranks. The last slice arrives after
-  ``cp + 7`` steps of 1/8 state; a slice travels while the next one's product is computed.
+  `cp + 7` steps of 1/8 state; a slice travels while the next one's product is computed.
 
 m depends on the gates alone and is the one process's m: a rank's m_out is the larger of
-``total + m_in`` and ``best``, the m it would have from an empty state. S_own is kept in units of
+`total + m_in` and `best`, the m it would have from an empty state. S_own is kept in units of
 exp(best), so that nothing has to be known of the ranks before to compute it.
 """
 
@@ -52,22 +52,22 @@ def entering_state(
     *,
     gate: str,
 ) -> State | None:
-    """State of the mLSTM before this rank's slice, to be given to ``mlstm_chunkwise``.
+    """State of the mLSTM before this rank's slice, to be given to `mlstm_chunkwise`.
 
     All ranks of the group must call it in the same order, and run its backward pass too: the first
     rank's state is zero, but it carries gradients.
 
     Args:
-        k: ``[b, heads, s/cp, qk_dim]``.
-        v: ``[b, heads, s/cp, v_dim]``.
-        igate_preact: ``[b, heads, s/cp]``, soft cap applied.
-        fgate_preact: ``[b, heads, s/cp]``, soft cap applied.
-        boundaries: bool ``[b, s/cp]`` of this slice, or None.
+        k: `[b, heads, s/cp, qk_dim]`.
+        v: `[b, heads, s/cp, v_dim]`.
+        igate_preact: `[b, heads, s/cp]`, soft cap applied.
+        fgate_preact: `[b, heads, s/cp]`, soft cap applied.
+        boundaries: bool `[b, s/cp]` of this slice, or None.
         group: the context-parallel group, rank r holding slice r.
         gate: the kind of input gate, "exp" or "sigmoid" (then m is 0).
 
     Returns:
-        ``(C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads])`` in fp32 (fp64 for
+        `(C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads])` in fp32 (fp64 for
         fp64 inputs), m without gradient; None in a group of one.
     """
     if group.size() == 1:
@@ -84,9 +84,9 @@ def _slice_gates(
     """What the gates make of a slice, in fp64 like all gate sums of the kernels.
 
     Returns:
-        ``log_write [b, heads, s]``, the log weight of each token in the state after the slice, in
-        units of exp(best); ``total [b, heads]``, the log decay over the slice (-inf where a
-        document starts in it); ``best [b, heads]``, m after the slice from an empty state (no
+        `log_write [b, heads, s]`, the log weight of each token in the state after the slice, in
+        units of exp(best); `total [b, heads]`, the log decay over the slice (-inf where a
+        document starts in it); `best [b, heads]`, m after the slice from an empty state (no
         gradient).
     """
     log_f, log_i = logsigmoid(fgate_preact.double()), igate_preact.double()
@@ -173,12 +173,12 @@ def _weights(log_write: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted(k: Tensor, log_write: Tensor, dtype: torch.dtype) -> Tensor:
-    """``w k`` as ``[N, s, qk_dim]``."""
+    """`w k` as `[N, s, qk_dim]`."""
     return k.flatten(0, 1).to(dtype) * _weights(log_write, dtype)
 
 
 def _own_state(key: Tensor, value: Tensor, columns: slice) -> Tensor:
-    """Columns of what this rank's slice writes into an empty C: ``[N, qk_dim, columns]``."""
+    """Columns of what this rank's slice writes into an empty C: `[N, qk_dim, columns]`."""
     return torch.bmm(key.mT, value[..., columns].to(key.dtype))
 
 
@@ -194,7 +194,7 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _gather_states(
     key: Tensor, value: Tensor, total: Tensor, best: Tensor, group: dist.ProcessGroup
 ) -> tuple[State, Tensor, Tensor]:
-    """The state before this slice; ``keep`` of all ranks ``[cp, N]``; ``gain`` of this one."""
+    """The state before this slice; `keep` of all ranks `[cp, N]`; `gain` of this one."""
     dtype, (rows, _, qk_dim) = key.dtype, key.shape
     gates = torch.stack((total, best), -1).view(dtype)  # fp64 numbers in the bits of fp32 ones
     own = _own_state(key, value, slice(None)).flatten(1)
@@ -221,7 +221,7 @@ def _gather_states(
 def _gather_gradients(
     d_C: Tensor, d_n: Tensor, keep: Tensor, group: dist.ProcessGroup
 ) -> Iterator[Tensor | tuple[slice, Tensor]]:
-    """Gradient of the state after this slice: of n, then of C as ``(columns, gradient)``."""
+    """Gradient of the state after this slice: of n, then of C as `(columns, gradient)`."""
     gradients = _all_gather(torch.cat((d_n, d_C.flatten(1)), -1), group)
     after = torch.zeros_like(gradients[0])
     for rank in range(group.size() - 1, group.rank(), -1):
@@ -263,13 +263,13 @@ class _Line:
         self._sends: list = []
 
     def take(self, number: int) -> Tensor:
-        """Message ``number`` of the rank before; zeros on the first rank of the line."""
+        """Message `number` of the rank before; zeros on the first rank of the line."""
         if self._receives:
             self._receives[number].wait()
         return self._buffers[number]
 
     def give(self, number: int, message: Tensor) -> None:
-        """Send message ``number`` on (not on the line's last rank)."""
+        """Send message `number` on (not on the line's last rank)."""
         message = message.contiguous()
         work = dist.isend(message, group=self.group, group_dst=self.target, tag=number)
         self._sends.append((work, message))
@@ -283,7 +283,7 @@ class _Line:
 def _pipeline_states(
     key: Tensor, value: Tensor, total: Tensor, best: Tensor, group: dist.ProcessGroup
 ) -> tuple[State, Tensor, Tensor]:
-    """The state before this slice; ``keep`` and ``gain`` of this rank ``[N]``."""
+    """The state before this slice; `keep` and `gain` of this rank `[N]`."""
     (rows, _, qk_dim), v_dim = key.shape, value.shape[-1]
     slices = column_slices(v_dim)
     shapes = [(rows, qk_dim + 1)] + [(rows, qk_dim, c.stop - c.start) for c in slices]
@@ -307,7 +307,7 @@ def _pipeline_states(
 def _pipeline_gradients(
     d_C: Tensor, d_n: Tensor, keep: Tensor, group: dist.ProcessGroup
 ) -> Iterator[Tensor | tuple[slice, Tensor]]:
-    """Gradient of the state after this slice: of n, then of C as ``(columns, gradient)``.
+    """Gradient of the state after this slice: of n, then of C as `(columns, gradient)`.
 
     The caller works on one slice of columns while the next is on its way.
     """
@@ -336,7 +336,7 @@ SLICES = 8  # parts of a state (of its value dimension) that go along the ranks 
 def gathers(ranks: int) -> bool:
     """Whether a group of this size gathers all states instead of passing them along.
 
-    A gather takes the time of ``ranks - 1`` states and one call, the pipeline that of ``ranks + 7``
+    A gather takes the time of `ranks - 1` states and one call, the pipeline that of `ranks + 7`
     messages of 1/8 state. A state is small (0.5 MB per row for a head of the 7B), so the latency
     of messages decides until the gather's bytes, which grow with the ranks, outweigh it. The
     number is an estimate; nothing of this has been timed on GPUs.

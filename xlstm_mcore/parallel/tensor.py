@@ -10,12 +10,12 @@ from xlstm_mcore.config import XLSTMConfig
 class TensorParallelRegion:
     """How a mixer's input enters, and its output leaves, the tensor-parallel region.
 
-    Outside the region activations are ``[s, b, h]`` on every rank, or ``[s/tp, b, h]`` with
+    Outside the region activations are `[s, b, h]` on every rank, or `[s/tp, b, h]` with
     sequence parallelism. Inside, a rank sees the whole sequence and its own heads or channels.
     Each method's backward is the matching adjoint, so gradients need no further reduction.
 
     Args:
-        config: the model's configuration (``sequence_parallel`` is read).
+        config: the model's configuration (`sequence_parallel` is read).
         group: the tensor-parallel process group.
     """
 
@@ -26,13 +26,13 @@ class TensorParallelRegion:
         self.sequence_parallel = config.sequence_parallel and self.size > 1
 
     def gather(self, x: Tensor) -> Tensor:
-        """All channels at every position: ``[s(/tp), b, h] -> [s, b, h]``."""
+        """All channels at every position: `[s(/tp), b, h] -> [s, b, h]`."""
         if self.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """This rank's channels at every position: ``[s(/tp), b, h] -> [s, b, h/tp]``.
+        """This rank's channels at every position: `[s(/tp), b, h] -> [s, b, h/tp]`.
 
         With sequence parallelism this is one all-to-all: nothing is gathered that is not used.
         """
@@ -43,7 +43,7 @@ class TensorParallelRegion:
         return tensor_parallel.scatter_to_tensor_model_parallel_region(x, group=self.group)
 
     def from_heads(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`to_heads`: ``[s, b, h/tp] -> [s(/tp), b, h]``."""
+        """Inverse of `to_heads`: `[s, b, h/tp] -> [s(/tp), b, h]`."""
         if self.sequence_parallel:
             s, b, h = x.shape
             out = tensor_parallel.all_to_all_hp2sp(x.reshape(s * b, h), group=self.group)

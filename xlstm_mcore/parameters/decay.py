@@ -26,7 +26,7 @@ def decays(name: str, overrides: Mapping[str, bool] | None = None) -> bool:
 
     Args:
         name: canonical name.
-        overrides: choices that differ from the papers', by kind (one of ``KINDS``).
+        overrides: choices that differ from the papers', by kind (one of `KINDS`).
     """
     for kind, pattern, choice in _KINDS:
         if re.fullmatch(pattern, name):

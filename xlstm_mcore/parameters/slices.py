@@ -18,7 +18,7 @@ class ParameterSlice:
     """A rectangle of one local parameter and its place in a global tensor.
 
     Attributes:
-        name: global name, such as ``decoder.layers.3.mixer.q_proj.weight``.
+        name: global name, such as `decoder.layers.3.mixer.q_proj.weight`.
         global_shape: shape of the global tensor.
         global_offset: first element of the rectangle in the global tensor.
         local_offset: first element of the rectangle in the local parameter.
@@ -32,11 +32,11 @@ class ParameterSlice:
     shape: tuple[int, ...]
 
     def local(self, parameter: Tensor) -> Tensor:
-        """The view of ``parameter`` (local shape) that this slice covers."""
+        """The view of `parameter` (local shape) that this slice covers."""
         return parameter[_slices(self.local_offset, self.shape)]
 
     def of_global(self, tensor: Tensor) -> Tensor:
-        """The view of the canonical ``tensor`` (global shape) that this slice covers."""
+        """The view of the canonical `tensor` (global shape) that this slice covers."""
         return tensor[_slices(self.global_offset, self.shape)]
 
 
@@ -57,7 +57,7 @@ def packed(
     Args:
         names: global names in the order of stacking.
         global_shapes: their global shapes.
-        shard_dim: dimension split over ``size`` ranks, or None for replicated tensors.
+        shard_dim: dimension split over `size` ranks, or None for replicated tensors.
         rank: this rank in the tensor-parallel group.
         size: ranks in the tensor-parallel group.
     """
@@ -81,10 +81,10 @@ def packed(
 def attach(
     parameter: nn.Parameter, slices: Sequence[ParameterSlice], *, sequence_parallel: bool = False
 ) -> None:
-    """Record ``slices`` on a parameter and set the attributes that Megatron reads.
+    """Record `slices` on a parameter and set the attributes that Megatron reads.
 
-    Sharded parameters get ``tensor_model_parallel`` (the gradient norm counts each rank's shard),
-    replicated ones ``sequence_parallel`` (each rank saw its slice of the sequence only, so their
+    Sharded parameters get `tensor_model_parallel` (the gradient norm counts each rank's shard),
+    replicated ones `sequence_parallel` (each rank saw its slice of the sequence only, so their
     gradients are summed over the tensor-parallel group).
     """
     covered = sum(torch.Size(p.shape).numel() for p in slices)
@@ -114,13 +114,13 @@ def parameter_slices(module: nn.Module) -> dict[str, list[ParameterSlice]]:
 def rectangles(
     shape: Sequence[int], start: int, end: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Cut the flat range ``[start, end)`` of a row-major tensor into rectangles.
+    """Cut the flat range `[start, end)` of a row-major tensor into rectangles.
 
     A distributed optimizer owns flat ranges of parameters; checkpoint files hold rectangles. A
-    range of an n-dimensional tensor is at most ``2 n - 1`` of them.
+    range of an n-dimensional tensor is at most `2 n - 1` of them.
 
     Returns:
-        ``(offset, shape, flat_start)`` per rectangle, in flat order.
+        `(offset, shape, flat_start)` per rectangle, in flat order.
     """
     if start >= end:
         return []
