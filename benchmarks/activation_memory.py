@@ -17,11 +17,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.saved_memory import count_saved
 from pretrain.config import load_config
 from xlstm_mcore.build import make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
-from xlstm_mcore.recompute import MODES, count_saved
+from xlstm_mcore.recompute import MODES
 
 
 def kept_by_block(model: dict, precision: str, tokens: int, mode: str) -> dict[str, int]:

@@ -1,17 +1,17 @@
 """Activation recompute: what the backward pass computes again instead of finding it in memory.
 
-*Full*: a layer keeps its input alone and runs its forward pass twice (Megatron's checkpoint, which
+*Full*: a layer keeps only its input and runs its forward pass twice (Megatron's checkpoint, which
 replays the random states of both of its generators).
 
-*Selective*: a layer keeps what its matrix products and cells need and made, but not what follows
-from that at the cost of reading it: norms, the activation of the feed-forward part, output gates,
-fp32 copies, and what sequence parallelism gathered. Autograd saves such a tensor twice, as an input
-or output of the cheap operation and again as the factor of the next matrix product, so making the
-operation a checkpoint is not enough: `recomputed` also leaves a recipe wherever a later
-operation of the layer saves its output.
+*Selective*: a layer keeps what its matrix products and cells need and what they return. It does
+not keep what follows from that at the cost of reading it: norms, the activation of the
+feed-forward part, output gates, fp32 copies, and what sequence parallelism gathered. Autograd saves
+such a tensor twice, as an input or output of the cheap operation and again as a factor of the next
+matrix product, so making the operation a checkpoint is not enough. `recompute_in_backward` also
+leaves a recipe wherever a later operation of the layer saves its output.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ MODES = ("none", "selective", "full")
 
 
 class _Recipe:
-    """How to make a tensor again. It is made once for all that are known to need it."""
+    """How to compute a tensor again. It is computed once for all that are known to need it."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
         self.function, self.inputs = function, inputs
@@ -31,7 +31,7 @@ class _Recipe:
         self._value: Tensor | None = None
 
     def value(self) -> Tensor:
-        """The tensor; the last of the expected uses forgets it."""
+        """The tensor. It is freed after the last of the expected uses."""
         value = self._value
         if value is None:
             with torch.no_grad():
@@ -42,7 +42,7 @@ class _Recipe:
 
 
 class _View:
-    """A saved tensor that lies in the memory of a recipe's."""
+    """A saved tensor that lies in the memory of a recipe's tensor."""
 
     def __init__(self, recipe: _Recipe, tensor: Tensor) -> None:
         recipe.uses += 1
@@ -50,33 +50,33 @@ class _View:
         self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-class _Layer:
-    """The forward pass of one layer: recipes by the memory of their tensors."""
+class LayerMemory:
+    """What one layer's forward pass saves under selective recompute."""
 
     def __init__(self) -> None:
-        # The tensor is held too: another one must not get its memory while the layer runs.
+        # Recipes by the memory of their tensors. The tensor is held too: another one must not get
+        # its memory while the layer runs.
         self.recipes: dict[int, tuple[_Recipe, Tensor]] = {}
 
     def pack(self, tensor: Tensor) -> Any:
-        found = self.recipes.get(_memory(tensor))
+        """What autograd keeps for a tensor that an operation saves: a recipe's view, or itself."""
+        found = self.recipes.get(memory_of(tensor))
         if found is not None:
             return _View(found[0], tensor)
-        if _counter is not None:
-            _counter.add(tensor)
-        # A node that held its own output, as it is, would never be freed.
+        # Detach: an autograd node that saved its own output would be a reference cycle.
         return tensor if tensor.is_leaf else tensor.detach()
 
 
-_layer: _Layer | None = None
+_layer: LayerMemory | None = None
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recompute_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)`, which selective recompute does not keep.
 
     Args:
-        function: cheap and a function of the tensors alone: no random numbers, and parameters among
-            its inputs. It runs again up to twice in the backward pass.
-        inputs: tensors that are kept (or recomputed themselves).
+        function: Cheap, and a function of the tensors alone: it draws no random numbers, and
+            parameters are among its inputs. It runs again up to twice in the backward pass.
+        inputs: Tensors that are kept (or recomputed themselves).
     """
     if _layer is None:
         # Through one alias each input's gradient is summed inside first, as it is when recomputed:
@@ -85,11 +85,11 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return _remember(_Recomputed.apply(function, *inputs), function, inputs)
 
 
-def regathered(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def regather_in_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)` of a collective that keeps nothing for its own backward pass.
 
-    Selective recompute repeats it in the backward pass where its output is needed again, instead of
-    holding the whole sequence on every rank, and differentiates it as it is.
+    Where its output is needed again, selective recompute repeats the collective in the backward
+    pass instead of holding the whole sequence on every rank. Its gradient is its own.
     """
     if _layer is None:
         return function(x)
@@ -100,7 +100,7 @@ def regathered(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def selective() -> Iterator[None]:
     """The forward pass of one layer with selective recompute."""
     global _layer
-    before, _layer = _layer, _Layer()
+    before, _layer = _layer, LayerMemory()
     try:
         with saved_tensors_hooks(_layer.pack, _unpack):
             yield
@@ -109,9 +109,9 @@ def selective() -> Iterator[None]:
 
 
 def _remember(output: Tensor, function: Callable[..., Tensor], inputs: tuple) -> Tensor:
-    if _memory(output) not in _layer.recipes:  # a gather over one rank is its input itself
+    if memory_of(output) not in _layer.recipes:  # a gather over one rank is its input itself
         recipe = _Recipe(function, tuple(_layer.pack(i) for i in inputs))
-        _layer.recipes[_memory(output)] = recipe, output.detach()
+        _layer.recipes[memory_of(output)] = recipe, output.detach()
     return output
 
 
@@ -121,7 +121,8 @@ def _unpack(packed: Any) -> Tensor:
     return packed
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """A number that tensors share exactly when they lie in the same memory."""
     return tensor.untyped_storage()._cdata
 
 
@@ -147,49 +148,3 @@ class _Recomputed(torch.autograd.Function):
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grad))
         return None, *(next(found) if need else None for need in needed)
-
-
-class Saved:
-    """Memory that autograd holds: whole storages, each counted once.
-
-    Args:
-        ignore: tensors whose memory is there anyway (parameters).
-    """
-
-    def __init__(self, ignore: Iterable[Tensor]) -> None:
-        self._ignored = {_memory(t) for t in ignore}
-        self._held: dict[int, torch.UntypedStorage] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        """Count the memory of a saved tensor."""
-        if _memory(tensor) not in self._ignored:
-            self._held[_memory(tensor)] = tensor.untyped_storage()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes held so far."""
-        return sum(storage.nbytes() for storage in self._held.values())
-
-
-_counter: Saved | None = None
-
-
-@contextmanager
-def count_saved(ignore: Iterable[Tensor] = ()) -> Iterator[Saved]:
-    """Count what the forward passes in the block keep for their backward passes.
-
-    Args:
-        ignore: tensors that are not counted, such as the model's parameters.
-    """
-    global _counter
-    _counter = counter = Saved(ignore)
-
-    def pack(tensor: Tensor) -> Tensor:
-        counter.add(tensor)
-        return tensor if tensor.is_leaf else tensor.detach()
-
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield counter
-    finally:
-        _counter = None

@@ -10,12 +10,10 @@ from pretrain import layout as layouts
 from tests.dist import work
 from xlstm_kernels import mlstm_chunkwise
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from benchmarks import context_costs
-from xlstm_mcore.parallel import mlstm_state as mlstm_context
-from xlstm_mcore.parallel.mlstm_state import gathers
 from benchmarks.context_costs import state_costs
-from xlstm_mcore.parallel.mlstm_state import entering_state
-from xlstm_mcore.recompute import count_saved
+from benchmarks.saved_memory import count_saved
+from xlstm_mcore.parallel import mlstm_state
+from xlstm_mcore.parallel.mlstm_state import entering_state, gathers
 
 B, HEADS, QK, V, PER_RANK = 2, 3, 5, 11, 6
 STATE = B * HEADS * QK * (V + 1)  # elements of C and n
@@ -83,14 +81,14 @@ def check_case(group, case, gate, eps):
 
 def check_all(ranks, gather_up_to):
     layout = layouts.start(work.run_config("large", layout__context=ranks))
-    context_costs.GATHER_UP_TO, before = gather_up_to, context_costs.GATHER_UP_TO
+    mlstm_state.GATHER_UP_TO, before = gather_up_to, mlstm_state.GATHER_UP_TO
     try:
         for case in ("none", "at_cuts", "over_three_ranks", "scattered"):
             check_case(layout.groups.cp, case, "exp", eps=1e-3)
         check_case(layout.groups.cp, "scattered", "sigmoid", eps=1e-3)
         return count(layout.groups.cp)
     finally:
-        context_costs.GATHER_UP_TO = before
+        mlstm_state.GATHER_UP_TO = before
 
 
 def count(group):
@@ -111,7 +109,7 @@ def count(group):
         got.append((out.numel() - x.numel()) * x.element_size())
         return dist.all_gather_into_tensor(out, x, **kw)
 
-    mlstm_context.dist = SimpleNamespace(
+    mlstm_state.dist = SimpleNamespace(
         isend=isend, irecv=irecv, all_gather_into_tensor=all_gather_into_tensor
     )
     try:
@@ -121,7 +119,7 @@ def count(group):
         forward = sum(got), len(sent)
         (C.sum() + n.sum()).backward()
     finally:
-        mlstm_context.dist = dist
+        mlstm_state.dist = dist
     return kept, forward, (sum(got) - forward[0], len(sent) - forward[1])
 
 
@@ -136,7 +134,7 @@ def test_pipeline_equals_the_recurrence_and_moves_one_state(pool, monkeypatch, r
         first, last = rank == 0, rank == ranks - 1
         assert forward == (0 if first else 4 * (STATE + m), 0 if last else messages)
         assert backward == (0 if last else 4 * STATE, 0 if first else messages)
-    monkeypatch.setattr(context_costs, "GATHER_UP_TO", 1)
+    monkeypatch.setattr(mlstm_state, "GATHER_UP_TO", 1)
     costs = state_costs(B * HEADS, QK, V, PER_RANK, ranks)
     assert costs.messages == 2 * (ranks - 2 + messages)  # to the last rank, one after the other
     assert costs.received == 4 * (2 * STATE + m)

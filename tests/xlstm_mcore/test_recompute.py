@@ -7,13 +7,14 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
+from benchmarks.saved_memory import count_saved
 from pretrain import layout as layouts
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.mixers import mlstm
-from xlstm_mcore.recompute import count_saved, recomputed, selective
+from xlstm_mcore.recompute import recompute_in_backward, selective
 
 SECTION = {
     "pattern": "Mms*",
@@ -144,7 +145,7 @@ def test_a_recipe_gives_every_user_the_tensor_and_runs_once(groups):
 
     x = torch.randn(3, requires_grad=True)
     with selective():
-        y = recomputed(double, x)
+        y = recompute_in_backward(double, x)
         z = (y * y).sum() + y[1:].square().sum()
     assert len(runs) == 1
     z.backward()
@@ -155,7 +156,7 @@ def test_a_recipe_gives_every_user_the_tensor_and_runs_once(groups):
 def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
     x = torch.randn(1000, requires_grad=True)
     with selective():
-        y = recomputed(torch.exp, x)
+        y = recompute_in_backward(torch.exp, x)
         z = (y.exp() * y).sum()
     watch = weakref.ref(y)
     del y, z

@@ -20,7 +20,7 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import input_projection, output_projection
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.recompute import regathered
+from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
 
 
@@ -62,7 +62,9 @@ class AttentionMixer(nn.Module):
         widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
         q, k, v = (
             self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))
-            for t in self.in_proj(regathered(self.region.gather, x))[0].split(widths, dim=-1)
+            for t in self.in_proj(regather_in_backward(self.region.gather, x))[0].split(
+                widths, dim=-1
+            )
         )  # [b, s, heads/cp, d]
         past = cache["k"].shape[2] if cache else 0
         start = document_starts(q, boundaries, past, cache.get("start") if cache else None)

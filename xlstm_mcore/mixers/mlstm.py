@@ -16,7 +16,7 @@ from xlstm_mcore.modules.linear import input_projection, output_projection, para
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import packed
-from xlstm_mcore.recompute import recomputed, regathered
+from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
 
 class MLSTMMixer(nn.Module):
@@ -70,7 +70,7 @@ class MLSTMMixer(nn.Module):
         Returns:
             The shape of `x`.
         """
-        x = regathered(self.region.gather, x)
+        x = regather_in_backward(self.region.gather, x)
         s, b, _ = x.shape
         qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
         q, k, v_, ogate = self.in_proj(x)[0].split([qk, qk, v, v], dim=-1)
@@ -80,7 +80,7 @@ class MLSTMMixer(nn.Module):
 
         # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        wide = x if x.dtype == dtype else recomputed(lambda x: x.to(dtype), x)
+        wide = x if x.dtype == dtype else recompute_in_backward(lambda x: x.to(dtype), x)
         preacts = F.linear(wide, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
         igate, fgate = preacts.permute(1, 2, 0).chunk(2, dim=1)  # [b, heads, s] each
 
@@ -96,7 +96,9 @@ class MLSTMMixer(nn.Module):
             self.context,
             self.config.gate_soft_cap,
         )
-        return self.out_proj(recomputed(self._output, h, self.head_norm_weight, ogate))[0]
+        return self.out_proj(recompute_in_backward(self._output, h, self.head_norm_weight, ogate))[
+            0
+        ]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
         """`sigmoid(o) * norm(h)`: `h [b, heads, s, d]`, `ogate [s, b, heads * d]`."""

@@ -19,7 +19,7 @@ from xlstm_mcore.modules.linear import input_projection, output_projection, para
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import ParameterSlice, packed
-from xlstm_mcore.recompute import recomputed, regathered
+from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
 TILE = 32  # of a block-diagonal map; measured on CPUs, and two tensor-core tiles
 
@@ -105,7 +105,7 @@ class ClassicMLSTMMixer(nn.Module):
                 None.
             cache: state of this layer between calls when generating; read and updated.
         """
-        x = regathered(self.region.gather, x)
+        x = regather_in_backward(self.region.gather, x)
         x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
         x_c = run_conv(
             self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache, self.context
@@ -116,7 +116,9 @@ class ClassicMLSTMMixer(nn.Module):
         )
         igate, fgate = self._gates(q, k, v)
         h = run_mlstm(self.config, q, k, v, igate, fgate, boundaries, cache, self.context)
-        h = recomputed(self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z)
+        h = recompute_in_backward(
+            self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z
+        )
         return self.out_proj(h.transpose(0, 1))[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor):
@@ -128,7 +130,7 @@ class ClassicMLSTMMixer(nn.Module):
         """Gates `[b, heads/tp, s]` before activation, from qkv `[b, heads, s, d]`."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
-        partial = recomputed(_seen_by_gates, weight, *qkv)
+        partial = recompute_in_backward(_seen_by_gates, weight, *qkv)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
         mine = self.region.sum_and_split(by_head).view(b, s, self.num_heads, 2)

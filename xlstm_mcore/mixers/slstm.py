@@ -16,7 +16,7 @@ from xlstm_mcore.modules.linear import parameter
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import ParameterSlice, packed
-from xlstm_mcore.recompute import recomputed
+from xlstm_mcore.recompute import recompute_in_backward
 
 GATES = ("igate", "fgate", "zgate", "ogate")
 
@@ -105,7 +105,7 @@ class SLSTMMixer(nn.Module):
             boundaries,
             cache,
         )
-        h = recomputed(self._head_norm, h, own(self.head_norm_weight, 0)).transpose(0, 1)
+        h = recompute_in_backward(self._head_norm, h, own(self.head_norm_weight, 0)).transpose(0, 1)
         return self.region.from_heads(self.context.from_heads(h))
 
     def _head_norm(self, h: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import TensorParallelRegion, output_projection
 from xlstm_mcore.parameters.slices import attach, packed
-from xlstm_mcore.recompute import recomputed
+from xlstm_mcore.recompute import recompute_in_backward
 
 
 class FeedForward(nn.Module):
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[s(/tp), b, h] -> [s(/tp), b, h]`."""
-        return self.linear_fc2(recomputed(self._gated, self.linear_fc1(x)[0]))[0]
+        return self.linear_fc2(recompute_in_backward(self._gated, self.linear_fc1(x)[0]))[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

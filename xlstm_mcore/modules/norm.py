@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import parameter
 from xlstm_mcore.parameters.slices import ParameterSlice
-from xlstm_mcore.recompute import recomputed
+from xlstm_mcore.recompute import recompute_in_backward
 
 
 class Norm(nn.Module):
@@ -30,7 +30,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x [..., hidden]`; same shape and dtype."""
-        return recomputed(self._normalize, x, self.weight)
+        return recompute_in_backward(self._normalize, x, self.weight)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
