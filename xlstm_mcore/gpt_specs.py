@@ -1,6 +1,4 @@
-"""The same layers inside megatron-core's own GPTModel, for an unmodified Megatron-LM.
-
-.. code-block:: python
+"""The same layers inside megatron-core's own `GPTModel`, for an unmodified Megatron-LM.
 
     model = GPTModel(
         config=config,  # an XLSTMConfig
@@ -13,10 +11,11 @@
     )
     prepare_gpt_model(model, config, seed)
 
-Document boundaries come from what Megatron-LM hands its layers: the attention mask of
+Document boundaries come from what Megatron-LM gives its layers: the attention mask of
 `--reset-attention-mask`, of which the first subdiagonal is read, or `packed_seq_params`.
-Megatron-LM deals the layers out over pipeline stages itself; the pattern's cuts have no effect. Its
-checkpoints hold our layers under our names (ARCHITECTURE.md), so they too load at any layout.
+Megatron-LM distributes the layers over pipeline stages itself, so the pattern's cuts have no
+effect. Its checkpoints hold our layers under our global names (ARCHITECTURE.md), so they too load
+at any layout.
 """
 
 import functools
@@ -39,22 +38,23 @@ from torch import Tensor
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.layer import XLSTMLayer, XLSTMLayerSubmodules, layer_spec
 from xlstm_mcore.megatron import cpu_runtime
-from xlstm_mcore.model import EMBEDDING, OUTPUT
-from xlstm_mcore.modules.linear import soft_cap
+from xlstm_mcore.model import set_vocabulary_slice
 from xlstm_mcore.modules.norm import Norm
+from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parameters.init import initialize
-from xlstm_mcore.parameters.slices import ParameterSlice, attach, named_slices, packed
+from xlstm_mcore.parameters.names import EMBEDDING, FINAL_NORM, OUTPUT
+from xlstm_mcore.parameters.slices import ParameterSlice, named_slices
 
 
 def gpt_layer_spec(
     config: XLSTMConfig, pp_rank: int = 0, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """What GPTModel takes as `transformer_layer_spec`: the layers of one pipeline stage.
+    """The layers of one pipeline stage, as `GPTModel` takes them (`transformer_layer_spec`).
 
     Args:
-        config: the model's configuration.
-        pp_rank: this process's pipeline rank.
-        vp_stage: index of this model chunk on its rank, with interleaved stages.
+        config: The model's configuration.
+        pp_rank: This process's pipeline rank.
+        vp_stage: Index of this model chunk on its rank, with interleaved stages.
     """
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     number = get_num_layers_to_build(config, vp_stage, pp_rank)
@@ -69,26 +69,24 @@ def gpt_layer_spec(
 
 
 def prepare_gpt_model(model: GPTModel, config: XLSTMConfig, seed: int) -> None:
-    """Finish a GPTModel (or one stage of it): names, the logits' soft cap, initial weights.
+    """Finish a `GPTModel` (or one stage of it): names, the logits' soft cap, initial weights.
 
-    Afterwards every parameter has its slices (slices.py), so that weight decay, the count of
-    parameters and tools that go by names see the same model as XLSTMModel; with the same seed it
-    has the same weights.
+    Afterwards every parameter has its slices (parameters/slices.py), so that weight decay, the
+    count of parameters and tools that go by names see the same model as `XLSTMModel`. With the same
+    seed it has the same weights.
 
     Args:
-        model: a model of `gpt_layer_spec`.
-        config: its configuration.
-        seed: seed of the initial weights.
+        model: A model of `gpt_layer_spec`.
+        config: Its configuration.
+        seed: Seed of the initial weights.
     """
     group = model.pg_collection.tp
-    shard = {"shard_dim": 0, "rank": group.rank(), "size": group.size()}
-    shape = (config.vocab_size, config.hidden_size)
     if model.pre_process:
-        attach(model.embedding.word_embeddings.weight, packed([EMBEDDING], [shape], **shard))
+        set_vocabulary_slice(model.embedding.word_embeddings.weight, EMBEDDING, config, group)
     if model.post_process:
         if model.output_layer.weight is not None:
             name = EMBEDDING if config.tie_embeddings else OUTPUT
-            attach(model.output_layer.weight, packed([name], [shape], **shard))
+            set_vocabulary_slice(model.output_layer.weight, name, config, group)
         if config.logit_soft_cap is not None:
             model.output_layer.register_forward_hook(
                 lambda layer, inputs, output: (
@@ -100,17 +98,17 @@ def prepare_gpt_model(model: GPTModel, config: XLSTMConfig, seed: int) -> None:
 
 
 class GPTLayer(XLSTMLayer):
-    """An XLSTMLayer with the signature of megatron-core's TransformerLayer.
+    """An `XLSTMLayer` with the signature of megatron-core's `TransformerLayer`.
 
     Args:
-        config: the model's configuration.
-        submodules: the layer's parts.
-        layer_number: number of the layer on this pipeline stage, from 1.
-        pg_collection: process groups.
-        vp_stage: index of this model chunk on its rank, with interleaved stages.
+        config: The model's configuration.
+        submodules: The layer's parts.
+        layer_number: Number of the layer on this pipeline stage, from 1.
+        pg_collection: Process groups.
+        vp_stage: Index of this model chunk on its rank, with interleaved stages.
 
     Raises:
-        ValueError: context parallelism, which Megatron-LM cuts otherwise.
+        ValueError: There are several context-parallel ranks. Megatron-LM cuts rows in another way.
     """
 
     def __init__(
@@ -142,10 +140,10 @@ class GPTLayer(XLSTMLayer):
         """`hidden_states [s(/tp), b, h]` to the same shape, and no cross-attention context.
 
         Args:
-            hidden_states: the residual stream.
-            attention_mask: bool `[b or 1, 1, s, s]`, True where attention is forbidden, or None.
+            hidden_states: The residual stream.
+            attention_mask: Bool `[b or 1, 1, s, s]`, True where attention is forbidden, or None.
             packed_seq_params: Megatron's description of one packed row, or None.
-            unused: what other layers need (rotary embeddings, contexts of cross-attention).
+            unused: What other layers need (rotary embeddings, contexts of cross-attention).
         """
         boundaries = None
         if packed_seq_params is not None:
@@ -159,13 +157,13 @@ class GPTLayer(XLSTMLayer):
     ) -> dict[str, ShardedTensorFactory]:
         """What Megatron-LM's checkpoints save and load of this layer.
 
-        Megatron's own way takes a parameter that no Megatron layer owns for a replicated one, which
-        under tensor parallelism would save one rank's shard as the whole.
+        Megatron takes a parameter that no Megatron layer owns for a replicated one. Under tensor
+        parallelism it would save one rank's shard as the whole.
 
         Args:
-            prefix: of the keys of this module's state dict.
-            sharded_offsets: unused; names carry the number of the layer.
-            metadata: unused.
+            prefix: Prefix of the keys of this module's state dict.
+            sharded_offsets: Unused; names carry the number of the layer.
+            metadata: Unused.
         """
         tp, dp_cp = self.pg_collection.tp.rank(), self.pg_collection.dp_cp.rank()
         return {
@@ -184,7 +182,7 @@ class FinalNorm(Norm):
     """The final norm with the signature that megatron-core builds norms by."""
 
     def __init__(self, config: XLSTMConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(config, "decoder.final_norm.weight")
+        super().__init__(config, FINAL_NORM)
 
 
 def _slices_to_save(
@@ -194,15 +192,16 @@ def _slices_to_save(
     replica_id: Any,
     flattened_range: Any,
 ) -> dict[str, ShardedTensor]:
-    """The rectangles of a parameter, or of an optimizer's tensor of its shape, by their names.
+    """The slices of a parameter, or of an optimizer's tensor of its shape, by their names.
 
-    `key` is Megatron's, with an optimizer's prefix before the layer's; the rest is the slices'.
+    `key` is Megatron's. It has an optimizer's prefix before the layer's name, which is kept; the
+    rest of the name is that of the slice.
     """
-    assert flattened_range is None, "rectangles of flattened parameters are not supported"
-    lead = key[: key.index("decoder.layers.")]
+    assert flattened_range is None, "slices of flattened parameters are not supported"
+    prefix = key[: key.index("decoder.layers.")]
     return {
         str(number): ShardedTensor.from_rank_offsets(
-            f"{lead}{part.name}",
+            f"{prefix}{part.name}",
             part.local(tensor.detach()).contiguous(),
             *(
                 (axis, offset // size, whole // size)
@@ -233,7 +232,7 @@ def _from_mask(mask: Tensor, rows: int) -> Tensor:
 
 
 def _from_lengths(starts: Tensor) -> Tensor:
-    """Boundaries `[1, s]` from the documents' first tokens and the end, `cu_seqlens`."""
+    """Boundaries `[1, s]` from `cu_seqlens`: the documents' first tokens, and the end."""
     length = int(starts[-1])
     boundaries = torch.zeros(1, length, dtype=torch.bool, device=cpu_runtime.device())
     boundaries[0, starts[:-1].long()] = True

@@ -31,10 +31,10 @@ def single_process_groups() -> ProcessGroupCollection:
 
 
 def inference_groups() -> ProcessGroupCollection:
-    """Process groups for running a trained model: all processes of the launcher share its heads.
+    """Process groups for running a trained model, tensor parallel over all processes.
 
-    Under torchrun (WORLD_SIZE above 1) the tensor-parallel size is the number of processes;
-    without a launcher this is `single_process_groups`.
+    Under a launcher such as torchrun (`WORLD_SIZE` above 1) every process joins. Without one this
+    is `single_process_groups`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return single_process_groups()
@@ -52,14 +52,18 @@ def inference_groups() -> ProcessGroupCollection:
 def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel, XLSTMConfig]:
     """The model of a checkpoint, weights only, in evaluation mode.
 
-    In one process, or tensor parallel over all processes of a launcher (`inference_groups`).
+    The model lies in this process, or is split over all processes of a launcher (see
+    `inference_groups`).
 
     Args:
-        path: a checkpoint, or a run folder (then its newest complete checkpoint).
+        path: A checkpoint, or a run folder (then its newest complete checkpoint).
         precision: "fp32" or "bf16".
 
+    Returns:
+        The model and its configuration.
+
     Raises:
-        CheckpointError: no complete checkpoint, or it holds another model.
+        CheckpointError: There is no complete checkpoint, or it holds another model.
     """
     groups = inference_groups()
     with CheckpointReader(resolve(path)) as reader:

@@ -26,8 +26,8 @@ class XLSTMLayerSubmodules:
     """The parts of a layer, as Megatron ModuleSpecs.
 
     Attributes:
-        mixer: the sequence mixer.
-        feed_forward: the feed-forward part, or None for blocks without one.
+        mixer: The sequence mixer.
+        feed_forward: The feed-forward part, or None for blocks without one.
     """
 
     mixer: ModuleSpec
@@ -53,10 +53,10 @@ class XLSTMLayer(MegatronModule):
     """`x + mixer(norm(x))` and then, where present, `x + feed_forward(norm(x))`.
 
     Args:
-        config: the model's configuration.
-        submodules: the layer's parts.
-        pg_collection: process groups.
-        layer_number: number of the layer in the whole model, from 0.
+        config: The model's configuration.
+        submodules: The layer's parts.
+        pg_collection: Process groups.
+        layer_number: Number of the layer in the whole model, from 0.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class XLSTMLayer(MegatronModule):
         """`x [s(/tp), b, h]` to the same shape.
 
         Args:
-            x: the residual stream.
-            boundaries: bool `[b, s]`, True at the first token of a document, or None.
-            cache: this layer's state between calls when generating; read and updated.
+            x: The residual stream.
+            boundaries: Bool `[b, s]`, True at the first token of a document, or None.
+            cache: This layer's state between calls when generating, or None; read and updated.
         """
         if not torch.is_grad_enabled() or cache is not None or self.recompute == "none":
             return self._forward(x, boundaries, cache)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,26 +15,24 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.layer import layer_spec
-from xlstm_mcore.modules.linear import soft_cap
 from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 from xlstm_mcore.modules.norm import Norm
+from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import attach, packed
+from xlstm_mcore.parameters.names import EMBEDDING, FINAL_NORM, OUTPUT
+from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 from xlstm_mcore.pattern import parse_pattern
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
 
 
 class XLSTMStack(MegatronModule):
     """The layers of one pipeline stage, and the final norm on the last.
 
     Args:
-        config: the model's configuration.
-        pg_collection: process groups.
-        layer_numbers: this stage's layers, numbered in the whole model from 0.
-        post_process: whether this is the last stage.
-        built: called with every layer, and the final norm, before the next one is made.
+        config: The model's configuration.
+        pg_collection: Process groups.
+        layer_numbers: This stage's layers, numbered in the whole model from 0.
+        post_process: Whether this is the last stage.
+        built: Called with every layer, and the final norm, before the next one is made.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class XLSTMStack(MegatronModule):
             self.layers.append(layer)
         self.final_norm = None
         if post_process:
-            self.final_norm = Norm(config, "decoder.final_norm.weight")
+            self.final_norm = Norm(config, FINAL_NORM)
             built(self.final_norm)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
@@ -70,22 +69,23 @@ class XLSTMStack(MegatronModule):
 
 
 class Head(ColumnParallelLinear):
-    """The output layer: logits, or losses of logits that are never whole.
+    """The output layer. It returns logits or, given labels, token losses.
 
-    Losses are made inside its call because wrappers that bring weights late (DDP with
-    `overlap_param_gather`) wait for a module's weights when the module is called.
+    Losses are computed in this module's call because wrappers that gather weights late (DDP with
+    `overlap_param_gather`) wait for a module's weights when the module is called. Logits that take
+    more than `config.logits_mib` are never held as a whole (modules/loss.py).
     """
 
     def forward(self, x: Tensor, weight: Tensor | None = None, labels: Tensor | None = None):
         """Logits of `x [s(/tp), b, h]` as Megatron's layer returns them, or token losses.
 
         Args:
-            x: normalised activations.
-            weight: the embedding's weight when it is tied on this stage, else None.
-            labels: int64 `[s, b]`, or None.
+            x: Normalised activations.
+            weight: The embedding's weight when it is tied on this stage, else None.
+            labels: Int64 `[s, b]`, or None.
 
         Returns:
-            `(logits [s, b, vocab/tp], None)`; with labels losses `[s, b]` (nats, fp32).
+            `(logits [s, b, vocab/tp], None)`, or with labels the losses `[s, b]` (nats, fp32).
         """
         if labels is None:
             return super().forward(x, weight=weight)
@@ -106,14 +106,14 @@ class XLSTMModel(LanguageModule):
     """An xLSTM language model, or one pipeline stage of it, for Megatron's schedules.
 
     Args:
-        config: the model's configuration.
-        pg_collection: process groups.
-        pre_process: whether this stage holds the embedding.
-        post_process: whether this stage holds the head.
-        stage: index of this stage in the pattern's cuts, `virtual_rank * pp + pp_rank`.
-        vp_stage: index of this model chunk on its rank, with interleaved stages.
-        built: called with every part (embedding, layer, final norm, head) as soon as it is made,
-            its parameters without values; so no more than one part needs to be whole at a time.
+        config: The model's configuration.
+        pg_collection: Process groups.
+        pre_process: Whether this stage holds the embedding.
+        post_process: Whether this stage holds the head.
+        stage: Index of this stage in the pattern's cuts, `virtual_rank * pp + pp_rank`.
+        vp_stage: Index of this model chunk on its rank, with interleaved stages.
+        built: Called with every part (embedding, layer, final norm, head) as soon as it is made,
+            while its parameters have no values. So only one part at a time has to be whole.
     """
 
     def __init__(
@@ -130,12 +130,6 @@ class XLSTMModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = config.tie_embeddings
-        shard = {
-            "shard_dim": 0,
-            "rank": self.tp_group.rank(),
-            "size": self.tp_group.size(),
-        }
-        shape = (config.vocab_size, config.hidden_size)
 
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -145,7 +139,9 @@ class XLSTMModel(LanguageModule):
                 position_embedding_type="none",
                 tp_group=self.tp_group,
             )
-            attach(self.embedding.word_embeddings.weight, packed([EMBEDDING], [shape], **shard))
+            set_vocabulary_slice(
+                self.embedding.word_embeddings.weight, EMBEDDING, config, self.tp_group
+            )
             built(self.embedding)
         layers = parse_pattern(config.pattern).stages[stage]
         self.decoder = XLSTMStack(config, pg_collection, layers, post_process, built)
@@ -162,7 +158,7 @@ class XLSTMModel(LanguageModule):
             )
             if not tied_here:
                 name = EMBEDDING if config.tie_embeddings else OUTPUT
-                attach(self.output_layer.weight, packed([name], [shape], **shard))
+                set_vocabulary_slice(self.output_layer.weight, name, config, self.tp_group)
                 built(self.output_layer)
         self.input_tensor: Tensor | None = None
         if pre_process or post_process:
@@ -185,15 +181,15 @@ class XLSTMModel(LanguageModule):
         """One stage's forward pass.
 
         Args:
-            tokens: int64 `[b, s]`.
-            boundaries: bool `[b, s]`, True at the first token of a document, or None.
-            labels: int64 `[b, s]`; with labels the last stage returns losses.
-            cache: layer states between calls when generating; read and updated.
-            last_only: logits of the last position alone, `[b, 1, vocab/tp]`; what a long prompt
-                needs.
+            tokens: Int64 `[b, s]`.
+            boundaries: Bool `[b, s]`, True at the first token of a document, or None.
+            labels: Int64 `[b, s]`, or None; with labels the last stage returns losses.
+            cache: Layer states between calls when generating, or None; read and updated.
+            last_only: Return the logits of the last position alone, `[b, 1, vocab/tp]`. A long
+                prompt needs no more.
 
         Returns:
-            Before the last stage activations `[s(/tp), b, h]`; on the last one token losses
+            Before the last stage, activations `[s(/tp), b, h]`. On the last stage, token losses
             `[b, s]` (nats, fp32), or without labels this rank's logits `[b, s, vocab/tp]`.
         """
         if self.pre_process:
@@ -216,3 +212,12 @@ class XLSTMModel(LanguageModule):
         """The embedding's weight, where it is the head's too and lies on this stage."""
         tied_here = self.config.tie_embeddings and self.pre_process
         return self.shared_embedding_or_output_weight() if tied_here else None
+
+
+def set_vocabulary_slice(
+    weight: nn.Parameter, name: str, config: XLSTMConfig, group: dist.ProcessGroup
+) -> None:
+    """Record that an embedding or head `[vocab/tp, h]` holds this rank's rows of tensor `name`."""
+    shape = (config.vocab_size, config.hidden_size)
+    slices = stacked_slices([name], [shape], shard_dim=0, rank=group.rank(), size=group.size())
+    set_slices(weight, slices)

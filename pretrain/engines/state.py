@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
-from xlstm_mcore.parameters.slices import ParameterSlice, rectangles
+from xlstm_mcore.parameters.slices import ParameterSlice, slices_of_range
 
 # Key in the file -> key in torch's Adam; "param" is the fp32 master weight.
 OPTIMIZER_STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -50,7 +50,7 @@ def range_slices(
         end: element after the last.
         prefix: put before the global names, see :func:`optimizer_prefix`.
     """
-    for offset, size, flat in rectangles(shape, start, end):
+    for offset, size, flat in slices_of_range(shape, start, end):
         block = shard[flat - start : flat - start + math.prod(size)].view(size)
         for part in slices:
             low = [max(a, b) for a, b in zip(offset, part.local_offset, strict=True)]

@@ -13,7 +13,7 @@ from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.parameters.decay import KINDS, decays
 from xlstm_mcore.parameters.init import initial_value, initialize
-from xlstm_mcore.parameters.slices import named_slices, packed, parameter_slices, rectangles
+from xlstm_mcore.parameters.slices import named_slices, slices_of_range, stacked_slices
 from xlstm_mcore.sizes.parameters import count_parameters
 
 
@@ -67,8 +67,8 @@ def make(groups, name, **changes):
     return config, model
 
 
-def canonical(model, of=lambda p: p.detach()):
-    """Canonical tensors in fp64, gathered from the model's packed parameters."""
+def global_tensors(model, of=lambda p: p.detach()):
+    """Global tensors in fp64, put together from the slices of the model's parameters."""
     tensors = {}
     for _, parameter, slices in named_slices(model):
         for part in slices:
@@ -93,7 +93,7 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
     # of a gate that is held open too: DDP that reduces gradients as they come waits for each
     assert all(parameter.grad is not None for parameter in model.parameters())
 
-    weights = {n: t.requires_grad_() for n, t in canonical(model).items()}
+    weights = {n: t.requires_grad_() for n, t in global_tensors(model).items()}
     want = reference_model.losses(weights, config, tokens, labels, boundaries)
     (want * weight.double()).sum().backward()
 
@@ -102,7 +102,7 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
     def gradient(p):  # the equations do not read the parameters of a gate that is held open
         return torch.zeros_like(p) if p.grad is None else p.grad
 
-    gradients = canonical(model, gradient)
+    gradients = global_tensors(model, gradient)
     largest = max(gradient(t).abs().max() for t in weights.values())
     for key, reference in weights.items():
         scale = gradient(reference).abs().max()
@@ -163,7 +163,7 @@ def test_the_count_of_parameters_is_the_models(groups, name):
     config, model = make(groups, name)
     held = sum(parameter.numel() for parameter in model.parameters())
     assert count_parameters(config)["total"] == held
-    assert sum(t.numel() for t in canonical(model).values()) == held
+    assert sum(t.numel() for t in global_tensors(model).values()) == held
 
 
 def test_dropout_is_drawn_in_training_only(groups):
@@ -301,32 +301,31 @@ def test_weight_decay_can_be_chosen_by_kind():
     assert set(get_args(ParameterKind)) == set(KINDS)
 
 
-def test_pieces_cover_every_parameter_once(groups):
+def test_slices_cover_every_parameter_once(groups):
     _, model = make(groups, "mixed")
-    parameters = dict(model.named_parameters())
-    for name, slices in parameter_slices(model).items():
-        count = torch.zeros(parameters[name].shape)
+    for name, parameter, slices in named_slices(model):
+        count = torch.zeros(parameter.shape)
         for part in slices:
             part.local(count).add_(1)
         assert (count == 1).all(), name
 
 
-def test_packed_refuses_what_does_not_divide():
+def test_a_dimension_that_does_not_divide_by_the_ranks_is_refused():
     with pytest.raises(ValueError, match=r"w: dimension 0 of \(6, 2\) does not divide by"):
-        packed(["w"], [(6, 2)], shard_dim=0, rank=0, size=4)
+        stacked_slices(["w"], [(6, 2)], shard_dim=0, rank=0, size=4)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (4, 1, 3), (2, 2, 2, 3)])
-def test_rectangles_tile_any_flat_range(shape):
+def test_slices_of_a_flat_range_cover_it_in_order(shape):
     total = torch.Size(shape).numel()
     values = torch.arange(total).view(shape)
     for start in range(total):
         for end in range(start, total + 1):
             flat = []
-            found = rectangles(shape, start, end)
+            found = slices_of_range(shape, start, end)
             assert len(found) <= 2 * len(shape) - 1
             for offset, size, first in found:
-                block = values[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
-                assert block.shape == torch.Size(size) and block.flatten()[0] == first
-                flat += block.flatten().tolist()
+                part = values[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+                assert part.shape == torch.Size(size) and part.flatten()[0] == first
+                flat += part.flatten().tolist()
             assert flat == list(range(start, end))

@@ -1,15 +1,17 @@
-"""The table of tensors: our canonical names, Hugging Face's names, shapes.
+"""The table of tensors: our global names, Hugging Face's names, shapes.
 
-One row per kind of tensor; `{n}` is the layer number. All weights are (out, in) on both sides, none
-is packed, and norm weights are plain, so converting is renaming.
+One row per kind of tensor; `{n}` is the layer number. On both sides all weights are (out, in), each
+projection is a tensor of its own, and norm weights are plain, so converting is renaming.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: Canonical name, name in transformers' `xlstm`, shape in the dimensions of `Dimensions`.
+from xlstm_mcore.parameters.names import EMBEDDING, FINAL_NORM, OUTPUT
+
+#: Global name, name in transformers' `xlstm`, shape in the dimensions of `Dimensions`.
 TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("embedding.word_embeddings.weight", "backbone.embeddings.weight", ("vocab", "hidden")),
+    (EMBEDDING, "backbone.embeddings.weight", ("vocab", "hidden")),
     ("decoder.layers.{n}.mixer_norm.weight", "backbone.blocks.{n}.norm_mlstm.weight", ("hidden",)),
     *(
         (f"decoder.layers.{{n}}.mixer.{ours}", f"backbone.blocks.{{n}}.mlstm_layer.{theirs}", shape)
@@ -35,12 +37,9 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             ("down_proj", "proj_down", ("hidden", "ffn")),
         )
     ),
-    ("decoder.final_norm.weight", "backbone.out_norm.weight", ("hidden",)),
-    ("output_layer.weight", "lm_head.weight", ("vocab", "hidden")),
+    (FINAL_NORM, "backbone.out_norm.weight", ("hidden",)),
+    (OUTPUT, "lm_head.weight", ("vocab", "hidden")),
 )
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: canonical name, Hugging Face name, shape."""
+    """One tensor: global name, Hugging Face name, shape."""
 
     ours: str
     theirs: str

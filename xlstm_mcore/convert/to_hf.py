@@ -25,8 +25,9 @@ from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.names import EMBEDDING, OUTPUT, Dimensions, Row, rows
+from xlstm_mcore.convert.names import Dimensions, Row, rows
 from xlstm_mcore.convert.tokenizer import SAMPLES, SPACE_SYMBOL_NOTE, fast_tokenizer
+from xlstm_mcore.parameters.names import EMBEDDING, OUTPUT
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"

@@ -5,66 +5,53 @@ Rotary positions (Su et al. 2021, arXiv 2104.09864) and, as an option, grouped-q
 turns a slice of the sequence into the whole sequence of fewer heads. The core is torch's
 `scaled_dot_product_attention`: megatron-core's local core refuses packed rows.
 
-A document attends to itself alone because it *is* alone: packed rows are cut at the boundaries and
-every document is one causal call. So there is no mask, no time spent on pairs of tokens that may
-not meet, and no memory that grows with the square of the row; the price is one kernel per
-document, and the lengths have to be known on the host.
+Rows are cut at the document boundaries, and every document is one causal call. So there is no mask,
+no time spent on pairs of tokens of different documents, and no memory that grows with the square of
+the row. The price is one kernel per document, and the lengths have to be known on the host.
 """
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import input_projection, output_projection
-from xlstm_mcore.parallel.context import ContextParallel
-from xlstm_mcore.parallel.tensor import TensorParallelRegion
+from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
 
 
-class AttentionMixer(nn.Module):
+class AttentionMixer(Mixer):
     """Causal attention with rotary positions that restart with every document.
 
-    Args:
-        config: the model's configuration.
-        pg_collection: process groups (`tp` and `cp` are read).
-        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
+    See `Mixer` for the arguments. The cache holds this layer's past: `k` and `v`
+    `[b, kv_heads, n, head_dim]` (k rotated), and `start [b]`, the first of the n tokens that
+    belongs to the current document of each row.
     """
 
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
-        super().__init__()
-        self.region = region = TensorParallelRegion(config, pg_collection.tp)
-        self.context = ContextParallel(pg_collection.cp)
+        super().__init__(config, pg_collection, prefix)
         heads, kv_heads = attention_heads(config)
         self.head_dim = config.hidden_size // heads
-        self.num_heads, self.num_kv_heads = heads // region.size, kv_heads // region.size
+        self.num_heads = heads // self.region.size
+        self.num_kv_heads = kv_heads // self.region.size
         self.rope_base = config.rope_base
+
         q, kv = heads * self.head_dim, kv_heads * self.head_dim
-        names = [f"{prefix}{n}_proj.weight" for n in "qkv"]
-        self.in_proj = input_projection(config, region, names, [q, kv, kv])
-        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", q)
+        self.in_proj = self.input_projection(
+            {"q_proj.weight": q, "k_proj.weight": kv, "v_proj.weight": kv}
+        )
+        self.out_proj = self.output_projection(q)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
-
-        Args:
-            x: this rank's positions.
-            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
-                None.
-            cache: this layer's past when generating, read and updated: `k` and `v`
-                `[b, kv_heads, n, head_dim]` (k rotated) and `start [b]`, the first of the n
-                tokens that the current document of each row has.
-        """
+        """Mix along the sequence, see `Mixer`."""
         widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
+        qkv = self.in_proj(regather_in_backward(self.region.gather, x))[0]
         q, k, v = (
             self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))
-            for t in self.in_proj(regather_in_backward(self.region.gather, x))[0].split(
-                widths, dim=-1
-            )
+            for t in qkv.split(widths, dim=-1)
         )  # [b, s, heads/cp, d]
         past = cache["k"].shape[2] if cache else 0
         start = document_starts(q, boundaries, past, cache.get("start") if cache else None)
@@ -84,7 +71,7 @@ class AttentionMixer(nn.Module):
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict):
         """Attention of `s` new tokens to themselves and the past, `[b, s, heads, d]`.
 
-        Its mask is `[b, s, n + s]`: decoding adds one token at a time.
+        The mask takes `[b, s, n + s]`, which is small because decoding adds one token at a time.
         """
         past, new = cache["k"].shape[2], q.shape[1]
         cache["k"] = torch.cat((cache["k"], k.transpose(1, 2)), dim=2)
@@ -107,16 +94,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> Tensor
 
     Args:
         q: `[b, s, heads, d]`.
-        k: `[b, s, kv_heads, d]`, like `v`; head `i` of q uses head `i * kv_heads // heads`.
-        v: values.
-        boundaries: bool `[b, s]`, True at the first token of a document, or None.
+        k: `[b, s, kv_heads, d]`; head `i` of q uses head `i * kv_heads // heads`.
+        v: `[b, s, kv_heads, d]`.
+        boundaries: Bool `[b, s]`, True at the first token of a document, or None.
 
     Returns:
         `[b, s, heads, d]`.
     """
     if boundaries is None:
         return _causal(q, k, v)
-    # Splitting and joining have cheap gradients; each of many slices would fill a whole tensor.
+    # Splitting and joining have cheap gradients. The gradient of each of many slices would be a
+    # tensor of the whole size.
     lengths = document_lengths(boundaries)
     documents = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
     parts = [_causal(*(t.unsqueeze(0) for t in document)) for document in documents]
@@ -133,7 +121,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def document_lengths(boundaries: Tensor) -> list[int]:
-    """Lengths of the documents of `boundaries [b, s]`, row after row; rows always cut them."""
+    """Lengths of the documents of `boundaries [b, s]`, row after row; no document spans rows."""
     first = boundaries.clone()
     first[:, 0] = True
     starts = first.flatten().nonzero().squeeze(1).tolist()
@@ -147,13 +135,13 @@ def document_starts(
     """Where the document of each new token begins, counted from the first cached token.
 
     Args:
-        x: the new tokens, `[b, s, ...]`.
-        boundaries: bool `[b, s]` or None.
-        past: number of cached tokens.
+        x: The new tokens, `[b, s, ...]`.
+        boundaries: Bool `[b, s]`, or None.
+        past: Number of cached tokens.
         start: `[b]`, where the documents of the last cached tokens begin, or None for 0.
 
     Returns:
-        int64 `[b, s]`, or `[1, 1]` when all are 0.
+        Int64 `[b, s]`, or `[1, 1]` when all are 0.
     """
     if boundaries is None and start is None:
         return torch.zeros(1, 1, dtype=torch.int64, device=x.device)
@@ -169,7 +157,7 @@ def document_starts(
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine `[b, s, 1, head_dim / 2]` (fp64) of `positions [b, s]`.
 
-    In fp64: at position 10^6 an angle in fp32 is off by 0.06.
+    They are fp64 because at position 10^6 an angle in fp32 is off by 0.06.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions[..., None, None] * base ** (-pairs / head_dim)

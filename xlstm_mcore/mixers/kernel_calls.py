@@ -1,10 +1,11 @@
-"""How a layer calls its cells: a whole sequence, or one token after a prompt.
+"""How mixers call the kernels: for a whole sequence, or for one token after a prompt.
 
-With a cache a layer's past is its state. A call of several tokens (the prompt, or a part of it)
-continues from the state with the chunkwise kernels; a call of one token goes through the step
-kernels, which update the state in place.
+With a cache, the layer continues from the state that the cache holds. A call with several tokens
+(the prompt, or a part of it) runs the chunkwise kernels from that state. A call with one token runs
+the step kernels, which update the state in place.
 
-Without one the past is what the context-parallel ranks before this one hold, if there are any.
+Without a cache, the layer continues from what the context-parallel ranks before this one hold, if
+there are any.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from xlstm_kernels import (
     slstm_step,
 )
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import soft_cap
+from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.mlstm_state import entering_state
 
@@ -41,14 +42,18 @@ def run_mlstm(
     """The mLSTM cell over this rank's `s` tokens.
 
     Args:
-        config: eps, chunk size and backend are read.
-        q, k: `[b, heads, s, qk_dim]`; v `[b, heads, s, v_dim]`.
-        igate, fgate: pre-activations `[b, heads, s]`.
-        boundaries: bool `[b, s * cp]` of the whole row, True at the first token of a document, or
+        config: The gates, eps, chunk size and backend are read.
+        q: `[b, heads, s, qk_dim]`.
+        k: `[b, heads, s, qk_dim]`.
+        v: `[b, heads, s, v_dim]`.
+        igate: Pre-activations `[b, heads, s]` of the input gate.
+        fgate: Pre-activations `[b, heads, s]` of the forget gate.
+        boundaries: Bool `[b, s * cp]` of the whole row, True at the first token of a document, or
             None.
-        cache: the layer's state between calls; key "mlstm" is read and updated.
-        context: where this rank's tokens lie.
-        gate_soft_cap: of the gates; the kernels apply it, unless the gates are needed here too.
+        cache: The layer's state between calls, or None; key "mlstm" is read and updated.
+        context: Where this rank's tokens lie in the row.
+        gate_soft_cap: Cap of the pre-activations, or None. The kernels apply it, unless the capped
+            gates are needed here too.
 
     Returns:
         Hidden states `[b, heads, s, v_dim]`.
@@ -57,8 +62,8 @@ def run_mlstm(
     if not learned or context.group.size() > 1:
         igate, fgate = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap)
         gate_soft_cap = None
-    igate, fgate = _held_open(config, igate, fgate)
-    boundaries = context.own(boundaries)
+    igate, fgate = _apply_gate_ablations(config, igate, fgate)
+    boundaries = context.local_slice(boundaries)
     if cache is None:
         gates = igate, fgate, boundaries
         state = entering_state(k, v, *gates, context.group, gate=config.mlstm_gate)
@@ -95,12 +100,14 @@ def _mlstm_options(config: XLSTMConfig) -> dict[str, Any]:
     }
 
 
-def _held_open(config: XLSTMConfig, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates' pre-activations, or those of a gate of 1 where an ablation takes it away.
+def _apply_gate_ablations(
+    config: XLSTMConfig, igate: Tensor, fgate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pre-activations, with those of a gate that an ablation removes set so that the gate is 1.
 
-    Where a sigmoid makes the gate, 60 does: in fp64 its sigmoid is 1 to the last bit. Adding 0
-    times the gate gives its parameters a gradient, which is zero: data-parallel wrappers that
-    reduce gradients as they come wait for every one.
+    For a sigmoid gate that is 60, whose sigmoid is 1 to the last bit in fp64. The learned gate is
+    added with factor 0, so that its parameters have a gradient, which is zero: data-parallel
+    wrappers that reduce gradients as they come wait for every one.
     """
     if not config.mlstm_input_gate:
         igate = 0.0 * igate + (0.0 if config.mlstm_gate == "exp" else 60.0)
@@ -117,7 +124,19 @@ def run_slstm(
     boundaries: Tensor | None,
     cache: dict | None,
 ) -> Tensor:
-    """The sLSTM cell over `s` tokens; shapes as in `slstm_scan`, the cache's key is "slstm"."""
+    """The sLSTM cell over `s` tokens of the whole row.
+
+    Args:
+        config: The forget gate and backend are read.
+        gate_preacts: `[b, s, 4, heads, d]` in the order i, f, z, o.
+        recurrent_weight: `[4, heads, d, d]`.
+        bias: `[4, heads, d]`.
+        boundaries: Bool `[b, s]`, True at the first token of a document, or None.
+        cache: The layer's state between calls, or None; key "slstm" is read and updated.
+
+    Returns:
+        Hidden states `[b, s, heads, d]`.
+    """
     state = None if cache is None else cache.get("slstm")
     if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
         token = gate_preacts.squeeze(1)
@@ -150,11 +169,17 @@ def run_conv(
     cache: dict | None,
     context: ContextParallel | None = None,
 ) -> Tensor:
-    """Causal convolution and SiLU of `x [b, s, c]`; the cache's key is "conv".
+    """Causal convolution and SiLU of `x [b, s, c]`, same shape.
 
-    Without a weight, in a model without convolutions, x as it is. With `context` x is this rank's
-    slice of the row, whose boundaries are given whole; without it x is the whole row, as after an
-    all-to-all to heads.
+    Args:
+        config: The backend is read.
+        x: The input.
+        weight: `[c, width]`, or None in a model without convolutions; then `x` is returned.
+        bias: `[c]`, or None like the weight.
+        boundaries: Bool, of the whole row, True at the first token of a document, or None.
+        cache: The layer's state between calls, or None; key "conv" is read and updated.
+        context: Where this rank's slice of the row lies. None if `x` is the whole row, as after an
+            all-to-all to heads.
     """
     if weight is None:
         return x
@@ -162,7 +187,7 @@ def run_conv(
     if context is not None:
         if cache is None:
             before = context.tokens_before(x, weight.shape[1] - 1, boundaries)
-        boundaries = context.own(boundaries)
+        boundaries = context.local_slice(boundaries)
     y = causal_conv1d(
         x,
         weight,
@@ -181,7 +206,14 @@ def run_conv(
 def run_head_norm(
     config: XLSTMConfig, h: Tensor, weight: Tensor, ogate: Tensor | None = None
 ) -> Tensor:
-    """Norm of each head of `h [..., heads, d]`, times `sigmoid(ogate)` of that shape."""
+    """Norm of each head of `h [..., heads, d]`, times `sigmoid(ogate)` if there is one.
+
+    Args:
+        config: The kind of norm ("none" multiplies by the weight alone), eps and backend are read.
+        h: Hidden states.
+        weight: `[heads * d]`.
+        ogate: Pre-activations of the output gate, in the shape of `h`, or None.
+    """
     if config.head_norm == "none":
         h = h * weight.view(h.shape[-2:])
         return h if ogate is None else torch.sigmoid(ogate) * h
@@ -191,5 +223,5 @@ def run_head_norm(
 
 
 def _may_step(boundaries: Tensor | None) -> bool:
-    """The step kernels know no boundaries and record no gradient."""
+    """Whether the step kernels may run: they do not take boundaries and record no gradient."""
     return boundaries is None and not torch.is_grad_enabled()

@@ -1,6 +1,6 @@
 """The 7B-style mLSTM mixer (xLSTM 7B, arXiv 2503.13427, figure 8).
 
-Tensor parallel by heads; context parallel ranks pass the cell's state (parallel/mlstm_state.py).
+Tensor parallel by heads; context-parallel ranks pass the cell's state (parallel/mlstm_state.py).
 
 `q, k, v, o = W x`; `i, f = cap(W_g x + b_g)`; `y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))`.
 """
@@ -8,68 +8,37 @@ Tensor parallel by heads; context parallel ranks pass the cell's state (parallel
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import run_head_norm, run_mlstm
-from xlstm_mcore.modules.linear import input_projection, output_projection, parameter
-from xlstm_mcore.parallel.context import ContextParallel
-from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import packed
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
 
-class MLSTMMixer(nn.Module):
-    """mLSTM with its projections, gates and per-head norm.
-
-    Args:
-        config: the model's configuration.
-        pg_collection: process groups (`tp` and `cp` are read).
-        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
-    """
+class MLSTMMixer(Mixer):
+    """mLSTM with its projections, gates and per-head norm; see `Mixer` for the arguments."""
 
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.region = region = TensorParallelRegion(config, pg_collection.tp)
-        self.context = ContextParallel(pg_collection.cp)
+        super().__init__(config, pg_collection, prefix)
         heads, qk, v = config.num_heads, config.qk_dim, config.v_dim
-        self.num_heads = heads // region.size
+        self.num_heads = heads // self.region.size
         self.qk_head_dim, self.v_head_dim = qk // heads, v // heads
-        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
 
-        names = [f"{prefix}{n}.weight" for n in ("q_proj", "k_proj", "v_proj", "ogate")]
-        self.in_proj = input_projection(config, region, names, [qk, qk, v, v])
-        gates = [f"{prefix}igate", f"{prefix}fgate"]
-        self.gate_weight = parameter(
-            config,
-            (2 * self.num_heads, config.hidden_size),
-            packed([f"{g}.weight" for g in gates], [(heads, config.hidden_size)] * 2, **shard),
+        self.in_proj = self.input_projection(
+            {"q_proj.weight": qk, "k_proj.weight": qk, "v_proj.weight": v, "ogate.weight": v}
         )
-        self.gate_bias = parameter(
-            config,
-            (2 * self.num_heads,),
-            packed([f"{g}.bias" for g in gates], [(heads,)] * 2, **shard),
+        self.gate_weight = self.split_parameter(
+            ["igate.weight", "fgate.weight"], (heads, config.hidden_size)
         )
-        self.head_norm_weight = parameter(
-            config, (v // region.size,), packed([f"{prefix}head_norm.weight"], [(v,)], **shard)
-        )
-        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", v)
+        self.gate_bias = self.split_parameter(["igate.bias", "fgate.bias"], (heads,))
+        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (v,))
+        self.out_proj = self.output_projection(v)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence.
-
-        Args:
-            x: `[s(/cp/tp), b, h]`, this rank's positions.
-            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
-                None.
-            cache: state of this layer between calls when generating; read and updated.
-
-        Returns:
-            The shape of `x`.
-        """
+        """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
         s, b, _ = x.shape
         qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
@@ -101,6 +70,6 @@ class MLSTMMixer(nn.Module):
         ]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
-        """`sigmoid(o) * norm(h)`: `h [b, heads, s, d]`, `ogate [s, b, heads * d]`."""
+        """`sigmoid(o) * norm(h)`, of `h [b, heads, s, d]` and `ogate [s, b, heads * d]`."""
         h = h.permute(2, 0, 1, 3)
         return run_head_norm(self.config, h, norm_weight, ogate.view(h.shape)).flatten(2)

@@ -2,7 +2,7 @@
 
 Pre up-projection, causal convolution, block-diagonal q, k, v, gates that see all heads, a learnable
 skip and an output gate. The gates are the only place where heads meet: each rank adds its columns'
-part, and one small sum over ranks (2 numbers per head and token) completes them. Context parallel
+part, and one small sum over ranks (2 numbers per head and token) completes them. Context-parallel
 ranks pass the cell's state (parallel/mlstm_state.py) and the convolution's last inputs.
 """
 
@@ -14,72 +14,42 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_mlstm
-from xlstm_mcore.modules.linear import input_projection, output_projection, parameter
-from xlstm_mcore.parallel.context import ContextParallel
-from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import ParameterSlice, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
-TILE = 32  # of a block-diagonal map; measured on CPUs, and two tensor-core tiles
+# Width of a dense tile of the block-diagonal maps: the best one measured on CPUs, and the width of
+# two tensor-core tiles.
+TILE = 32
 
 
-class ClassicMLSTMMixer(nn.Module):
-    """Classic mLSTM with pre up-projection.
-
-    Args:
-        config: the model's configuration.
-        pg_collection: process groups (`tp` and `cp` are read).
-        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
-    """
+class ClassicMLSTMMixer(Mixer):
+    """Classic mLSTM with pre up-projection; see `Mixer` for the arguments."""
 
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.region = region = TensorParallelRegion(config, pg_collection.tp)
-        self.context = ContextParallel(pg_collection.cp)
+        super().__init__(config, pg_collection, prefix)
         inner, heads, block = config.up_dim, config.num_heads, config.qkv_block_size
-        self.inner, self.num_heads = inner // region.size, heads // region.size
+        self.inner, self.num_heads = inner // self.region.size, heads // self.region.size
         self.head_dim = inner // heads
-        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
 
-        names = [f"{prefix}up_proj.weight", f"{prefix}z_proj.weight"]
-        self.in_proj = input_projection(config, region, names, [inner, inner])
+        self.in_proj = self.input_projection({"up_proj.weight": inner, "z_proj.weight": inner})
         self.conv_weight = self.conv_bias = None
         if config.conv_width:
-            self.conv_weight = parameter(
-                config,
-                (self.inner, config.conv_width),
-                packed([f"{prefix}conv.weight"], [(inner, config.conv_width)], **shard),
-            )
-            self.conv_bias = parameter(
-                config, (self.inner,), packed([f"{prefix}conv.bias"], [(inner,)], **shard)
-            )
+            self.conv_weight = self.split_parameter(["conv.weight"], (inner, config.conv_width))
+            self.conv_bias = self.split_parameter(["conv.bias"], (inner,))
         # [q blocks, k blocks, v blocks], each block (out, in)
-        blocks = inner // block
-        self.qkv_weight = parameter(
-            config,
-            (3 * blocks // region.size, block, block),
-            packed(
-                [f"{prefix}{n}_proj.weight" for n in "qkv"], [(blocks, block, block)] * 3, **shard
-            ),
+        self.qkv_weight = self.split_parameter(
+            [f"{n}_proj.weight" for n in "qkv"], (inner // block, block, block)
         )
         self.igate_weight = self._gate_weight(f"{prefix}igate.weight")
         self.fgate_weight = self._gate_weight(f"{prefix}fgate.weight")
-        self.gate_bias = parameter(
-            config,
-            (2 * self.num_heads,),
-            packed([f"{prefix}{g}.bias" for g in ("igate", "fgate")], [(heads,)] * 2, **shard),
-        )
-        for name, attribute in (
-            ("head_norm.weight", "head_norm_weight"),
-            ("learnable_skip", "learnable_skip"),
-        ):
-            slices = packed([f"{prefix}{name}"], [(inner,)], **shard)
-            setattr(self, attribute, parameter(config, (self.inner,), slices))
-        self.out_proj = output_projection(config, region, f"{prefix}out_proj.weight", inner)
+        self.gate_bias = self.split_parameter(["igate.bias", "fgate.bias"], (heads,))
+        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (inner,))
+        self.learnable_skip = self.split_parameter(["learnable_skip"], (inner,))
+        self.out_proj = self.output_projection(inner)
 
     def _gate_weight(self, name: str) -> nn.Parameter:
         """Weight `[heads, 3 * inner]` of a gate, of which a rank holds its q, k, v columns."""
@@ -94,17 +64,10 @@ class ClassicMLSTMMixer(nn.Module):
             )
             for part in range(3)
         ]
-        return parameter(self.config, (heads, 3 * mine), slices)
+        return new_parameter(self.config, slices)
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
-
-        Args:
-            x: this rank's positions.
-            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
-                None.
-            cache: state of this layer between calls when generating; read and updated.
-        """
+        """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
         x_m, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, inner]
         x_c = run_conv(
@@ -122,15 +85,15 @@ class ClassicMLSTMMixer(nn.Module):
         return self.out_proj(h.transpose(0, 1))[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor):
-        """`(norm(h) + skip * x_c) * silu(z)`, `[b, s, inner]`: `h [b, heads, s, d]`."""
+        """`(norm(h) + skip * x_c) * silu(z)`, `[b, s, inner]`, of `h [b, heads, s, d]`."""
         h = run_head_norm(self.config, h.transpose(1, 2), norm_weight)
         return (h.reshape(x_c.shape) + skip * x_c) * F.silu(z)
 
     def _gates(self, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates `[b, heads/tp, s]` before activation, from qkv `[b, heads, s, d]`."""
+        """Pre-activations of both gates, `[b, heads/tp, s]`, from q, k, v `[b, heads, s, d]`."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
-        partial = recompute_in_backward(_seen_by_gates, weight, *qkv)
+        partial = recompute_in_backward(_project_heads, weight, *qkv)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
         mine = self.region.sum_and_split(by_head).view(b, s, self.num_heads, 2)
@@ -139,10 +102,10 @@ class ClassicMLSTMMixer(nn.Module):
         return igate, fgate
 
 
-def _seen_by_gates(weight: Tensor, *qkv: Tensor) -> Tensor:
-    """What `weight [gates, 3 * heads * d]` makes of qkv `[b, heads, s, d]`: `[b, s, gates]`.
+def _project_heads(weight: Tensor, *qkv: Tensor) -> Tensor:
+    """`weight [gates, 3 * heads * d]` times q, k and v `[b, heads, s, d]`, giving `[b, s, gates]`.
 
-    Head by head, so that nothing of the size of q is copied.
+    The product is taken head by head, so that nothing of the size of q is copied.
     """
     _, heads, _, d = qkv[0].shape
     columns = weight.view(-1, 3, heads, d).permute(1, 2, 3, 0)  # [3, heads, d, gates]
@@ -153,13 +116,13 @@ def _seen_by_gates(weight: Tensor, *qkv: Tensor) -> Tensor:
 def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     """A block-diagonal linear map, its result by heads.
 
-    Blocks of 4 x 4 make poor matrix products; several are put into one dense tile, with zeros
-    between them.
+    Blocks of 4 x 4 are too small for fast matrix products, so several are put into one dense tile
+    with zeros between them.
 
     Args:
         x: `[b, s, blocks * width]`.
         weight: `[blocks, out, in]` with `in = out = width`.
-        heads: number of heads; it divides the number of blocks.
+        heads: Number of heads; it divides the number of blocks.
 
     Returns:
         `[b, heads, s, head_dim]`, contiguous, with `head_dim = blocks * width / heads`.

@@ -11,101 +11,63 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_slstm
-from xlstm_mcore.modules.linear import parameter
-from xlstm_mcore.parallel.context import ContextParallel
-from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import ParameterSlice, packed
+from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
 
 GATES = ("igate", "fgate", "zgate", "ogate")
 
 
-class SLSTMMixer(nn.Module):
-    """sLSTM with convolution, headwise gates and per-head norm; no output projection.
+class SLSTMMixer(Mixer):
+    """sLSTM with convolution, headwise gates and per-head norm, and without an output projection.
 
-    Args:
-        config: the model's configuration.
-        pg_collection: process groups (`tp` and `cp` are read).
-        prefix: canonical prefix of the parameters' names, `decoder.layers.N.mixer.`.
+    See `Mixer` for the arguments.
     """
 
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.region = region = TensorParallelRegion(config, pg_collection.tp)
-        self.context = ContextParallel(pg_collection.cp)
+        super().__init__(config, pg_collection, prefix)
         heads, width = config.num_heads, config.hidden_size
-        self.num_heads, self.head_dim = heads // region.size, width // heads
-        mine, d = self.num_heads, self.head_dim
-        shard = {"shard_dim": 0, "rank": region.rank, "size": region.size}
+        self.num_heads, self.head_dim = heads // self.region.size, width // heads
+        d = self.head_dim
 
         self.conv_weight = self.conv_bias = None
         if config.conv_width:
-            self.conv_weight = parameter(
-                config,
-                (mine * d, config.conv_width),
-                packed([f"{prefix}conv.weight"], [(width, config.conv_width)], **shard),
-            )
-            self.conv_bias = parameter(
-                config, (mine * d,), packed([f"{prefix}conv.bias"], [(width,)], **shard)
-            )
-        self.gate_weight = parameter(
-            config,
-            (4 * mine, d, d),
-            packed([f"{prefix}{g}.weight" for g in GATES], [(heads, d, d)] * 4, **shard),
-        )
-        first = region.rank * mine
-        self.recurrent_weight = parameter(
-            config,
-            (4, mine, d, d),
-            [
-                ParameterSlice(
-                    f"{prefix}recurrent_weight",
-                    (4, heads, d, d),
-                    (0, first, 0, 0),
-                    (0, 0, 0, 0),
-                    (4, mine, d, d),
-                )
-            ],
-        )
-        self.bias = parameter(
-            config,
-            (4, mine, d),
-            [
-                ParameterSlice(
-                    f"{prefix}bias", (4, heads, d), (0, first, 0), (0, 0, 0), (4, mine, d)
-                )
-            ],
-        )
-        self.head_norm_weight = parameter(
-            config, (mine * d,), packed([f"{prefix}head_norm.weight"], [(width,)], **shard)
-        )
+            self.conv_weight = self.split_parameter(["conv.weight"], (width, config.conv_width))
+            self.conv_bias = self.split_parameter(["conv.bias"], (width,))
+        self.gate_weight = self.split_parameter([f"{g}.weight" for g in GATES], (heads, d, d))
+        self.recurrent_weight = self._four_gates("recurrent_weight", (4, heads, d, d))
+        self.bias = self._four_gates("bias", (4, heads, d))
+        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (width,))
+
+    def _four_gates(self, name: str, global_shape: tuple[int, ...]) -> nn.Parameter:
+        """This rank's heads, the second dimension, of a tensor that holds all four gates."""
+        gates, _, *rest = global_shape
+        zeros = (0,) * len(rest)
+        offset = (0, self.region.rank * self.num_heads, *zeros)
+        shape = (gates, self.num_heads, *rest)
+        part = ParameterSlice(f"{self.prefix}{name}", global_shape, offset, (0, 0, *zeros), shape)
+        return new_parameter(self.config, [part])
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """Mix along the sequence: `x [s(/cp/tp), b, h]` to the same shape.
-
-        Args:
-            x: this rank's positions.
-            boundaries: bool `[b, s]` of the whole row, True at the first token of a document, or
-                None.
-            cache: state of this layer between calls when generating; read and updated.
-        """
-        own = self.context.own  # a parameter's part for the heads this rank computes
+        """Mix along the sequence, see `Mixer`."""
+        mine = self.context.local_slice  # of a parameter: the heads that this rank computes
         x = self.context.to_heads(self.region.to_heads(x)).transpose(0, 1)  # [b, s, heads * d]
-        weight, bias = own(self.conv_weight, 0), own(self.conv_bias, 0)
+        weight, bias = mine(self.conv_weight, 0), mine(self.conv_bias, 0)
         x_c = run_conv(self.config, x, weight, bias, boundaries, cache)
         h = run_slstm(
             self.config,
             self._gate_preacts(x, x_c),
-            own(self.recurrent_weight, 1),
-            own(self.bias, 1),
+            mine(self.recurrent_weight, 1),
+            mine(self.bias, 1),
             boundaries,
             cache,
         )
-        h = recompute_in_backward(self._head_norm, h, own(self.head_norm_weight, 0)).transpose(0, 1)
+        h = recompute_in_backward(self._head_norm, h, mine(self.head_norm_weight, 0)).transpose(
+            0, 1
+        )
         return self.region.from_heads(self.context.from_heads(h))
 
     def _head_norm(self, h: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +77,7 @@ class SLSTMMixer(nn.Module):
         """`[b, s, 4, heads, d]`: i and f from the convolved input, z and o from the input."""
         b, s, _ = x.shape
         d = self.head_dim
-        weight = self.context.own(self.gate_weight.view(2, 2, self.num_heads, d, d), 2)
+        weight = self.context.local_slice(self.gate_weight.view(2, 2, self.num_heads, d, d), 2)
         heads = weight.shape[2]
         parts = []
         for source, pair in zip((x_c, x), weight, strict=True):

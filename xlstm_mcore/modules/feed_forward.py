@@ -6,8 +6,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import TensorParallelRegion, output_projection
-from xlstm_mcore.parameters.slices import attach, packed
+from xlstm_mcore.modules.linear import output_projection
+from xlstm_mcore.parallel.tensor import TensorParallelRegion
+from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 from xlstm_mcore.recompute import recompute_in_backward
 
 
@@ -15,10 +16,10 @@ class FeedForward(nn.Module):
     """Gated feed-forward `down(act(gate(x)) * up(x))`: SwiGLU (7B) or GeGLU (classic sLSTM).
 
     Args:
-        config: the model's configuration.
-        pg_collection: process groups (`tp` is read).
-        prefix: canonical prefix of the parameters' names.
-        width: inner width.
+        config: The model's configuration.
+        pg_collection: Process groups (`tp` is read).
+        prefix: Prefix of the parameters' global names.
+        width: Inner width.
         activation: "silu" or "gelu".
     """
 
@@ -43,10 +44,8 @@ class FeedForward(nn.Module):
         )
         names = [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"]
         shapes = [(width, config.hidden_size)] * 2
-        attach(
-            self.linear_fc1.weight,
-            packed(names, shapes, shard_dim=0, rank=region.rank, size=region.size),
-        )
+        slices = stacked_slices(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
+        set_slices(self.linear_fc1.weight, slices)
         self.linear_fc2 = output_projection(config, region, f"{prefix}down_proj.weight", width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,31 +1,27 @@
-"""Small parts shared by the blocks: norms, feed-forward, and the ways in and out of TP regions."""
+"""The linear projections into and out of a tensor-parallel region."""
 
 import copy
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import ParameterSlice, attach, packed
+from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 
 
 def input_projection(
-    config: XLSTMConfig,
-    region: TensorParallelRegion,
-    names: list[str],
-    widths: list[int],
+    config: XLSTMConfig, region: TensorParallelRegion, names: list[str], widths: list[int]
 ) -> ColumnParallelLinear:
     """Several bias-free projections of the same, already gathered input as one matrix product.
 
     Args:
-        names: global names of the projections' weights.
-        widths: their global output widths; each must divide by the tensor-parallel size.
+        config: The model's configuration.
+        region: The tensor-parallel region.
+        names: Global names of the projections' weights.
+        widths: Their global output widths; the tensor-parallel size divides each.
 
     Returns:
-        A Megatron layer `[s, b, h] -> [s, b, sum(widths)/tp]`; its rows are this rank's rows of
+        A Megatron layer `[s, b, h] -> [s, b, sum(widths)/tp]`. Its rows are this rank's rows of
         the first projection, then of the second, and so on.
     """
     inside = copy.copy(config)
@@ -40,15 +36,22 @@ def input_projection(
         tp_group=region.group,
     )
     shapes = [(width, config.hidden_size) for width in widths]
-    slices = packed(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
-    attach(linear.weight, slices)
+    slices = stacked_slices(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
+    set_slices(linear.weight, slices)
     return linear
 
 
 def output_projection(
     config: XLSTMConfig, region: TensorParallelRegion, name: str, width: int
 ) -> RowParallelLinear:
-    """The projection back to the residual stream, `[s, b, width/tp] -> [s(/tp), b, h]`."""
+    """The projection back to the residual stream, `[s, b, width/tp] -> [s(/tp), b, h]`.
+
+    Args:
+        config: The model's configuration.
+        region: The tensor-parallel region.
+        name: Global name of the weight.
+        width: Global input width; the tensor-parallel size divides it.
+    """
     linear = RowParallelLinear(
         width,
         config.hidden_size,
@@ -60,21 +63,6 @@ def output_projection(
         tp_group=region.group,
     )
     shapes = [(config.hidden_size, width)]
-    attach(linear.weight, packed([name], shapes, shard_dim=1, rank=region.rank, size=region.size))
+    slices = stacked_slices([name], shapes, shard_dim=1, rank=region.rank, size=region.size)
+    set_slices(linear.weight, slices)
     return linear
-
-
-def parameter(
-    config: XLSTMConfig, shape: tuple[int, ...], slices: list[ParameterSlice]
-) -> nn.Parameter:
-    """An uninitialised parameter on the model's device with its slices attached."""
-    weight = nn.Parameter(
-        torch.empty(shape, dtype=config.params_dtype, device=cpu_runtime.device())
-    )
-    attach(weight, slices, sequence_parallel=config.sequence_parallel)
-    return weight
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(x / cap)` (xLSTM 7B, section 3); `None` leaves x as it is."""
-    return x if cap is None else cap * torch.tanh(x / cap)

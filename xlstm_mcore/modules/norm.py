@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import parameter
-from xlstm_mcore.parameters.slices import ParameterSlice
+from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
 
 
@@ -17,16 +16,15 @@ class Norm(nn.Module):
     TransformerEngine.
 
     Args:
-        config: `norm` ("rmsnorm" or "layernorm"), `norm_eps`, `hidden_size` are read.
-        name: global name of the weight, initialised to ones.
+        config: `norm` ("rmsnorm" or "layernorm"), `norm_eps` and `hidden_size` are read.
+        name: Global name of the weight, which is initialised to ones.
     """
 
     def __init__(self, config: XLSTMConfig, name: str) -> None:
         super().__init__()
-        width = config.hidden_size
         self.kind, self.eps = config.norm, config.norm_eps
-        part = ParameterSlice(name, (width,), (0,), (0,), (width,))
-        self.weight = parameter(config, (width,), [part])
+        shape = (config.hidden_size,)
+        self.weight = new_parameter(config, [ParameterSlice(name, shape, (0,), (0,), shape)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x [..., hidden]`; same shape and dtype."""

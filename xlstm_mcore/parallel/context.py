@@ -3,19 +3,19 @@
 Rank r holds tokens `[r s/cp, (r + 1) s/cp)` of every row, and with sequence parallelism cuts
 its slice further over the tensor-parallel ranks. Three things look across the cuts:
 
-- sLSTM and attention need all positions of a head at once: `ContextParallel.to_heads` turns
-  a slice of the sequence with all of this rank's heads into the whole sequence with `1/cp` of
-  them, by one all-to-all; what comes back goes through `ContextParallel.from_heads`.
-- a causal convolution needs the last `width - 1` tokens of the slice before
+- The sLSTM and attention need all positions of a head at once. `ContextParallel.to_heads` turns a
+  slice of the sequence with all of this rank's heads into the whole sequence with `1/cp` of them,
+  by one all-to-all. The result goes back through `ContextParallel.from_heads`.
+- A causal convolution needs the last `width - 1` tokens of the slice before
   (`ContextParallel.tokens_before`).
-- mLSTM needs the state at the end of the slice before (parallel/mlstm_state.py).
+- The mLSTM needs the state at the end of the slice before (parallel/mlstm_state.py).
 
-Document boundaries are bool `[b, s]` over the *whole* row on every rank, since every rank reads
-its own rows (nothing is sent for them). `ContextParallel.own` cuts out this rank's slice.
+Document boundaries are bool `[b, s]` over the *whole* row on every rank. Every rank reads its own
+rows, so nothing is sent for them. `ContextParallel.local_slice` cuts out this rank's slice.
 
-Parameters are the same on all context-parallel ranks, and their gradients are summed over data and
-context parallel ranks together (Megatron's `dp_cp` group). A rank that computes a part of the
-heads uses a part of its parameters and leaves zeros in the rest of the gradient.
+Parameters are the same on all context-parallel ranks, and their gradients are summed over data- and
+context-parallel ranks together (Megatron's `dp_cp` group). A rank that computes some of the heads
+uses some of its parameters and leaves zeros in the rest of the gradient.
 """
 
 import torch
@@ -25,19 +25,19 @@ from torch import Tensor
 
 
 class ContextParallel:
-    """This rank's place in the context-parallel group, and the ways across the cuts.
+    """This rank's place in the context-parallel group, and what crosses the cuts.
 
-    All methods are the identity (or give None) in a group of one.
+    All methods are the identity (or return None) in a group of one.
 
     Args:
-        group: the context-parallel process group.
+        group: The context-parallel process group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size, self.rank = group.size(), group.rank()
 
-    def own(self, x: Tensor | None, dim: int = 1) -> Tensor | None:
+    def local_slice(self, x: Tensor | None, dim: int = 1) -> Tensor | None:
         """This rank's `1/cp` of a dimension: positions of a row, or heads of a parameter."""
         if x is None or self.size == 1:
             return x
@@ -47,15 +47,15 @@ class ContextParallel:
     def to_heads(self, x: Tensor) -> Tensor:
         """All positions of this rank's heads: `[s/cp, b, c] -> [s, b, c/cp]`.
 
-        The last dimension is cut in `cp` equal parts, so a tensor of `heads * width` channels
-        gives whole heads when `heads` (those this tensor-parallel rank holds) is a multiple of
-        `cp`; part r belongs to context-parallel rank r. Several tensors of the same heads (q, k
-        and v) go through separately, or stacked before the last dimension: `[s/cp, b, 3, c]` is
-        as good. Any strides. The backward pass is `from_heads`, exactly.
+        The last dimension is cut into `cp` equal parts, and part r belongs to context-parallel
+        rank r. So a tensor of `heads * width` channels gives whole heads when `heads` (those of
+        this tensor-parallel rank) is a multiple of `cp`. Several tensors of the same heads (q, k
+        and v) go through separately, or stacked before the last dimension, as `[s/cp, b, 3, c]`.
+        Strides are arbitrary. The backward pass is exactly `from_heads`.
 
-        Under tensor parallelism this follows `TensorParallelRegion.to_heads`: two all-to-alls
-        move at most twice the bytes of one over both groups, but those between nodes (context) go
-        in messages that are larger by the number of tensor-parallel ranks.
+        Under tensor parallelism this follows `TensorParallelRegion.to_heads`. Two all-to-alls
+        move at most twice the bytes of one over both groups, but messages between nodes (context)
+        are larger by the number of tensor-parallel ranks.
         """
         if self.size == 1:
             return x
@@ -73,23 +73,23 @@ class ContextParallel:
         return tensor_parallel.all_to_all(self.group, slices).movedim(0, -2).flatten(-2)
 
     def tokens_before(self, x: Tensor, number: int, boundaries: Tensor | None) -> Tensor | None:
-        """What a causal convolution needs of the slice before this one, as its initial state.
+        """The last tokens of the slice before this one, the initial state of a causal convolution.
 
         Args:
             x: `[b, s/cp, c]`, the convolution's input.
-            number: how many tokens, the convolution's width less one; at most `s/cp`.
-            boundaries: bool `[b, s]` of the whole row, or None.
+            number: How many tokens: the convolution's width less one, at most `s/cp`.
+            boundaries: Bool `[b, s]` of the whole row, or None.
 
         Returns:
-            `[b, c, number]`, oldest first: the last tokens of the slice before, zeros on the
-            first rank and where a document starts behind a token. None in a group of one. Its
-            gradient goes back to the rank that holds the tokens.
+            `[b, c, number]`, oldest first. Zeros on the first rank, and where a document starts
+            after the token. None in a group of one. Its gradient goes back to the rank that holds
+            the tokens.
         """
         if self.size == 1 or number == 0:
             return None
         last = x[:, x.shape[1] - number :]
         if boundaries is not None:
-            started = self.own(boundaries)[:, -number:].cumsum(1)
+            started = self.local_slice(boundaries)[:, -number:].cumsum(1)
             last = last * (started == started[:, -1:])[..., None].to(x.dtype)
         return _FromRankBefore.apply(last.transpose(1, 2), self.group)
 

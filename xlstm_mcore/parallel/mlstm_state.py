@@ -4,28 +4,28 @@ The state that enters a rank's slice of the sequence follows from the slices bef
 
     S_out = keep * S_in + gain * S_own        (C and n alike; exp(m) C is what is carried)
 
-`S_own` is what the slice writes into an empty state, one matrix product `(w k)^T v` whose
-weights w come from the gates, and `keep` the decay over the slice (0 where a document starts in
-it). So every rank first computes S_own, then a scan over ranks gives S_in, then the cell runs once
-with the right initial state. The product is what this costs: `2 qk_dim v_dim` operations per
-token and head, a third of the cell's, which is itself about a hundredth of a 7B model's. Running
-the cell from zero first and adding the missing part later would need that product too, and the
-numerator and denominator apart.
+`S_own` is what the slice writes into an empty state: one matrix product `(w k)^T v`, whose weights
+w come from the gates. `keep` is the decay over the slice (0 where a document starts in it). So
+every rank first computes S_own, then a scan over ranks gives S_in, and then the cell runs once with
+the right initial state. The cost is the product: `2 qk_dim v_dim` operations per token and head, a
+third of the cell's, which is itself about a hundredth of a 7B model's. Running the cell from zero
+first and adding the missing part later would need that product too, and the cell would have to
+return numerator and denominator separately.
 
 The backward pass is the transpose. The cell gives dL/dS_in of each rank, a scan from the last rank
 to the first turns them into dL/dS_out, and the product's gradients complete those of k, v and the
 gates (the forget gates through `keep` as well).
 
-Two ways to scan, by `context_costs.gathers`, with the same result:
+There are two ways to scan, with the same result; `gathers` chooses:
 
-- up to 8 ranks each gathers all S_own and adds them up: one step, `cp - 1` states received;
-- beyond, a pipeline along the ranks in slices of the value dimension: each rank receives one state
-  and sends one, whatever the sequence and the number of ranks. The last slice arrives after
-  `cp + 7` steps of 1/8 state; a slice travels while the next one's product is computed.
+- Up to 8 ranks, each gathers all S_own and adds them up: one step, `cp - 1` states received.
+- With more ranks, a pipeline along the ranks in slices of the value dimension: each rank receives
+  one state and sends one, whatever the sequence and the number of ranks. The last slice arrives
+  after `cp + 7` steps of 1/8 state. A slice travels while the next one's product is computed.
 
-m depends on the gates alone and is the one process's m: a rank's m_out is the larger of
-`total + m_in` and `best`, the m it would have from an empty state. S_own is kept in units of
-exp(best), so that nothing has to be known of the ranks before to compute it.
+m depends on the gates alone, and is the m that one process would have: a rank's m_out is the larger
+of `total + m_in` and `best`, the m it would have from an empty state. S_own is kept in units of
+exp(best), so that computing it needs nothing of the ranks before.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,27 @@ from xlstm_kernels.common.running_sum import running_sum
 
 State = tuple[Tensor, Tensor, Tensor]
 
+# The number of ranks up to which all gather all states; with more, one state goes along the ranks.
+GATHER_UP_TO = 8
+SLICES = 8  # of a state, along its value dimension, that go along the ranks one by one
+
+
+def gathers(ranks: int) -> bool:
+    """Whether a group of this size gathers all states instead of passing them along.
+
+    A gather takes the time of `ranks - 1` states and one call, the pipeline that of `ranks + 7`
+    messages of 1/8 state. A state is small (0.5 MB per row for a head of the 7B), so the latency
+    of messages decides until the gather's bytes, which grow with the ranks, outweigh it. The
+    number is an estimate; nothing of this has been timed on GPUs.
+    """
+    return ranks <= GATHER_UP_TO
+
+
+def column_slices(v_dim: int) -> list[slice]:
+    """The slices of a state's value dimension that travel one by one."""
+    step = -(-v_dim // SLICES)
+    return [slice(first, min(first + step, v_dim)) for first in range(0, v_dim, step)]
+
 
 def entering_state(
     k: Tensor,
@@ -52,7 +73,7 @@ def entering_state(
     *,
     gate: str,
 ) -> State | None:
-    """State of the mLSTM before this rank's slice, to be given to `mlstm_chunkwise`.
+    """The state of the mLSTM before this rank's slice, for `mlstm_chunkwise`.
 
     All ranks of the group must call it in the same order, and run its backward pass too: the first
     rank's state is zero, but it carries gradients.
@@ -62,9 +83,9 @@ def entering_state(
         v: `[b, heads, s/cp, v_dim]`.
         igate_preact: `[b, heads, s/cp]`, soft cap applied.
         fgate_preact: `[b, heads, s/cp]`, soft cap applied.
-        boundaries: bool `[b, s/cp]` of this slice, or None.
-        group: the context-parallel group, rank r holding slice r.
-        gate: the kind of input gate, "exp" or "sigmoid" (then m is 0).
+        boundaries: Bool `[b, s/cp]` of this slice, or None.
+        group: The context-parallel group; rank r holds slice r.
+        gate: The kind of input gate, "exp" or "sigmoid" (then m is 0).
 
     Returns:
         `(C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads])` in fp32 (fp64 for
@@ -81,7 +102,7 @@ def entering_state(
 def _slice_gates(
     igate_preact: Tensor, fgate_preact: Tensor, boundaries: Tensor | None, exp_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the gates make of a slice, in fp64 like all gate sums of the kernels.
+    """What the gates of a slice say about its state, in fp64 like all gate sums of the kernels.
 
     Returns:
         `log_write [b, heads, s]`, the log weight of each token in the state after the slice, in
@@ -173,7 +194,7 @@ def _weights(log_write: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted(k: Tensor, log_write: Tensor, dtype: torch.dtype) -> Tensor:
-    """`w k` as `[N, s, qk_dim]`."""
+    """The weighted keys `w k`, as `[N, s, qk_dim]`."""
     return k.flatten(0, 1).to(dtype) * _weights(log_write, dtype)
 
 
@@ -235,15 +256,16 @@ def _gather_gradients(
 
 
 class _Line:
-    """Messages from rank to rank along a group; this rank takes, adds its part and gives.
+    """Messages that travel from rank to rank along a group.
 
-    All receives are posted at the start, so that messages travel while this rank computes. Each
-    has a tag of its own: gloo does not promise an order among equal ones.
+    Each rank receives a message from the rank before it and sends one to the rank behind it. All
+    receives are posted at the start, so that messages travel while this rank computes. Each has a
+    tag of its own, because gloo does not promise an order among messages of one tag.
 
     Args:
-        shapes: of the messages.
-        like: a tensor with their dtype and device.
-        group: the group.
+        shapes: Shapes of the messages.
+        like: A tensor with their dtype and device.
+        group: The process group.
         step: 1 from the first rank to the last, -1 back.
     """
 
@@ -262,20 +284,20 @@ class _Line:
             ]
         self._sends: list = []
 
-    def take(self, number: int) -> Tensor:
-        """Message `number` of the rank before; zeros on the first rank of the line."""
+    def receive(self, number: int) -> Tensor:
+        """Message `number` from the rank before; zeros on the first rank of the line."""
         if self._receives:
             self._receives[number].wait()
         return self._buffers[number]
 
-    def give(self, number: int, message: Tensor) -> None:
-        """Send message `number` on (not on the line's last rank)."""
+    def send(self, number: int, message: Tensor) -> None:
+        """Send message `number` to the rank behind (not on the line's last rank)."""
         message = message.contiguous()
         work = dist.isend(message, group=self.group, group_dst=self.target, tag=number)
         self._sends.append((work, message))
 
     def close(self) -> None:
-        """Wait until what was given has left."""
+        """Wait until all messages have left."""
         for work, _ in self._sends:
             work.wait()
 
@@ -289,17 +311,17 @@ def _pipeline_states(
     shapes = [(rows, qk_dim + 1)] + [(rows, qk_dim, c.stop - c.start) for c in slices]
     line = _Line(shapes, key, group, 1)
     n_own = key.sum(1)
-    n, m = line.take(0).split((qk_dim, 1), -1)
+    n, m = line.receive(0).split((qk_dim, 1), -1)
     join = _join(total, best, m[:, 0])
     keep, gain = join.keep[:, None], join.gain[:, None]
     if not line.is_last:
-        line.give(0, torch.cat((keep * n + gain * n_own, join.m[:, None]), -1))
+        line.send(0, torch.cat((keep * n + gain * n_own, join.m[:, None]), -1))
     C = key.new_empty(rows, qk_dim, v_dim)
     for number, columns in enumerate(slices, start=1):
         own = None if line.is_last else _own_state(key, value, columns).mul_(gain[..., None])
-        C[..., columns] = line.take(number)
+        C[..., columns] = line.receive(number)
         if own is not None:
-            line.give(number, own.addcmul_(C[..., columns], keep[..., None]))
+            line.send(number, own.addcmul_(C[..., columns], keep[..., None]))
     line.close()
     return (C, n.contiguous(), m[:, 0].contiguous()), join.keep, join.gain
 
@@ -315,36 +337,13 @@ def _pipeline_gradients(
     shapes = [tuple(d_n.shape)] + [tuple(d_C[..., columns].shape) for columns in slices]
     line = _Line(shapes, d_C, group, -1)
     keep = keep[:, None]
-    after = line.take(0)
+    after = line.receive(0)
     if not line.is_last:
-        line.give(0, torch.addcmul(d_n, after, keep))
+        line.send(0, torch.addcmul(d_n, after, keep))
     yield after
     for number, columns in enumerate(slices, start=1):
-        after = line.take(number)
+        after = line.receive(number)
         if not line.is_last:
-            line.give(number, torch.addcmul(d_C[..., columns], after, keep[..., None]))
+            line.send(number, torch.addcmul(d_C[..., columns], after, keep[..., None]))
         yield columns, after
     line.close()
-
-
-GATHER_UP_TO = 8  # ranks that gather all mLSTM states; beyond, one state goes along the ranks
-
-
-SLICES = 8  # parts of a state (of its value dimension) that go along the ranks one by one
-
-
-def gathers(ranks: int) -> bool:
-    """Whether a group of this size gathers all states instead of passing them along.
-
-    A gather takes the time of `ranks - 1` states and one call, the pipeline that of `ranks + 7`
-    messages of 1/8 state. A state is small (0.5 MB per row for a head of the 7B), so the latency
-    of messages decides until the gather's bytes, which grow with the ranks, outweigh it. The
-    number is an estimate; nothing of this has been timed on GPUs.
-    """
-    return ranks <= GATHER_UP_TO
-
-
-def column_slices(v_dim: int) -> list[slice]:
-    """Parts of a state's value dimension that travel on their own."""
-    step = -(-v_dim // SLICES)
-    return [slice(first, min(first + step, v_dim)) for first in range(0, v_dim, step)]

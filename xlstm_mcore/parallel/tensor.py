@@ -12,11 +12,11 @@ class TensorParallelRegion:
 
     Outside the region activations are `[s, b, h]` on every rank, or `[s/tp, b, h]` with
     sequence parallelism. Inside, a rank sees the whole sequence and its own heads or channels.
-    Each method's backward is the matching adjoint, so gradients need no further reduction.
+    The backward pass of each method is its adjoint, so gradients need no further reduction.
 
     Args:
-        config: the model's configuration (`sequence_parallel` is read).
-        group: the tensor-parallel process group.
+        config: The model's configuration (`sequence_parallel` is read).
+        group: The tensor-parallel process group.
     """
 
     def __init__(self, config: XLSTMConfig, group: torch.distributed.ProcessGroup) -> None:
@@ -34,7 +34,7 @@ class TensorParallelRegion:
     def to_heads(self, x: Tensor) -> Tensor:
         """This rank's channels at every position: `[s(/tp), b, h] -> [s, b, h/tp]`.
 
-        With sequence parallelism this is one all-to-all: nothing is gathered that is not used.
+        With sequence parallelism this is one all-to-all, so nothing is gathered that is not used.
         """
         if self.sequence_parallel:
             s, b, h = x.shape

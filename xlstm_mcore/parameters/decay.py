@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping
 
-# Kinds of canonical tensors for weight decay, the first pattern that fits, and the papers' choice
-# (arXiv 2405.04517 B.2, 2503.13427 App. B: kernels decay, the head and the gates' among them).
-# Tensors packed into one parameter are of one kind.
+# Kinds of global tensors for weight decay: the first pattern that fits, and the papers' choice
+# (arXiv 2405.04517 B.2, 2503.13427 App. B: kernels decay, those of the head and the gates among
+# them). All slices of one parameter are of one kind.
 _KINDS: list[tuple[str, str, bool]] = [
     ("embedding", r"embedding\..*", False),
     ("head", r"output_layer\.weight", True),
@@ -17,16 +17,18 @@ _KINDS: list[tuple[str, str, bool]] = [
     ("bias", r".*bias", False),
 ]
 
-
 KINDS = tuple(kind for kind, _, _ in _KINDS)
 
 
 def decays(name: str, overrides: Mapping[str, bool] | None = None) -> bool:
-    """Whether weight decay applies to a canonical tensor, by its kind.
+    """Whether weight decay applies to a global tensor, by its kind.
 
     Args:
-        name: canonical name.
-        overrides: choices that differ from the papers', by kind (one of `KINDS`).
+        name: Global name.
+        overrides: Choices that differ from the papers', by kind (one of `KINDS`).
+
+    Raises:
+        KeyError: No kind fits the name.
     """
     for kind, pattern, choice in _KINDS:
         if re.fullmatch(pattern, name):
@@ -35,7 +37,7 @@ def decays(name: str, overrides: Mapping[str, bool] | None = None) -> bool:
 
 
 def is_hidden_matrix(name: str, shape: Iterable[int]) -> bool:
-    """Whether a canonical tensor is a full matrix between hidden activations (Muon's kind).
+    """Whether a global tensor is a full matrix between hidden activations (Muon's kind).
 
     Embedding and head are not, nor are block-diagonal projections and the gates of mLSTM, whose
     rows are the gates of single heads.

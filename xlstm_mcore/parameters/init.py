@@ -53,7 +53,7 @@ def _igate_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator
 
 
 def _slstm_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
-    """Zero but for the forget gate, which falls from 5 to -7 over a head's channels."""
+    """Zero except for the forget gate, which falls from 5 to -7 over a head's channels."""
     depth = layer / max(1, config.num_layers - 1)
     position = torch.arange(t.shape[-1]) / max(1, t.shape[-1] - 1)
     t.zero_()
@@ -79,10 +79,13 @@ def initial_value(name: str, shape: Iterable[int], config: XLSTMConfig, seed: in
     """The initial value (fp32, CPU, global shape) of a global tensor.
 
     Args:
-        name: global name.
-        shape: its global shape.
-        config: the model's configuration.
-        seed: the run's seed.
+        name: Global name.
+        shape: Its global shape.
+        config: The model's configuration.
+        seed: The run's seed.
+
+    Raises:
+        KeyError: No rule fits the name.
     """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -107,7 +110,7 @@ def _rule(name: str, config: XLSTMConfig, layer: int) -> Rule:
 def initialize(model: nn.Module, config: XLSTMConfig, seed: int) -> None:
     """Fill every parameter of a model (or pipeline stage) with its initial value.
 
-    Memory beyond the model: one global tensor at a time.
+    Beyond the model this takes the memory of one global tensor at a time.
     """
     for _, parameter, slices in named_slices(model):
         for part in slices:

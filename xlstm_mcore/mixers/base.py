@@ -1,0 +1,65 @@
+"""What every mixer has: its place among the ranks, and parameters split over them by heads."""
+
+from collections.abc import Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.modules.linear import input_projection, output_projection
+from xlstm_mcore.parallel.context import ContextParallel
+from xlstm_mcore.parallel.tensor import TensorParallelRegion
+from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
+
+
+class Mixer(nn.Module):
+    """Base of the sequence mixers. It makes their parameters; `forward` is theirs.
+
+    Every mixer has `forward(x, boundaries, cache=None)`, which mixes `x [s(/cp/tp), b, h]` along
+    the sequence and keeps its shape. `boundaries` is bool `[b, s]` of the whole row, True at the
+    first token of a document, or None. `cache` is the layer's state between calls when generating,
+    a dictionary that the mixer reads and updates, or None.
+
+    Args:
+        config: The model's configuration.
+        pg_collection: Process groups (`tp` and `cp` are read).
+        prefix: Prefix of the parameters' global names, `decoder.layers.N.mixer.`.
+    """
+
+    def __init__(
+        self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config, self.prefix = config, prefix
+        self.region = TensorParallelRegion(config, pg_collection.tp)
+        self.context = ContextParallel(pg_collection.cp)
+
+    def split_parameter(self, names: Sequence[str], global_shape: tuple[int, ...]) -> nn.Parameter:
+        """This rank's rows of tensors of one global shape, stacked along dimension 0.
+
+        Args:
+            names: The tensors' names, without the prefix.
+            global_shape: Their shape; the tensor-parallel size divides its first dimension.
+        """
+        slices = stacked_slices(
+            [f"{self.prefix}{name}" for name in names],
+            [global_shape] * len(names),
+            shard_dim=0,
+            rank=self.region.rank,
+            size=self.region.size,
+        )
+        return new_parameter(self.config, slices)
+
+    def input_projection(self, widths: dict[str, int]) -> ColumnParallelLinear:
+        """One product for several projections of the gathered input, `name: width` each.
+
+        See `modules.linear.input_projection`; names come without the prefix.
+        """
+        names = [f"{self.prefix}{name}" for name in widths]
+        return input_projection(self.config, self.region, names, list(widths.values()))
+
+    def output_projection(self, width: int) -> RowParallelLinear:
+        """The projection `out_proj` from `width` channels back to the residual stream."""
+        name = f"{self.prefix}out_proj.weight"
+        return output_projection(self.config, self.region, name, width)
