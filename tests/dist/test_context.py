@@ -69,9 +69,9 @@ def test_dropout_masks_differ_over_context_ranks_only(pool):
 
 def break_one(name):
     """Take one sum away; returns how to give it back."""
-    from xlstm_mcore.parallel import context as context_parallel, mlstm_state as mlstm_context
+    from xlstm_mcore.parallel import context as context_parallel, mlstm_state
 
-    state, before = mlstm_context._EnteringState, context_parallel._FromRankBefore
+    state, before = mlstm_state._EnteringState, context_parallel._FromRankBefore
     owner, attribute, broken = {
         "halo gradient": (before, "backward", lambda ctx, d: (torch.zeros_like(d), None)),
         "state gradient": (state, "backward", lambda ctx, *d: (None,) * 6),

@@ -163,7 +163,7 @@ def test_bytes_grow_neither_with_the_sequence_nor_with_the_ranks():
 def test_gates_of_a_slice_are_summed_without_what_cuda_refuses_in_deterministic_mode(monkeypatch):
     *_, igate, fgate = inputs(300)[0]
     boundaries = boundaries_of("scattered", 300)
-    expected = mlstm_context._slice_gates(igate, fgate, boundaries, True)
+    expected = mlstm_state._slice_gates(igate, fgate, boundaries, True)
     cumsum = torch.Tensor.cumsum
 
     def integers_only(x, *arguments, **options):
@@ -172,5 +172,5 @@ def test_gates_of_a_slice_are_summed_without_what_cuda_refuses_in_deterministic_
 
     monkeypatch.setattr(torch.Tensor, "cumsum", integers_only)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    got = mlstm_context._slice_gates(igate, fgate, boundaries, True)
+    got = mlstm_state._slice_gates(igate, fgate, boundaries, True)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-10)
