@@ -36,8 +36,7 @@ class ExitCode(IntEnum):
     # 70 and 75 follow sysexits.h: EX_SOFTWARE (here: what we run on) and EX_TEMPFAIL.
     MACHINE_FAILED = (
         70,
-        "the machine failed (a lost peer, a killed worker, a port that is taken, a full disk); "
-        "the same command may be repeated",
+        "the machine failed (lost peer, killed worker, full disk); repeat the same command",
         True,
     )
     DIVERGED = 71, "the run diverged", True

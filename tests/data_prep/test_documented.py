@@ -1,4 +1,4 @@
-"""The walk through data preparation that README.md shows, and the benchmark at a tiny size."""
+"""The walk through data preparation that docs/data.md shows, and the benchmark at a tiny size."""
 
 import re
 import shlex
@@ -14,8 +14,9 @@ from xlstm_io.shards.manifest import load_manifest
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_commands_in_order(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("## Preparing data")[1].split("\n## ")[0]
+def test_documented_commands_in_order(tmp_path, monkeypatch):
+    text = (ROOT / "docs/data.md").read_text()
+    section = text.split("## Preparing data")[1].split("\n## ")[0]
     (config,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.S)
     (block,) = re.findall(r"```sh\n(.*?)```", section, flags=re.S)
     commands = [shlex.split(line) for line in block.splitlines()]

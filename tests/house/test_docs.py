@@ -1,26 +1,42 @@
-"""Every command that the documents show is run: here, by a test that is named here, or by CI."""
+"""Documents: every command is run, every link resolves, numbers and words keep to their rules.
 
+A command is run here, by a test that is named here, or by CI. The commands of docs/tutorial.md are
+run in their order by test_tutorial.py, the scripts of examples/ by test_examples.py.
+"""
+
+import ast
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/checkpoints.md")
+from tests.house.documents import (
+    DOCUMENTS,
+    EXAMPLES,
+    ROOT,
+    anchors,
+    cells,
+    commands,
+    prose,
+    read,
+    sections,
+)
+from xlstm_io.errors import exit_code_table
+
 DATA_PREP = "tests/data_prep/test_documented.py"
 END_TO_END = "tests/pretrain/test_end_to_end.py"
+EXAMPLE_TESTS = "tests/house/test_examples.py"
 
 # Commands that take minutes, or need a trained model: who runs them.
 RUN_ELSEWHERE = {
     "make pretrain": (END_TO_END, '"pretrain", "STEPS=20"'),
     "make pretrain MODEL=classic": (END_TO_END, '"pretrain", "MODEL=classic"'),
-    "python -m pretrain launch my.yaml --nproc 2": (END_TO_END, '"pretrain", "launch", f"'),
+    "python -m pretrain launch": (EXAMPLE_TESTS, "one_machine.sh"),
     "python -m pretrain train": (END_TO_END, '"-m", "pretrain", "train"'),
     **{
-        f"python -m data_prep {command}": (DATA_PREP, "README.md")
+        f"python -m data_prep {command}": (DATA_PREP, "docs/data.md")
         for command in (
             "tokenizer --input corpus/books 'corpus/web/*.jsonl.zst' --vocab-size 32000 --out tok",
             "build prep.yaml",
@@ -62,37 +78,30 @@ RUN_ELSEWHERE = {
     ),
     ".ci/run": (".ci/run", "make --no-print-directory test"),
 }
-
-
-def commands():
-    """(document, command) for every line of a sh block and every command in inline code."""
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S):
-            yield from ((name, line.strip()) for line in block.splitlines() if line.strip())
-        prose = re.sub(r"```.*?```", "", text, flags=re.S)
-        for code in re.findall(r"`([^`\n]+)`", prose):
-            if re.match(r"(make [a-z]|python -m|\.ci/run$)", code):
-                yield name, code
-
-
-COMMANDS = sorted(set(commands()))
+COMMANDS = sorted({(d, c) for d in DOCUMENTS if d != "docs/tutorial.md" for c in commands(d)})
+# A command is run once, whatever number of documents show it.
+DISTINCT = sorted({command for _, command in COMMANDS})
 
 
 def test_the_documents_show_commands():
-    assert len(COMMANDS) >= 12
+    assert len(DISTINCT) >= 30
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d}:{c}" for d, c in COMMANDS])
-def test_command_is_run(document, command):
+@pytest.mark.parametrize("command", DISTINCT)
+def test_command_is_run(command):
+    shown_in = ", ".join(document for document, shown in COMMANDS if shown == command)
     if command in RUN_ELSEWHERE:
         path, evidence = RUN_ELSEWHERE[command]
-        assert evidence in (ROOT / path).read_text(encoding="utf-8"), (
-            f"{document} shows `{command}`, which {path} does not run any more"
+        assert evidence in read(path), (
+            f"{shown_in} shows `{command}`, which {path} does not run any more"
         )
         return
     words = shlex.split(command)
-    assert words[:2] == ["python", "-m"], f"{document} shows `{command}`, which no test runs"
+    assert words[:2] == ["python", "-m"], f"{shown_in} shows `{command}`, which no test runs"
+    if words[2] == "pytest":
+        file, keywords = ROOT / words[3], words[words.index("-k") + 1].split(" and ")
+        assert all(f'"{keyword}"' in file.read_text(encoding="utf-8") for keyword in keywords)
+        return
     words = [str(ROOT / "pretrain/configs/cpu_demo.yaml") if w == "my.yaml" else w for w in words]
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -103,18 +112,114 @@ def test_command_is_run(document, command):
 def test_each_named_test_exists():
     named = set()
     for name in DOCUMENTS:
-        named |= set(re.findall(r"`(tests/[\w./]+)::(\w+)`", (ROOT / name).read_text("utf-8")))
+        named |= set(re.findall(r"`(tests/[\w./]+)::(\w+)`", read(name)))
     assert len(named) >= 14
     for path, test in sorted(named):
-        assert f"def {test}(" in (ROOT / path).read_text("utf-8"), f"no {test} in {path}"
+        assert f"def {test}(" in read(path), f"no {test} in {path}"
 
 
-def test_links_to_files_lead_somewhere():
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), f"{name} links to {target}"
-        for path in re.findall(
-            r"`((?:tests|pretrain|xlstm_mcore|constraints|kernels)/[\w./]*)`", text
-        ):
-            assert (ROOT / path).exists(), f"{name} names {path}"
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_paths_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", prose(name)):
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else ROOT / name
+        assert file.exists(), f"{name} links to {target}"
+        if anchor:
+            assert anchor in anchors(str(file.resolve().relative_to(ROOT))), f"{name}: {target}"
+    rooms = "tests|pretrain|xlstm_mcore|xlstm_io|data_prep|constraints|kernels|benchmarks|examples"
+    for path in re.findall(rf"`((?:{rooms}|docs)/[\w./]*)`", prose(name)):
+        assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_name_files_that_exist(name):
+    for path in re.findall(r"\b((?:examples|pretrain|docs)/[\w/]+\.(?:sh|py|yaml|md))", read(name)):
+        assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+def test_every_page_is_in_the_readme():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", read("README.md")))
+    assert linked == {name for name in DOCUMENTS if name.startswith("docs/")}
+
+
+def test_the_readme_fits_two_screens():
+    assert len(read("README.md").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("name", [n for n in DOCUMENTS if n != "docs/checkpoints.md"])
+def test_no_cell_is_longer_than_a_line(name):
+    """But for the table of faults, which names tests."""
+    for number, cell in cells(name):
+        assert len(cell) <= 100, f"{name}:{number}: {len(cell)} characters: {cell}"
+
+
+@pytest.mark.parametrize(("heading", "text"), list(sections("docs/benchmarks.md")))
+def test_every_number_stands_beside_its_command(heading, text):
+    without_code = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    if not re.search(r"\d", without_code):
+        return
+    assert "```sh\n" in text, f"{heading}: which command prints these numbers?"
+    assert re.search(r"^(Machine: .*|Counted)\b", text, flags=re.M), f"{heading}: which machine?"
+    if "No figure" not in text:
+        assert re.search(r"Date: \d{4}-\d\d-\d\d\.", text), f"{heading}: when?"
+
+
+MEASURED = re.compile(
+    r"\b\d[\d.,]*\s?(?:%|(?:[KMGT]?FLOP/s|tokens/s|[MG]B/s|GB|ms|nats?|times (?:as|the|faster))\b)"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in DOCUMENTS if n not in ("docs/benchmarks.md", "docs/configuration.md")]
+)
+def test_measured_numbers_stand_in_benchmarks_alone(name):
+    """Output in fenced blocks is an example, and the size of an installation is a requirement."""
+    text = prose(name).replace("about 2 GB of disk", "").replace("0.3 nat below", "")
+    found = MEASURED.search(text)
+    assert found is None, f"{name}: {found.group()} belongs into docs/benchmarks.md"
+
+
+BANNED = re.compile(
+    r"\b(?:is|are) no |\btwins?\b|\brefusals?\b|\bledgers?\b|\bfates?\b|\bcanonical tensors?\b"
+    r"|\brectangles?\b",
+    flags=re.I,
+)
+
+
+def plain_words(name):
+    """Uses of words that docs/glossary.md replaces, as `file:line: word`."""
+    for number, line in enumerate(read(name).splitlines(), 1):
+        for found in BANNED.finditer(line):
+            yield f"{name}:{number}: {found.group().strip()!r} in: {line.strip()}"
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *EXAMPLES])
+def test_documents_use_plain_words(name):
+    assert not list(plain_words(name))
+
+
+def test_architecture_lists_every_room():
+    """The house is a fenced block with one folder per line; hidden folders and tests/* are not."""
+    house = re.search(r"## The house.*?```\n(.*?)```", read("ARCHITECTURE.md"), flags=re.S)
+    listed = {line.split()[0].rstrip("/") for line in house.group(1).splitlines()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    if not tracked:
+        pytest.skip("not a git checkout, so what belongs to the tree is not known")
+    folders = {path.rpartition("/")[0] for path in tracked if (ROOT / path).exists()}
+    rooms = {f for f in folders if f and not f.startswith((".", "tests/"))}
+    assert listed == rooms
+
+
+def test_the_five_files_to_read_first_say_what_they_are():
+    text = read("ARCHITECTURE.md").split("## Read these five first")[1].split("\n## ")[0]
+    files = re.findall(r"^\d\. \[(.*?)\]", text, flags=re.M)
+    assert len(files) == 5
+    for file in files:
+        assert ast.get_docstring(ast.parse(read(file)))
+
+
+def test_the_exit_codes_are_those_of_the_code():
+    assert exit_code_table() in read("docs/exit-codes.md")

@@ -427,8 +427,8 @@ def test_every_stage_of_a_ramp_splits_over_the_replicas():
     assert f"{(98 * 16 + 2 * 4) * 256:,} (100 steps)" in describe_run(ramped)
 
 
-def test_the_data_section_that_readme_shows():
-    text = (CONFIGS.parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_data_section_that_the_documents_show():
+    text = (CONFIGS.parents[1] / "docs/data.md").read_text(encoding="utf-8")
     shown = text.split("## Data of a run")[1].split("```yaml\n")[1].split("```")[0]
     data = config_from_dict({**raw(), **yaml.safe_load(shown)}).data
     assert [s.name for s in data.sources] == ["web", "code", "books"] and data.phases
