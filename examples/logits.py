@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from pretrain.commands.generate import tokenizer_of
+from pretrain.commands.generate import prompt_ids, tokenizer_of
 from xlstm_io.checkpoint.manifest import resolve
 from xlstm_mcore.inference import load_model, model_logits
 
@@ -26,7 +26,7 @@ def main() -> None:
     path = resolve(options.checkpoint)
     model, config = load_model(path)
     tokenizer = tokenizer_of(path)
-    tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(options.prompt)]])  # [batch, sequence]
+    tokens = torch.tensor([prompt_ids(tokenizer, options.prompt)])  # [batch, sequence]
     logits = model_logits(model, tokens)  # [batch, sequence, vocabulary], fp32
     print(f"pattern {config.pattern}, logits {tuple(logits.shape)}")
     probabilities = logits[0, -1, : tokenizer.vocab_size].softmax(-1)

@@ -26,6 +26,7 @@ else
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   node 1 "$@" &
   other=$!
+  trap 'kill "$other" 2>/dev/null || true' EXIT  # if node 0 fails, node 1 would wait for it
   node 0 "$@"
   wait "$other"
 fi
