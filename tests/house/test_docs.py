@@ -44,6 +44,7 @@ RUN_ELSEWHERE = {
             "inspect shards --row 0",
             "repack shards --seq-len 8192",
             "merge shards",
+            "build",
         )
     },
     "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
