@@ -177,7 +177,7 @@ MEASURED = re.compile(
 )
 def test_measured_numbers_stand_in_benchmarks_alone(name):
     """Output in fenced blocks is an example, and the size of an installation is a requirement."""
-    text = prose(name).replace("about 2 GB of disk", "").replace("0.3 nat below", "")
+    text = prose(name).replace("about 3 GB of disk", "").replace("0.3 nat below", "")
     found = MEASURED.search(text)
     assert found is None, f"{name}: {found.group()} belongs into docs/benchmarks.md"
 
