@@ -42,7 +42,7 @@ def make_state(megabytes: int) -> dict[str, torch.Tensor]:
 def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, float]:
     """Median seconds of each operation."""
     state = make_state(megabytes)
-    chunks = [TensorSlice(n, tuple(t.shape), (0,) * t.ndim, t) for n, t in state.items()]
+    slices = [TensorSlice(n, tuple(t.shape), (0,) * t.ndim, t) for n, t in state.items()]
     copies = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     for name, tensor in state.items():
         copies[name].copy_(tensor)  # touches the memory
@@ -60,7 +60,7 @@ def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, float]:
             copies[name].copy_(tensor)
 
     def ours_in_background() -> None:
-        timed("stall", lambda: saver.save(chunks, {}, {}, step=1))
+        timed("stall", lambda: saver.save(slices, {}, {}, step=1))
         saver.wait()
 
     def dcp_in_background() -> None:
@@ -72,8 +72,8 @@ def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, float]:
             times.clear()  # the first round allocates
         timed("copy", copy)
         timed("save in the background", ours_in_background)
-        path = timed("save", lambda: save_checkpoint(folder / "ours", chunks, {}, {}, step=1))
-        timed("load", lambda path=path: load_checkpoint(path, chunks))
+        path = timed("save", lambda: save_checkpoint(folder / "ours", slices, {}, {}, step=1))
+        timed("load", lambda path=path: load_checkpoint(path, slices))
         timed("DCP save in the background", dcp_in_background)
         timed("DCP save", lambda: dcp.save(state, checkpoint_id=folder / "dcp"))
         timed("DCP load", lambda: dcp.load(state, checkpoint_id=folder / "dcp"))

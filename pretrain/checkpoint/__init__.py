@@ -1,8 +1,8 @@
 """Checkpoints of a training run: save on any layout, load on any other.
 
-What is saved and loaded are `TensorSlice`s: slices of global tensors under global names, wherever
-they lie in the memory of this rank. So the layout is not part of the format. The format itself and
-the reader that needs no trainer are in `xlstm_io.checkpoint.manifest` and `.reader`.
+A rank saves and loads `TensorSlice`s: slices of global tensors under global names, wherever they
+lie in the memory of this rank. So the layout is not part of the format. The format itself, and the
+reader that does not need a trainer, are `xlstm_io.checkpoint.manifest` and `.reader`.
 
     with CheckpointSaver(run_dir / "checkpoints") as saver:
         saver.save(slices, state, config, step=200)  # goes on in the background

@@ -1,10 +1,10 @@
 """Saving while training goes on.
 
-`CheckpointSaver.save` copies this rank's shard to host memory and returns: no collective, no
-serialisation, no file. A thread then writes the copy, hashes and syncs it and agrees with the other
-ranks' threads (`pretrain.checkpoint.ranks`); files, hashes and copies release Python's lock, so the
-loop keeps its pace. The copy's memory is kept for the next save: on a GPU it is pinned, and both
-pinning and first touching memory cost more than the copy itself.
+`CheckpointSaver.save` copies this rank's slices to host memory and returns. It runs no collective,
+serialises nothing and opens no file. A thread then writes the copy, hashes and syncs it, and agrees
+with the other ranks' threads (`pretrain.checkpoint.ranks`). Writing, hashing and copying release
+Python's lock, so the training loop keeps its pace. The copy's memory is kept for the next save: on
+a GPU it is pinned, and both pinning and first touching memory cost more than the copy itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from xlstm_io.storage import Location, location, make_folder, put, remove_folder
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes; any dtype may view the host memory at a multiple of this
-PARTING_S = 5.0  # how long a failing process waits for a save that may never end
+# How long a failing process waits for a save that is under way. If another rank is gone, that save
+# never finishes.
+EXIT_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class FinishedSave:
     """A checkpoint that is complete.
 
     Attributes:
-        path: its folder.
-        stall: seconds for which the training loop stood still.
-        seconds: from the call of `save` until it was complete.
+        path: Its folder.
+        stall: Seconds for which the training loop stood still.
+        seconds: Seconds from the call of `save` until it was complete.
     """
 
     path: Location
@@ -48,16 +50,16 @@ class FinishedSave:
 
 
 class HostCopy:
-    """Host memory for one copy of this rank's shard, used again for every save."""
+    """Host memory for one copy of this rank's slices, used again for every save."""
 
     def __init__(self) -> None:
         self._layout: list[tuple] = []
         self._copies: list[TensorSlice] = []
 
     def take(self, slices: Sequence[TensorSlice]) -> list[TensorSlice]:
-        """Copies of all rectangles; they hold until the next call."""
+        """Copies of all slices; they are valid until the next call."""
         slices = [part for part in slices if part.tensor.numel()]
-        layout = [(c.name, c.global_offset, c.tensor.shape, c.tensor.dtype) for c in slices]
+        layout = [(p.name, p.global_offset, p.tensor.shape, p.tensor.dtype) for p in slices]
         if layout != self._layout:
             self._copies = []  # frees the memory before more is taken
             self._copies, self._layout = _allocate(slices), layout
@@ -72,7 +74,7 @@ class HostCopy:
 
 
 def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
-    """Chunks with the same places and contiguous tensors in one block of host memory."""
+    """The same slices with contiguous tensors, all in one piece of host memory."""
     starts, end = [], 0
     for part in slices:
         starts.append(end)
@@ -91,12 +93,15 @@ def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
 class CheckpointSaver:
     """Saves checkpoints of a run; every rank has one and calls the same methods at the same steps.
 
-    folder: where the checkpoints lie, a path or an fsspec URL. asynchronous: write in a thread;
-    otherwise `save` returns when the checkpoint is complete. ranks: who saves together (default:
-    all, through a process group made here, so all ranks must be there).
+    Use it as a context manager around the training loop. Leaving it waits for a save under way,
+    unless the loop failed for a reason that may have taken another rank away.
 
-    Use as a context manager around the training loop: leaving it waits for a save under way, unless
-    the loop failed for a reason that may have taken another rank away.
+    Args:
+        folder: Where the checkpoints lie, a path or an fsspec URL.
+        retention: Which checkpoints stay (default: all).
+        asynchronous: Write in a thread. Otherwise `save` returns when the checkpoint is complete.
+        ranks: Who saves together (default: all, through a process group that is made here, so all
+            ranks must construct one together).
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class CheckpointSaver:
         retention: Retention | None = None,
         asynchronous: bool = True,
         ranks: Ranks | None = None,
-    ):
+    ) -> None:
         self.folder = location(folder)
         self.ranks = ranks or background_ranks()
         self.last_good: Location | None = None
@@ -121,9 +126,10 @@ class CheckpointSaver:
     def check_writable(self) -> None:
         """Make and remove a folder with an empty file, on every rank, as a save does.
 
+        A run that found out at its first save would have lost the steps until then.
+
         Raises:
-            CheckpointError: a rank cannot; a run that found out at its first save would have lost
-                the steps until then.
+            CheckpointError: A rank cannot write there.
         """
 
         def try_out() -> None:
@@ -143,13 +149,15 @@ class CheckpointSaver:
         *,
         step: int,
     ) -> float:
-        """Save the state as it is now; see `write_checkpoint` for the arguments.
+        """Save the state as it is now; see `save_checkpoint` for the arguments.
 
-        Waits for an earlier save first. `take_finished` tells when this one is complete. Returns
-        the seconds for which the caller waited here.
+        It waits for an earlier save first. `take_finished` tells when this one is complete.
+
+        Returns:
+            The seconds for which the caller waited here.
 
         Raises:
-            CheckpointError: the earlier save failed; not asynchronous: this one did.
+            CheckpointError: The earlier save failed, or, if not asynchronous, this one.
         """
         started = time.perf_counter()
         self.wait()
@@ -178,7 +186,11 @@ class CheckpointSaver:
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait for the save under way; CheckpointError, the same on every rank, if it failed."""
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointError: It failed; the same error on every rank.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -192,7 +204,7 @@ class CheckpointSaver:
             raise error
 
     def take_finished(self) -> FinishedSave | None:
-        """The save that was completed since the last call, if any; each is told once."""
+        """The save that was completed since the last call, if any; each is returned once."""
         finished, self._finished = self._finished, None
         return finished
 
@@ -204,7 +216,7 @@ class CheckpointSaver:
             self.wait()
         elif self._thread is not None:
             # All ranks raise a UserError together, so all are there to finish the save.
-            self._thread.join(None if issubclass(kind, UserError) else PARTING_S)
+            self._thread.join(None if issubclass(kind, UserError) else EXIT_WAIT_S)
             if self._error is not None:
                 log.warning("the last save failed too: %s", self._error)
 

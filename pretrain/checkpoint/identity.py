@@ -24,10 +24,18 @@ def check_same_run(
 ) -> None:
     """Refuse a checkpoint of another model, data or tokenizer, showing each key that differs.
 
-    The first two are resolved run configurations (nested mappings with a `model` section), each
-    together with its `tokenizer` and `cursor` from the training state. The pipeline cuts (`|`) of a
-    pattern belong to the layout and are ignored, as is `NOT_IDENTITY`. A model key that an older
-    version of this program did not have counts as its default. Raises CheckpointError.
+    The pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`.
+    A model key that an older version of this program did not have counts as its default.
+
+    Args:
+        saved: The resolved configuration of the checkpoint's run (nested mappings with a `model`
+            section), together with `tokenizer` and `cursor` of its training state.
+        run: The same of the run that wants to continue.
+        path: The checkpoint, for the message.
+        accept: Keys and sections that may differ.
+
+    Raises:
+        CheckpointError: Something else differs.
     """
     defaults = {k: f.default for k, f in ModelConfig.model_fields.items() if not f.is_required()}
     saved, run = (
@@ -44,12 +52,20 @@ def check_same(
     path: object = "",
     accept: Sequence[str] = (),
 ) -> None:
-    """Compare the dotted `keys` (values or whole sections) of two nested mappings.
+    """Compare some values or sections of two nested mappings.
 
-    Works for the configuration and for the training state alike, for example
-    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.plan"))`. Keys and
-    sections in `accept` may differ: the run says that the change is meant.
-    Raises CheckpointError listing every other difference as `key: checkpoint A, run B`.
+    It serves the configuration and the training state alike, for example
+    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.plan"))`.
+
+    Args:
+        saved: The checkpoint's values.
+        run: The run's values.
+        keys: Dotted keys of what must be the same.
+        path: The checkpoint, for the message.
+        accept: Keys and sections that may differ: the run says that the change is meant.
+
+    Raises:
+        CheckpointError: It lists every difference as `key: checkpoint A, run B`.
     """
     before, now = _flat(saved), _flat(run)
     wanted = [
@@ -63,11 +79,11 @@ def check_same(
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
     }
     if differing:
+        which = f"the checkpoint {path}" if path else "the checkpoint"
         raise CheckpointError(
-            f"the checkpoint {path} belongs to another run; use another run.dir, set what differs "
-            "back, or, where the change is meant, continue with checkpoint.accept_changes="
-            f"{','.join(differing)}\n  ".replace("  belongs", " belongs")
-            + "\n  ".join(differing.values())
+            f"{which} belongs to another run; use another run.dir, set what differs back, or, "
+            "where the change is meant, continue with checkpoint.accept_changes="
+            f"{','.join(differing)}\n  " + "\n  ".join(differing.values())
         )
 
 
@@ -78,15 +94,16 @@ def _is_in(name: str, keys: Sequence[str]) -> bool:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; the pattern without its pipeline cuts."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{name}.")
-        elif name == "model.pattern" and isinstance(value, str):
-            flat[name] = value.replace("|", "")
+        elif isinstance(value, tuple):
+            flat[name] = list(value)
         else:
-            flat[name] = list(value) if isinstance(value, tuple) else value
+            cut = name == "model.pattern" and isinstance(value, str)
+            flat[name] = value.replace("|", "") if cut else value
     return flat
 
 

@@ -1,4 +1,4 @@
-"""Finding and loading, agreed by all ranks; `xlstm_io.checkpoint.reader` reads."""
+"""Finding and loading checkpoints, agreed by all ranks; `xlstm_io.checkpoint.reader` reads them."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,28 @@ from xlstm_io.storage import Location
 def load_checkpoint(
     path: Location | str, slices: Sequence[TensorSlice], *, ranks: Ranks | None = None
 ) -> Manifest:
-    """Fill the tensors of `slices` in place from the checkpoint folder `path`.
+    """Fill the tensors of slices in place from a checkpoint.
 
-    Called by all `ranks` (default: all; without torch.distributed: this process), each with the
-    rectangles that it needs, whatever layout wrote them. Only floating point tensors are converted,
-    and only to another floating point type. The tensors of a checkpoint that nobody asks for are
-    not read, so weights alone can be loaded. Every byte that is used is compared with its hash.
-    Returns the manifest (state, config, step).
+    All ranks call it, each with the slices that it needs, whatever layout wrote them. Only floating
+    point tensors are converted, and only to another floating point type. The tensors of a
+    checkpoint that nobody asks for are not read, so weights alone can be loaded. The hash of every
+    byte that is used is compared. Errors are the same on every rank, and some of the tensors may
+    have been overwritten by then.
 
-    Raises, the same on every rank: CheckpointDamagedError if the checkpoint is not sound,
-    CheckpointError if a tensor is missing or has another shape, or the file system refuses. Some of
-    the tensors may have been overwritten by then.
+    Args:
+        path: The checkpoint's folder.
+        slices: What this rank needs.
+        ranks: Who loads together (default: all; without torch.distributed: this process).
+
+    Returns:
+        The manifest (state, config, step).
+
+    Raises:
+        CheckpointDamagedError: The checkpoint is not sound.
+        CheckpointError: A tensor is missing or has another shape, or the file system refuses.
     """
 
-    def read() -> Manifest:
+    def read() -> None:
         with CheckpointReader(path) as reader:
             for part in slices:
                 if part.tensor.numel():
@@ -43,8 +51,8 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
     Broken ones are named in a warning and passed over, attempts that were cut short too.
 
     Raises:
-        CheckpointError: there are checkpoints, but each is broken. Starting anew must not happen
-            by accident.
+        CheckpointError: There are checkpoints, but each is broken. A run must not start anew by
+            accident.
     """
 
     def find() -> list[Location]:
@@ -62,5 +70,5 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
 
 
 def read_manifest_together(path: Location, *, ranks: Ranks) -> Manifest:
-    """`read_manifest` by the first rank; every rank gets its answer, or its error."""
+    """`read_manifest` on the first rank; every rank gets its result, or its error."""
     return ranks.first(f"reading {path}", lambda: parse_manifest(path))

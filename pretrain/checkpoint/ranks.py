@@ -1,7 +1,7 @@
 """How the ranks that save and load together agree: every step succeeds on all of them or on none.
 
-Saving happens in a thread of its own while the training loop runs collectives, so it must not share
-a process group with it: `background_ranks` makes a gloo group that nobody else uses, whatever the
+Saving happens in a thread of its own while the training loop runs collectives, so the two must not
+share a process group. `background_ranks` makes a gloo group that nobody else uses, whatever the
 training's backend is. Both kinds of collectives can then be under way at the same time in any
 order.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 
 #: How long a rank waits for the slowest one to write its file.
-PATIENCE = datetime.timedelta(hours=1)
+RANK_TIMEOUT = datetime.timedelta(hours=1)
 
 T = TypeVar("T")
 
@@ -24,10 +24,11 @@ T = TypeVar("T")
 class Ranks:
     """The ranks of a process group, or this one process alone.
 
-    group: None is the default group where torch.distributed runs, else this process.
+    Args:
+        group: None means the default group where torch.distributed runs, else this process.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self._alone = group is None and not (dist.is_available() and dist.is_initialized())
         self.rank = 0 if self._alone else dist.get_rank(group)
@@ -55,11 +56,21 @@ class Ranks:
         return box[0]
 
     def together(self, what: str, function: Callable[[], T], remedy: str = "") -> list[T]:
-        """Call `function` on every rank; its results by rank on the first one ([] elsewhere).
+        """Call a function on every rank; if it raises on one, every rank raises.
 
-        If it raises anywhere, every rank raises: CheckpointError of one sentence where the cause is
-        the file system or the checkpoint (CheckpointDamagedError if the latter is damaged
-        somewhere), KeyboardInterrupt where someone pressed Ctrl-C, RuntimeError for a bug.
+        Args:
+            what: What the function does, for the message: "saving the checkpoint of step 3".
+            function: The function.
+            remedy: End of the message.
+
+        Returns:
+            On the first rank the results by rank, elsewhere an empty list.
+
+        Raises:
+            CheckpointDamagedError: The checkpoint is damaged, as some rank found.
+            CheckpointError: The cause is the file system or the checkpoint.
+            KeyboardInterrupt: Someone pressed Ctrl-C.
+            RuntimeError: Anything else, which is a bug; the message holds the traceback.
         """
         try:
             mine: tuple[str, Any] = ("ok", function())
@@ -82,23 +93,27 @@ class Ranks:
         if self.size > 1:
             several = f" on {len(failures)} ranks, first {rank}"
             where = f" on rank {rank}" if len(failures) == 1 else several
-        error = CheckpointDamagedError if "damaged" in kinds else CheckpointError
-        raise error(f"{what} failed{where}: {text}{remedy}")
+        kind = CheckpointDamagedError if "damaged" in kinds else CheckpointError
+        raise kind(f"{what} failed{where}: {text}{remedy}")
 
     def first(self, what: str, function: Callable[[], T], remedy: str = "") -> T:
-        """Call `function` on the first rank; every rank gets its result, or its error."""
-        results = self.together(what, function if self.is_first else lambda: None, remedy)
-        return self.broadcast(results[0] if self.is_first else None)
+        """Call a function on the first rank; every rank gets its result, or its error.
+
+        See `together` for the arguments and errors.
+        """
+        result: list[T] = []
+        self.together(what, lambda: result.append(function()) if self.is_first else None, remedy)
+        return self.broadcast(result)[0]
 
 
 def background_ranks() -> Ranks:
-    """All ranks, with a gloo group that is theirs alone; every rank must call it.
+    """All ranks, with a gloo group of their own; every rank must call it.
 
-    Without torch.distributed, this process.
+    Without torch.distributed this is the process alone.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
-    return Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Ranks(dist.new_group(backend="gloo", timeout=RANK_TIMEOUT))
 
 
 def _kind(error: BaseException) -> str:

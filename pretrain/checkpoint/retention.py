@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.checkpoint.ranks import PATIENCE
+from pretrain.checkpoint.ranks import RANK_TIMEOUT
 from xlstm_io.checkpoint.manifest import MANIFEST_NAME, parse_manifest, step_folders
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
@@ -14,8 +14,8 @@ from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
 log = logging.getLogger(__name__)
 
 #: An attempt without a manifest in which nothing changed for so long is dead: its ranks would have
-#: given up waiting for each other (`PATIENCE`) and removed it themselves.
-DEAD_AFTER_S = 2 * PATIENCE.total_seconds()
+#: given up waiting for each other (`RANK_TIMEOUT`) and removed it themselves.
+DEAD_AFTER_S = 2 * RANK_TIMEOUT.total_seconds()
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,19 @@ class Retention:
     """What stays: the union of the newest `keep`, every `keep_every`-th step, and the best.
 
     Attributes:
-        keep: newest checkpoints (by step, then time); None for all.
-        keep_every: checkpoints of steps that this divides stay for ever; None for none.
-        keep_best: so many with the lowest validation loss, measured at their own step.
+        keep: How many of the newest checkpoints (by step, then time); None for all.
+        keep_every: Checkpoints of steps that this number divides are kept for ever; None for none.
+        keep_best: How many of those with the lowest validation loss, measured at their own step.
+
+    Raises:
+        CheckpointError: `keep` is less than 1.
     """
 
     keep: int | None = None
     keep_every: int | None = None
     keep_best: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.keep is not None and self.keep < 1:
             raise CheckpointError(
                 f"checkpoint.keep={self.keep} would delete what was just saved; use >= 1"
@@ -41,7 +44,14 @@ class Retention:
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint, as retention sees it; valid_loss is inf where none was measured."""
+    """A complete checkpoint, as retention sees it.
+
+    Attributes:
+        path: Its folder.
+        step: Its step.
+        created: When its manifest was written, in seconds since 1970.
+        valid_loss: The validation loss at its step; inf where none was measured.
+    """
 
     path: Location
     step: int
@@ -50,7 +60,7 @@ class Saved:
 
 
 def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
-    """Those of the complete checkpoints that go."""
+    """The complete checkpoints that are to be deleted."""
     if retention.keep is None:
         return []
     newest = sorted(saved, key=lambda s: (s.step, s.created), reverse=True)
@@ -69,12 +79,19 @@ def apply_retention(
     just_saved: Location,
     damaged: Collection[Location] = (),
 ) -> None:
-    """Delete what `to_delete` says, but never `just_saved`, and then dead attempts.
+    """Delete what `to_delete` says, and then dead attempts. One process calls it.
 
-    For one process. Nothing here fails a run: what cannot be deleted is named in a warning. The
-    manifest goes first, so that a deletion that is interrupted leaves nothing that looks complete;
-    the rest is then a dead attempt like any other. Damaged checkpoints, those with a file of the
-    wrong size and those that the caller knows, do not count and are left for a person.
+    Nothing here fails a run: what cannot be deleted is named in a warning. The manifest is deleted
+    first, so that a deletion that is interrupted leaves nothing that looks complete; the rest is
+    then a dead attempt like any other. Damaged checkpoints do not count, and are left for a person
+    to look at.
+
+    Args:
+        folder: The folder of the checkpoints.
+        retention: Which ones stay.
+        just_saved: A checkpoint that is never deleted.
+        damaged: Checkpoints that the caller knows to be damaged. Those with a file of the wrong
+            size are found here.
     """
     try:
         saved, attempts = [], []

@@ -1,8 +1,8 @@
-"""Saving: every rank writes its rectangles to one file, then the first rank the manifest.
+"""Saving: every rank writes its slices to one file, then the first rank writes the manifest.
 
 torch.distributed.checkpoint (DCP) is not used. Its safetensors writer keys tensors by name alone,
-so two rectangles of one tensor in one file overwrite each other, and it holds the whole file in
-memory; its other writer pickles. What is left of it then is the exchange of plans and errors, and
+so two slices of one tensor in one file overwrite each other, and it holds the whole file in memory.
+Its other writer pickles. What is left of it then is the exchange of plans and errors, and
 `pretrain.checkpoint.ranks` has that in a form that a background thread can use.
 """
 
@@ -21,7 +21,7 @@ import torch
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from xlstm_io.checkpoint.manifest import (
-    FOLDER_NAME,
+    CHECKPOINTS_FOLDER,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -30,10 +30,10 @@ from xlstm_io.checkpoint.manifest import (
     manifest_checksum,
     step_folder_name,
 )
-from xlstm_io.checkpoint.reader import BLOCK_BYTES, TensorSlice, check_exact_cover
+from xlstm_io.checkpoint.reader import STORED_SLICE_BYTES, TensorSlice, check_exact_cover
 from xlstm_io.checkpoint.safetensors_stream import (
     DTYPE_NAMES,
-    Entry,
+    TensorHeader,
     WrittenFile,
     hash_file,
     write_safetensors,
@@ -56,18 +56,26 @@ def save_checkpoint(
 ) -> Location:
     """Save a checkpoint under `root`/checkpoints and return its folder when it is complete.
 
-    Called by all `ranks` (default: all; without torch.distributed: this process). Each passes the
-    rectangles that it alone owns: together they must cover every tensor exactly once. `state` and
-    `config` are JSON (the first rank's are stored). No rank holds more than one block besides what
-    it was given. Afterwards all but the newest `keep` complete checkpoints are deleted (None: all
-    are kept).
+    All ranks call it. No rank holds more than one stored slice besides what it was given.
 
-    Raises CheckpointError, the same on every rank, if the file system refuses, if slices overlap or
-    are missing, or if `state` or `config` is not JSON. Earlier checkpoints are untouched then, and
-    the incomplete attempt is removed.
+    Args:
+        root: The run's folder, a path or an fsspec URL.
+        slices: What this rank alone owns. The slices of all ranks together must cover every tensor
+            exactly once.
+        state: The training state, as JSON; that of the first rank is stored.
+        config: The configuration, likewise.
+        step: Training steps done.
+        ranks: Who saves together (default: all; without torch.distributed: this process).
+        keep: Afterwards all but so many of the newest complete checkpoints are deleted (None: all
+            are kept).
+
+    Raises:
+        CheckpointError: The file system refuses, slices overlap or are missing, or `state` or
+            `config` is not JSON. The error is the same on every rank. Earlier checkpoints are
+            untouched then, and the incomplete attempt is removed.
     """
     ranks = ranks or Ranks()
-    folder = location(root) / FOLDER_NAME
+    folder = location(root) / CHECKPOINTS_FOLDER
     path = write_checkpoint(folder, slices, state, config, step=step, ranks=ranks)
     if keep is not None and ranks.is_first:
         apply_retention(folder, Retention(keep=keep), path)
@@ -102,24 +110,32 @@ def write_checkpoint(
 class _DataFile:
     """What one rank wrote.
 
-    tensors: {name: (global shape, dtype name)}; rows: {name: [[offset, shape, file, begin, xxh3]]}.
+    Attributes:
+        file: Name of its file.
+        written: Size and hash of the file; None if the rank owned nothing and wrote none.
+        tensors: Global shape and dtype name of each tensor, by name.
+        stored: `[offset, shape, file, begin, xxh3]` of each stored slice, by the tensor's name.
     """
 
     file: str
     written: WrittenFile | None
     tensors: dict[str, tuple[tuple[int, ...], str]]
-    rows: dict[str, list[list]]
+    stored: dict[str, list[list]]
 
 
-def blocks_of(part: TensorSlice) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """Cut a rectangle along its first axis into blocks: (offset in the global tensor, view)."""
+def cut_for_storage(part: TensorSlice) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Cut a slice along its first axis to the size of stored slices.
+
+    Yields:
+        `(offset, view)` of each: its offset in the global tensor, and its memory.
+    """
     tensor, offset = part.tensor.detach(), tuple(part.global_offset)
     axis = next((a for a, size in enumerate(tensor.shape) if size > 1), None)
     if axis is None:
         yield offset, tensor
         return
     row_bytes = tensor.numel() // tensor.shape[axis] * tensor.element_size()
-    rows = max(1, BLOCK_BYTES // row_bytes)
+    rows = max(1, STORED_SLICE_BYTES // row_bytes)
     for start in range(0, tensor.shape[axis], rows):
         place = (*offset[:axis], offset[axis] + start, *offset[axis + 1 :])
         yield place, tensor.narrow(axis, start, min(rows, tensor.shape[axis] - start))
@@ -138,9 +154,9 @@ def _start(folder: Location, step: int, state: Mapping, config: Mapping) -> Loca
 
 
 def _write_slices(path: Location, rank: int, slices: Sequence[TensorSlice]) -> _DataFile:
-    """On every rank: stream its rectangles into its file."""
+    """On every rank: stream its slices into its file."""
     data_file = _DataFile(f"data-{rank:05d}.safetensors", None, {}, {})
-    entries: dict[Entry, tuple[str, tuple[int, ...], torch.Tensor]] = {}
+    contents: dict[TensorHeader, tuple[str, tuple[int, ...], torch.Tensor]] = {}
     for part in slices:
         if not part.tensor.numel():
             continue
@@ -151,21 +167,21 @@ def _write_slices(path: Location, rank: int, slices: Sequence[TensorSlice]) -> _
         about = (tuple(part.global_shape), DTYPE_NAMES[part.tensor.dtype])
         if data_file.tensors.setdefault(part.name, about) != about:
             raise CheckpointError(f"{part.name}: {about} and {data_file.tensors[part.name]}")
-        for offset, block in blocks_of(part):
+        for offset, view in cut_for_storage(part):
             key = f"{part.name}@{','.join(map(str, offset))}"
-            entry = Entry(key, block.dtype, tuple(block.shape))
-            if entry in entries:
+            header = TensorHeader(key, view.dtype, tuple(view.shape))
+            if header in contents:
                 raise CheckpointError(f"{part.name}: two slices at {list(offset)}")
-            entries[entry] = part.name, offset, block
-    if not entries:
+            contents[header] = part.name, offset, view
+    if not contents:
         return data_file
     written, places = write_safetensors(
-        path / data_file.file, list(entries), lambda entry: entries[entry][2]
+        path / data_file.file, list(contents), lambda header: contents[header][2]
     )
-    for entry, (name, offset, _) in entries.items():
-        place = places[entry]
-        row = [list(offset), list(entry.shape), data_file.file, place.begin, place.xxh3]
-        data_file.rows.setdefault(name, []).append(row)
+    for header, (name, offset, _) in contents.items():
+        place = places[header]
+        stored = [list(offset), list(header.shape), data_file.file, place.begin, place.xxh3]
+        data_file.stored.setdefault(name, []).append(stored)
     return dataclasses.replace(data_file, written=written)
 
 
@@ -174,7 +190,7 @@ def _finish(
 ) -> None:
     """On the first rank, when all data is stored: check, metadata, and the manifest last."""
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-    rows: dict[str, list[list]] = {}
+    stored: dict[str, list[list]] = {}
     slices: dict[str, list[tuple]] = {}
     for rank, data_file in enumerate(data_files):
         for name, about in data_file.tensors.items():
@@ -184,14 +200,14 @@ def _finish(
                     f"{name}: rank {rank} has {list(shape)} {dtype}, other ranks have "
                     f"{list(other_shape)} {other_dtype}"
                 )
-            rows.setdefault(name, []).extend(data_file.rows[name])
+            stored.setdefault(name, []).extend(data_file.stored[name])
             slices.setdefault(name, []).extend(
-                (row[0], row[1], rank) for row in data_file.rows[name]
+                (offset, shape, rank) for offset, shape, *_ in data_file.stored[name]
             )
     for name in tensors:
         check_exact_cover(name, tensors[name][0], slices[name])
     metadata = path / METADATA_NAME
-    put(metadata, json.dumps({"tensors": dict(sorted(rows.items()))}).encode())
+    put(metadata, json.dumps({"tensors": dict(sorted(stored.items()))}).encode())
     files = {METADATA_NAME: hash_file(metadata)}
     files |= {
         data_file.file: data_file.written

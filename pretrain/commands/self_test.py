@@ -138,9 +138,9 @@ def _compare(runs: dict[str, RunConfig], folders: dict[str, Location], steps: in
 
 
 def _hashes(path: Location) -> dict[str, tuple]:
-    """Name of each tensor -> places and hashes of its blocks."""
+    """Name of each tensor -> places and hashes of its stored slices."""
     with CheckpointReader(path) as reader:
         return {
-            name: tuple(sorted((b.offset, b.shape, b.xxh3) for b in blocks))
-            for name, blocks in reader.blocks.items()
+            name: tuple(sorted((part.offset, part.shape, part.xxh3) for part in stored))
+            for name, stored in reader.stored.items()
         }

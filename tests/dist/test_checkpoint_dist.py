@@ -36,10 +36,10 @@ def full(name):
     return torch.randn(SHAPES[name], generator=generator)
 
 
-def flat_range_chunks(name, shape, tensor_flat, start, stop):
-    """A contiguous range of a row-major matrix as rectangles, as a distributed optimizer has it."""
+def flat_range_slices(name, shape, tensor_flat, start, stop):
+    """A contiguous range of a row-major matrix as slices, as a distributed optimizer has it."""
     columns = shape[1]
-    chunks, position = [], start
+    slices, position = [], start
     while position < stop:
         row, column = divmod(position, columns)
         if column or stop - position < columns:
@@ -49,13 +49,13 @@ def flat_range_chunks(name, shape, tensor_flat, start, stop):
             size = ((stop - position) // columns, columns)
             length = size[0] * columns
         part = tensor_flat[position - start : position - start + length].view(size)
-        chunks.append(TensorSlice(name, shape, (row, column), part))
+        slices.append(TensorSlice(name, shape, (row, column), part))
         position += length
-    return chunks
+    return slices
 
 
 def layout(kind, rank, world):
-    """(chunks owned by this rank, what they should hold): the state split as `kind` says."""
+    """(slices owned by this rank, what they should hold): the state split as `kind` says."""
     pairs = []
     for name, shape in SHAPES.items():
         value = full(name)
@@ -70,9 +70,9 @@ def layout(kind, rank, world):
             cuts = [value.numel() * r // world + (r % 2) * 3 for r in range(world)]
             cuts.append(value.numel())
             start, stop = cuts[rank], cuts[rank + 1]
-            for chunk in flat_range_chunks(name, shape, torch.zeros(stop - start), start, stop):
-                (r, c), (h, w) = chunk.global_offset, chunk.tensor.shape
-                pairs.append((chunk, value[r : r + h, c : c + w]))
+            for part in flat_range_slices(name, shape, torch.zeros(stop - start), start, stop):
+                (r, c), (h, w) = part.global_offset, part.tensor.shape
+                pairs.append((part, value[r : r + h, c : c + w]))
         elif kind == "whole" and rank == 0:  # everything on the first rank, nothing on others
             pairs.append((TensorSlice(name, shape, (0, 0), torch.zeros(shape)), value))
         elif kind == "copies":  # every rank has everything (loading only)
@@ -87,8 +87,8 @@ def worker(function, folder, *args):
 
 def save_layout(rank, world, folder, kind):
     pairs = layout(kind, rank, world)
-    for chunk, value in pairs:
-        chunk.tensor.copy_(value)
+    for part, value in pairs:
+        part.tensor.copy_(value)
     path = save_checkpoint(folder, [c for c, _ in pairs], {"tokens": 5}, {"model": {}}, step=3)
     seen = [None] * world
     dist.all_gather_object(seen, str(path))
@@ -101,8 +101,8 @@ def load_layouts(rank, world, folder, kinds):
         pairs = layout(kind, rank, world)
         manifest = load_checkpoint(path, [c for c, _ in pairs])
         assert manifest.state == {"tokens": 5} and manifest.step == 3
-        for chunk, value in pairs:
-            assert torch.equal(chunk.tensor, value), (kind, chunk.name, chunk.global_offset)
+        for part, value in pairs:
+            assert torch.equal(part.tensor, value), (kind, part.name, part.global_offset)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "flat", "whole"])
@@ -119,8 +119,8 @@ def test_any_layout_loads_into_any_layout(kind, tmp_path, pool):
 
 def fail_on_one_rank(rank, world, folder):
     tensor = torch.full((2, 4), float(rank))
-    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), tensor)
-    good = save_checkpoint(folder, [chunk], {}, {}, step=1)
+    part = TensorSlice("w", (2 * world, 4), (2 * rank, 0), tensor)
+    good = save_checkpoint(folder, [part], {}, {}, step=1)
 
     def disk_full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -130,7 +130,7 @@ def fail_on_one_rank(rank, world, folder):
         save_module.write_safetensors = disk_full
     errors = [None] * world
     try:
-        save_checkpoint(folder, [chunk], {}, {}, step=2, keep=1)
+        save_checkpoint(folder, [part], {}, {}, step=2, keep=1)
     except CheckpointError as error:
         dist.all_gather_object(errors, str(error))
     assert len(set(errors)) == 1 and "step 2 failed on rank 1" in errors[0], errors
@@ -141,12 +141,12 @@ def fail_on_one_rank(rank, world, folder):
     dist.barrier()  # the next attempt has a folder, for which a slow rank should not look here
 
     # slices of two ranks that overlap, and a tensor that only one rank finds missing
-    for chunk_here, words in (
+    for wrong, words in (
         (TensorSlice("w", (2 * world, 4), (rank, 0), tensor), "overlaps the slice"),
         (TensorSlice("w", (2 * world + rank, 4), (2 * rank, 0), tensor), "other ranks have"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            save_checkpoint(folder, [chunk_here], {}, {}, step=2)
+            save_checkpoint(folder, [wrong], {}, {}, step=2)
     wanted = TensorSlice("missing" if rank == 1 else "w", (2 * world, 4), (0, 0), tensor)
     with pytest.raises(CheckpointError, match=r"on rank 1: .* holds no tensor missing"):
         load_checkpoint(good, [wanted])
@@ -154,7 +154,7 @@ def fail_on_one_rank(rank, world, folder):
         load_checkpoint(folder, [wanted])
 
     # after all those errors the group still works
-    again = save_checkpoint(folder, [chunk], {}, {}, step=2, keep=1)
+    again = save_checkpoint(folder, [part], {}, {}, step=2, keep=1)
     dist.barrier()
     assert candidates_together(folder)[0] == again and not good.exists()
 
@@ -167,8 +167,8 @@ def save_in_a_subgroup(rank, world, folder):
     group = dist.new_group([1, 2])
     if rank in (1, 2):
         ranks = Ranks(group)
-        chunk = TensorSlice("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
-        path = save_checkpoint(folder, [chunk], {}, {}, step=1, ranks=ranks)
+        part = TensorSlice("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
+        path = save_checkpoint(folder, [part], {}, {}, step=1, ranks=ranks)
         assert candidates_together(folder, ranks=ranks)[0] == path
         target = torch.zeros(2, 4)
         load_checkpoint(path, [TensorSlice("w", (2, 4), (0, 0), target)], ranks=ranks)
@@ -182,7 +182,7 @@ def test_a_group_that_does_not_start_at_rank_zero(tmp_path, pool):
 
 def save_beside_collectives(rank, world, folder):
     """Training's collectives and a save run at once; a late failure reaches all at one step."""
-    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    part = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
     real, steps_of_failure = save_module.write_safetensors, []
 
     def slow(*args):  # ranks reach the save's agreement at different moments
@@ -208,7 +208,7 @@ def save_beside_collectives(rank, world, folder):
             if step == 120 and rank == 1:
                 save_module.write_safetensors = full_late
             if step % 40 == 0:
-                saver.save([chunk], {}, {}, step=step)
+                saver.save([part], {}, {}, step=step)
             time.sleep(0.001)
     save_module.write_safetensors = real
     everyone = [None] * world
@@ -225,8 +225,8 @@ def test_saving_runs_beside_collectives_and_fails_on_all_ranks_at_one_step(tmp_p
 
 
 def damage_seen_by_one_rank(rank, world, folder):
-    chunk = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
-    path = save_checkpoint(folder, [chunk], {}, {}, step=1)
+    part = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
+    path = save_checkpoint(folder, [part], {}, {}, step=1)
     if rank == 1:
         data = path / "data-00001.safetensors"
         content = bytearray(data.read_bytes())
@@ -234,7 +234,7 @@ def damage_seen_by_one_rank(rank, world, folder):
         data.write_bytes(content)
     dist.barrier()
     with pytest.raises(CheckpointDamagedError, match=r"on rank 1: .*w at \[2, 0\] does not match"):
-        load_checkpoint(path, [chunk])
+        load_checkpoint(path, [part])
 
 
 def test_damage_that_one_rank_reads_is_damage_for_all(tmp_path, pool):

@@ -152,7 +152,7 @@ def test_exact_cover(slices, words):
             check_exact_cover("w", (4, 6), slices)
 
 
-def test_a_missing_piece_is_named_at_save_and_nothing_is_left(tmp_path):
+def test_a_missing_slice_is_named_at_save_and_nothing_is_left(tmp_path):
     w = torch.randn(4, 6)
     with pytest.raises(CheckpointError, match=r"layers\.3\.w: the slices.*hold 12 of its 24"):
         save_checkpoint(
@@ -176,7 +176,7 @@ def test_a_missing_or_misshaped_tensor_is_named_at_load(tmp_path):
         load_checkpoint(path, [whole("count", torch.zeros(2))])
 
 
-def test_a_piece_outside_its_tensor_is_refused():
+def test_a_slice_outside_its_tensor_is_refused():
     with pytest.raises(ValueError, match="does not lie inside"):
         TensorSlice("w", (4, 4), (2, 0), torch.zeros(3, 4))
 
@@ -233,7 +233,7 @@ def test_a_flipped_bit_is_found_by_its_hash(tmp_path, caplog):
     assert f"{data} does not match its hash" in caplog.text
 
 
-def test_a_stranger_cannot_point_outside_or_lie_about_pieces(tmp_path):
+def test_a_stranger_cannot_point_outside_or_lie_about_stored_slices(tmp_path):
     path = save(tmp_path)
     body = json.loads((path / "manifest.json").read_text())
 
@@ -358,7 +358,7 @@ def test_another_model_is_refused_with_what_differs():
 def test_memory_of_saving_and_loading_is_counted(tmp_path):
     """Peak memory above the state (2 tensors of 96 MB, 8 of 4 MB), in MB.
 
-    Saving at once and loading hold a block of 16 MB; saving in the background holds the copy.
+    Saving at once and loading hold a stored slice of 16 MB, saving in the background holds a copy.
     """
     code = f"""
 import torch

@@ -28,7 +28,7 @@ from xlstm_io.errors import UserError
 WAIT_S = 20.0
 
 
-def chunks_of(*values):
+def slices_of(*values):
     tensors = [torch.full((6, 4), float(value)) for value in values]
     return [TensorSlice(f"w{n}", (6, 4), (0, 0), tensor) for n, tensor in enumerate(tensors)]
 
@@ -53,7 +53,7 @@ def gate(monkeypatch):
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path, gate):
-    slices = chunks_of(1)
+    slices = slices_of(1)
     with CheckpointSaver(tmp_path) as saver:
         saver.save(slices, {}, {}, step=1)
         slices[0].tensor.fill_(2)  # the next step
@@ -68,11 +68,11 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, gate):
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, gate):
-    slices = chunks_of(1)
+    slices = slices_of(1)
     with CheckpointSaver(tmp_path) as saver:
         saver.save(slices, {}, {}, step=1)
         threading.Timer(0.05, gate.set).start()
-        saver.save(chunks_of(2), {}, {}, step=2)
+        saver.save(slices_of(2), {}, {}, step=2)
         assert find_latest(tmp_path) is not None, "the first one is complete"
     assert first_value(find_latest(tmp_path)) == 2 and len(list(tmp_path.iterdir())) == 2
 
@@ -100,13 +100,13 @@ def test_nothing_but_the_copy_happens_in_the_loop(tmp_path, monkeypatch):
     ):
         watch(owner, name)
     with CheckpointSaver(tmp_path) as saver:
-        saver.save(chunks_of(1), {}, {}, step=1)
+        saver.save(slices_of(1), {}, {}, step=1)
     assert len(seen) == 6
     assert threading.main_thread() not in set().union(*seen.values())
 
 
 def test_the_host_holds_one_copy_of_the_shard_and_keeps_it():
-    slices = chunks_of(1, 2, 3)
+    slices = slices_of(1, 2, 3)
     slices += [TensorSlice("t", (4, 6), (0, 0), slices[0].tensor.t())]
     host = HostCopy()
     copies = host.take(slices)
@@ -119,25 +119,25 @@ def test_the_host_holds_one_copy_of_the_shard_and_keeps_it():
     again = host.take(slices)
     assert [a.tensor.data_ptr() for a in again] == [c.tensor.data_ptr() for c in copies]
     assert again[0].tensor[0, 0] == 9
-    assert host.take(chunks_of(5))[0].tensor[0, 0] == 5, "another layout gets other memory"
+    assert host.take(slices_of(5))[0].tensor[0, 0] == 5, "another layout gets other memory"
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_an_error_names_what_remains_and_the_next_save_works(tmp_path, monkeypatch, asynchronous):
     with CheckpointSaver(tmp_path, asynchronous=asynchronous) as saver:
-        saver.save(chunks_of(1), {}, {}, step=1)
+        saver.save(slices_of(1), {}, {}, step=1)
         saver.wait()
         good = find_latest(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(save_module, "write_safetensors", disk_full)
             with pytest.raises(CheckpointError) as caught:
-                saver.save(chunks_of(2), {}, {}, step=2)
+                saver.save(slices_of(2), {}, {}, step=2)
                 saver.wait()
         for words in ("step 2 failed", "No space left", f"last good checkpoint is {good}"):
             assert words in str(caught.value)
         assert list(tmp_path.iterdir()) == [good] and first_value(good) == 1
         assert not saver.failed, "told once"
-        saver.save(chunks_of(3), {}, {}, step=3)
+        saver.save(slices_of(3), {}, {}, step=3)
     assert first_value(find_latest(tmp_path)) == 3
 
 
@@ -152,19 +152,19 @@ def test_no_permission_is_one_message(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", denied)
     saver = CheckpointSaver(tmp_path)
-    saver.save(chunks_of(1), {}, {}, step=1)
+    saver.save(slices_of(1), {}, {}, step=1)
     with pytest.raises(CheckpointError, match=r"Permission denied: .*there is no checkpoint yet"):
         saver.wait()
 
 
 def test_leaving_waits_unless_another_rank_may_be_gone(tmp_path, gate, monkeypatch):
-    monkeypatch.setattr(background_module, "PARTING_S", 0.05)
+    monkeypatch.setattr(background_module, "EXIT_WAIT_S", 0.05)
     with pytest.raises(RuntimeError, match="peer"), CheckpointSaver(tmp_path / "a") as saver:
-        saver.save(chunks_of(1), {}, {}, step=1)
+        saver.save(slices_of(1), {}, {}, step=1)
         raise RuntimeError("lost a peer")
     assert find_latest(tmp_path / "a") is None
     with pytest.raises(UserError, match="diverged"), CheckpointSaver(tmp_path / "b") as saver:
-        saver.save(chunks_of(1), {}, {}, step=1)
+        saver.save(slices_of(1), {}, {}, step=1)
         threading.Timer(0.05, gate.set).start()
         raise UserError("diverged")
     assert find_latest(tmp_path / "b") is not None
@@ -192,7 +192,7 @@ def test_the_best_is_judged_by_the_loss_of_its_own_step(tmp_path):
     with CheckpointSaver(tmp_path, retention=retention) as saver:
         for step, loss, measured in ((1, 2.0, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 3.0, 4)):
             state = {"valid_loss": loss, "valid_step": measured}
-            saver.save(chunks_of(step), state, {}, step=step)
+            saver.save(slices_of(step), state, {}, step=step)
     assert sorted(int(p.name.split("-")[1]) for p in tmp_path.iterdir()) == [2, 4]
 
 
@@ -208,7 +208,7 @@ def test_dead_attempts_go_and_living_ones_stay(tmp_path):
             os.utime(path, (long_ago, long_ago))
     os.utime(living, (long_ago, long_ago))  # but its file is young
     with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
-        saver.save(chunks_of(1), {}, {}, step=4)
+        saver.save(slices_of(1), {}, {}, step=4)
     assert not dead.exists() and living.exists() and damaged.exists()
 
 
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_lost_a_file_before_its_manifest_is_no_checkpoint(tmp_
 
     monkeypatch.setattr(save_module, "hash_file", clean_up_meanwhile)
     saver = CheckpointSaver(tmp_path)
-    saver.save(chunks_of(1), {}, {}, step=1)
+    saver.save(slices_of(1), {}, {}, step=1)
     with pytest.raises(CheckpointError, match="is missing"):
         saver.wait()
     assert find_latest(tmp_path) is None

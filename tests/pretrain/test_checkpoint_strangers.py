@@ -92,7 +92,7 @@ def test_a_pickle_in_place_of_any_file_is_never_loaded(checkpoint, tmp_path, nam
 
 
 def test_headers_of_data_files_are_not_even_parsed(checkpoint):
-    """A header of 2^63 bytes, or one of broken JSON, is nothing to us; the blocks have hashes."""
+    """A header of 2^63 bytes or of broken JSON does not matter: stored slices have hashes."""
     data = bytearray((checkpoint / DATA).read_bytes())
     data[:8] = struct.pack("<Q", 1 << 63)
     data[8:20] = b"{" * 12
@@ -165,14 +165,14 @@ def test_links_and_devices(checkpoint, tmp_path, name, kind):
         lambda rows: rows.append(["x"]),
     ],
 )
-def test_lies_about_blocks(checkpoint, change):
+def test_lies_about_stored_slices(checkpoint, change):
     rewrite_rows(checkpoint, change)
     with pytest.raises(CheckpointDamagedError, match="does not describe the tensors"):
         load_checkpoint(checkpoint, [wanted()])
 
 
 def test_a_small_file_cannot_claim_a_huge_tensor(checkpoint):
-    """The same bytes for every block would make terabytes of memory out of a kilobyte."""
+    """The same bytes for every stored slice would make terabytes of memory out of a kilobyte."""
     body = json.loads((checkpoint / "manifest.json").read_text())
     rows = [[[r, 0], [1, 8], DATA, 0, "0"] for r in range(1000)]
     (checkpoint / "metadata.json").write_text(json.dumps({"tensors": {"w": rows}}))
@@ -225,7 +225,7 @@ def test_a_checkpoint_in_an_object_store(store):
 
 
 def test_only_the_ranges_that_are_needed_are_downloaded(store):
-    big = torch.randn(4096, 4096)  # 64 MiB in blocks of 16
+    big = torch.randn(4096, 4096)  # 64 MiB in stored slices of 16
     small = torch.randn(64, 64)
     slices = [
         TensorSlice(n, tuple(t.shape), (0, 0), t) for n, t in (("big", big), ("small", small))
@@ -235,7 +235,7 @@ def test_only_the_ranges_that_are_needed_are_downloaded(store):
     load_checkpoint(path, [TensorSlice("small", (64, 64), (0, 0), torch.zeros(64, 64))])
     assert objects.ObjectStore.bytes_read < 50_000
     rows = torch.zeros(10, 4096)
-    load_checkpoint(path, [TensorSlice("big", (4096, 4096), (1020, 0), rows)])  # touches two blocks
+    load_checkpoint(path, [TensorSlice("big", (4096, 4096), (1020, 0), rows)])  # in two of them
     assert torch.equal(rows, big[1020:1030])
     assert objects.ObjectStore.bytes_read < 33 << 20
 

@@ -1,4 +1,4 @@
-"""The whole model from its equations, in fp64, on canonical tensors: no Megatron, no packing.
+"""The whole model from its equations, in fp64, on global tensors and without Megatron.
 
 Sources: arXiv 2405.04517 (figures 10, 11 and appendix A) and arXiv 2503.13427 (section 3). The
 cells are the step recurrences of `xlstm_kernels`, their specification.
@@ -161,7 +161,7 @@ def ffn(x, w, activation):
 
 
 def losses(weights, config, tokens, labels, boundaries):
-    """Token losses [b, s] in nats, from canonical fp64 `weights`."""
+    """Token losses [b, s] in nats, from global fp64 tensors `weights`."""
     x = weights["embedding.word_embeddings.weight"][tokens]
     mixers = {"M": mlstm_7b, "m": mlstm_classic, "s": slstm, "*": attention}
     activations = {"M": F.silu, "s": F.gelu, "*": F.silu}

@@ -269,7 +269,7 @@ def test_tied_model_gets_its_own_lm_head(tmp_path, spm):
 
 def test_shards_have_an_index(exported, tmp_path):
     _, checkpoint, folder = exported
-    to_hf.export(checkpoint, tmp_path / "hf", max_shard_bytes=400_000)
+    to_hf.export(checkpoint, tmp_path / "hf", max_file_bytes=400_000)
     shards = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     tokens = torch.arange(20)[None]

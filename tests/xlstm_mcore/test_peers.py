@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain import layout as layouts
-from tests.xlstm_mcore.test_model import canonical
+from tests.xlstm_mcore.test_model import global_tensors
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.parameters.slices import named_slices
@@ -52,7 +52,7 @@ def compare(peer_logits, peer_grads, model, tokens, limit):
     scale = peer_logits.abs().max()
     assert (logits - peer_logits).abs().max() < limit * scale
     (logits * weighting(logits)).sum().backward()
-    ours = canonical(model, lambda p: p.grad)
+    ours = global_tensors(model, lambda p: p.grad)
     for name, want in peer_grads.items():
         error = (ours[name] - want).abs().max() / want.abs().max().clamp(min=1e-6)
         assert error < 50 * limit, f"{name}: {error:.1e}"

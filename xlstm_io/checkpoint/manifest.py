@@ -2,22 +2,23 @@
 
 A checkpoint is a folder `step-00000200-<attempt id>`:
 
-    data-00000.safetensors ...   one file per saving rank; a tensor's stored rectangle ("block") has
+    data-00000.safetensors ...   one file per saving rank; a stored slice of a global tensor has
                                  the key `<name>@<offset>,<offset>...`
     metadata.json                {"tensors": {name: [[offset, shape, file, begin, xxh3], ...]}}:
-                                 where each block's bytes lie, and their hash
+                                 where the bytes of each stored slice lie, and their hash
     manifest.json                written last: sizes and hashes of the files, the global tensors,
                                  training state, config, versions, `complete: true`
 
 Readers trust only a manifest that is complete, has the right checksum, and whose files have the
-sizes it says. A folder without one is an attempt that was cut short, or is still being written.
+sizes it says. A folder without a manifest is an attempt that was cut short, or one that is still
+being written.
 
-Loading a stranger's checkpoint executes no code: the JSON files are parsed as JSON, with a limit on
+Loading a stranger's checkpoint executes no code. The JSON files are parsed as JSON, with a limit on
 their size, and of the data files only the byte ranges that the metadata names are read. Nothing is
 unpickled, and no header of a data file is parsed.
 
 This module needs neither the trainer nor torch.distributed, so that conversion and evaluation of a
-checkpoint work in one plain process. Writing is `pretrain.checkpoint`'s.
+checkpoint work in one plain process. `pretrain.checkpoint` writes checkpoints.
 """
 
 import json
@@ -41,7 +42,8 @@ FORMAT = "xlstm-pretrain checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 METADATA_NAME = "metadata.json"
-FOLDER_NAME = "checkpoints"
+#: The folder of a run that holds its checkpoints.
+CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_PREFIX = "optimizer."
 #: Largest JSON file that is read, in bytes: a thousand times what a 7B model needs.
 JSON_LIMIT = 1 << 30
@@ -61,7 +63,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says; `state` and `config` are the trainer's own JSON."""
+    """What `manifest.json` says.
+
+    Attributes:
+        step: Training steps done.
+        created: When it was written, in seconds since 1970.
+        files: Every other file of the checkpoint, by name.
+        tensors: The global tensors, by name.
+        state: The training state, as JSON that only the trainer interprets.
+        config: The run's configuration, likewise.
+        versions: Versions of the programs that wrote it, by name.
+    """
 
     step: int
     created: float
@@ -191,13 +203,13 @@ def read_json(path: Location) -> Any:
     try:
         return json.loads(read_file(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{path} is no JSON: {error}") from error
+        raise CheckpointDamagedError(f"{path} is not JSON: {error}") from error
 
 
 def step_folders(root: Location | str) -> list[Location]:
     """All checkpoint folders under a run folder or a `checkpoints` folder, whatever their state."""
     root = location(root)
-    folder = root / FOLDER_NAME if is_folder(root / FOLDER_NAME) else root
+    folder = root / CHECKPOINTS_FOLDER if is_folder(root / CHECKPOINTS_FOLDER) else root
     return [path for path in list_subfolders(folder) if _STEP_FOLDER.fullmatch(path.name)]
 
 
@@ -283,11 +295,15 @@ def _resolve(path: Location) -> Location:
 
 
 def parse_sizes(values: Any) -> tuple[int, ...]:
-    """A shape or offset from JSON; ValueError unless it is a short list of sizes."""
+    """A shape or offset from JSON.
+
+    Raises:
+        ValueError: It is not a list of at most eight sizes.
+    """
     if not isinstance(values, list) or len(values) > 8:
-        raise ValueError(f"{values!r} is no shape")
+        raise ValueError(f"{values!r} is not a shape")
     if not all(type(v) is int and 0 <= v < 1 << 48 for v in values):
-        raise ValueError(f"{values!r} is no shape")
+        raise ValueError(f"{values!r} is not a shape")
     if math.prod(values) >= 1 << 62:
-        raise ValueError(f"{values!r} is no shape")
+        raise ValueError(f"{values!r} is not a shape")
     return tuple(values)

@@ -1,12 +1,12 @@
-"""Reading a checkpoint's tensors by rectangle, whatever layout wrote them.
+"""Reading slices of a checkpoint's tensors, whatever layout wrote them.
 
     with CheckpointReader(resolve("runs/demo")) as reader:
         weight = reader.read("decoder.final_norm.weight")
 
-The format is described in `xlstm_io.checkpoint.manifest`. Tensors lie in blocks of at most
-`BLOCK_BYTES`; a block is read as a range of bytes, its hash is compared, and the part that is
-wanted is copied into place. So nothing is read that is not needed, but for the rest of a block; no
-more than one block is held; and no byte is used that is not the one that was written.
+The format is described in `xlstm_io.checkpoint.manifest`. A tensor lies in stored slices of at most
+`STORED_SLICE_BYTES`. A stored slice is read as a range of bytes, its hash is compared, and the part
+that is wanted is copied into place. So at most one stored slice is held, the rest of a stored slice
+is all that is read without being needed, and every byte that is used is the one that was written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, RangeReader, location
 
 __all__ = [
-    "BLOCK_BYTES",
+    "STORED_SLICE_BYTES",
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointReader",
@@ -48,17 +48,24 @@ __all__ = [
     "resolve",
 ]
 
-#: Saving cuts rectangles into blocks of at most this size (one row may be larger): small enough
-#: that reading a part of a tensor reads little else, large enough for full speed.
-BLOCK_BYTES = 16 << 20
+#: Saving cuts slices into stored slices of at most this size (one row may be larger). It is small
+#: enough that reading a part of a tensor reads little else, and large enough for full speed.
+STORED_SLICE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A rectangle of a global tensor and the local memory that holds it.
+    """A slice of a global tensor and the local memory that holds it.
 
-    `tensor` is a view with the shape of the rectangle, on any device, with any strides: saving
-    reads it, loading copies into it in place. `global_offset` is its corner in `global_shape`.
+    Attributes:
+        name: Global name of the tensor.
+        global_shape: Shape of the global tensor.
+        global_offset: First element of the slice in the global tensor, per dimension.
+        tensor: A view with the shape of the slice, on any device, with any strides. Saving reads
+            it, loading copies into it in place.
+
+    Raises:
+        CheckpointError: The slice does not lie inside the global shape.
     """
 
     name: str
@@ -66,7 +73,7 @@ class TensorSlice:
     global_offset: tuple[int, ...]
     tensor: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = tuple(self.tensor.shape)
         fits = len(self.global_shape) == len(self.global_offset) == len(shape) and all(
             0 <= o and o + s <= g
@@ -81,7 +88,15 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A rectangle of a global tensor as it lies in a file: contiguous from byte `begin` on."""
+    """A slice of a global tensor as it lies in a file, contiguous from byte `begin` on.
+
+    Attributes:
+        offset: First element of the slice in the global tensor, per dimension.
+        shape: Shape of the slice.
+        file: Name of the file in the checkpoint's folder.
+        begin: First byte in the file.
+        xxh3: Hash of the bytes (xxh3-64, hex).
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -91,14 +106,24 @@ class StoredSlice:
 
 
 class CheckpointReader:
-    """Reads rectangles of a checkpoint's tensors; holds one block at a time.
+    """Reads slices of a checkpoint's tensors, and holds one stored slice at a time.
 
-    Use as a context manager. Raises CheckpointDamagedError when the checkpoint is not sound,
-    CheckpointError for a tensor or a rectangle that it does not hold, OSError where the file
-    system refuses.
+    Use it as a context manager.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Attributes:
+        manifest: What the manifest says.
+        stored: The stored slices of each tensor, by its name.
+
+    Raises:
+        CheckpointDamagedError: The checkpoint is not sound (also from reading).
+        CheckpointError: It does not hold a tensor or slice that is asked for (from reading).
+        OSError: The file system refuses (also from reading).
     """
 
-    def __init__(self, path: Location | str):
+    def __init__(self, path: Location | str) -> None:
         self.path = location(path)
         self.manifest = read_manifest(self.path)
         metadata_file = self.path / METADATA_NAME
@@ -107,20 +132,24 @@ class CheckpointReader:
         # This file decides which bytes go where; theirs are checked as they are read.
         if hash_file(metadata_file) != self.manifest.files[METADATA_NAME]:
             raise CheckpointDamagedError(f"{metadata_file} does not match its hash in the manifest")
-        self.blocks = self._parse_blocks(read_json(metadata_file))
+        self.stored = self._parse_stored(read_json(metadata_file))
         self._ranges = RangeReader()
-        self._memory = torch.empty(0, dtype=torch.uint8)  # one block, used again for the next
-        self._kept: StoredSlice | None = None  # what is in it; neighbours often share a block
+        self._memory = torch.empty(0, dtype=torch.uint8)  # one stored slice, used again
+        self._kept: StoredSlice | None = None  # what is in it; neighbours often share one
 
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._ranges.close()
         self._kept, self._memory = None, self._memory[:0]
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a global tensor; CheckpointError if there is none."""
+        """Shape and dtype of a global tensor.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold it.
+        """
         if name not in self.manifest.tensors:
             raise CheckpointError(f"{self.path} holds no tensor {name}")
         return self.manifest.tensors[name]
@@ -141,19 +170,24 @@ class CheckpointReader:
             whole = tuple(into.shape) == stored.shape
             direct = into.device.type == "cpu" and into.dtype == self.info(part.name).dtype
             if whole and direct and into.is_contiguous():
-                self._read_block(part.name, stored, into)
+                self._read_stored(part.name, stored, into)
                 continue
-            block = self._read_kept(part.name, stored)
+            values = self._read_kept(part.name, stored)
             index = tuple(slice(o, o + s) for o, s in zip(inside, into.shape, strict=True))
-            into.copy_(block[index] if index else block)
+            into.copy_(values[index] if index else values)
 
     def overlaps(
         self, part: TensorSlice
     ) -> list[tuple[StoredSlice, tuple[int, ...], tuple[slice, ...]]]:
-        """Where the rectangle of `slice` lies: (stored block, offset in it, slices of the target).
+        """Where a slice lies in the files.
 
-        Raises CheckpointError, naming the tensor, if it is missing, has another global shape
-        or another kind of dtype.
+        Returns:
+            For each stored slice that overlaps it: the stored slice, the offset of the overlap in
+            it, and the index of the overlap in the slice's tensor.
+
+        Raises:
+            CheckpointError: The tensor is missing, or has another global shape or another kind of
+                dtype.
         """
         info = self.info(part.name)
         if info.shape != tuple(part.global_shape):
@@ -167,7 +201,7 @@ class CheckpointReader:
                 f"{part.tensor.dtype} ({self.path})"
             )
         found = []
-        for stored in self.blocks.get(part.name, ()):
+        for stored in self.stored.get(part.name, ()):
             inside, target = [], []
             for (s_off, s_len), (c_off, c_len) in zip(
                 zip(stored.offset, stored.shape, strict=True),
@@ -184,20 +218,20 @@ class CheckpointReader:
         return found
 
     def _read_kept(self, name: str, stored: StoredSlice) -> torch.Tensor:
-        """A block in this reader's own memory; valid until the next call."""
+        """A stored slice in this reader's own memory; valid until the next call."""
         dtype = self.info(name).dtype
         size = math.prod(stored.shape) * dtype.itemsize
         if self._memory.numel() < size:
             self._kept, self._memory = None, torch.empty(size, dtype=torch.uint8)
-        block = view_as(self._memory, dtype, stored.shape)
+        values = view_as(self._memory, dtype, stored.shape)
         if self._kept is not stored:
             self._kept = None  # should the read fail
-            self._read_block(name, stored, block)
+            self._read_stored(name, stored, values)
             self._kept = stored
-        return block
+        return values
 
-    def _read_block(self, name: str, stored: StoredSlice, into: torch.Tensor) -> None:
-        """Fill the contiguous CPU tensor `into` with a block, and compare its hash."""
+    def _read_stored(self, name: str, stored: StoredSlice, into: torch.Tensor) -> None:
+        """Fill the contiguous CPU tensor `into` with a stored slice, and compare its hash."""
         data = bytes_of(into)
         file = self.path / stored.file
         self._ranges.read_into(file, stored.begin, data)
@@ -206,41 +240,49 @@ class CheckpointReader:
                 f"{file}: {name} at {list(stored.offset)} does not match its hash: it is corrupted"
             )
 
-    def _parse_blocks(self, body: Any) -> dict[str, list[StoredSlice]]:
-        """Blocks per tensor; together they must be the manifest's tensors, each element once."""
+    def _parse_stored(self, body: Any) -> dict[str, list[StoredSlice]]:
+        """The stored slices of each tensor; they must hold each of its elements exactly once."""
         file = self.path / METADATA_NAME
-        blocks: dict[str, list[StoredSlice]] = {}
+        stored: dict[str, list[StoredSlice]] = {}
         left = {name: written.size for name, written in self.manifest.files.items()}
         try:
             for name, info in self.manifest.tensors.items():
-                blocks[name] = []
+                stored[name] = []
                 for offset, shape, where, begin, xxh3 in body["tensors"][name]:
-                    block = StoredSlice(
+                    part = StoredSlice(
                         parse_sizes(offset), parse_sizes(shape), where, int(begin), str(xxh3)
                     )
-                    size = math.prod(block.shape) * info.dtype.itemsize
-                    # No byte is there twice, so that a small file cannot claim a huge tensor.
-                    left[block.file] -= size
-                    if not 0 <= block.begin <= self.manifest.files[block.file].size - size:
-                        raise ValueError(f"{name}: {block} lies outside its file")
-                    if left[block.file] < 0:
-                        raise ValueError(f"{name}: {block.file} is too small for what it holds")
-                    blocks[name].append(block)
-                check_exact_cover(name, info.shape, [(b.offset, b.shape, 0) for b in blocks[name]])
+                    size = math.prod(part.shape) * info.dtype.itemsize
+                    # No byte counts twice, so that a small file cannot claim a huge tensor.
+                    left[part.file] -= size
+                    if not 0 <= part.begin <= self.manifest.files[part.file].size - size:
+                        raise ValueError(f"{name}: {part} lies outside its file")
+                    if left[part.file] < 0:
+                        raise ValueError(f"{name}: {part.file} is too small for what it holds")
+                    stored[name].append(part)
+                check_exact_cover(name, info.shape, [(p.offset, p.shape, 0) for p in stored[name]])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointDamagedError(
                 f"{file} does not describe the tensors: {error}"
             ) from error
-        return blocks
+        return stored
 
 
 def check_exact_cover(
     name: str, shape: Sequence[int], slices: Sequence[tuple[Sequence[int], Sequence[int], int]]
 ) -> None:
-    """Raise CheckpointError unless `slices` (offset, shape, rank) tile a tensor exactly once.
+    """Check that slices from all ranks hold every element of a tensor exactly once.
 
-    A sweep along the axis with the most cuts: for slices and flat ranges only neighbours are
-    compared, so thousands of slices are cheap.
+    Slices are compared in a sweep along the axis with the most cuts. Where they come from cutting a
+    tensor into slices or flat ranges, only neighbours are compared, so thousands are cheap.
+
+    Args:
+        name: Name of the tensor, for messages.
+        shape: Its shape.
+        slices: `(offset, shape, rank)` of each slice.
+
+    Raises:
+        CheckpointError: Slices overlap, leave something out, or do not lie in the shape.
     """
     total = 0
     for offset, size, rank in slices:

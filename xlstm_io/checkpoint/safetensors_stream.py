@@ -1,9 +1,9 @@
 """Write a safetensors file one tensor at a time.
 
-The safetensors library serialises a dictionary that is wholly in memory. A checkpoint of a large
-model must not need that: here the header is computed from shapes first, then the tensors stream
-through, so that the peak is one tensor. The hashes of the file and of each tensor are taken on the
-way, which saves reading it again. Files written here are read by the safetensors library.
+The safetensors library serialises a dictionary of tensors that are all in memory. A checkpoint of a
+large model must not need that. Here the header is computed from shapes first, and then the tensors
+are written one after the other, so at most one is held. The hashes of the file and of each tensor
+are computed on the way, so the file is not read again. The safetensors library reads these files.
 
 Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8,
 then the tensors' bytes without gaps (https://github.com/huggingface/safetensors).
@@ -34,8 +34,8 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.ite
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file to be written: its key, dtype and shape."""
+class TensorHeader:
+    """What a file's header says about a tensor: its key, dtype and shape."""
 
     key: str
     dtype: torch.dtype
@@ -56,37 +56,48 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
-class WrittenEntry:
-    """First byte of a tensor in its file, and xxh3-64 hash (hex) of its bytes."""
+class WrittenTensor:
+    """Where a tensor lies in its file (its first byte), and the xxh3-64 hash (hex) of its bytes."""
 
     begin: int
     xxh3: str
 
 
 def write_safetensors(
-    path: Location, entries: Sequence[Entry], tensor_of: Callable[[Entry], torch.Tensor]
-) -> tuple[WrittenFile, dict[Entry, WrittenEntry]]:
-    """Write `entries` to `path`, asking `tensor_of` for one tensor at a time, durably.
+    path: Location,
+    headers: Sequence[TensorHeader],
+    tensor_of: Callable[[TensorHeader], torch.Tensor],
+) -> tuple[WrittenFile, dict[TensorHeader, WrittenTensor]]:
+    """Write tensors to a file durably, asking for one at a time.
 
-    `tensor_of(entry)` gives a tensor of the entry's dtype and shape on any device and with any
-    strides. Returns what was written, as a whole and per entry. Raises OSError as the file system
-    does, TypeError for a dtype without a name in safetensors.
+    Args:
+        path: The file.
+        headers: What it holds.
+        tensor_of: Returns the tensor of a header, with its dtype and shape, on any device and with
+            any strides.
+
+    Returns:
+        What was written: the file, and each tensor.
+
+    Raises:
+        OSError: As the file system does.
+        TypeError: A dtype has no name in safetensors.
     """
     # The widest dtypes first: every tensor then starts at a multiple of its element size.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(headers, key=lambda header: (-header.dtype.itemsize, header.key))
+    listing: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for entry in ordered:
-        if entry.dtype not in DTYPE_NAMES:
-            raise TypeError(f"{entry.key}: dtype {entry.dtype} cannot be stored in safetensors")
-        end = offset + entry.num_bytes
-        header[entry.key] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
+    for header in ordered:
+        if header.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{header.key}: dtype {header.dtype} cannot be stored in safetensors")
+        end = offset + header.num_bytes
+        listing[header.key] = {
+            "dtype": DTYPE_NAMES[header.dtype],
+            "shape": list(header.shape),
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(listing, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     digest = xxhash.xxh3_64()
@@ -94,7 +105,7 @@ def write_safetensors(
     written = {}
     with writing(path) as file:
 
-        def put(data) -> None:
+        def put(data: bytes | memoryview) -> None:
             nonlocal size
             file.write(data)
             digest.update(data)
@@ -102,32 +113,32 @@ def write_safetensors(
 
         put(len(text).to_bytes(8, "little"))
         put(text)
-        staging = torch.empty(0, dtype=torch.uint8)  # used again: one entry is held, not two
-        for entry in ordered:
-            tensor = tensor_of(entry).detach()
-            assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
+        staging = torch.empty(0, dtype=torch.uint8)  # used again: one tensor is held, not two
+        for header in ordered:
+            tensor = tensor_of(header).detach()
+            assert tensor.dtype == header.dtype and tuple(tensor.shape) == header.shape, header
             if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                if staging.numel() < entry.num_bytes:
-                    staging = torch.empty(entry.num_bytes, dtype=torch.uint8)
-                here = view_as(staging, entry.dtype, entry.shape)
+                if staging.numel() < header.num_bytes:
+                    staging = torch.empty(header.num_bytes, dtype=torch.uint8)
+                here = view_as(staging, header.dtype, header.shape)
                 tensor = here.copy_(tensor)
             data = bytes_of(tensor)
-            written[entry] = WrittenEntry(size, xxhash.xxh3_64_hexdigest(data))
+            written[header] = WrittenTensor(size, xxhash.xxh3_64_hexdigest(data))
             put(data)
     return WrittenFile(size, digest.hexdigest()), written
 
 
 def hash_file(path: Location) -> WrittenFile:
-    """Size and xxh3-64 of an existing file, read in blocks of 4 MiB."""
+    """Size and xxh3-64 of an existing file, read 4 MiB at a time."""
     digest = xxhash.xxh3_64()
     size = file_size(path)
     reader = RangeReader()
     buffer = memoryview(bytearray(min(size, 1 << 22)))
     try:
         for begin in range(0, size, len(buffer) or 1):
-            block = buffer[: size - begin]
-            reader.read_into(path, begin, block)
-            digest.update(block)
+            data = buffer[: size - begin]
+            reader.read_into(path, begin, data)
+            digest.update(data)
     finally:
         reader.close()
     return WrittenFile(size, digest.hexdigest())
@@ -140,4 +151,4 @@ def view_as(memory: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> t
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as a flat buffer of bytes."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, xLSTMConfig
 
 from xlstm_io.checkpoint.manifest import is_weight, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
-from xlstm_io.checkpoint.safetensors_stream import Entry, write_safetensors
+from xlstm_io.checkpoint.safetensors_stream import TensorHeader, write_safetensors
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
@@ -48,7 +48,7 @@ def export(
     out: Path | str,
     *,
     tokenizer: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_file_bytes: int = MAX_SHARD_BYTES,
 ) -> Export:
     """Export a checkpoint (or the newest of a run folder) of a 7B-style model to `out`.
 
@@ -77,7 +77,7 @@ def export(
             _write_config(
                 temporary, model, dimensions, found, use_cache=not _cache_notes(dimensions)
             )
-            _write_weights(reader, tensors, temporary, max_shard_bytes)
+            _write_weights(reader, tensors, temporary, max_file_bytes)
             parameters = sum(math.prod(t.shape) for t in tensors)
             provenance = {
                 "kind": "xlstm-pretrain export",
@@ -299,32 +299,33 @@ def _ffn_rule(model: dict[str, Any], dimensions: Dimensions) -> tuple[float, int
 
 
 def _write_weights(
-    reader: CheckpointReader, tensors: list[Row], folder: Path, max_shard_bytes: int
+    reader: CheckpointReader, tensors: list[Row], folder: Path, max_file_bytes: int
 ) -> None:
-    """Stream the tensors into safetensors shards, with an index when there are several."""
+    """Stream the tensors into safetensors files, with an index when there are several."""
     source = {row.theirs: row.ours for row in tensors}
-    shards: list[list[Entry]] = [[]]
+    files: list[list[TensorHeader]] = [[]]
     for row in tensors:
-        entry = Entry(row.theirs, torch.float32, row.shape)
-        if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
+        header = TensorHeader(row.theirs, torch.float32, row.shape)
+        size = sum(other.num_bytes for other in files[-1])
+        if files[-1] and size + header.num_bytes > max_file_bytes:
+            files.append([])
+        files[-1].append(header)
     weight_map = {}
     with tqdm(total=len(tensors), unit="tensor", disable=None) as progress:
 
-        def tensor_of(entry: Entry) -> torch.Tensor:
+        def tensor_of(header: TensorHeader) -> torch.Tensor:
             progress.update()
-            return reader.read(source[entry.key], dtype=torch.float32)
+            return reader.read(source[header.key], dtype=torch.float32)
 
-        for number, entries in enumerate(shards, start=1):
+        for number, headers in enumerate(files, start=1):
             name = "model.safetensors"
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if len(files) > 1:
+                name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
                 print(f"writing {name}", file=sys.stderr)
-            write_safetensors(folder / name, entries, tensor_of)
-            weight_map |= {entry.key: name for entry in entries}
-    if len(shards) > 1:
-        total = sum(entry.num_bytes for entries in shards for entry in entries)
+            write_safetensors(folder / name, headers, tensor_of)
+            weight_map |= {header.key: name for header in headers}
+    if len(files) > 1:
+        total = sum(header.num_bytes for headers in files for header in headers)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
