@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from pretrain.config import RunConfig
 from pretrain.layout import Layout
+from xlstm_io.storage import write_atomic
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.sizes.flops import peak_tflops, training_flops
 
@@ -64,9 +65,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, "".join(_line(record) for record in kept).encode())
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from pretrain.metrics import Efficiency, MetricLogger, Speed
 from pretrain.resume import TrainState
 from pretrain.signals import StopSignal, any_rank
 from xlstm_io.errors import ConfigError, ExitCode, UserError
-from xlstm_io.storage import Location
+from xlstm_io.storage import Location, write_atomic
 from xlstm_mcore.megatron import cpu_runtime
 
 log = logging.getLogger(__name__)
@@ -349,6 +349,4 @@ class Run:
             "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
             "processes": self.layout.world_size,
         }
-        temporary = self.dir / f"{SUMMARY_FILE}.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.dir / SUMMARY_FILE)
+        write_atomic(self.dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())

@@ -1,14 +1,15 @@
-"""Where checkpoints lie: a local folder, or anything that fsspec reaches by URL.
+"""Files of a local folder, or of anything that fsspec reaches by URL.
 
     folder = location("s3://bucket/run/checkpoints")   # RemotePath; location("/runs/a") is a Path
-    put(folder / "manifest.json", data)
+    write_atomic(folder / "manifest.json", data)
 
-The functions here are all that saving and loading ask of a file system, and they ask for little: a
-whole file can be written and then read, a range of it can be read, a folder can be listed, a file
-can be deleted. No rename, no append, no locks, because object stores have none of them. On a local
-file system what was written is also on the disk (fsync) when a call returns.
+The functions for both kinds of place ask little of a file system: a whole file can be written and
+then read, a range of it can be read, a folder can be listed, a file can be deleted. No rename, no
+append, no locks, because object stores have none of them. On a local file system what was written
+is also on the disk (fsync) when a call returns.
 
-Every failure is an OSError, whatever the backend raised, so that one `except` is enough.
+Every failure is an OSError, whatever the backend raised, so that one `except` is enough. What a
+file that somebody else wrote may say (names, sizes) is checked by `xlstm_io.untrusted`.
 """
 
 from __future__ import annotations
@@ -20,62 +21,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import fsspec
-
-
-class RemotePath:
-    """A folder or file at an fsspec URL, with the few parts of `pathlib.Path` that we use."""
-
-    def __init__(self, url: str, fs: Any = None):
-        self._url = url.rstrip("/")
-        self._fs = fs
-
-    @property
-    def fs(self) -> Any:
-        """The fsspec file system; OSError if its package is missing or it refuses the URL."""
-        if self._fs is None:
-            with _as_os_error(self):
-                self._fs = fsspec.core.url_to_fs(self._url)[0]
-        return self._fs
-
-    @property
-    def key(self) -> str:
-        """The path as the file system itself names it."""
-        return self.fs._strip_protocol(self._url)
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self._url.partition("://")[2]).name
-
-    @property
-    def parent(self) -> RemotePath:
-        """The folder that holds it."""
-        return RemotePath(self._url.rpartition("/")[0], self._fs)
-
-    def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(f"{self._url}/{name}", self._fs)
-
-    def __str__(self) -> str:
-        return self._url
-
-    def __repr__(self) -> str:
-        return f"RemotePath({self._url!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and other._url == self._url
-
-    def __lt__(self, other: RemotePath) -> bool:
-        return self._url < other._url
-
-    def __hash__(self) -> int:
-        return hash(self._url)
-
-    def __reduce__(self):
-        return RemotePath, (self._url,)
-
+from xlstm_io.remote import RemotePath, is_remote, os_errors
 
 Location = Path | RemotePath
 
@@ -84,28 +32,15 @@ def location(path: Location | str) -> Location:
     """The place that a path or URL means; `file://` and plain paths are local."""
     if isinstance(path, RemotePath):
         return path
-    text = os.fspath(path)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    return RemotePath(text) if "://" in text else Path(text)
-
-
-@contextmanager
-def _as_os_error(path: Location) -> Iterator[None]:
-    """Backends raise their own exceptions (of boto, of http clients); callers expect OSError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+    text = os.fspath(path).removeprefix("file://")
+    return RemotePath(text) if is_remote(text) else Path(text)
 
 
 def is_folder(path: Location) -> bool:
     """Whether there is a folder (on an object store: anything below that prefix)."""
     if isinstance(path, Path):
         return path.is_dir()
-    with _as_os_error(path):
+    with os_errors(path):
         path.fs.invalidate_cache()
         return path.fs.isdir(path.key)
 
@@ -114,7 +49,7 @@ def exists(path: Location) -> bool:
     """Whether there is a file or folder."""
     if isinstance(path, Path):
         return path.exists()
-    with _as_os_error(path):
+    with os_errors(path):
         path.fs.invalidate_cache()
         return path.fs.exists(path.key)
 
@@ -138,14 +73,14 @@ def files(path: Location) -> dict[str, tuple[int, float]]:
     found = {}
     for name, entry in _listing(path).items():
         if entry["type"] != "directory":
-            with _as_os_error(path):
+            with os_errors(path):
                 changed = path.fs.modified(entry["name"]).timestamp()
             found[name] = (entry["size"], changed)
     return found
 
 
 def _listing(path: RemotePath) -> dict[str, dict[str, Any]]:
-    with _as_os_error(path):
+    with os_errors(path):
         path.fs.invalidate_cache()
         try:
             entries = path.fs.ls(path.key, detail=True)
@@ -159,30 +94,63 @@ def _listing(path: RemotePath) -> dict[str, dict[str, Any]]:
         }
 
 
-def file_size(path: Location) -> int:
-    """Bytes of a plain file. OSError if there is none, or if it is a link or a device.
+def file_size(path: Location, *, links: bool = False) -> int:
+    """Bytes of a plain file. OSError if there is none, or if it is a folder, a device or a link.
 
-    A link in a stranger's checkpoint could lead anywhere, and a pipe would never end.
+    A link in a stranger's checkpoint could lead anywhere, and a pipe would never end. `links` lets
+    links pass: for files that the user named, and for those that `inside` has looked at.
     """
     if isinstance(path, Path):
-        about = path.lstat()
+        about = path.stat() if links else path.lstat()
         if not stat.S_ISREG(about.st_mode):
             raise OSError(f"{path} is no plain file but a link, folder or device")
         return about.st_size
-    with _as_os_error(path):
+    with os_errors(path):
         path.fs.invalidate_cache()
         return int(path.fs.size(path.key))
 
 
-def read_file(path: Location, limit: int) -> bytes:
-    """A whole small file; OSError if it is no plain file or has more than `limit` bytes."""
-    size = file_size(path)
+def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
+    """A whole small file.
+
+    Args:
+        path: the file.
+        limit: most bytes that are read; see `xlstm_io.untrusted.LIMITS`.
+        links: whether it may be a link; see `file_size`.
+
+    Raises:
+        OSError: it is not a plain file, cannot be read, or is larger than `limit`.
+    """
+    data: bytes | None = None
+    if isinstance(path, Path):
+        size: int | None = file_size(path, links=links)
+    else:
+        with os_errors(path):
+            path.fs.invalidate_cache()
+            size = path.fs.size(path.key)  # None where a server does not say
+    if size is None:
+        with open_file(path) as file, os_errors(path):
+            parts, size = [], 0
+            while size <= limit and (part := file.read(1 << 20)):
+                parts.append(part)
+                size += len(part)
+        data = b"".join(parts)
     if size > limit:
-        raise OSError(f"{path} has {size} bytes; more than {limit} are not read")
+        raise OSError(f"{path} has {size} bytes or more; more than {limit} are not read")
+    if data is not None:
+        return data
     if isinstance(path, Path):
         return path.read_bytes()
-    with _as_os_error(path):
-        return path.fs.cat_file(path.key)
+    with os_errors(path):
+        return bytes(path.fs.cat_file(path.key))
+
+
+def open_file(path: Location) -> BinaryIO:
+    """An existing file, opened for reading from its start."""
+    if isinstance(path, Path):
+        return path.open("rb")
+    with os_errors(path):
+        return cast(BinaryIO, path.fs.open(path.key, "rb"))
 
 
 class RangeReader:
@@ -203,7 +171,7 @@ class RangeReader:
                     break
                 done += count
         else:
-            with _as_os_error(path):
+            with os_errors(path):
                 data = path.fs.cat_file(path.key, start=begin, end=begin + len(buffer))
             done = len(data)
             if done == len(buffer):
@@ -230,23 +198,54 @@ def writing(path: Location) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
     else:
-        with _as_os_error(path), path.fs.open(path.key, "wb") as file:
+        with os_errors(path), path.fs.open(path.key, "wb") as file:
             yield file
 
 
-def put(path: Location, data: bytes) -> None:
-    """Write a small file that is either absent or whole.
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the block has ended.
 
-    Locally by a temporary file and a rename; an object store shows an object when it is complete.
+    It is a temporary file beside `path`, synced and renamed. When the block is left by an
+    exception it is removed, and `path` is what it was. Without `sync` a loss of power may leave
+    other bytes: for files whose readers check them, as waiting for the disk takes milliseconds.
+    """
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def write_atomic(
+    path: Location, data: bytes, *, sync: bool = True, make_parents: bool = True
+) -> None:
+    """Write a small file so that `path` is either absent, the old file, or complete.
+
+    Locally by `replacing`; an object store shows an object when it is complete.
+
+    Args:
+        path: where it goes.
+        data: its bytes.
+        sync: see `replacing`.
+        make_parents: create missing folders. Without it a folder that someone removed meanwhile
+            is an error.
     """
     if isinstance(path, Path):
-        temporary = path.with_suffix(".tmp")
-        with writing(temporary) as file:
+        if make_parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, sync=sync) as file:
             file.write(data)
-        temporary.rename(path)
-        sync_folder(path.parent)
     else:
-        with _as_os_error(path):
+        with os_errors(path):
             path.fs.pipe_file(path.key, data)
 
 
@@ -255,7 +254,7 @@ def make_folder(path: Location) -> None:
     if isinstance(path, Path):
         path.mkdir(parents=True)
     else:
-        with _as_os_error(path):
+        with os_errors(path):
             path.fs.makedirs(path.key, exist_ok=True)
 
 
@@ -274,7 +273,7 @@ def remove_file(path: Location) -> None:
     if isinstance(path, Path):
         path.unlink()
     else:
-        with _as_os_error(path):
+        with os_errors(path):
             path.fs.rm_file(path.key)
 
 
@@ -283,13 +282,13 @@ def remove_folder(path: Location) -> None:
     if isinstance(path, Path):
         shutil.rmtree(path)
     else:
-        with _as_os_error(path):
+        with os_errors(path):
             path.fs.rm(path.key, recursive=True)
             path.fs.invalidate_cache()
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` for a file in the making, which no other process uses.
+    """A name beside `path` for a file in the making, which no other process uses.
 
     It carries host and process: jobs on several nodes may write into one folder.
     """
@@ -297,25 +296,9 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_temporaries(folder: Path, below: str = "**/*") -> None:
-    """Remove what killed processes left in ``folder``, when no other process writes there."""
+    """Remove what killed processes left in `folder`, when no other process writes there."""
     for path in list(folder.glob(f"{below}.tmp.*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write ``data`` so that ``path`` is either absent, the old file, or complete.
-
-    A temporary file beside it is synced and renamed. Without ``sync`` a loss of power may leave
-    other bytes: for files whose readers check them, as waiting for the disk takes milliseconds.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)

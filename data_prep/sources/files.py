@@ -12,13 +12,14 @@ import io
 import json
 import os
 import posixpath
-import re
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import zstandard
 
 from xlstm_io.errors import PrepError
+from xlstm_io.remote import file_system, is_remote, os_errors
 
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".html"}
@@ -36,11 +37,6 @@ _CHANGE_TAGS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "mtime", "LastModified"),
     *("Last-Modified", "last_modified", "created", "CRC"),
 )
-
-
-def is_remote(path: str) -> bool:
-    """Whether ``path`` is an fsspec URL."""
-    return re.match(r"[a-z][a-z0-9+.-]*(::.*)?://", path) is not None
 
 
 def _name(path: str) -> str:
@@ -127,7 +123,7 @@ def _expand_remote(pattern: str) -> list[str]:
     first, *rest = pattern.split("::")
     protocol = first.partition("://")[0]
     with _errors_of(pattern):
-        fs, path = _locate(pattern)
+        fs, path = file_system(pattern)
         if glob.has_magic(path):
             names = [name for name in fs.glob(path) if not fs.isdir(name)]
             if not names:
@@ -176,44 +172,16 @@ def _files_of_folder(below: list[str], read) -> list[str]:
     return sorted(kept)
 
 
-class _errors_of:
-    """Turns what a remote file system raises into a PrepError that names the file."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, PrepError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, ImportError):
-            raise PrepError(f"{self.path}: {error}") from error
-        if isinstance(error, ValueError) and "not known" in str(error):
-            raise PrepError(f"{self.path}: {error}; install its fsspec package") from error
-        raise PrepError(f"{self.path}: cannot be read ({error})") from error
-
-
-def _url_to_fs(url: str):
-    from fsspec.core import url_to_fs  # takes a sixth of a worker's start-up
-
-    return url_to_fs(url)
-
-
-def _locate(path: str):
-    """(file system, name in it) of a URL."""
-    first, _, archive = path.partition("::")
-    if not archive:
-        return _url_to_fs(path)
-    protocol, _, name = first.partition("://")
-    return _archive(protocol, archive), name
-
-
-@lru_cache(maxsize=16)
-def _archive(protocol: str, archive: str):
-    """A file system inside a file, kept: it closes its open files when it is dropped."""
-    return _url_to_fs(f"{protocol}://::{archive}")[0]
+@contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Turn what a remote file system raises into a PrepError that names the file."""
+    try:
+        with os_errors(path):
+            yield
+    except OSError as error:
+        raise PrepError(
+            f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')})"
+        ) from error
 
 
 def file_size(path: str) -> int:
@@ -221,7 +189,7 @@ def file_size(path: str) -> int:
     if not is_remote(path):
         return os.stat(path).st_size
     with _errors_of(path):
-        fs, name = _locate(path)
+        fs, name = file_system(path)
         return fs.info(name).get("size") or 0
 
 
@@ -231,7 +199,7 @@ def file_stamp(path: str) -> list:
         stat = os.stat(path)
         return [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
     with _errors_of(path):
-        fs, name = _locate(path)
+        fs, name = file_system(path)
         info = fs.info(name)
         tag = next((str(info[tag]) for tag in _CHANGE_TAGS if tag in info), None)
         return [path, info.get("size"), tag]
@@ -242,7 +210,7 @@ def open_raw(path: str) -> io.BufferedIOBase:
     if not is_remote(path):
         return open(path, "rb", buffering=_CHUNK)
     with _errors_of(path):
-        fs, name = _locate(path)
+        fs, name = file_system(path)
         return io.BufferedReader(_RemoteFile(path, fs.open(name, "rb")), _CHUNK)
 
 

@@ -19,7 +19,7 @@ from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
 from data_prep.sources.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
 from xlstm_io.errors import PrepError
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import replacing, write_atomic
 
 CORPUS_NAME = "corpus.jsonl.zst"
 _RECORD_NAME = ".collect.json"  # how the corpus was made, for reruns
@@ -86,12 +86,9 @@ def collect(
 
     counts = _Counts()
     out.mkdir(parents=True, exist_ok=True)
-    temporary = corpus.with_name(f"{corpus.name}.tmp.{os.getpid()}")
-    try:
-        with (
-            open(temporary, "wb") as file,
-            Progress("collect", sum(file_size(str(path)) for path in paths)) as progress,
-        ):
+    total = sum(file_size(str(path)) for path in paths)
+    with replacing(corpus) as file:
+        with Progress("collect", total) as progress:
             with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
                 for item in documents:
                     if isinstance(item, Malformed):
@@ -105,8 +102,6 @@ def collect(
                     counts.bytes += len(item[1].encode("utf-8"))
                     stream.write(orjson.dumps({"id": item[0], "text": item[1]}) + b"\n")
                     progress.set(counts.bytes)
-            file.flush()
-            os.fsync(file.fileno())
         if counts.bytes < min_mb * 1e6:
             raise PrepError(
                 f"only {counts.bytes / 1e6:.2f} MB of text in {counts.documents} documents, "
@@ -115,11 +110,8 @@ def collect(
         provenance |= {"documents": counts.documents, "bytes": counts.bytes}
         write_atomic(out / PROVENANCE_NAME, json.dumps(provenance, indent=1).encode() + b"\n")
         # The record comes first: a corpus without it is somebody else's and never overwritten.
-        done = {"settings": settings, "size": temporary.stat().st_size}
+        done = {"settings": settings, "size": file.tell()}
         write_atomic(record, json.dumps(done).encode() + b"\n")
-        os.replace(temporary, corpus)
-    finally:
-        temporary.unlink(missing_ok=True)
     if counts.skipped > QUOTED:
         say(f"malformed, skipped: {counts.skipped - QUOTED} more")
     say(

@@ -24,7 +24,7 @@ from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, UserError
-from xlstm_io.storage import Location, location, make_folder, put, remove_folder
+from xlstm_io.storage import Location, location, make_folder, remove_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class CheckpointSaver:
         def try_out() -> None:
             attempt = self.folder / f".write-test-{self.ranks.rank}-{secrets.token_hex(4)}"
             make_folder(attempt)
-            put(attempt / "file", b"")
+            write_atomic(attempt / "file", b"", make_parents=False)
             remove_folder(attempt)
 
         what, remedy = f"writing to {self.folder}", "; use another checkpoint.dir, or run.dir"

@@ -39,7 +39,14 @@ from xlstm_io.checkpoint.safetensors_stream import (
     write_safetensors,
 )
 from xlstm_io.errors import CheckpointError
-from xlstm_io.storage import Location, location, make_folder, put, remove_folder, sync_folder
+from xlstm_io.storage import (
+    Location,
+    location,
+    make_folder,
+    remove_folder,
+    sync_folder,
+    write_atomic,
+)
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +214,8 @@ def _finish(
     for name in tensors:
         check_exact_cover(name, tensors[name][0], slices[name])
     metadata = path / METADATA_NAME
-    put(metadata, json.dumps({"tensors": dict(sorted(stored.items()))}).encode())
+    body = json.dumps({"tensors": dict(sorted(stored.items()))})
+    write_atomic(metadata, body.encode(), make_parents=False)
     files = {METADATA_NAME: hash_file(metadata)}
     files |= {
         data_file.file: data_file.written
@@ -234,7 +242,7 @@ def _finish(
     # The checksum is over what a reader will parse (tuples are lists by then).
     manifest = json.loads(json.dumps(manifest))
     manifest["checksum"] = manifest_checksum(manifest)
-    put(path / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
+    write_atomic(path / MANIFEST_NAME, json.dumps(manifest, indent=1).encode(), make_parents=False)
     sync_folder(path.parent)
 
 

@@ -19,6 +19,7 @@ from pretrain.config.checks import problems
 from pretrain.config.data_checks import Unreadable
 from pretrain.config.schema import RunConfig, Section
 from xlstm_io.errors import ConfigError
+from xlstm_io.storage import write_atomic
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation for name, field in RunConfig.model_fields.items()
@@ -313,8 +314,4 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
     """Write the resolved config, every key spelt out; `load_config(path)` gives an equal one."""
     text = "# The resolved configuration of this run: every key, defaults included.\n"
     text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=4096)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".tmp")  # never leave a half-written file behind
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    write_atomic(Path(path), text.encode())
