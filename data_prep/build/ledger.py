@@ -66,7 +66,7 @@ def complete(out: Path) -> Manifest | None:
         for split in ("train", "valid"):
             for entry in manifest.shards(split):
                 check_size(manifest.root, entry)
-                if not (manifest.root / entry.index).exists():
+                if not manifest.place(entry.index).exists():
                     return None
         return manifest if manifest.tokenizer_path.exists() else None
     except ShardFormatError:

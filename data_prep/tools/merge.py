@@ -30,7 +30,13 @@ from data_prep.build.plan import DROPPED, find_repeated
 from data_prep.config import BuildConfig
 from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
-from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
+from xlstm_io.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    load_manifest,
+    place_of,
+    write_manifest,
+)
 from xlstm_io.shards.shard import check_size
 from xlstm_io.storage import temporary_path
 from xlstm_io.tokenizer import open_tokenizer
@@ -80,12 +86,11 @@ def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> M
         for root, entry in entries:
             check_size(root, entry)
             for name in (entry.path, entry.index):
-                _link(root / name, out / name)
+                _link(place_of(root, name), place_of(out, name))
             done += entry.bytes
             progress.set(done)
-    folder = manifests[0].tokenizer_path.parent
-    for file in sorted(folder.iterdir()):
-        _link(file, out / "tokenizer" / file.name)
+    for file in manifests[0].tokenizer_files():
+        _link(file, place_of(out, f"tokenizer/{file.name}"))
     manifest = write_manifest(out, fields)
     names = ", ".join(source.name for source in manifest.sources)
     say(f"{out}: {len(entries)} shards of the sources {names}; hash {manifest.hash[:12]}")

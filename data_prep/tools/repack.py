@@ -24,6 +24,7 @@ from xlstm_io.shards.manifest import (
     Manifest,
     ShardEntry,
     load_manifest,
+    place_of,
     write_manifest,
 )
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK, Block
@@ -82,9 +83,8 @@ def repack(
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
     write_atomic(out / "_work" / _LEDGER_NAME, json.dumps(settings).encode() + b"\n")
-    folder = manifest.tokenizer_path.parent
-    for file in sorted(folder.iterdir()):
-        write_atomic(out / "tokenizer" / file.name, file.read_bytes())
+    for file in manifest.tokenizer_files():
+        write_atomic(place_of(out, f"tokenizer/{file.name}"), file.read_bytes())
 
     entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
     format_only = manifest.model_copy(update={"sources": []})  # workers need not know all shards
@@ -157,7 +157,7 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
         dtype,
         manifest.pad_id,
     )
-    tar = task.out / old.path
+    tar = place_of(task.out, old.path)
     with ShardWriter(tar) as writer:
         for tokens in stored_documents(manifest, old, tick):
             for block in packer.add(tokens):

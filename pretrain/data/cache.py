@@ -19,14 +19,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import fsspec
 import xxhash
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, load_manifest
+from xlstm_io.remote import RemotePath, os_errors
+from xlstm_io.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    load_manifest,
+    place_of,
+)
 from xlstm_io.shards.shard import CorruptShardError
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import open_file, read_file, replacing, write_atomic
+from xlstm_io.untrusted import LIMITS
 
 _CHUNK = 1 << 22
 _ATTEMPTS = 3
@@ -41,11 +49,6 @@ class CacheSettings:
     limit: int
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path of shards is a URL that fsspec opens."""
-    return "://" in str(path)
-
-
 class ShardCache:
     """The copies of one remote folder of shards.
 
@@ -55,8 +58,8 @@ class ShardCache:
 
     def __init__(self, url: str, settings: CacheSettings):
         self.url, self.settings = url.rstrip("/").removesuffix(f"/{MANIFEST_NAME}"), settings
-        self._fs, self._pid = None, -1
-        raw = self._download(MANIFEST_NAME)
+        self._remote = RemotePath(self.url)
+        raw = self._download(MANIFEST_NAME, LIMITS.shard_manifest)
         self.root = settings.folder / xxhash.xxh3_128_hexdigest(raw)
         write_atomic(self.root / MANIFEST_NAME, raw)
         self.manifest: Manifest = load_manifest(self.root)
@@ -69,27 +72,25 @@ class ShardCache:
             CorruptShardError: a shard is missing or has another size.
             ShardFormatError: the server does not answer.
         """
-        fs, base = self._filesystem()
         try:
-            sizes = {name: info["size"] for name, info in fs.find(base, detail=True).items()}
+            with os_errors(self._remote):
+                found = self._remote.fs.find(self._remote.key, detail=True)
+                sizes = {name: info["size"] for name, info in found.items()}
             for entry in entries:
-                name = f"{base}/{entry.path}"
-                size = sizes.get(name) or self._size(name)
+                size = sizes.get(f"{self._remote.key}/{entry.path}") or self._size(entry.path)
                 if size is not None and size != entry.bytes:
                     got = f"{size} bytes" if size >= 0 else "no such file"
                     raise CorruptShardError(
                         self._name(entry.path), None, 0, f"{entry.bytes} bytes", got
                     )
-        except ShardFormatError:
-            raise
-        except Exception as error:  # of any kind: each protocol has its own
+        except OSError as error:
             raise ShardFormatError(f"{self.url} cannot be read: {error}") from error
 
-    def _size(self, name: str) -> int | None:
+    def _size(self, path: str) -> int | None:
         """Bytes of a file that no listing gave; None: the server does not say; -1: no such file."""
-        fs, _ = self._filesystem()
         try:
-            return fs.info(name)["size"]
+            with os_errors(self._remote):
+                return self._remote.fs.info(f"{self._remote.key}/{path}")["size"]
         except FileNotFoundError:
             return -1
 
@@ -101,7 +102,7 @@ class ShardCache:
             CorruptShardError: missing there, or other bytes than were written.
             ShardFormatError: it cannot be read, or is larger than the whole cache.
         """
-        tar = self.root / entry.path
+        tar = place_of(self.root, entry.path)
         with _lock(self._lock_file(tar)):
             if not tar.exists():
                 self._make_room(entry.bytes)
@@ -117,27 +118,15 @@ class ShardCache:
         name = tar.relative_to(self.settings.folder).as_posix().replace("/", "+")
         return self.settings.folder / "locks" / f"{name}.lock"
 
-    def _filesystem(self):
-        """fsspec's file system and this folder's path in it; anew in a forked process."""
-        if self._pid != os.getpid():
-            self._fs, self._base = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
-            self._pid = os.getpid()
-        return self._fs, self._base.rstrip("/")
-
-    def _open(self, path: str):
-        fs, base = self._filesystem()
-        return fs.open(f"{base}/{path}", "rb")
-
-    def _download(self, path: str) -> bytes:
+    def _download(self, path: str, limit: int) -> bytes:
         try:
-            with self._open(path) as file:
-                return file.read()
+            return read_file(self._remote / path, limit)
         except FileNotFoundError:
             raise ShardFormatError(
                 f"{self._name(path)} does not exist: the build is unfinished or was not copied "
                 "whole, this is another folder, or its server does not answer"
             ) from None
-        except Exception as error:  # of any kind: each protocol has its own
+        except OSError as error:
             raise ShardFormatError(f"{self._name(path)} cannot be read: {error}") from error
 
     def _fetch_tokenizer(self) -> None:
@@ -146,53 +135,51 @@ class ShardCache:
         names = [posixpath.basename(tokenizer.path)]
         if tokenizer.type == "huggingface":
             names.append("tokenizer_config.json")
-        for path in (f"{posixpath.dirname(tokenizer.path)}/{name}" for name in names):
-            if not (self.root / path).exists():
+        for path in (posixpath.join(posixpath.dirname(tokenizer.path), name) for name in names):
+            target = place_of(self.root, path)
+            if not target.exists():
                 with contextlib.suppress(ShardFormatError):  # training itself needs none
-                    write_atomic(self.root / path, self._download(path))
+                    write_atomic(target, self._download(path, LIMITS.tokenizer))
 
     def _fetch(self, path: str, expected: str) -> None:
         """Download a file under the lock of its shard; see the module."""
-        target = self.root / path
+        target = place_of(self.root, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         for stale in target.parent.glob(f"{target.name}.tmp.*"):
             stale.unlink(missing_ok=True)  # of a process that was killed: we hold the lock
-        temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
             try:
-                got = self._copy(path, temporary)
+                with replacing(target) as file:
+                    got = self._copy(path, file)
+                    if got != expected:
+                        times = f"xxh3 {got} ({attempt + 1} times)"
+                        raise CorruptShardError(
+                            self._name(path), None, 0, f"xxh3 {expected}", times
+                        )
+                return
             except FileNotFoundError:
                 raise CorruptShardError(
                     self._name(path), None, 0, f"xxh3 {expected}", "no such file"
                 ) from None
-            except Exception as error:  # of any kind: each protocol has its own
+            except CorruptShardError as error:
+                problem: ShardFormatError = error
+            except OSError as error:
                 problem = ShardFormatError(f"{self._name(path)} cannot be copied: {error}")
-                continue
-            if got == expected:
-                os.replace(temporary, target)
-                return
-            temporary.unlink()
-            problem = CorruptShardError(
-                self._name(path), None, 0, f"xxh3 {expected}", f"xxh3 {got} ({attempt + 1} times)"
-            )
-        temporary.unlink(missing_ok=True)
         raise problem
 
-    def _copy(self, path: str, target: Path) -> str:
+    def _copy(self, path: str, target: BinaryIO) -> str:
         """Stream to a file; the xxh3 of what came."""
         digest = xxhash.xxh3_64()
-        with self._open(path) as source, open(target, "wb") as file:
+        with os_errors(self._remote / path), open_file(self._remote / path) as source:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+                target.write(chunk)
         return digest.hexdigest()
 
     def _make_room(self, needed: int) -> None:
-        """Delete the least recently opened shards of all corpora until ``needed`` bytes fit."""
+        """Delete the least recently opened shards of all corpora until `needed` bytes fit."""
         limit, folder = self.settings.limit, self.settings.folder
         if needed > limit:
             raise ShardFormatError(
@@ -216,7 +203,7 @@ def _lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     """An exclusive lock between processes and threads; ends with the process.
 
     Raises:
-        BlockingIOError: somebody has it, and ``wait`` is False.
+        BlockingIOError: somebody has it, and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.cache import CacheSettings, ShardCache, is_remote
+from pretrain.data.cache import CacheSettings, ShardCache
 from xlstm_io.errors import ShardFormatError, UserError
+from xlstm_io.remote import is_remote
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import PADDING, row_masks, token_dtype
 from xlstm_io.shards.shard import CorruptShardError, ShardReader, check_size

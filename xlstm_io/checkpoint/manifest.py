@@ -37,6 +37,7 @@ from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_fil
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
 from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
 from xlstm_io.storage import subfolders as list_subfolders
+from xlstm_io.untrusted import LIMITS, check_name
 
 FORMAT = "xlstm-pretrain checkpoint"
 FORMAT_VERSION = 2
@@ -45,8 +46,6 @@ METADATA_NAME = "metadata.json"
 #: The folder of a run that holds its checkpoints.
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_PREFIX = "optimizer."
-#: Largest JSON file that is read, in bytes: a thousand times what a 7B model needs.
-JSON_LIMIT = 1 << 30
 _STEP_FOLDER = re.compile(r"step-(\d{8,18})-[\w.]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -167,8 +166,9 @@ def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifes
             raise
         raise CheckpointDamagedError(f"{file} is malformed: {error!r}") from error
     for name in manifest.files:
-        if not _FILE_NAME.fullmatch(name):
-            raise CheckpointDamagedError(f"{file} names a file outside: {name!r}")
+        check_name(name, named_in=file, error=CheckpointDamagedError)
+        if not _FILE_NAME.fullmatch(name):  # stricter: a checkpoint has no folders in it
+            raise CheckpointDamagedError(f"{file} names a file outside its folder: {name!r}")
     if check_files:
         for name, expected in manifest.files.items():
             check_size(path / name, expected)
@@ -201,7 +201,7 @@ def verify_hashes(path: Location | str, manifest: Manifest) -> None:
 def read_json(path: Location) -> Any:
     """Parse a JSON file; OSError if it cannot be read, CheckpointDamagedError if it is none."""
     try:
-        return json.loads(read_file(path, JSON_LIMIT))
+        return json.loads(read_file(path, LIMITS.checkpoint_json))
     except (ValueError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path} is not JSON: {error}") from error
 

@@ -1,7 +1,7 @@
 """The manifest of a shard folder: what the shards are, checked when read, written last.
 
-A folder without ``manifest.json`` is an unfinished build: readers trust nothing else. Two digests
-guard it. ``checksum`` covers the whole document, so a flipped bit is noticed. ``hash`` names the
+A folder without `manifest.json` is an unfinished build: readers trust nothing else. Two digests
+guard it. `checksum` covers the whole document, so a flipped bit is noticed. `hash` names the
 *data* (everything but the version of the code that wrote it): checkpoints store it, and a run
 resumes only on data of the same hash.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import read_file, write_atomic
+from xlstm_io.untrusted import LIMITS, check_name, inside
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "xtok-wds"
@@ -29,7 +30,7 @@ class _Model(BaseModel):
 
 
 class ShardEntry(_Model):
-    """One tar of blocks. ``path`` and ``index`` are relative to the manifest's folder."""
+    """One tar of blocks. `path` and `index` are relative to the manifest's folder."""
 
     path: str
     index: str
@@ -61,7 +62,7 @@ class SplitEntry(_Model):
 
 
 class SourceEntry(_Model):
-    """One named corpus; ``provenance`` is its licence and origin note, where one was given."""
+    """One named corpus; `provenance` is its licence and origin note, where one was given."""
 
     name: str
     provenance: dict[str, Any] | None
@@ -74,7 +75,7 @@ class SourceEntry(_Model):
 
 
 class TokenizerEntry(_Model):
-    """The tokenizer that made the ids; ``path`` is relative to the manifest's folder."""
+    """The tokenizer that made the ids; `path` is relative to the manifest's folder."""
 
     type: Literal["sentencepiece", "huggingface"]
     path: str
@@ -83,7 +84,7 @@ class TokenizerEntry(_Model):
 
 
 class Manifest(_Model):
-    """``manifest.json``. Obtain one with :func:`load_manifest`, which checks it."""
+    """`manifest.json`. Obtain one with :func:`load_manifest`, which checks it."""
 
     version: Literal[1]
     format: Literal["xtok-wds"]
@@ -125,13 +126,44 @@ class Manifest(_Model):
 
     @property
     def tokenizer_path(self) -> Path:
-        """Absolute path of the tokenizer's file: a ``.model``, or a ``tokenizer.json``."""
-        return self._root / self.tokenizer.path
+        """Absolute path of the tokenizer's file: a `.model`, or a `tokenizer.json`."""
+        return self.place(self.tokenizer.path)
+
+    def tokenizer_files(self) -> list[Path]:
+        """Absolute paths of the tokenizer's file and of what lies beside it.
+
+        Raises:
+            ShardFormatError: a link leads from one of them out of the folder.
+        """
+        folder = PurePosixPath(self.tokenizer.path).parent
+        files = sorted(self.tokenizer_path.parent.iterdir())
+        return [self.place((folder / file.name).as_posix()) for file in files if file.is_file()]
+
+    def place(self, name: str) -> Path:
+        """Absolute path of a file that the manifest names.
+
+        Raises:
+            ShardFormatError: a link leads from it out of the folder.
+        """
+        return place_of(self._root, name)
+
+    def split_names(self) -> list[str]:
+        """Names of the splits, each once."""
+        return list(dict.fromkeys(name for source in self.sources for name in source.splits))
 
     def shards(self, split: str) -> list[ShardEntry]:
         """All shards of a split, over all sources, in row order (empty where there are none)."""
         parts = (source.splits.get(split) for source in self.sources)
         return [shard for part in parts if part is not None for shard in part.shards]
+
+
+def place_of(root: Path, name: str) -> Path:
+    """The place in `root` of a file that its manifest names, to be read or written.
+
+    Raises:
+        ShardFormatError: the name is not relative, or a link leads from it out of the folder.
+    """
+    return inside(root, name, named_in=root / MANIFEST_NAME, error=ShardFormatError)
 
 
 def _digest(fields: dict[str, Any], *without: str) -> str:
@@ -140,7 +172,7 @@ def _digest(fields: dict[str, Any], *without: str) -> str:
 
 
 def write_manifest(root: Path, fields: dict[str, Any]) -> Manifest:
-    """Complete ``fields`` with version, format and digests; write the manifest atomically.
+    """Complete `fields` with version, format and digests; write the manifest atomically.
 
     Must be the last thing that a build writes.
     """
@@ -154,7 +186,7 @@ def write_manifest(root: Path, fields: dict[str, Any]) -> Manifest:
 
 
 def load_manifest(path: str | os.PathLike) -> Manifest:
-    """Read and check the manifest of a shard folder (``path``: the folder or the file itself).
+    """Read and check the manifest of a shard folder (`path`: the folder or the file itself).
 
     Raises:
         ShardFormatError: nothing there, an unfinished build, another format, or altered bytes.
@@ -166,17 +198,19 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
             f"{file.parent} is not a folder of shards; build one with `xlstm-data build`"
         )
     try:
-        raw = file.read_bytes()
+        raw = read_file(file, LIMITS.shard_manifest, links=True)
     except FileNotFoundError:
         raise ShardFormatError(
             f"{file} does not exist: the build is unfinished or this is another folder; "
             "run `xlstm-data build` (again) with this --out, it keeps finished shards"
         ) from None
+    except OSError as error:
+        raise ShardFormatError(f"{file} cannot be read: {error}") from error
     try:
         fields = json.loads(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardFormatError(
             f"{file} is not valid JSON ({error}): it is damaged; restore it, or delete it and "
             "run `xlstm-data build` again, which keeps finished shards"
@@ -197,5 +231,11 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ShardFormatError(f"{file}: {where}: {first['msg']}; rebuild the shards") from None
+    entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
+    names = [name for entry in entries for name in (entry.path, entry.index)]
+    for name in (manifest.tokenizer.path, *names):
+        check_name(name, named_in=file, error=ShardFormatError)
+    if len(set(names)) < len(names):
+        raise ShardFormatError(f"{file} names a file for two shards; rebuild the shards")
     manifest._root = file.parent.resolve()
     return manifest

@@ -28,6 +28,7 @@ import bisect
 import io
 import os
 import tarfile
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,12 +38,14 @@ import xxhash
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.shards.manifest import (
     ShardEntry,
+    place_of,
 )
 from xlstm_io.shards.rows import (
     Block,
     parse_block,
 )
-from xlstm_io.storage import temporary_path, write_atomic
+from xlstm_io.storage import read_file, temporary_path, write_atomic
+from xlstm_io.untrusted import LIMITS
 
 _TARGET_BLOCK_BYTES = 1 << 20
 
@@ -95,17 +98,25 @@ class BlockIndex:
         """Read an index file.
 
         Raises:
-            CorruptShardError: its bytes have another hash than the manifest says, or it is missing.
+            CorruptShardError: its bytes have another hash than the manifest says, it is missing, or
+                it is not an index.
         """
         try:
-            raw = path.read_bytes()
+            raw = read_file(path, LIMITS.shard_index, links=True)
         except OSError as error:
             raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
         got = xxhash.xxh3_64_hexdigest(raw)
         if got != expected_xxh3:
             raise CorruptShardError(path, None, 0, f"xxh3 {expected_xxh3}", f"xxh3 {got}")
-        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        try:
+            # `to_bytes` compresses nothing, so a small file cannot claim large arrays.
+            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                if sum(member.file_size for member in archive.infolist()) > len(raw):
+                    raise ValueError("its arrays are larger than the file")
+            with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+            raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
 
 
 class _HashingFile:
@@ -217,11 +228,11 @@ class ShardReader:
         dtype,
         checked: bytearray | None = None,
     ):
-        self.path = root / entry.path
+        self.path = place_of(root, entry.path)
         self.entry, self.row_tokens = entry, row_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._row_bytes = row_tokens * self.dtype.itemsize
-        self.index = BlockIndex.load(root / entry.index, entry.index_xxh3)
+        self.index = BlockIndex.load(place_of(root, entry.index), entry.index_xxh3)
         self._first_row = [0, *np.cumsum(self.index.rows.astype(np.int64)).tolist()]
         self._offsets = self.index.off.tolist()
         self._docs: dict[int, np.ndarray] = {}  # about 4 bytes for each row and document
@@ -327,7 +338,7 @@ def check_size(root: Path, entry: ShardEntry) -> None:
     Raises:
         CorruptShardError: the file is missing or has another size.
     """
-    path = root / entry.path
+    path = place_of(root, entry.path)
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -90,7 +90,7 @@ def test_a_broken_transfer_is_tried_again_and_a_damaged_object_refused(
         calls.append(path)
         got = good(self, path, target)
         if path.endswith(".tar") and len(calls) < 4:
-            target.write_bytes(b"torn")
+            target.write(b"torn")
             return "0" * 16
         return got
 
