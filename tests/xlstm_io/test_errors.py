@@ -79,12 +79,3 @@ def test_the_table_lists_every_code_once():
     assert [int(row.split("|")[1]) for row in rows[2:]] == [int(code) for code in ExitCode]
     for row, code in zip(rows[2:], ExitCode, strict=True):
         assert code.meaning in row and row.endswith("(reserved) |") == code.reserved
-
-
-def test_the_readme_names_the_codes_that_commands_return():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## Exit codes")[1].split("\n## ")[0]
-    if exit_code_table() in section:
-        return
-    named = {int(number) for number in re.findall(r"(?:^|[;|] ?)(\d+) ", section, flags=re.M)}
-    assert named == {int(code) for code in ExitCode if not code.reserved}
