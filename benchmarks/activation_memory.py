@@ -28,7 +28,7 @@ from xlstm_mcore.recompute import MODES
 def kept_by_block(model: dict, precision: str, tokens: int, mode: str) -> dict[str, int]:
     """Bytes that one block of each kind keeps for one row of `tokens` tokens."""
     section = model | {"pattern": model["pattern"].replace("|", ""), "kernel_backend": "triton"}
-    config = make_config(section, precision=precision, recompute=mode)
+    config = make_config(section, precision=precision, memory={"recompute": mode})
     groups = single_process_groups()
     kept = {}
     for letter in sorted(set(config.layer_letters)):

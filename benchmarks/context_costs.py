@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from xlstm_mcore.parallel.mlstm_state import column_slices, gathers
 from xlstm_mcore.pattern import parse_pattern
-from xlstm_mcore.sizes.dimensions import ModelSettings, attention_heads, dimensions
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def state_costs(rows: int, qk_dim: int, v_dim: int, tokens: int, ranks: int, ite
 
 def block_costs(
     letter: str,
-    model: ModelSettings,
+    model: ModelConfig,
     tokens: int,
     ranks: int,
     tensor: int = 1,
@@ -114,7 +115,7 @@ def block_costs(
 
 
 def model_costs(
-    model: ModelSettings, tokens: int, ranks: int, tensor: int = 1, micro_batch: int = 1
+    model: ModelConfig, tokens: int, ranks: int, tensor: int = 1, micro_batch: int = 1
 ) -> Costs:
     """Of all blocks; `kept` and `received` add up, `working` is the largest."""
     total = Costs()

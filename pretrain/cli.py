@@ -13,40 +13,25 @@ from collections.abc import Callable, Sequence
 from pretrain.config import (
     RunConfig,
     check_world,
-    list_fields,
     load_config,
     override_option,
     split_overrides,
 )
+from pretrain.config.reference import options_help
 from xlstm_io.errors import ConfigError, ExitCode, UserError
 
 OVERRIDES_HELP = (
-    "Every key of the run file can be given as an option, e.g. --optimizer.lr 3e-4 "
-    "--layout.tensor 2; COMMAND RUN.yaml --help lists them."
+    "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
+    "mappings are written as in the file, in one line: --optimizer.decay '{norm: true}'. "
+    "COMMAND RUN.yaml --help lists all keys."
 )
 
 
-def _about() -> str:
-    """The head of the help, with the keys that hold lists, which tyro leaves out."""
-    lines = [
-        f"  --{k.replace('_', '-')}  {field.description}" for k, field in list_fields().items()
-    ]
-    return (
-        f"{OVERRIDES_HELP}\n\nKeys that hold lists are written as in the file, in one line, e.g. "
-        "--data.batch-ramp '[{steps: 100, global_batch: 64}]':\n" + "\n".join(lines)
-    )
-
-
-def _config_help(command: str, config_path: str | None, overrides: list[str]) -> None:
-    """Print every config option, with the file's values as defaults where a file is given."""
-    import tyro
-
-    prog = f"xlstm-pretrain {command} {config_path or 'RUN.yaml'}"
-    settings = {} if config_path is None else {"default": load_config(config_path, overrides)}
-    try:
-        tyro.cli(RunConfig, prog=prog, args=["--help"], description=_about(), **settings)
-    except SystemExit:
-        pass  # tyro leaves after its help
+def _config_help(command: str, path: str, overrides: list[str]) -> None:
+    """Print every key of a run file as an option, with the values of this file and command line."""
+    config = load_config(path, overrides)
+    print(f"usage: xlstm-pretrain {command} {path} [--section.key VALUE ...]\n")
+    print(f"{OVERRIDES_HELP}\n\n{options_help(config)}")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -260,7 +245,9 @@ def _dispatch(argv: Sequence[str]) -> int:
         _config_help(words[0], files[0], flags)
         return ExitCode.DONE
     options = parser.parse_args(words)
-    config = load_config(options.config, overrides)
+    # Workers that this command starts read the file again, and the first of them says what is old.
+    starts_workers = words[0] in ("launch", "self-test") and "WORLD_SIZE" not in os.environ
+    config = load_config(options.config, overrides, quiet=starts_workers)
     return CONFIG_COMMANDS[options.command](options, config, flags)
 
 

@@ -1,6 +1,6 @@
 """From a configuration to model chunks, on any layout or in one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,55 +11,46 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
 from xlstm_mcore.parameters.init import initialize
+from xlstm_mcore.settings import LayoutConfig, MemoryConfig, ModelConfig
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_config(
-    model: dict[str, Any],
+    model: ModelConfig | Mapping[str, Any],
     *,
+    layout: LayoutConfig | Mapping[str, Any] | None = None,
+    memory: MemoryConfig | Mapping[str, Any] | None = None,
     precision: str = "fp32",
-    tensor: int = 1,
-    sequence: bool = False,
-    pipeline: int = 1,
-    virtual: int = 1,
-    context: int = 1,
     backend: str = "gloo",
     deterministic: bool = False,
-    recompute: str = "none",
-    recompute_full_blocks: str = "",
-    logits_mib: int = 512,
 ) -> XLSTMConfig:
-    """XLSTMConfig from the ``model:`` section of a run and its layout.
+    """Megatron's configuration from the sections of a run; a section may come as a mapping.
 
     Args:
-        model: the section's keys and values.
+        model: the architecture.
+        layout: sizes of the parallel dimensions; one process without it.
+        memory: what the backward pass computes again; the section's defaults without it.
         precision: "fp32" or "bf16", of parameters and activations.
-        tensor: tensor-parallel size.
-        sequence: sequence parallelism (needs ``tensor > 1`` to have an effect).
-        pipeline: pipeline-parallel size.
-        virtual: model chunks per pipeline rank.
-        context: context-parallel size.
         backend: communication backend, for settings that gloo needs.
         deterministic: megatron-core takes operations that give the same bits every time.
-        recompute: "none", "selective" or "full" (recompute.py).
-        recompute_full_blocks: letters whose blocks are recomputed in full anyway.
-        logits_mib: logits of a micro-batch that take more MiB on a rank are never whole (loss.py).
+
+    Raises:
+        ValueError: a section has an unknown key or a value out of its range.
     """
     dtype = PRECISION[precision]
+    sizes = LayoutConfig.model_validate(layout or {})
     return XLSTMConfig(
-        **model,
+        model=ModelConfig.model_validate(model),
+        memory=MemoryConfig.model_validate(memory or {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=sequence and tensor > 1,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=context,
-        recompute=recompute,
-        recompute_full_blocks=recompute_full_blocks,
-        logits_mib=logits_mib,
+        tensor_model_parallel_size=sizes.tensor,
+        sequence_parallel=sizes.sequence and sizes.tensor > 1,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
+        context_parallel_size=sizes.context,
         # Parameters are initialised by name (init.py), never by the layers themselves.
         perform_initialization=False,
         # The loss is the mean over the global batch's unmasked tokens, however it is split.

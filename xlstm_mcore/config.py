@@ -1,103 +1,77 @@
-"""XLSTMConfig: the architecture (the ``model:`` section of a run) over Megatron's settings."""
+"""`XLSTMConfig`: Megatron's configuration of a model, around the sections of a run file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xlstm_mcore.pattern import parse_pattern
+from xlstm_mcore.settings import MemoryConfig, ModelConfig
 from xlstm_mcore.sizes.dimensions import dimensions
 
 
-@dataclass
+@dataclass(kw_only=True)
 class XLSTMConfig(TransformerConfig):
     """An xLSTM language model as Megatron-core sees it.
 
-    ``pattern`` spells every layer: ``M`` 7B-style mLSTM block (arXiv 2503.13427), ``m`` classic
-    mLSTM block and ``s`` classic sLSTM block (arXiv 2405.04517), ``*`` causal attention block;
-    ``|`` cuts pipeline stages.
-    ``num_layers`` follows from it; ``num_attention_heads`` is ``num_heads``.
+    The keys of both sections can be read as if they were fields of this class: `config.norm` is
+    `config.model.norm`, and `config.recompute` is `config.memory.recompute`. The fields that
+    Megatron reads itself follow from them: `hidden_size`, `num_layers`, `num_attention_heads` and
+    `hidden_dropout`.
+
+    Attributes:
+        model: the architecture.
+        memory: what the backward pass computes again.
     """
 
-    pattern: str = ""
-    num_heads: int = 0
-    vocab_size: int = 0
-    tie_embeddings: bool = False
-
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-6
-    cell_eps: float = 1e-6
-    logit_soft_cap: float | None = 30.0
-    dropout: float = 0.0
-
-    # 7B-style mLSTM block
-    qk_dim_factor: float = 0.5
-    v_dim_factor: float = 1.0
-    ffn_dim_factor: float = 2.667
-    gate_soft_cap: float | None = 15.0
-    igate_bias_init: float = -10.0
-
-    # classic blocks
-    up_dim_factor: float = 2.0
-    qkv_block_size: int = 4
-    conv_width: int = 4
-    slstm_ffn_dim_factor: float = 1.3
-    round_up_to: int = 64
-
-    # ablations (arXiv 2405.04517, appendix D; arXiv 2503.14376 for the sigmoid gate)
-    head_norm: str = "layernorm"
-    mlstm_gate: str = "exp"
-    mlstm_normalize: bool = True
-    mlstm_input_gate: bool = True
-    mlstm_forget_gate: bool = True
-    slstm_forget_gate: str = "sigmoid"
-
-    # attention block
-    attention_heads: int | None = None
-    attention_kv_heads: int | None = None
-    rope_base: float = 10_000.0
-
-    # memory (see recompute.py)
-    recompute: str = "none"
-    recompute_full_blocks: str = ""
-    logits_mib: int = 512  # see loss.py
-
-    # kernels
-    chunk_size: int | None = None
-    kernel_backend: str | None = None
+    model: ModelConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
-        """Derive Megatron's own fields from the pattern and the heads."""
+        """Derive Megatron's own fields from the model."""
+        self.hidden_size = self.model.hidden_size
         self.num_layers = len(self.layer_letters)
-        self.num_attention_heads = self.num_heads
-        self.hidden_dropout = self.dropout
+        self.num_attention_heads = self.model.num_heads
+        self.hidden_dropout = self.model.dropout
         super().__post_init__()
+
+    def __getattr__(self, name: str) -> Any:
+        """A key of one of the sections; called only for what is not a field or method."""
+        for section in ("model", "memory"):
+            # Read from `__dict__`: a copy in the making has no sections yet.
+            keys = self.__dict__.get(section)
+            if keys is not None and name in type(keys).model_fields:
+                return getattr(keys, name)
+        raise AttributeError(
+            f"XLSTMConfig has no field {name!r}, and its sections have no such key"
+        )
 
     @property
     def layer_letters(self) -> list[str]:
         """One letter per layer, over all pipeline stages."""
-        return list(parse_pattern(self.pattern).letters)
+        return list(parse_pattern(self.model.pattern).letters)
 
     @property
     def qk_dim(self) -> int:
         """Width of q and k over all heads (7B-style block)."""
-        return dimensions(self).qk
+        return dimensions(self.model).qk
 
     @property
     def v_dim(self) -> int:
         """Width of v and of the output gate over all heads (7B-style block)."""
-        return dimensions(self).v
+        return dimensions(self.model).v
 
     @property
     def ffn_dim(self) -> int:
         """Inner width of the 7B-style block's SwiGLU."""
-        return dimensions(self).ffn
+        return dimensions(self.model).ffn
 
     @property
     def up_dim(self) -> int:
         """Inner width of the classic mLSTM block (its pre up-projection)."""
-        return dimensions(self).up
+        return dimensions(self.model).up
 
     @property
     def slstm_ffn_dim(self) -> int:
         """Inner width of the classic sLSTM block's GeGLU."""
-        return dimensions(self).slstm_ffn
+        return dimensions(self.model).slstm_ffn

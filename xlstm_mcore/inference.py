@@ -14,6 +14,7 @@ from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
+from xlstm_mcore.old_keys import current_keys
 from xlstm_mcore.parameters.slices import named_slices
 
 
@@ -67,9 +68,9 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
     """
     groups = inference_groups()
     with CheckpointReader(resolve(path)) as reader:
-        section = dict(reader.manifest.config["model"])
-        section["pattern"] = section["pattern"].replace("|", "")  # there is one stage
-        config = make_config(section, precision=precision, tensor=groups.tp.size())
+        section = current_keys(reader.manifest.config)["model"]
+        section = {**section, "pattern": section["pattern"].replace("|", "")}  # there is one stage
+        config = make_config(section, precision=precision, layout={"tensor": groups.tp.size()})
         (model,) = build_model(config, groups, seed=0)
         for _, parameter, slices in named_slices(model):
             for part in slices:

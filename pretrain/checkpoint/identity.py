@@ -5,6 +5,7 @@ from typing import Any
 
 from pretrain.config.schema import ModelConfig
 from xlstm_io.errors import CheckpointError
+from xlstm_mcore.old_keys import current_keys
 
 #: Keys of `model` that do not change what the weights mean: how it is computed, not what.
 NOT_IDENTITY = frozenset({"model.chunk_size", "model.kernel_backend", "model.dropout"})
@@ -37,6 +38,7 @@ def check_same_run(
     Raises:
         CheckpointError: Something else differs.
     """
+    saved = current_keys(saved)
     defaults = {k: f.default for k, f in ModelConfig.model_fields.items() if not f.is_required()}
     saved, run = (
         {**whole, "model": {**defaults, **whole.get("model", {})}} for whole in (saved, run)

@@ -1,20 +1,15 @@
 """Run configuration: one YAML file per run, checked whole before anything starts.
 
 `load_config(path, overrides)` reads a file and dotted command-line overrides and returns a
-`RunConfig` or raises `ConfigError` with every problem in one message. `save_config` writes the
-resolved config; reading it back gives an equal one. `check_world` adds the rules that need the
-number of processes. Nothing here imports torch.
+`RunConfig`, or raises `ConfigError` with all problems in one message: those of single fields, or,
+once there are none, those between fields. `save_config` writes every key with its value; reading it
+back gives an equal configuration. `check_world` adds the rules that need the number of processes.
+Nothing here imports torch.
 """
 
 from pretrain.config.checks import check_world, data_parallel_size
-from pretrain.config.load import (
-    config_from_dict,
-    list_fields,
-    load_config,
-    override_option,
-    save_config,
-    split_overrides,
-)
+from pretrain.config.load import config_from_dict, load_config, save_config
+from pretrain.config.overrides import override_option, split_overrides
 from pretrain.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -48,7 +43,6 @@ __all__ = [
     "check_world",
     "config_from_dict",
     "data_parallel_size",
-    "list_fields",
     "load_config",
     "override_option",
     "save_config",

@@ -1,38 +1,26 @@
 """Rules between fields. Each message says the values, the rule, and what would work.
 
-A check is a generator of messages over a config; it may meet a config whose other fields are
-broken, then reading such a field raises `Unreadable` and the check is left out, because the field
-has its own message already. That is how one run of `check` reports everything.
+A check is a generator of messages. All checks see a configuration whose fields are sound by
+themselves, and all of them run, so that one message names every broken rule.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from pretrain.config import support
-from pretrain.config.data_checks import DATA_CHECKS, Unreadable, choices, divisors
+from pretrain.config.data_checks import DATA_CHECKS
+from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import RunConfig
 from xlstm_io.errors import ConfigError
-from xlstm_mcore.pattern import PatternError, parse_pattern, shorten
+from xlstm_mcore.pattern import parse_pattern, shorten
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 
-def _pattern(config: Any) -> Iterator[str]:
-    try:
-        parse_pattern(config.model.pattern)
-    except PatternError as error:
-        yield f"model.{error}"
+def _letters(config: RunConfig) -> tuple[str, ...]:
+    return parse_pattern(config.model.pattern).letters
 
 
-def _letters(config: Any) -> tuple[str, ...]:
-    try:
-        return parse_pattern(config.model.pattern).letters
-    except PatternError as error:
-        raise Unreadable from error
-
-
-def _stages(config: Any) -> Iterator[str]:
-    _letters(config)
+def _stages(config: RunConfig) -> Iterator[str]:
     pipeline, virtual = config.layout.pipeline, config.layout.virtual
     stages = len(parse_pattern(config.model.pattern).stages)
     if stages != pipeline * virtual:
@@ -44,7 +32,7 @@ def _stages(config: Any) -> Iterator[str]:
         )
 
 
-def _virtual(config: Any) -> Iterator[str]:
+def _virtual(config: RunConfig) -> Iterator[str]:
     if config.layout.virtual > 1 and config.layout.pipeline == 1:
         yield (
             f"layout.virtual={config.layout.virtual} interleaves pipeline stages, but "
@@ -52,7 +40,7 @@ def _virtual(config: Any) -> Iterator[str]:
         )
 
 
-def _heads_over_tensor(config: Any) -> Iterator[str]:
+def _heads_over_tensor(config: RunConfig) -> Iterator[str]:
     tensor, heads = config.layout.tensor, config.model.num_heads
     if heads % tensor and set(_letters(config)) != {"*"}:
         yield (
@@ -61,7 +49,7 @@ def _heads_over_tensor(config: Any) -> Iterator[str]:
         )
 
 
-def _vocab_over_tensor(config: Any) -> Iterator[str]:
+def _vocab_over_tensor(config: RunConfig) -> Iterator[str]:
     tensor, vocab = config.layout.tensor, config.model.vocab_size
     if vocab % tensor:
         yield (
@@ -70,7 +58,7 @@ def _vocab_over_tensor(config: Any) -> Iterator[str]:
         )
 
 
-def _head_widths(config: Any) -> Iterator[str]:
+def _head_widths(config: RunConfig) -> Iterator[str]:
     model, letters = config.model, _letters(config)
     dims, heads = dimensions(model), model.num_heads
     widths = []
@@ -91,7 +79,7 @@ def _head_widths(config: Any) -> Iterator[str]:
             )
 
 
-def _ffn_over_tensor(config: Any) -> Iterator[str]:
+def _ffn_over_tensor(config: RunConfig) -> Iterator[str]:
     model, tensor, letters = config.model, config.layout.tensor, _letters(config)
     dims = dimensions(model)
     for users, key, width in (
@@ -107,7 +95,7 @@ def _ffn_over_tensor(config: Any) -> Iterator[str]:
             )
 
 
-def _attention(config: Any) -> Iterator[str]:
+def _attention(config: RunConfig) -> Iterator[str]:
     if "*" not in _letters(config):
         return
     model, layout = config.model, config.layout
@@ -139,7 +127,7 @@ def _attention(config: Any) -> Iterator[str]:
         )
 
 
-def _qkv_blocks(config: Any) -> Iterator[str]:
+def _qkv_blocks(config: RunConfig) -> Iterator[str]:
     model, tensor = config.model, config.layout.tensor
     if "m" not in _letters(config):
         return
@@ -151,7 +139,7 @@ def _qkv_blocks(config: Any) -> Iterator[str]:
         )
 
 
-def _ablations(config: Any) -> Iterator[str]:
+def _ablations(config: RunConfig) -> Iterator[str]:
     model = config.model
     plain = model.mlstm_gate == "exp" and model.mlstm_normalize
     if config.layout.context > 1 and not plain and {"M", "m"} & set(_letters(config)):
@@ -162,17 +150,17 @@ def _ablations(config: Any) -> Iterator[str]:
         )
 
 
-def _recompute(config: Any) -> Iterator[str]:
+def _recompute(config: RunConfig) -> Iterator[str]:
     letters = "".join(sorted(set(_letters(config))))
     blocks = config.memory.recompute_full_blocks
     for letter in sorted(set(blocks) - set(letters)):
         yield (
             f"memory.recompute_full_blocks='{shorten(blocks)}' names '{letter}', which "
-            f"model.pattern has not; use letters of '{letters}'"
+            f"model.pattern does not contain; use letters of '{letters}'"
         )
 
 
-def _sequence(config: Any) -> Iterator[str]:
+def _sequence(config: RunConfig) -> Iterator[str]:
     layout = config.layout
     if layout.sequence and layout.tensor == 1:
         yield (
@@ -181,7 +169,7 @@ def _sequence(config: Any) -> Iterator[str]:
         )
 
 
-def _sequence_length(config: Any) -> Iterator[str]:
+def _sequence_length(config: RunConfig) -> Iterator[str]:
     layout, length = config.layout, config.data.seq_len
     split = layout.context * (layout.tensor if layout.sequence else 1)
     if length % split:
@@ -193,7 +181,7 @@ def _sequence_length(config: Any) -> Iterator[str]:
         )
 
 
-def _tokens_over_context(config: Any) -> Iterator[str]:
+def _tokens_over_context(config: RunConfig) -> Iterator[str]:
     if "m" not in _letters(config):
         return
     layout, length, before = config.layout, config.data.seq_len, config.model.conv_width - 1
@@ -207,7 +195,7 @@ def _tokens_over_context(config: Any) -> Iterator[str]:
         )
 
 
-def _heads_over_context(config: Any) -> Iterator[str]:
+def _heads_over_context(config: RunConfig) -> Iterator[str]:
     layout, heads = config.layout, config.model.num_heads
     if "s" not in _letters(config) or layout.context == 1 or heads % layout.tensor:
         return
@@ -219,7 +207,7 @@ def _heads_over_context(config: Any) -> Iterator[str]:
         )
 
 
-def _schedule(config: Any) -> Iterator[str]:
+def _schedule(config: RunConfig) -> Iterator[str]:
     schedule, steps = config.schedule, config.run.steps
     if schedule.warmup_steps + schedule.cooldown_steps > steps:
         yield (
@@ -229,7 +217,7 @@ def _schedule(config: Any) -> Iterator[str]:
         )
 
 
-def _exponential(config: Any) -> Iterator[str]:
+def _exponential(config: RunConfig) -> Iterator[str]:
     schedule = config.schedule
     if schedule.name == "exponential" and schedule.min_lr_ratio == 0:
         yield (
@@ -243,7 +231,7 @@ def _exponential(config: Any) -> Iterator[str]:
         )
 
 
-def _wsd(config: Any) -> Iterator[str]:
+def _wsd(config: RunConfig) -> Iterator[str]:
     if config.schedule.name == "wsd" and config.schedule.cooldown_steps == 0:
         tenth = max(1, config.run.steps // 10)
         yield (
@@ -252,7 +240,7 @@ def _wsd(config: Any) -> Iterator[str]:
         )
 
 
-def _engine(config: Any) -> Iterator[str]:
+def _engine(config: RunConfig) -> Iterator[str]:
     """The support matrix, see `pretrain.config.support`."""
     cell = support.Combination.of(config)
     if not support.is_layout(cell):
@@ -262,7 +250,7 @@ def _engine(config: Any) -> Iterator[str]:
         yield reason
 
 
-def _deepspeed(config: Any) -> Iterator[str]:
+def _deepspeed(config: RunConfig) -> Iterator[str]:
     if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         yield (
             "engine.name=deepspeed, but DeepSpeed is not installed; "
@@ -270,8 +258,7 @@ def _deepspeed(config: Any) -> Iterator[str]:
         )
 
 
-CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    _pattern,
+CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _stages,
     _virtual,
     _heads_over_tensor,
@@ -295,19 +282,17 @@ CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
 )
 
 
-def problems(config: Any) -> list[str]:
-    """Messages of all checks that could read what they need; an empty list is a good config."""
-    found: list[str] = []
-    for check in CHECKS:
-        try:
-            found.extend(check(config))
-        except Unreadable:
-            continue
-    return found
+def problems(config: RunConfig) -> list[str]:
+    """The messages of all checks; an empty list is a good configuration."""
+    return [message for check in CHECKS for message in check(config)]
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """How many data parallel replicas `world_size` processes make; ConfigError if none fit."""
+    """The number of data parallel replicas that `world_size` processes make.
+
+    Raises:
+        ConfigError: the processes do not hold a whole number of replicas.
+    """
     layout = config.layout
     replica = layout.tensor * layout.pipeline * layout.context
     if world_size < replica or world_size % replica:
@@ -322,16 +307,18 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def check_world(config: RunConfig, world_size: int) -> int:
     """Check the layout and batch against the number of processes.
 
-    Returns the data parallel size. Raises ConfigError when processes are missing or left over,
-    when the global batch does not split over replicas and micro-batches, or when the interleaved
-    schedule gets a number of micro-batches that is no multiple of the pipeline size.
+    Returns:
+        The data parallel size.
+
+    Raises:
+        ConfigError: processes are missing or left over; the global batch does not split over
+            replicas and micro-batches; or the interleaved schedule gets a number of micro-batches
+            that is not a multiple of the pipeline size.
     """
     replicas = data_parallel_size(config, world_size)
     data, layout = config.data, config.layout
     rows = data.micro_batch * replicas
-    stages = [(f"data.batch_ramp[{n}]", stage) for n, stage in enumerate(data.batch_ramp)]
-    for place, stage in [*stages, ("data", data)]:
-        batch = stage.global_batch
+    for place, batch in data.global_batches:
         if batch % rows:
             raise ConfigError(
                 f"{place}.global_batch={batch} does not split into data.micro_batch="

@@ -3,25 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+
+from pretrain.config.messages import choices, divisors
+from pretrain.config.schema import RunConfig
 
 
-class Unreadable(Exception):
-    """A check read a field that has no valid value."""
-
-
-def divisors(number: int, limit: int = 64) -> list[int]:
-    """Divisors of `number` up to `limit`, ascending."""
-    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
-
-
-def choices(values: list[int]) -> str:
-    """`1, 2, 4 or 8`."""
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _one_kind(config: Any) -> Iterator[str]:
+def _one_kind(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.path is None and not data.sources:
         yield (
@@ -35,7 +22,7 @@ def _one_kind(config: Any) -> Iterator[str]:
         )
 
 
-def _names(config: Any) -> Iterator[str]:
+def _names(config: RunConfig) -> Iterator[str]:
     for key in ("sources", "valid"):
         counts = Counter(item.name for item in getattr(config.data, key))
         for name, count in counts.items():
@@ -43,7 +30,7 @@ def _names(config: Any) -> Iterator[str]:
                 yield f"data.{key}: the name {name!r} is given {count} times; give each its own"
 
 
-def _weights(config: Any) -> Iterator[str]:
+def _weights(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.sources:
         if data.phases:
@@ -65,7 +52,7 @@ def _weights(config: Any) -> Iterator[str]:
         place = f"data.phases[{number}]"
         for name in phase.weights:
             if name not in names:
-                yield f"{place}: {name!r} is none of data.sources; use {', '.join(names)}"
+                yield f"{place}: {name!r} is not one of data.sources; use {', '.join(names)}"
         mixtures.append((place, phase.weights))
     for place, weights in mixtures:
         for name, weight in weights.items():
@@ -77,7 +64,7 @@ def _weights(config: Any) -> Iterator[str]:
                 )
 
 
-def _phase_order(config: Any) -> Iterator[str]:
+def _phase_order(config: RunConfig) -> Iterator[str]:
     starts = [phase.from_sample for phase in config.data.phases]
     for number, (before, after) in enumerate(pairwise(starts), 1):
         if after <= before:
@@ -87,18 +74,17 @@ def _phase_order(config: Any) -> Iterator[str]:
             )
 
 
-def _batch(config: Any) -> Iterator[str]:
+def _batch(config: RunConfig) -> Iterator[str]:
     data = config.data
-    stages = [(f"data.batch_ramp[{n}]", stage) for n, stage in enumerate(data.batch_ramp)]
-    for place, stage in [*stages, ("data", data)]:
-        if stage.global_batch % data.micro_batch:
+    for place, batch in data.global_batches:
+        if batch % data.micro_batch:
             yield (
                 f"data.micro_batch={data.micro_batch} does not divide {place}.global_batch="
-                f"{stage.global_batch}; use {choices(divisors(stage.global_batch))}"
+                f"{batch}; use {choices(divisors(batch))}"
             )
 
 
-def _remote(config: Any) -> Iterator[str]:
+def _remote(config: RunConfig) -> Iterator[str]:
     for key, path in config.data.folders:
         if "://" in path and config.data.cache_dir is None:
             yield (

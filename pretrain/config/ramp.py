@@ -1,11 +1,10 @@
-"""Batch-size ramp: how many samples each step has, and which samples those are, in closed form.
+"""Batch-size ramp: how many samples each step has, and which samples those are.
 
-A ramp is a list of stages, each so many steps of so many samples; after the last one every step
-has the final batch. Nothing is counted while training, so a run that resumes in the middle of a
-ramp, on any number of processes, has the same steps. Knows no torch: ``check`` uses it too.
+A ramp is a list of stages, each a number of steps with a number of samples. After the last stage
+every step has the final batch. All answers follow from the step alone. Nothing is counted while
+training, so a run that resumes in the middle of a ramp, on any number of processes, has the same
+steps. Nothing here imports torch, because `check` uses it too.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate
@@ -29,15 +28,15 @@ class BatchRamp:
         return sum(start <= value for start in starts) - 1
 
     def size(self, step: int) -> int:
-        """Samples of the step after ``step`` finished ones."""
+        """Samples of the step after `step` finished ones."""
         return self.sizes[self._stage(self._first_step, step)]
 
     def samples(self, step: int) -> int:
-        """Samples of the first ``step`` steps together."""
+        """Samples of the first `step` steps together."""
         stage = self._stage(self._first_step, step)
         return self._first_sample[stage] + (step - self._first_step[stage]) * self.sizes[stage]
 
     def step(self, samples: int) -> int:
-        """How many whole steps the first ``samples`` samples are; the inverse of ``samples``."""
+        """How many whole steps the first `samples` samples are; the inverse of `samples`."""
         stage = self._stage(self._first_sample, samples)
         return self._first_step[stage] + (samples - self._first_sample[stage]) // self.sizes[stage]

@@ -1,34 +1,34 @@
-"""The keys of a run file: names, types, ranges and what each means.
+"""The keys of a run file: names, types, limits and what each means.
 
-The docstring under a field is its help text (`--help`) and part of its error message. Rules that
-need two fields are in `pretrain.config.checks`.
+The sections `model:`, `layout:` and `memory:` are declared in `xlstm_mcore.settings`. The docstring
+under a field is its help text (`--help`, docs/configuration.md) and part of its error message.
+Rules that need two fields are in `pretrain.config.checks`.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from pretrain.config.ramp import BatchRamp
+from xlstm_mcore.settings import (
+    Fraction,
+    LayoutConfig,
+    MemoryConfig,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 def _words(value: Any) -> Any:
     """A list may be given as one text, `a, b`, as the command line does."""
     return [w.strip() for w in value.split(",") if w.strip()] if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys, nan and inf are refused; values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunSection(Section):
@@ -44,116 +44,21 @@ class RunSection(Section):
     """on GPUs: only operations that give the same bits every time, where there is a choice"""
 
 
-class ModelConfig(Section):
-    """The model; the same names as `xlstm_mcore.config.XLSTMConfig`."""
-
-    pattern: str
-    """a letter per layer: M 7B-style mLSTM, m classic mLSTM, s sLSTM, * attention; | cuts stages"""
-    hidden_size: PositiveInt
-    """width of the residual stream"""
-    num_heads: PositiveInt
-    """heads of every cell"""
-    vocab_size: PositiveInt
-    """rows of the embedding; at least the tokenizer's size"""
-    tie_embeddings: bool = False
-    """use the embedding as output layer too"""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """norm before each block: rmsnorm for M, layernorm for classic models"""
-    norm_eps: PositiveFloat = 1e-6
-    """added to the variance in every norm"""
-    cell_eps: NonNegativeFloat = 1e-6
-    """added to the denominator of the mLSTM cell"""
-    qk_dim_factor: PositiveFloat = 0.5
-    """M: width of q and k over hidden_size"""
-    v_dim_factor: PositiveFloat = 1.0
-    """M: width of v and the output gate over hidden_size"""
-    ffn_dim_factor: PositiveFloat = 2.667
-    """M and *: feed-forward width over hidden_size, rounded up to round_up_to"""
-    gate_soft_cap: PositiveFloat | None = 15.0
-    """M: cap a on the input and forget gate, a tanh(x / a); null for none"""
-    logit_soft_cap: PositiveFloat | None = 30.0
-    """cap on the logits; null for none (classic models)"""
-    igate_bias_init: float = -10.0
-    """M: initial bias of the input gate"""
-    up_dim_factor: PositiveFloat = 2.0
-    """m: inner width over hidden_size, rounded up to round_up_to"""
-    qkv_block_size: PositiveInt = 4
-    """m: size of the diagonal blocks of the q, k and v projections"""
-    conv_width: NonNegativeInt = 4
-    """m and s: taps of the causal convolution; 0 leaves it out, and its SiLU"""
-    slstm_ffn_dim_factor: PositiveFloat = 1.3
-    """s: feed-forward width over hidden_size, rounded up to round_up_to"""
-    head_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
-    """M, m and s: norm of each head's output; none keeps only its weight"""
-    mlstm_gate: Literal["exp", "sigmoid"] = "exp"
-    """M and m: activation of the input gate"""
-    mlstm_normalize: bool = True
-    """M and m: divide by the normaliser state; false for the bare numerator"""
-    mlstm_input_gate: bool = True
-    """M and m: false holds the input gate at 1; its parameters stay, without effect"""
-    mlstm_forget_gate: bool = True
-    """M and m: false holds the forget gate at 1; its parameters stay, without effect"""
-    slstm_forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
-    """s: activation of the forget gate"""
-    attention_heads: PositiveInt | None = None
-    """*: heads of attention; null for num_heads"""
-    attention_kv_heads: PositiveInt | None = None
-    """*: heads of k and v, each shared by several of q (grouped-query); null for attention_heads"""
-    rope_base: PositiveFloat = 10_000.0
-    """*: base of the rotary positions' wavelengths"""
-    round_up_to: PositiveInt = 64
-    """inner widths are rounded up to a multiple of this"""
-    dropout: Fraction = 0.0
-    """share of block outputs dropped in training"""
-    chunk_size: PositiveInt | None = None
-    """tokens the mLSTM kernel handles at a time; null lets the kernel choose"""
-    kernel_backend: Literal["torch", "triton"] | None = None
-    """backend of the cells and convolutions; null picks the best one for the device"""
-
-
-class LayoutConfig(Section):
-    """How the model is spread over processes; what is left over is data parallel."""
-
-    tensor: PositiveInt = 1
-    """tensor parallel size: heads and widths are split over this many processes"""
-    sequence: bool = False
-    """sequence parallel: norms and residuals split over the tensor parallel processes"""
-    pipeline: PositiveInt = 1
-    """pipeline parallel size: layers are split over this many processes"""
-    virtual: PositiveInt = 1
-    """pipeline stages per process (interleaved schedule)"""
-    context: PositiveInt = 1
-    """context parallel size: the sequence is split over this many processes"""
-
-
-class MemoryConfig(Section):
-    """What the backward pass computes again instead of keeping; it changes no result."""
-
-    recompute: Literal["none", "selective", "full"] = "none"
-    """selective: norms, activations, output gates and gathered inputs; full: whole blocks"""
-    recompute_full_blocks: str = ""
-    """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
-    logits_mib: NonNegativeInt = 512
-    """MiB of a micro-batch's logits on a process; more are never whole, but computed twice"""
-
-
 class EngineConfig(Section):
     """What runs a training step."""
 
     name: Literal["megatron", "deepspeed"] = "megatron"
     """training engine"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """what data parallel ranks share out: 1 optimizer state, 2 gradients, 3 weights; null picks"""
+    """ZeRO: share out 1 optimizer state, 2 gradients, 3 weights; null: 0 with muon, 1 with adamw"""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
     overlap_grad_reduce: bool | None = None
     """reduce gradients while the backward pass still runs; null for yes with NCCL, no with gloo"""
     overlap_param_gather: bool | None = None
     """megatron: gather new weights while the forward pass runs; null as above"""
-    tp_comm_overlap: bool = False
-    """overlap tensor parallel communication with matrix products (needs TransformerEngine)"""
 
 
 class SourceConfig(Section):
@@ -203,20 +108,20 @@ class DataConfig(Section):
 
     path: NonEmpty | None = None
     """folder that `python -m data_prep build` wrote"""
-    sources: list[SourceConfig] = []
-    """weighted mixture, in place of path; a list of {name, path, source, weight}"""
-    phases: list[PhaseConfig] = []
-    """changes of the mixture; a list of {from_sample, weights}"""
-    valid: list[ValidConfig] = []
-    """sets to evaluate on, {name, path, source}; default the validation split of every source"""
+    sources: list[SourceConfig] = Field(default_factory=list)
+    """weighted mixture, in place of path"""
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """changes of the mixture"""
+    valid: list[ValidConfig] = Field(default_factory=list)
+    """sets to evaluate on; [] for the validation split of every source"""
     seq_len: PositiveInt
     """tokens per row"""
     global_batch: PositiveInt
     """rows per optimizer step, over all processes"""
     micro_batch: PositiveInt
     """rows per forward pass of one process"""
-    batch_ramp: list[RampStage] = []
-    """smaller batches at the start; a list of {steps, global_batch}"""
+    batch_ramp: list[RampStage] = Field(default_factory=list)
+    """smaller batches at the start"""
     shuffle: Literal["row", "window"] = "row"
     """row mixes all rows; window mixes those of a few files at a time, for slow storage"""
     window_shards: PositiveInt = 16
@@ -234,7 +139,7 @@ class DataConfig(Section):
 
     @property
     def mixture(self) -> list[SourceConfig]:
-        """The sources; a plain ``path`` is a mixture of one, which has no name of its own."""
+        """The sources; a plain `path` is a mixture of one, which has no name of its own."""
         if self.path is None:
             return self.sources
         only = SourceConfig.model_construct(name="", path=self.path, source=None, weight=1.0)
@@ -248,6 +153,12 @@ class DataConfig(Section):
         else:
             found = [(f"data.sources[{n}].path", s.path) for n, s in enumerate(self.sources)]
         return found + [(f"data.valid[{n}].path", v.path) for n, v in enumerate(self.valid)]
+
+    @property
+    def global_batches(self) -> list[tuple[str, int]]:
+        """The size of every global batch of the run, after the place of the key that sets it."""
+        stages = [(f"data.batch_ramp[{n}]", s.global_batch) for n, s in enumerate(self.batch_ramp)]
+        return [*stages, ("data", self.global_batch)]
 
     @property
     def ramp(self) -> BatchRamp:
@@ -315,8 +226,8 @@ class CheckpointConfig(Section):
     """checkpoints of steps that this divides are never deleted; null for none"""
     keep_best: NonNegativeInt = 0
     """also kept: so many with the lowest validation loss measured at their own step"""
-    accept_changes: Annotated[list[NonEmpty], BeforeValidator(_words)] = []
-    """keys or sections, comma-separated, that may differ from the checkpoint's; see the refusal"""
+    accept_changes: Annotated[list[NonEmpty], BeforeValidator(_words)] = Field(default_factory=list)
+    """keys or sections that may differ from the checkpoint's; as an option: key,key"""
 
 
 class EvaluationConfig(Section):
@@ -329,7 +240,7 @@ class EvaluationConfig(Section):
 
 
 class GuardConfig(Section):
-    """What protects the run from itself."""
+    """When a run stops itself."""
 
     stop_on_nonfinite: bool = True
     """stop when loss or gradient is not finite; false skips that step and goes on"""
@@ -366,3 +277,16 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         """Tokens in one global batch, after the ramp."""
         return self.data.global_batch * self.data.seq_len
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type)
+}
+# By dotted key, such as `optimizer.lr`.
+FIELDS: dict[str, FieldInfo] = {
+    f"{section}.{key}": field
+    for section, model in SECTIONS.items()
+    for key, field in model.model_fields.items()
+}

@@ -37,7 +37,6 @@ class Combination:
     context: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    tp_comm_overlap: bool = False
 
     @classmethod
     def of(cls, config: RunConfig) -> "Combination":
@@ -56,7 +55,6 @@ class Combination:
             # Null is decided by engine and device, within the matrix: see `overlaps`.
             overlap_grad_reduce=engine.overlap_grad_reduce is True,
             overlap_param_gather=engine.overlap_param_gather is True,
-            tp_comm_overlap=engine.tp_comm_overlap,
         )
         if engine.zero_stage is not None:
             return replace(asked, zero_stage=engine.zero_stage)
@@ -76,7 +74,7 @@ AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "optimizer": (("adamw", "muon"), 6),
     "zero_stage": ((0, 1, 2, 3), 2),
     "offload": (("none", "optimizer", "parameters"), 3),
-    "precision": (("fp32", "bf16", "fp8"), 20),
+    "precision": (("fp32", "bf16"), 20),
     "tensor": ((False, True), 10),
     "sequence": ((False, True), 9),
     "pipeline": ((False, True), 8),
@@ -84,7 +82,6 @@ AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "context": ((False, True), 10),
     "overlap_grad_reduce": ((False, True), 0),
     "overlap_param_gather": ((False, True), 1),
-    "tp_comm_overlap": ((False, True), 0),
 }
 
 
@@ -106,10 +103,6 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        {"precision": ("fp8",)},
-        "fp8 needs TransformerEngine's linear layers, and the blocks are built from Megatron's own",
-    ),
     Rule(
         {"optimizer": ("muon",), "engine": ("deepspeed",)},
         "Muon needs whole matrices, and DeepSpeed's partitions cut them",
@@ -153,11 +146,6 @@ RULES: tuple[Rule, ...] = (
     Rule(
         {"engine": ("deepspeed",), "context": (True,)},
         "context parallelism was not compared with one process under this engine",
-    ),
-    Rule(
-        {"tp_comm_overlap": (True,)},
-        "it is a feature of TransformerEngine's linear layers, and the blocks are built from "
-        "Megatron's own",
     ),
     Rule(
         {"engine": ("deepspeed",), "zero_stage": (1,), "overlap_grad_reduce": (True,)},
@@ -285,7 +273,6 @@ LAYOUT_AXES = {
 OVERLAP_AXES = {
     "overlap_grad_reduce": "grad_reduce",
     "overlap_param_gather": "param_gather",
-    "tp_comm_overlap": "tp_comm",
 }
 
 

@@ -33,16 +33,12 @@ class ScheduledEngine:
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
         self.model_config = make_config(
-            config.model.model_dump(),
+            config.model,
+            layout=config.layout,
+            memory=config.memory,
             precision=config.engine.precision,
-            tensor=config.layout.tensor,
-            sequence=config.layout.sequence,
-            pipeline=config.layout.pipeline,
-            virtual=config.layout.virtual,
-            context=config.layout.context,
             backend=layout.backend,
             deterministic=config.run.deterministic,
-            **config.memory.model_dump(),
         )
         self.models = build_model(
             self.model_config, layout.groups, config.run.seed, self._finish_part

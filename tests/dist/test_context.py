@@ -15,7 +15,9 @@ def heads_and_back(tensor, sequence, middle):
     shape = {"layout__tensor": tensor, "layout__sequence": sequence, "layout__context": 2}
     config = work.run_config("classic", **shape)
     groups = layouts.start(config).groups
-    model = make_config(config.model.model_dump(), tensor=tensor, sequence=sequence, context=2)
+    model = make_config(
+        config.model, layout={"tensor": tensor, "sequence": sequence, "context": 2}
+    )
     region, context = TensorParallelRegion(model, groups.tp), ContextParallel(groups.cp)
     rng = torch.Generator().manual_seed(0)
     full = torch.randn(8, 3, *middle, 24, generator=rng)

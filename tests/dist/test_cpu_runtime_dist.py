@@ -62,7 +62,7 @@ def all_to_all_gradients():
     config = work.run_config("classic", **TP2)
     layout = layouts.start(config)
     region = TensorParallelRegion(
-        make_config(config.model.model_dump(), tensor=2, sequence=True), layout.groups.tp
+        make_config(config.model, layout={"tensor": 2, "sequence": True}), layout.groups.tp
     )
     rng = torch.Generator().manual_seed(0)
     full = torch.randn(8, 3, 12, generator=rng)  # [s, b, h]

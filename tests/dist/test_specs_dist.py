@@ -34,9 +34,7 @@ def build(run, layout, seed):
     shape = run.layout
     config = make_config(
         {**run.model.model_dump(), "pattern": run.model.pattern.replace("|", "")},
-        tensor=shape.tensor,
-        sequence=shape.sequence,
-        pipeline=shape.pipeline,
+        layout={"tensor": shape.tensor, "sequence": shape.sequence, "pipeline": shape.pipeline},
     )
     config.params_dtype = config.pipeline_dtype = torch.float64
     cpu_runtime.activate()

@@ -181,15 +181,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
 
     layout = layouts.start(config)
     shape = config.layout
-    model_config = make_config(
-        config.model.model_dump(),
-        tensor=shape.tensor,
-        sequence=shape.sequence,
-        pipeline=shape.pipeline,
-        virtual=shape.virtual,
-        context=shape.context,
-        **config.memory.model_dump(),
-    )
+    model_config = make_config(config.model, layout=config.layout, memory=config.memory)
     model_config.params_dtype = model_config.pipeline_dtype = torch.float64
     model_config.finalize_model_grads_func = finalize_model_grads
     chunks = build_model(model_config, layout.groups, config.run.seed)

@@ -9,6 +9,7 @@ import pytest
 from pretrain.commands.check import describe_run
 from pretrain.config import checks, support
 from pretrain.config.support import Combination
+from tests.pretrain.run_files import config
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,6 @@ def test_every_combination_works_or_has_a_reason_and_a_way_out():
         (Combination(zero_stage=0), "engine.zero_stage=1"),
         (Combination(overlap_param_gather=True), "engine.overlap_grad_reduce=true"),
         (Combination("deepspeed", overlap_grad_reduce=True), "engine.overlap_grad_reduce=false"),
-        (Combination(tensor=True, tp_comm_overlap=True), "engine.tp_comm_overlap=false"),
     ],
 )
 def test_the_way_out_is_the_nearest(cell, says):
@@ -69,8 +69,6 @@ def test_no_combination_gives_up_precision():
     ],
 )
 def test_what_the_run_file_leaves_open_overlaps_with_nccl_alone(changes, on_nccl):
-    from tests.pretrain.test_config import config
-
     run = config(**changes)
     assert support.overlaps(run, "gloo") == (False, False)
     assert support.overlaps(run, "nccl") == on_nccl
@@ -88,8 +86,6 @@ def test_what_the_run_file_leaves_open_overlaps_with_nccl_alone(changes, on_nccl
     ],
 )
 def test_the_zero_stage_follows_from_engine_and_optimizer_unless_it_is_given(changes, stage):
-    from tests.pretrain.test_config import config
-
     run = config(**changes)
     assert support.zero_stage(run) == stage
     assert f"ZeRO stage {stage}" in describe_run(run)
@@ -97,15 +93,11 @@ def test_the_zero_stage_follows_from_engine_and_optimizer_unless_it_is_given(cha
 
 
 def test_what_the_run_file_asks_for_is_done_on_every_backend():
-    from tests.pretrain.test_config import config
-
     run = config(engine__overlap_grad_reduce=True, engine__overlap_param_gather=True)
     assert support.overlaps(run, "gloo") == support.overlaps(run, "nccl") == (True, True)
 
 
 def test_a_machine_without_deepspeed_is_told_how_to_get_it(monkeypatch):
-    from tests.pretrain.test_config import config
-
     run = config(engine__name="deepspeed")
     assert list(checks._deepspeed(run)) == []
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)

@@ -82,7 +82,7 @@ def run(
     place = layouts.start(config)
     try:
         with Accelerator():
-            built = make_config(model, precision=precision, **layout, **(memory or {}))
+            built = make_config(model, precision=precision, layout=layout, memory=memory)
             (network,) = build_model(built, place.groups, seed=0)
             own = length // layout.get("context", 1)
             tokens = torch.randint(0, 128, (ROWS, own), device=device)

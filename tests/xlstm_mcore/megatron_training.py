@@ -74,7 +74,7 @@ def megatrons_steps(steps):
     from megatron.core.utils import get_model_config
 
     def provider(pre_process=True, post_process=True, **others):
-        config = make_config(RUN.model.model_dump())
+        config = make_config(RUN.model)
         model = GPTModel(
             config=config,
             transformer_layer_spec=gpt_layer_spec(config),

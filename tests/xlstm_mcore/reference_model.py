@@ -130,7 +130,7 @@ def attention(x, w, config, boundaries):
     q, k, v = (
         (x @ w(f"{n}_proj.weight").T).unflatten(-1, (-1, d)) for n in "qkv"
     )  # [b, s, heads, d]
-    speed = config.rope_base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    speed = config.rotary_base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     rows = []
     for row in range(x.shape[0]):
         tokens, first = [], 0

@@ -97,7 +97,7 @@ def test_stand_in_is_needed_to_build_layers(one_process):
         layers.ColumnParallelLinear(
             4,
             4,
-            config=make_config(config.model.model_dump()),
+            config=make_config(config.model),
             init_method=torch.nn.init.zeros_,
             tp_group=one_process.groups.tp,
         )

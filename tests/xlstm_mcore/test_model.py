@@ -48,7 +48,7 @@ MODELS = {
         "slstm_forget_gate": "exp",
     },
     "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
-    "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rope_base": 100.0},
+    "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rotary_base": 100.0},
 }
 
 

@@ -33,7 +33,7 @@ def groups():
 
 
 def make(groups, precision="fp32", **settings):
-    config = make_config(SECTION, precision=precision, **settings)
+    config = make_config(SECTION, precision=precision, memory=settings)
     (model,) = build_model(config, groups, seed=1)
     with torch.no_grad():
         rng = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def elementwise_cell(monkeypatch):
 def kept(groups, letter, tokens, precision="bf16", **settings):
     """Bytes that one layer keeps for its backward pass."""
     section = {**SECTION, "pattern": letter, "dropout": 0.0}
-    config = make_config(section, precision=precision, **settings)
+    config = make_config(section, precision=precision, memory=settings)
     layer = XLSTMLayer(config, layer_spec(letter, config).submodules, groups, layer_number=0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)

@@ -37,7 +37,7 @@ class AttentionMixer(Mixer):
         self.head_dim = config.hidden_size // heads
         self.num_heads = heads // self.region.size
         self.num_kv_heads = kv_heads // self.region.size
-        self.rope_base = config.rope_base
+        self.rotary_base = config.rotary_base
 
         q, kv = heads * self.head_dim, kv_heads * self.head_dim
         self.in_proj = self.input_projection(
@@ -56,7 +56,7 @@ class AttentionMixer(Mixer):
         past = cache["k"].shape[2] if cache else 0
         start = document_starts(q, boundaries, past, cache.get("start") if cache else None)
         positions = past + torch.arange(q.shape[1], device=q.device) - start
-        angles = rotary_angles(positions, self.head_dim, self.rope_base)
+        angles = rotary_angles(positions, self.head_dim, self.rotary_base)
         q, k = rotate(q, angles), rotate(k, angles)
         if past:
             out = self._attend_to_cache(q, k, v, start, cache)

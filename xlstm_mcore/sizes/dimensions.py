@@ -1,36 +1,21 @@
-"""Widths that follow from a model's settings."""
+"""Widths and numbers of heads that follow from the `model:` section."""
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
-
-class ModelSettings(Protocol):
-    """The attributes that counting reads; see `XLSTMConfig` for what each means."""
-
-    pattern: str
-    hidden_size: int
-    num_heads: int
-    vocab_size: int
-    tie_embeddings: bool
-    qk_dim_factor: float
-    v_dim_factor: float
-    ffn_dim_factor: float
-    up_dim_factor: float
-    qkv_block_size: int
-    conv_width: int
-    slstm_ffn_dim_factor: float
-    round_up_to: int
-    attention_heads: int | None
-    attention_kv_heads: int | None
+from xlstm_mcore.settings import ModelConfig
 
 
 @dataclass(frozen=True)
 class Dimensions:
     """Widths that follow from the hidden size and the factors.
 
-    qk, v: q/k and v width of an `M` block over all heads; ffn: feed-forward width of `M` and `*`.
-    up: width inside an `m` block. slstm_ffn: feed-forward width of an `s` block.
+    Attributes:
+        qk: width of q, and of k, in an `M` block, over all heads.
+        v: width of v and of the output gate in an `M` block, over all heads.
+        ffn: feed-forward width of `M` and `*`.
+        up: width inside an `m` block.
+        slstm_ffn: feed-forward width of `s`.
     """
 
     qk: int
@@ -43,13 +28,13 @@ class Dimensions:
 def round_up(value: float, multiple: int) -> int:
     """Smallest multiple of `multiple` that is not below `value`.
 
-    Rounded to six digits first: a factor such as 1.1 times 3200 is
+    The value is rounded to six digits first: a factor such as 1.1 times 3200 is
     3520.0000000000005 in floating point and would gain a whole step.
     """
     return multiple * math.ceil(round(value, 6) / multiple)
 
 
-def dimensions(model: ModelSettings) -> Dimensions:
+def dimensions(model: ModelConfig) -> Dimensions:
     """The derived widths of a model, rounded as the papers' counts need it."""
     hidden, multiple = model.hidden_size, model.round_up_to
     return Dimensions(
@@ -61,7 +46,7 @@ def dimensions(model: ModelSettings) -> Dimensions:
     )
 
 
-def attention_heads(model: ModelSettings) -> tuple[int, int]:
+def attention_heads(model: ModelConfig) -> tuple[int, int]:
     """Heads of q, and of k and v, in a `*` block."""
     heads = model.attention_heads or model.num_heads
     return heads, model.attention_kv_heads or heads

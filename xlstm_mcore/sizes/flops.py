@@ -11,7 +11,8 @@ Counting needs only the attributes of the `model:` section and no torch.
 """
 
 from xlstm_mcore.pattern import parse_pattern
-from xlstm_mcore.sizes.dimensions import ModelSettings, attention_heads, dimensions
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 COMPONENTS = ("projections", "feed_forward", "conv", "cell", "head")
 
@@ -30,7 +31,7 @@ PEAK_BF16_TFLOPS = (
 )
 
 
-def block_flops(letter: str, model: ModelSettings, seq_len: int | None) -> dict[str, int]:
+def block_flops(letter: str, model: ModelConfig, seq_len: int | None) -> dict[str, int]:
     """Forward FLOPs of one token in one block, by component (all of COMPONENTS but the head).
 
     Attention depends on the length of the row: a token sees (seq_len + 1) / 2 on average, itself
@@ -90,7 +91,7 @@ def chunkwise_cell_flops(qk_head_dim: int, v_head_dim: int, chunk: int) -> int:
     return mlstm_cell_flops(qk_head_dim, v_head_dim) + inside
 
 
-def forward_flops(model: ModelSettings, seq_len: int | None = None) -> dict[str, int]:
+def forward_flops(model: ModelConfig, seq_len: int | None = None) -> dict[str, int]:
     """Forward FLOPs of one token by component; `head` is the product with the vocabulary.
 
     `seq_len` is needed for patterns with attention only. Raises ValueError where it is missing.
@@ -103,7 +104,7 @@ def forward_flops(model: ModelSettings, seq_len: int | None = None) -> dict[str,
     return total
 
 
-def training_flops(model: ModelSettings, seq_len: int | None = None) -> int:
+def training_flops(model: ModelConfig, seq_len: int | None = None) -> int:
     """FLOPs of one token, forward and backward, without recomputation (see `forward_flops`)."""
     return 3 * sum(forward_flops(model, seq_len).values())
 
@@ -116,7 +117,7 @@ def peak_tflops(device_name: str) -> float | None:
     return None
 
 
-def state_bytes(model: ModelSettings, activation_bytes: int, tokens: int = 0) -> int:
+def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> int:
     """Bytes of one sequence's state in generation after `tokens` tokens.
 
     It is the same after any number of them but for attention, which keeps k and v of each. Cell

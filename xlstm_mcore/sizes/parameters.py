@@ -3,10 +3,11 @@
 from typing import Any
 
 from xlstm_mcore.pattern import parse_pattern
-from xlstm_mcore.sizes.dimensions import ModelSettings, attention_heads, dimensions
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 
-def block_parameters(letter: str, model: ModelSettings) -> int:
+def block_parameters(letter: str, model: ModelConfig) -> int:
     """Parameters of one block, norms included; the names are those of the checkpoint files."""
     dims = dimensions(model)
     hidden, heads = model.hidden_size, model.num_heads
@@ -48,7 +49,7 @@ def block_parameters(letter: str, model: ModelSettings) -> int:
     return hidden + mixer + ffn  # mixer_norm comes first
 
 
-def count_parameters(model: ModelSettings) -> dict[str, Any]:
+def count_parameters(model: ModelConfig) -> dict[str, Any]:
     """Count the parameters of a model, exactly, as `embedding`, `layers`, `final_norm`, `head`.
 
     Returns a dict: `embedding`, `final_norm`, `head` (0 when tied), `layers` (a list, one number

@@ -54,7 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm": "rmsnorm",
         "norm_eps": 1e-6,
         "ffn_dim_factor": 2.666,  # 8/3, so that rounding up adds nothing to 2048 and 4096
-        "rope_base": 10_000.0,
+        "rotary_base": 10_000.0,
         "gate_soft_cap": None,
         "logit_soft_cap": None,
     },

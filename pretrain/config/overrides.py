@@ -1,0 +1,108 @@
+"""Command-line options that set a key of the run file: `--optimizer.lr 3e-4`."""
+
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from pretrain.config.schema import FIELDS
+from pretrain.config.yaml_file import UniqueKeyLoader
+from xlstm_io.errors import ConfigError
+from xlstm_mcore.old_keys import OLD_KEYS
+
+_SWITCH_WORDS = ("true", "false", "yes", "no", "1", "0", "null", "none")
+
+
+def _values_taken(key: str) -> int | None:
+    """How many words follow option `key`; 0 for a switch, None for an unknown key."""
+    old = OLD_KEYS.get(key)
+    if old is not None:
+        return _values_taken(old.new) if old.new else int(not isinstance(old.default, bool))
+    field = FIELDS.get(key)
+    if field is None:
+        return None
+    if get_origin(field.annotation) is tuple:
+        return len(get_args(field.annotation))
+    return 0 if field.annotation in (bool, bool | None) else 1
+
+
+def is_structured(key: str) -> bool:
+    """Whether a key holds a list or a mapping: as an option it is written like in the file."""
+    return key in FIELDS and get_origin(FIELDS[key].annotation) in (list, dict)
+
+
+def parse_structured(key: str, value: Any) -> Any:
+    """The value of an option; text for a structured key is read as YAML.
+
+    Raises:
+        ConfigError: a mapping in the text has a key twice.
+    """
+    if not is_structured(key) or not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, Loader=UniqueKeyLoader)
+    except yaml.YAMLError:
+        return value  # the validation says what it must be
+
+
+def override_option(key: str, value: Any) -> list[str]:
+    """The command-line words that set `key` to `value`; the inverse of `split_overrides`."""
+    if is_structured(key) and not isinstance(value, str):
+        return [f"--{key}", yaml.safe_dump(value, default_flow_style=True, width=2**20).strip()]
+    if isinstance(value, (list, tuple)):
+        return [f"--{key}", *[str(item) for item in value]]
+    if isinstance(value, bool) or value is None:
+        return [f"--{key}", {True: "true", False: "false", None: "null"}[value]]
+    return [f"--{key}", str(value)]
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate `--section.key value` options from the other words of a command line.
+
+    `--section.key=value` works too. A switch may stand alone: `--layout.sequence`, or
+    `--layout.no-sequence` for false. A pair is two words (`--optimizer.betas 0.9 0.95`) or one in
+    brackets (`'[0.9, 0.95]'`). Unknown keys are kept, so that the validation names them together
+    with everything else.
+
+    Returns:
+        (other words in order, {dotted key: text, list of texts, bool or None}).
+
+    Raises:
+        ConfigError: an option lacks its value.
+    """
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        section, dot, leaf = name.partition(".")
+        if not word.startswith("--") or not dot:
+            rest.append(word)
+            continue
+        key = f"{section}.{leaf.replace('-', '_')}"
+        positive = f"{section}.{leaf.removeprefix('no-').replace('-', '_')}"
+        if key != positive and _values_taken(positive) == 0 and not equals:
+            overrides[positive] = False
+            continue
+        taken = _values_taken(key)
+        if equals:
+            values = [value]
+        elif taken == 0:
+            is_value = bool(queue) and queue[0].lower() in _SWITCH_WORDS
+            values = [queue.pop(0)] if is_value else ["true"]
+        else:
+            wanted = 1 if queue and queue[0].startswith("[") else taken or 1
+            values = []
+            while queue and not queue[0].startswith("--") and len(values) < wanted:
+                values.append(queue.pop(0))
+            if taken is not None and len(values) < wanted:
+                what = "a value" if taken == 1 else f"{taken} values"
+                raise ConfigError(f"--{key} needs {what}; write --{key}" + " VALUE" * taken)
+        if (taken or 1) > 1:
+            values = values[0].strip("[]()").split(",") if len(values) == 1 else values
+            overrides[key] = [text.strip() for text in values]
+        else:
+            text = values[0].strip() if values else ""
+            overrides[key] = None if text.lower() in ("null", "none") else text
+    return rest, overrides

@@ -1,0 +1,185 @@
+"""Rules between keys: each broken one has a message with a way out."""
+
+import pytest
+
+from pretrain.commands.check import describe_run
+from pretrain.config import ConfigError, check_world
+from tests.pretrain.run_files import config, message
+
+
+def test_every_broken_rule_is_in_one_message():
+    text = message(
+        model__num_heads=8,
+        model__vocab_size=8191,
+        layout__tensor=3,
+        data__micro_batch=5,
+        engine__zero_stage=2,
+    )
+    for part in (
+        "4 problems",
+        "layout.tensor=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
+        "layout.tensor=3 does not divide model.vocab_size=8191; use model.vocab_size=8193",
+        "data.micro_batch=5 does not divide data.global_batch=16; use 1, 2, 4, 8 or 16",
+        "engine.zero_stage=2: Megatron's distributed optimizer shares out",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"model__pattern": "M*", "model__attention_heads": 3},
+            "model.attention_heads=3 does not cut model.hidden_size=128 into heads of an even",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_heads": 128},
+            "use 1, 2, 4, 8, 16, 32 or 64, or set model.attention_heads",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_kv_heads": 3},
+            "model.attention_kv_heads=3 does not divide the 4 heads of * (model.num_heads)",
+        ),
+        (
+            {"model__pattern": "M*", "model__attention_kv_heads": 2, "layout__tensor": 4},
+            "layout.context=1 does not divide model.attention_kv_heads=2, the heads of k and v",
+        ),
+        ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
+        ({"layout__pipeline": 2}, "write 1 cuts (|) into the pattern"),
+        ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
+        ({"model__pattern": "m", "model__num_heads": 3}, "model.num_heads=3 does not divide"),
+        ({"model__pattern": "s", "model__num_heads": 3}, "divide model.hidden_size = 128; use 1,"),
+        ({"model__qk_dim_factor": 0.001}, "rounds to 0"),
+        ({"layout__sequence": True}, "set layout.sequence=false"),
+        (
+            {"layout__sequence": True, "layout__tensor": 4, "data__seq_len": 254},
+            "data.seq_len=254 does not split into 4 parts",
+        ),
+        ({"layout__context": 3}, "data.seq_len=256 does not split into 3 parts"),
+        (
+            {"layout__context": 2, "layout__tensor": 4, "layout__sequence": True}
+            | {"data__seq_len": 252},
+            "data.seq_len=252 does not split into 8 parts",
+        ),
+        (
+            {"model__pattern": "m", "data__seq_len": 16, "layout__context": 8},
+            "leaves 2 tokens of data.seq_len=16 to a process, but the convolution of m looks back "
+            "model.conv_width - 1 = 3 tokens, into one process at most; use layout.context=1, 2 "
+            "or 4",
+        ),
+        (
+            {"model__pattern": "Ms", "layout__context": 8},
+            "cannot be cut; use layout.context=1, 2 or 4",
+        ),
+        (
+            {"model__pattern": "Ms", "layout__context": 4, "layout__tensor": 2},
+            "cannot be cut; use layout.context=1 or 2",
+        ),
+        ({"engine__zero_stage": 0}, "the nearest combination that works has engine.zero_stage=1"),
+        ({"engine__zero_stage": 2}, "nearest combination that works has engine.name=deepspeed"),
+        (
+            {"optimizer__name": "muon", "engine__zero_stage": 1},
+            "optimizer.name=muon, engine.zero_stage=1: Muon orthogonalises whole matrices",
+        ),
+        ({"engine__offload": "optimizer"}, "works has engine.name=deepspeed"),
+        (
+            {
+                "engine__name": "deepspeed",
+                "engine__zero_stage": 3,
+                "layout__pipeline": 2,
+                "model__pattern": "MM|MM",
+            },
+            "engine.name=deepspeed, engine.zero_stage=3, layout.pipeline=2 or more: DeepSpeed",
+        ),
+        ({"schedule__name": "wsd"}, "example, 10 (a tenth of run.steps)"),
+        (
+            {"schedule__cooldown_shape": "exponential", "schedule__cooldown_steps": 5},
+            "cooldown_min_lr_ratio=0 is never reached",
+        ),
+        ({"schedule__warmup_steps": 101}, "do not fit into run.steps=100"),
+        ({"schedule__name": "exponential", "schedule__min_lr_ratio": 0.0}, "is never reached"),
+        ({"model__pattern": "m", "model__qkv_block_size": 48}, "model.qkv_block_size=48 times"),
+        (
+            {"layout__tensor": 4, "model__round_up_to": 2, "model__ffn_dim_factor": 1.01},
+            "set model.round_up_to to a multiple of 4",
+        ),
+        (
+            {"memory__recompute_full_blocks": "Ms"},
+            "'s', which model.pattern does not contain",
+        ),
+    ],
+)
+def test_a_broken_rule_has_one_message(changes, says):
+    text = message(**changes)
+    assert says in text
+    assert "1 problem\n" in text
+
+
+def test_pipelines_are_accepted_where_the_pattern_has_the_cuts():
+    assert config(model__pattern="MM|MM", layout__pipeline=2).layout.pipeline == 2
+    both = config(model__pattern="M|M|M|M", layout__pipeline=2, layout__virtual=2)
+    assert both.layout.virtual == 2
+
+
+def test_check_world():
+    small = config(layout__tensor=2)
+    assert check_world(small, 2) == 1
+    assert check_world(small, 4) == 2
+    for world, says in ((1, "1 process cannot hold"), (3, "start 2 or a multiple of 2")):
+        with pytest.raises(ConfigError, match=says):
+            check_world(small, world)
+    with pytest.raises(ConfigError, match=r"data.global_batch=16 .* use a multiple of 12.*24"):
+        check_world(small, 6)
+
+
+def test_interleaved_schedule_needs_whole_rounds_of_micro_batches():
+    changes = {"model__pattern": "M|M|M|M", "layout__pipeline": 2, "layout__virtual": 2}
+    assert check_world(config(**changes), 2) == 1
+    with pytest.raises(ConfigError, match=r"there are 3 .* use data.global_batch=16"):
+        check_world(config(**changes, data__global_batch=12), 2)
+
+
+TWO = [{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y", "weight": 2}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__path": None}, "data.path is missing; set it"),
+        ({"data__sources": TWO}, "data.path='data' and data.sources are both given"),
+        ({"data__phases": [{"from_sample": 5, "weights": {"a": 1}}]}, "there are none; name"),
+        ({"data__path": "s3://b/x"}, "data.path='s3://b/x' is remote, and its shards"),
+        ({"data__sources": [*TWO, TWO[0]]}, "the name 'a' is given 2 times"),
+        ({"data__sources": [dict(TWO[0], weight=0)]}, "data.sources[0].weight=0 must be greater"),
+        ({"data__sources": [dict(TWO[0], wieght=1)]}, "data.sources[0] has no wieght; its keys"),
+        ({"data__sources": [{"name": "a"}]}, "data.sources[0].path is missing"),
+        ({"data__sources": [dict(TWO[0], weight=1e-5), TWO[1]]}, "smallest that a mixture can"),
+        ({"data__sources": [TWO[0], dict(TWO[1], weight=None)]}, "would never be read"),
+        (
+            {"data__sources": TWO, "data__phases": [{"from_sample": 5, "weights": {"c": 1}}]},
+            "data.phases[0]: 'c' is not one of data.sources; use a, b",
+        ),
+        (
+            {
+                "data__sources": TWO,
+                "data__phases": [{"from_sample": n, "weights": {"a": 1}} for n in (9, 9)],
+            },
+            "data.phases[1].from_sample=9 does not come after 9",
+        ),
+        (
+            {"data__batch_ramp": [{"steps": 2, "global_batch": 6}]},
+            "data.micro_batch=4 does not divide data.batch_ramp[0].global_batch=6",
+        ),
+    ],
+)
+def test_rules_of_the_data_section(changes, says):
+    assert says in message(**changes)
+
+
+def test_every_stage_of_a_ramp_splits_over_the_replicas():
+    ramped = config(data__batch_ramp=[{"steps": 2, "global_batch": 4}])
+    assert check_world(ramped, 1) == 1
+    with pytest.raises(ConfigError, match=r"data.batch_ramp\[0\].global_batch=4 .* such as 8"):
+        check_world(ramped, 2)
+    assert "25,600,000 tokens" not in describe_run(ramped)
+    assert f"{(98 * 16 + 2 * 4) * 256:,} (100 steps)" in describe_run(ramped)
