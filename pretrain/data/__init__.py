@@ -1,8 +1,8 @@
-"""Training data: packed rows on disk -> batches, ordered by the global sample number alone.
+"""Training data: from packed rows on disk to batches, ordered by the global sample number alone.
 
-`TokenDataset` opens a folder of shards; `DataPlan` says which row of which source a global
-sample number is (`blend` mixes sources, `order` shuffles each); `TrainLoader` and
-`ValidLoader` make the batches of one data-parallel rank.
+`TokenDataset` opens a folder of shards. `DataPlan` says which row of which source a global sample
+number is (`blend` mixes sources, `order` shuffles each). `TrainLoader` and `ValidLoader` make the
+batches of one data-parallel rank.
 """
 
 from pretrain.data.batch import Batch, DataCursor

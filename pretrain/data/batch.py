@@ -1,4 +1,4 @@
-"""What the loader hands to the trainer, and what the trainer stores to continue."""
+"""What the loader gives the trainer, and what the trainer stores to continue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from pretrain.data.quarantine import DamagedRow
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data-parallel rank; every tensor is [micro_batch, seq_len], or a
-    context-parallel slice of that (`context_slice`).
+    """One micro-batch of one data-parallel rank.
 
-    tokens int64; labels int64 (the next token); loss_mask float32 (0 where the target belongs to
-    another document or is padding); boundaries bool (True at the first token of a document).
+    Every tensor is `[micro_batch, seq_len]`; `context_slice` cuts all but the boundaries.
+
+    Attributes:
+        tokens: Int64.
+        labels: Int64, the next token.
+        loss_mask: Float32; 0 where the label belongs to another document or is padding, else 1.
+        boundaries: Bool; True at the first token of a document.
     """
 
     tokens: torch.Tensor
@@ -27,16 +31,20 @@ class Batch:
     boundaries: torch.Tensor
 
     def context_slice(self, rank: int, size: int) -> Batch:
-        """What context-parallel rank `rank` of `size` computes: its slice of every row.
+        """The slice of every row that context-parallel rank `rank` of `size` computes.
 
-        Boundaries stay those of the whole row: cells that see all positions need them.
+        Boundaries stay those of the whole row, because cells that see all positions need them.
         """
         if size == 1:
             return self
         width = self.tokens.shape[1] // size
         mine = slice(rank * width, (rank + 1) * width)
-        parts = (self.tokens, self.labels, self.loss_mask)
-        return Batch(*(part[:, mine].contiguous() for part in parts), self.boundaries)
+        return Batch(
+            self.tokens[:, mine].contiguous(),
+            self.labels[:, mine].contiguous(),
+            self.loss_mask[:, mine].contiguous(),
+            self.boundaries,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -47,22 +55,29 @@ class Batch:
     def of(cls, rows: Rows) -> Batch:
         """All rows as one batch."""
         tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]
-        parts = (tokens.astype(np.int64), labels.astype(np.int64), *rows.masks())
-        return cls(*map(torch.from_numpy, parts))
+        loss_mask, boundaries = rows.masks()
+        return cls(
+            torch.from_numpy(tokens.astype(np.int64)),
+            torch.from_numpy(labels.astype(np.int64)),
+            torch.from_numpy(loss_mask),
+            torch.from_numpy(boundaries),
+        )
 
     def split(self, micro_batch: int) -> list[Batch]:
-        """Cut into micro-batches; they are views of this one's tensors."""
+        """The micro-batches of `micro_batch` rows; they are views of this batch's tensors."""
         cut = (part.split(micro_batch) for part in vars(self).values())
         return [Batch(*fields) for fields in zip(*cut, strict=True)]
 
 
 @dataclass(frozen=True)
 class DataCursor:
-    """Where a run stands in its data: all that a checkpoint needs, the same on every rank.
+    """How much data a run has consumed: all that a checkpoint needs, the same on every rank.
 
-    plan is the description of the order of the consumed samples (`DataPlan.describe`): a
-    checkpoint continues only on data that describe themselves equally, or where a change is meant.
-    quarantined are the damaged rows that were met.
+    Attributes:
+        consumed_samples: Number of samples consumed.
+        plan: Description of their order (`DataPlan.describe`). A checkpoint continues only with
+            data of the same description, or where the user accepts the change.
+        quarantined: The damaged rows that the run met.
     """
 
     consumed_samples: int

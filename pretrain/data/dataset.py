@@ -19,24 +19,27 @@ from xlstm_io.shards.rows import PADDING, row_masks, token_dtype
 from xlstm_io.shards.shard import CorruptShardError, ShardReader, check_size
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
-_NOTHING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
+_ALL_PADDING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
 
 
 class DataError(UserError):
-    """The data do not fit the run, or the folder is not usable; the message says what to change."""
+    """The data do not fit the run, or a folder cannot be used; the message says what to change."""
 
 
 class NoRowsError(DataError):
-    """A usable folder that holds nothing of the split that was asked for."""
+    """A folder is in order but has no rows of the split that was asked for."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that were read, as small as they lie on disk.
+    """Rows as they were read, in the types that they have on disk.
 
-    tokens [n, seq_len + 1] of the stored type; segments uint32 (see `xlstm_io.shards.shard`) and
-    owner int64, the row among the n that each belongs to; damaged: (place among the n, error) of
-    each row whose bytes are not those that were written and which is padding without a loss here.
+    Attributes:
+        tokens: `[n, seq_len + 1]` of the stored type.
+        segments: Uint32, the segments of all rows (see `xlstm_io.shards.shard`).
+        owner: Int64, the row among the n that each segment belongs to.
+        damaged: `(place among the n, error)` of each row whose bytes on disk are not those that
+            were written; here it is padding without a loss.
     """
 
     tokens: np.ndarray
@@ -50,31 +53,32 @@ class Rows:
         return row_masks(self.owner, self.segments, (rows, row_tokens - 1))
 
     def padded(self, rows: int, pad_id: int) -> Rows:
-        """The same rows and then padding without a loss, `rows` in all."""
+        """The same rows, followed by padding without a loss, `rows` in all."""
         missing = rows - len(self.tokens)
         return Rows(
             np.pad(self.tokens, ((0, missing), (0, 0)), constant_values=pad_id),
-            np.concatenate([self.segments, np.repeat(_NOTHING, missing)]),
+            np.concatenate([self.segments, np.repeat(_ALL_PADDING, missing)]),
             np.concatenate([self.owner, np.arange(len(self.tokens), rows)]),
             self.damaged,
         )
 
 
 class TokenDataset:
-    """Rows of `split` in the folder `path`, in the order in which they were written.
+    """The rows of one split of a folder of shards, in the order in which they were written.
 
     Args:
-        path: folder of shards (or its manifest.json), or its URL.
+        path: Folder of shards (or its manifest.json), or its URL.
         split: "train" or "valid".
-        seq_len: the run's context length; must be the one the shards were packed for.
-        source: one source of the folder; None for all of them.
-        quarantine: give damaged rows as padding without a loss instead of raising.
-        cache: where copies of the shards of a URL go.
+        seq_len: The run's context length; the shards must have been packed for it.
+        source: One source of the folder; None for all of them.
+        quarantine: Return damaged rows as padding without a loss instead of raising.
+        cache: Where copies of the shards of a URL go.
 
     Raises:
-        DataError: no or damaged manifest, other seq_len, an unknown source, a split without rows,
-            missing or truncated shards (sizes of all are compared at once; hashes when a block is
-            read). With `quarantine` a bad shard is found when one of its rows is read.
+        DataError: The manifest is missing or damaged, it has another seq_len, the source is
+            unknown, the split has no rows, or shards are missing or truncated. The sizes of all
+            shards are compared here, hashes when a block of rows is read. With `quarantine` a bad
+            shard is found when one of its rows is read.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class TokenDataset:
         source: str | None = None,
         quarantine: bool = False,
         cache: CacheSettings | None = None,
-    ):
+    ) -> None:
         self.split, self.seq_len, self.source = split, seq_len, source
         self.quarantine = quarantine
         try:
@@ -119,14 +123,24 @@ class TokenDataset:
         """Rows by number.
 
         Raises:
-            CorruptShardError: bytes on disk are not those that were written (no `quarantine`).
+            CorruptShardError: Bytes on disk are not those that were written, and there is no
+                `quarantine`.
         """
         return read_rows([self], np.zeros(len(rows), np.int64), rows)
 
-    def fill(self, rows: np.ndarray, places: np.ndarray, tokens: np.ndarray, segments: list):
-        """Read `rows` into `tokens[places]` and `segments[places]`; the damaged ones.
+    def fill(
+        self,
+        rows: np.ndarray,
+        places: np.ndarray,
+        tokens: np.ndarray,
+        segments: list[np.ndarray],
+    ) -> list[tuple[int, CorruptShardError]]:
+        """Read rows into `tokens[places]` and `segments[places]`.
 
-        Rows are read in the order in which they lie on disk. See `read_rows`.
+        They are read in the order in which they lie on disk. See `read_rows`.
+
+        Returns:
+            `(place, error)` of the damaged ones.
         """
         if len(rows) and not (0 <= rows.min() and rows.max() < self.num_rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {self.num_rows}")
@@ -145,7 +159,7 @@ class TokenDataset:
                     if not self.quarantine:
                         raise
                     tokens[place] = self.manifest.pad_id
-                    segments[place] = _NOTHING
+                    segments[place] = _ALL_PADDING
                     damaged.append((place, error))
         return damaged
 
@@ -160,7 +174,7 @@ class TokenDataset:
             while self._open:
                 self._open.popitem()[1].close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_lock"):
             self.close()
 
@@ -199,7 +213,7 @@ class TokenDataset:
             )
 
     def _row(self, shard: int, row: int, out: np.ndarray) -> np.ndarray:
-        """One row of a shard; what was found damaged once is not read again."""
+        """One row of a shard. What was found damaged once is not read again."""
         try:
             if self._damaged:
                 known = self._damaged.get((shard, None))
@@ -237,17 +251,18 @@ def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndar
     """Rows of several datasets of one seq_len and token type, in the order asked for.
 
     Args:
-        which: for each row the place of its dataset.
-        rows: row numbers in those datasets.
+        datasets: The datasets.
+        which: For each row the place of its dataset in `datasets`.
+        rows: For each row its number in that dataset.
 
     Raises:
-        CorruptShardError: see `TokenDataset.read`.
+        CorruptShardError: See `TokenDataset.read`.
     """
     rows = np.asarray(rows, np.int64)
     seq_len = datasets[0].seq_len
     tokens = np.empty((len(rows), seq_len + 1), datasets[0].dtype)
-    segments: list = [_NOTHING] * len(rows)
-    damaged = []
+    segments = [_ALL_PADDING] * len(rows)
+    damaged: list[tuple[int, CorruptShardError]] = []
     for number in np.unique(which).tolist():
         places = np.flatnonzero(which == number)
         damaged += datasets[number].fill(rows[places], places, tokens, segments)

@@ -1,13 +1,14 @@
 """Batches of one data-parallel rank, prefetched by a thread or by worker processes.
 
-Rank r of dp_size takes, of the global batch that starts at sample b0 and for accumulation index a,
-the samples [b0 + (a * dp_size + r) * micro_batch, + micro_batch): the union over ranks and
+Of the global batch that starts at sample b0, rank r of dp_size takes, for accumulation index a, the
+samples [b0 + (a * dp_size + r) * micro_batch, + micro_batch). So the union over ranks and
 accumulation steps is the same set of samples for every dp_size. Ranks of the other parallel
-dimensions pass the same dp_rank and read the same rows (cheap: page cache), nothing is broadcast.
+dimensions pass the same dp_rank and read the same rows, which is cheap because of the page cache.
+Nothing is broadcast.
 
-The steps of a rank go through one webdataset pipeline, which its worker processes share out: worker
-w makes the steps w, w + workers, ...; torch's DataLoader takes them in turn, so that the order of
-the steps does not depend on the number of workers.
+The steps of a rank go through one webdataset pipeline, which its worker processes divide among
+them: worker w makes the steps w, w + workers, and so on. torch's DataLoader takes the steps from
+the workers in turn, so their order does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -20,20 +21,37 @@ import weakref
 from collections.abc import Iterator
 from itertools import count, islice
 from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 import numpy as np
 import webdataset as wds
 
 from pretrain.config.ramp import BatchRamp
 from pretrain.data.batch import Batch, DataCursor
-from pretrain.data.dataset import TokenDataset
+from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
 from pretrain.signals import STOP_SIGNALS
 
 _PREFETCH_STEPS = 2  # of the thread, or of each worker process
 _POLL_SECONDS = 0.1  # how long a thread may outlive the loader that it works for
-_LOOK_AHEAD = 1024  # samples that are located at once: numpy's cost per call is shared among them
+_LOOK_AHEAD = 1024  # samples that are located at once, to spread numpy's cost per call over them
+
+
+class StepRows(NamedTuple):
+    """What a step of one rank consists of.
+
+    Attributes:
+        rows: Its rows, one micro-batch after the other.
+        damaged: Those that are damaged, and padding without a loss here.
+    """
+
+    rows: Rows
+    damaged: list[DamagedRow]
+
+
+# What goes from a pipeline to the loader: a step, or what went wrong.
+Item = StepRows | Exception
 
 
 def _check_rank(dp_rank: int, dp_size: int) -> None:
@@ -42,7 +60,7 @@ def _check_rank(dp_rank: int, dp_size: int) -> None:
 
 
 class _Steps:
-    """The pure part of a TrainLoader: what each step of a rank consists of."""
+    """Which samples each step of a rank consists of, and how they are read."""
 
     def __init__(
         self,
@@ -53,7 +71,7 @@ class _Steps:
         dp_size: int,
         first_step: int,
         consumed_samples: int,
-    ):
+    ) -> None:
         self.plan, self.ramp, self.micro_batch = plan, ramp, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.first_step = first_step
@@ -73,12 +91,13 @@ class _Steps:
         )
         return (starts[:, None] + np.arange(self.micro_batch)).ravel()
 
-    def make(self, numbers: Iterator[int]) -> Iterator[tuple[str, object]]:
-        """The pipeline's stage: ("step", (all rows of it, damaged ones)) for each step.
+    def make(self, numbers: Iterator[int]) -> Iterator[Item]:
+        """Read each step; this is the stage of the pipeline.
 
-        Rows travel as they lie on disk, two or four bytes a token through a pipe, and become
-        tensors where they are used: tensors would travel in shared memory, ten times the bytes.
-        ("error", why) ends it: no exception may travel from a worker process as torch sends it.
+        Rows go through a pipe in the types that they have on disk, two or four bytes a token, and
+        become tensors where they are used. Tensors would go through shared memory, with ten times
+        the bytes. An error is yielded, and ends the pipeline, because torch does not send an
+        exception from a worker process as it is.
         """
         try:
             for samples, which, rows in self._located(numbers):
@@ -87,12 +106,12 @@ class _Steps:
                     DamagedRow.of(int(samples[n]), self.plan.names[which[n]], int(rows[n]), error)
                     for n, error in found.damaged
                 ]
-                yield "step", (found, damaged)
+                yield StepRows(found, damaged)
         except Exception as error:  # handed to the consumer, whatever it is
-            yield "error", error
+            yield error
 
     def _located(self, numbers: Iterator[int]) -> Iterator[tuple[np.ndarray, ...]]:
-        """Samples, sources and rows of each step."""
+        """The samples of each step, with their sources and rows."""
         for step in numbers:
             window = [self.samples(step)]
             more = _LOOK_AHEAD // len(window[0]) - 1
@@ -120,19 +139,21 @@ class TrainLoader:
     """Endless iterator over steps; each is the list of this rank's micro-batches.
 
     Args:
-        plan: which row each sample is.
-        ramp: samples per step over all ranks and accumulation steps.
-        micro_batch: samples per forward pass of one rank.
-        dp_rank, dp_size: this rank's place among the data-parallel ranks.
-        step: where to start; finished steps.
-        consumed_samples: what a checkpoint's cursor says; None takes the ramp's number at `step`.
-        workers: processes that read ahead; 0 reads ahead in a thread of this process.
-        quarantine: where damaged rows go, if the plan's datasets give them as padding.
+        plan: Which row each sample is.
+        ramp: Samples per step over all ranks and accumulation steps.
+        micro_batch: Samples per forward pass of one rank.
+        dp_rank: This rank among the data-parallel ranks.
+        dp_size: Number of data-parallel ranks.
+        step: Number of finished steps; the loader starts with the next one.
+        consumed_samples: What a checkpoint's cursor says; None takes the ramp's number at `step`.
+        workers: Processes that read ahead; 0 reads ahead in a thread of this process.
+        quarantine: Where damaged rows go, if the plan's datasets return them as padding.
 
     Raises:
-        ValueError: a batch of the ramp is not a multiple of micro_batch * dp_size (and bad ranges).
-        CorruptShardError: from `next`, when bytes on disk are not those that were written.
-        DataError: from `next`, when the quarantine is full.
+        ValueError: A batch of the ramp is not a multiple of micro_batch * dp_size, or a number is
+            out of range.
+        CorruptShardError: From `next`: bytes on disk are not those that were written.
+        DataError: From `next`: the quarantine is full.
     """
 
     def __init__(
@@ -147,7 +168,7 @@ class TrainLoader:
         consumed_samples: int | None = None,
         workers: int = 0,
         quarantine: Quarantine | None = None,
-    ):
+    ) -> None:
         _check_rank(dp_rank, dp_size)
         for size in ramp.sizes:
             if min(size, micro_batch) < 1 or size % (micro_batch * dp_size):
@@ -171,7 +192,7 @@ class TrainLoader:
 
     @property
     def cursor(self) -> DataCursor:
-        """Position after the last step that was handed out (prefetched ones do not count)."""
+        """The position after the last step that was returned; prefetched ones do not count."""
         consumed = self.consumed_samples
         return DataCursor(consumed, self.plan.describe(consumed), tuple(self.quarantine.rows))
 
@@ -181,15 +202,14 @@ class TrainLoader:
     def __next__(self) -> list[Batch]:
         if self._error is not None:
             raise self._error
-        kind, value = self._items.get()
-        if kind == "error":
-            self._error = value
-            raise value
+        item = self._items.get()
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
         self.consumed_samples += self._ramp.size(self.step)
         self.step += 1
-        rows, damaged = value
-        self.quarantine.add(damaged)
-        return Batch.of(rows).split(self._micro_batch)
+        self.quarantine.add(item.damaged)
+        return Batch.of(item.rows).split(self._micro_batch)
 
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""
@@ -198,18 +218,18 @@ class TrainLoader:
     def __enter__(self) -> TrainLoader:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
 class _Thread:
     """A pipeline that runs ahead in a thread. It starts when the first item is asked for.
 
-    The thread knows pipeline, queue and event but not the loader, so that an abandoned loader is
-    collected and its finaliser ends the thread.
+    The thread refers to pipeline, queue and event but not to the loader, so that an abandoned
+    loader is collected and its finaliser ends the thread.
     """
 
-    def __init__(self, pipeline: wds.DataPipeline):
+    def __init__(self, pipeline: wds.DataPipeline) -> None:
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(maxsize=_PREFETCH_STEPS)
         self._thread = threading.Thread(
@@ -220,7 +240,7 @@ class _Thread:
         )
         self._finalizer = weakref.finalize(self, self._stop.set)
 
-    def get(self) -> tuple[str, object]:
+    def get(self) -> Item:
         """The next item; StopIteration after `close`."""
         if self._stop.is_set():
             raise StopIteration
@@ -236,14 +256,14 @@ class _Thread:
 
 
 class _Processes:
-    """A pipeline that runs ahead in worker processes, started with the first item.
+    """A pipeline that runs ahead in worker processes, which start with the first item.
 
-    A request to stop is the trainer's to handle: Slurm and terminals signal every process, so the
-    workers are forked with those signals blocked. Hence they are ended by SIGKILL where DataLoader,
-    which would send SIGTERM, could not end them otherwise.
+    Slurm and terminals signal every process, but the trainer alone handles a request to stop, so
+    the workers are forked with those signals blocked. DataLoader would send SIGTERM to end a
+    worker, which is one of them, so workers that are left are ended by SIGKILL.
     """
 
-    def __init__(self, pipeline: wds.DataPipeline, workers: int):
+    def __init__(self, pipeline: wds.DataPipeline, workers: int) -> None:
         self._loader = wds.WebLoader(
             pipeline,
             batch_size=None,
@@ -256,7 +276,7 @@ class _Processes:
         self._finalizer = weakref.finalize(self, _kill, self._workers)
         self._closed = False
 
-    def get(self) -> tuple[str, object]:
+    def get(self) -> Item:
         """The next item; StopIteration after `close`."""
         if self._closed:
             raise StopIteration
@@ -279,8 +299,8 @@ class _Processes:
         self._finalizer()
 
 
-def _as_it_is(item: tuple[str, object]) -> tuple[str, object]:
-    """No conversion: DataLoader's own would make tensors of arrays."""
+def _as_it_is(item: Item) -> Item:
+    """No conversion. DataLoader's own would make tensors of arrays."""
     return item
 
 
@@ -292,18 +312,24 @@ def _kill(workers: list[BaseProcess]) -> None:
 
 
 class ValidLoader:
-    """Walks a split once, in order; iterate again to walk again.
+    """The batches of a split in order; every iteration starts at the beginning.
 
     Batch j of rank r holds the rows [(j * dp_size + r) * micro_batch, + micro_batch). Rows past the
     end are pad tokens with loss_mask 0, so that every rank has `len(self)` batches of full size.
 
+    Args:
+        dataset: The split.
+        micro_batch: Rows per batch.
+        dp_rank: This rank among the data-parallel ranks.
+        dp_size: Number of data-parallel ranks.
+
     Raises:
-        ValueError: dp_rank outside dp_size or micro_batch < 1.
+        ValueError: `dp_rank` is outside `dp_size`, or `micro_batch` is less than 1.
     """
 
     def __init__(
         self, dataset: TokenDataset, *, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
-    ):
+    ) -> None:
         _check_rank(dp_rank, dp_size)
         if micro_batch < 1:
             raise ValueError(f"data.micro_batch={micro_batch} must be at least 1")

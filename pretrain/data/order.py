@@ -1,13 +1,13 @@
-"""The order of one source: draw number -> row, a pure function of the seed.
+"""The order of one source: sample index -> row, a pure function of the seed.
 
-No list of indices is kept and no iterator state: a Feistel network is a permutation of [0, 4^w)
+No list of indices and no iterator state is kept. A Feistel network is a permutation of [0, 4^w)
 for every round function, and walking its cycles until the value falls below `size` makes it a
 permutation of [0, size). So each epoch visits each row once, in an order of its own, and a run
 continues at any sample number at the same cost as at zero.
 
-`RowOrder` permutes all rows: the best mixture, and a random read of a few KB for each row.
-`WindowOrder` permutes the shards, and the rows inside windows of a few neighbouring shards: each
-window's files are read once and whole, for object stores and parallel file systems.
+`RowOrder` permutes all rows. That mixes best, and costs a random read of a few KB for each row.
+`WindowOrder` permutes the shards, and the rows inside windows of a few neighbouring shards. The
+files of a window are read once and as a whole, which suits object stores and parallel file systems.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,7 @@ import xxhash
 
 _ROUNDS = 6
 _U64 = (1 << 64) - 1
-_EPOCHS_KEPT = 2  # plans of a WindowOrder: a batch rarely spans more
+_EPOCHS_KEPT = 2  # shard orders that a WindowOrder keeps; a batch rarely spans more epochs
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -35,20 +35,21 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def derive_seed(seed: int, *words: str | int) -> int:
-    """A seed of its own for everything that `words` name; 64 bits."""
+    """A 64-bit seed that differs for everything that `words` name."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *words))).encode())
 
 
 def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Image of `index` (any integer array with values in [0, size)) under a permutation.
+    """Apply a permutation of [0, size).
 
     Args:
-        size: number of rows; the permutation is of [0, size).
-        seed: which family of permutations.
-        epoch: each epoch has another permutation.
+        index: Integer array with values in [0, size).
+        size: Number of rows.
+        seed: Chooses the family of permutations.
+        epoch: Chooses the permutation; each epoch has another one.
 
     Returns:
-        int64 array of the shape of `index`.
+        Int64 array of the shape of `index`.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
@@ -66,23 +67,32 @@ def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarra
 
 
 class Order(Protocol):
-    """Which row of a source its draw number is; `size` draws are an epoch."""
+    """Which row of a source each sample index means.
+
+    Attributes:
+        size: Samples of one epoch.
+    """
 
     size: int
 
-    def rows(self, draws: np.ndarray) -> np.ndarray:
-        """Row numbers (int64, the shape of `draws`); draws count from 0 over all epochs."""
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Row numbers, int64, in the shape of `indices`, which count from 0 over all epochs."""
 
 
 class RowOrder:
-    """Every epoch is another permutation of all rows."""
+    """Every epoch is another permutation of all rows.
 
-    def __init__(self, num_rows: int, seed: int):
+    Args:
+        num_rows: Rows of the source.
+        seed: Chooses the family of permutations.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
         self.size, self.seed = num_rows, seed
 
-    def rows(self, draws: np.ndarray) -> np.ndarray:
+    def rows(self, indices: np.ndarray) -> np.ndarray:
         """See `Order`."""
-        epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
+        epochs, index = np.divmod(np.asarray(indices, np.int64), self.size)
         rows = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -91,25 +101,25 @@ class RowOrder:
 
 
 class WindowOrder:
-    """Every epoch permutes the shards; the rows of each `window` consecutive ones are mixed.
+    """Every epoch permutes the shards, and the rows within each window of consecutive shards.
 
     Args:
-        shard_rows: rows of each shard, in the order in which the rows are numbered.
-        window: shards per window; all of one window are read before the next begins, so a process
+        shard_rows: Rows of each shard, in the order in which the rows are numbered.
+        window: Shards per window. A window is read to its end before the next begins, so a process
             has at most this many files of the source open (twice, where a batch spans two).
-        seed: which family of permutations.
+        seed: Chooses the family of permutations.
     """
 
-    def __init__(self, shard_rows: np.ndarray, window: int, seed: int):
+    def __init__(self, shard_rows: np.ndarray, window: int, seed: int) -> None:
         self._shard_rows = np.asarray(shard_rows, np.int64)
         self._first_row = np.concatenate([[0], np.cumsum(self._shard_rows)])
         self.window, self.seed = window, seed
         self.size = int(self._first_row[-1])
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
-    def rows(self, draws: np.ndarray) -> np.ndarray:
+    def rows(self, indices: np.ndarray) -> np.ndarray:
         """See `Order`."""
-        epochs, index = np.divmod(np.asarray(draws, np.int64), self.size)
+        epochs, index = np.divmod(np.asarray(indices, np.int64), self.size)
         rows = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -130,7 +140,7 @@ class WindowOrder:
         return self._first_row[shards[place]] + places - first[place]
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in this epoch's order, and the place in it where each begins (one more)."""
+        """The shards in this epoch's order, and where each begins in it, with the end at last."""
         if epoch not in self._epochs:
             count = len(self._shard_rows)
             key = derive_seed(self.seed, "shards")

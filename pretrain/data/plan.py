@@ -1,13 +1,14 @@
 """The data of a run as one function: global sample number -> row of a source.
 
-    sample --Blend--> (source, draw of it) --Order--> row --TokenDataset--> tokens
+    sample --Blend--> (source, sample index) --Order--> row --TokenDataset--> tokens
 
 Every stage is a pure function of the seed, so a run continues anywhere, on any number of processes,
-and nothing but the sample number is stored. The plan also describes itself (`describe`):
-checkpoints keep that description, and one that another plan made is refused. Where the change is
-meant (`checkpoint.accept_changes: cursor.plan`), the run goes on with what the new plan says
-about the next sample number, as if it had been the plan from the start: rows may be met again
-before their epoch is over. A phase that begins later is no such change, and repeats nothing.
+and nothing but the sample number is stored. The plan also describes itself (`describe`).
+Checkpoints keep that description, and a checkpoint with another description is refused. Where the
+change is meant (`checkpoint.accept_changes: cursor.plan`), the run continues with what the new plan
+says about the next sample number, as if it had been the plan from the start. Rows may then be met
+again before their epoch is over. A phase that begins later does not change the description, and
+repeats nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.config.schema import DataConfig
 from pretrain.data.blend import Blend, Phase
 from pretrain.data.cache import CacheSettings
 from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows
 from pretrain.data.order import Order, RowOrder, WindowOrder, derive_seed
+from xlstm_io.shards.manifest import Manifest
 
 _SAME = ("tokenizer.sha256", "dtype", "bos_id", "eos_id", "pad_id")
 
@@ -30,15 +33,15 @@ class DataPlan:
     """Sources, how they are mixed and how each is shuffled.
 
     Args:
-        sources: datasets by name. A source's name, with the seed, decides the order of its rows;
+        sources: Datasets by name. A source's name, with the seed, decides the order of its rows;
             the order of the mapping does not matter.
-        phases: the mixture; the first phase starts at sample 0.
-        seed: the run's data seed.
+        phases: The mixture; the first phase starts at sample 0.
+        seed: The run's data seed.
         shuffle: "row" or "window".
-        window_shards: shards per window of "window".
+        window_shards: Shards per window of "window".
 
     Raises:
-        DataError: sources of different tokenizers or token types; names both.
+        DataError: Sources have different tokenizers or token types; the message names both.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class DataPlan:
         seed: int,
         shuffle: str = "row",
         window_shards: int = 16,
-    ):
+    ) -> None:
         self.names = sorted(sources)
         self.datasets = [sources[name] for name in self.names]
         _check_alike(self.datasets)
@@ -66,12 +69,12 @@ class DataPlan:
 
     @classmethod
     def of(cls, dataset: TokenDataset, *, seed: int, **options: Any) -> DataPlan:
-        """The plan of a run on one dataset; what `data.path` means."""
+        """The plan of a run on one dataset, which is what `data.path` means."""
         return cls({"": dataset}, [Phase(0, {"": 1.0})], seed=seed, **options)
 
     @property
-    def manifest(self):
-        """Manifest of one source: tokenizer and special ids are the same in all."""
+    def manifest(self) -> Manifest:
+        """The manifest of the first source. Tokenizer and special ids are the same in all."""
         return self.datasets[0].manifest
 
     @property
@@ -80,30 +83,31 @@ class DataPlan:
         return sum(dataset.num_rows for dataset in self.datasets)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source (its place in `names`) and which of its rows the samples are.
+        """Which row of which source each sample is.
 
         Args:
-            samples: int64 array of global sample numbers, from 0.
+            samples: Int64 array of global sample numbers, from 0.
 
         Returns:
-            Two int64 arrays of the shape of `samples`.
+            The source (its place in `names`) and the row: two int64 arrays of the shape of
+            `samples`.
         """
-        which, draws = self._blend.locate(samples)
-        rows = np.empty_like(draws)
+        which, indices = self._blend.locate(samples)
+        rows = np.empty_like(indices)
         for number in np.unique(which).tolist():
             here = which == number
-            rows[here] = self._orders[number].rows(draws[here])
+            rows[here] = self._orders[number].rows(indices[here])
         return which, rows
 
     def read(self, which: np.ndarray, rows: np.ndarray) -> Rows:
-        """Rows that `locate` found; see `TokenDataset.read` for errors."""
+        """Read the rows that `locate` found; see `TokenDataset.read` for errors."""
         return read_rows(self.datasets, which, rows)
 
     def epochs(self, consumed: int) -> dict[str, float]:
-        """Passes over each source that the first `consumed` samples are."""
-        draws = self._blend.draws(consumed)
+        """How many passes over each source the first `consumed` samples make."""
+        samples = self._blend.samples_of_sources(consumed)
         sizes = {n: d.num_rows for n, d in zip(self.names, self.datasets, strict=True)}
-        return {name: draws[name] / sizes[name] for name in self.names}
+        return {name: samples[name] / sizes[name] for name in self.names}
 
     def summary(self, consumed: int) -> str:
         """One line about the sources and the shuffle, at the phase of sample `consumed`."""
@@ -121,8 +125,8 @@ class DataPlan:
     def describe(self, consumed: int) -> dict[str, Any]:
         """All that the first `consumed` samples (at least one) depend on, as plain values.
 
-        Two plans that describe themselves equally up to a sample agree on every sample before it.
-        Phases that start later, and sources that only those use, are left out: a run may add them.
+        Two plans with the same description up to a sample agree on every sample before it. Phases
+        that start later, and sources that only those use, are left out: a run may add them.
         """
         used = [p for p in self._blend.phases if p.from_sample < max(consumed, 1)]
         names = {name for phase in used for name in phase.weights}
@@ -148,7 +152,7 @@ class DataPlan:
 
 
 def _check_alike(datasets: Sequence[TokenDataset]) -> None:
-    """All datasets hold ids of one tokenizer in one type."""
+    """Raise DataError unless all datasets hold ids of one tokenizer in one type."""
 
     def value(dataset: TokenDataset, key: str) -> Any:
         found: Any = dataset.manifest
@@ -171,11 +175,15 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
         )
 
 
-def open_plan(data: Any, seed: int) -> DataPlan:
-    """The training data that a `DataConfig` describes.
+def open_plan(data: DataConfig, seed: int) -> DataPlan:
+    """The training data that the section `data` of a run file describes.
+
+    Args:
+        data: The section.
+        seed: The run's data seed.
 
     Raises:
-        DataError: with the problems of all sources.
+        DataError: Something is wrong; the message lists the problems of all sources.
     """
     sources: dict[str, TokenDataset] = {}
     problems: list[str] = []
@@ -203,14 +211,18 @@ def open_plan(data: Any, seed: int) -> DataPlan:
     )
 
 
-def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDataset]:
+def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, TokenDataset]:
     """The sets to evaluate on, by name: `data.valid`, or the validation split of every source.
 
-    `plan`: the training data, whose tokenizer the sets must share. Sources without validation
-    rows are left out, as long as there are others.
+    Sources without validation rows are left out, as long as there are others.
+
+    Args:
+        data: The section `data` of a run file.
+        plan: The training data, whose tokenizer the sets must share; None if there is none.
 
     Raises:
-        DataError: with the problems of all sets, or no rows at all.
+        DataError: Something is wrong, or there are no rows at all; the message lists the problems
+            of all sets.
     """
     given = data.valid or data.mixture
     sets: dict[str, TokenDataset] = {}
@@ -233,13 +245,13 @@ def open_valid(data: Any, plan: DataPlan | None = None) -> dict[str, TokenDatase
     return sets
 
 
-def _cache(data: Any) -> CacheSettings | None:
+def _cache(data: DataConfig) -> CacheSettings | None:
     if data.cache_dir is None:
         return None
     return CacheSettings(Path(data.cache_dir).resolve(), int(data.cache_gb * 1e9))
 
 
-def _phases(data: Any) -> Iterable[Phase]:
+def _phases(data: DataConfig) -> Iterable[Phase]:
     yield Phase(0, {item.name: item.weight for item in data.mixture if item.weight is not None})
     for phase in data.phases:
         yield Phase(phase.from_sample, dict(phase.weights))

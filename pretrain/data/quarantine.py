@@ -1,7 +1,7 @@
-"""Damaged rows that a run goes on without: counted, written down, and limited in number.
+"""Damaged rows that a run does without: they are counted, written down, and limited in number.
 
-A damaged row keeps its place in the order and is padding without a loss, so no other rank has to
-know: batches keep their shapes, and the loss is divided by the tokens that there are.
+A damaged row keeps its place in the order and becomes padding without a loss. So no other rank has
+to know: batches keep their shapes, and the loss is divided by the number of tokens that count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DamagedRow:
-    """One sample that was given without a loss, and why (see CorruptShardError)."""
+    """One sample that became padding without a loss, and why.
+
+    Attributes:
+        sample: Its global sample number.
+        source: Name of its source.
+        row: Its row in the source.
+        path: File of the shard; this and the rest come from `CorruptShardError`.
+        block: Block of rows in the shard, or None for the whole shard.
+        offset: First byte of the damage in the file.
+        expected: What should be there.
+        got: What is there.
+    """
 
     sample: int
     source: str
@@ -43,13 +54,15 @@ class Quarantine:
     """The damaged rows of a run so far.
 
     Args:
-        limit: how many a run may meet before it gives up.
-        file: JSON lines of the rows that this process meets; None writes nothing and warns nobody
-            (peers that read the same rows).
-        known: rows that the run met before, from a checkpoint.
+        limit: How many rows a run may meet before it gives up.
+        file: Where the rows that this process meets are written, as JSON lines. None writes nothing
+            and does not warn, for ranks that read the same rows as another.
+        known: Rows that the run met before, from a checkpoint.
     """
 
-    def __init__(self, limit: int, file: Path | None = None, known: Iterable[DamagedRow] = ()):
+    def __init__(
+        self, limit: int, file: Path | None = None, known: Iterable[DamagedRow] = ()
+    ) -> None:
         self.limit, self.file = limit, file
         self._rows = {row.sample: row for row in known}
 
@@ -65,7 +78,7 @@ class Quarantine:
         """Write down rows that this process met.
 
         Raises:
-            DataError: more than `limit` rows.
+            DataError: There are more than `limit` rows.
         """
         new = [row for row in rows if row.sample not in self._rows]
         if new and self.file is not None:
@@ -77,10 +90,10 @@ class Quarantine:
         self.merge(new)
 
     def merge(self, rows: Iterable[DamagedRow]) -> None:
-        """Take over rows that other ranks met.
+        """Add rows that other ranks met.
 
         Raises:
-            DataError: more than `limit` rows.
+            DataError: There are more than `limit` rows.
         """
         self._rows |= {row.sample: row for row in rows}
         if len(self._rows) > self.limit:

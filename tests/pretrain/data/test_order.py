@@ -41,11 +41,11 @@ ORDERS = {
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=11), st.integers(0, 2**64))
 def test_each_epoch_visits_each_row_once_however_it_is_asked(kind, sizes, seed):
     order, total = ORDERS[kind](sizes, seed), sum(sizes)
-    draws = np.arange(3 * total)
-    rows = order.rows(draws)
+    indices = np.arange(3 * total)
+    rows = order.rows(indices)
     for epoch in range(3):
         assert sorted(rows[epoch * total : (epoch + 1) * total]) == list(range(total))
-    slices = [ORDERS[kind](sizes, seed).rows(part) for part in np.array_split(draws, 7)]
+    slices = [ORDERS[kind](sizes, seed).rows(part) for part in np.array_split(indices, 7)]
     assert (np.concatenate(slices) == rows).all()
     shape = np.arange(3 * total).reshape(3, total)
     assert (order.rows(shape) == rows[shape]).all()
