@@ -232,6 +232,7 @@ def test_folder_is_complete_and_native(exported):
     assert config["architectures"] == ["xLSTMForCausalLM"] and not config["tie_word_embeddings"]
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
     card = (folder / "README.md").read_text()
+    assert card.count("```") == 2 and "```python\n" in card
     assert checkpoint.name in card and "11 steps on 4,321 tokens" in card
     everything = "".join(p.read_text() for p in folder.glob("*.*") if p.suffix in (".json", ".md"))
     assert str(checkpoint.parent.parent) not in everything, "a machine's path was published"

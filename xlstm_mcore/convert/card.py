@@ -21,14 +21,14 @@ xlstm-pretrain; the architecture is the one of xLSTM 7B (arXiv 2503.13427).
 
 ## Use
 
-``python
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-``
+```
 
 Good to know:
 
