@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from pretrain.config import RunConfig, check_world
 from xlstm_mcore.megatron import compat, cpu_runtime
 
 
@@ -108,18 +109,16 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
 
 
-def start(config: Any) -> Layout:
+def start(config: RunConfig) -> Layout:
     """Join the run's process groups as its configuration lays them out.
 
     Args:
-        config: a ``RunConfig``; its ``layout`` section is read. RANK, WORLD_SIZE, LOCAL_RANK and
-            MASTER_ADDR come from the launcher; without them the run has one process.
+        config: the run. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR come from the launcher;
+            without them the run has one process.
 
     Raises:
         ConfigError: the number of processes does not fit the layout.
     """
-    from pretrain.config import check_world
-
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(config, world_size)
     # One queue of work per device, so that tensor-parallel messages start before the products they

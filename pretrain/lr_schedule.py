@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-No state: a resumed run, or a run at another layout, asks the same question and gets the same
-answer. `step` counts from 0 and is the number of optimizer steps already done.
+There is no state: a resumed run, or a run at another layout, asks the same question and gets the
+same answer. `step` counts from 0 and is the number of optimizer steps already done.
 
     warmup      lr (step + 1) / warmup_steps              for step < warmup_steps
     main part   lr ratio(t), t = (step - warmup_steps) / decay_steps
@@ -28,19 +28,8 @@ Linear and cosine stay at m beyond t = 1; exponential keeps falling at its rate,
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
-
-class ScheduleSettings(Protocol):
-    """What `learning_rate` reads; `pretrain.config.ScheduleConfig` is one."""
-
-    name: str
-    warmup_steps: int
-    decay_steps: int | None
-    cooldown_steps: int
-    cooldown_shape: str
-    cooldown_min_lr_ratio: float
-    min_lr_ratio: float
+from pretrain.config import ScheduleConfig
 
 
 def _ratio(name: str, progress: float, floor: float) -> float:
@@ -54,7 +43,7 @@ def _ratio(name: str, progress: float, floor: float) -> float:
         return 1.0 - (1.0 - floor) * progress
     if name == "cosine":
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise AssertionError(f"unknown schedule {name!r}: the config should have refused it")
+    raise AssertionError(f"unknown schedule {name!r}: the schema lets no other through")
 
 
 def _cooldown(shape: str, start: float, end: float, done: float) -> float:
@@ -67,14 +56,17 @@ def _cooldown(shape: str, start: float, end: float, done: float) -> float:
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
     if shape == "exponential":
         return start * (end / start) ** done
-    raise AssertionError(f"unknown cooldown {shape!r}: the config should have refused it")
+    raise AssertionError(f"unknown cooldown {shape!r}: the schema lets no other through")
 
 
-def learning_rate(step: int, *, peak: float, schedule: ScheduleSettings, steps: int) -> float:
-    """Learning rate of the step after `step` finished ones, in a run of `steps` steps.
+def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, steps: int) -> float:
+    """Learning rate of the step after `step` finished ones.
 
-    peak is the rate after the warmup. `schedule.decay_steps=None` means all steps between
-    warmup and cooldown. Steps beyond `steps` stay where the cooldown ended.
+    Args:
+        step: optimizer steps already done. Steps beyond `steps` stay where the cooldown ended.
+        peak: the rate after the warmup.
+        schedule: the shape. `decay_steps=None` means all steps between warmup and cooldown.
+        steps: optimizer steps in the whole run.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -93,6 +85,6 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleSettings, steps: 
     return main(step)
 
 
-def make_schedule(peak: float, schedule: ScheduleSettings, steps: int) -> Callable[[int], float]:
+def make_schedule(peak: float, schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:
     """`learning_rate` with everything but the step filled in."""
     return lambda step: learning_rate(step, peak=peak, schedule=schedule, steps=steps)

@@ -68,12 +68,12 @@ def build_model(
     seed: int,
     finish: Callable[[nn.Module], None] = lambda part: None,
 ) -> list[XLSTMModel]:
-    """This rank's model chunks (one, or ``virtual`` with interleaved stages), initialised.
+    """This rank's model chunks (one, or `virtual` of them with interleaved stages), initialised.
 
     Args:
         config: the model's configuration and layout.
         pg_collection: process groups.
-        seed: of the initial values.
+        seed: decides the initial values.
         finish: called with every part (embedding, layer, final norm, head) once it has its initial
             values and before the next one is made; it may take their memory away.
     """

@@ -1,26 +1,18 @@
 """The learning rate at its corners."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
+from pretrain.config import ScheduleConfig
 from pretrain.lr_schedule import learning_rate, make_schedule
 
 PEAK, STEPS = 2.0, 100
 
 
 def lr(step, **keys):
-    settings = {
-        "name": "cosine",
-        "warmup_steps": 10,
-        "decay_steps": None,
-        "cooldown_steps": 0,
-        "cooldown_shape": "linear",
-        "cooldown_min_lr_ratio": 0.0,
-        "min_lr_ratio": 0.1,
-    }
-    return learning_rate(step, peak=PEAK, schedule=SimpleNamespace(**settings | keys), steps=STEPS)
+    schedule = ScheduleConfig(**{"warmup_steps": 10, **keys})
+    return learning_rate(step, peak=PEAK, schedule=schedule, steps=STEPS)
 
 
 NAMES = ["constant", "linear", "cosine", "exponential", "wsd"]
@@ -105,7 +97,7 @@ def test_shapes_of_the_cooldown(shape, quarter, half, floor):
 
 def test_the_7b_schedule():
     """Warmup 3K, a tenth at 500K, further down to 543K, linear to 0 at 550K."""
-    schedule = SimpleNamespace(
+    schedule = ScheduleConfig(
         name="exponential",
         warmup_steps=3000,
         decay_steps=497_000,
@@ -127,5 +119,6 @@ def test_warmup_of_the_whole_run_with_cooldown_of_nothing():
 
 
 def test_unknown_name_is_a_bug():
-    with pytest.raises(AssertionError):
-        lr(20, name="sine")
+    unknown = ScheduleConfig().model_copy(update={"name": "sine"})
+    with pytest.raises(AssertionError, match="sine"):
+        learning_rate(20, peak=PEAK, schedule=unknown, steps=STEPS)

@@ -7,7 +7,7 @@ recomputes activations; counting that as useful work would make a slower setting
 Elementwise work is left out, as is usual. Backward is twice forward: one product for the gradient
 of each factor.
 
-Counting needs only the attributes of the `model:` section and no torch.
+Counting needs only the `model:` section and no torch.
 """
 
 from xlstm_mcore.pattern import parse_pattern
@@ -94,7 +94,12 @@ def chunkwise_cell_flops(qk_head_dim: int, v_head_dim: int, chunk: int) -> int:
 def forward_flops(model: ModelConfig, seq_len: int | None = None) -> dict[str, int]:
     """Forward FLOPs of one token by component; `head` is the product with the vocabulary.
 
-    `seq_len` is needed for patterns with attention only. Raises ValueError where it is missing.
+    Args:
+        model: the `model:` section.
+        seq_len: tokens per row; needed for patterns with attention only.
+
+    Raises:
+        ValueError: the pattern has attention and `seq_len` is None.
     """
     total = dict.fromkeys(COMPONENTS, 0)
     total["head"] = 2 * model.hidden_size * model.vocab_size

@@ -52,8 +52,9 @@ def block_parameters(letter: str, model: ModelConfig) -> int:
 def count_parameters(model: ModelConfig) -> dict[str, Any]:
     """Count the parameters of a model, exactly, as `embedding`, `layers`, `final_norm`, `head`.
 
-    Returns a dict: `embedding`, `final_norm`, `head` (0 when tied), `layers` (a list, one number
-    per layer), `blocks` (their sum) and `total`. Raises PatternError for a bad pattern.
+    Returns:
+        A dict: `embedding`, `final_norm`, `head` (0 when tied), `layers` (a list, one number per
+        layer), `blocks` (their sum) and `total`.
     """
     layers = [block_parameters(letter, model) for letter in parse_pattern(model.pattern).letters]
     table = model.vocab_size * model.hidden_size

@@ -1,10 +1,8 @@
 """Sizes of the papers' models, and the arithmetic that counts parameters without building one.
 
-Counting needs only the attributes of the `model:` section (an `XLSTMConfig`, the trainer's config
-section, or any object with the same names) and no torch, so `check` can answer at once. The
-expected counts below are the published ones as far as there are any, otherwise those of the
-reference implementation; a test holds the arithmetic against them and another holds it against
-modules as built.
+Counting needs only the `model:` section and no torch, so `check` can answer at once. The expected
+counts below are the published ones where there are any, otherwise those of the reference
+implementation. One test holds the arithmetic against them, and another against modules as built.
 """
 
 from dataclasses import dataclass
@@ -15,12 +13,15 @@ PAPER_VOCAB = 50304  # the counts of both papers only come out with this padded 
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of a paper. `model` has only the keys that differ between sizes of a family.
+    """One size of a paper.
 
-    family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228), or
-        "transformer", the Llama-like baseline that the first paper compares with.
-    parameters: the exact count. published: the number in the paper (or the reference code) in
-    millions, as printed there; None where there is none.
+    Attributes:
+        family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228),
+            or "transformer", the Llama-like baseline that the first paper compares with.
+        model: the keys of the `model:` section that the size fixes.
+        parameters: the exact count.
+        published: the number in the paper (or the reference code) in millions, as printed there;
+            None where there is none.
     """
 
     family: str
