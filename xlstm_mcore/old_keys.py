@@ -77,8 +77,9 @@ def update_keys(config: Mapping[str, Any]) -> Updated:
         value = rest.pop(key)
         if entry.new is None:
             if _parsed(value) != entry.default:
+                shown = str(value).lower() if isinstance(value, bool) else value
                 problems.append(
-                    f"{old}={value} was removed in version {entry.version}. {entry.reason} "
+                    f"{old}={shown} was removed in version {entry.version}. {entry.reason} "
                     "Take the key out"
                 )
             continue

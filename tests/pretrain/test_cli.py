@@ -123,6 +123,20 @@ def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
         assert capsys.readouterr().err == "error: bad\n"
 
 
+def test_an_old_key_is_named_once_by_whoever_reads_it_last(run_file, fake, caplog, monkeypatch):
+    """`launch` starts workers, and the first of them names it."""
+    monkeypatch.setattr("xlstm_mcore.old_keys._said", set())
+    fake("pretrain.commands.launch", "launch")
+    fake("pretrain.trainer")
+    assert cli.run(["launch", run_file, "--model.rope_base", "5"]) == 0
+    assert not caplog.records
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.run(["train", run_file, "--model.rope_base", "5"]) == 0
+    (record,) = caplog.records
+    assert "model.rope_base is read as model.rotary_base" in record.getMessage()
+
+
 def test_a_bug_keeps_its_traceback(run_file, fake):
     fake("pretrain.trainer", result=ValueError("ours"))
     with pytest.raises(ValueError, match="ours"):

@@ -72,7 +72,7 @@ def test_old_keys_of_file_and_command_line_are_read(tmp_path, in_file, words, va
 def test_what_no_longer_exists_is_an_error_with_a_remedy(tmp_path):
     text = message(engine__tp_comm_overlap=True, run__steps=-1)
     assert "2 problems" in text
-    assert "engine.tp_comm_overlap=True was removed in version 0.2.0. It needs" in text
+    assert "engine.tp_comm_overlap=true was removed in version 0.2.0. It needs" in text
     assert "Take the key out" in text
     with pytest.raises(ConfigError, match="tp_comm_overlap=true was removed"):
         load_config(run_file(tmp_path), ["--engine.tp_comm_overlap"])

@@ -73,15 +73,52 @@ def test_an_option_without_its_value_is_refused(words):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optimizer.betas", ["0.8", "0.9"]), ("model.chunk_size", None), ("run.steps", "5")],
+    [
+        ("optimizer.betas", ["0.8", "0.9"]),
+        ("optimizer.decay", "{norm: true}"),
+        ("checkpoint.accept_changes", "run.seed,model.norm_eps"),
+        ("model.chunk_size", None),
+        ("run.steps", "5"),
+    ],
 )
 def test_override_option_is_the_inverse(key, value):
     assert split_overrides(override_option(key, value)) == ([], {key: value})
 
 
+@pytest.mark.parametrize(
+    ("words", "section", "key", "value"),
+    [
+        (["--optimizer.decay", "{norm: true, bias: false}"], "optimizer", "decay", None),
+        (["--optimizer.decay={norm: true, bias: false}"], "optimizer", "decay", None),
+        (["--optimizer.betas", "[0.8, 0.9]"], "optimizer", "betas", (0.8, 0.9)),
+        (["--optimizer.betas=0.8,0.9"], "optimizer", "betas", (0.8, 0.9)),
+        (["--checkpoint.accept_changes", "a.b,c"], "checkpoint", "accept_changes", ["a.b", "c"]),
+        (["--checkpoint.accept_changes", "[a.b, c]"], "checkpoint", "accept_changes", ["a.b", "c"]),
+    ],
+)
+def test_lists_and_mappings_are_written_as_in_the_file(tmp_path, words, section, key, value):
+    loaded = load_config(write(tmp_path / "run.yaml", raw()), [*words, "--run.steps", "7"])
+    wanted = {"norm": True, "bias": False} if value is None else value
+    assert getattr(getattr(loaded, section), key) == wanted
+    assert loaded.run.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.decay", {"norm": True}),
+        ("data.batch_ramp", [{"steps": 2, "global_batch": 4}]),
+        ("checkpoint.accept_changes", ["run.seed", "model"]),
+        ("optimizer.betas", (0.8, 0.9)),
+    ],
+)
+def test_values_reach_a_worker_as_they_are(tmp_path, key, value):
+    path = write(tmp_path / "run.yaml", raw())
+    assert load_config(path, override_option(key, value)) == load_config(path, {key: value})
+
+
 def test_lists_on_the_command_line(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw()))
+    path = write(tmp_path / "run.yaml", raw())
     loaded = load_config(path, ["--data.batch_ramp", "[{steps: 2, global_batch: 4}]"])
     assert loaded.data.ramp.sizes == [4, 16]
     with pytest.raises(ConfigError, match=r"data.batch_ramp='\{' must be a list"):

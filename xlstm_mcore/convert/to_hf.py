@@ -27,6 +27,7 @@ from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.names import Dimensions, Row, rows
 from xlstm_mcore.convert.tokenizer import SAMPLES, SPACE_SYMBOL_NOTE, fast_tokenizer
+from xlstm_mcore.old_keys import current_keys
 from xlstm_mcore.parameters.names import EMBEDDING, OUTPUT
 
 #: Marks a folder as an export of ours, which a later export may replace.
@@ -63,7 +64,7 @@ def export(
     _check_replaceable(out)
     with CheckpointReader(resolve(checkpoint)) as reader:
         manifest = reader.manifest
-        model = manifest.config.get("model")
+        model = current_keys(manifest.config).get("model")
         if not isinstance(model, dict):
             raise ConvertError(f"{reader.path}: its config has no model section")
         check_exportable(model)
