@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-import yaml
 from pydantic import ValidationError
 
 from data_prep.build.build import build
@@ -28,6 +27,7 @@ from data_prep.tools.repack import repack
 from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
 from data_prep.tools.verify import verify
 from xlstm_io.errors import ExitCode, Interrupted, PrepError, UserError
+from xlstm_io.yaml_file import read_yaml
 
 
 @dataclass(kw_only=True)
@@ -215,7 +215,7 @@ def _build_config(arguments: list[str], prog: str) -> BuildConfig:
     """Settings from ``[prep.yaml] [--key value ...]``; flags win over the file."""
     values = {}
     if arguments and not arguments[0].startswith("-"):
-        values = _read_yaml(Path(arguments[0]))
+        values = read_yaml(arguments[0], of="prep.yaml", example="`seq_len: 256`", error=PrepError)
         arguments = arguments[1:]
     description = (
         "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
@@ -255,18 +255,6 @@ def _build_flags(values: dict) -> type:
         default = values.get(name, own)
         members.append((name, kind, field(default_factory=lambda value=default: value)))
     return make_dataclass("BuildFlags", members, kw_only=True)
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise PrepError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PrepError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise PrepError(f"{path}: must hold keys and values, such as `seq_len: 256`")
-    return values
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import yaml
-
 from xlstm_io.errors import ConfigError
+from xlstm_io.yaml_file import YAMLTextError, parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +124,6 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except YAMLTextError:
         return value

@@ -17,9 +17,9 @@ from pretrain.config.checks import problems
 from pretrain.config.messages import field_message
 from pretrain.config.overrides import parse_structured, split_overrides
 from pretrain.config.schema import RunConfig
-from pretrain.config.yaml_file import read_yaml
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import write_atomic
+from xlstm_io.yaml_file import read_yaml
 from xlstm_mcore.old_keys import Updated, say, update_keys
 
 
@@ -54,6 +54,12 @@ def _validated(updated: Updated, source: str) -> RunConfig:
     return config
 
 
+def _read_sections(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sections of a run file by name; an empty one has no keys. ConfigError if it is none."""
+    raw = read_yaml(path, of="run file", example="run:, model:, data:", error=ConfigError)
+    return {name: {} if value is None else value for name, value in raw.items()}
+
+
 def load_config(
     path: str | os.PathLike,
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -81,7 +87,7 @@ def load_config(
         section, _, leaf = key.partition(".")
         options.setdefault(section, {})[leaf] = parse_structured(key, value)
     # Each by itself, so that a new name on the command line wins over an old one in the file.
-    in_file, on_line = update_keys(read_yaml(path)), update_keys(options)
+    in_file, on_line = update_keys(_read_sections(path)), update_keys(options)
     values = in_file.values
     for section, keys in on_line.values.items():
         if isinstance(values.setdefault(section, {}), dict):

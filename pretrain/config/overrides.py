@@ -6,8 +6,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from pretrain.config.schema import FIELDS
-from pretrain.config.yaml_file import UniqueKeyLoader
 from xlstm_io.errors import ConfigError
+from xlstm_io.yaml_file import YAMLSyntaxError, YAMLTextError, parse_yaml
 from xlstm_mcore.old_keys import OLD_KEYS
 
 _SWITCH_WORDS = ("true", "false", "yes", "no", "1", "0", "null", "none")
@@ -35,14 +35,16 @@ def parse_structured(key: str, value: Any) -> Any:
     """The value of an option; text for a structured key is read as YAML.
 
     Raises:
-        ConfigError: a mapping in the text has a key twice.
+        ConfigError: a mapping in the text has a key twice, or the text stands for too many values.
     """
     if not is_structured(key) or not isinstance(value, str):
         return value
     try:
-        return yaml.load(value, Loader=UniqueKeyLoader)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except YAMLSyntaxError:
         return value  # the validation says what it must be
+    except YAMLTextError as error:
+        raise ConfigError(f"--{key}: {error}") from None
 
 
 def override_option(key: str, value: Any) -> list[str]:

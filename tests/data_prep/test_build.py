@@ -211,8 +211,9 @@ def test_bad_build_is_exit_2_with_one_message_and_no_harm(
     [
         ("seqlen: 3\nworkers: x\n", "workers='x'"),
         ("- a list", "must hold keys"),
-        ("a: [", "not YAML"),
-        (None, "No such file"),
+        ("a: [", "not valid YAML"),
+        ("seq_len: 8\nseq_len: 9\n", "line 2: seq_len is given twice"),
+        (None, "does not exist"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message, capsys):

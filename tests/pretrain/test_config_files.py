@@ -38,9 +38,9 @@ def test_saved_config_reads_back_equal(tmp_path):
     ("text", "says"),
     [
         (None, "does not exist; give the path of a run file"),
-        ("", "holds no sections"),
-        ("- a\n- b\n", "holds no sections"),
-        ("run: {", "is not valid YAML"),
+        ("", "must hold keys and values"),
+        ("- a\n- b\n", "keys such as run:, model:"),
+        ("run: {", "not valid YAML"),
         ("run:\n  dir: a\n  dir: b\n", "line 3: dir is given twice"),
         ("run: 5\n", "run=5 must be a section"),
         (b"\xff\xfe\x00", "cannot be read as text"),
