@@ -1,7 +1,7 @@
 """What context parallelism costs one rank, by arithmetic: bytes kept, bytes received, messages.
 
-For each block, one micro-batch, forward and backward; what a rank sends is what another receives.
-Nothing here is a measurement. Needs the `model:` section's attributes and no torch.
+Everything is per block and micro-batch, forward and backward together. What a rank sends another
+receives, so only what is received is counted. Nothing here is a measurement.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one block (or a sum of them) on one rank.
+    """Costs of one block, or of several together, on one rank.
 
     Attributes:
-        kept: bytes held between forward and backward because of context parallelism.
-        working: largest extra bytes during a call, freed after it.
-        received: bytes received, forward and backward together.
-        messages: messages received one after the other until the last rank has the last, forward
-            and backward together.
+        kept: Bytes held between forward and backward because of context parallelism.
+        working: Largest extra bytes during a call, which are freed after it.
+        received: Bytes received, forward and backward together.
+        messages: Messages that follow one after the other until the last rank has the last one,
+            forward and backward together.
     """
 
     kept: int = 0
@@ -30,7 +30,7 @@ class Costs:
     messages: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
-        """Of both in turn."""
+        """Costs of both, one after the other."""
         return Costs(
             self.kept + other.kept,
             max(self.working, other.working),
@@ -39,16 +39,18 @@ class Costs:
         )
 
 
-def state_costs(rows: int, qk_dim: int, v_dim: int, tokens: int, ranks: int, itemsize=4) -> Costs:
-    """Of one mLSTM cell's state (parallel/mlstm_state.py), on a rank in the middle.
+def state_costs(
+    rows: int, qk_dim: int, v_dim: int, tokens: int, ranks: int, itemsize: int = 4
+) -> Costs:
+    """Costs of one mLSTM cell's state (parallel/mlstm_state.py), on a rank in the middle.
 
     Args:
-        rows: heads on this rank times rows of the micro-batch.
-        qk_dim: of a head.
-        v_dim: of a head.
-        tokens: on this rank.
-        ranks: context-parallel size.
-        itemsize: bytes of a state's element.
+        rows: Heads on this rank times rows of the micro-batch.
+        qk_dim: Width of q and k of a head.
+        v_dim: Width of v of a head.
+        tokens: Tokens of a row on this rank.
+        ranks: Context-parallel size.
+        itemsize: Bytes of an element of the state.
     """
     if ranks == 1:
         return Costs()
@@ -81,16 +83,16 @@ def block_costs(
     micro_batch: int = 1,
     activation_bytes: int = 2,
 ) -> Costs:
-    """Of one block of a kind.
+    """Costs of one block.
 
     Args:
-        letter: the block's letter.
-        model: the model section.
-        tokens: of a row on this rank, `s / cp`.
-        ranks: context-parallel size.
-        tensor: tensor-parallel size.
-        micro_batch: rows.
-        activation_bytes: of an activation's element.
+        letter: The block's letter.
+        model: The model section.
+        tokens: Tokens of a row on this rank, `s / cp`.
+        ranks: Context-parallel size.
+        tensor: Tensor-parallel size.
+        micro_batch: Rows.
+        activation_bytes: Bytes of an element of an activation.
     """
     dims, heads = dimensions(model), model.num_heads
     rows = heads // tensor * micro_batch
@@ -117,7 +119,7 @@ def block_costs(
 def model_costs(
     model: ModelConfig, tokens: int, ranks: int, tensor: int = 1, micro_batch: int = 1
 ) -> Costs:
-    """Of all blocks; `kept` and `received` add up, `working` is the largest."""
+    """Costs of all blocks: `kept`, `received` and `messages` add up, `working` is the largest."""
     total = Costs()
     for letter in parse_pattern(model.pattern).letters:
         total += block_costs(letter, model, tokens, ranks, tensor, micro_batch)

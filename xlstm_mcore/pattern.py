@@ -1,7 +1,7 @@
-"""The layer pattern: a tiny language that spells which block sits where.
+"""The layer pattern: a tiny language that says which block comes where.
 
-One letter is one layer; `|` cuts pipeline stages. The whole string is spelt out, nothing is
-repeated or abbreviated, so that a config file shows the model as it is built:
+One letter is one layer; `|` cuts pipeline stages. The whole string is written out, without
+repetition or abbreviation, so that a configuration file shows the model as it is built:
 
 >>> parse_pattern("mmsm|mmmm").letters
 ('m', 'm', 's', 'm', 'm', 'm', 'm', 'm')
@@ -24,35 +24,32 @@ LETTERS = {
 
 
 class PatternError(UserError):
-    """A pattern string that names no model; the message says value, rule and remedy."""
+    """A pattern string does not describe a model; the message says value, rule and remedy."""
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A parsed pattern.
 
-    letters: the block letter of every layer, in order.
-    stages: the global layer numbers of every pipeline stage (one stage without any `|`); with
-        virtual stages, entry `chunk * pipeline + rank` belongs to that rank's chunk.
+    Attributes:
+        letters: The block letter of every layer, in order.
+        stages: The global layer numbers of every pipeline stage (one stage without any `|`). With
+            virtual stages, item `chunk * pipeline + rank` is model chunk `chunk` of that rank.
     """
 
     letters: tuple[str, ...]
     stages: tuple[tuple[int, ...], ...]
 
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks in the whole model."""
-        return len(self.letters)
-
 
 def parse_pattern(pattern: str) -> Pattern:
     """Read a pattern string.
 
-    Raises PatternError for an empty pattern, an unknown letter and an empty pipeline stage.
+    Raises:
+        PatternError: The pattern or a pipeline stage is empty, or a letter is unknown.
     """
     known = ", ".join(LETTERS)
     if not pattern:
-        raise PatternError(f"pattern='' names no layer; spell one letter per layer, of {known}")
+        raise PatternError(f"pattern='' names no layer; give one letter per layer, of {known}")
     letters: list[str] = []
     stages: list[list[int]] = [[]]
     for position, letter in enumerate(pattern):
@@ -64,7 +61,7 @@ def parse_pattern(pattern: str) -> Pattern:
         else:
             raise PatternError(
                 f"pattern='{shorten(pattern)}' has '{letter}' at position {position}, which is "
-                f"no block; use {known}, and | to cut pipeline stages"
+                f"not a block; use {known}, and | to cut pipeline stages"
             )
     for number, stage in enumerate(stages):
         if not stage:

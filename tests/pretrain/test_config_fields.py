@@ -53,7 +53,7 @@ def test_misspelt_keys_get_a_suggestion(changes, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model__pattern": "MM#M"}, "'#' at position 2, which is no block"),
+        ({"model__pattern": "MM#M"}, "'#' at position 2, which is not a block"),
         ({"model__kernel_backend": "numba"}, "model.kernel_backend"),
         ({"optimizer__decay": {"norms": True}}, "optimizer.decay"),
         ({"engine__zero_stage": 4}, "engine.zero_stage=4 must be less than or equal to 3"),

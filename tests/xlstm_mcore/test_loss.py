@@ -27,7 +27,7 @@ def reference(logits, labels, cap):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_equals_torch(group, monkeypatch, cap, shape, dtype, rows):
-    monkeypatch.setitem(loss_module._BLOCK, "cpu", rows * shape[-1])
+    monkeypatch.setitem(loss_module._ELEMENTS, "cpu", rows * shape[-1])
     rng = torch.Generator().manual_seed(0)
     values = 4 * torch.randn(shape, generator=rng, dtype=torch.float64)
     labels = torch.randint(0, shape[-1], shape[:-1], generator=rng)

@@ -9,7 +9,7 @@ def test_letters_and_stages_carry_global_layer_numbers():
     pattern = parse_pattern("mmsm|MM|s")
     assert pattern.letters == ("m", "m", "s", "m", "M", "M", "s")
     assert pattern.stages == ((0, 1, 2, 3), (4, 5), (6,))
-    assert pattern.num_layers == 7
+    assert len(pattern.letters) == 7
 
 
 def test_without_cuts_there_is_one_stage():

@@ -35,7 +35,7 @@ Good to know:
 {notes}
 """
 
-#: Whether the exported tokenizer does what was done in training.
+#: Whether the exported tokenizer puts the bos token in front, as in training.
 BOS = "Every training document began with the bos token; the tokenizer puts it in front."
 NO_BOS = "Every training document began with the bos token, which the tokenizer does not put there."
 
@@ -48,7 +48,12 @@ GENERAL = (
 
 
 def model_card(provenance: dict[str, Any], notes: Sequence[str]) -> str:
-    """README.md of an export from its provenance (see `to_hf.export`) and its special notes."""
+    """The text of an export's README.md.
+
+    Args:
+        provenance: Where the export comes from (see `to_hf.export`).
+        notes: What holds for this export alone.
+    """
     model = provenance["model"]
     bos = () if NO_BOS in notes else (BOS,)
     facts = {

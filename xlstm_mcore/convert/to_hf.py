@@ -1,8 +1,8 @@
 """Write a checkpoint as a Hugging Face folder that transformers loads without further packages.
 
-The folder is built beside its final place and renamed when it is whole. Weights stream: one tensor
-is in memory at a time. They are written in fp32, because transformers' own (native) xLSTM kernels
-compute correctly only then.
+The folder is built beside its final place and renamed when it is complete. One tensor is in memory
+at a time. Weights are written in fp32, because transformers' own (native) xLSTM kernels compute
+correctly only then.
 """
 
 import json
@@ -32,12 +32,19 @@ from xlstm_mcore.parameters.names import EMBEDDING, OUTPUT
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"
-MAX_SHARD_BYTES = 5_000_000_000
+#: Largest file of weights; a larger model is written into several.
+MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the folder, its parameters, and what a user should know about it."""
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        parameters: Number of parameters.
+        notes: What a user should know about this export, one sentence each.
+    """
 
     path: Path
     parameters: int
@@ -49,16 +56,23 @@ def export(
     out: Path | str,
     *,
     tokenizer: Path | None = None,
-    max_file_bytes: int = MAX_SHARD_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Export:
-    """Export a checkpoint (or the newest of a run folder) of a 7B-style model to `out`.
+    """Export a checkpoint of a 7B-style model.
 
-    `tokenizer` is a SentencePiece model or a Hugging Face tokenizer.json; by default the one that
-    the checkpoint names. An `out` that exists is replaced only if it is empty or an earlier export.
+    Args:
+        checkpoint: A checkpoint, or a run folder (then its newest complete checkpoint).
+        out: The folder to write. One that exists is replaced only if it is empty or an earlier
+            export.
+        tokenizer: A SentencePiece model or a Hugging Face tokenizer.json; by default the one that
+            the checkpoint names.
+        max_file_bytes: Largest file of weights.
 
-    Raises ConvertError if the model has no counterpart in transformers, if the tokenizer is missing
-    or another one, or if `out` is somebody else's; CheckpointError if the checkpoint is not
-    sound; TokenizerFileError if the tokenizer cannot be opened.
+    Raises:
+        ConvertError: transformers cannot compute the model, the tokenizer is missing or another
+            one, or `out` holds something else.
+        CheckpointError: The checkpoint is not sound.
+        TokenizerFileError: The tokenizer cannot be opened.
     """
     out = Path(out).absolute()
     _check_replaceable(out)
@@ -99,7 +113,14 @@ def export(
 
 
 def check_exportable(model: dict[str, Any]) -> None:
-    """ConvertError unless transformers' `xlstm` can compute the model of this config section."""
+    """Check that transformers' `xlstm` can compute a model.
+
+    Args:
+        model: The `model` section of its configuration.
+
+    Raises:
+        ConvertError: It cannot; the message names the key.
+    """
     letters = set(model.get("pattern", "").replace("|", ""))
     if letters & {"m", "s"}:
         raise ConvertError(
@@ -147,7 +168,8 @@ def _dimensions(reader: CheckpointReader, model: dict[str, Any]) -> Dimensions:
 def _check_tensors(reader: CheckpointReader, dimensions: Dimensions) -> list[Row]:
     """The tensors to write; a tied model's output layer is written as a copy of the embedding.
 
-    Raises ConvertError for a tensor of another shape and for weights that the table does not know.
+    Raises:
+        ConvertError: A tensor has another shape, or there are weights that the table lacks.
     """
     stored = reader.manifest.tensors
     tensors = []
@@ -234,7 +256,7 @@ def _compare_with_transformers(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 
 def _cache_notes(dimensions: Dimensions) -> list[str]:
-    """transformers rounds the widths of its cache up to 64, its layers do not round."""
+    """Notes on the cache: transformers rounds its widths up to 64, but not those of layers."""
     if dimensions.qk % 64 == 0 and dimensions.v % 64 == 0:
         return []
     return [
@@ -332,7 +354,7 @@ def _write_weights(
 
 
 def _check_replaceable(out: Path) -> None:
-    """ConvertError if `out` exists and is not an earlier export (or empty)."""
+    """Raise ConvertError if `out` exists and is neither empty nor an earlier export."""
     if out.is_dir() and ((out / MARKER).is_file() or not any(out.iterdir())):
         return
     if out.exists() or out.is_symlink():
@@ -342,7 +364,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:
-    """Rename; an earlier export steps aside first and is removed afterwards."""
+    """Rename the folder. An earlier export is renamed first and removed afterwards."""
     _check_replaceable(out)
     if not out.exists():
         temporary.rename(out)

@@ -14,7 +14,8 @@ from xlstm_io.checkpoint.manifest import resolve
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
 
-#: 1, less than a chunk, a chunk of 64, and a chunk with a rest: each takes another path in both.
+#: Lengths to compare: 1, less than a chunk, a chunk of 64, and more than a chunk. Both
+#: implementations take another path for each.
 LENGTHS = (1, 15, 64, 100)
 TOLERANCE = 1e-3
 REPORT = "parity.json"
@@ -22,7 +23,13 @@ REPORT = "parity.json"
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference of logits at one length, and the largest logit it is measured against."""
+    """The result of a comparison at one length.
+
+    Attributes:
+        length: Tokens per row.
+        max_abs_difference: Largest difference of logits.
+        scale: The largest logit.
+    """
 
     length: int
     max_abs_difference: float
@@ -45,9 +52,15 @@ def own_logits(checkpoint: Path | str) -> Callable[[Tensor], Tensor]:
 def compare(
     logits_of: Callable[[Tensor], Tensor], exported: PreTrainedModel, lengths=LENGTHS
 ) -> list[Parity]:
-    """Logits of `logits_of` against those of the exported model, on random tokens.
+    """Compare the logits of two models on random tokens.
 
-    Raises ConvertError if the two have different vocabularies.
+    Args:
+        logits_of: Logits `[b, s, vocab]` of tokens `[b, s]` by the one.
+        exported: The other.
+        lengths: Lengths of the rows.
+
+    Raises:
+        ConvertError: The two have different vocabularies.
     """
     generator = torch.Generator().manual_seed(0)
     results = []

@@ -1,6 +1,7 @@
-"""megatron-core's private corners that this project touches, for every supported version.
+"""The private parts of megatron-core that this project touches, for every supported version.
 
-Tested with 0.16.1 and 0.19.2 (constraints/). Nothing else reaches into an optimizer's internals.
+They are tested with 0.16.1 and 0.19.2 (constraints/). No other module reaches into an optimizer's
+internals.
 """
 
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ def parallel_rng() -> Any:
 
 
 def release_hooks(chunk: Any) -> None:
-    """Let go of a DistributedDataParallel's hooks on gradients.
+    """Release the hooks that a `DistributedDataParallel` has on gradients.
 
-    They refer to it, and it to them, through C++, where the garbage collector does not look: the
-    model and its buffers would stay for as long as the process lives.
+    They refer to it, and it refers to them, through C++, where the garbage collector does not look.
+    Without this the model and its buffers would stay for as long as the process lives.
     """
     chunk.grad_accs.clear()
 

@@ -1,21 +1,22 @@
 """The one place that makes megatron-core run on a machine without CUDA.
 
 megatron-core hard-codes the CUDA device (`device="cuda"`, `torch.cuda.current_device()`,
-`param.type() == "torch.cuda.FloatTensor"`). Instead of a second, native trainer that would test
-code nobody runs on GPUs, `activate` gives megatron-core's *own modules* a stand-in for the
-name `torch` whose device requests answer "cpu". Nothing outside `megatron.core` sees it:
-`torch.cuda` itself is untouched, and this project's code asks its layout for the device.
+`param.type() == "torch.cuda.FloatTensor"`). A second, native trainer would test code that nobody
+runs on GPUs. Instead, `activate` gives megatron-core's *own modules* a stand-in for the name
+`torch` whose device requests answer "cpu". Nothing outside `megatron.core` sees it: `torch.cuda`
+itself is untouched, and this project's code asks its layout for the device.
 
-Three kinds of cure live here, each with a test that fails without it
+It does three things, each with a test that fails without it
 (tests/xlstm_mcore/test_cpu_runtime.py, tests/dist/test_cpu_runtime_dist.py):
 
-1. device requests in module code: the `torch` stand-in (`_TorchOnCpu`);
-2. device requests as tensor methods (`t.type()`, `t.cuda()`), which no module attribute can
-   reach: a `TorchFunctionMode` entered only inside the few megatron-core calls that need it;
-3. random state: a CPU tracker behind `tensor_parallel.get_cuda_rng_tracker()`.
+1. Device requests in module code are answered by the stand-in for `torch` (`_TorchOnCpu`).
+2. Device requests as tensor methods (`t.type()`, `t.cuda()`) cannot be reached through a module
+   attribute. A `TorchFunctionMode` answers them, entered only inside the few megatron-core calls
+   that need it.
+3. Random state: a tracker of CPU states stands behind `tensor_parallel.get_cuda_rng_tracker()`.
 
 Gloo needs one more rule, `pipeline_settings`: with batched point-to-point messages and
-interleaved stages gloo pairs the wrong messages and gradients are *silently* wrong.
+interleaved stages gloo pairs the wrong messages, and gradients are *silently* wrong.
 """
 
 import contextlib
@@ -30,8 +31,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Modules whose code must have been rewritten before a model is built. Modules that megatron-core
-# imports later are caught by calling activate() again, which build and engine do.
+# Modules that must have the stand-in before a model is built. Modules that megatron-core imports
+# later get it by calling activate() again, which build and engine do.
 _MODULES = (
     "megatron.core.distributed",
     "megatron.core.models.common.embeddings.language_model_embedding",
@@ -59,7 +60,7 @@ _CPU = torch.device("cpu")
 
 
 def needed() -> bool:
-    """True when no CUDA device can be used, so that megatron-core needs this runtime."""
+    """Whether no CUDA device can be used, so that megatron-core needs this runtime."""
     return not torch.cuda.is_available()
 
 
@@ -77,7 +78,7 @@ def process_group_options() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """What the maker calls this process's device ("" for a CPU)."""
+    """The product name of this process's device ("" for a CPU)."""
     return "" if needed() else torch.cuda.get_device_name()
 
 
@@ -89,10 +90,10 @@ def peak_memory_bytes() -> int:
 
 
 def activate() -> bool:
-    """Make megatron-core run on the CPU; a no-op where CUDA is present. May be called again.
+    """Make megatron-core run on the CPU. Does nothing where CUDA is present; may be called again.
 
     Returns:
-        True when the CPU runtime is in force.
+        Whether the CPU runtime is active.
     """
     if not needed():
         return False
@@ -115,13 +116,13 @@ def pipeline_settings(backend: str) -> dict[str, Any]:
     magnitude off without any error, and `overlap_p2p_comm=True` frees buffers still being sent.
 
     Args:
-        backend: name of the torch.distributed backend, "gloo" or "nccl".
+        backend: Name of the torch.distributed backend, "gloo" or "nccl".
     """
     return {"batch_p2p_comm": backend != "gloo", "overlap_p2p_comm": False}
 
 
 class _CudaOnCpu(types.ModuleType):
-    """`torch.cuda` as megatron-core sees it on a CPU: the questions it asks, answered "cpu"."""
+    """`torch.cuda` as megatron-core sees it on a CPU; it answers device requests with "cpu"."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -171,7 +172,7 @@ def _on_cpu(factory: Any) -> Any:
 
 
 class _TensorMethods(TorchFunctionMode):
-    """Answers `t.type()` with CUDA's type names and keeps `t.cuda()` on the CPU."""
+    """Makes `t.type()` return CUDA's type names and keeps `t.cuda()` on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -205,8 +206,8 @@ def _redirect_methods_in(module_name: str, class_name: str | None, name: str) ->
 def _install_rng_tracker() -> None:
     """Put a tracker of CPU random states where megatron-core looks for the CUDA one.
 
-    Replacing only `torch.cuda.get_rng_state` would be a trap: setting a state goes through
-    `torch.cuda`'s lazy queue, which never runs without CUDA, so every fork would go on with the
+    Replacing only `torch.cuda.get_rng_state` is not enough: setting a state goes through
+    `torch.cuda`'s lazy queue, which never runs without CUDA, so every fork would continue with the
     same numbers.
     """
     random = importlib.import_module("megatron.core.tensor_parallel.random")

@@ -1,1 +1,1 @@
-"""The other parts of a block and of the model: norms, projections, feed-forward, loss."""
+"""The other parts of a block and of the model: projections, norm, feed-forward, soft cap, loss."""

@@ -1,25 +1,26 @@
-"""Vocabulary-parallel cross entropy with the logit soft-cap inside, a part of it at a time.
+"""Vocabulary-parallel cross entropy with the logit soft cap inside, computed in parts.
 
 Written plainly, `cross_entropy(cap * tanh(logits / cap))` passes over the logits of the whole
-micro-batch about ten times and keeps several fp32 copies of them; at a vocabulary of 50,304 that is
-the largest tensor of the step. Two ways around it, by the size of the logits:
+micro-batch about ten times and keeps several fp32 copies of them. At a vocabulary of 50,304 the
+logits are the largest tensor of the step. There are two ways around this, by their size:
 
-- they fit: `vocab_parallel_cross_entropy` holds them once, in their own type, with one block
-  of rows in fp32 beside them, and writes the gradient over them;
-- they do not: `linear_cross_entropy` never makes them. It takes the head's weight a slice of
-  the vocabulary at a time, forward for the logsumexp, and again backward for the gradients, which
-  costs one more product with the head (1 % of a 7B's step). Slices of the vocabulary rather than of
-  rows: each slice's weight gradient is then one product, written where it belongs, and only the
-  small gradient of the hidden states is a sum over slices, in fp32.
+- If the logits fit, `vocab_parallel_cross_entropy` holds them once, in their own type, with fp32
+  copies of a few rows beside them, and writes the gradient over them.
+- If they do not fit, `linear_cross_entropy` never holds them all. It takes the head's weight a
+  slice of the vocabulary at a time, in the forward pass for the logsumexp and again in the backward
+  pass for the gradients, which costs one more product with the head (1 % of a 7B's step). Slices
+  are taken of the vocabulary and not of the rows, because the weight gradient of each slice is then
+  one product, written where it belongs. Only the small gradient of the hidden states is a sum over
+  slices, in fp32.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of a block: it should stay in a CPU core's cache, and fill a GPU.
-_BLOCK = {"cpu": 2**18}
-_BLOCK_ON_ACCELERATOR = 2**26
+# Logits that are handled at a time: they should stay in a CPU core's cache, and fill a GPU.
+_ELEMENTS = {"cpu": 2**18}
+_ELEMENTS_ON_ACCELERATOR = 2**26
 
 
 def vocab_parallel_cross_entropy(
@@ -32,11 +33,12 @@ def vocab_parallel_cross_entropy(
     largest logit of all ranks.
 
     Args:
-        logits: `[..., vocab/tp]`, this rank's rows of the head in the order of ranks. Its memory
-            is used for the capped logits and then for the gradient: nothing else may read it.
-        labels: int64 `[...]` in the whole vocabulary.
-        soft_cap: the cap, or None.
-        group: the tensor-parallel group.
+        logits: `[..., vocab/tp]`, from this rank's rows of the head, in the order of ranks. Its
+            memory is used for the capped logits and then for the gradient: nothing else may read
+            it afterwards.
+        labels: Int64 `[...]` in the whole vocabulary.
+        soft_cap: The cap, or None.
+        group: The tensor-parallel group.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 logits).
@@ -55,13 +57,13 @@ def linear_cross_entropy(
     """The losses of `vocab_parallel_cross_entropy(hidden @ weight.T, ...)` without the logits.
 
     Args:
-        hidden: `[..., h]`, the same on every rank of the group. Its gradient is this rank's part
+        hidden: `[..., h]`, the same on every rank of the group. Its gradient is this rank's term
             of a sum over the group.
         weight: `[vocab/tp, h]`, this rank's rows of the head.
-        labels: int64 `[...]` in the whole vocabulary.
-        soft_cap: the cap, or None.
-        group: the tensor-parallel group.
-        slice_bytes: memory of one slice of logits in fp32; at least one column is taken.
+        labels: Int64 `[...]` in the whole vocabulary.
+        soft_cap: The cap, or None.
+        group: The tensor-parallel group.
+        slice_bytes: Memory of one slice of logits in fp32; at least one column is taken.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 hidden states).
@@ -82,7 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest = rows.new_empty(len(rows), dtype=dtype)
         total = torch.empty_like(largest)
         chosen = torch.empty_like(largest)
-        for part in _blocks(rows):
+        for part in _row_slices(rows):
             y = _cap_in_place(rows[part].to(dtype), soft_cap)
             chosen[part] = y.gather(1, local[part, None]).squeeze(1)
             largest[part] = y.amax(dim=1)
@@ -101,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         if rows is None:
             raise RuntimeError("the loss can be differentiated once: its memory is used again")
         cap, grad, dtype = ctx.soft_cap, grad.reshape(-1), log_total.dtype
-        for part in _blocks(rows):
+        for part in _row_slices(rows):
             y = rows[part]
             if y.dtype != dtype:  # the forward pass could not leave the capped logits there
                 y = _cap_in_place(y.to(dtype), cap)
@@ -150,7 +152,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Labels counted from column `first` (0 for those outside), and which lie in `width`."""
+    """Labels counted from column `first`, and which of them lie in the next `width` columns.
+
+    Those outside are 0, so that they can index a row.
+    """
     local = labels - first
     mine = (local >= 0) & (local < width)
     return torch.where(mine, local, 0), mine
@@ -162,10 +167,10 @@ def _over_ranks(
     """Logsumexp and the label's logit over all ranks, from each rank's part of the vocabulary.
 
     Args:
-        largest: largest logit of each row on this rank.
-        total: sum of `exp(logit - largest)`.
-        chosen: the label's logit, 0 where another rank has it.
-        group: the tensor-parallel group.
+        largest: Largest logit of each row on this rank.
+        total: Sum of `exp(logit - largest)`.
+        chosen: The label's logit, 0 where another rank has it.
+        group: The tensor-parallel group.
     """
     if group.size() > 1:
         over_all = largest.clone()
@@ -179,7 +184,7 @@ def _over_ranks(
 def _gradient(
     y: Tensor, log_total: Tensor, local: Tensor, mine: Tensor, grad: Tensor, cap: float | None
 ) -> Tensor:
-    """Gradient of the losses with respect to the logits, of which `y` are the capped ones."""
+    """Gradient of the losses with respect to the logits, from the capped logits `y`."""
     d = y.sub(log_total[:, None]).exp_()  # softmax
     d.scatter_add_(1, local[:, None], -mine[:, None].to(d.dtype))
     d.mul_(grad[:, None])
@@ -188,8 +193,9 @@ def _gradient(
     return d
 
 
-def _blocks(rows: Tensor) -> list[slice]:
-    elements = _BLOCK.get(rows.device.type, _BLOCK_ON_ACCELERATOR)
+def _row_slices(rows: Tensor) -> list[slice]:
+    """Slices of as many rows as are handled at a time."""
+    elements = _ELEMENTS.get(rows.device.type, _ELEMENTS_ON_ACCELERATOR)
     step = max(1, elements // rows.shape[1])
     return [slice(first, first + step) for first in range(0, len(rows), step)]
 
