@@ -109,7 +109,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         {"optimizer": ("muon",), "tensor": (True,)},
-        "every rank would orthogonalise its shard of a matrix, which is not the update of one "
+        "every rank would orthogonalise its slice of a matrix, which is not the update of one "
         "process",
     ),
     Rule(
