@@ -5,7 +5,10 @@ import signal
 import zlib
 from pathlib import Path
 
+import pytest
+
 from tests.minutes_per_folder import MinutesPerFolder
+from tests.warm_python import start
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -65,3 +68,10 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A Python that starts `python -m NAME` within milliseconds; see tests/warm_python."""
+    with start.start() as python:
+        yield python

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.checkpoint import find_latest
 from pretrain.metrics import read_metrics
-from tests.dist.lives import Life, tiny_run
+from tests.dist.training_runs import TrainingRun, tiny_run
 from xlstm_io.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, step_folders
 
 pytestmark = pytest.mark.dist
@@ -35,20 +35,21 @@ def results(folder):
     return log, {name: sorted((r[0], r[1], r[4]) for r in rows) for name, rows in blocks.items()}
 
 
-def wait_for_steps(life, folder, steps):
+def wait_for_steps(run, folder, steps):
     """Until the run has logged so many more steps, or ended."""
     last = [record["step"] for record in log_of(folder)][-1:] or [0]
     end = time.monotonic() + LIMIT_S
-    while time.monotonic() < end and life.running:
+    while time.monotonic() < end and run.running:
         now = [record["step"] for record in log_of(folder)][-1:] or [0]
         if now[0] >= last[0] + steps:
             return
         time.sleep(0.005)
 
 
-def test_dozens_of_kills_change_nothing(shards, tmp_path, record_testsuite_property):
+def test_dozens_of_kills_change_nothing(warm_python, shards, tmp_path, record_testsuite_property):
     rng, log = random.Random(20), tmp_path / "log.txt"
-    assert Life(run_of(tmp_path / "whole", shards), RANKS, log).wait(LIMIT_S) == [0, 0], log
+    whole = TrainingRun(warm_python, run_of(tmp_path / "whole", shards), RANKS, log)
+    assert whole.wait(LIMIT_S) == [0, 0], log
     expected = results(tmp_path / "whole")
 
     kills = runs = 0
@@ -59,14 +60,14 @@ def test_dozens_of_kills_change_nothing(shards, tmp_path, record_testsuite_prope
             die = None
             if kills < KILLS and rng.random() < 0.4:  # inside a save, at any of its writes
                 die = rng.randrange(RANKS), rng.randint(1, 20)
-            life = Life(run_of(folder, shards), RANKS, log, die)
+            run = TrainingRun(warm_python, run_of(folder, shards), RANKS, log, die)
             if kills < KILLS and die is None:  # anywhere: start-up, loading, steps, saves
-                wait_for_steps(life, folder, rng.randint(0, 5))
+                wait_for_steps(run, folder, rng.randint(0, 5))
                 time.sleep(rng.uniform(0, 0.04))
-                codes = life.wait(0)
+                codes = run.wait(0)
             else:
-                codes = life.wait(LIMIT_S)
-            life.kill(rng)
+                codes = run.wait(LIMIT_S)
+            run.kill(rng)
             if codes == [0, 0]:
                 break
             kills += 1

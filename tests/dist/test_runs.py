@@ -13,7 +13,7 @@ from pretrain.commands.show import show
 from pretrain.config import config_from_dict
 from pretrain.metrics import read_metrics
 from tests import objects
-from tests.dist.lives import tiny_run
+from tests.dist.training_runs import tiny_run
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.convert import cli as convert
 

@@ -8,7 +8,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -89,7 +88,7 @@ def test_the_documents_show_commands():
 
 
 @pytest.mark.parametrize("command", DISTINCT)
-def test_command_is_run(command):
+def test_command_is_run(warm_python, command):
     shown_in = ", ".join(document for document, shown in COMMANDS if shown == command)
     if command in RUN_ELSEWHERE:
         path, evidence = RUN_ELSEWHERE[command]
@@ -105,7 +104,11 @@ def test_command_is_run(command):
         return
     words = [str(ROOT / "pretrain/configs/cpu_demo.yaml") if w == "my.yaml" else w for w in words]
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [warm_python.executable, *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -36,19 +36,25 @@ def run(words, *, code=0, cwd=ROOT, **options):
     return done.stdout
 
 
-def python(*words, **options):
-    return run([sys.executable, "-m", *words], **options)
-
-
-def make(*words, **options):
-    return run(["make", "--no-print-directory", f"VENV={sys.prefix}", *words], **options)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """`make pretrain STEPS=20`, once: (work folder, output)."""
+    """`make pretrain STEPS=20`, once, in fresh processes: (work folder, output)."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, make("pretrain", "STEPS=20", f"WORK={folder}")
+    words = ["make", "--no-print-directory", f"VENV={sys.prefix}", "pretrain"]
+    return folder, run([*words, "STEPS=20", f"WORK={folder}"])
+
+
+@pytest.fixture
+def python(warm_python):
+    """Runs `python -m ...`."""
+    return lambda *words, **options: run([warm_python.executable, "-m", *words], **options)
+
+
+@pytest.fixture
+def make(warm_python):
+    """Runs `make ...`, with forks of the warm Python."""
+    words = ["make", "--no-print-directory", f"VENV={warm_python.environment}"]
+    return lambda *more, **options: run([*words, *more], **options)
 
 
 def test_make_pretrain_goes_through_every_stage(work):
@@ -76,7 +82,7 @@ def test_make_pretrain_goes_through_every_stage(work):
     assert baselines["bigram_kneser_ney"] < baselines["bigram_add_one"] < baselines["unigram"]
 
 
-def test_make_pretrain_continues(work):
+def test_make_pretrain_continues(work, make):
     folder, _ = work
     corpus = folder / "data-stdlib" / "shards" / "manifest.json"
     before = corpus.stat().st_mtime_ns
@@ -87,7 +93,7 @@ def test_make_pretrain_continues(work):
     assert steps == sorted(set(steps)) and steps[-1] == 22
 
 
-def test_classic_model_and_its_refused_export(work):
+def test_classic_model_and_its_refused_export(work, make, python):
     folder, _ = work
     output = make("pretrain", "MODEL=classic", "STEPS=4", f"WORK={folder}")
     assert "export: that of classic blocks comes with a later release" in output
@@ -99,7 +105,7 @@ def test_classic_model_and_its_refused_export(work):
     assert not (folder / "hf-classic").exists()
 
 
-def test_commands_on_a_finished_run(work):
+def test_commands_on_a_finished_run(work, python, warm_python):
     """Commands that README shows, on the demo's own run."""
     folder, _ = work
     large = folder / "large"
@@ -108,8 +114,15 @@ def test_commands_on_a_finished_run(work):
     words = ["pretrain", "generate", large, "--prompt", "def ", "--max-tokens", "8"]
     text = python(*words, "--temperature", "0")
     assert text.startswith('--- prompt "def "') and "Traceback" not in text
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    assert text in run([*torchrun, *words, "--temperature", "0"])
+    torchrun = [
+        warm_python.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
+    assert text in run([*torchrun, "-m", *words, "--temperature", "0"])
     shards = folder / "data-stdlib" / "shards"
     python("data_prep", "verify", shards, "--full")
     assert "document" in python("data_prep", "inspect", shards, "--row", "3")
@@ -131,7 +144,7 @@ def losses(folder):
     return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
 
 
-def test_stop_and_resume_at_random_moments_loses_nothing(work, tmp_path):
+def test_stop_and_resume_at_random_moments_loses_nothing(work, warm_python, python, tmp_path):
     """SIGTERM, then the same command again, until done: the same losses as without a stop."""
     data, steps = work[0], ["--run.steps", "40"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -139,8 +152,10 @@ def test_stop_and_resume_at_random_moments_loses_nothing(work, tmp_path):
     rng = random.Random(0)
     stops = 0
     for attempt in range(12):
+        # Signals meet fresh processes; an attempt that nobody stops may be a fork.
+        executable = sys.executable if attempt < 2 else warm_python.executable
         process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, small_run(stopped, data, *steps))],
+            [executable, "-m", *map(str, small_run(stopped, data, *steps))],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -166,7 +181,7 @@ def test_stop_and_resume_at_random_moments_loses_nothing(work, tmp_path):
     assert a.state["valid_loss"] == b.state["valid_loss"]
 
 
-def test_killed_run_goes_on_from_its_checkpoint(work, tmp_path):
+def test_killed_run_goes_on_from_its_checkpoint(work, python, tmp_path):
     """SIGKILL of every process between checkpoints."""
     data, folder = work[0], tmp_path / "run"
     words = small_run(folder, data, "--run.steps", "12", "--checkpoint.interval", "4")
@@ -190,14 +205,14 @@ def test_killed_run_goes_on_from_its_checkpoint(work, tmp_path):
     assert sorted(losses(folder)) == list(range(1, 13))
 
 
-def test_the_self_test_as_the_documents_show_it(work, tmp_path):
+def test_the_self_test_as_the_documents_show_it(work, python, tmp_path):
     words = small_run(tmp_path / "run", work[0], "--run.steps", "20", "--steps", "4")
     path = words[2]
     output = python("pretrain", "self-test", path, *words[3:])
     assert "resume self-test passed: 4 steps" in output
 
 
-def test_train_runs_under_torchrun(work, tmp_path):
+def test_train_runs_under_torchrun(work, python, tmp_path):
     words = small_run(tmp_path / "run", work[0], "--run.steps", "2")
     assert words[:2] == ["pretrain", "launch"]
     output = python(
@@ -213,27 +228,33 @@ def test_train_runs_under_torchrun(work, tmp_path):
 class TestMisuse:
     """One clear message, exit code 2, and everything as it was."""
 
-    def refused(self, *words, match):
-        message = python(*words, code=2)
-        assert "Traceback" not in message
-        assert match in message, message
+    @pytest.fixture
+    def refused(self, python):
+        """Runs a command that must be refused with these words."""
 
-    def test_missing_data(self, tmp_path):
+        def command(*words, match):
+            message = python(*words, code=2)
+            assert "Traceback" not in message
+            assert match in message, message
+
+        return command
+
+    def test_missing_data(self, make, python, tmp_path):
         output = make("pretrain", "DATA=no/such/file*.txt", f"WORK={tmp_path}", code=2)
         assert "no/such/file*.txt" in output and "Traceback" not in output
         python("pretrain", "demo", "--data", "no/such", "--work", tmp_path / "w", code=2)
 
-    def test_empty_and_too_small_data(self, tmp_path):
+    def test_empty_and_too_small_data(self, refused, tmp_path):
         empty = tmp_path / "empty"
         empty.mkdir()
-        self.refused("pretrain", "demo", "--data", empty, "--work", tmp_path / "a", match="empty")
+        refused("pretrain", "demo", "--data", empty, "--work", tmp_path / "a", match="empty")
         small = tmp_path / "small"
         small.mkdir()
         for number in range(30):
             (small / f"{number}.txt").write_text(f"document {number} has few words\n" * 3)
-        self.refused("pretrain", "demo", "--data", small, "--work", tmp_path / "b", match="vocab")
+        refused("pretrain", "demo", "--data", small, "--work", tmp_path / "b", match="vocab")
 
-    def test_typo_and_bad_layout_in_one_message(self, tmp_path):
+    def test_typo_and_bad_layout_in_one_message(self, python, tmp_path):
         text = (ROOT / CONFIGS / "cpu_demo.yaml").read_text()
         path = tmp_path / "run.yaml"
         path.write_text(text.replace("tensor: 2", "tensor: 3").replace("lr: 3", "lrr: 3"))
@@ -241,10 +262,10 @@ class TestMisuse:
         assert "optimizer.lrr" in message and "did you mean" in message
         assert "layout.tensor=3" in message and "Traceback" not in message
 
-    def test_checkpoint_of_another_model(self, work, tmp_path):
+    def test_checkpoint_of_another_model(self, work, refused, tmp_path):
         folder = work[0] / "large"
         before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-        self.refused(
+        refused(
             *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--nproc", "2"],
             *["--run.dir", folder, "--data.path", work[0] / "data-stdlib" / "shards"],
             *["--run.steps", "30", "--model.hidden_size", "128"],
@@ -255,34 +276,34 @@ class TestMisuse:
         assert changed <= {"rank_1.log"}
         assert load_config(folder / "config.yaml").model.hidden_size == 256
 
-    def test_fewer_steps_than_done(self, work):
-        self.refused(
+    def test_fewer_steps_than_done(self, work, refused):
+        refused(
             *["pretrain", "launch", work[0] / "large" / "config.yaml", "--run.steps", "5"],
             *["--schedule.warmup_steps", "1"],
             match="run.steps=5, but",
         )
 
-    def test_triton_without_a_gpu(self, work, tmp_path):
-        self.refused(
+    def test_triton_without_a_gpu(self, work, refused, tmp_path):
+        refused(
             *small_run(tmp_path / "run", work[0], "--run.steps", "4"),
             *["--model.kernel_backend", "triton"],
             match="model.kernel_backend=triton needs a GPU",
         )
 
-    def test_no_shards(self, tmp_path):
-        self.refused(
+    def test_no_shards(self, refused, tmp_path):
+        refused(
             *["pretrain", "launch", f"{CONFIGS}/cpu_demo.yaml", "--run.dir", tmp_path / "run"],
             *["--data.path", tmp_path],
             match=str(tmp_path),
         )
 
-    def test_shards_of_another_length(self, work, tmp_path):
-        self.refused(
+    def test_shards_of_another_length(self, work, refused, tmp_path):
+        refused(
             *small_run(tmp_path / "run", work[0], "--run.steps", "2", "--data.seq_len", "128"),
             match="data.seq_len=128",
         )
 
-    def test_diverged_run_stops_and_says_so(self, work, tmp_path):
+    def test_diverged_run_stops_and_says_so(self, work, python, tmp_path):
         message = python(
             *small_run(tmp_path / "run", work[0], "--run.steps", "60"),
             *["--optimizer.lr", "1e25", "--optimizer.clip_grad", "0"],

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from pretrain import cli
 from pretrain.checkpoint import read_manifest, resolve
 from pretrain.commands.generate import tokenizer_of
 from tests.data_prep.helpers import make_texts, run, save_hf_tokenizer, write_jsonl
-from tests.dist.lives import tiny_run
+from tests.dist.training_runs import tiny_run
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert import cli as convert
 
@@ -23,7 +22,7 @@ TEXTS = make_texts(90)
 AWKWARD = [*TEXTS[:10], "a <|end|> spelled out", "", "  \n", "naïve \U0001f600\r\n"]
 
 
-def trained(root: Path, *, bos_first: bool) -> Path:
+def trained(root: Path, python: Path, *, bos_first: bool) -> Path:
     """Shards of a tokenizer folder, and a run of two steps on them."""
     (root / "hf").mkdir()
     hf = save_hf_tokenizer(root / "hf", TEXTS, bos_first=bos_first)
@@ -35,14 +34,15 @@ def trained(root: Path, *, bos_first: bool) -> Path:
     raw = tiny_run(root / "run", root / "shards", run__steps=2, model__vocab_size=448)
     raw["model"]["pattern"] = "MM"
     (root / "run.yaml").write_text(yaml.safe_dump(raw))
-    words = [sys.executable, "-m", "pretrain", "train", root / "run.yaml"]
+    words = [python, "-m", "pretrain", "train", root / "run.yaml"]
     subprocess.run(list(map(str, words)), cwd=ROOT, check=True, timeout=120)
     return root
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "bos_first"])
-def work(request, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("hf_run"), bos_first=request.param), request.param
+def work(request, tmp_path_factory, warm_python):
+    root = tmp_path_factory.mktemp("hf_run")
+    return trained(root, warm_python.executable, bos_first=request.param), request.param
 
 
 def test_prompts_have_the_ids_of_the_shards(work, capsys):

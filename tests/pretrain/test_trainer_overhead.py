@@ -1,5 +1,7 @@
 """The benchmark of the loop around the model: it runs, and its table is what it says."""
 
+import sys
+
 import pytest
 
 from benchmarks import trainer_overhead
@@ -19,7 +21,8 @@ def test_a_part_counts_as_often_as_it_happens():
     assert last == "around the model: 15.00% of a step (goal 3%: MISSED)"
 
 
-def test_every_part_of_the_loop_is_measured(capfd):
+def test_every_part_of_the_loop_is_measured(warm_python, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", str(warm_python.executable))
     assert trainer_overhead.main(["--quick", "--steps", "12"]) == 0
     out = capfd.readouterr().out
     for part in ("forward_backward", "optimizer", "loader", "verdict", "logging", "other"):

@@ -1,15 +1,14 @@
 """No operation mixes devices: what a CPU forgives and a GPU does not."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_layers_and_kernels_stay_on_their_device():
+def test_layers_and_kernels_stay_on_their_device(warm_python):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.xlstm_mcore.accelerator"],
+        [warm_python.executable, "-m", "tests.xlstm_mcore.accelerator"],
         cwd=ROOT,
         text=True,
         capture_output=True,

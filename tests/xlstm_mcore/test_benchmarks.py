@@ -2,25 +2,32 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+@pytest.fixture
+def run(warm_python):
+    """Runs a benchmark's command."""
+
+    def command(*words):
+        done = subprocess.run(
+            [warm_python.executable, "-m", *map(str, words)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return command
 
 
-def test_train_step_beside_transformers(tmp_path):
+def test_train_step_beside_transformers(run, tmp_path):
     out = tmp_path / "out.json"
     small = ["--models", "large", "--rounds", 1, "--batch", 1, "--steps", 64, "--threads", 1]
     done = run("benchmarks.train_step_cpu", *small, "--json", out)
@@ -30,7 +37,7 @@ def test_train_step_beside_transformers(tmp_path):
     assert "x faster (goal 1.25x" in done.stdout
 
 
-def test_parity_says_when_a_model_has_not_learned_it(tmp_path):
+def test_parity_says_when_a_model_has_not_learned_it(run, tmp_path):
     short = ["--patterns", "ss", "--steps", 10, "--batch", 8, "--json", tmp_path / "out.json"]
     done = run("benchmarks.parity", *short)
     assert done.returncode == 1, done.stderr

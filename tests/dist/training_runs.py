@@ -1,0 +1,135 @@
+"""Whole training runs of several processes, cheap enough to be killed by the dozen.
+
+Each rank is a fork of the warm Python (tests/warm_python) and trains from whatever its run folder
+holds: `python -m tests.dist.training_runs '{...}'`.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.warm_python.client import WarmProcess
+from tests.warm_python.start import ROOT, WarmPython
+
+
+def tiny_run(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a run that takes milliseconds per step; ``changes``: section__key=value."""
+    raw: dict[str, Any] = {
+        "run": {"dir": str(folder), "steps": 24, "seed": 1},
+        "model": {"pattern": "M", "hidden_size": 32, "num_heads": 2, "vocab_size": 384},
+        "data": {"path": str(data), "seq_len": 16, "global_batch": 4, "micro_batch": 2},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"interval": 2, "keep": 2},
+        "evaluation": {"interval": 8, "max_batches": 1},
+        "logging": {"interval": 1, "tensorboard": False},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw.setdefault(section, {})[name] = value
+    return raw
+
+
+class TrainingRun:
+    """The processes of one attempt at a run.
+
+    Args:
+        python: where the processes come from.
+        raw: the configuration's values.
+        ranks: how many processes.
+        log: the file to which all of them write.
+        die: (rank, number): kill this rank at that write to a checkpoint's file or folder.
+    """
+
+    def __init__(
+        self,
+        python: WarmPython,
+        raw: dict[str, Any],
+        ranks: int,
+        log: Path,
+        die: tuple[int, int] | None = None,
+    ):
+        port = _free_port()
+        self.processes = []
+        with open(log, "ab") as output:
+            for rank in range(ranks):
+                die_at = die[1] if die is not None and die[0] == rank else None
+                environment = os.environ | {
+                    "OMP_NUM_THREADS": "1",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+                words = ["-m", "tests.dist.training_runs", json.dumps([raw, die_at])]
+                self.processes.append(
+                    WarmProcess(python.server, words, environment, output.fileno(), ROOT)
+                )
+
+    @property
+    def running(self) -> bool:
+        """Whether all ranks are alive."""
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self, limit: float) -> list[int | None]:
+        """Exit codes (negative: the signal; None: still running) after `limit` seconds at most.
+
+        When one rank was killed, the others get two seconds to notice.
+        """
+        end = time.monotonic() + limit
+        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
+            if any(p.poll() not in (None, 0, 75) for p in self.processes):
+                end = min(end, time.monotonic() + 2)
+            time.sleep(0.005)
+        return [process.poll() for process in self.processes]
+
+    def kill(self, rng: random.Random) -> None:
+        """SIGKILL to all that still run, in random order and a few milliseconds apart."""
+        for process in rng.sample(self.processes, len(self.processes)):
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                time.sleep(rng.choice([0.0, 0.0, 0.01]))
+        for process in self.processes:
+            process.wait(60)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_at_flush(number: int) -> None:
+    """Each file and folder of a checkpoint is flushed; die before or after the n-th of these."""
+    from xlstm_io import storage
+
+    real, count = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+
+    storage.os.fsync = fsync
+
+
+def _main(words: str) -> int:
+    from pretrain.config import config_from_dict
+    from pretrain.trainer import main
+
+    raw, die_at = json.loads(words)
+    if die_at is not None:
+        _die_at_flush(die_at)
+    return main(config_from_dict(raw))
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))
