@@ -32,10 +32,13 @@ def write_shards(
     Args:
         root: the folder.
         shard_rows: by source, the rows of each of its training shards.
+        seq_len: tokens per row that are trained on.
+        vocab_size: token numbers are below it.
         block_rows: rows per block; default as a build.
         document_tokens: mean length of the documents; every row begins with a new one.
         valid_rows: rows of the one validation shard of each source.
         tokenizer: names the tokenizer: another name, another hash.
+        seed: which tokens and documents are drawn.
     """
     rng = np.random.default_rng(seed)
     dtype = token_dtype(vocab_size)

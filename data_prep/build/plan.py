@@ -87,7 +87,8 @@ def plan_corpus(
     The plan is stored under ``work``; a stored one of the same corpus and settings is used.
 
     Args:
-        files, scans: in input order, source after source.
+        files: in input order, source after source.
+        scans: one for each of the files.
         filters: whose verdicts the scans hold.
         valid_fraction: a text is for validation when its hash says so: the choice does not move
             when other documents come or go.

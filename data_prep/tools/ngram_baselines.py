@@ -133,7 +133,8 @@ def evaluate_models(
     """Mean negative log probability of ``valid`` pairs under the three models.
 
     Args:
-        pairs, counts: distinct training pairs (token * V + target, ascending) and their counts.
+        pairs: distinct training pairs (token * V + target, ascending).
+        counts: how often each of them occurs.
         valid: validation pairs, repeated as they occur.
         vocab_size: V.
     """

@@ -225,8 +225,8 @@ def adopt_tokenizer(
     Args:
         path: the model file, or the folder with ``tokenizer.json``.
         out: folder of its own.
-        bos_token, eos_token: for a Hugging Face tokenizer that lacks them: tokens of its
-            vocabulary.
+        bos_token: for a Hugging Face tokenizer that names none: a token of its vocabulary.
+        eos_token: in the same way.
 
     Raises:
         PrepError: not a usable tokenizer, or ``out`` holds another one.

@@ -64,6 +64,18 @@ def test_imports_go_one_way(package, path):
             assert top in ALLOWED[package], f"{package} must not import {module}"
 
 
+def test_architecture_names_every_room_and_no_other():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    block = re.search(r"## The house.*?```\n(.*?)```", text, flags=re.S).group(1)
+    named = [line.split()[0] for line in block.splitlines()]
+    assert len(named) == len(set(named))
+    for room in named:
+        assert (ROOT / room).is_dir(), f"ARCHITECTURE.md names {room}, which is not there"
+    holding_code = {path.parent for folder in FOLDERS.values() for path in folder.rglob("*.py")}
+    rooms = {f"{folder.relative_to(ROOT)}/" for folder in holding_code}
+    assert rooms <= set(named), f"ARCHITECTURE.md does not name {sorted(rooms - set(named))}"
+
+
 @pytest.mark.parametrize(("package", "path"), SOURCES)
 def test_the_device_is_asked_for_in_one_place(package, path):
     if str(path.relative_to(ROOT)) in CUDA_FILES:

@@ -181,7 +181,7 @@ def save(root, weights, spm, **changes):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, spm):
-    """(weights, checkpoint, folder)"""
+    """(weights, checkpoint, folder)."""
     root = tmp_path_factory.mktemp("run")
     weights = make_weights()
     checkpoint = save(root, weights, spm)

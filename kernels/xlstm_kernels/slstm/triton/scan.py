@@ -91,8 +91,9 @@ def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: i
 
 
 def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target):
-    """Launches of the forward pass. `states` (h, c, n, m) are first and become last; in the
-    streamed form h has two parts, see `forward_streamed`.
+    """Launches of the forward pass; `states` (h, c, n, m) are the first ones and become the last.
+
+    In the streamed form h has two parts, see `forward_streamed`.
     """
     batch, steps, _, heads, d = preacts.shape
     tiles = tiles_for(target, d, preacts.dtype)
