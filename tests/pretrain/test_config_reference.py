@@ -10,7 +10,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_document_is_current():
-    """To renew it: python -m pretrain.config.reference > docs/configuration.md"""
+    """To renew it: python -m pretrain.config.reference > docs/configuration.md."""
     assert DOCUMENT.read_text(encoding="utf-8") == reference.markdown()
 
 
