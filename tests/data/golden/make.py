@@ -20,7 +20,7 @@ from pretrain import layout
 from pretrain.config import load_config
 from pretrain.metrics import read_metrics
 from tests.data_prep.helpers import make_texts, write_jsonl
-from xlstm_io.checkpoint.manifest import step_folders
+from xlstm_io.checkpoint.manifest import step_folders, step_of_folder
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
 
@@ -96,7 +96,7 @@ def make(folder: Path) -> None:
     prepare(folder)
     (folder / "run.yaml").write_text(RUN)
     (folder / "losses.json").write_text(json.dumps(train(folder), indent=1) + "\n")
-    saved, *later = step_folders(folder / "run")
+    saved, *later = sorted(step_folders(folder / "run"), key=step_of_folder)
     for path in later:
         shutil.rmtree(path)
     (folder / "run" / "metrics.jsonl").unlink()
