@@ -49,7 +49,9 @@ def parse_pattern(pattern: str) -> Pattern:
     """
     known = ", ".join(LETTERS)
     if not pattern:
-        raise PatternError(f"pattern='' names no layer; give one letter per layer, of {known}")
+        raise PatternError(
+            f"pattern='' does not name a layer; give one letter per layer, of {known}"
+        )
     letters: list[str] = []
     stages: list[list[int]] = [[]]
     for position, letter in enumerate(pattern):

@@ -74,7 +74,7 @@ class HostCopy:
 
 
 def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
-    """The same slices with contiguous tensors, all in one piece of host memory."""
+    """The same slices with contiguous tensors, all in one allocation of host memory."""
     starts, end = [], 0
     for part in slices:
         starts.append(end)

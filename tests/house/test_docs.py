@@ -203,7 +203,14 @@ def test_documents_use_plain_words(name):
     assert not list(plain_words(name))
 
 
-ROOMS = ("xlstm_mcore", "slurm", "examples")
+ROOMS = (
+    "xlstm_mcore",
+    "xlstm_io/checkpoint",
+    "pretrain/checkpoint",
+    "pretrain/data",
+    "slurm",
+    "examples",
+)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -168,7 +168,7 @@ def test_a_missing_slice_is_named_at_save_and_nothing_is_left(tmp_path):
 
 def test_a_missing_or_misshaped_tensor_is_named_at_load(tmp_path):
     path = save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds no tensor decoder\.layers\.9\.w"):
+    with pytest.raises(CheckpointError, match=r"does not hold the tensor decoder\.layers\.9\.w"):
         load_checkpoint(path, [whole("decoder.layers.9.w", torch.zeros(3))])
     with pytest.raises(UserError, match=r"q_proj.weight: the checkpoint has shape \[12, 20\]"):
         load_checkpoint(path, [whole("decoder.layers.0.mixer.q_proj.weight", torch.zeros(20, 12))])

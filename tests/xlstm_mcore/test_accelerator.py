@@ -1,4 +1,4 @@
-"""No operation mixes devices: what a CPU forgives and a GPU does not."""
+"""No operation mixes devices, which would fail on a GPU and pass on a CPU."""
 
 import subprocess
 from pathlib import Path

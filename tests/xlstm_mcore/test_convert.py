@@ -1,4 +1,4 @@
-"""Export to Hugging Face: logits against an independent fp64 recurrence, tokenizer, refusals."""
+"""Export to Hugging Face: logits against an fp64 recurrence, the tokenizer, and what is refused."""
 
 import hashlib
 import io
@@ -268,7 +268,7 @@ def test_tied_model_gets_its_own_lm_head(tmp_path, spm):
     )
 
 
-def test_shards_have_an_index(exported, tmp_path):
+def test_several_files_of_weights_have_an_index(exported, tmp_path):
     _, checkpoint, folder = exported
     to_hf.export(checkpoint, tmp_path / "hf", max_file_bytes=400_000)
     shards = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
@@ -310,13 +310,13 @@ def test_the_export_says_what_its_fast_tokenizer_does_with_the_space_symbol(expo
     assert "reads the character U+2581 as a space" in (exported[2] / "README.md").read_text()
 
 
-def test_the_gate_notices_another_tokenizer(spm, tmp_path):
+def test_another_tokenizer_is_noticed_by_its_ids(spm, tmp_path):
     other = train_tokenizer(tmp_path / "other.model", vocab_size=400)
     with pytest.raises(ConvertError, match="other ids than SentencePiece"):
         check_equal(fast_tokenizer(open_tokenizer(spm)), open_tokenizer(other))
 
 
-def test_user_defined_symbols(tmp_path):
+def test_user_defined_symbols_keep_their_ids(tmp_path):
     symbols = ["<|sep|>", "\n", "\n\n", "  ", "\u2581\u2581\u2581", "x\u2581"]
     path = train_tokenizer(tmp_path / "u.model", user_defined_symbols=symbols)
     fast = fast_tokenizer(open_tokenizer(path))  # checked inside, on texts made of its pieces
@@ -350,7 +350,7 @@ def refused(capsys, *argv):
     return message
 
 
-def test_refusals(exported, tmp_path, spm, capsys):
+def test_what_cannot_be_exported_is_refused_with_the_reason(exported, tmp_path, spm, capsys):
     weights, checkpoint, _ = exported
     classic = save(tmp_path / "classic", {"w": torch.ones(4)}, spm, pattern="mms|m")
     out = tmp_path / "out"
@@ -363,7 +363,7 @@ def test_refusals(exported, tmp_path, spm, capsys):
         ({"norm": "layernorm"}, "model.norm=layernorm"),
         ({"hidden_size": 64}, "[700, 128], its config makes [700, 64]"),
         ({"pattern": "M"}, "no place for: ['decoder.layers.1."),
-        ({"pattern": "MMM"}, "holds no tensor decoder.layers.2."),
+        ({"pattern": "MMM"}, "does not hold the tensor decoder.layers.2."),
     ):
         other = save(tmp_path / "other", weights, spm, **changes)
         assert words in refused(capsys, "to-hf", other, out)
@@ -395,7 +395,7 @@ def test_only_an_earlier_export_is_replaced(exported, tmp_path, capsys):
     assert file.read_text() == "mine"
 
 
-def test_verify_passes_and_fails(exported, monkeypatch, capsys):
+def test_verify_accepts_an_export_and_refuses_other_weights(exported, monkeypatch, capsys):
     weights, checkpoint, folder = exported
     monkeypatch.setattr(verify, "own_logits", lambda _: lambda t: reference_logits(weights, t))
     assert cli.main(["verify", str(checkpoint), str(folder)]) == 0

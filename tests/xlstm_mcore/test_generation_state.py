@@ -30,7 +30,7 @@ def tensors(cache):
 
 @pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm"])
 @pytest.mark.parametrize("parts", [[17], [1] * 17, [5, 1, 1, 7, 1, 2], [1, 3, 1, 1, 11]])
-def test_parts_equal_the_whole(pattern, parts):
+def test_a_sequence_in_parts_equals_one_at_once(pattern, parts):
     model = make_model(pattern)
     tokens = torch.randint(0, 96, (2, sum(parts)), generator=torch.Generator().manual_seed(2))
     cache, logits = {}, []

@@ -26,7 +26,7 @@ def reference(logits, labels, cap):
 @pytest.mark.parametrize("shape", [(1, 1, 7), (3, 2, 50), (5, 4, 129)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_equals_torch(group, monkeypatch, cap, shape, dtype, rows):
+def test_the_loss_equals_torchs(group, monkeypatch, cap, shape, dtype, rows):
     monkeypatch.setitem(loss_module._ELEMENTS, "cpu", rows * shape[-1])
     rng = torch.Generator().manual_seed(0)
     values = 4 * torch.randn(shape, generator=rng, dtype=torch.float64)

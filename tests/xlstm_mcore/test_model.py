@@ -176,7 +176,7 @@ def test_dropout_is_drawn_in_training_only(groups):
 
 
 @pytest.mark.parametrize("name", ["7b", "7b-tied", "classic-m"])
-def test_logits_that_are_never_whole_change_nothing(groups, name):
+def test_losses_are_the_same_when_the_logits_are_not_held(groups, name):
     results = []
     for limit in (512, 0):
         config, model = make(groups, name)
@@ -267,7 +267,7 @@ class TestInitialisation:
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_weight_decay_by_kind(groups):
+def test_weight_decay_has_the_papers_choice_by_kind(groups):
     _config, model = make(groups, "mixed")
     names = {part.name for _, _, slices in named_slices(model) for part in slices}
     no_decay = {name for name in names if not decays(name)}

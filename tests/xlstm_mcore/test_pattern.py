@@ -19,7 +19,7 @@ def test_without_cuts_there_is_one_stage():
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("", "names no layer"),
+        ("", "does not name a layer"),
         ("MxM", "'x' at position 1"),
         ("MM#", "use M, m, s, *, and |"),
         ("MM||M", "leaves pipeline stage 1 without a layer"),

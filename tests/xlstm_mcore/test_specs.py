@@ -62,7 +62,7 @@ def mask_of(boundaries):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "logit_soft_cap": None}])
-def test_the_same_logits_losses_and_gradients(groups, changes):
+def test_gpt_model_gives_the_same_logits_losses_and_gradients(groups, changes):
     _, ours, theirs = both(groups, **changes)
     rng = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, 40, (2, 2, 24), generator=rng)

@@ -128,7 +128,7 @@ class CheckpointReader:
         self.manifest = read_manifest(self.path)
         metadata_file = self.path / METADATA_NAME
         if METADATA_NAME not in self.manifest.files:
-            raise CheckpointDamagedError(f"{self.path}: the manifest lists no {METADATA_NAME}")
+            raise CheckpointDamagedError(f"{self.path}: the manifest does not list {METADATA_NAME}")
         # This file decides which bytes go where; theirs are checked as they are read.
         if hash_file(metadata_file) != self.manifest.files[METADATA_NAME]:
             raise CheckpointDamagedError(f"{metadata_file} does not match its hash in the manifest")
@@ -151,7 +151,7 @@ class CheckpointReader:
             CheckpointError: The checkpoint does not hold it.
         """
         if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name}")
+            raise CheckpointError(f"{self.path} does not hold the tensor {name}")
         return self.manifest.tensors[name]
 
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
