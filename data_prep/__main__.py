@@ -1,4 +1,4 @@
-"""``python -m data_prep``: the same as the console script ``xlstm-data``."""
+"""`python -m data_prep`, which is also the console script `xlstm-data`."""
 
 import sys
 

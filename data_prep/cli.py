@@ -1,19 +1,22 @@
-"""The command line ``xlstm-data``: collect, tokenizer, build, merge, repack, verify, ...
+"""The command line `python -m data_prep`: collect, tokenizer, build, merge, repack, verify, ...
 
 The exit codes are those of `xlstm_io.errors.ExitCode`.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from types import FrameType
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from data_prep.build.build import build
 from data_prep.config import BuildConfig, SourceConfig
@@ -28,6 +31,8 @@ from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
 from data_prep.tools.verify import verify
 from xlstm_io.errors import ExitCode, Interrupted, PrepError, UserError
 from xlstm_io.yaml_file import read_yaml
+
+_PROGRAM = "python -m data_prep"
 
 
 @dataclass(kw_only=True)
@@ -82,16 +87,13 @@ class TrainTokenizer:
 
     def run(self) -> None:
         """Do it."""
-        chosen = [bool(self.input), self.from_hf is not None, self.from_model is not None]
-        if sum(chosen) != 1:
+        adopted = self.from_hf or self.from_model
+        if [bool(self.input), self.from_hf is not None, self.from_model is not None].count(
+            True
+        ) != 1:
             raise PrepError("give one of --input (train), --from-hf and --from-model (adopt)")
-        if not self.input:
-            adopt_tokenizer(
-                self.from_hf or self.from_model,
-                self.out,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-            )
+        if adopted is not None:
+            adopt_tokenizer(adopted, self.out, bos_token=self.bos_token, eos_token=self.eos_token)
             return
         if self.vocab_size < 1 or self.sample_mb <= 0:
             raise PrepError(
@@ -175,45 +177,55 @@ class Inspect:
 
 
 @dataclass
-class Entropies:
+class Baselines:
     """Entropies of the validation tokens under unigram and bigram models of the train split."""
 
-    out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="shards")]
+    shards: tyro.conf.Positional[Path]
     """Folder of shards."""
     out: Path | None = None
     """Where the JSON goes; default: baselines.json in the folder of shards."""
 
     def run(self) -> None:
         """Do it."""
-        baselines(self.out_dir, self.out)
+        baselines(self.shards, self.out)
 
 
-_COMMANDS = {
+class _Command(Protocol):
+    def run(self) -> None: ...
+
+
+_COMMANDS: dict[str, type[_Command]] = {
     "collect": Collect,
     "tokenizer": TrainTokenizer,
-    "build": BuildConfig,
     "merge": Merge,
     "repack": Repack,
     "verify": Verify,
     "inspect": Inspect,
-    "baselines": Entropies,
+    "baselines": Baselines,
 }
+"""The commands whose options are a dataclass; `build` also reads a file."""
+
+_BUILD_HELP = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key value ...]"
+_HELP = {name: (command.__doc__ or "").splitlines()[0] for name, command in _COMMANDS.items()} | {
+    "build": _BUILD_HELP
+}
+_NAMES = ("collect", "tokenizer", "build", "merge", "repack", "verify", "inspect", "baselines")
 _ALIASES = {"tokenize": "tokenizer"}
 
 
 def _usage() -> str:
-    width = max(map(len, _COMMANDS))
-    lines = ["usage: xlstm-data COMMAND ...    (xlstm-data COMMAND --help for its options)", ""]
-    for name, command in _COMMANDS.items():
-        text = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key value ...]"
-        text = text if command is BuildConfig else command.__doc__.splitlines()[0]
-        lines.append(f"  {name:{width}}  {text}")
-    return "\n".join(lines)
+    lines = [
+        f"usage: {_PROGRAM} COMMAND ...",
+        f"       {_PROGRAM} COMMAND --help    for the options of a command",
+        "",
+    ]
+    width = max(map(len, _NAMES))
+    return "\n".join([*lines, *(f"  {name:{width}}  {_HELP[name]}" for name in _NAMES)])
 
 
 def _build_config(arguments: list[str], prog: str) -> BuildConfig:
-    """Settings from ``[prep.yaml] [--key value ...]``; flags win over the file."""
-    values = {}
+    """Settings from `[prep.yaml] [--key value ...]`; flags win over the file."""
+    values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = read_yaml(arguments[0], of="prep.yaml", example="`seq_len: 256`", error=PrepError)
         arguments = arguments[1:]
@@ -221,19 +233,20 @@ def _build_config(arguments: list[str], prog: str) -> BuildConfig:
         "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
         "file are the flags below, and flags win."
     )
-    flags = _build_flags(values)
-    parsed = tyro.cli(flags, args=arguments, prog=prog, description=description)
+    parsed: object = tyro.cli(
+        _build_flags(values), args=arguments, prog=prog, description=description
+    )
     return BuildConfig.model_validate({**vars(parsed), "sources": values.get("sources", [])})
 
 
-def _build_flags(values: dict) -> type:
-    """The fields of BuildConfig as a plain dataclass with ``values`` as defaults.
+def _build_flags(values: dict[str, Any]) -> type:
+    """The fields of BuildConfig as a plain dataclass with `values` as defaults.
 
     The command line fills it without pydantic, whose errors would come out in the parser's words;
     the values are validated together afterwards.
 
     Raises:
-        PrepError: some of ``values`` are wrong (missing ones may come as flags).
+        PrepError: some of `values` are wrong (missing ones may come as flags).
     """
     try:
         BuildConfig.model_validate(values)
@@ -250,23 +263,15 @@ def _build_flags(values: dict) -> type:
     for name, info in BuildConfig.model_fields.items():
         if name == "sources":  # for prep.yaml alone
             continue
-        kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]
+        kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
         own = tyro.MISSING if info.is_required() else info.get_default(call_default_factory=True)
         default = values.get(name, own)
-        members.append((name, kind, field(default_factory=lambda value=default: value)))
+        members.append((name, kind, field(default_factory=partial(copy, default))))
     return make_dataclass("BuildFlags", members, kw_only=True)
 
 
-def _run(name: str, arguments: list[str]) -> None:
-    prog = f"xlstm-data {name}"
-    if name == "build":
-        build(_build_config(arguments, prog))
-    else:
-        tyro.cli(_COMMANDS[name], args=arguments, prog=prog).run()
-
-
-def _explain(errors: list) -> str:
-    """All errors of a configuration (pydantic's error items) in one message."""
+def _explain(errors: Sequence[ErrorDetails]) -> str:
+    """All errors of a configuration in one message."""
     parts = []
     for item in errors:
         key = ".".join(map(str, item["loc"]))
@@ -283,41 +288,55 @@ def _explain(errors: list) -> str:
     return "; ".join(parts)
 
 
-def _interrupt(number, frame):
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
+def _run(name: str, arguments: list[str]) -> None:
+    prog = f"{_PROGRAM} {name}"
+    if name == "build":
+        build(_build_config(arguments, prog))
+    else:
+        tyro.cli(_COMMANDS[name], args=arguments, prog=prog).run()
+
+
+def _tell(name: str, message: str) -> None:
+    """Print the one message of a command that did not come to its end."""
+    print(f"{_PROGRAM} {name}: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command.
+
+    Args:
+        argv: the command and its options; default: those of the command line.
+
+    Returns:
+        The exit code.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return ExitCode.DONE if arguments else ExitCode.BAD_INPUT
     name = _ALIASES.get(arguments[0], arguments[0])
-    if name not in _COMMANDS:
-        print(
-            f"xlstm-data: unknown command {name!r}; use one of {', '.join(_COMMANDS)}",
-            file=sys.stderr,
-        )
+    if name not in _NAMES:
+        _tell(name, f"there is no such command; use one of {', '.join(_NAMES)}")
         return ExitCode.BAD_INPUT
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run(name, arguments[1:])
     except UserError as error:
-        print(f"xlstm-data {name}: {error}", file=sys.stderr)
+        _tell(name, str(error))
         return ExitCode.BAD_INPUT
     except ValidationError as error:
-        print(f"xlstm-data {name}: {_explain(error.errors())}", file=sys.stderr)
+        _tell(name, _explain(error.errors()))
         return ExitCode.BAD_INPUT
     except OSError as error:  # disk full, no permission, a file in place of a folder
         where = f": {error.filename}" if error.filename else ""
-        print(f"xlstm-data {name}: {os.strerror(error.errno or 0)}{where}", file=sys.stderr)
+        _tell(name, os.strerror(error.errno or 0) + where)
         return ExitCode.BAD_INPUT
     except (Interrupted, KeyboardInterrupt):
-        print(
-            f"xlstm-data {name}: interrupted; what is finished is kept, run it again to continue",
-            file=sys.stderr,
-        )
+        _tell(name, "interrupted; what is finished is kept, run it again to continue")
         return ExitCode.STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""`xlstm-pretrain`, or `python -m pretrain`: the commands around a training run.
+"""The command line `python -m pretrain`: the commands around a training run.
 
 Each command is thin: it reads its arguments and calls the module that does the work, imported
 only then, so that `check` and every error in a config answer without loading torch. `run` is the
@@ -30,7 +30,7 @@ OVERRIDES_HELP = (
 def _config_help(command: str, path: str, overrides: list[str]) -> None:
     """Print every key of a run file as an option, with the values of this file and command line."""
     config = load_config(path, overrides)
-    print(f"usage: xlstm-pretrain {command} {path} [--section.key VALUE ...]\n")
+    print(f"usage: python -m pretrain {command} {path} [--section.key VALUE ...]\n")
     print(f"{OVERRIDES_HELP}\n\n{options_help(config)}")
 
 
@@ -41,7 +41,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="xlstm-pretrain", description="Pretrain xLSTM language models.", allow_abbrev=False
+        prog="python -m pretrain", description="Pretrain xLSTM language models.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

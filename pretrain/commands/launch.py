@@ -1,6 +1,6 @@
 """Start the workers of a run on this machine and return the run's own exit code.
 
-    xlstm-pretrain launch run.yaml --nproc 2 [--section.key value ...]
+    python -m pretrain launch run.yaml --nproc 2 [--section.key value ...]
 
 checks the config first (exit 2 before any process starts), then starts N processes of
 `python -m pretrain train run.yaml ...` with the same environment variables that torchrun sets, so

@@ -1,4 +1,4 @@
-"""The summary of a run, in words for a person: `xlstm-pretrain report RUN_DIR`.
+"""The summary of a run, in words for a person: `python -m pretrain report RUN_DIR`.
 
 Reads what the run left (config.yaml, metrics.jsonl, summary.json), draws the loss curve and writes
 the same text to summary.txt. Works for an unfinished run too, from its metrics.
@@ -137,7 +137,7 @@ def _places(run_dir: Path) -> list[str]:
 def program(name: str) -> str:
     """How to call one of this environment's programs from here, activated or not.
 
-    `xlstm-pretrain` where the shell finds it, `.venv/bin/xlstm-pretrain` where it would not.
+    `python` where the shell finds it, `.venv/bin/python` where it would not.
     """
     folder = Path(sys.executable).parent
     found = shutil.which(name)
@@ -151,7 +151,7 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
     """What a person may want to do now."""
     config_path = run_dir / CONFIG_FILE
     steps = config.run.steps if not finished else 2 * config.run.steps
-    ours = program("xlstm-pretrain")
+    ours = f"{program('python')} -m pretrain"
     lines = [
         f"  {'train longer' if finished else 'go on':<17} "
         f"{ours} launch {config_path} --run.steps {steps}",

@@ -200,7 +200,7 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.run([command, "--help"])
     assert left.value.code == 0
-    assert f"xlstm-pretrain {command}" in capsys.readouterr().out
+    assert f"python -m pretrain {command}" in capsys.readouterr().out
 
 
 def test_help_with_a_run_file_lists_every_key_with_its_value(run_file, capsys):

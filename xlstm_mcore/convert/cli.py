@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="xlstm-convert", description="Convert checkpoints to and from other formats."
+        prog="python -m xlstm_mcore.convert",
+        description="Convert checkpoints to and from other formats.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ckpt_help = "a checkpoint, or a run folder (then its newest complete checkpoint)"

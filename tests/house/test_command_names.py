@@ -1,0 +1,44 @@
+"""Messages, help texts and documents spell a command in one way: `python -m PACKAGE COMMAND`."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# The console scripts, which pyproject.toml alone defines. `xlstm-pretrain` is also the name of the
+# project and stands in the formats of files: only followed by a command it is the script.
+SCRIPT = re.compile(
+    r"xlstm-data|xlstm-convert|prog=f?\"xlstm-pretrain|program\(\"xlstm-pretrain"
+    r"|xlstm-pretrain`?:? (launch|train|check|self-test|show|generate|evaluate|report|demo)\b"
+)
+DEFINED_IN = {"pyproject.toml", "data_prep/__main__.py", "tests/house/test_house.py"}
+
+
+def spelled_as_script(text: str) -> list[str]:
+    """What a text calls by the name of a console script."""
+    return [found.group() for found in SCRIPT.finditer(text)]
+
+
+def test_commands_are_spelled_in_one_way():
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "*.py", "*.md", "*.yaml", "*.yml", "*.sh", "*.toml", "Makefile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    checked = [name for name in names if name and name not in DEFINED_IN | {own_name()}]
+    assert len(checked) > 200
+    for name in checked:
+        found = spelled_as_script((ROOT / name).read_text(encoding="utf-8"))
+        assert not found, f"{name} calls `{found[0]}`; write `python -m PACKAGE COMMAND`"
+
+
+def own_name() -> str:
+    return Path(__file__).relative_to(ROOT).as_posix()
+
+
+def test_a_script_is_noticed_and_a_format_is_not():
+    assert spelled_as_script("run `xlstm-data build` again")
+    assert spelled_as_script("xlstm-pretrain launch run.yaml")
+    assert not spelled_as_script('FORMAT = "xlstm-pretrain checkpoint"')
