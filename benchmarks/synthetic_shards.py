@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -117,5 +118,5 @@ def _shard(root, path, rows, row_tokens, rng, vocab_size, block_rows, document_t
         "pad_tokens": 0,
         "docs": docs,
         "bytes_in": count,
-        **written,
+        **asdict(written),
     }

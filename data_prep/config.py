@@ -1,48 +1,77 @@
-"""Settings of a build: the keys of ``prep.yaml`` and the flags of the command line."""
-
-from __future__ import annotations
+"""Settings of a build: the keys of `prep.yaml` and the flags of the command line."""
 
 import os
 import re
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from data_prep.sources.filters import TextFilters
 from data_prep.sources.readers import Fields, TextSplit
 
 
+def _one_is_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _usable_as_folder(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "tokenizer":
+        raise ValueError("must be letters, digits, '.', '_', '-' and not 'tokenizer'")
+    return value
+
+
+# The keys that describe a corpus, in `sources` and for a single corpus alike.
+Inputs = Annotated[list[str], BeforeValidator(_one_is_a_list)]
+SourceName = Annotated[str, AfterValidator(_usable_as_folder)]
+TextField = Annotated[
+    str, Field(description="Field (jsonl) or column (parquet, arrow) of the text.")
+]
+IdField = Annotated[str, Field(description="Field or column of the document's name, for messages.")]
+SplitOfText = Annotated[
+    TextSplit,
+    Field(
+        description="What of a text file is one document: file, lines, or paragraphs (between "
+        "blank lines)."
+    ),
+]
+Licence = Annotated[
+    str,
+    Field(
+        description="Note for the manifest, beside what SOURCE.json in the inputs' folders says."
+    ),
+]
+Origin = Annotated[str, Field(description="Note for the manifest: where the corpus comes from.")]
+
+
+class JobShare(NamedTuple):
+    """Which part of a build this job does: it is number `job` (from 0) of `jobs`."""
+
+    job: int
+    jobs: int
+
+
 class SourceConfig(BaseModel):
-    """One named corpus among ``sources``."""
+    """One named corpus among `sources`."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    name: str
+    name: SourceName
     """A folder in OUT; blends of the trainer name it."""
-    input: list[str] = Field(min_length=1)
+    input: Inputs = Field(min_length=1)
     """Files, folders, quoted globs or URLs."""
-    text_field: str = "text"
-    """Field (jsonl) or column (parquet, arrow) of the text."""
-    id_field: str = "id"
-    """Field or column of the document's name, for messages."""
-    text_split: TextSplit = "file"
-    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
-    licence: str = ""
-    """Note for the manifest, beside what SOURCE.json in the inputs' folders says."""
-    origin: str = ""
-    """Note for the manifest: where the corpus comes from."""
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value):
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("name")
-    @classmethod
-    def _usable_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "tokenizer":
-            raise ValueError("must be letters, digits, '.', '_', '-' and not 'tokenizer'")
-        return value
+    text_field: TextField = "text"
+    id_field: IdField = "id"
+    text_split: SplitOfText = "file"
+    licence: Licence = ""
+    origin: Origin = ""
 
     @property
     def fields(self) -> Fields:
@@ -51,14 +80,14 @@ class SourceConfig(BaseModel):
 
 
 class BuildConfig(BaseModel):
-    """Settings of a build: keys of ``prep.yaml`` and flags of the command line alike."""
+    """Settings of a build: keys of `prep.yaml` and flags of the command line alike."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    input: list[str] = Field(default_factory=list)
+    input: Inputs = Field(default_factory=list)
     """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
     tokenizer: str
-    """Folder of a tokenizer (`xlstm-data tokenizer`), or a SentencePiece .model file."""
+    """Folder of a tokenizer (`python -m data_prep tokenizer`), or a SentencePiece .model file."""
     out: str
     """Folder for the shards."""
     seq_len: int = Field(256, ge=2)
@@ -67,18 +96,13 @@ class BuildConfig(BaseModel):
     """Rows as one chopped stream, or documents kept whole and rows filled up with padding."""
     valid_fraction: float = Field(0.01, ge=0.0, le=0.5)
     """Share of the documents for validation, chosen by the hash of the text."""
-    source: str = "corpus"
+    source: SourceName = "corpus"
     """Name of the corpus: a folder in OUT."""
-    text_field: str = "text"
-    """Field (jsonl) or column (parquet, arrow) of the text."""
-    id_field: str = "id"
-    """Field or column of the document's name, for messages."""
-    text_split: TextSplit = "file"
-    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
-    licence: str = ""
-    """Note for the manifest, beside what SOURCE.json in the inputs' folders says."""
-    origin: str = ""
-    """Note for the manifest: where the corpus comes from."""
+    text_field: TextField = "text"
+    id_field: IdField = "id"
+    text_split: SplitOfText = "file"
+    licence: Licence = ""
+    origin: Origin = ""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several corpora (in prep.yaml, instead of input): name, input, text_field, licence, ..."""
     min_chars: int = Field(0, ge=0)
@@ -96,7 +120,8 @@ class BuildConfig(BaseModel):
     allow_functions: bool = False
     """Run the code that filter_functions names."""
     shard_mb: float = Field(64.0, gt=0)
-    """Megabytes of text per shard, the unit of parallel work and of redoing."""
+    """Megabytes of text per shard. A shard is what one worker writes, and what is redone after a
+    kill."""
     max_bad_share: float = Field(0.1, ge=0.0, le=1.0)
     """Share of malformed records above which the build refuses the corpus."""
     workers: int = Field(0, ge=0)
@@ -106,18 +131,8 @@ class BuildConfig(BaseModel):
     tasks: int | None = Field(None, ge=1)
     """Jobs that share the build; each writes its shards, then `merge OUT` the manifest."""
 
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value):
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("source")
-    @classmethod
-    def _usable_name(cls, value: str) -> str:
-        return SourceConfig._usable_name(value)
-
     @model_validator(mode="after")
-    def _consistent(self) -> BuildConfig:
+    def _consistent(self) -> Self:
         problems = []
         if bool(self.input) == bool(self.sources):
             problems.append("give either input or sources")
@@ -138,16 +153,16 @@ class BuildConfig(BaseModel):
         return self
 
     def all_sources(self) -> list[SourceConfig]:
-        """``sources``, or the one that the plain keys describe."""
+        """`sources`, or the one corpus that the plain keys describe."""
         if self.sources:
             return self.sources
-        names = ("input", "text_field", "id_field", "text_split", "licence", "origin")
-        return [SourceConfig(name=self.source, **{key: getattr(self, key) for key in names})]
+        shared = SourceConfig.model_fields.keys() & BuildConfig.model_fields.keys()
+        return [SourceConfig(name=self.source, **{key: getattr(self, key) for key in shared})]
 
     def filters(self) -> TextFilters:
         """The rules for leaving texts out."""
-        names = ("min_chars", "max_chars", "min_letter_share", "max_repeated_line_share")
-        rules = {name: getattr(self, name) for name in (*names, "max_mean_word_chars")}
+        names = [field.name for field in fields(TextFilters) if field.name != "functions"]
+        rules = {name: getattr(self, name) for name in names}
         return TextFilters(**rules, functions=tuple(self.filter_functions))
 
     def settings(self) -> dict[str, Any]:
@@ -160,16 +175,16 @@ class BuildConfig(BaseModel):
         chosen = {name: getattr(self, name) for name in names}
         return {**chosen, "sources": sources, "filters": self.filters().settings()}
 
-    def share(self) -> tuple[int, int]:
-        """(number of this job, number of jobs): from the keys, else from the Slurm array.
+    def share(self) -> JobShare:
+        """This job's part of the build: from the keys, else from the Slurm array.
 
         Raises:
-            ValueError: an array whose numbers have gaps.
+            ValueError: the numbers of the array have gaps.
         """
         if self.tasks is not None:
-            return self.task or 0, self.tasks
+            return JobShare(self.task or 0, self.tasks)
         if "SLURM_ARRAY_TASK_ID" not in os.environ:
-            return 0, 1
+            return JobShare(0, 1)
         number, count = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "COUNT"))
         first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("MIN", "MAX"))
         if last - first + 1 != count:
@@ -177,4 +192,4 @@ class BuildConfig(BaseModel):
                 f"a Slurm array of {count} tasks numbered {first} to {last} has gaps; number it "
                 "without, or give --task and --tasks to do the share of one task again"
             )
-        return number - first, count
+        return JobShare(number - first, count)

@@ -1,6 +1,4 @@
-"""Second pass: one planned shard -> tokens -> rows -> tar. Each shard stands alone."""
-
-from __future__ import annotations
+"""Second pass: one planned shard becomes tokens, rows and a tar. Each shard stands alone."""
 
 import json
 from collections.abc import Iterator
@@ -10,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.pack import as_stored, make_packer
-from data_prep.build.plan import SPLITS, ShardPlan
-from data_prep.build.scan import FileScan, InputFile, text_hash
+from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
+from data_prep.build.plan import SPLITS, Corpus, ShardPlan
+from data_prep.build.scan import FileScan, InputFile
+from data_prep.config import BuildConfig
 from data_prep.jobs.workers import Tick
-from data_prep.sources.readers import Document, read_documents
+from data_prep.sources.readers import Document, read_documents, text_hash
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import ShardEntry
 from xlstm_io.shards.rows import token_dtype
-from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
+from xlstm_io.shards.shard import index_path
 from xlstm_io.storage import write_atomic
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
@@ -30,58 +29,78 @@ _ROUND_TRIPS = 32  # documents of each shard that are decoded again and compared
 
 @dataclass(frozen=True)
 class ShardPart:
-    """The rows ``first`` to ``last`` of one file's scan; their fates start at ``fates_at``."""
+    """The rows `first` to `last` of one file's scan.
+
+    Attributes:
+        file: the input file.
+        scan: its scan.
+        offset: where the file begins in the split assignments.
+        first: first row.
+        last: last row, not included.
+    """
 
     file: InputFile
     scan: FileScan
-    fates_at: int
+    offset: int
     first: int
     last: int
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """All that a worker needs for one shard."""
+    """All that a worker needs for one shard.
+
+    Attributes:
+        plan: the shard.
+        parts: where its documents are.
+        assignments: file of the split assignments of all documents.
+        tokenizer: path of the tokenizer.
+        tokenizer_sha256: hash of its file.
+        out: folder of the build.
+        seq_len: context length.
+        packing: "concat" or "best_fit".
+    """
 
     plan: ShardPlan
     parts: list[ShardPart]
-    fate: str
+    assignments: str
     tokenizer: str
     tokenizer_sha256: str
     out: Path
     seq_len: int
-    packing: str
-
-    @property
-    def tar(self) -> Path:
-        """Final path of the shard."""
-        return shard_path(self.out, self.plan)
+    packing: Packing
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its manifest entry, and figures for the report."""
+    """A finished shard: its manifest entry, and figures for the report.
+
+    Attributes:
+        entry: for the manifest.
+        histogram: documents by floor(BINS_PER_OCTAVE * log2(tokens)).
+        round_trips: documents that were decoded again and compared.
+        lossy: those of them that came back changed.
+    """
 
     entry: ShardEntry
     histogram: list[int]
-    """Documents by floor(BINS_PER_OCTAVE * log2(tokens))."""
     round_trips: int
     lossy: int
 
 
-def shard_path(out: Path, plan: ShardPlan) -> Path:
-    """``OUT/<source>/<split>/shard-00000042.tar``."""
-    return out / plan.source / plan.split / f"shard-{plan.number:08d}.tar"
+def shard_path(plan: ShardPlan) -> str:
+    """`<source>/<split>/shard-00000042.tar`, relative to the folder of the build."""
+    return f"{plan.source}/{plan.split}/shard-{plan.number:08d}.tar"
 
 
 def record_path(out: Path, plan: ShardPlan) -> Path:
-    """The ledger's note on a shard."""
+    """Where the build state keeps the record of a finished shard."""
     return out / "_work" / "done" / f"{plan.source}-{plan.split}-{plan.number:08d}.json"
 
 
 def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
-    """The ledger's note on a shard; None unless its files are there with the noted size."""
-    tar = shard_path(out, plan)
+    """The record of a finished shard; None unless its files are there with the recorded size."""
+    tar = out / shard_path(plan)
     try:
         stored = json.loads(record_path(out, plan).read_bytes())
         record = ShardRecord(ShardEntry(**stored.pop("entry")), **stored)
@@ -91,21 +110,45 @@ def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
     return record if intact else None
 
 
+def encode_tasks(
+    out: Path, config: BuildConfig, tokenizer: Tokenizer, corpus: Corpus, shards: list[ShardPlan]
+) -> list[EncodeTask]:
+    """The tasks of some shards of a build."""
+    ends = np.cumsum([scan.documents for scan in corpus.scans]).tolist()
+    begins = [0, *ends[:-1]]
+    return [
+        EncodeTask(
+            plan=shard,
+            parts=[
+                ShardPart(corpus.files[n], corpus.scans[n], begins[n], first, last)
+                for n, first, last in shard.parts
+            ],
+            assignments=corpus.plan.assignments,
+            tokenizer=str(tokenizer.path),
+            tokenizer_sha256=tokenizer.sha256,
+            out=out,
+            seq_len=config.seq_len,
+            packing=config.packing,
+        )
+        for shard in shards
+    ]
+
+
 def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
-    """Tokenize, pack and write one shard, then note it in the ledger."""
+    """Tokenize, pack and write one shard, then record it in the build state.
+
+    Raises:
+        PrepError: an input file or the tokenizer changed.
+        Interrupted: the build was asked to stop.
+    """
     tokenizer = _tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
     ids = tokenizer.document_ids()
     dtype = token_dtype(tokenizer.vocab_size)
-    packer = make_packer(
-        task.packing,
-        task.seq_len,
-        default_block_rows(task.seq_len + 1, dtype),
-        dtype,
-        ids.pad,
-    )
     histogram = np.zeros(_BINS, np.int64)
     checked = lossy = 0
-    with ShardWriter(task.tar) as writer:
+
+    def documents() -> Iterator[np.ndarray]:
+        nonlocal checked, lossy
         for texts, size in _batches(task):
             encoded = tokenizer.encode(texts)
             if checked < _ROUND_TRIPS:
@@ -113,29 +156,18 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
                 checked = min(_ROUND_TRIPS, checked + len(texts))
             lengths = np.array([len(document) + 2 for document in encoded])
             bins = (BINS_PER_OCTAVE * np.log2(lengths)).astype(np.int64)
-            histogram += np.bincount(bins, minlength=_BINS)
+            histogram[:] += np.bincount(bins, minlength=_BINS)
             for document in encoded:
-                tokens = as_stored(document, ids.bos, ids.eos, dtype)
-                for block in packer.add(tokens):
-                    writer.write(block)
+                yield as_stored(document, ids.bos, ids.eos, dtype)
             tick(size)
-        for block in packer.finish():
-            writer.write(block)
-        written = writer.close()
-    entry = ShardEntry(
-        path=task.tar.relative_to(task.out).as_posix(),
-        index=index_path(task.tar).relative_to(task.out).as_posix(),
-        tokens=packer.tokens,
-        targets=packer.tokens - packer.docs,  # the first token of a document is nobody's target
-        pad_tokens=packer.pad_tokens,
-        docs=packer.docs,
-        bytes_in=task.plan.bytes_in,
-        **written,
+
+    packer = make_packer(task.packing, task.seq_len, dtype, ids.pad)
+    entry = write_shard(
+        task.out, shard_path(task.plan), documents(), packer, bytes_in=task.plan.bytes_in
     )
     record = ShardRecord(entry, histogram.tolist(), checked, lossy)
     stored = {**record.__dict__, "entry": entry.model_dump()}
-    path = record_path(task.out, task.plan)
-    write_atomic(path, json.dumps(stored).encode() + b"\n")
+    write_atomic(record_path(task.out, task.plan), json.dumps(stored).encode() + b"\n")
     return record
 
 
@@ -148,7 +180,10 @@ def _tokenizer_of_worker(path: str, sha256: str) -> Tokenizer:
     return tokenizer
 
 
-def _count_lossy(tokenizer: Tokenizer, texts, encoded, limit: int) -> int:
+def _count_lossy(
+    tokenizer: Tokenizer, texts: list[str], encoded: list[np.ndarray], limit: int
+) -> int:
+    """How many of the first `limit` texts do not come back from their ids."""
     pairs = list(zip(texts, encoded, strict=True))[:limit]
     return sum(tokenizer.decode(ids) != text for text, ids in pairs)
 
@@ -162,15 +197,17 @@ def _batches(task: EncodeTask) -> Iterator[tuple[list[str], int]]:
     texts: list[str] = []
     size = 0
     for part in task.parts:
-        count, offset = part.last - part.first, part.fates_at + part.first
-        fates = np.fromfile(task.fate, np.uint8, count, offset=offset)
-        chosen = part.first + np.flatnonzero(fates == SPLITS[task.plan.split])
+        count, offset = part.last - part.first, part.offset + part.first
+        assigned = np.fromfile(task.assignments, np.uint8, count, offset=offset)
+        chosen = part.first + np.flatnonzero(assigned == SPLITS[task.plan.split])
         rows = part.scan.rows()[chosen]
         expected = iter(zip(rows["record"].tolist(), rows["hash"].tolist(), strict=True))
-        offset = int(rows["offset"][0])
-        for item in read_documents(part.file.path, part.file.fields, rows["record"], offset):
-            record, digest = next(expected, (None, None))
-            data = item.text.encode("utf-8") if isinstance(item, Document) else b""
+        start = int(rows["offset"][0])
+        for item in read_documents(part.file.path, part.file.fields, rows["record"], start):
+            record, digest = next(expected, (None, ()))
+            if not isinstance(item, Document):
+                raise _changed(part)
+            data = item.text.encode("utf-8")
             if record != item.record or tuple(digest) != text_hash(data):
                 raise _changed(part)
             texts.append(item.text)

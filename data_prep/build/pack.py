@@ -1,28 +1,28 @@
-"""Packing: documents -> rows of seq_len + 1 tokens, in one of two ways.
+"""Packing documents into rows of seq_len + 1 tokens, in one of two ways.
 
-``concat`` chops one long stream. Rows overlap by one token, so that the last target of a row is the
+`concat` chops one long stream. Rows overlap by one token, so that the last target of a row is the
 first input of the next and no target is lost; a document cut by a row's end continues in the next
 row, marked CONTINUATION.
 
-``best_fit`` keeps documents whole where a row can hold them (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling"): only a document longer than a row is cut, into as few pieces as
-possible, and rows are filled up with padding. A piece after a cut begins with the last token of the
-piece before.
+`best_fit` keeps documents whole where a row can hold them (Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling"): only a document longer than a row is cut, into as few parts as
+possible, and rows are filled up with padding. A part after a cut begins with the last token of the
+part before.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from xlstm_io.shards.manifest import ShardEntry
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block
+from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
 
-_BUFFER_PIECES = 10_000
+_BUFFER_PARTS = 10_000
 _BUFFER_TOKENS = 1 << 23
 _OPEN_ROWS = 1_024
-PACKINGS = ("concat", "best_fit")
 
 
 def as_stored(ids: np.ndarray, bos_id: int, eos_id: int, dtype: np.dtype) -> np.ndarray:
@@ -33,7 +33,7 @@ def as_stored(ids: np.ndarray, bos_id: int, eos_id: int, dtype: np.dtype) -> np.
 
 
 class ConcatPacker:
-    """Collects documents and yields blocks of ``block_rows`` rows; the last one is shorter.
+    """Collects documents and yields blocks of `block_rows` rows; the last one is shorter.
 
     Args:
         seq_len: inputs per row; rows hold seq_len + 1 tokens.
@@ -51,7 +51,7 @@ class ConcatPacker:
         self._length = 0  # tokens in _parts; _starts counts from the first of them
 
     def add(self, tokens: np.ndarray) -> Iterator[Block]:
-        """Append one document (of ``as_stored``); yields the blocks that it completes."""
+        """Append one document (of `as_stored`); yields the blocks that it completes."""
         self._starts.append(self._length)
         self._parts.append(tokens)
         self.docs += 1
@@ -82,8 +82,10 @@ class ConcatPacker:
         self._starts = (starts[starts >= first] - first).tolist()
         self._length = len(stream) - first
 
-    def _block(self, stream, starts, rows: int, padding_at: int | None = None) -> Block:
-        """Cut ``stream`` [rows * seq_len + 1] into rows; ``starts`` are the documents' in it."""
+    def _block(
+        self, stream: np.ndarray, starts: np.ndarray, rows: int, padding_at: int | None = None
+    ) -> Block:
+        """Cut `stream` [rows * seq_len + 1] into rows; `starts` are the documents' in it."""
         s = self.seq_len
         tokens = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, s + 1)[::s])
         row, position = np.divmod(starts, s)
@@ -95,8 +97,8 @@ class ConcatPacker:
         entries_row = [row[own], row[shared] - 1, unstarted]
         entries = [position[own], np.full(shared.sum(), s), np.full(len(unstarted), CONTINUATION)]
         if padding_at is not None and padding_at < len(stream):
-            entries_row.append([rows - 1])
-            entries.append([(padding_at - (rows - 1) * s) | PADDING])
+            entries_row.append(np.array([rows - 1]))
+            entries.append(np.array([(padding_at - (rows - 1) * s) | PADDING]))
         owner = np.concatenate(entries_row).astype(np.int64)
         segments = np.concatenate(entries).astype(np.uint32)
         order = np.lexsort((segments & np.uint32(PADDING - 1), owner))
@@ -104,47 +106,53 @@ class ConcatPacker:
         return Block(tokens, offsets.astype(np.uint32), segments[order], np.empty(0, np.uint32))
 
 
-class _Piece(NamedTuple):
+class _DocumentPart(NamedTuple):
     document: int  # number within the shard
     continues: bool
     tokens: np.ndarray
 
 
 class BestFitPacker:
-    """Collects documents and yields blocks of ``block_rows`` rows; the last one is shorter.
+    """Collects documents and yields blocks of `block_rows` rows; the last one is shorter.
 
-    Pieces are buffered, sorted by length (longest first, Best-Fit-Decreasing) and each is put where
-    it leaves the smallest gap. Rows with gaps stay open for the next buffer; memory is bounded by
-    the constants above. The capacities of the open rows are one int used as a set of bits, which
-    makes the best fit a shift and a count instead of a search tree.
+    Document parts are buffered and sorted by length, longest first (Best-Fit-Decreasing). Each is
+    put into the row in which it leaves the least free space. Rows with free space stay open for the
+    next buffer; memory is bounded by the constants above. The free space of the open rows is one
+    int used as a set of bits, so finding the best fit is a shift and a count instead of a search
+    tree.
 
-    Args: as :class:`ConcatPacker`.
+    Args:
+        seq_len: inputs per row; rows hold seq_len + 1 tokens.
+        block_rows: rows per block.
+        dtype: stored token type.
+        pad_id: fills up the rows.
     """
 
     def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
         self.row_tokens, self.block_rows, self.dtype = seq_len + 1, block_rows, dtype
         self.pad_id = pad_id
         self.docs = self.tokens = self.pad_tokens = 0
-        self._buffer: list[_Piece] = []
+        self._buffer: list[_DocumentPart] = []
         self._buffered_tokens = 0
-        self._open: dict[int, list[list[_Piece]]] = {}  # rows by the tokens that they still take
+        self._open: dict[int, list[list[_DocumentPart]]] = {}  # rows by their free space
         self._open_rows = 0
-        self._gaps = 0  # bit c is set where _open[c] has a row
-        self._rows: list[list[_Piece]] = []  # done, not yet in a block
+        self._free = 0  # bit c is set where _open[c] has a row
+        self._rows: list[list[_DocumentPart]] = []  # done, not yet in a block
 
     def add(self, tokens: np.ndarray) -> Iterator[Block]:
-        """Append one document (of ``as_stored``); yields the blocks that it completes."""
+        """Append one document (of `as_stored`); yields the blocks that it completes."""
         for first in range(0, len(tokens) - 1, self.row_tokens - 1):
             # Its own copy: a short rest must not keep a long document in memory.
-            piece = _Piece(self.docs, first > 0, tokens[first : first + self.row_tokens].copy())
-            if len(piece.tokens) == self.row_tokens:
-                self._rows.append([piece])
+            kept = tokens[first : first + self.row_tokens].copy()
+            part = _DocumentPart(self.docs, first > 0, kept)
+            if len(part.tokens) == self.row_tokens:
+                self._rows.append([part])
             else:
-                self._buffer.append(piece)
-                self._buffered_tokens += len(piece.tokens)
+                self._buffer.append(part)
+                self._buffered_tokens += len(part.tokens)
         self.docs += 1
         self.tokens += len(tokens)
-        if len(self._buffer) >= _BUFFER_PIECES or self._buffered_tokens >= _BUFFER_TOKENS:
+        if len(self._buffer) >= _BUFFER_PARTS or self._buffered_tokens >= _BUFFER_TOKENS:
             self._place()
             limit = min(_OPEN_ROWS, max(1, _BUFFER_TOKENS // self.row_tokens))
             self._close_fullest(self._open_rows - limit)
@@ -161,58 +169,112 @@ class BestFitPacker:
         self._rows = []
 
     def _place(self) -> None:
-        self._buffer.sort(key=lambda piece: -len(piece.tokens))  # stable: ties in input order
-        for piece in self._buffer:
-            size = len(piece.tokens)
-            fitting = self._gaps >> size
+        self._buffer.sort(key=lambda part: -len(part.tokens))  # stable: ties in input order
+        for part in self._buffer:
+            size = len(part.tokens)
+            fitting = self._free >> size
             if fitting:
-                gap = size + (fitting & -fitting).bit_length() - 1
-                row = self._take(gap)
+                space = size + (fitting & -fitting).bit_length() - 1
+                row = self._take(space)
             else:
-                gap, row = self.row_tokens, []
-            row.append(piece)
-            left = gap - size
-            if left < 2:  # the shortest piece has two tokens
+                space, row = self.row_tokens, []
+            row.append(part)
+            left = space - size
+            if left < 2:  # the shortest part has two tokens
                 self._rows.append(row)
             else:
                 self._open.setdefault(left, []).append(row)
                 self._open_rows += 1
-                self._gaps |= 1 << left
+                self._free |= 1 << left
         self._buffer, self._buffered_tokens = [], 0
 
-    def _take(self, gap: int) -> list[_Piece]:
-        rows = self._open[gap]
+    def _take(self, space: int) -> list[_DocumentPart]:
+        rows = self._open[space]
         row = rows.pop()
         self._open_rows -= 1
         if not rows:
-            self._gaps ^= 1 << gap
+            self._free ^= 1 << space
         return row
 
     def _close_fullest(self, count: int) -> None:
         for _ in range(count):
-            gap = (self._gaps & -self._gaps).bit_length() - 1
-            self._rows.append(self._take(gap))
+            space = (self._free & -self._free).bit_length() - 1
+            self._rows.append(self._take(space))
 
-    def _block(self, rows: list[list[_Piece]]) -> Block:
+    def _block(self, rows: list[list[_DocumentPart]]) -> Block:
         tokens = np.full((len(rows), self.row_tokens), self.pad_id, self.dtype)
-        offsets, segments, documents = [0], [], []
+        offsets, segments, documents = [0], list[int](), list[int]()
         for number, row in enumerate(rows):
             position = 0
-            for piece in row:
-                tokens[number, position : position + len(piece.tokens)] = piece.tokens
-                segments.append(position | (CONTINUATION if piece.continues else 0))
-                documents.append(piece.document)
-                position += len(piece.tokens)
+            for part in row:
+                tokens[number, position : position + len(part.tokens)] = part.tokens
+                segments.append(position | (CONTINUATION if part.continues else 0))
+                documents.append(part.document)
+                position += len(part.tokens)
             if position < self.row_tokens:
                 segments.append(position | PADDING)
                 documents.append(NO_DOCUMENT)
                 self.pad_tokens += self.row_tokens - position
             offsets.append(len(segments))
         return Block(
-            tokens, *(np.array(part, np.uint32) for part in (offsets, segments, documents))
+            tokens,
+            np.array(offsets, np.uint32),
+            np.array(segments, np.uint32),
+            np.array(documents, np.uint32),
         )
 
 
-def make_packer(packing: str, *args) -> ConcatPacker | BestFitPacker:
-    """The packer named ``packing`` (one of PACKINGS); arguments as :class:`ConcatPacker`."""
-    return {"concat": ConcatPacker, "best_fit": BestFitPacker}[packing](*args)
+Packing = Literal["concat", "best_fit"]
+Packer = ConcatPacker | BestFitPacker
+
+
+def make_packer(packing: Packing, seq_len: int, dtype: np.dtype, pad_id: int) -> Packer:
+    """The packer of a shard, with blocks of about 1 MiB.
+
+    Args:
+        packing: how documents are laid into rows.
+        seq_len: inputs per row; rows hold seq_len + 1 tokens.
+        dtype: stored token type.
+        pad_id: fills up rows.
+    """
+    block_rows = default_block_rows(seq_len + 1, dtype)
+    if packing == "concat":
+        return ConcatPacker(seq_len, block_rows, dtype, pad_id)
+    return BestFitPacker(seq_len, block_rows, dtype, pad_id)
+
+
+def write_shard(
+    root: Path, path: str, documents: Iterable[np.ndarray], packer: Packer, *, bytes_in: int
+) -> ShardEntry:
+    """Pack documents into rows and write them as one shard.
+
+    Args:
+        root: folder of the shards.
+        path: of the tar, relative to `root`.
+        documents: each as `as_stored`; an error among them leaves no file.
+        packer: a new one.
+        bytes_in: UTF-8 bytes of the documents' texts.
+
+    Returns:
+        The shard's entry for the manifest.
+    """
+    with ShardWriter(root / path) as writer:
+        for tokens in documents:
+            for block in packer.add(tokens):
+                writer.write(block)
+        for block in packer.finish():
+            writer.write(block)
+        written = writer.close()
+    return ShardEntry(
+        path=path,
+        index=index_path(Path(path)).as_posix(),
+        rows=written.rows,
+        tokens=packer.tokens,
+        targets=packer.tokens - packer.docs,  # the first token of a document is not a target
+        pad_tokens=packer.pad_tokens,
+        docs=packer.docs,
+        bytes_in=bytes_in,
+        bytes=written.bytes,
+        xxh3=written.xxh3,
+        index_xxh3=written.index_xxh3,
+    )

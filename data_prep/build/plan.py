@@ -3,10 +3,8 @@
 All is decided before anything is tokenized, so each shard is independent of every other, of the
 number of workers and jobs, and of what was killed before. Reading twice costs little: tokenizing is
 95 % of the work. Memory does not grow with the corpus: hashes are compared bucket by bucket, and
-the fate of each document (one byte) lies in a file.
+the split assignment of each document (one byte: dropped, train or valid) lies in a file.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -17,22 +15,32 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.scan import FileScan, InputFile
+from data_prep.build.scan import FileScan, InputFile, report_malformed
+from data_prep.config import BuildConfig
 from data_prep.sources.filters import KEPT, TextFilters
+from xlstm_io.errors import PrepError
 from xlstm_io.storage import temporary_path, write_atomic
 
 _SPLIT_RESOLUTION = 1_000_000
 _BUCKET_ROWS = 1 << 20
 _MAX_BUCKETS = 1 << 10
-DROPPED, TRAIN, VALID = 0, 1, 2  # fates
+DROPPED, TRAIN, VALID = 0, 1, 2  # split assignments
 SPLITS = {"train": TRAIN, "valid": VALID}
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: of each file, the rows of its scan from ``first`` up to ``last``.
+    """One shard: of each file, the rows of its scan from `first` up to `last`.
 
-    Among them are the shard's documents, those whose fate is the split.
+    Among them are the shard's documents: those that are assigned to its split.
+
+    Attributes:
+        source: name of the source.
+        split: "train" or "valid".
+        number: from 0, within source and split.
+        documents: how many it holds.
+        bytes_in: UTF-8 bytes of their texts.
+        parts: (index into the files, first, last) of each file.
     """
 
     source: str
@@ -41,37 +49,104 @@ class ShardPlan:
     documents: int
     bytes_in: int
     parts: list[tuple[int, int, int]]
-    """(index into the files, first, last)."""
 
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """All shards, and what was left out and why."""
+    """All shards, and what was left out and why.
+
+    Attributes:
+        shards: source after source, train before valid.
+        documents_read: by source.
+        dropped: documents that were left out, by source and reason.
+        assignments: file with the split assignment of each document, file after file.
+    """
 
     shards: list[ShardPlan]
     documents_read: dict[str, int]
-    """By source."""
     dropped: dict[str, dict[str, int]]
-    """By source and reason."""
-    fate: str
-    """File of one byte per document, file after file."""
+    assignments: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The input files of a build with all that is decided about them."""
+    """The input files of a build with all that is decided about them.
+
+    Attributes:
+        files: in the order of the plan.
+        fingerprints: of each file, see `files.file_stamp`.
+        scans: of each file.
+        plan: what goes into which shard.
+        digest: see `corpus_digest`.
+    """
 
     files: list[InputFile]
-    stamps: list[list]
+    fingerprints: list[list]
     scans: list[FileScan]
     plan: CorpusPlan
     digest: str
 
 
 def corpus_digest(files: list[InputFile], scans: list[FileScan]) -> str:
-    """SHA-256 over the texts in order and the sources they belong to: the corpus' identity."""
+    """SHA-256 over the texts in order and the sources they belong to: it identifies the corpus."""
     parts = [[file.source, scan.digest] for file, scan in zip(files, scans, strict=True)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def plan_build(
+    out: Path,
+    config: BuildConfig,
+    files: list[InputFile],
+    fingerprints: list[list],
+    scans: list[FileScan],
+) -> Corpus:
+    """Decide from the scans what goes into which shard, and log what was malformed.
+
+    Args:
+        out: folder of the build.
+        config: its configuration.
+        files: the input files.
+        fingerprints: of each file.
+        scans: of each file.
+
+    Raises:
+        PrepError: there are too many malformed records.
+    """
+    work = out / "_work"
+    report_malformed(scans, config.max_bad_share, work / "malformed.log")
+    shard_bytes = max(1, int(config.shard_mb * 1e6))
+    plan = plan_corpus(files, scans, config.filters(), config.valid_fraction, shard_bytes, work)
+    return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans))
+
+
+def check_splits(plan: CorpusPlan, config: BuildConfig) -> None:
+    """Check that there are documents to train on, and to validate on where that is asked for.
+
+    Raises:
+        PrepError: there are none.
+    """
+    kept = {"train": 0, "valid": 0}
+    for shard in plan.shards:
+        kept[shard.split] += shard.documents
+    total = sum(kept.values())
+    if total == 0:
+        counts: dict[str, int] = {}
+        for dropped in plan.dropped.values():
+            for reason, count in dropped.items():
+                counts[reason] = counts.get(reason, 0) + count
+        why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        raise PrepError(f"--input: no document is left ({why}); look at the filters and the field")
+    more = "give more documents (--text-split makes many of one large text file)"
+    if config.valid_fraction > 0 and kept["valid"] == 0:
+        raise PrepError(
+            f"none of the {total} documents fell into validation with --valid-fraction "
+            f"{config.valid_fraction}; raise it, {more}, or set it to 0"
+        )
+    if kept["train"] == 0:
+        raise PrepError(
+            f"all {total} documents fell into validation with --valid-fraction "
+            f"{config.valid_fraction}; lower it, or {more}"
+        )
 
 
 def plan_corpus(
@@ -82,54 +157,73 @@ def plan_corpus(
     shard_bytes: int,
     work: Path,
 ) -> CorpusPlan:
-    """Drop what filters say and repeated texts (the first in input order stays); split; cut.
+    """Drop what filters say and repeated texts, choose the splits, and cut them into shards.
 
-    The plan is stored under ``work``; a stored one of the same corpus and settings is used.
+    Of equal texts the first in input order stays. The plan is stored under `work`; a stored one of
+    the same corpus and settings is used.
 
     Args:
         files: in input order, source after source.
-        scans: one for each of the files.
+        scans: of each file.
         filters: whose verdicts the scans hold.
         valid_fraction: a text is for validation when its hash says so: the choice does not move
             when other documents come or go.
         shard_bytes: a shard holds about this much text.
-        work: the build's folder of notes.
+        work: `OUT/_work`.
     """
     key = repr([corpus_digest(files, scans), valid_fraction, shard_bytes])
-    note = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    fate = note.with_suffix(".fate")
+    path = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     total = sum(scan.documents for scan in scans)
-    stored = _load(note, total)
+    stored = _load(path, total)
     if stored is not None:
         return stored
-    fate.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(fate)
+    file = _assignments_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(file)
     try:
-        fates = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
-        plan = _decide(files, scans, filters, valid_fraction, shard_bytes, fates, str(fate))
-        fates.flush()
-        del fates
-        temporary.replace(fate)
+        assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
+        read, dropped = _drop(files, scans, filters, assignments, scratch=file.parent)
+        shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments))
+        assignments.flush()
+        del assignments
+        temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    fields = {key: value for key, value in asdict(plan).items() if key != "fate"}
-    write_atomic(note, json.dumps(fields).encode() + b"\n")
+    plan = CorpusPlan(shards, read, dropped, str(file))
+    fields = {key: value for key, value in asdict(plan).items() if key != "assignments"}
+    write_atomic(path, json.dumps(fields).encode() + b"\n")
     return plan
 
 
-def _load(note: Path, total: int) -> CorpusPlan | None:
-    fate = note.with_suffix(".fate")
+def _assignments_file(path: Path) -> Path:
+    """The file of split assignments that belongs to the stored plan `path`."""
+    return path.with_suffix(".fate")
+
+
+def _load(path: Path, total: int) -> CorpusPlan | None:
+    file = _assignments_file(path)
     try:
-        if fate.stat().st_size != max(1, total):
+        if file.stat().st_size != max(1, total):
             return None
-        fields = json.loads(note.read_bytes())
+        fields = json.loads(path.read_bytes())
         shards = [ShardPlan(**shard) for shard in fields.pop("shards")]
-        return CorpusPlan(shards, **fields, fate=str(fate))
+        return CorpusPlan(shards, **fields, assignments=str(file))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _decide(files, scans, filters, valid_fraction, shard_bytes, fates, fate) -> CorpusPlan:
+def _drop(
+    files: list[InputFile],
+    scans: list[FileScan],
+    filters: TextFilters,
+    assignments: np.ndarray,
+    scratch: Path,
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Mark in `assignments` which documents are dropped (0) and which are kept (1, TRAIN).
+
+    Returns:
+        Documents read by source, and documents dropped by source and reason.
+    """
     names = list(dict.fromkeys(file.source for file in files))
     reasons = filters.reasons
     read = dict.fromkeys(names, 0)
@@ -138,19 +232,18 @@ def _decide(files, scans, filters, valid_fraction, shard_bytes, fates, fate) -> 
     ends = np.cumsum([scan.documents for scan in scans])
     for file, scan, end in zip(files, scans, ends.tolist(), strict=True):
         drop = scan.rows()["drop"]
-        fates[end - scan.documents : end] = drop == KEPT
+        assignments[end - scan.documents : end] = drop == KEPT
         read[file.source] += scan.documents
         malformed[file.source] += scan.malformed
         codes[file.source] += np.bincount(drop, minlength=len(reasons))
 
     duplicates = dict.fromkeys(names, 0)
-    for repeated in find_repeated(_kept_hashes(scans, ends), int(ends[-1]), Path(fate).parent):
-        fates[repeated] = DROPPED
+    for repeated in find_repeated(_kept_hashes(scans, ends), int(ends[-1]), scratch):
+        assignments[repeated] = DROPPED
         owners = np.bincount(np.searchsorted(ends, repeated, side="right"), minlength=len(files))
         for file, count in zip(files, owners.tolist(), strict=True):
             duplicates[file.source] += count
 
-    shards = list(_cut(files, scans, ends, valid_fraction, shard_bytes, fates))
     dropped = {}
     for name in names:
         counts = dict(zip(reasons, codes[name].tolist(), strict=True))
@@ -161,10 +254,12 @@ def _decide(files, scans, filters, valid_fraction, shard_bytes, fates, fate) -> 
         }
         chosen = filters.settings()
         dropped[name] = always | {reason: counts[reason] for reason in reasons if reason in chosen}
-    return CorpusPlan(shards, read, dropped, fate)
+    return read, dropped
 
 
-def _kept_hashes(scans, ends) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _kept_hashes(
+    scans: list[FileScan], ends: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for scan, end in zip(scans, ends.tolist(), strict=True):
         rows = scan.rows()
         kept = np.flatnonzero(rows["drop"] == KEPT)
@@ -216,18 +311,26 @@ def _repeated_in(table: np.ndarray) -> np.ndarray:
     return np.sort(table[1:, 2][repeated]).astype(np.int64)
 
 
-def _cut(files, scans, ends, valid_fraction, shard_bytes, fates) -> Iterator[ShardPlan]:
-    """Mark validation texts in ``fates`` and cut each source's splits into shards."""
+def _cut(
+    files: list[InputFile],
+    scans: list[FileScan],
+    valid_fraction: float,
+    shard_bytes: int,
+    assignments: np.ndarray,
+) -> Iterator[ShardPlan]:
+    """Mark validation texts in `assignments` and cut each source's splits into shards."""
     limit = np.uint64(round(valid_fraction * _SPLIT_RESOLUTION))
     names = list(dict.fromkeys(file.source for file in files))
     cuts = {(name, split): _Cutter(name, split, shard_bytes) for name in names for split in SPLITS}
-    for number, (file, scan, end) in enumerate(zip(files, scans, ends.tolist(), strict=True)):
+    end = 0
+    for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
         rows = scan.rows()
-        mine = fates[end - scan.documents : end]
+        begin, end = end, end + scan.documents
+        mine = assignments[begin:end]
         valid = rows["hash"][:, 1] % np.uint64(_SPLIT_RESOLUTION) < limit
         mine[(mine != DROPPED) & valid] = VALID
-        for split, fate in SPLITS.items():
-            chosen = np.flatnonzero(mine == fate)
+        for split, assigned in SPLITS.items():
+            chosen = np.flatnonzero(mine == assigned)
             cuts[file.source, split].add(number, chosen, rows["size"][chosen])
     for cutter in cuts.values():
         yield from cutter.shards
@@ -243,7 +346,7 @@ class _Cutter:
         self._place = -1  # of the last shard, in units of shard_bytes
 
     def add(self, file: int, chosen: np.ndarray, sizes: np.ndarray) -> None:
-        """The documents ``chosen`` of a file, with their sizes."""
+        """The documents `chosen` of a file, with their sizes."""
         if not len(chosen):
             return
         before = self._total + np.cumsum(sizes) - sizes

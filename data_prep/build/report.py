@@ -1,7 +1,5 @@
 """What a finished build leaves: the manifest, and a report with a picture of document lengths."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,13 +11,13 @@ import numpy as np
 
 from data_prep.build.encode import BINS_PER_OCTAVE, ShardRecord
 from data_prep.build.plan import Corpus
-from data_prep.config import BuildConfig
+from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
 from data_prep.sources.files import provenance_notes
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import remove_temporaries, write_atomic
 from xlstm_io.tokenizer import Tokenizer
 
 SPLIT_NAMES = ("train", "valid")
@@ -29,22 +27,39 @@ TOTALS = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
 
 @dataclass(frozen=True)
 class Finished:
-    """A build whose shards are all written."""
+    """A build whose shards are all written.
+
+    Attributes:
+        config: its configuration.
+        tokenizer: its tokenizer.
+        settings: what the contents of the shards depend on, besides the corpus.
+        corpus: input files and plan.
+        records: of the shards, in the order of the plan.
+        seconds: wall clock of the passes that this run did.
+        bytes_done: text that this run tokenized.
+    """
 
     config: BuildConfig
     tokenizer: Tokenizer
     settings: dict[str, Any]
     corpus: Corpus
     records: list[ShardRecord]
-    """In the order of the plan's shards."""
     seconds: dict[str, float]
-    """Wall clock of the passes that this run did."""
     bytes_done: int
-    """Text that this run tokenized."""
 
 
-def write_result(out: Path, finished: Finished) -> Manifest:
-    """Write ``OUT/manifest.json``."""
+def finish_build(out: Path, finished: Finished) -> Manifest:
+    """Write the manifest and the report of a build whose shards are all there."""
+    names = [source.name for source in finished.config.all_sources()]
+    for folder in (out / name for name in [*names, "tokenizer", "_work"]):
+        remove_temporaries(folder)
+    remove_temporaries(out, "*")
+    manifest = _write_manifest(out, finished)
+    _report(out, manifest, finished)
+    return manifest
+
+
+def _write_manifest(out: Path, finished: Finished) -> Manifest:
     config, tokenizer = finished.config, finished.tokenizer
     plan = finished.corpus.plan
     ids = tokenizer.document_ids()
@@ -94,11 +109,11 @@ def _split(finished: Finished, source: str, split: str) -> dict[str, Any]:
 
 
 def split_fields(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """A manifest's ``SplitEntry`` from its shards' entries."""
+    """A manifest's `SplitEntry` from its shards' entries."""
     return {**{name: sum(shard[name] for shard in shards) for name in TOTALS}, "shards": shards}
 
 
-def _provenance(finished: Finished, source) -> dict[str, Any] | None:
+def _provenance(finished: Finished, source: SourceConfig) -> dict[str, Any] | None:
     """What the settings and the notes beside the inputs say about licence and origin."""
     stated = {"licence": source.licence, "origin": source.origin}
     stated = {key: value for key, value in stated.items() if value}
@@ -108,8 +123,8 @@ def _provenance(finished: Finished, source) -> dict[str, Any] | None:
     return {**({"sources": notes} if notes else {}), **stated} or None
 
 
-def report(out: Path, manifest: Manifest, finished: Finished) -> None:
-    """Print the final report; store it and the histogram of lengths under ``_work``."""
+def _report(out: Path, manifest: Manifest, finished: Finished) -> None:
+    """Print the final report; store it and the histogram of lengths under `_work`."""
     records, seconds = finished.records, finished.seconds
     entries = [record.entry for record in records]
     tokens, text = (sum(getattr(e, name) for e in entries) for name in ("tokens", "bytes_in"))
@@ -137,7 +152,7 @@ def report(out: Path, manifest: Manifest, finished: Finished) -> None:
             f"{rate:.2f} MB/s"
         )
     picture = out / "_work" / "lengths.png"
-    _draw(picture, histogram, manifest.seq_len)
+    _plot_lengths(picture, histogram, manifest.seq_len)
     say(f"picture     {picture}")
     say(f"manifest    {out / MANIFEST_NAME}  hash {manifest.hash[:12]}")
     fields = {
@@ -156,7 +171,7 @@ def report(out: Path, manifest: Manifest, finished: Finished) -> None:
     write_atomic(out / "_work" / "report.json", json.dumps(fields, indent=1).encode() + b"\n")
 
 
-def _draw(path: Path, histogram: np.ndarray, seq_len: int) -> None:
+def _plot_lengths(path: Path, histogram: np.ndarray, seq_len: int) -> None:
     """Documents, and their tokens, by length; a line marks the length of a row."""
     from matplotlib.figure import Figure  # slow to import; no display is asked for
 

@@ -1,11 +1,9 @@
 """First pass over the corpus: per text its hash, its size and the filters' verdict.
 
-Results lie in ``OUT/_work/scan``, one table a file; unchanged files are never read again. Jobs of
-an array share the pass without waiting for each other: each starts with files of its own and then
+Results lie in `OUT/_work/scan`, one table a file; unchanged files are never read again. Jobs of an
+array share the pass without waiting for each other: each starts with files of its own and then
 takes whatever nobody has finished. A file that two jobs scan at once comes out the same.
 """
-
-from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,16 +12,21 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from data_prep.config import JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Tick, run_tasks
 from data_prep.sources.files import file_size, file_stamp
 from data_prep.sources.filters import TextFilters
-from data_prep.sources.readers import Fields, Malformed, read_documents
+from data_prep.sources.readers import (
+    QUOTED_MALFORMED,
+    Document,
+    Fields,
+    Malformed,
+    read_documents,
+    text_hash,
+)
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import temporary_path, write_atomic
-
-QUOTED = 5
-"""Malformed records that are printed."""
 
 _LOGGED = 1_000  # malformed records of a file that are logged
 _CHUNK_ROWS = 1 << 14
@@ -51,15 +54,21 @@ class InputFile:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What one file holds; ``rows()`` has an entry per good record."""
+    """What one file holds; `rows()` has an entry per good record.
+
+    Attributes:
+        table: file of the rows.
+        documents: good records.
+        malformed: records that are not documents.
+        examples: the first malformed records, as "file:line: reason".
+        digest: xxh3-128 over the hashes and verdicts in order.
+    """
 
     table: str
     documents: int
     malformed: int
     examples: list[str]
-    """The first malformed records: "file:line: reason"."""
     digest: str
-    """xxh3-128 over the hashes and verdicts in order."""
 
     def rows(self) -> np.ndarray:
         """SCAN_ROW per good record, mapped from disk."""
@@ -70,29 +79,30 @@ class FileScan:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """All that a worker needs to scan one file."""
+    """All that a worker needs to scan one file.
+
+    Attributes:
+        file: the file.
+        filters: the rules for leaving texts out.
+        path: where the scan is stored, see `scan_path`.
+    """
 
     file: InputFile
     filters: TextFilters
-    note: Path
-
-
-def text_hash(data: bytes) -> tuple[int, int]:
-    """xxh3-128 of a text as two 64-bit halves (high, low)."""
-    value = xxhash.xxh3_128_intdigest(data)
-    return value >> 64, value & (1 << 64) - 1
+    path: Path
 
 
 def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     """Read one file and store what it holds, unless another job did so meanwhile."""
-    stored = load_scan(task.note)
+    stored = load_scan(task.path)
     if stored is not None:
         return stored
-    path = task.file.path
-    table = task.note.with_suffix(".scan")
+    table = task.path.with_suffix(".scan")
     table.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(table)
-    digest, examples, held = xxhash.xxh3_128(), [], []
+    digest = xxhash.xxh3_128()
+    examples: list[str] = []
+    held: list[tuple] = []  # rows that are not written yet
     documents = malformed = unticked = 0
     try:
         with open(temporary, "wb") as file:
@@ -103,14 +113,14 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
                 file.write(rows.tobytes())
                 held.clear()
 
-            for item in read_documents(path, task.file.fields):
+            for item in read_documents(task.file.path, task.file.fields):
                 if isinstance(item, Malformed):
                     malformed += 1
                     if len(examples) < _LOGGED:
                         examples.append(f"{item.where}: {item.reason}")
                     continue
                 data = item.text.encode("utf-8", "surrogatepass")
-                verdict = _judge(task.filters, path, item)
+                verdict = _judge(task.filters, task.file.path, item)
                 held.append((text_hash(data), len(data), item.record, item.offset, verdict))
                 documents += 1
                 if len(held) >= _CHUNK_ROWS:
@@ -126,32 +136,32 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     tick(unticked)
     scan = FileScan(str(table), documents, malformed, examples, digest.hexdigest())
     fields = {key: value for key, value in asdict(scan).items() if key != "table"}
-    write_atomic(task.note, json.dumps(fields).encode() + b"\n", sync=False)
+    write_atomic(task.path, json.dumps(fields).encode() + b"\n", sync=False)
     return scan
 
 
 def _update(digest: xxhash.xxh3_128, rows: np.ndarray) -> None:
-    digest.update(np.ascontiguousarray(rows["hash"]))
-    digest.update(np.ascontiguousarray(rows["drop"]))
+    digest.update(np.ascontiguousarray(rows["hash"]).data)
+    digest.update(np.ascontiguousarray(rows["drop"]).data)
 
 
-def _judge(filters: TextFilters, path: str, item) -> int:
+def _judge(filters: TextFilters, path: str, document: Document) -> int:
     try:
-        return filters.judge(item.text)
+        return filters.judge(document.text)
     except Exception as error:
         if not filters.functions:
             raise
         raise PrepError(
-            f"a function of --filter-functions failed on {path}, record {item.record + 1}: "
+            f"a function of --filter-functions failed on {path}, record {document.record + 1}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def load_scan(note: Path) -> FileScan | None:
-    """A stored scan by the path of its note; None where it is absent or not what was written."""
-    table = note.with_suffix(".scan")
+def load_scan(path: Path) -> FileScan | None:
+    """The scan stored at `path`; None where it is absent or not what was written."""
+    table = path.with_suffix(".scan")
     try:
-        scan = FileScan(str(table), **json.loads(note.read_bytes()))
+        scan = FileScan(str(table), **json.loads(path.read_bytes()))
         if table.stat().st_size != scan.documents * SCAN_ROW.itemsize:
             return None
     except (OSError, ValueError, TypeError):
@@ -162,9 +172,9 @@ def load_scan(note: Path) -> FileScan | None:
     return scan if digest.hexdigest() == scan.digest else None
 
 
-def scan_note(file: InputFile, stamp: list, filters: TextFilters, work: Path) -> Path:
-    """Where the scan of a file is noted: its name depends on all that the scan depends on."""
-    key = repr([stamp, file.fields, filters.settings()])
+def scan_path(file: InputFile, fingerprint: list, filters: TextFilters, work: Path) -> Path:
+    """Where the scan of a file is stored: the name depends on all that the scan depends on."""
+    key = repr([fingerprint, file.fields, filters.settings()])
     return work / "scan" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"
 
 
@@ -173,36 +183,51 @@ def scan_files(
     filters: TextFilters,
     work: Path,
     workers: int,
-    share: tuple[int, int] = (0, 1),
+    share: JobShare,
 ) -> list[FileScan]:
-    """Scan all files, starting with this job's; ``share`` is (number of this job, of jobs).
+    """Scan all files, beginning with this job's.
+
+    Args:
+        files: the input files.
+        filters: the rules for leaving texts out.
+        work: `OUT/_work`.
+        workers: processes.
+        share: which of the jobs this is.
+
+    Returns:
+        The scan of each file.
 
     Raises:
         PrepError: a file cannot be read.
     """
-    notes = [scan_note(file, file_stamp(file.path), filters, work) for file in files]
-    scans = [load_scan(note) for note in notes]
-    todo = [n for n in _order(len(files), share) if scans[n] is None]
+    paths = [scan_path(file, file_stamp(file.path), filters, work) for file in files]
+    stored = [load_scan(path) for path in paths]
+    todo = [n for n in _order(len(files), share) if stored[n] is None]
+    scans = {number: scan for number, scan in enumerate(stored) if scan is not None}
     with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
-        tasks = [ScanTask(files[n], filters, notes[n]) for n in todo]
+        tasks = [ScanTask(files[n], filters, paths[n]) for n in todo]
         for place, scan in run_tasks(scan_file, tasks, workers, progress):
             scans[todo[place]] = scan
-    return scans
+    return [scans[number] for number in range(len(files))]
 
 
-def _order(count: int, share: tuple[int, int]) -> list[int]:
-    """Own files first; then the others', backwards and from a place of one's own."""
-    task, tasks = share
-    others = [number for number in range(count - 1, -1, -1) if number % tasks != task]
-    turn = len(others) * task // tasks
-    return [*range(task, count, tasks), *others[turn:], *others[:turn]]
+def _order(count: int, share: JobShare) -> list[int]:
+    """Own files first; then the others', backwards and beginning at another place in each job."""
+    others = [number for number in range(count - 1, -1, -1) if number % share.jobs != share.job]
+    turn = len(others) * share.job // share.jobs
+    return [*range(share.job, count, share.jobs), *others[turn:], *others[:turn]]
 
 
 def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None:
-    """Log malformed records, print the first; refuse a corpus with too many.
+    """Log malformed records and print the first ones.
+
+    Args:
+        scans: of all files.
+        max_share: largest share of malformed records that is accepted.
+        log: file for the malformed records.
 
     Raises:
-        PrepError: more than ``max_share`` of the records are malformed, or none is good.
+        PrepError: more than `max_share` of the records are malformed, or there is no good one.
     """
     bad = sum(scan.malformed for scan in scans)
     good = sum(scan.documents for scan in scans)
@@ -212,12 +237,12 @@ def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None
     if examples:
         write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
     if bad > max_share * (good + bad):
-        quoted = "; ".join(examples[:QUOTED])
+        quoted = "; ".join(examples[:QUOTED_MALFORMED])
         raise PrepError(
             f"{bad} of {good + bad} records are malformed, more than --max-bad-share {max_share}: "
             f"{quoted}; repair them, set --text-field, or raise --max-bad-share"
         )
-    for example in examples[:QUOTED]:
+    for example in examples[:QUOTED_MALFORMED]:
         say(f"malformed, skipped: {example}")
-    if bad > QUOTED:
-        say(f"malformed, skipped: {bad - QUOTED} more; see {log}")
+    if bad > QUOTED_MALFORMED:
+        say(f"malformed, skipped: {bad - QUOTED_MALFORMED} more; see {log}")

@@ -1,9 +1,9 @@
 """Progress of long jobs: a bar on a terminal, a plain line every few seconds in a log file."""
 
-from __future__ import annotations
-
 import sys
 import time
+from types import TracebackType
+from typing import Self
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ def say(message: str) -> None:
 class Progress:
     """Counts bytes of text towards a total. Use as a context manager.
 
-    On a terminal a tqdm bar on stderr; otherwise ``say`` lines with rate and time left.
+    On a terminal a tqdm bar on stderr; otherwise `say` lines with rate and time left.
     """
 
     def __init__(self, title: str, total_bytes: int):
@@ -43,9 +43,14 @@ class Progress:
                 size = f"{100 * done / self.total:.0f} % ({size}, {left:.0f} s left)"
             say(f"{self.title}: {size}")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.close()

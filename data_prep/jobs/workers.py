@@ -4,8 +4,6 @@ Results must not depend on the number of workers: tasks share nothing but a coun
 and a flag that asks them to stop.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -13,15 +11,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.jobs.progress import Progress
 from xlstm_io.errors import Interrupted, PrepError
 
 _POLL_SECONDS = 0.2
-_shared: tuple[Any, Any] | None = None  # (counter, stop flag) of a worker process
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_counter: Any = None  # of bytes done, shared by the worker processes of one call
+_stop: Any = None  # an event that asks them to stop
 
 Tick = Callable[[int], None]
+"""Tells how many more bytes are done; raises Interrupted when the work is to stop."""
 
 
 def available_cpus() -> int:
@@ -29,36 +32,40 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start_worker(counter, stop) -> None:
-    global _shared
-    _shared = (counter, stop)
+def _start_worker(counter: Any, stop: Any) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in worker processes only"
+    parent.join()
     os._exit(1)  # the parent was killed: nobody will collect this task
 
 
 def _worker_tick(amount: int) -> None:
-    counter, stop = _shared
-    with counter.get_lock():
-        counter.value += amount
-    if stop.is_set():
+    with _counter.get_lock():
+        _counter.value += amount
+    if _stop.is_set():
         raise Interrupted
 
 
-def _in_worker(function, task):
+def _in_worker(function: Callable[[Task, Tick], Result], task: Task) -> Result:
     return function(task, _worker_tick)
 
 
 def run_tasks(
-    function: Callable[[Any, Tick], Any], tasks: Sequence[Any], workers: int, progress: Progress
-) -> Iterator[tuple[int, Any]]:
+    function: Callable[[Task, Tick], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    progress: Progress,
+) -> Iterator[tuple[int, Result]]:
     """Yield (task number, function(task, tick)) as tasks finish, in any order.
 
     Args:
-        function: importable; calls ``tick(bytes)`` often; ``tick`` raises Interrupted on a stop.
+        function: importable; calls `tick(bytes)` often; `tick` raises Interrupted on a stop.
         tasks: picklable arguments.
         workers: processes; 1 (or a single task) runs here without starting any.
         progress: told the sum of all ticks.

@@ -3,8 +3,6 @@
 Every rule looks at one text alone, so a verdict does not depend on order, files or workers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import re
@@ -34,7 +32,7 @@ class TextFilters:
     max_mean_word_chars: float = 0.0
     """0: no limit."""
     functions: tuple[str, ...] = ()
-    """``module:function``, called with the text; true keeps it."""
+    """`module:function`, called with the text; true keeps it."""
 
     @property
     def reasons(self) -> list[str]:
@@ -90,7 +88,7 @@ def _mean_word_chars(text: str) -> float:
 
 @lru_cache
 def load_function(name: str) -> Callable[[str], Any]:
-    """Import ``module:function``.
+    """Import `module:function`.
 
     Raises:
         PrepError: no such module or function.
@@ -110,4 +108,6 @@ def load_function(name: str) -> Callable[[str], Any]:
 def _module_hash(name: str) -> str:
     load_function(name)
     file = importlib.import_module(name.partition(":")[0]).__file__
+    if file is None:
+        raise PrepError(f"--filter-functions {name}: its module has no file to hash")
     return f"sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"

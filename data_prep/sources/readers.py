@@ -2,24 +2,26 @@
 
 A record is numbered by its place in the file (line, table row, piece of a text), good or not, so
 that "record 17 of this file" means the same in every pass and can be found without parsing the
-others. What cannot be a document comes out as ``Malformed`` with file and line: counting and
+others. What cannot be a document comes out as `Malformed` with file and line: counting and
 deciding is the caller's business.
 """
 
-from __future__ import annotations
-
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import orjson
+import xxhash
 import zstandard
 
 from data_prep.sources.files import JSON_SUFFIXES, base_name, open_raw, open_stream, suffixes
 from xlstm_io.errors import PrepError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _TABLE_ROWS = 1024
 TextSplit = Literal["file", "lines", "paragraphs"]
@@ -42,10 +44,10 @@ DEFAULT_FIELDS = Fields()
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its place: ``record`` is its number in the file, from 0.
+    """One text with its place: `record` is its number in the file, from 0.
 
-    ``offset`` is where it starts in an uncompressed file of lines (bytes), else 0: reading may
-    begin there, see ``read_documents``.
+    `offset` is where it starts in an uncompressed file of lines (bytes), else 0: reading may
+    begin there, see `read_documents`.
     """
 
     record: int
@@ -56,7 +58,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Malformed:
-    """A record that is not a document; ``where`` is file:line (or file:row), both from 1."""
+    """A record that is not a document; `where` is file:line (or file:row), both from 1."""
 
     record: int
     where: str
@@ -64,6 +66,15 @@ class Malformed:
 
 
 Item = Document | Malformed
+
+QUOTED_MALFORMED = 5
+"""Malformed records that commands print; more are only counted."""
+
+
+def text_hash(data: bytes) -> tuple[int, int]:
+    """xxh3-128 of a text (its UTF-8 bytes) as two 64-bit halves: high, low."""
+    value = xxhash.xxh3_128_intdigest(data)
+    return value >> 64, value & (1 << 64) - 1
 
 
 def read_documents(
@@ -78,7 +89,7 @@ def read_documents(
         path: jsonl, parquet, arrow or text by its suffix; .gz and .zst are taken off first.
         fields: which part of a record is its text.
         wanted: sorted record numbers; only these are parsed, reading ends after the last.
-        offset: ``Document.offset`` of the first wanted record: what precedes is not even read.
+        offset: `Document.offset` of the first wanted record: what precedes is not even read.
 
     Raises:
         PrepError: the file cannot be read: missing, truncated, or not of its kind.
@@ -97,20 +108,22 @@ def read_documents(
         elif fields.split == "file":
             yield from _read_text(path)
         else:
-            yield from _read_pieces(path, fields.split, wanted)
+            yield from _read_parts(path, fields.split, wanted)
     except PrepError:
         raise
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise PrepError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
-def _read_json_lines(path, fields, wanted, offset) -> Iterator[Item]:
-    remaining = None if wanted is None else iter(wanted.tolist())
+def _read_json_lines(
+    path: str, fields: Fields, wanted: np.ndarray | None, offset: int
+) -> Iterator[Item]:
+    remaining: Iterator[int] | None = None if wanted is None else iter(wanted.tolist())
     target = None if remaining is None else next(remaining)
     seekable = not suffixes(path)[1]
     with open_stream(path) as stream:
         first = 0
-        if seekable and offset:
+        if seekable and offset and target is not None:
             stream.seek(offset)
             first = target
         position = offset if seekable else 0
@@ -144,7 +157,7 @@ def _parse_json(path: str, number: int, line: bytes, fields: Fields, offset: int
     return Document(number, label, text, offset)
 
 
-def _read_parquet(path, fields, wanted) -> Iterator[Item]:
+def _read_parquet(path: str, fields: Fields, wanted: np.ndarray | None) -> Iterator[Item]:
     import pyarrow as pa  # slow to import, needed for tables alone
     import pyarrow.parquet as pq
 
@@ -165,7 +178,7 @@ def _read_parquet(path, fields, wanted) -> Iterator[Item]:
             number += rows
 
 
-def _read_arrow(path, fields, wanted) -> Iterator[Item]:
+def _read_arrow(path: str, fields: Fields, wanted: np.ndarray | None) -> Iterator[Item]:
     import pyarrow as pa
 
     with open_stream(path) as stream:
@@ -208,8 +221,14 @@ def _wants(wanted: np.ndarray | None, first: int, rows: int) -> bool:
     return bool(np.searchsorted(wanted, first) < np.searchsorted(wanted, first + rows))
 
 
-def _read_batches(path, batches, number: int, fields: Fields, wanted) -> Iterator[Item]:
-    """The rows of table batches, of which the first has the number ``number``."""
+def _read_batches(
+    path: str,
+    batches: "Iterable[pa.RecordBatch]",
+    number: int,
+    fields: Fields,
+    wanted: np.ndarray | None,
+) -> Iterator[Item]:
+    """The rows of table batches, of which the first has the number `number`."""
     kept = None if wanted is None else set(wanted.tolist())
     for batch in batches:
         if wanted is not None and number > wanted[-1]:
@@ -245,28 +264,28 @@ def _decode(path: str, record: int, first_line: int, raw: bytes, label: str) -> 
         return Malformed(record, f"{path}:{line}", reason)
 
 
-def _read_pieces(path: str, split: str, wanted) -> Iterator[Item]:
-    """A text file in pieces, whatever its size: its lines, or what blank lines separate."""
+def _read_parts(path: str, split: TextSplit, wanted: np.ndarray | None) -> Iterator[Item]:
+    """A text file in parts, whatever its size: its lines, or what blank lines separate."""
     kept = None if wanted is None else set(wanted.tolist())
     with open_stream(path) as stream:
-        pieces = _lines(stream) if split == "lines" else _paragraphs(stream)
-        for record, (first_line, raw) in enumerate(pieces):
+        parts = _lines(stream) if split == "lines" else _paragraphs(stream)
+        for record, (first_line, raw) in enumerate(parts):
             if wanted is not None and record > wanted[-1]:
                 return
             if kept is None or record in kept:
                 yield _decode(path, record, first_line, raw, f"{base_name(path)}:{first_line}")
 
 
-def _lines(stream) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line without its end) of every line that is not blank."""
     for number, line in enumerate(stream, 1):
         if not line.isspace():
             yield number, line.rstrip(b"\r\n")
 
 
-def _paragraphs(stream) -> Iterator[tuple[int, bytes]]:
+def _paragraphs(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(number of its first line from 1, lines) of all that blank lines separate."""
-    first, held = 0, []
+    first, held = 0, list[bytes]()
     for number, line in enumerate(stream, 1):
         if not line.isspace():
             first = first or number

@@ -1,6 +1,4 @@
-"""Gathers documents into one ``corpus.jsonl.zst`` with a note of origin and licence beside it."""
-
-from __future__ import annotations
+"""Gathers documents into one `corpus.jsonl.zst` with a note of origin and licence beside it."""
 
 import json
 import os
@@ -14,10 +12,15 @@ import orjson
 import xxhash
 import zstandard
 
-from data_prep.build.scan import QUOTED
 from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
-from data_prep.sources.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
+from data_prep.sources.readers import (
+    DEFAULT_FIELDS,
+    QUOTED_MALFORMED,
+    Fields,
+    Malformed,
+    read_documents,
+)
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import replacing, write_atomic
 
@@ -34,7 +37,7 @@ class _Counts:
 
 
 def library_files(root: Path) -> list[Path]:
-    """The standard library's sources below ``root`` in a fixed order.
+    """The standard library's sources below `root` in a fixed order.
 
     Left out: tests, installed packages, and what is generated per machine (build configuration).
     """
@@ -54,13 +57,13 @@ def library_files(root: Path) -> list[Path]:
 def collect(
     out: Path, inputs: list[str], *, min_mb: float = 8.0, fields: Fields = DEFAULT_FIELDS
 ) -> Path:
-    """Write the corpus file to the folder ``out`` and return its path.
+    """Write the corpus file to the folder `out` and return its path.
 
-    Without ``inputs``: the sources of the running Python's standard library. A finished corpus of
+    Without `inputs`: the sources of the running Python's standard library. A finished corpus of
     the same inputs is left as it is.
 
     Raises:
-        PrepError: bad inputs, less than ``min_mb`` megabytes of text, or a folder that holds
+        PrepError: bad inputs, less than `min_mb` megabytes of text, or a folder that holds
             another corpus.
     """
     corpus, record = out / CORPUS_NAME, out / _RECORD_NAME
@@ -72,7 +75,7 @@ def collect(
         documents = _from_files(paths, fields)
     else:
         root = Path(sysconfig.get_path("stdlib"))
-        paths = library_files(root)
+        paths = list(map(str, library_files(root)))
         settings = {"input": "standard library", "digest": platform.python_version()}
         provenance = {
             "origin": f"Python {platform.python_version()} standard library, without tests",
@@ -86,14 +89,14 @@ def collect(
 
     counts = _Counts()
     out.mkdir(parents=True, exist_ok=True)
-    total = sum(file_size(str(path)) for path in paths)
+    total = sum(map(file_size, paths))
     with replacing(corpus) as file:
         with Progress("collect", total) as progress:
             with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
                 for item in documents:
                     if isinstance(item, Malformed):
                         counts.skipped += 1
-                        if counts.skipped <= QUOTED:
+                        if counts.skipped <= QUOTED_MALFORMED:
                             say(f"malformed, skipped: {item.where}: {item.reason}")
                         continue
                     if not item[1]:
@@ -107,13 +110,13 @@ def collect(
                 f"only {counts.bytes / 1e6:.2f} MB of text in {counts.documents} documents, "
                 f"--min-mb asks for {min_mb:g}; give more text with --input, or lower --min-mb"
             )
-        provenance |= {"documents": counts.documents, "bytes": counts.bytes}
-        write_atomic(out / PROVENANCE_NAME, json.dumps(provenance, indent=1).encode() + b"\n")
+        noted = {**provenance, "documents": counts.documents, "bytes": counts.bytes}
+        write_atomic(out / PROVENANCE_NAME, json.dumps(noted, indent=1).encode() + b"\n")
         # The record comes first: a corpus without it is somebody else's and never overwritten.
         done = {"settings": settings, "size": file.tell()}
         write_atomic(record, json.dumps(done).encode() + b"\n")
-    if counts.skipped > QUOTED:
-        say(f"malformed, skipped: {counts.skipped - QUOTED} more")
+    if counts.skipped > QUOTED_MALFORMED:
+        say(f"malformed, skipped: {counts.skipped - QUOTED_MALFORMED} more")
     say(
         f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
         f"{counts.skipped} skipped"
@@ -123,7 +126,7 @@ def collect(
 
 
 def _finished(record: Path, corpus: Path, settings: dict) -> bool:
-    """Whether ``corpus`` is there already; one of other inputs is an error."""
+    """Whether `corpus` is there already; one of other inputs is an error."""
     try:
         done = json.loads(record.read_bytes())
         same_size = corpus.stat().st_size == done["size"]
@@ -147,10 +150,10 @@ def _finished(record: Path, corpus: Path, settings: dict) -> bool:
     return True
 
 
-def _from_library(root: Path, paths: list[Path]) -> Iterator[tuple[str, str] | Malformed]:
+def _from_library(root: Path, paths: list[str]) -> Iterator[tuple[str, str] | Malformed]:
     for path in paths:
-        name = path.relative_to(root).as_posix()
-        for item in read_documents(str(path)):
+        name = Path(path).relative_to(root).as_posix()
+        for item in read_documents(path):
             yield item if isinstance(item, Malformed) else (name, item.text)
 
 

@@ -1,7 +1,5 @@
 """Shows what a folder of shards holds: its totals, or one row as text with its documents marked."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -43,7 +41,7 @@ def describe(out: Path) -> str:
 
 
 def show_row(out: Path, row: int, split: str = "train") -> str:
-    """Row ``row`` of a split as text. Each document is introduced by a line that marks it.
+    """Row `row` of a split as text. Each document is introduced by a line that marks it.
 
     Raises:
         PrepError: no such row.
@@ -70,7 +68,9 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
     return "\n".join(lines + _marked(manifest, tokenizer, tokens, segments))
 
 
-def _marked(manifest: Manifest, tokenizer: Tokenizer, tokens, segments) -> list[str]:
+def _marked(
+    manifest: Manifest, tokenizer: Tokenizer, tokens: np.ndarray, segments: np.ndarray
+) -> list[str]:
     colour = sys.stdout.isatty()
     starts = (segments & np.uint32(POSITION_MASK)).tolist()
     ends = [*starts[1:], manifest.row_tokens]

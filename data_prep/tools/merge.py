@@ -5,8 +5,6 @@ The jobs of an array share one plan, so their result is that of a single job, du
 them. Their files are linked, not copied, where the file system can.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -17,17 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.build import finish_build, plan_build
 from data_prep.build.encode import load_record
-from data_prep.build.ledger import (
-    LEDGER_NAME,
-    complete,
-    ledger_files,
-    load_ledger,
-    stored_scans,
-)
-from data_prep.build.plan import DROPPED, find_repeated
-from data_prep.config import BuildConfig
+from data_prep.build.plan import DROPPED, Corpus, find_repeated, plan_build
+from data_prep.build.report import Finished, finish_build
+from data_prep.build.state import STATE_NAME, BuildState, finished_manifest, load_state
 from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import (
@@ -45,7 +36,7 @@ _SAME = ("dtype", "seq_len", "packing", "block_rows", "bos_id", "eos_id", "pad_i
 
 
 def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> Manifest:
-    """Without ``inputs``: finish the build that several jobs shared. With: join these into ``out``.
+    """Without `inputs`: finish the build that several jobs shared. With: join these into `out`.
 
     Args:
         out: folder of the build, or a new folder.
@@ -157,23 +148,23 @@ def merge_jobs(out: Path) -> Manifest:
     Raises:
         PrepError: no build there, or shards are missing (which, and what to run).
     """
-    work = out / "_work"
-    ledger = load_ledger(work)
-    if ledger is None:
-        raise PrepError(f"{out}: no build was begun there ({work / LEDGER_NAME} is missing)")
-    done = complete(out)
-    if done is not None:
+    state = load_state(out)
+    if state is None:
+        raise PrepError(
+            f"{out}: no build was begun there ({out / '_work' / STATE_NAME} is missing)"
+        )
+    manifest = finished_manifest(out)
+    if manifest is not None:
         say(f"{out} is finished: nothing to do")
-        return done
-    config = BuildConfig.model_validate(ledger["config"])
+        return manifest
     tokenizer = open_tokenizer(out / "tokenizer")
-    scans = stored_scans(out, config, ledger)
-    if None in scans:
-        raise PrepError(f"{out}: scans in {work / 'scan'} are gone; run the build again")
-    corpus = plan_build(out, config, ledger_files(config, ledger), ledger["stamps"], scans)
+    corpus = stored_corpus(out, state)
+    if corpus is None:
+        raise PrepError(f"{out}: scans in {out / '_work/scan'} are gone; run the build again")
     shards = corpus.plan.shards
-    records = [load_record(out, shard) for shard in shards]
-    missing = [number for number, record in enumerate(records) if record is None]
+    stored = [load_record(out, shard) for shard in shards]
+    records = [record for record in stored if record is not None]
+    missing = [number for number, record in enumerate(stored) if record is None]
     if missing:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise PrepError(
@@ -181,24 +172,34 @@ def merge_jobs(out: Path) -> Manifest:
             "job t of n writes the numbers t, t + n, ...: run those jobs again (--task t --tasks "
             "n), or the build with --tasks 1, which does what is left"
         )
-    return finish_build(out, config, tokenizer, ledger["settings"], corpus, records, {}, 0)
+    finished = Finished(
+        state.build_config, tokenizer, state.settings, corpus, records, seconds={}, bytes_done=0
+    )
+    return finish_build(out, finished)
+
+
+def stored_corpus(out: Path, state: BuildState) -> Corpus | None:
+    """Input files and plan of a build as its state has them; None if scans are gone."""
+    stored = state.stored_scans(out)
+    scans = [scan for scan in stored if scan is not None]
+    if len(scans) < len(stored):
+        return None
+    return plan_build(out, state.build_config, state.input_files(), state.stamps, scans)
 
 
 def kept_hashes(out: Path) -> Iterator[np.ndarray]:
     """Hashes uint64 [n, 2] of the documents in a finished build, file after file.
 
     Raises:
-        PrepError: the folder's notes are not there (it was repacked or joined, or they were
+        PrepError: the build state is not there (the folder was repacked or joined, or `_work` was
             deleted).
     """
-    ledger = load_ledger(out / "_work")
-    config = ledger and BuildConfig.model_validate(ledger["config"])
-    scans = stored_scans(out, config, ledger) if ledger else [None]
-    if None in scans:
+    state = load_state(out)
+    corpus = None if state is None else stored_corpus(out, state)
+    if corpus is None:
         raise PrepError(f"{out} does not say which documents it holds (_work is gone)")
-    plan = plan_build(out, config, ledger_files(config, ledger), ledger["stamps"], scans).plan
-    fates = np.fromfile(plan.fate, np.uint8)
+    assignments = np.fromfile(corpus.plan.assignments, np.uint8)
     first = 0
-    for scan in scans:
-        yield scan.rows()["hash"][fates[first : first + scan.documents] != DROPPED]
+    for scan in corpus.scans:
+        yield scan.rows()["hash"][assignments[first : first + scan.documents] != DROPPED]
         first += scan.documents

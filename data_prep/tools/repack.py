@@ -3,18 +3,16 @@
 Each shard becomes one shard, so work is parallel, and a killed run redoes its unfinished shards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.build.pack import make_packer
+from data_prep.build.pack import Packing, make_packer, write_shard
 from data_prep.build.report import split_fields
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Tick, available_cpus, run_tasks
@@ -28,25 +26,33 @@ from xlstm_io.shards.manifest import (
     write_manifest,
 )
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK, Block
-from xlstm_io.shards.shard import ShardReader, ShardWriter, default_block_rows, index_path
+from xlstm_io.shards.shard import ShardReader, default_block_rows
 from xlstm_io.storage import remove_temporaries, write_atomic
 
-_LEDGER_NAME = "repack.json"
+_STATE_NAME = "repack.json"
 
 
 @dataclass(frozen=True)
 class RepackTask:
-    """One shard to pack again."""
+    """One shard to pack again.
+
+    Attributes:
+        manifest: of the old shards, without their entries.
+        entry: the old shard.
+        out: folder of the new shards.
+        seq_len: context length of the new rows.
+        packing: "concat" or "best_fit".
+    """
 
     manifest: Manifest
     entry: ShardEntry
     out: Path
     seq_len: int
-    packing: str
+    packing: Packing
 
     @property
-    def note(self) -> Path:
-        """Where the ledger notes that the shard is finished."""
+    def record_path(self) -> Path:
+        """Where the entry of the finished shard is kept."""
         return self.out / "_work" / "done" / f"{self.entry.path.replace('/', '-')}.json"
 
 
@@ -55,20 +61,20 @@ def repack(
     seq_len: int,
     out: Path | None = None,
     *,
-    packing: str | None = None,
+    packing: Packing | None = None,
     workers: int = 0,
 ) -> Manifest:
-    """Write the documents of ``shards`` to ``out`` in rows of ``seq_len`` and return the manifest.
+    """Write the documents of `shards` to `out` in rows of `seq_len` and return the manifest.
 
     Args:
         shards: finished folder.
         seq_len: context length of the new rows.
-        out: default ``SHARDS-N`` beside ``shards``.
+        out: default `SHARDS-N` beside `shards`.
         packing: "concat" or "best_fit"; default: as it is.
         workers: processes; 0 takes every core. Does not change the output.
 
     Raises:
-        PrepError: nothing to change, or ``out`` holds something else.
+        PrepError: nothing to change, or `out` holds something else.
         CorruptShardError: damaged shards.
     """
     manifest = load_manifest(shards)
@@ -82,15 +88,16 @@ def repack(
     if _finished(out, settings):
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
-    write_atomic(out / "_work" / _LEDGER_NAME, json.dumps(settings).encode() + b"\n")
+    write_atomic(out / "_work" / _STATE_NAME, json.dumps(settings).encode() + b"\n")
     for file in manifest.tokenizer_files():
         write_atomic(place_of(out, f"tokenizer/{file.name}"), file.read_bytes())
 
     entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
     format_only = manifest.model_copy(update={"sources": []})  # workers need not know all shards
     tasks = [RepackTask(format_only, e, out, seq_len, packing) for e in entries]
-    done = {task.entry.path: _load_note(task) for task in tasks}
-    todo = [task for task in tasks if done[task.entry.path] is None]
+    stored = {task.entry.path: _load_record(task) for task in tasks}
+    done = {path: entry for path, entry in stored.items() if entry is not None}
+    todo = [task for task in tasks if task.entry.path not in done]
     with Progress("repack", sum(task.entry.bytes for task in todo)) as progress:
         for place, entry in run_tasks(repack_shard, todo, workers or available_cpus(), progress):
             done[todo[place].entry.path] = entry.model_dump()
@@ -119,15 +126,15 @@ def repack(
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> bool:
-    ledger = out / "_work" / _LEDGER_NAME
+    state = out / "_work" / _STATE_NAME
     try:
-        stored = json.loads(ledger.read_bytes())
+        stored = json.loads(state.read_bytes())
     except FileNotFoundError:
         if out.exists() and any(out.iterdir()):
             raise PrepError(f"{out} was not made by this command; choose another --out") from None
         return False
     except ValueError:
-        raise PrepError(f"{ledger} is damaged; delete {out} or choose another --out") from None
+        raise PrepError(f"{state} is damaged; delete {out} or choose another --out") from None
     if stored != settings:
         raise PrepError(f"{out} holds other shards or settings; choose another --out")
     try:
@@ -137,9 +144,9 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _load_note(task: RepackTask) -> dict[str, Any] | None:
+def _load_record(task: RepackTask) -> dict[str, Any] | None:
     try:
-        entry = json.loads(task.note.read_bytes())
+        entry = json.loads(task.record_path.read_bytes())
         intact = (task.out / entry["path"]).stat().st_size == entry["bytes"]
         return entry if intact and (task.out / entry["index"]).exists() else None
     except (OSError, ValueError, KeyError):
@@ -147,47 +154,39 @@ def _load_note(task: RepackTask) -> dict[str, Any] | None:
 
 
 def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
-    """Pack one shard again and note it in the ledger."""
+    """Pack one shard again and keep its entry under `_work`."""
     manifest, old = task.manifest, task.entry
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    packer = make_packer(
-        task.packing,
-        task.seq_len,
-        default_block_rows(task.seq_len + 1, dtype),
-        dtype,
-        manifest.pad_id,
-    )
-    tar = place_of(task.out, old.path)
-    with ShardWriter(tar) as writer:
-        for tokens in stored_documents(manifest, old, tick):
-            for block in packer.add(tokens):
-                writer.write(block)
-        for block in packer.finish():
-            writer.write(block)
-        if (packer.docs, packer.tokens) != (old.docs, old.tokens):
-            raise PrepError(
-                f"{manifest.root / old.path}: {packer.docs} documents of {packer.tokens} tokens, "
-                f"the manifest says {old.docs} of {old.tokens}; look with `verify --full`"
-            )
-        written = writer.close()
-    entry = ShardEntry(
-        path=old.path,
-        index=index_path(Path(old.path)).as_posix(),
-        tokens=packer.tokens,
-        targets=packer.tokens - packer.docs,
-        pad_tokens=packer.pad_tokens,
-        docs=packer.docs,
-        bytes_in=old.bytes_in,
-        **written,
-    )
-    write_atomic(task.note, json.dumps(entry.model_dump()).encode() + b"\n")
+    packer = make_packer(task.packing, task.seq_len, dtype, manifest.pad_id)
+    place_of(task.out, old.path)  # refuses a name that leads out of the folder
+    documents = _counted(manifest, old, tick)
+    entry = write_shard(task.out, old.path, documents, packer, bytes_in=old.bytes_in)
+    write_atomic(task.record_path, json.dumps(entry.model_dump()).encode() + b"\n")
     return entry
 
 
+def _counted(manifest: Manifest, entry: ShardEntry, tick: Tick) -> Iterator[np.ndarray]:
+    """The documents of a shard, compared with the manifest's counts at the end."""
+    documents = tokens = 0
+    for document in stored_documents(manifest, entry, tick):
+        documents, tokens = documents + 1, tokens + len(document)
+        yield document
+    if (documents, tokens) != (entry.docs, entry.tokens):
+        raise PrepError(
+            f"{manifest.root / entry.path}: {documents} documents of {tokens} tokens, the manifest "
+            f"says {entry.docs} of {entry.tokens}; look with `python -m data_prep verify --full`"
+        )
+
+
 def stored_documents(
-    manifest: Manifest, entry: ShardEntry, tick: Tick = lambda amount: None
+    manifest: Manifest, entry: ShardEntry, tick: Callable[[int], None] = lambda amount: None
 ) -> Iterator[np.ndarray]:
     """The documents of a shard, each as its ids with bos and eos.
+
+    Args:
+        manifest: of the folder.
+        entry: the shard.
+        tick: told the bytes of tokens as they are read.
 
     Raises:
         CorruptShardError: damaged bytes.
@@ -211,26 +210,26 @@ def _uncut(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
     held: list[np.ndarray] = []  # of the document that goes on
     last = np.empty(0, manifest.dtype)  # the row's last token, which the next row begins with
     for block in blocks:
-        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(np.int64)))
-        places = owner * manifest.seq_len + (block.segments & np.uint32(POSITION_MASK))
-        inside = (block.segments & np.uint32(POSITION_MASK)) < manifest.seq_len
+        positions = block.segments & np.uint32(POSITION_MASK)
+        places = block.segment_rows() * manifest.seq_len + positions
+        inside = positions < manifest.seq_len
         padding = (block.segments & np.uint32(PADDING)) != 0
         starts = places[inside & ~padding & ((block.segments & np.uint32(CONTINUATION)) == 0)]
         stream, last = block.tokens[:, :-1].reshape(-1), block.tokens[-1, -1:]
         if padding.any():
             stream, last = np.append(stream, last)[: places[padding][0]], last[:0]
-        for piece_number, piece in enumerate(np.split(stream, starts)):
-            if piece_number and held:
+        for number, part in enumerate(np.split(stream, starts)):
+            if number and held:
                 yield np.concatenate(held)
                 held = []
-            if len(piece):
-                held.append(piece)
+            if len(part):
+                held.append(part)
     if held:
         yield np.concatenate([*held, last])
 
 
 def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
-    """Documents of best_fit blocks: pieces are joined by the document that they belong to."""
+    """Documents of best_fit blocks: parts are joined by the document that they belong to."""
     held: dict[int, list[np.ndarray]] = {}
     for block in blocks:
         positions = (block.segments & np.uint32(POSITION_MASK)).tolist()
@@ -243,7 +242,7 @@ def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]
             ):
                 if number == NO_DOCUMENT:
                     continue
-                pieces = held.setdefault(number, [])
-                pieces.append(tokens[start + bool(pieces) : end].copy())
-                if pieces[-1][-1] == manifest.eos_id:
+                parts = held.setdefault(number, [])
+                parts.append(tokens[start + bool(parts) : end].copy())
+                if parts[-1][-1] == manifest.eos_id:
                     yield np.concatenate(held.pop(number))

@@ -1,7 +1,5 @@
 """Making a tokenizer: training a SentencePiece model, or adopting one that exists."""
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import io
@@ -12,10 +10,15 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from data_prep.build.scan import text_hash
 from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import expand_inputs, file_size, file_stamp
-from data_prep.sources.readers import DEFAULT_FIELDS, Fields, Malformed, read_documents
+from data_prep.sources.readers import (
+    DEFAULT_FIELDS,
+    Fields,
+    Malformed,
+    read_documents,
+    text_hash,
+)
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.storage import write_atomic
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
@@ -31,7 +34,7 @@ _LINE_BREAKS = re.compile("[\n\t]")  # the trainer skips whole lines that contai
 
 
 def sample_texts(paths: list[str], fields: Fields, max_bytes: int) -> tuple[list[str], int, int]:
-    """A sample of the documents of at most ``max_bytes`` that depends on their texts alone.
+    """A sample of the documents of at most `max_bytes` that depends on their texts alone.
 
     Documents with the smallest hashes are kept (a uniform sample in one pass and bounded memory);
     when all fit, all are kept. Returns (texts in order of hash, documents read, bytes read).
@@ -75,9 +78,9 @@ def train_tokenizer(
     special_tokens: tuple[str, ...] = (),
     fields: Fields = DEFAULT_FIELDS,
 ) -> Tokenizer:
-    """Train a model on ``inputs`` and write it with its settings to the folder ``out``.
+    """Train a model on `inputs` and write it with its settings to the folder `out`.
 
-    ``special_tokens`` get ids of their own that no text ever yields. Deterministic. A folder
+    `special_tokens` get ids of their own that no text ever yields. Deterministic. A folder
     with the same settings and inputs is left as it is.
 
     Raises:
@@ -96,7 +99,7 @@ def train_tokenizer(
     stamps = [file_stamp(path) for path in paths]
     stored = _stored_info(out, settings)
     finished = stored is not None and (out / MODEL_NAME).exists()
-    if finished and stored["inputs"] == stamps:
+    if finished and stored is not None and stored["inputs"] == stamps:
         say(f"{out / MODEL_NAME} is finished and its inputs are unchanged: nothing to do")
         return open_tokenizer(out / MODEL_NAME)
 
@@ -133,7 +136,7 @@ def train_tokenizer(
 
 
 def _stored_info(out: Path, settings: dict) -> dict | None:
-    """What ``out`` was made from, if this command made it.
+    """What `out` was made from, if this command made it.
 
     Raises:
         PrepError: another tokenizer, or a damaged one, is there.
@@ -164,7 +167,13 @@ def _stored_info(out: Path, settings: dict) -> dict | None:
     return info
 
 
-def _train(texts, vocab_size: int, model_type: str, sampled: int, special_tokens) -> bytes:
+def _train(
+    texts: list[str],
+    vocab_size: int,
+    model_type: str,
+    sampled: int,
+    special_tokens: tuple[str, ...],
+) -> bytes:
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -210,7 +219,7 @@ def _explain(message: str, vocab_size: int, sampled: int) -> str:
 
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> str:
-    """Encode and decode ``texts``; raises PrepError for the first that comes back changed."""
+    """Encode and decode `texts`; raises PrepError for the first that comes back changed."""
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         if tokenizer.decode(ids) != text:
             raise PrepError(f"the tokenizer does not give back the text {text[:60]!r}")
@@ -220,16 +229,16 @@ def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> str:
 def adopt_tokenizer(
     path: Path, out: Path, *, bos_token: str | None = None, eos_token: str | None = None
 ) -> Tokenizer:
-    """Copy a SentencePiece ``.model`` or a Hugging Face tokenizer folder to the folder ``out``.
+    """Copy a SentencePiece `.model` or a Hugging Face tokenizer folder to the folder `out`.
 
     Args:
-        path: the model file, or the folder with ``tokenizer.json``.
+        path: the model file, or the folder with `tokenizer.json`.
         out: folder of its own.
         bos_token: for a Hugging Face tokenizer that names none: a token of its vocabulary.
         eos_token: in the same way.
 
     Raises:
-        PrepError: not a usable tokenizer, or ``out`` holds another one.
+        PrepError: not a usable tokenizer, or `out` holds another one.
     """
     config_file = path / HF_CONFIG_NAME
     if (path / HF_NAME).exists():

@@ -1,7 +1,5 @@
 """Checks a folder of shards against its manifest: sizes and indices, or every byte."""
 
-from __future__ import annotations
-
 import hashlib
 import tarfile
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ _CHUNK = 1 << 22
 def verify(out: Path, *, full: bool = False) -> Manifest:
     """Check a folder; print every problem and raise at the end if there was one.
 
-    Always: the manifest's checksum, the tokenizer's hash, size and index of every shard. ``full``
+    Always: the manifest's checksum, the tokenizer's hash, size and index of every shard. `full`
     also: the hash of every tar and of every block, the tar's member names (what a plain webdataset
     reader sees), ids below the vocabulary, row structure, and the counts of the manifest.
 
@@ -116,8 +114,7 @@ def _content_problems(manifest: Manifest, entry: ShardEntry, reader: ShardReader
 
 def count_block(block: Block, seq_len: int) -> tuple[int, int]:
     """(documents that start in a block, targets that its loss masks leave)."""
-    owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(np.int64)))
-    loss_mask, _ = row_masks(owner, block.segments, (len(block.tokens), seq_len))
+    loss_mask, _ = row_masks(block.segment_rows(), block.segments, (len(block.tokens), seq_len))
     starts = (block.segments & np.uint32(CONTINUATION | PADDING)) == 0
     # A start at the shared last position is counted by the row that it begins, if there is one.
     counted = starts & ((block.segments & np.uint32(POSITION_MASK)) < seq_len)

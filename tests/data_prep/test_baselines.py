@@ -74,7 +74,7 @@ def test_random_pairs_equal_the_slow_models(monkeypatch):
     monkeypatch.setattr(data_prep.tools.ngram_baselines, "_MERGE_PAIRS", 700)  # merge several times
     pairs, counts = count_pairs(iter(np.array_split(code, 9)), size)
     assert dict(zip(pairs.tolist(), counts.tolist(), strict=True)) == Counter(code.tolist())
-    fast = evaluate_models(
+    fast, _ = evaluate_models(
         pairs, counts, (valid[:, 0] * size + valid[:, 1]).astype(np.uint64), size
     )
     slow = slow_models([tuple(p) for p in train], [tuple(p) for p in valid], size)

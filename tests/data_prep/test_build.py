@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import data_prep.build.build
-from data_prep.build.pack import as_stored, make_packer
+from data_prep.build.encode import shard_path
+from data_prep.build.pack import BestFitPacker, ConcatPacker, as_stored
 from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.errors import Interrupted
 from xlstm_io.shards.manifest import load_manifest
@@ -59,7 +60,7 @@ def test_interrupted_build_keeps_finished_shards(
     def stop_after_two(task, tick):
         if len(done) == 2:
             raise Interrupted
-        done.append(task.tar)
+        done.append(out / shard_path(task.plan))
         return real(task, tick)
 
     monkeypatch.setattr(data_prep.build.build, "encode_shard", stop_after_two)
@@ -241,7 +242,8 @@ GOLDEN = {
 def test_golden_shard(packing, tmp_path):
     words = [4 + (n * n) % 326 for n in range(4000)]
     dtype = np.dtype("<u2")
-    packer = make_packer(packing, 16, 8, dtype, 1)
+    kind = {"concat": ConcatPacker, "best_fit": BestFitPacker}[packing]
+    packer = kind(16, 8, dtype, 1)
     with ShardWriter(tmp_path / "shard-00000000.tar") as writer:
         for number, length in enumerate([3, 40, 0, 14, 15, 16, 7, 200, 1] * 9):
             for block in packer.add(as_stored(words[number : number + length], 0, 2, dtype)):
@@ -249,7 +251,7 @@ def test_golden_shard(packing, tmp_path):
         for block in packer.finish():
             writer.write(block)
         written = writer.close()
-    assert (written["xxh3"], written["index_xxh3"]) == GOLDEN[packing]
+    assert (written.xxh3, written.index_xxh3) == GOLDEN[packing]
 
 
 def kill_soon(delay: float, command: list[str], out) -> bool:

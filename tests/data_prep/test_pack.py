@@ -54,7 +54,7 @@ def test_rows_masks_and_boundaries_by_definition(seq_len, block_rows, seed):
     for block in blocks:
         again = parse_block(block.tokens.tobytes(), block.doc_bytes(), seq_len + 1, "uint16")
         assert (again.tokens == block.tokens).all() and (again.segments == block.segments).all()
-        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(int)))
+        owner = block.segment_rows()
         masks, boundaries = row_masks(owner, block.segments, (len(block.tokens), seq_len))
         found += zip(block.tokens.tolist(), masks.tolist(), boundaries.tolist(), strict=True)
     assert found == expected
@@ -100,7 +100,7 @@ def test_best_fit_rows_hold_each_piece_once(seq_len, block_rows, buffer, monkeyp
         again = parse_block(block.tokens.tobytes(), block.doc_bytes(), seq_len + 1, "uint16")
         assert (again.documents == block.documents).all()
         assert (again.segments == block.segments).all() and len(again.documents)
-        owner = np.repeat(np.arange(len(block.tokens)), np.diff(block.offsets.astype(int)))
+        owner = block.segment_rows()
         mask, boundaries = row_masks(owner, block.segments, (len(block.tokens), seq_len))
         expected_mask = np.zeros_like(mask)
         expected_boundaries = np.zeros_like(boundaries)

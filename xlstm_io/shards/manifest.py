@@ -6,8 +6,6 @@ guard it. `checksum` covers the whole document, so a flipped bit is noticed. `ha
 resumes only on data of the same hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -84,7 +82,7 @@ class TokenizerEntry(_Model):
 
 
 class Manifest(_Model):
-    """`manifest.json`. Obtain one with :func:`load_manifest`, which checks it."""
+    """`manifest.json`. Obtain one with `load_manifest`, which checks it."""
 
     version: Literal[1]
     format: Literal["xtok-wds"]
@@ -195,14 +193,14 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     file = path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
     if not file.parent.is_dir():
         raise ShardFormatError(
-            f"{file.parent} is not a folder of shards; build one with `xlstm-data build`"
+            f"{file.parent} is not a folder of shards; build one with `python -m data_prep build`"
         )
     try:
         raw = read_file(file, LIMITS.shard_manifest, links=True)
     except FileNotFoundError:
         raise ShardFormatError(
             f"{file} does not exist: the build is unfinished or this is another folder; "
-            "run `xlstm-data build` (again) with this --out, it keeps finished shards"
+            "run `python -m data_prep build` (again) with this --out, it keeps finished shards"
         ) from None
     except OSError as error:
         raise ShardFormatError(f"{file} cannot be read: {error}") from error
@@ -213,7 +211,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ShardFormatError(
             f"{file} is not valid JSON ({error}): it is damaged; restore it, or delete it and "
-            "run `xlstm-data build` again, which keeps finished shards"
+            "run `python -m data_prep build` again, which keeps finished shards"
         ) from None
     if fields.get("format") != FORMAT or fields.get("version") != VERSION:
         raise ShardFormatError(
@@ -223,7 +221,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     if fields.get("checksum") != _digest(fields, "checksum"):
         raise ShardFormatError(
             f"{file} does not match its checksum: it was edited or damaged; restore it, or delete "
-            "it and run `xlstm-data build` again, which keeps finished shards"
+            "it and run `python -m data_prep build` again, which keeps finished shards"
         )
     try:
         manifest = Manifest.model_validate(fields)

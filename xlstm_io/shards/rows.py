@@ -1,9 +1,7 @@
 """Rows of tokens in a block: where documents begin, what is padding, and which positions count.
 
-Segments and flags: see ``xlstm_io.shards.shard``.
+Segments and flags: see `xlstm_io.shards.shard`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,30 +14,48 @@ NO_DOCUMENT = (1 << 32) - 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Little-endian storage type of ids below ``vocab_size``."""
+    """Little-endian storage type of ids below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 65_535 else np.dtype("<u4")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Packed rows: tokens [rows, row_tokens]; offsets [rows + 1] into segments (uint32)."""
+    """A block of packed rows.
+
+    Attributes:
+        tokens: `[rows, row_tokens]`, of the stored type.
+        offsets: uint32 `[rows + 1]`: the segments of row r are `offsets[r]` to `offsets[r + 1]`.
+        segments: uint32, `position | flags` of each segment.
+        documents: uint32. best_fit: the document of each segment (NO_DOCUMENT: padding). concat:
+            empty.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
     segments: np.ndarray
     documents: np.ndarray
-    """best_fit: the document of each segment (NO_DOCUMENT: padding). concat: empty."""
 
     def doc_bytes(self) -> bytes:
-        """Payload of the ``.doc`` member."""
+        """Payload of the `.doc` member."""
         parts = np.concatenate([self.offsets, self.segments, self.documents])
         return parts.astype("<u4", copy=False).tobytes()
 
+    def segment_rows(self) -> np.ndarray:
+        """The row of each segment, int64 `[segments]`."""
+        offsets = self.offsets.astype(np.int64)
+        return np.repeat(np.arange(len(self.tokens)), offsets[1:] - offsets[:-1])
 
-def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype) -> Block:
-    """Turn the payloads of a ``.tok`` and a ``.doc`` member back into a Block.
 
-    Also the decoder for samples of a plain ``webdataset`` pipeline. ``dtype``: the manifest's.
+def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype: np.dtype | str) -> Block:
+    """Turn the payloads of a `.tok` and a `.doc` member back into a Block.
+
+    A plain `webdataset` pipeline decodes its samples with it, too.
+
+    Args:
+        tok: payload of the `.tok` member.
+        doc: payload of the `.doc` member.
+        row_tokens: tokens of a row.
+        dtype: stored token type, as the manifest names it.
     """
     tokens = np.frombuffer(tok, np.dtype(dtype).newbyteorder("<")).reshape(-1, row_tokens)
     numbers = np.frombuffer(doc, "<u4")
@@ -55,13 +71,13 @@ def row_masks(
 
     Args:
         rows: for each segment, which row (0-based) it belongs to.
-        segments: ``position | flags`` of each.
+        segments: `position | flags` of each.
         shape: (number of rows, seq_len).
 
     Returns:
         loss_mask float32 [rows, seq_len], 0 where the target belongs to another document or is
         padding; boundaries bool [rows, seq_len], True at the first token of a document or of a
-        piece of one that another document precedes in the row.
+        document part that another document precedes in the row.
     """
     loss_mask = np.ones(shape, np.float32)
     boundaries = np.zeros(shape, bool)

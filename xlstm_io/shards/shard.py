@@ -1,6 +1,6 @@
 """The shard format, owned here alone: tars of blocks of packed rows, with index and checksums.
 
-Layout of a folder (every path in ``manifest.json`` is relative to it)::
+Layout of a folder (every path in `manifest.json` is relative to it)::
 
     <source>/<split>/shard-00000042.tar       ustar, mtime 0: the same bytes on every build
         b000000.tok   little-endian uint16|uint32 [rows, seq_len + 1]
@@ -11,18 +11,16 @@ Layout of a folder (every path in ``manifest.json`` is relative to it)::
     manifest.json                             written last
 
 A tar member is a block of rows (about 1 MiB), not one sequence: a header per 4 KB costs 25 %.
-Plain ``webdataset`` reads the tars as samples ``{"tok": bytes, "doc": bytes}``; this module also
+Plain `webdataset` reads the tars as samples `{"tok": bytes, "doc": bytes}`; this module also
 finds single rows by offset. Its readers never trust tarfile's end of file, which takes a damaged
 header for the end of the archive: they read what the index lists and compare xxh3.
 
-A *segment* of a row is ``position | flags``: where a document (or padding) starts in the row.
+A *segment* of a row is `position | flags`: where a document (or padding) starts in the row.
 Position 0 always has one; CONTINUATION says that the document began in an earlier row, PADDING
-that the rest of the row is padding. In ``concat`` rows a continuation stands at position 0 and goes
-on from the row before. In ``best_fit`` rows it may stand anywhere: the piece of a cut document
+that the rest of the row is padding. In `concat` rows a continuation stands at position 0 and goes
+on from the row before. In `best_fit` rows it may stand anywhere: the piece of a cut document
 begins with the last token of the piece before, so that no target is lost.
 """
-
-from __future__ import annotations
 
 import bisect
 import io
@@ -31,19 +29,15 @@ import tarfile
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import xxhash
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.shards.manifest import (
-    ShardEntry,
-    place_of,
-)
-from xlstm_io.shards.rows import (
-    Block,
-    parse_block,
-)
+from xlstm_io.shards.manifest import ShardEntry, place_of
+from xlstm_io.shards.rows import Block, parse_block
 from xlstm_io.storage import read_file, temporary_path, write_atomic
 from xlstm_io.untrusted import LIMITS
 
@@ -56,16 +50,16 @@ class CorruptShardError(ShardFormatError):
     Attributes: path; block (None: the whole file); offset in bytes; expected; got.
     """
 
-    def __init__(self, path, block: int | None, offset: int, expected: str, got: str):
+    def __init__(self, path: str | Path, block: int | None, offset: int, expected: str, got: str):
         self.path, self.block, self.offset = str(path), block, offset
         self.expected, self.got = expected, got
         where = "file" if block is None else f"block {block}"
         super().__init__(
             f"{path}: {where} at byte {offset} is damaged: expected {expected}, got {got}; restore "
-            "the file, or delete it and its .idx.npz and run `xlstm-data build` again"
+            "the file, or delete it and its .idx.npz and run `python -m data_prep build` again"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the arguments, so that worker processes can raise it."""
         return type(self), (self.path, self.block, self.offset, self.expected, self.got)
 
@@ -88,13 +82,13 @@ class BlockIndex:
     rows: np.ndarray
 
     def to_bytes(self) -> bytes:
-        """The ``.idx.npz`` file (the same bytes for the same index)."""
+        """The `.idx.npz` file (the same bytes for the same index)."""
         buffer = io.BytesIO()
         np.savez(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
         return buffer.getvalue()
 
     @classmethod
-    def load(cls, path: Path, expected_xxh3: str) -> BlockIndex:
+    def load(cls, path: Path, expected_xxh3: str) -> Self:
         """Read an index file.
 
         Raises:
@@ -122,10 +116,10 @@ class BlockIndex:
 class _HashingFile:
     """A file that is written from front to back, with a running xxh3."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file, self.hash, self.position = file, xxhash.xxh3_64(), 0
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         self.hash.update(data)
         self.position += len(data)
         return self.file.write(data)
@@ -142,8 +136,25 @@ def _member(block: int, suffix: str) -> str:
     return f"b{block:06d}.{suffix}"
 
 
+@dataclass(frozen=True)
+class WrittenShard:
+    """What `ShardEntry` records about the bytes of a shard.
+
+    Attributes:
+        rows: rows in all blocks.
+        bytes: size of the tar.
+        xxh3: hash of the tar.
+        index_xxh3: hash of the index file.
+    """
+
+    rows: int
+    bytes: int
+    xxh3: str
+    index_xxh3: str
+
+
 class ShardWriter:
-    """Writes one tar and its index; nothing appears under the final names before ``close``.
+    """Writes one tar and its index; nothing appears under the final names before `close`.
 
     Use as a context manager: leaving it with an exception removes the unfinished file.
     """
@@ -170,8 +181,8 @@ class ShardWriter:
         doc = self._add(_member(number, "doc"), block.doc_bytes())
         self._entries.append((*tok, *doc, len(block.tokens)))
 
-    def close(self) -> dict[str, str | int]:
-        """Finish both files; the ``ShardEntry`` fields that depend on bytes, without the paths."""
+    def close(self) -> WrittenShard:
+        """Finish both files and let them appear under their names."""
         end = 2 * tarfile.BLOCKSIZE  # the end of an archive, then up to a whole record
         self._hashing.write(bytes(end + -(self._hashing.position + end) % tarfile.RECORDSIZE))
         self._file.flush()
@@ -182,24 +193,29 @@ class ShardWriter:
         raw = index.to_bytes()
         write_atomic(index_path(self.path), raw)
         os.replace(self._temporary, self.path)
-        return {
-            "rows": int(index.rows.sum()),
-            "bytes": self._hashing.position,
-            "xxh3": self._hashing.hash.hexdigest(),
-            "index_xxh3": xxhash.xxh3_64_hexdigest(raw),
-        }
+        return WrittenShard(
+            rows=int(index.rows.sum()),
+            bytes=self._hashing.position,
+            xxh3=self._hashing.hash.hexdigest(),
+            index_xxh3=xxhash.xxh3_64_hexdigest(raw),
+        )
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is not None:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
 def index_path(tar: Path) -> Path:
-    """``shard-00000042.tar`` -> ``shard-00000042.idx.npz``."""
+    """`shard-00000042.tar` -> `shard-00000042.idx.npz`."""
     return tar.with_suffix("").with_suffix(".idx.npz")
 
 
@@ -225,7 +241,7 @@ class ShardReader:
         root: Path,
         entry: ShardEntry,
         row_tokens: int,
-        dtype,
+        dtype: np.dtype | str,
         checked: bytearray | None = None,
     ):
         self.path = place_of(root, entry.path)
@@ -275,14 +291,14 @@ class ShardReader:
         return parse_block(tok, doc, self.row_tokens, self.dtype)
 
     def row(self, number: int, out: np.ndarray) -> np.ndarray:
-        """Read one row's tokens into ``out`` [row_tokens] (of the stored type); its segments."""
+        """Read one row's tokens into `out` [row_tokens] (of the stored type); its segments."""
         block = self.block_of(number)
         if not self.checked[block]:
             self.block(block)
         local = number - self._first_row[block]
         offset = self._offsets[block] + local * self._row_bytes
         try:
-            size = os.preadv(self._fd, [out], offset)
+            size = os.preadv(self._fd, [out.data], offset)
         except OSError as error:
             raise self._unreadable(block, offset, self._row_bytes, error) from None
         if size != self._row_bytes:
@@ -311,14 +327,16 @@ class ShardReader:
         got = f"the end of the file at {os.fstat(self._fd).st_size}"
         return CorruptShardError(self.path, block, offset, f"{size} bytes", got)
 
-    def _verified(self, block: int, suffix: str, off, size, xxh3) -> bytes:
+    def _verified(
+        self, block: int, suffix: str, offsets: np.ndarray, sizes: np.ndarray, hashes: np.ndarray
+    ) -> bytes:
         """A member's payload; its header, hash and padding are those that were written."""
-        offset, size = int(off[block]), int(size[block])
+        offset, size = int(offsets[block]), int(sizes[block])
         header = _tar_header(_member(block, suffix), size)
         padded = size + -size % tarfile.BLOCKSIZE
         data = self._read(block, offset - len(header), len(header) + padded)
         payload = memoryview(data)[len(header) : len(header) + size]
-        got, expected = xxhash.xxh3_64_intdigest(payload), int(xxh3[block])
+        got, expected = xxhash.xxh3_64_intdigest(payload), int(hashes[block])
         if got != expected:
             raise CorruptShardError(
                 self.path, block, offset, f"xxh3 {expected:016x}", f"xxh3 {got:016x}"

@@ -1,0 +1,119 @@
+"""The state of a build in `OUT/_work`: what it was begun with, and what of it is there."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.build.scan import FileScan, InputFile, load_scan, scan_path
+from data_prep.config import BuildConfig
+from data_prep.sources.files import absolute
+from xlstm_io.errors import PrepError, ShardFormatError
+from xlstm_io.shards.manifest import Manifest, load_manifest
+from xlstm_io.shards.shard import check_size
+from xlstm_io.storage import write_atomic
+
+STATE_NAME = "build.json"
+
+
+@dataclass(frozen=True)
+class BuildState:
+    """What a build was begun with. The names are the keys of the file.
+
+    Attributes:
+        settings: what the contents of the shards depend on, besides the corpus.
+        corpus: digest of all texts in order, see `plan.corpus_digest`.
+        stamps: fingerprint of each input file.
+        files: path and source of each input file, in the order of the plan.
+        config: the whole configuration.
+    """
+
+    settings: dict[str, Any]
+    corpus: str
+    stamps: list[list]
+    files: list[list[str]]
+    config: dict[str, Any]
+
+    @property
+    def build_config(self) -> BuildConfig:
+        """The configuration, checked."""
+        return BuildConfig.model_validate(self.config)
+
+    def input_files(self) -> list[InputFile]:
+        """The input files, in the order of the plan."""
+        fields = {source.name: source.fields for source in self.build_config.all_sources()}
+        return [InputFile(path, source, fields[source]) for path, source in self.files]
+
+    def stored_scans(self, out: Path) -> list[FileScan | None]:
+        """The stored scan of each input file; None where it is gone."""
+        filters, work = self.build_config.filters(), out / "_work"
+        pairs = zip(self.input_files(), self.stamps, strict=True)
+        return [load_scan(scan_path(file, stamp, filters, work)) for file, stamp in pairs]
+
+
+def load_state(out: Path) -> BuildState | None:
+    """The state of the build in `out`; None when no build was begun there.
+
+    Raises:
+        PrepError: the file is damaged.
+    """
+    path = out / "_work" / STATE_NAME
+    try:
+        stored = json.loads(path.read_bytes())
+        return BuildState(
+            stored["settings"],
+            stored["corpus"],
+            stored["stamps"],
+            stored["files"],
+            stored["config"],
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise PrepError(f"{path} is damaged; delete {out} or choose another --out") from None
+
+
+def save_state(
+    out: Path,
+    config: BuildConfig,
+    settings: dict[str, Any],
+    corpus: str,
+    files: list[InputFile],
+    fingerprints: list[list],
+) -> None:
+    """Write the state of a build whose plan is made; later jobs and runs continue from it."""
+    names = [[absolute(file.path), file.source] for file in files]
+    state = BuildState(settings, corpus, fingerprints, names, config.model_dump())
+    write_atomic(out / "_work" / STATE_NAME, json.dumps(asdict(state), indent=1).encode() + b"\n")
+
+
+def check_same_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Check that `out` was begun with these settings.
+
+    Raises:
+        PrepError: it was not; the message lists the differences.
+    """
+    changed = [
+        f"{key} {stored.get(key)} -> {value}"
+        for key, value in settings.items()
+        if stored.get(key) != value
+    ]
+    if changed:
+        raise PrepError(
+            f"{out} holds shards of other settings ({', '.join(changed)}); nothing was "
+            "overwritten: choose another --out, or delete the folder"
+        )
+
+
+def finished_manifest(out: Path) -> Manifest | None:
+    """The manifest of a finished build whose shards are all there, else None."""
+    try:
+        manifest = load_manifest(out)
+        for split in ("train", "valid"):
+            for entry in manifest.shards(split):
+                check_size(manifest.root, entry)
+                if not manifest.place(entry.index).exists():
+                    return None
+        return manifest if manifest.tokenizer_path.exists() else None
+    except ShardFormatError:
+        return None
