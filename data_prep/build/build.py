@@ -22,7 +22,7 @@ from data_prep.build.state import check_same_settings, finished_manifest, load_s
 from data_prep.config import BuildConfig, JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import available_cpus, run_tasks
-from data_prep.sources.files import expand_inputs, file_stamp
+from data_prep.sources.files import expand_inputs, file_fingerprint
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
 from xlstm_io.storage import write_atomic
@@ -44,13 +44,13 @@ def build(config: BuildConfig) -> Manifest | None:
     out, share, workers = Path(config.out), _share(config), config.workers or available_cpus()
     tokenizer, files = _open_tokenizer(config.tokenizer), _input_files(config)
     settings = {**config.settings(), "tokenizer": tokenizer.sha256}
-    fingerprints = [file_stamp(file.path) for file in files]
+    fingerprints = [file_fingerprint(file.path) for file in files]
 
     state = load_state(out)
     if state is not None:
         check_same_settings(out, state.settings, settings)
         manifest = finished_manifest(out)
-        if manifest is not None and state.stamps == fingerprints:
+        if manifest is not None and state.fingerprints == fingerprints:
             say(f"{out} is finished and its inputs are unchanged: nothing to do")
             return manifest
     elif (out / MANIFEST_NAME).exists():

@@ -74,7 +74,7 @@ class Corpus:
 
     Attributes:
         files: in the order of the plan.
-        fingerprints: of each file, see `files.file_stamp`.
+        fingerprints: of each file, see `files.file_fingerprint`.
         scans: of each file.
         plan: what goes into which shard.
         digest: see `corpus_digest`.

@@ -15,7 +15,7 @@ import xxhash
 from data_prep.config import JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Tick, run_tasks
-from data_prep.sources.files import file_size, file_stamp
+from data_prep.sources.files import file_fingerprint, file_size
 from data_prep.sources.filters import TextFilters
 from data_prep.sources.readers import (
     QUOTED_MALFORMED,
@@ -200,7 +200,7 @@ def scan_files(
     Raises:
         PrepError: a file cannot be read.
     """
-    paths = [scan_path(file, file_stamp(file.path), filters, work) for file in files]
+    paths = [scan_path(file, file_fingerprint(file.path), filters, work) for file in files]
     stored = [load_scan(path) for path in paths]
     todo = [n for n in _order(len(files), share) if stored[n] is None]
     scans = {number: scan for number, scan in enumerate(stored) if scan is not None}

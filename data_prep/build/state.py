@@ -1,7 +1,7 @@
 """The state of a build in `OUT/_work`: what it was begun with, and what of it is there."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ STATE_NAME = "build.json"
 
 @dataclass(frozen=True)
 class BuildState:
-    """What a build was begun with. The names are the keys of the file.
+    """What a build was begun with.
 
     Attributes:
         settings: what the contents of the shards depend on, besides the corpus.
         corpus: digest of all texts in order, see `plan.corpus_digest`.
-        stamps: fingerprint of each input file.
+        fingerprints: of each input file; `stamps` in the file.
         files: path and source of each input file, in the order of the plan.
         config: the whole configuration.
     """
 
     settings: dict[str, Any]
     corpus: str
-    stamps: list[list]
+    fingerprints: list[list]
     files: list[list[str]]
     config: dict[str, Any]
 
@@ -47,8 +47,8 @@ class BuildState:
     def stored_scans(self, out: Path) -> list[FileScan | None]:
         """The stored scan of each input file; None where it is gone."""
         filters, work = self.build_config.filters(), out / "_work"
-        pairs = zip(self.input_files(), self.stamps, strict=True)
-        return [load_scan(scan_path(file, stamp, filters, work)) for file, stamp in pairs]
+        pairs = zip(self.input_files(), self.fingerprints, strict=True)
+        return [load_scan(scan_path(*pair, filters, work)) for pair in pairs]
 
 
 def load_state(out: Path) -> BuildState | None:
@@ -83,8 +83,14 @@ def save_state(
 ) -> None:
     """Write the state of a build whose plan is made; later jobs and runs continue from it."""
     names = [[absolute(file.path), file.source] for file in files]
-    state = BuildState(settings, corpus, fingerprints, names, config.model_dump())
-    write_atomic(out / "_work" / STATE_NAME, json.dumps(asdict(state), indent=1).encode() + b"\n")
+    stored = {
+        "settings": settings,
+        "corpus": corpus,
+        "stamps": fingerprints,
+        "files": names,
+        "config": config.model_dump(),
+    }
+    write_atomic(out / "_work" / STATE_NAME, json.dumps(stored, indent=1).encode() + b"\n")
 
 
 def check_same_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

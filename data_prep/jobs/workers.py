@@ -1,7 +1,7 @@
 """Runs independent tasks in this process or in several, with shared progress and a clean stop.
 
-Results must not depend on the number of workers: tasks share nothing but a counter of bytes done
-and a flag that asks them to stop.
+Results do not depend on the number of workers: tasks share only a counter of bytes done and a flag
+that asks them to stop.
 """
 
 import multiprocessing

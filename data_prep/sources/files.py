@@ -1,4 +1,4 @@
-"""Input files by local path or URL: finding, stamping, opening and decompressing them.
+"""Input files by local path or URL: finding, fingerprinting, opening and decompressing them.
 
 A local file is named by its plain path, anything else by an fsspec URL (``s3://bucket/a.jsonl.zst``,
 ``memory://a.txt``, ``zip://*.jsonl::archive.zip``); the protocol's own package must be installed.
@@ -193,7 +193,7 @@ def file_size(path: str) -> int:
         return fs.info(name).get("size") or 0
 
 
-def file_stamp(path: str) -> list:
+def file_fingerprint(path: str) -> list:
     """What tells cheaply that a file is unchanged: path, size, modification time or tag."""
     if not is_remote(path):
         stat = os.stat(path)

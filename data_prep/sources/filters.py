@@ -1,6 +1,6 @@
 """What is left out before packing: simple rules on a text, and functions of the user's own.
 
-Every rule looks at one text alone, so a verdict does not depend on order, files or workers.
+Every rule looks at one text alone, so its verdict does not depend on order, files or workers.
 """
 
 import hashlib
@@ -20,19 +20,24 @@ KEPT, EMPTY = 0, 1  # the first two verdicts; the filters' follow
 
 @dataclass(frozen=True)
 class TextFilters:
-    """Rules; the defaults keep every text. Shares are between 0 and 1."""
+    """Rules for leaving texts out; the defaults keep every text. Shares are between 0 and 1.
+
+    Attributes:
+        min_chars: fewest characters.
+        max_chars: most characters; 0: no limit.
+        min_letter_share: fewest letters among the characters that are not white space.
+        max_repeated_line_share: most lines that repeat an earlier line of the text, among the lines
+            that are not blank.
+        max_mean_word_chars: longest mean of the words' lengths; 0: no limit.
+        functions: `module:function`, called with the text; true keeps it.
+    """
 
     min_chars: int = 0
     max_chars: int = 0
-    """0: no limit."""
     min_letter_share: float = 0.0
-    """Letters among the characters that are not white space."""
     max_repeated_line_share: float = 1.0
-    """Lines that repeat an earlier line of the text, among the lines that are not blank."""
     max_mean_word_chars: float = 0.0
-    """0: no limit."""
     functions: tuple[str, ...] = ()
-    """`module:function`, called with the text; true keeps it."""
 
     @property
     def reasons(self) -> list[str]:

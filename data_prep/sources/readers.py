@@ -1,9 +1,9 @@
 """Documents out of files: jsonl, parquet, Hugging Face datasets saved to disk (arrow), text.
 
-A record is numbered by its place in the file (line, table row, piece of a text), good or not, so
-that "record 17 of this file" means the same in every pass and can be found without parsing the
-others. What cannot be a document comes out as `Malformed` with file and line: counting and
-deciding is the caller's business.
+A record is numbered by its place in the file (line, table row, part of a text), good or not. So
+"record 17 of this file" means the same in every pass and can be found without parsing the others.
+What cannot be a document comes out as `Malformed` with file and line; the caller counts them and
+decides.
 """
 
 import itertools
@@ -29,14 +29,18 @@ TextSplit = Literal["file", "lines", "paragraphs"]
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the documents are within a file."""
+    """Where the documents are within a file.
+
+    Attributes:
+        text: key (jsonl) or column (parquet, arrow) of the text.
+        id: key or column of the document's name; file and record where there is none.
+        split: what of a text file is a document: all of it, each line, or what blank lines
+            separate.
+    """
 
     text: str = "text"
-    """Key (jsonl) or column (parquet, arrow) of the text."""
     id: str = "id"
-    """Key or column of the document's name; file and record where there is none."""
     split: TextSplit = "file"
-    """What of a text file is a document: all of it, each line, or what blank lines separate."""
 
 
 DEFAULT_FIELDS = Fields()
@@ -44,10 +48,14 @@ DEFAULT_FIELDS = Fields()
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its place: `record` is its number in the file, from 0.
+    """One text with its place.
 
-    `offset` is where it starts in an uncompressed file of lines (bytes), else 0: reading may
-    begin there, see `read_documents`.
+    Attributes:
+        record: its number in the file, from 0.
+        id: its name, for messages.
+        text: the text.
+        offset: byte at which it starts in an uncompressed file of lines, else 0; reading may begin
+            there, see `read_documents`.
     """
 
     record: int
@@ -58,7 +66,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Malformed:
-    """A record that is not a document; `where` is file:line (or file:row), both from 1."""
+    """A record that is not a document.
+
+    Attributes:
+        record: its number in the file, from 0.
+        where: file:line or file:row, counted from 1.
+        reason: why it is not a document.
+    """
 
     record: int
     where: str

@@ -13,7 +13,7 @@ import xxhash
 import zstandard
 
 from data_prep.jobs.progress import Progress, say
-from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_size, file_stamp
+from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_fingerprint, file_size
 from data_prep.sources.readers import (
     DEFAULT_FIELDS,
     QUOTED_MALFORMED,
@@ -69,7 +69,7 @@ def collect(
     corpus, record = out / CORPUS_NAME, out / _RECORD_NAME
     if inputs:
         paths = expand_inputs(inputs)
-        identity = repr([fields, [file_stamp(path) for path in paths]]).encode()
+        identity = repr([fields, [file_fingerprint(path) for path in paths]]).encode()
         settings = {"input": "files", "digest": xxhash.xxh3_128_hexdigest(identity)}
         provenance = {"origin": "files given by --input", "licence": "as stated by their owner"}
         documents = _from_files(paths, fields)
@@ -112,7 +112,8 @@ def collect(
             )
         noted = {**provenance, "documents": counts.documents, "bytes": counts.bytes}
         write_atomic(out / PROVENANCE_NAME, json.dumps(noted, indent=1).encode() + b"\n")
-        # The record comes first: a corpus without it is somebody else's and never overwritten.
+        # The record is written first: a corpus without one was made by something else, and is
+        # never overwritten.
         done = {"settings": settings, "size": file.tell()}
         write_atomic(record, json.dumps(done).encode() + b"\n")
     if counts.skipped > QUOTED_MALFORMED:
@@ -126,7 +127,11 @@ def collect(
 
 
 def _finished(record: Path, corpus: Path, settings: dict) -> bool:
-    """Whether `corpus` is there already; one of other inputs is an error."""
+    """Whether `corpus` is there already.
+
+    Raises:
+        PrepError: it is, but it was made from other inputs, changed, or not made by this command.
+    """
     try:
         done = json.loads(record.read_bytes())
         same_size = corpus.stat().st_size == done["size"]

@@ -1,8 +1,8 @@
 """Joins what was built apart: the jobs of one build, or finished folders with sources of their own.
 
-The jobs of an array share one plan, so their result is that of a single job, duplicates included
-(`merge_jobs`). Finished folders were planned apart; they are joined when no document is in two of
-them. Their files are linked, not copied, where the file system can.
+The jobs of an array share one plan, so their result is that of a single job, with duplicates
+dropped (`merge_jobs`). Finished folders were planned apart; they are joined when no document is in
+two of them. Their files are linked instead of copied where the file system can.
 """
 
 import hashlib
@@ -184,7 +184,7 @@ def stored_corpus(out: Path, state: BuildState) -> Corpus | None:
     scans = [scan for scan in stored if scan is not None]
     if len(scans) < len(stored):
         return None
-    return plan_build(out, state.build_config, state.input_files(), state.stamps, scans)
+    return plan_build(out, state.build_config, state.input_files(), state.fingerprints, scans)
 
 
 def kept_hashes(out: Path) -> Iterator[np.ndarray]:

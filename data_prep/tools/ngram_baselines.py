@@ -1,4 +1,4 @@
-"""What simple models reach on the validation tokens: numbers to read a training loss against.
+"""What simple models reach on the validation tokens, to compare a training loss with.
 
 All are in nats per token, estimated on the train split and averaged over exactly the targets that
 the loss counts: never across documents, never padding. With c(u, v) the count of target v after
@@ -142,8 +142,8 @@ def evaluate_models(
     """Mean negative log probability of `valid` pairs under the three models.
 
     Args:
-        pairs: distinct training pairs (token * V + target, ascending).
-        counts: how often each of them occurs.
+        pairs: distinct training pairs (token * V + target), ascending.
+        counts: how often each occurs.
         valid: validation pairs, repeated as they occur.
         vocab_size: V.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from data_prep.jobs.progress import Progress, say
-from data_prep.sources.files import expand_inputs, file_size, file_stamp
+from data_prep.sources.files import expand_inputs, file_fingerprint, file_size
 from data_prep.sources.readers import (
     DEFAULT_FIELDS,
     Fields,
@@ -36,8 +36,11 @@ _LINE_BREAKS = re.compile("[\n\t]")  # the trainer skips whole lines that contai
 def sample_texts(paths: list[str], fields: Fields, max_bytes: int) -> tuple[list[str], int, int]:
     """A sample of the documents of at most `max_bytes` that depends on their texts alone.
 
-    Documents with the smallest hashes are kept (a uniform sample in one pass and bounded memory);
-    when all fit, all are kept. Returns (texts in order of hash, documents read, bytes read).
+    Documents with the smallest hashes are kept: a uniform sample in one pass and bounded memory.
+    When all fit, all are kept.
+
+    Returns:
+        Texts in order of their hashes, documents read, bytes read.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top: hashes are stored negated
     limit = 1 << 64  # hashes from here on do not fit
@@ -80,8 +83,17 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a model on `inputs` and write it with its settings to the folder `out`.
 
-    `special_tokens` get ids of their own that no text ever yields. Deterministic. A folder
-    with the same settings and inputs is left as it is.
+    The same inputs and settings give the same model. A folder that has it already is left as it
+    is.
+
+    Args:
+        inputs: files, folders, globs or URLs.
+        out: the folder.
+        vocab_size: number of pieces, with bytes and special symbols.
+        model_type: "bpe" or "unigram".
+        sample_mb: largest sample to train on, in megabytes.
+        special_tokens: get ids of their own that no text yields.
+        fields: where the documents are within a file.
 
     Raises:
         PrepError: bad inputs, a corpus too small for the vocabulary, or a folder that holds
@@ -96,10 +108,10 @@ def train_tokenizer(
         "sample_mb": sample_mb,
         "special_tokens": list(special_tokens),
     }
-    stamps = [file_stamp(path) for path in paths]
+    fingerprints = [file_fingerprint(path) for path in paths]
     stored = _stored_info(out, settings)
     finished = stored is not None and (out / MODEL_NAME).exists()
-    if finished and stored is not None and stored["inputs"] == stamps:
+    if finished and stored is not None and stored["inputs"] == fingerprints:
         say(f"{out / MODEL_NAME} is finished and its inputs are unchanged: nothing to do")
         return open_tokenizer(out / MODEL_NAME)
 
@@ -120,12 +132,13 @@ def train_tokenizer(
     model = _train(texts, vocab_size, model_type, sampled, special_tokens)
     info = {
         "settings": settings,
-        "inputs": stamps,
+        "inputs": fingerprints,
         "corpus": digest.hexdigest(),
         "sha256": hashlib.sha256(model).hexdigest(),
         "documents": documents,
     }
-    # The info comes first: a model without it is somebody else's and never overwritten.
+    # The info is written first: a model without one was made by something else, and is never
+    # overwritten.
     write_atomic(out / INFO_NAME, json.dumps(info, indent=1).encode() + b"\n")
     write_atomic(out / MODEL_NAME, model)
     tokenizer = open_tokenizer(out / MODEL_NAME)
@@ -235,10 +248,11 @@ def adopt_tokenizer(
         path: the model file, or the folder with `tokenizer.json`.
         out: folder of its own.
         bos_token: for a Hugging Face tokenizer that names none: a token of its vocabulary.
-        eos_token: in the same way.
+        eos_token: likewise.
 
     Raises:
-        PrepError: not a usable tokenizer, or `out` holds another one.
+        TokenizerFileError: not a usable tokenizer.
+        PrepError: `out` holds another one.
     """
     config_file = path / HF_CONFIG_NAME
     if (path / HF_NAME).exists():

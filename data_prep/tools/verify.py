@@ -20,9 +20,14 @@ _CHUNK = 1 << 22
 def verify(out: Path, *, full: bool = False) -> Manifest:
     """Check a folder; print every problem and raise at the end if there was one.
 
-    Always: the manifest's checksum, the tokenizer's hash, size and index of every shard. `full`
-    also: the hash of every tar and of every block, the tar's member names (what a plain webdataset
-    reader sees), ids below the vocabulary, row structure, and the counts of the manifest.
+    It always checks the manifest's checksum, the tokenizer's hash, and size and index of every
+    shard. `full` adds the hash of every tar and of every block, the tar's member names (what a
+    plain webdataset reader sees), ids below the vocabulary, row structure, and the counts of the
+    manifest.
+
+    Args:
+        out: folder of shards.
+        full: read and hash every byte.
 
     Raises:
         PrepError: something is wrong.

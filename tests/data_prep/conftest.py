@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_prep.helpers import make_texts, run, write_jsonl
+from tests.data_prep.small_corpus import make_texts, run, write_jsonl
 
 
 @pytest.fixture(scope="session")

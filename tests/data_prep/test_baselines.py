@@ -8,7 +8,7 @@ import pytest
 
 import data_prep.tools.ngram_baselines
 from data_prep.tools.ngram_baselines import count_pairs, evaluate_models
-from tests.data_prep.helpers import documents_of, run
+from tests.data_prep.small_corpus import documents_of, run
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.tokenizer import open_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 import data_prep.build.build
 from data_prep.build.encode import shard_path
 from data_prep.build.pack import BestFitPacker, ConcatPacker, as_stored
-from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
+from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.errors import Interrupted
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.shards.shard import ShardWriter
@@ -255,7 +255,7 @@ def test_golden_shard(packing, tmp_path):
 
 
 def kill_soon(delay: float, command: list[str], out) -> bool:
-    """Start a build and kill -9 its process group ``delay`` seconds after it began to write.
+    """Start a build and kill -9 its process group `delay` seconds after it began to write.
 
     Returns whether it was still running.
     """

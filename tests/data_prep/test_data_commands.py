@@ -8,7 +8,7 @@ from data_prep.jobs import progress
 from data_prep.sources.readers import read_documents
 from data_prep.tools import collect as collect_module
 from data_prep.tools.collect import library_files
-from tests.data_prep.helpers import run, write_jsonl
+from tests.data_prep.small_corpus import run, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 
 

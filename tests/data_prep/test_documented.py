@@ -8,7 +8,7 @@ from pathlib import Path
 
 import zstandard
 
-from tests.data_prep.helpers import make_texts, run, tree_bytes, write_jsonl
+from tests.data_prep.small_corpus import make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 def test_documented_commands_in_order(tmp_path, monkeypatch):
     text = (ROOT / "docs/data.md").read_text()
     section = text.split("## Preparing data")[1].split("\n## ")[0]
-    (config,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.S)
-    (block,) = re.findall(r"```sh\n(.*?)```", section, flags=re.S)
+    (config,) = re.findall(r"``yaml\n(.*?)``", section, flags=re.S)
+    (block,) = re.findall(r"``sh\n(.*?)``", section, flags=re.S)
     commands = [shlex.split(line) for line in block.splitlines()]
     monkeypatch.chdir(tmp_path)
     for name in ("books", "web"):

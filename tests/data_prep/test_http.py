@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.sources.files import expand_inputs, file_stamp
+from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.readers import read_documents
-from tests.data_prep.helpers import run, tree_bytes, write_jsonl
-from tests.web import serve
+from tests.data_prep.small_corpus import run, tree_bytes, write_jsonl
+from tests.http_server import serve
 from xlstm_io.errors import PrepError
 
 
@@ -60,8 +60,8 @@ def test_a_changed_file_of_the_same_size_is_noticed(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
     with serve(tmp_path) as (url, _):
-        stamps = []
+        fingerprints = []
         for seconds in (10**9, 10**9 + 100):
             os.utime(file, (seconds, seconds))
-            stamps.append(file_stamp(f"{url}/a.txt"))
-        assert stamps[0] != stamps[1]
+            fingerprints.append(file_fingerprint(f"{url}/a.txt"))
+        assert fingerprints[0] != fingerprints[1]

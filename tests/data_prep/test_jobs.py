@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_prep.build.plan
-from tests.data_prep.helpers import documents_of, make_texts, run, tree_bytes, write_jsonl
+from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 
 

@@ -76,21 +76,21 @@ def test_no_document_no_block():
     assert pack([], 4, 2)[1] == []
 
 
-def pieces_by_definition(docs, seq_len):
-    """(document, continues, tokens) of every piece: cuts only where a document exceeds a row."""
-    pieces = []
+def parts_by_definition(docs, seq_len):
+    """(document, continues, tokens) of every part: only documents longer than a row are cut."""
+    parts = []
     for number, doc in enumerate(docs):
         tokens = [BOS, *doc, EOS]
         for first in range(0, len(tokens) - 1, seq_len):
-            pieces.append((number, first > 0, tuple(tokens[first : first + seq_len + 1])))
-    return sorted(pieces)
+            parts.append((number, first > 0, tuple(tokens[first : first + seq_len + 1])))
+    return sorted(parts)
 
 
 @pytest.mark.parametrize("seq_len", [2, 5, 16])
 @pytest.mark.parametrize("block_rows", [1, 7, 1000])
 @pytest.mark.parametrize("buffer", [3, 20, 10_000])
-def test_best_fit_rows_hold_each_piece_once(seq_len, block_rows, buffer, monkeypatch):
-    monkeypatch.setattr("data_prep.build.pack._BUFFER_PIECES", buffer)
+def test_best_fit_rows_hold_each_document_part_once(seq_len, block_rows, buffer, monkeypatch):
+    monkeypatch.setattr("data_prep.build.pack._BUFFER_PARTS", buffer)
     monkeypatch.setattr("data_prep.build.pack._OPEN_ROWS", 2)
     rng = np.random.default_rng(seq_len + buffer)
     docs = [rng.integers(4, 99, rng.integers(0, 3 * seq_len)).tolist() for _ in range(60)]
@@ -122,7 +122,7 @@ def test_best_fit_rows_hold_each_piece_once(seq_len, block_rows, buffer, monkeyp
                 expected_boundaries[number, start] = start > 0 or not continues
         assert (mask == expected_mask).all() and (boundaries == expected_boundaries).all()
         targets += int(mask.sum())
-    assert sorted(found) == pieces_by_definition(docs, seq_len)
+    assert sorted(found) == parts_by_definition(docs, seq_len)
     assert packer.tokens == sum(len(doc) + 2 for doc in docs)
     assert targets == packer.tokens - packer.docs
     assert pad == packer.pad_tokens

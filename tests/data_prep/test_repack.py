@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import data_prep.tools.repack
-from tests.data_prep.helpers import documents_of, run, tree_bytes
+from tests.data_prep.small_corpus import documents_of, run, tree_bytes
 from xlstm_io.errors import Interrupted
 from xlstm_io.shards.manifest import load_manifest
 

@@ -8,7 +8,7 @@ import pytest
 import webdataset as wds
 
 import data_prep
-from tests.data_prep.helpers import run
+from tests.data_prep.small_corpus import run
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
 from xlstm_io.shards.rows import parse_block

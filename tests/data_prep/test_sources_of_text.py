@@ -1,4 +1,4 @@
-"""Remote files, Hugging Face datasets on disk, text in pieces, adopted tokenizers."""
+"""Remote files, Hugging Face datasets on disk, text in parts, adopted tokenizers."""
 
 import gzip
 import json
@@ -10,9 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.sources.files import expand_inputs, file_stamp
+from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.readers import Document, Fields, Malformed, read_documents
-from tests.data_prep.helpers import documents_of, run, save_hf_tokenizer, tree_bytes, write_jsonl
+from tests.data_prep.small_corpus import (
+    documents_of,
+    run,
+    save_hf_tokenizer,
+    tree_bytes,
+    write_jsonl,
+)
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.tokenizer import open_tokenizer
@@ -50,9 +56,9 @@ def test_archives_globs_and_what_changes(memory, tmp_path, corpus, texts):
     assert expand_inputs([url]) == [f"zip://in/one.jsonl::{tmp_path}/a.zip"]
     assert texts_of(expand_inputs([url])[0]) == texts
     memory.pipe("/b/1.txt", b"one")
-    first = file_stamp("memory://b/1.txt")
+    first = file_fingerprint("memory://b/1.txt")
     memory.pipe("/b/1.txt", b"two")
-    assert file_stamp("memory://b/1.txt") != first
+    assert file_fingerprint("memory://b/1.txt") != first
     assert expand_inputs([f"file://{corpus}"]) == [f"file://{corpus}"]
     for url, message in (
         ("memory://nowhere/*.txt", "no file matches"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from tests.data_prep.helpers import make_texts
+from tests.data_prep.small_corpus import make_texts
 from xlstm_io.tokenizer import sentencepiece_model, word_cache
 from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from xlstm_io.tokenizer.word_cache import AWKWARD, WordCache, word_pattern

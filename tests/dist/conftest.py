@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data_prep.helpers import make_texts, run, write_jsonl
+from tests.data_prep.small_corpus import make_texts, run, write_jsonl
 from tests.dist.pool import Pool
 
 

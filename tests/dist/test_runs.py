@@ -12,7 +12,7 @@ from pretrain.checkpoint import CheckpointError, candidates_together, find_lates
 from pretrain.commands.show import show
 from pretrain.config import config_from_dict
 from pretrain.metrics import read_metrics
-from tests import objects
+from tests import fake_object_store
 from tests.dist.training_runs import tiny_run
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.convert import cli as convert
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 
 def train(raw):
     """Exit code, or the message of the error."""
-    objects.register()
+    fake_object_store.register()
     try:
         return pretrain.trainer.main(config_from_dict(raw))
     except CheckpointError as error:
@@ -103,14 +103,14 @@ def test_resume_from_one_process_of_an_object_store(pool, shards, tmp_path, whol
     assert pool(2, train, raw) == [0, 0]
     assert log(tmp_path / "run") == whole
     assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "metrics.jsonl", "summary.json"]
-    objects.register()
+    fake_object_store.register()
     assert f"{url}/step-00000024" in show(url) and "written on  name=megatron" in show(url)
     assert pool(1, export, url, str(tmp_path / "hf")) == [0]
     assert (tmp_path / "hf" / "model.safetensors").stat().st_size > 100_000
 
 
 def export(url, folder):
-    objects.register()
+    fake_object_store.register()
     return convert.main(["to-hf", url, folder])
 
 
@@ -167,7 +167,7 @@ def test_the_self_test_passes_and_leaves_nothing(pool, shards, tmp_path):
 
 
 def registered_self_test(raw, steps):
-    objects.register()
+    fake_object_store.register()
     return self_test(raw, steps)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_prep.helpers import make_texts
+from tests.data_prep.small_corpus import make_texts
 from tests.house.documents import fenced, shell_lines
 
 TUTORIAL = "docs/tutorial.md"

@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.commands.show import show
-from tests import objects
+from tests import fake_object_store
 from xlstm_io.checkpoint.manifest import manifest_checksum
 from xlstm_io.checkpoint.safetensors_stream import hash_file
 from xlstm_io.storage import RemotePath, location
@@ -205,7 +205,7 @@ def test_a_run_never_starts_anew_beside_broken_checkpoints(checkpoint):
 
 @pytest.fixture
 def store(tmp_path):
-    objects.register()
+    fake_object_store.register()
     return f"objects://{tmp_path}/bucket/run"
 
 
@@ -231,13 +231,13 @@ def test_only_the_ranges_that_are_needed_are_downloaded(store):
         TensorSlice(n, tuple(t.shape), (0, 0), t) for n, t in (("big", big), ("small", small))
     ]
     path = save_checkpoint(store, slices, {}, {}, step=1)
-    objects.ObjectStore.bytes_read = 0
+    fake_object_store.ObjectStore.bytes_read = 0
     load_checkpoint(path, [TensorSlice("small", (64, 64), (0, 0), torch.zeros(64, 64))])
-    assert objects.ObjectStore.bytes_read < 50_000
+    assert fake_object_store.ObjectStore.bytes_read < 50_000
     rows = torch.zeros(10, 4096)
     load_checkpoint(path, [TensorSlice("big", (4096, 4096), (1020, 0), rows)])  # in two of them
     assert torch.equal(rows, big[1020:1030])
-    assert objects.ObjectStore.bytes_read < 33 << 20
+    assert fake_object_store.ObjectStore.bytes_read < 33 << 20
 
 
 def test_a_failing_store_is_one_message(store, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_failing_store_is_one_message(store, monkeypatch):
     part = TensorSlice("w", SHAPE, (0, 0), value())
     saver.save([part], {}, {}, step=1)
     saver.wait()
-    monkeypatch.setattr(objects.ObjectStore, "pipe_file", refuse)
+    monkeypatch.setattr(fake_object_store.ObjectStore, "pipe_file", refuse)
     saver.save([part], {}, {}, step=2)
     with pytest.raises(CheckpointError, match=r"RuntimeError: SlowDown.*last good checkpoint is"):
         saver.wait()

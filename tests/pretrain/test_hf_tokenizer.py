@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from pretrain import cli
 from pretrain.checkpoint import read_manifest, resolve
 from pretrain.commands.generate import tokenizer_of
-from tests.data_prep.helpers import make_texts, run, save_hf_tokenizer, write_jsonl
+from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer, write_jsonl
 from tests.dist.training_runs import tiny_run
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert import cli as convert

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from data_prep.tools.repack import stored_documents
 from pretrain.commands.generate import prompt_ids
-from tests.data_prep.helpers import make_texts, run, save_hf_tokenizer, write_jsonl
+from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert.to_hf import _write_tokenizer

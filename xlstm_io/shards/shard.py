@@ -1,4 +1,6 @@
-"""The shard format, owned here alone: tars of blocks of packed rows, with index and checksums.
+"""The shard format: tars of blocks of packed rows, with index and checksums.
+
+Only this module and its neighbours read or write the format.
 
 Layout of a folder (every path in `manifest.json` is relative to it)::
 
@@ -18,8 +20,8 @@ header for the end of the archive: they read what the index lists and compare xx
 A *segment* of a row is `position | flags`: where a document (or padding) starts in the row.
 Position 0 always has one; CONTINUATION says that the document began in an earlier row, PADDING
 that the rest of the row is padding. In `concat` rows a continuation stands at position 0 and goes
-on from the row before. In `best_fit` rows it may stand anywhere: the piece of a cut document
-begins with the last token of the piece before, so that no target is lost.
+on from the row before. In `best_fit` rows it may stand anywhere: a part of a cut document begins
+with the last token of the part before, so that no target is lost.
 """
 
 import bisect
@@ -47,7 +49,12 @@ _TARGET_BLOCK_BYTES = 1 << 20
 class CorruptShardError(ShardFormatError):
     """Bytes of a shard are not those that were written.
 
-    Attributes: path; block (None: the whole file); offset in bytes; expected; got.
+    Attributes:
+        path: the file.
+        block: number of the block; None: the whole file.
+        offset: where, in bytes.
+        expected: what the index or manifest says.
+        got: what is there.
     """
 
     def __init__(self, path: str | Path, block: int | None, offset: int, expected: str, got: str):
@@ -71,7 +78,17 @@ def default_block_rows(row_tokens: int, dtype: np.dtype) -> int:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Where the blocks of one shard lie: arrays of one entry per block."""
+    """Where the blocks of one shard lie: arrays of one entry per block.
+
+    Attributes:
+        off: offset of the `.tok` payload in the tar.
+        size: its bytes.
+        xxh3: its hash.
+        doc_off: offset of the `.doc` payload.
+        doc_size: its bytes.
+        doc_xxh3: its hash.
+        rows: rows of the block.
+    """
 
     off: np.ndarray
     size: np.ndarray
@@ -228,7 +245,8 @@ class ShardReader:
     Args:
         root: the manifest's folder.
         entry: the shard.
-        row_tokens, dtype: the manifest's.
+        row_tokens: tokens of a row, as the manifest says.
+        dtype: stored token type, as the manifest says.
         checked: one byte per block, 1 where it was checked before; a dataset keeps it while it
             closes and opens the shard.
 

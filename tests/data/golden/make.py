@@ -19,7 +19,7 @@ import pretrain.trainer
 from pretrain import layout
 from pretrain.config import load_config
 from pretrain.metrics import read_metrics
-from tests.data_prep.helpers import make_texts, write_jsonl
+from tests.data_prep.small_corpus import make_texts, write_jsonl
 from xlstm_io.checkpoint.manifest import step_folders, step_of_folder
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.checkpoint.safetensors_stream import bytes_of

@@ -12,7 +12,7 @@ from benchmarks.synthetic_shards import write_shards
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings
-from tests.web import serve
+from tests.http_server import serve
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.shards.shard import CorruptShardError
 

@@ -1,4 +1,4 @@
-"""Tiny corpora, running commands, comparing folders."""
+"""Small corpora and tokenizers, commands run on them, and what their shards hold."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def run(*arguments) -> int:
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
-    """Everything a build is judged by: all files but the ledger."""
+    """Everything a build is judged by: all files but the build state."""
     files = (p for p in sorted(root.rglob("*")) if p.is_file())
     relative = ((p.relative_to(root), p) for p in files)
     return {name.as_posix(): p.read_bytes() for name, p in relative if name.parts[0] != "_work"}
@@ -76,7 +76,7 @@ def documents_of(out, split, source=None) -> list[str]:
     """The texts that a split's shards hold, put together again from rows."""
     manifest = load_manifest(out)
     tokenizer = open_tokenizer(manifest.tokenizer_path)
-    join = {"concat": _stream_of_rows, "best_fit": _documents_of_pieces}[manifest.packing]
+    join = {"concat": _stream_of_rows, "best_fit": _documents_of_parts}[manifest.packing]
     found = []
     for entry in manifest.shards(split):
         if source is None or entry.path.split("/")[0] == source:
@@ -107,9 +107,9 @@ def _stream_of_rows(manifest, entry) -> list[list[int]]:
     return found
 
 
-def _documents_of_pieces(manifest, entry) -> list[list[int]]:
+def _documents_of_parts(manifest, entry) -> list[list[int]]:
     reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
-    pieces: dict[int, list[int]] = {}
+    parts: dict[int, list[int]] = {}
     for number in range(reader.num_blocks):
         block = reader.block(number)
         for row, tokens in enumerate(block.tokens.tolist()):
@@ -119,8 +119,8 @@ def _documents_of_pieces(manifest, entry) -> list[list[int]]:
                 if block.documents[i] == NO_DOCUMENT:
                     assert block.segments[i] & PADDING
                     continue
-                known = pieces.setdefault(int(block.documents[i]), [])
+                known = parts.setdefault(int(block.documents[i]), [])
                 assert bool(block.segments[i] & CONTINUATION) == bool(known)
                 assert not known or known[-1] == tokens[start]
                 known += tokens[start + bool(known) : end]
-    return [pieces[number] for number in sorted(pieces)]
+    return [parts[number] for number in sorted(parts)]

@@ -52,7 +52,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(root, *, ranges=True, listing=True):
-    """(URL, server) of the files under ``root``."""
+    """(URL, server) of the files under `root`."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.root, server.ranges, server.listing = root, ranges, listing
     server.torn, server.asked = 0, []
