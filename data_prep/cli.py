@@ -88,9 +88,8 @@ class TrainTokenizer:
     def run(self) -> None:
         """Do it."""
         adopted = self.from_hf or self.from_model
-        if [bool(self.input), self.from_hf is not None, self.from_model is not None].count(
-            True
-        ) != 1:
+        given = [bool(self.input), self.from_hf is not None, self.from_model is not None]
+        if sum(given) != 1:
             raise PrepError("give one of --input (train), --from-hf and --from-model (adopt)")
         if adopted is not None:
             adopt_tokenizer(adopted, self.out, bos_token=self.bos_token, eos_token=self.eos_token)

@@ -2,7 +2,7 @@
 
 Results lie in `OUT/_work/scan`, one table a file; unchanged files are never read again. Jobs of an
 array share the pass without waiting for each other: each starts with files of its own and then
-takes whatever nobody has finished. A file that two jobs scan at once comes out the same.
+takes those that are not finished yet. A file that two jobs scan at once comes out the same.
 """
 
 import json

@@ -42,7 +42,7 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in worker processes only"
     parent.join()
-    os._exit(1)  # the parent was killed: nobody will collect this task
+    os._exit(1)  # the parent was killed: no process will take the result
 
 
 def _worker_tick(amount: int) -> None:
