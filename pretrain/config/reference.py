@@ -112,8 +112,8 @@ def markdown() -> str:
         "Lists and mappings are written as in the file, in one line:",
         "`--optimizer.decay '{norm: true}'`.",
         "",
-        "`xlstm-pretrain check RUN.yaml` says everything that is wrong with a file, and",
-        "`xlstm-pretrain check RUN.yaml --help` lists every key with its value.",
+        "`python -m pretrain check RUN.yaml` says everything that is wrong with a file, and",
+        "`python -m pretrain check RUN.yaml --help` lists every key with its value.",
     ]
     for name, purpose, keys in sections():
         title = f"### An item of `{name[:-2]}`" if name.endswith("[]") else f"## `{name}:`"
