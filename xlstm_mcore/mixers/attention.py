@@ -68,7 +68,9 @@ class AttentionMixer(Mixer):
             cache["start"] = start[:, -1].expand(q.shape[0])
         return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
 
-    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict):
+    def _attend_to_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict
+    ) -> Tensor:
         """Attention of `s` new tokens to themselves and the past, `[b, s, heads, d]`.
 
         The mask takes `[b, s, n + s]`, which is small because decoding adds one token at a time.

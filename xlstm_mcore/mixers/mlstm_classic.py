@@ -84,7 +84,9 @@ class ClassicMLSTMMixer(Mixer):
         )
         return self.out_proj(h.transpose(0, 1))[0]
 
-    def _output(self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor):
+    def _output(
+        self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor
+    ) -> Tensor:
         """`(norm(h) + skip * x_c) * silu(z)`, `[b, s, inner]`, of `h [b, heads, s, d]`."""
         h = run_head_norm(self.config, h.transpose(1, 2), norm_weight)
         return (h.reshape(x_c.shape) + skip * x_c) * F.silu(z)
