@@ -4,14 +4,13 @@ The exit codes are those of `xlstm_io.errors.ExitCode`.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal, Protocol
 
 import tyro
@@ -30,6 +29,7 @@ from data_prep.tools.repack import repack
 from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
 from data_prep.tools.verify import verify
 from xlstm_io.errors import ExitCode, Interrupted, PrepError, UserError
+from xlstm_io.signals import stop_signals_raise
 from xlstm_io.yaml_file import read_yaml
 
 _PROGRAM = "python -m data_prep"
@@ -287,10 +287,6 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
     return "; ".join(parts)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted
-
-
 def _run(name: str, arguments: list[str]) -> None:
     prog = f"{_PROGRAM} {name}"
     if name == "build":
@@ -301,7 +297,8 @@ def _run(name: str, arguments: list[str]) -> None:
 
 def _tell(name: str, message: str) -> None:
     """Print the one message of a command that did not come to its end."""
-    print(f"{_PROGRAM} {name}: {message}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print(f"{_PROGRAM} {name}: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -321,9 +318,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in _NAMES:
         _tell(name, f"there is no such command; use one of {', '.join(_NAMES)}")
         return ExitCode.BAD_INPUT
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _run(name, arguments[1:])
+        with stop_signals_raise():
+            _run(name, arguments[1:])
     except UserError as error:
         _tell(name, str(error))
         return ExitCode.BAD_INPUT
@@ -337,6 +334,4 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         _tell(name, "interrupted; what is finished is kept, run it again to continue")
         return ExitCode.STOPPED
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return ExitCode.DONE

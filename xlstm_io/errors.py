@@ -88,5 +88,8 @@ class TokenizerFileError(UserError):
     """A file is not a tokenizer; the message names it."""
 
 
-class Interrupted(Exception):
-    """A signal asked the job to stop; what is finished is kept; `ExitCode.STOPPED`."""
+class Interrupted(BaseException):
+    """A signal asked the job to stop; what is finished is kept; `ExitCode.STOPPED`.
+
+    Like KeyboardInterrupt it is not an `Exception`: no `except Exception` takes it for a failure.
+    """

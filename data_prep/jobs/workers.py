@@ -6,7 +6,6 @@ that asks them to stop.
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from data_prep.jobs.progress import Progress
 from xlstm_io.errors import Interrupted, PrepError
+from xlstm_io.signals import stop_signals_blocked
 
 _POLL_SECONDS = 0.2
 Task = TypeVar("Task")
@@ -88,13 +88,9 @@ def run_tasks(
         min(workers, len(tasks)), context, initializer=_start_worker, initargs=(counter, stop)
     )
     try:
-        # Ctrl-C reaches the whole group, but the parent acts: workers inherit these as blocked.
-        # Here they wait until the mask is restored.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
+        # Ctrl-C and Slurm reach every process, but the parent acts.
+        with stop_signals_blocked():
             numbers = {executor.submit(_in_worker, function, t): n for n, t in enumerate(tasks)}
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pending = set(numbers)
         while pending:
             finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)

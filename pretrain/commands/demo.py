@@ -23,8 +23,8 @@ from types import FrameType
 
 from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
 from pretrain.config import load_config
-from pretrain.signals import STOP_SIGNALS
 from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.signals import install, restore
 
 CONFIGS = {"large": "cpu_demo.yaml", "classic": "cpu_demo_classic.yaml"}
 # At 1 % a corpus of hundreds of files holds out so few that the losses are a matter of luck.
@@ -159,14 +159,11 @@ class Runner:
     _previous: dict = field(default_factory=dict)
 
     def __enter__(self) -> "Runner":
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        self._previous = install(self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number

@@ -15,7 +15,7 @@ What it adds, rendezvous over nodes and elastic restarts, one machine does not n
 
 Signals. Ctrl-C reaches launcher and workers from the terminal; `kill` and a batch system may reach
 the launcher only. The launcher passes on whatever it gets, and a worker takes a repetition within
-half a second as the same request (`pretrain.signals`). It then waits for the workers to save. A
+half a second as the same request (`xlstm_io.signals`). It then waits for the workers to save. A
 second Ctrl-C ends everything within seconds, even a worker that sits in a collective and cannot
 run its Python handler.
 
@@ -38,8 +38,14 @@ from types import FrameType
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
-from pretrain.signals import REPEAT_WINDOW_S, STOP_SIGNALS
 from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.signals import (
+    STOP_SIGNALS,
+    RepeatedInterrupt,
+    install,
+    restore,
+    stop_signals_blocked,
+)
 
 POLL_S = 0.05
 FAILURE_GRACE_S = 5.0  # for the other workers to notice that one is gone and say why they end
@@ -107,15 +113,12 @@ class Workers:
     stop_requested: bool = False
     interrupted: bool = False
     terminated: bool = False
-    _last_sigint: float | None = None
+    _interrupts: RepeatedInterrupt = field(default_factory=RepeatedInterrupt)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler of the launcher: note the request and pass it on."""
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._last_sigint is not None and now - self._last_sigint >= REPEAT_WINDOW_S:
-                self.interrupted = True
-            self._last_sigint = now
+        if self._interrupts.again(number):
+            self.interrupted = True
         self.stop_requested = True
         self.send(number)
 
@@ -257,20 +260,15 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
     0 if all ended with 0; 2 if one refused its input; 75 if they were interrupted and can resume;
     130 after a second Ctrl-C; 1 for everything else. Must be called in the main thread.
     """
-    # Blocked until the handlers are in place, so that no early signal leaves workers behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     previous: dict[int, Any] = {}
     try:
-        workers = start_workers(command, nproc, log_dir)
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                previous[number] = signal.signal(number, workers.handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        # Blocked until the handlers are in place, so that no early signal leaves workers behind.
+        with stop_signals_blocked():
+            workers = start_workers(command, nproc, log_dir)
+            previous = install(workers.handle)
         _wait(workers)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore(previous)
     return _exit_code(workers)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from pretrain.data.batch import Batch, DataCursor
 from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
-from pretrain.signals import STOP_SIGNALS
+from xlstm_io.signals import stop_signals_blocked
 
 _PREFETCH_STEPS = 2  # of the thread, or of each worker process
 _POLL_SECONDS = 0.1  # how long a thread may outlive the loader that it works for
@@ -283,12 +282,11 @@ class _Processes:
         if self._iterator is not None:
             return next(self._iterator)
         others = set(multiprocessing.active_children())
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            self._iterator = iter(self._loader)
-            first = next(self._iterator)
+            with stop_signals_blocked():
+                self._iterator = iter(self._loader)
+                first = next(self._iterator)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._workers += [p for p in multiprocessing.active_children() if p not in others]
         return first
 

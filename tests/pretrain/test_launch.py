@@ -18,7 +18,7 @@ import pytest
 from pretrain.commands import launch
 from pretrain.commands.launch import run_workers, worker_environment
 from pretrain.config import ConfigError, config_from_dict
-from pretrain.signals import REPEAT_WINDOW_S, STOPPING
+from xlstm_io.signals import REPEAT_WINDOW_S, STOPPING
 
 PRELUDE = """
 import os, signal, sys, time
