@@ -5,6 +5,7 @@
 #   make pretrain DATA='my/*.jsonl.gz' STEPS=500
 #   make pretrain WORK=/scratch/demo   where corpus, shards and runs go
 #   make test TESTS='tests/kernels -k boundaries'
+#   make test JOBS=8                   files of tests side by side
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,12 +15,16 @@ DATA   ?=
 WORK   ?= runs/demo
 NPROC  ?= 2
 TESTS  ?= tests
+JOBS   ?= 2
 
 # The tested stack for the interpreter at hand. Another one: make setup CONSTRAINTS=constraints/...
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints/" + ("py312-mcore019.txt" if sys.version_info >= (3, 12) else "py311-mcore016.txt"))')
 INSTALLED   := $(VENV)/.installed
 
-.PHONY: setup pretrain test test-peers lint
+# Python compiles what is imported; compiling every file of every package takes a minute.
+INSTALL     := -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
+
+.PHONY: setup setup-peers pretrain test test-peers lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -28,20 +33,25 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version`. Use: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	@echo "installing into $(VENV) (about 2 GB; once)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(VENV)/bin/python $(INSTALL) -e '.[dev]'
 	@touch $@
 
 pretrain: $(INSTALLED)
 	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' --nproc $(NPROC) $(if $(DATA),--data '$(DATA)')
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 # Against pip xlstm and mlstm-kernels, whose licence is not Apache-2.0: see tests/peers.txt.
-test-peers: $(INSTALLED)
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]' -r tests/peers.txt
+test-peers: setup-peers
 	.venv-peers/bin/python -m pytest tests/xlstm_mcore/test_peers.py
+
+setup-peers: .venv-peers/.installed
+
+.venv-peers/.installed: pyproject.toml $(CONSTRAINTS) tests/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python $(INSTALL) -e '.[dev]' -r tests/peers.txt
+	@touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

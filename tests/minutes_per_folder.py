@@ -1,6 +1,7 @@
 """The minutes that each folder of tests took, beside what it is meant to take.
 
-Printed by ``pytest --budget`` and never asserted: machines differ by a factor of two.
+Printed by `pytest --budget` and never asserted: machines differ by a factor of two. With two jobs
+(`make test`) a folder's minutes are those of both, so that all together are twice what passed.
 """
 
 import collections

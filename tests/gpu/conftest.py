@@ -1,7 +1,7 @@
 """Tests that need a GPU; elsewhere each of them is skipped and says why.
 
 The rest of the suite hides the GPU (see tests/conftest.py), so these run on their own:
-``pytest tests/gpu``.
+`pytest tests/gpu`.
 """
 
 import os
