@@ -40,8 +40,8 @@ def run(words, *, code=0, cwd=ROOT, **options):
 def work(tmp_path_factory):
     """`make pretrain STEPS=20`, once, in fresh processes: (work folder, output)."""
     folder = tmp_path_factory.mktemp("demo")
-    words = ["make", "--no-print-directory", f"VENV={sys.prefix}", "pretrain"]
-    return folder, run([*words, "STEPS=20", f"WORK={folder}"])
+    words = ["make", "--no-print-directory", f"VENV={sys.prefix}"]
+    return folder, run([*words, "pretrain", "STEPS=20", f"WORK={folder}"])
 
 
 @pytest.fixture
