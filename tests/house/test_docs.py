@@ -102,7 +102,8 @@ def test_command_is_run(warm_python, command):
         file, keywords = ROOT / words[3], words[words.index("-k") + 1].split(" and ")
         assert all(f'"{keyword}"' in file.read_text(encoding="utf-8") for keyword in keywords)
         return
-    words = [str(ROOT / "pretrain/configs/cpu_demo.yaml") if w == "my.yaml" else w for w in words]
+    demo = str(ROOT / "pretrain/configs/cpu_demo.yaml")
+    words = [demo if word in ("my.yaml", "RUN.yaml") else word for word in words]
     done = subprocess.run(
         [warm_python.executable, *words[1:]],
         cwd=ROOT,
