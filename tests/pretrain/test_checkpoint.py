@@ -143,7 +143,7 @@ def test_files_are_plain_safetensors_and_no_pickle(tmp_path):
         ([((0, 0), (4, 4)), ((0, 3), (4, 2))], "overlaps"),
     ],
 )
-def test_exact_cover(slices, words):
+def test_slices_must_hold_every_element_exactly_once(slices, words):
     slices = [(o, s, rank) for rank, (o, s) in enumerate(slices)]
     if words is None:
         check_exact_cover("w", (4, 6), slices)
@@ -314,7 +314,7 @@ def test_resolve_says_what_is_wrong(tmp_path):
         resolve(tmp_path)
 
 
-def test_show(tmp_path):
+def test_show_prints_what_a_checkpoint_holds(tmp_path):
     text = show(save(tmp_path).parent.parent)
     for words in ("1,234,567", "pattern=MM hidden_size=256", "bfloat16", "[12, 20]"):
         assert words in text

@@ -105,7 +105,7 @@ def test_nothing_but_the_copy_happens_in_the_loop(tmp_path, monkeypatch):
     assert threading.main_thread() not in set().union(*seen.values())
 
 
-def test_the_host_holds_one_copy_of_the_shard_and_keeps_it():
+def test_the_host_holds_one_copy_of_the_slices_and_keeps_it():
     slices = slices_of(1, 2, 3)
     slices += [TensorSlice("t", (4, 6), (0, 0), slices[0].tensor.t())]
     host = HostCopy()
@@ -212,7 +212,7 @@ def test_dead_attempts_go_and_living_ones_stay(tmp_path):
     assert not dead.exists() and living.exists() and damaged.exists()
 
 
-def test_a_checkpoint_that_lost_a_file_before_its_manifest_is_no_checkpoint(tmp_path, monkeypatch):
+def test_a_checkpoint_that_lost_a_file_before_its_manifest_does_not_count(tmp_path, monkeypatch):
     real = save_module.hash_file
 
     def clean_up_meanwhile(path):

@@ -108,7 +108,7 @@ def test_headers_of_data_files_are_not_even_parsed(checkpoint):
     ids=["deep list", "deep object", "long number", "nan", "null", "type", "nul", "list"],
 )
 @pytest.mark.parametrize("name", ["manifest.json", "metadata.json"])
-def test_json_bombs(checkpoint, name, text):
+def test_json_bombs_are_refused(checkpoint, name, text):
     (checkpoint / name).write_text(text)
     if name == "metadata.json":
         sign(checkpoint)
@@ -123,7 +123,7 @@ def test_a_manifest_of_terabytes_is_not_read(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\x00b", "~"])
-def test_paths_out_of_the_folder(checkpoint, name):
+def test_paths_out_of_the_folder_are_refused(checkpoint, name):
     body = json.loads((checkpoint / "manifest.json").read_text())
     sign(checkpoint, files=body["files"] | {name: {"size": 1, "xxh3": "0"}})
     with pytest.raises(CheckpointDamagedError, match="names a file outside"):
@@ -136,7 +136,7 @@ def test_paths_out_of_the_folder(checkpoint, name):
 
 @pytest.mark.parametrize("name", ["manifest.json", "metadata.json", DATA])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_links_and_devices(checkpoint, tmp_path, name, kind):
+def test_links_and_devices_in_place_of_files_are_refused(checkpoint, tmp_path, name, kind):
     path = checkpoint / name
     path.rename(tmp_path / "real")
     if kind == "link":
@@ -165,7 +165,7 @@ def test_links_and_devices(checkpoint, tmp_path, name, kind):
         lambda rows: rows.append(["x"]),
     ],
 )
-def test_lies_about_stored_slices(checkpoint, change):
+def test_false_places_of_stored_slices_are_refused(checkpoint, change):
     rewrite_rows(checkpoint, change)
     with pytest.raises(CheckpointDamagedError, match="does not describe the tensors"):
         load_checkpoint(checkpoint, [wanted()])
@@ -256,12 +256,12 @@ def test_a_failing_store_is_one_message(store, monkeypatch):
     assert [str(p) for p in candidates_together(store)] == [str(saver.last_good)]
 
 
-def test_a_store_whose_package_is_missing():
+def test_a_store_whose_package_is_missing_is_one_message():
     with pytest.raises(CheckpointError, match=r"nosuch://bucket/x cannot be read"):
         resolve("nosuch://bucket/x")
 
 
-def test_what_is_remote():
+def test_a_url_is_remote_and_a_path_is_not():
     assert isinstance(location("s3://a/b"), RemotePath)
     assert str(location("file:///a/b")) == "/a/b" and str(location("a/b")) == "a/b"
     path = RemotePath("s3://a/b/c")

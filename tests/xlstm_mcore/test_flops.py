@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.xlstm_mcore.test_presets import model
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
-from xlstm_mcore.mixers import attention, mlstm_classic
-from xlstm_mcore.mixers import kernel_calls as cells
+from xlstm_mcore.mixers import attention, kernel_calls, mlstm_classic
 from xlstm_mcore.sizes.flops import (
     block_flops,
     chunkwise_cell_flops,
@@ -43,8 +42,8 @@ def elementwise_slstm(preacts, recurrent_weight, bias, state=None, **options):
 @pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm", "M*"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeypatch):
-    monkeypatch.setattr(cells, "mlstm_chunkwise", elementwise_mlstm)
-    monkeypatch.setattr(cells, "slstm_scan", elementwise_slstm)
+    monkeypatch.setattr(kernel_calls, "mlstm_chunkwise", elementwise_mlstm)
+    monkeypatch.setattr(kernel_calls, "slstm_scan", elementwise_slstm)
     monkeypatch.setattr(mlstm_classic, "TILE", 1)  # products with the zeros in a tile do not count
     monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries: q * k * v)
     groups = single_process_groups()

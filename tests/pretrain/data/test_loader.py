@@ -138,7 +138,7 @@ def test_epoch_covers_every_row_once(train, plan):
     assert keys[:count] != keys[count:]
 
 
-def test_cursor_counts_what_was_handed_out(plan):
+def test_cursor_counts_what_was_returned(plan):
     with TrainLoader(plan, BatchRamp(6, [(1, 4)]), micro_batch=2) as loader:
         assert loader.cursor == DataCursor(0, plan.describe(0))
         next(loader)
@@ -258,6 +258,6 @@ def test_validation_can_be_walked_again(valid):
     assert all(same(a, b) for a, b in zip(loader, loader, strict=True))
 
 
-def test_batch_moves(valid):
+def test_a_batch_moves_to_a_device(valid):
     batch = next(iter(ValidLoader(valid, micro_batch=2)))
     assert same(batch.to("cpu"), batch)

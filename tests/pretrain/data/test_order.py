@@ -21,7 +21,7 @@ def test_epochs_and_seeds_differ_and_none_is_the_identity():
     assert len(set(orders)) == len(orders) and tuple(range(100)) not in orders
 
 
-def test_looks_random():
+def test_consecutive_indices_look_random():
     size = 4000
     order = permute(np.arange(size), size, seed=0, epoch=0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05

@@ -125,7 +125,7 @@ def test_sources_of_different_tokenizers_are_refused(folders):
         assert part in str(caught.value)
 
 
-def test_validation_sets(folders):
+def test_validation_sets_are_those_named_or_of_every_source(folders):
     found = open_valid(data(folders))
     assert {name: d.num_rows for name, d in found.items()} == {"web": 5, "code": 5}
     found = open_valid(data(folders, sources=[], phases=[], path="big"))
