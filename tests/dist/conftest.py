@@ -3,13 +3,13 @@
 import pytest
 
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
-from tests.dist.pool import Pool
+from tests.dist.process_pool import ProcessPool
 
 
 @pytest.fixture(scope="session")
 def pool():
-    """Runs a function on 1 to 4 gloo processes: ``pool(2, function, *args)`` -> results by rank."""
-    with Pool(4) as processes:
+    """Runs a function on 1 to 4 gloo processes: `pool(2, function, *args)` -> results by rank."""
+    with ProcessPool(4) as processes:
         yield processes
 
 

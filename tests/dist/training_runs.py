@@ -8,12 +8,12 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from pretrain.commands.launch import free_port
 from tests.warm_python.client import WarmProcess
 from tests.warm_python.start import ROOT, WarmPython
 
@@ -54,7 +54,7 @@ class TrainingRun:
         log: Path,
         die: tuple[int, int] | None = None,
     ):
-        port = _free_port()
+        port = free_port()
         self.processes = []
         with open(log, "ab") as output:
             for rank in range(ranks):
@@ -97,12 +97,6 @@ class TrainingRun:
                 time.sleep(rng.choice([0.0, 0.0, 0.01]))
         for process in self.processes:
             process.wait(60)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _die_at_flush(number: int) -> None:

@@ -1,31 +1,34 @@
 """A pool of worker processes for distributed tests.
 
 Importing torch and megatron-core takes seconds; a test that started its own processes would spend
-its time there. Workers are started once and join a fresh process group for every call.
+its time there. Workers are started once and join a fresh process group for every call. They are
+fresh Pythons and not forks of one, so that each has hashes of strings of its own: ranks that walk
+through a set in different orders are noticed.
 """
 
 import contextlib
 import gc
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from pretrain.commands.launch import free_port
+
 TIMEOUT_S = 240
 
 
-class Pool:
-    """Up to ``size`` processes; ``pool(n, function, *args)`` runs a function on n ranks."""
+class ProcessPool:
+    """Up to `size` processes; `pool(n, function, *args)` runs a function on n ranks."""
 
     def __init__(self, size: int):
         self._context = multiprocessing.get_context("spawn")
         self._size = size
         self._workers: list[Any] = []
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "ProcessPool":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -39,7 +42,7 @@ class Pool:
             process = self._context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             self._workers.append((process, mine))
-        port = _free_port()
+        port = free_port()
         workers = self._workers[:ranks]
         for rank, (_, pipe) in enumerate(workers):
             pipe.send((rank, ranks, port, function, args))
@@ -75,12 +78,6 @@ class Pool:
             process.join()
             pipe.close()
         self._workers.clear()
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _work(pipe: Any) -> None:
