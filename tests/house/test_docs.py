@@ -25,15 +25,15 @@ from tests.house.documents import (
 from xlstm_io.errors import exit_code_table
 
 DATA_PREP = "tests/data_prep/test_documented.py"
-END_TO_END = "tests/pretrain/test_end_to_end.py"
+MAKE_PRETRAIN = "tests/pretrain/test_make_pretrain.py"
 EXAMPLE_TESTS = "tests/house/test_examples.py"
 
 # Commands that take minutes, or need a trained model: who runs them.
 RUN_ELSEWHERE = {
-    "make pretrain": (END_TO_END, '"pretrain", "STEPS=20"'),
-    "make pretrain MODEL=classic": (END_TO_END, '"pretrain", "MODEL=classic"'),
+    "make pretrain": (MAKE_PRETRAIN, '"pretrain", "STEPS=20"'),
+    "make pretrain MODEL=classic": (MAKE_PRETRAIN, '"pretrain", "MODEL=classic"'),
     "python -m pretrain launch": (EXAMPLE_TESTS, "one_machine.sh"),
-    "python -m pretrain train": (END_TO_END, '"-m", "pretrain", "train"'),
+    "python -m pretrain train": (MAKE_PRETRAIN, '"-m", "pretrain", "train"'),
     **{
         f"python -m data_prep {command}": (DATA_PREP, "docs/data.md")
         for command in (
@@ -47,7 +47,10 @@ RUN_ELSEWHERE = {
         )
     },
     "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
-    "python -m pretrain self-test my.yaml --nproc 2": (END_TO_END, '"pretrain", "self-test", path'),
+    "python -m pretrain self-test my.yaml --nproc 2": (
+        MAKE_PRETRAIN,
+        '"pretrain", "self-test", path',
+    ),
     "python -m benchmarks.checkpoint": (
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",
