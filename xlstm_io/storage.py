@@ -12,8 +12,6 @@ Every failure is an OSError, whatever the backend raised, so that one `except` i
 file that somebody else wrote may say (names, sizes) is checked by `xlstm_io.untrusted`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -63,14 +61,13 @@ def subfolders(path: Location) -> list[Location]:
 
 def files(path: Location) -> dict[str, tuple[int, float]]:
     """{name: (size in bytes, time of the last change in seconds)} of the files in a folder."""
-    if isinstance(path, Path):
-        found = {}
-        for entry in os.scandir(path):
-            about = entry.stat(follow_symlinks=False)
-            if not stat.S_ISDIR(about.st_mode):
-                found[entry.name] = (about.st_size, about.st_mtime)
-        return found
     found = {}
+    if isinstance(path, Path):
+        for local in os.scandir(path):
+            about = local.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(about.st_mode):
+                found[local.name] = (about.st_size, about.st_mtime)
+        return found
     for name, entry in _listing(path).items():
         if entry["type"] != "directory":
             with os_errors(path):
@@ -103,7 +100,7 @@ def file_size(path: Location, *, links: bool = False) -> int:
     if isinstance(path, Path):
         about = path.stat() if links else path.lstat()
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(f"{path} is no plain file but a link, folder or device")
+            raise OSError(f"{path} is not a plain file but a link, folder or device")
         return about.st_size
     with os_errors(path):
         path.fs.invalidate_cache()

@@ -1,10 +1,8 @@
 """Input files by local path or URL: finding, fingerprinting, opening and decompressing them.
 
-A local file is named by its plain path, anything else by an fsspec URL (``s3://bucket/a.jsonl.zst``,
-``memory://a.txt``, ``zip://*.jsonl::archive.zip``); the protocol's own package must be installed.
+A local file is named by its plain path, anything else by an fsspec URL (`s3://bucket/a.jsonl.zst`,
+`memory://a.txt`, `zip://*.jsonl::archive.zip`); the protocol's own package must be installed.
 """
-
-from __future__ import annotations
 
 import glob
 import gzip
@@ -12,9 +10,10 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -112,11 +111,15 @@ def _expand_local(pattern: str) -> list[str]:
     for name in sorted(names):
         if name.is_dir():
             below = [p.relative_to(name).as_posix() for p in name.rglob("*") if p.is_file()]
-            chosen = _files_of_folder(below, lambda part, name=name: (name / part).read_bytes())
+            chosen = _files_of_folder(below, _reader_of(name))
             files += (str(name / part) for part in chosen)
         elif name.name != PROVENANCE_NAME:
             files.append(str(name))
     return files
+
+
+def _reader_of(folder: Path) -> Callable[[str], bytes]:
+    return lambda part: (folder / part).read_bytes()
 
 
 def _expand_remote(pattern: str) -> list[str]:
@@ -141,8 +144,8 @@ def _expand_remote(pattern: str) -> list[str]:
     return ["::".join([name, *rest]) for name in whole if base_name(name) != PROVENANCE_NAME]
 
 
-def _files_of_folder(below: list[str], read) -> list[str]:
-    """The files to read among those ``below`` a folder (relative); ``read(part)`` gives bytes.
+def _files_of_folder(below: list[str], read: Callable[[str], bytes]) -> list[str]:
+    """The files to read among those `below` a folder (relative); `read(part)` gives bytes.
 
     Raises:
         PrepError: a Hugging Face dataset of several splits, of which one must be chosen.
@@ -193,7 +196,7 @@ def file_size(path: str) -> int:
         return fs.info(name).get("size") or 0
 
 
-def file_fingerprint(path: str) -> list:
+def file_fingerprint(path: str) -> list[Any]:
     """What tells cheaply that a file is unchanged: path, size, modification time or tag."""
     if not is_remote(path):
         stat = os.stat(path)
@@ -205,7 +208,7 @@ def file_fingerprint(path: str) -> list:
         return [path, info.get("size"), tag]
 
 
-def open_raw(path: str) -> io.BufferedIOBase:
+def open_raw(path: str) -> BinaryIO:
     """The bytes of a file as stored."""
     if not is_remote(path):
         return open(path, "rb", buffering=_CHUNK)
@@ -214,21 +217,21 @@ def open_raw(path: str) -> io.BufferedIOBase:
         return io.BufferedReader(_RemoteFile(path, fs.open(name, "rb")), _CHUNK)
 
 
-def open_stream(path: str) -> io.BufferedIOBase:
+def open_stream(path: str) -> BinaryIO:
     """The decompressed bytes of a file. A truncated archive raises when its end is reached."""
     compression = suffixes(path)[1]
     raw = open_raw(path)
     if compression == ".gz":
-        return _GzipFile(raw)
+        return cast(BinaryIO, _GzipFile(raw))
     if compression == ".zst":
         return io.BufferedReader(_ZstdFile(path, raw), _CHUNK)
     return raw
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec under a buffer: its own ``readline`` is slow, its errors are of any kind."""
+    """A file of fsspec under a buffer: its own `readline` is slow, its errors are of any kind."""
 
-    def __init__(self, path: str, file: io.BufferedIOBase):
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._path, self._file = path, file
 
     def readable(self) -> bool:
@@ -244,10 +247,11 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell()
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
         with _errors_of(self._path):
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
+            data = self._file.read(len(view))
+        view[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
@@ -256,9 +260,9 @@ class _RemoteFile(io.RawIOBase):
 
 
 class _GzipFile(gzip.GzipFile):
-    def __init__(self, raw: io.BufferedIOBase):
+    def __init__(self, raw: BinaryIO) -> None:
         super().__init__(fileobj=raw, mode="rb")
-        self.myfileobj = raw  # closed together with this stream
+        self.myfileobj = cast(io.FileIO, raw)  # closed together with this stream
 
 
 class _ZstdFile(io.RawIOBase):
@@ -268,30 +272,28 @@ class _ZstdFile(io.RawIOBase):
     would be lost without a word.
     """
 
-    def __init__(self, path: str, file: io.BufferedIOBase):
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._path, self._file = path, file
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._ready = b""
         self._input = b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
         while not self._ready:
             self._input = self._input or self._file.read(_CHUNK)
             if not self._input:
                 if self._frame is not None:
                     raise PrepError(f"{self._path}: ends inside a zstd frame: it is truncated")
                 return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(self._input)
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._ready = frame.decompress(self._input)
+            self._input, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(view), len(self._ready))
+        view[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
@@ -300,8 +302,8 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def provenance_notes(paths: list[str]) -> list[dict]:
-    """The notes ``SOURCE.json`` beside the files: licence and origin.
+def provenance_notes(paths: list[str]) -> list[dict[str, Any]]:
+    """The notes `SOURCE.json` beside the files: licence and origin.
 
     Raises:
         PrepError: a note is not JSON.

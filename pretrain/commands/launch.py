@@ -39,6 +39,7 @@ from typing import Any
 
 from pretrain.config import RunConfig, check_world
 from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.remote import is_remote
 from xlstm_io.signals import (
     STOP_SIGNALS,
     RepeatedInterrupt,
@@ -291,7 +292,7 @@ def launch(
         nproc = layout.tensor * layout.pipeline * layout.context
     check_world(config, nproc)
     for key, path in config.data.folders:
-        if "://" not in path and not Path(path).is_dir():
+        if not is_remote(path) and not Path(path).is_dir():
             raise ConfigError(
                 f"{key}={path!r} is no folder; build one with python -m data_prep build, or give "
                 "another"

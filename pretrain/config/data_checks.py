@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import RunConfig
+from xlstm_io.remote import is_remote
 
 
 def _one_kind(config: RunConfig) -> Iterator[str]:
@@ -86,7 +87,7 @@ def _batch(config: RunConfig) -> Iterator[str]:
 
 def _remote(config: RunConfig) -> Iterator[str]:
     for key, path in config.data.folders:
-        if "://" in path and config.data.cache_dir is None:
+        if is_remote(path) and config.data.cache_dir is None:
             yield (
                 f"{key}={path!r} is remote, and its shards are read from local copies; set "
                 "data.cache_dir to a folder on a local disk"

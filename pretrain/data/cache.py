@@ -1,15 +1,14 @@
 """Local copies of remote shards, shared by all processes of a machine.
 
-A shard is downloaded whole when one of its rows is first asked for: to a temporary name, hashed on
-the way, renamed when the hash is the manifest's. Nothing else is ever read, so a broken transfer or
-a changed object is an error and no data. A lock file per shard lets one process download while the
-others wait; the least recently used shards make room, and one that is being opened is left alone.
+A shard is downloaded whole when one of its rows is first asked for. It is written under a
+temporary name, hashed on the way, and renamed when the hash is the manifest's. Only renamed files
+are read, so a broken transfer or a changed object is an error and never data. A lock file for each
+shard lets one process download while the others wait. The least recently used shards make room.
+One that is being opened is left alone.
 
-The folder of a remote corpus is named by the hash of its manifest: a rebuilt corpus at the same URL
-never meets the old one's copies.
+The folder of a remote corpus is named by the hash of its manifest, so a corpus that was rebuilt at
+the same URL has other copies.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -43,7 +42,12 @@ _PAUSE_SECONDS = 1.0  # before the second attempt; doubles
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where copies go, and how many bytes of them are kept."""
+    """Where copies go, and how many bytes of them are kept.
+
+    Attributes:
+        folder: a folder on a local disk.
+        limit: bytes; the least recently used shards are deleted to keep it.
+    """
 
     folder: Path
     limit: int
@@ -56,7 +60,7 @@ class ShardCache:
         ShardFormatError: no manifest there, or it cannot be read.
     """
 
-    def __init__(self, url: str, settings: CacheSettings):
+    def __init__(self, url: str, settings: CacheSettings) -> None:
         self.url, self.settings = url.rstrip("/").removesuffix(f"/{MANIFEST_NAME}"), settings
         self._remote = RemotePath(self.url)
         raw = self._download(MANIFEST_NAME, LIMITS.shard_manifest)

@@ -145,7 +145,7 @@ def test_links_and_devices_in_place_of_files_are_refused(checkpoint, tmp_path, n
         os.mkfifo(path)  # reading it would never end
     else:
         path.mkdir()
-    with pytest.raises(CheckpointError, match="no plain file"):
+    with pytest.raises(CheckpointError, match="not a plain file"):
         load_checkpoint(checkpoint, [wanted()])
 
 

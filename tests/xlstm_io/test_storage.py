@@ -70,12 +70,12 @@ def test_only_plain_files_are_read(tmp_path, kind):
         os.mkfifo(path)
     else:
         path.mkdir()
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="not a plain file"):
         read_file(path, 99)
     if kind == "link":
         assert read_file(path, 99, links=True) == b"data"
     else:
-        with pytest.raises(OSError, match="no plain file"):
+        with pytest.raises(OSError, match="not a plain file"):
             read_file(path, 99, links=True)
 
 

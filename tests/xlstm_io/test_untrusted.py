@@ -221,7 +221,7 @@ def test_a_manifest_of_deep_nesting_is_damaged(shards):
 def test_a_pipe_in_place_of_a_file_does_not_wait_for_ever(shards):
     (shards / MANIFEST_NAME).unlink()
     os.mkfifo(shards / MANIFEST_NAME)
-    with pytest.raises(ShardFormatError, match="no plain file"):
+    with pytest.raises(ShardFormatError, match="not a plain file"):
         load_manifest(shards)
 
 

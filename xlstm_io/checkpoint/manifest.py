@@ -199,7 +199,7 @@ def verify_hashes(path: Location | str, manifest: Manifest) -> None:
 
 
 def read_json(path: Location) -> Any:
-    """Parse a JSON file; OSError if it cannot be read, CheckpointDamagedError if it is none."""
+    """Parse a JSON file; OSError if it cannot be read, CheckpointDamagedError if it is not JSON."""
     try:
         return json.loads(read_file(path, LIMITS.checkpoint_json))
     except (ValueError, RecursionError) as error:
