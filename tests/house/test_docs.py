@@ -195,10 +195,13 @@ BANNED = re.compile(
 )
 
 
+ON_DISK = {"data_prep/build/plan.py": '".fate"'}  # names of files never change
+
+
 def plain_words(name):
     """Uses of words that docs/glossary.md replaces, as `file:line: word`."""
     for number, line in enumerate(read(name).splitlines(), 1):
-        for found in BANNED.finditer(line):
+        for found in BANNED.finditer(line.replace(ON_DISK.get(name, "\0"), "")):
             yield f"{name}:{number}: {found.group().strip()!r} in: {line.strip()}"
 
 
@@ -207,14 +210,7 @@ def test_documents_use_plain_words(name):
     assert not list(plain_words(name))
 
 
-ROOMS = (
-    "xlstm_mcore",
-    "xlstm_io/checkpoint",
-    "pretrain/checkpoint",
-    "pretrain/data",
-    "slurm",
-    "examples",
-)
+ROOMS = ("xlstm_io", "xlstm_mcore", "pretrain/checkpoint", "pretrain/data", "data_prep", "slurm")
 
 
 @pytest.mark.parametrize("room", ROOMS)
