@@ -4,9 +4,11 @@ import torch
 
 from benchmarks.kernel_variants.variant import Variant, variant_of
 from xlstm_kernels.common.triton_launch import Launch
+from xlstm_kernels.mlstm.arguments import Inputs
+from xlstm_kernels.mlstm.triton.buffers import Options
 from xlstm_kernels.mlstm.triton.gates import gate_gradients_kernel, gates_kernel
 from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel
-from xlstm_kernels.mlstm.triton.launches import Options, plan_backward, plan_forward
+from xlstm_kernels.mlstm.triton.launches import plan_backward, plan_forward
 from xlstm_kernels.mlstm.triton.outputs import normalizer_gradients_kernel, outputs_kernel
 from xlstm_kernels.mlstm.triton.states import states_kernel
 from xlstm_kernels.mlstm.triton.step import plan_step, step_kernel, step_normalizer_kernel
@@ -36,39 +38,46 @@ def plan(
     value = torch.empty(b, heads, s, v, dtype=dtype, **new)
     gates = torch.empty(b, heads, s, **new)
     starts = torch.empty(b, s, dtype=torch.bool, **new) if boundaries else None
-    C, n, m, d_c, d_n = [None] * 5
+    C, n, m, dC, dn = [None] * 5
     if carried:
-        C, d_c = (torch.empty(b, heads, qk, v, **new) for _ in range(2))
-        n, d_n = (torch.empty(b, heads, qk, **new) for _ in range(2))
+        C, dC = (torch.empty(b, heads, qk, v, **new) for _ in range(2))
+        n, dn = (torch.empty(b, heads, qk, **new) for _ in range(2))
         m = torch.empty(b, heads, **new)
     L = pick_chunk_size(chunk, b * heads, s, qk, v)
     options = Options(
-        L, gate == "exp", normalize, 1e-6, bf16_states,
-        "tf32x3" if target.startswith("sm_") else "ieee",
-        mlstm_config(target, qk, v, dtype, L, bf16_states), soft_cap,
-    )  # fmt: skip
-    out, forward = plan_forward(
-        q, torch.empty_like(q), value, gates, gates.clone(), C, n, m, starts, options, carried
+        chunk_size=L,
+        exp_gate=gate == "exp",
+        normalize=normalize,
+        eps=1e-6,
+        bf16_states=bf16_states,
+        precision="tf32x3" if target.startswith("sm_") else "ieee",
+        tiles=mlstm_config(target, qk, v, dtype, L, bf16_states),
+        soft_cap=soft_cap,
     )
-    d_h = torch.empty_like(value)
-    _, backward = plan_backward(
-        q, torch.empty_like(q), value, gates, gates.clone(), d_h, d_c, d_n, out, options
-    )
+    inputs = Inputs(q, torch.empty_like(q), value, gates, gates.clone())
+    h, _, saved, forward = plan_forward(inputs, (C, n, m), starts, options, carried)
+    _, backward = plan_backward(inputs, h, torch.empty_like(value), (dC, dn), saved, options)
     return forward + backward
 
 
 def plan_one_step(
-    *, b: int, heads: int, qk: int, v: int, dtype=torch.bfloat16, gate="exp", soft_cap=None
-):
+    *,
+    b: int,
+    heads: int,
+    qk: int,
+    v: int,
+    dtype: torch.dtype = torch.bfloat16,
+    gate: str = "exp",
+    soft_cap: float | None = None,
+) -> list[Launch]:
     """The launches of one decoding step, on the meta device."""
     new = {"device": "meta"}
     q = torch.empty(b, heads, qk, dtype=dtype, **new)
     value = torch.empty(b, heads, v, dtype=dtype, **new)
-    i, m = (torch.empty(b, heads, **new) for _ in range(2))
+    igate, m = (torch.empty(b, heads, **new) for _ in range(2))
     C, n = torch.empty(b, heads, qk, v, **new), torch.empty(b, heads, qk, **new)
-    return plan_step(
-        q, torch.empty_like(q), value, i, i.clone(), (C, n, m), gate, True, 1e-6, soft_cap
-    )[1]  # fmt: skip
+    inputs = Inputs(q, torch.empty_like(q), value, igate, igate.clone())
+    return plan_step(inputs, (C, n, m), gate, True, 1e-6, soft_cap)[1]
 
 
 SEVEN = {"b": 1, "heads": 8, "s": 8192, "qk": 256, "v": 512, "soft_cap": 15.0}

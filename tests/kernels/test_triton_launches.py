@@ -82,14 +82,11 @@ def test_steps_are_a_fixed_list_of_launches(launched):
 def test_the_other_passes_read_nothing_back(launched):
     q, gate = new(2, 2, 300, 64), wide(2, 2, 300)
     starts = torch.empty(2, 300, dtype=torch.bool, device="meta")
-    options = (128, True, True, 1e-6, False, 15.0)
-    none = [None] * 3
-    h, *saved = chunkwise_triton.mlstm_forward._init_fn(
-        q, q, q, gate, gate, *none, starts, *options, True, []
+    inputs, options = (q, q, q, gate, gate), (128, True, True, 1e-6, False, 15.0, [])
+    h, C, n, _, *saved = chunkwise_triton.mlstm_forward._init_fn(
+        *inputs, None, None, None, starts, True, *options
     )
-    chunkwise_triton.mlstm_backward._init_fn(
-        q, q, q, gate, gate, h, *saved[:2], h, *saved[3:], *options, []
-    )
+    chunkwise_triton.mlstm_backward._init_fn(*inputs, h, saved, h, C, n, *options)
     assert {"gates", "outputs", "gate gradients"} <= set(launched)
     x, weight = new(4, 2, 3, 64), wide(192)
     y = norm_triton._norm._init_fn(x, weight, x, 1e-6, True)

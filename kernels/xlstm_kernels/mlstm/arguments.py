@@ -1,4 +1,6 @@
-"""Argument checks that the mLSTM functions share."""
+"""Types and argument checks that the mLSTM functions share."""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +14,31 @@ from xlstm_kernels.common.checks import (
 
 GATES = ("exp", "sigmoid")
 
+State = tuple[Tensor, Tensor, Tensor]
+"""(C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads])."""
+
+
+class Inputs(NamedTuple):
+    """What an mLSTM reads at every token."""
+
+    q: Tensor  # [b, heads, s, qk_dim]
+    k: Tensor  # [b, heads, s, qk_dim]
+    v: Tensor  # [b, heads, s, v_dim]
+    igate: Tensor  # [b, heads, s] pre-activations
+    fgate: Tensor  # [b, heads, s] pre-activations
+
+
+class Gradients(NamedTuple):
+    """Gradients of `Inputs` in their dtypes, and of the initial state's C and n (m has none)."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_igate: Tensor
+    d_fgate: Tensor
+    dC: Tensor | None
+    dn: Tensor | None
+
 
 def check_arguments(
     q: Tensor,
@@ -19,7 +46,7 @@ def check_arguments(
     v: Tensor,
     igate_preact: Tensor,
     fgate_preact: Tensor,
-    state: tuple[Tensor, Tensor, Tensor] | None,
+    state: State | None,
     gate: str,
     *,
     time: bool,

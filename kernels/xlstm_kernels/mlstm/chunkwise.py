@@ -7,13 +7,12 @@ from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import check_boundaries, check_choice
-from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
+from xlstm_kernels.mlstm.arguments import State, check_arguments, check_soft_cap, soft_cap
 from xlstm_kernels.mlstm.torch.chunkwise import mlstm_chunkwise_torch
 
 if TYPE_CHECKING:
     from xlstm_kernels.mlstm.triton.tiles import MlstmConfig
 
-State = tuple[Tensor, Tensor, Tensor]
 STATES_DTYPES = (None, torch.float32, torch.bfloat16)
 
 

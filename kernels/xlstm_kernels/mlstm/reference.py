@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from xlstm_kernels.mlstm.arguments import State
+
 
 def mlstm_recurrence(
     q: Tensor,
@@ -15,13 +17,13 @@ def mlstm_recurrence(
     v: Tensor,
     igate_preact: Tensor,
     fgate_preact: Tensor,
-    initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
+    initial_state: State | None = None,
     *,
     boundaries: Tensor | None = None,
     gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, State]:
     """Hidden states [b, heads, s, v_dim] and last state (C, n, m), in the dtype of `q`.
 
     Arguments as in `xlstm_kernels.mlstm_chunkwise`. m carries no gradient: h and the carried

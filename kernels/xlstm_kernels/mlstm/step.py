@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.mlstm.arguments import check_arguments, check_soft_cap, soft_cap
+from xlstm_kernels.mlstm.arguments import State, check_arguments, check_soft_cap, soft_cap
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def mlstm_step(
     v: Tensor,
     igate_preact: Tensor,
     fgate_preact: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    state: State,
     *,
     gate: str = "exp",
     normalize: bool = True,

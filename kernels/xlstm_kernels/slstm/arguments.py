@@ -1,4 +1,4 @@
-"""Argument checks that the sLSTM functions share."""
+"""Types and argument checks that the sLSTM functions share."""
 
 from torch import Tensor
 
@@ -6,12 +6,15 @@ from xlstm_kernels.common.checks import check_choice, check_float, check_like, c
 
 FORGET_GATES = ("sigmoid", "exp")
 
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(h, c, n, m), each [b, heads, d]."""
+
 
 def check_arguments(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
-    state: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    state: State | None,
     forget_gate: str,
     *,
     time: bool,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-State = tuple[Tensor, Tensor, Tensor, Tensor]
+from xlstm_kernels.slstm.arguments import State
 
 
 def slstm_recurrence(

@@ -6,9 +6,7 @@ from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import check_boundaries
-from xlstm_kernels.slstm.arguments import check_arguments
-
-State = tuple[Tensor, Tensor, Tensor, Tensor]
+from xlstm_kernels.slstm.arguments import State, check_arguments
 
 
 def _operator(backend: str) -> Callable:

@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.slstm.arguments import check_arguments
+from xlstm_kernels.slstm.arguments import State, check_arguments
 
 
 @torch.no_grad()
@@ -14,7 +14,7 @@ def slstm_step(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
-    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: State,
     *,
     forget_gate: str = "sigmoid",
     backend: str | None = None,

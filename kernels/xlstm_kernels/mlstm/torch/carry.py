@@ -10,16 +10,16 @@ from xlstm_kernels.mlstm.torch.decays import ROUNDING
 CHUNK_GROUP = 32  # chunks whose decay matrix is dense; more are carried from group to group
 
 
-def transfers_of(log_keep: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def transfers_of(log_g: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """For each group of g chunks a matrix T [b * heads, g + 1, g + 1]: S_k = sum_l T[k, l] U_l.
 
     S_k is the state before chunk k of the group (k = g: after the group), U_0 the state before
-    the group and U_l what chunk l - 1 writes. `log_keep` and `starts` are those of `Decays`.
+    the group and U_l what chunk l - 1 writes. `log_g` and `starts` are those of `Decays`.
     Groups keep memory linear in the length.
     """
     transfers = []
     for decay, started in zip(
-        log_keep.split(CHUNK_GROUP, 1), starts.split(CHUNK_GROUP, 1), strict=True
+        log_g.split(CHUNK_GROUP, 1), starts.split(CHUNK_GROUP, 1), strict=True
     ):
         decay, started = (pad(running_sum(x), (1, 0)) for x in (decay, started))
         exponent = (decay[:, :, None] - decay[:, None, :]).clamp_(max=ROUNDING)

@@ -1,8 +1,11 @@
 """What the gates of an mLSTM decide in chunkwise-parallel form: all weights and decays.
 
-m depends on the gates only, so it is known before the first product: no rescaling, and the same m
-for every chunk size. All gate sums are float64: they are small ([b, heads, s]), and a float32 sum
-of 64 closed gates (-15 each) would cost 1e-4 in every weight after them.
+The names are those of Tiled Flash Linear Attention (arXiv 2503.14376, section 3 and appendix): the
+matrix D within a chunk, the vectors b and a between tokens and states, the decay g of a chunk.
+
+The stabilizer m depends on the gates only, so it is known before the first product: no rescaling,
+and the same m for every chunk size. All gate sums are float64: they are small ([b, heads, s]), and
+a float32 sum of 64 closed gates (-15 each) would cost 1e-4 in every weight after them.
 """
 
 from typing import NamedTuple
@@ -19,14 +22,17 @@ ROUNDING = 1.0
 
 
 class Decays(NamedTuple):
-    """Everything that gates decide; N = b * heads * chunks."""
+    """Everything that gates decide; N = b * heads * chunks, L tokens in a chunk.
 
-    pairs: Tensor  # [N, L, L] weight of source j in target i, with 1/sqrt(qk_dim), causal
-    read: Tensor  # [N, L] weight of the state before the chunk in target i, with 1/sqrt(qk_dim)
-    write: Tensor  # [N, L] weight of source j in the state after the chunk
-    floor: Tensor  # [N, L] exp(-m), the lower bound of the normaliser
-    log_keep: Tensor  # [b * heads, chunks] log decay of the state over each chunk, float64
-    starts: Tensor  # [b * heads, chunks] number of boundaries in it, float64
+    D and b_bar contain the factor 1/sqrt(qk_dim) of the query.
+    """
+
+    D: Tensor  # [N, L, L] weight of source token j in target token i, causal
+    b_bar: Tensor  # [N, L] weight of the state before the chunk in target token i
+    a_bar: Tensor  # [N, L] weight of source token j in the state after the chunk
+    least_normalizer: Tensor  # [N, L] exp(-m)
+    log_g: Tensor  # [b * heads, chunks] log decay of the state over each chunk, float64
+    starts: Tensor  # [b * heads, chunks] number of documents that start in the chunk, float64
     last_m: Tensor  # [b, heads]
 
 
@@ -59,18 +65,25 @@ def decays_of(
     fgate_preact: Tensor,
     m: Tensor | None,
     boundaries: Tensor | None,
-    chunks: int,
-    length: int,
+    *,
+    D: Tensor,
     scale: float,
     exp_gate: bool,
-    dtype: torch.dtype,
-    pairs: Tensor,
 ) -> Decays:
-    """Weights of a sequence cut into `chunks` chunks of `length` tokens (padded at its end).
+    """Weights of a sequence that is cut into chunks of equal length (padded at its end).
 
-    `pairs`, of as many elements as `Decays.pairs`, is the memory for them.
+    Args:
+        igate_preact: [b, heads, s].
+        fgate_preact: [b, heads, s].
+        m: [b, heads] of the initial state; None means zeros.
+        boundaries: bool [b, s], True at the first token of a document; or None.
+        D: Memory [b * heads, chunks, L, L] for `Decays.D`. Its dtype is that of the results.
+        scale: 1/sqrt(qk_dim).
+        exp_gate: Whether the input gate is exponential, not a sigmoid.
     """
     b, heads, s = fgate_preact.shape
+    chunks, length = D.shape[1:3]
+    dtype = D.dtype
     log_f = logsigmoid(fgate_preact.double())
     log_i = igate_preact.double() if exp_gate else logsigmoid(igate_preact.double())
     if exp_gate:
@@ -99,22 +112,22 @@ def decays_of(
     log_scale = torch.tensor(scale, dtype=torch.float64).log()
     target, source = sums - m_all, log_i - sums
     exponent = (target + log_scale)[..., :, None] + source[..., None, :]
-    pairs = pairs.view(exponent.shape).copy_(torch.minimum(exponent, causal, out=exponent)).exp_()
-    read = (target + m_start[..., None]).clamp(max=ROUNDING).exp() * scale
-    write = (source + (sums[..., -1] - m_end)[..., None]).clamp(max=ROUNDING).exp()
-    log_keep = (sums[..., -1] + m_start - m_end).clamp(max=ROUNDING)
-    starts = torch.zeros_like(log_keep)
+    D = D.view(exponent.shape).copy_(torch.minimum(exponent, causal, out=exponent)).exp_()
+    b_bar = (target + m_start[..., None]).clamp(max=ROUNDING).exp() * scale
+    a_bar = (source + (sums[..., -1] - m_end)[..., None]).clamp(max=ROUNDING).exp()
+    log_g = (sums[..., -1] + m_start - m_end).clamp(max=ROUNDING)
+    starts = torch.zeros_like(log_g)
     if boundaries is not None:
-        read = read.masked_fill(started > 0, 0.0)
-        write = write.masked_fill(started != started[..., -1:], 0.0)
+        b_bar = b_bar.masked_fill(started > 0, 0.0)
+        a_bar = a_bar.masked_fill(started != started[..., -1:], 0.0)
         starts += started[..., -1]
     return Decays(
-        pairs=pairs.view(-1, length, length),
-        read=read.to(dtype).reshape(-1, length),
-        write=write.to(dtype).reshape(-1, length),
+        D=D.view(-1, length, length),
+        b_bar=b_bar.to(dtype).reshape(-1, length),
+        a_bar=a_bar.to(dtype).reshape(-1, length),
         # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
-        floor=(-m_all).clamp(min=-80).exp().to(dtype).view(-1, length),
-        log_keep=log_keep.view(-1, chunks),
+        least_normalizer=(-m_all).clamp(min=-80).exp().to(dtype).view(-1, length),
+        log_g=log_g.view(-1, chunks),
         starts=starts.view(-1, chunks),
         last_m=m_end[..., -1].to(dtype),
     )

@@ -1,4 +1,4 @@
-"""MLSTM in chunkwise-parallel form on Triton: custom ops around the launches of `triton_plan`.
+"""The mLSTM in chunkwise-parallel form on Triton: custom ops around the launches of `launches`.
 
 As `torch.library` custom ops with fake implementations and registered gradients they work under
 torch.compile, FakeTensor and activation recomputation; autocast leaves them alone. They are
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import architecture, run_all
-from xlstm_kernels.mlstm.triton.launches import (
-    Forward,
+from xlstm_kernels.mlstm.arguments import Inputs, State
+from xlstm_kernels.mlstm.triton.buffers import (
     Options,
+    Saved,
     allocate_forward,
     allocate_gradients,
-    plan_backward,
-    plan_forward,
     sizes_of,
 )
+from xlstm_kernels.mlstm.triton.launches import plan_backward, plan_forward
 from xlstm_kernels.mlstm.triton.tiles import (
     CHUNK_SIZES,
     MOST_QK,
@@ -29,8 +29,6 @@ from xlstm_kernels.mlstm.triton.tiles import (
     mlstm_config,
     pick_chunk_size,
 )
-
-State = tuple[Tensor, Tensor, Tensor]
 
 
 def refusal(
@@ -54,10 +52,21 @@ def refusal(
 
 
 def make_options(
-    arch: str, q: Tensor, v: Tensor, chunk_size: int, exp_gate: bool, normalize: bool, eps: float,
-    bf16_states: bool, soft_cap: float | None, tiles: Sequence[int],
-) -> Options:  # fmt: skip
-    """Options of a call; `tiles` is a flat `MlstmConfig`, or empty for that of the table."""
+    inputs: Inputs,
+    chunk_size: int,
+    exp_gate: bool,
+    normalize: bool,
+    eps: float,
+    bf16_states: bool,
+    soft_cap: float | None,
+    tiles: Sequence[int],
+) -> Options:
+    """`Options` from what a custom op can take.
+
+    `tiles` is a flat `MlstmConfig`, or empty for that of the table.
+    """
+    q, v = inputs.q, inputs.v
+    arch = architecture(q.device)
     config = (
         MlstmConfig.unflat(list(tiles))
         if tiles
@@ -67,103 +76,112 @@ def make_options(
     return Options(chunk_size, exp_gate, normalize, eps, bf16_states, precision, config, soft_cap)
 
 
-Tensors11 = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]
-Tensors7 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("xlstm_kernels::mlstm_forward", mutates_args=())
 def mlstm_forward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
-    C: Tensor | None, n: Tensor | None, m: Tensor | None, boundaries: Tensor | None,
-    chunk_size: int, exp_gate: bool, normalize: bool, eps: float, bf16_states: bool,
-    soft_cap: float | None, last: bool, tiles: Sequence[int],
-) -> Tensors11:  # fmt: skip
-    """The forward pass: the fields of `triton_plan.Forward`."""
-    arch = architecture(q.device)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    boundaries: Tensor | None,
+    need_last: bool,
+    chunk_size: int,
+    exp_gate: bool,
+    normalize: bool,
+    eps: float,
+    bf16_states: bool,
+    soft_cap: float | None,
+    tiles: Sequence[int],
+) -> list[Tensor]:
+    """The forward pass: h, the last state (C, n, m), and the fields of `Saved`."""
+    inputs = Inputs(q, k, v, igate_preact, fgate_preact)
     options = make_options(
-        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
-    )  # fmt: skip
-    C, n, m = (None if x is None else x.contiguous() for x in (C, n, m))
-    out, launches = plan_forward(q, k, v, i, f, C, n, m, boundaries, options, last)
+        inputs, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
+    )
+    state = tuple(None if x is None else x.contiguous() for x in (C, n, m))
+    h, last, saved, launches = plan_forward(inputs, state, boundaries, options, need_last)
     run_all(launches, q)
-    return tuple(out)
+    return [h, *last, *saved]
 
 
 @mlstm_forward.register_fake
-def _(q, k, v, i, f, C, n, m, boundaries, chunk_size, exp_gate, normalize, eps, bf16_states,
-      soft_cap, last, tiles):  # fmt: skip
-    z = sizes_of(q, v, chunk_size)
-    return tuple(
-        allocate_forward(
-            q,
-            z,
-            normalize=normalize,
-            bf16_states=bf16_states,
-            bounded=boundaries is not None,
-            last=last,
-        )
+def _(q, k, v, igate, fgate, C, n, m, boundaries, need_last, chunk_size, exp_gate, normalize, eps,
+      bf16_states, soft_cap, tiles):  # fmt: skip
+    h, last, saved = allocate_forward(
+        q,
+        sizes_of(q, v, chunk_size),
+        normalize=normalize,
+        bf16_states=bf16_states,
+        bounded=boundaries is not None,
+        need_last=need_last,
     )
+    return [h, *last, *saved]
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_backward", mutates_args=())
 def mlstm_backward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
-    d_h: Tensor, d_last_c: Tensor | None, d_last_n: Tensor | None,
-    h: Tensor, gates: Tensor, keep: Tensor, first: Tensor, states: Tensor, n_states: Tensor,
-    inverse: Tensor, overlap: Tensor,
-    chunk_size: int, exp_gate: bool, normalize: bool, eps: float, bf16_states: bool,
-    soft_cap: float | None, tiles: Sequence[int],
-) -> Tensors7:  # fmt: skip
-    """The backward pass: the fields of `triton_plan.Gradients`."""
-    arch = architecture(q.device)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    h: Tensor,
+    saved: Sequence[Tensor],
+    d_h: Tensor,
+    d_C_last: Tensor | None,
+    d_n_last: Tensor | None,
+    chunk_size: int,
+    exp_gate: bool,
+    normalize: bool,
+    eps: float,
+    bf16_states: bool,
+    soft_cap: float | None,
+    tiles: Sequence[int],
+) -> list[Tensor]:
+    """The backward pass: the fields of `Gradients`."""
+    inputs = Inputs(q, k, v, igate_preact, fgate_preact)
     options = make_options(
-        arch, q, v, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
-    )  # fmt: skip
-    none = h.new_empty(0)
-    out = Forward(
-        h, none, none, none, gates, keep, first, states, n_states, inverse, overlap
-    )  # fmt: skip
-    d_last_c, d_last_n = (None if x is None else x.contiguous() for x in (d_last_c, d_last_n))
-    grads, launches = plan_backward(q, k, v, i, f, d_h, d_last_c, d_last_n, out, options)
+        inputs, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
+    )
+    d_last = tuple(None if x is None else x.contiguous() for x in (d_C_last, d_n_last))
+    grads, launches = plan_backward(inputs, h, d_h, d_last, Saved(*saved), options)
     run_all(launches, q)
-    return tuple(grads)
+    return list(grads)
 
 
 @mlstm_backward.register_fake
-def _(q, k, v, i, f, *_):
-    return tuple(allocate_gradients(q, v, i, f))
+def _(q, k, v, igate, fgate, *_):
+    return list(allocate_gradients(Inputs(q, k, v, igate, fgate)))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, i, f, C, n, _, _, *options, _, tiles = inputs
-    out = Forward(*output)
-    ctx.options, ctx.tiles = options, list(tiles)
-    ctx.carried = [None if x is None else (x.shape, x.dtype) for x in (C, n)]
+    *inputs, C, n, _, _, _, chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles = inputs
+    h, _, _, *saved = output
+    ctx.options = chunk_size, exp_gate, normalize, eps, bf16, soft_cap, list(tiles)
+    ctx.state_like = [None if x is None else (x.shape, x.dtype) for x in (C, n)]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(
-        q, k, v, i, f, out.h, out.gates, out.keep, out.first, out.states, out.n_states,
-        out.inverse, out.overlap,
-    )  # fmt: skip
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(*inputs, h, *saved[1:])
 
 
-def _gradients(ctx, d_h, d_last_c, d_last_n, *_):
-    q, k, v, i, f, *saved = ctx.saved_tensors
+def _differentiate(ctx, d_outputs):
+    d_h, d_C_last, d_n_last, *_ = d_outputs
+    *inputs, h = ctx.saved_tensors[:6]
+    saved = list(ctx.saved_tensors[6:])
     if d_h is None:
-        d_h = torch.zeros_like(saved[0])
-    grads = mlstm_backward(
-        q, k, v, i, f, d_h, d_last_c, d_last_n, *saved, *ctx.options, ctx.tiles
-    )  # fmt: skip
+        d_h = torch.zeros_like(h)
+    grads = mlstm_backward(*inputs, h, saved, d_h, d_C_last, d_n_last, *ctx.options)
     d_state = [
-        None if kept is None else grad.view(kept[0]).to(kept[1])
-        for kept, grad in zip(ctx.carried, grads[5:], strict=True)
+        None if like is None else grad.view(like[0]).to(like[1])
+        for like, grad in zip(ctx.state_like, grads[5:], strict=True)
     ]
     return *grads[:5], *d_state, *[None] * 10
 
 
-mlstm_forward.register_autograd(_gradients, setup_context=_save)
+mlstm_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def mlstm_chunkwise_triton(
@@ -189,19 +207,20 @@ def mlstm_chunkwise_triton(
     States between chunks are kept in `states_dtype`, float32 (None) or bfloat16; they are carried
     in float32. `chunk_size` is rounded down to a power of two, at most 256.
     """
-    b, heads, s, qk = q.shape
-    C, n, m = initial_state if initial_state is not None else (None, None, None)
-    h, last_c, last_n, last_m, *_ = mlstm_forward(
-        q, k, v, igate_preact, fgate_preact, C, n, m, boundaries,
-        pick_chunk_size(chunk_size, b * heads, s, qk, v.shape[-1]), gate == "exp", normalize, eps,
-        states_dtype == torch.bfloat16, gate_soft_cap, return_last_state,
-        [] if tiles is None else tiles.flat(),
-    )  # fmt: skip
+    b, heads, s, qk_dim = q.shape
+    v_dim = v.shape[-1]
+    state = (None, None, None) if initial_state is None else initial_state
+    options = {
+        "chunk_size": pick_chunk_size(chunk_size, b * heads, s, qk_dim, v_dim),
+        "exp_gate": gate == "exp",
+        "normalize": normalize,
+        "eps": eps,
+        "bf16_states": states_dtype == torch.bfloat16,
+        "soft_cap": gate_soft_cap,
+        "tiles": [] if tiles is None else tiles.flat(),
+    }
+    inputs = (q, k, v, igate_preact, fgate_preact)
+    h, C, n, m, *_ = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)
     if not return_last_state:
         return h
-    state = (
-        last_c.view(b, heads, qk, v.shape[-1]),
-        last_n.view(b, heads, qk),
-        last_m.view(b, heads),
-    )
-    return h, state
+    return h, (C.view(b, heads, qk_dim, v_dim), n.view(b, heads, qk_dim), m.view(b, heads))

@@ -1,9 +1,9 @@
 """Gates on Triton: everything that gates decide, in one launch, and their gradients, in another.
 
 The stabilizer m depends on gates only, so it is known before the first product. All gate sums are
-float64, as in the torch twin: they are small ([b, heads, s]), and a float32 sum of 64 closed gates
-(-15 each) would cost 1e-4 in every weight after them. Exponents leave as pairs of float32
-(value + remainder), so that the difference of two large sums is still exact to float32.
+float64, as in the PyTorch implementation: they are small ([b, heads, s]), and a float32 sum of 64
+closed gates (-15 each) would cost 1e-4 in every weight after them. Exponents leave as pairs of
+float32 (value + remainder), so that the difference of two large sums is still exact to float32.
 
 Vectors over time are padded to whole chunks, T = chunks * L, and need no masks: a padded token
 decays nothing, and nothing reads or writes it. `gates` is float32 [GATE_PLANES, b * heads, T].
@@ -12,11 +12,12 @@ decays nothing, and nothing reads or writes it. `gates` is float32 [GATE_PLANES,
 import triton
 import triton.language as tl
 
-# Planes of `gates`; exponents in units of log 2.
+# Planes of `gates`, named as in Tiled Flash Linear Attention (arXiv 2503.14376). An entry of D is
+# exp(TARGET of the row + SOURCE of the column); these exponents are in units of log 2.
 TARGET, TARGET_REST = tl.constexpr(0), tl.constexpr(1)  # sums - m + log(qk_dim^-0.5)
 SOURCE, SOURCE_REST = tl.constexpr(2), tl.constexpr(3)  # log_i - sums
-READ = tl.constexpr(4)  # weight of the state before the chunk, with qk_dim^-0.5
-WRITE = tl.constexpr(5)  # weight of a token in the state after the chunk
+B_BAR = tl.constexpr(4)  # weight of the state before the chunk, with qk_dim^-0.5
+A_BAR = tl.constexpr(5)  # weight of a token in the state after the chunk
 STABILIZER = tl.constexpr(6)  # m
 GATE_PLANES = 7
 
@@ -26,7 +27,7 @@ INPUT, CORNER = tl.constexpr(3), tl.constexpr(4)
 GRADIENT_PLANES = 5
 
 LOG2E = tl.constexpr(1.4426950408889634)
-ROUNDING = tl.constexpr(1.0)  # bound of exponents, see chunkwise_torch
+ROUNDING = tl.constexpr(1.0)  # bound of exponents, see `mlstm/torch/decays.py`
 LARGE = tl.constexpr(1e38)  # two of these still add up to a float32
 
 
@@ -65,27 +66,36 @@ def larger(a, b):
 
 @triton.jit
 def load_gates(
-    igate, fgate, starts, t, valid, stride_i, stride_f, stride_s, cap, EXP_GATE, BOUNDED, CAPPED
+    igate, fgate, starts, o_t, m_t, stride_i, stride_f, stride_s, cap, EXP_GATE, BOUNDED, CAPPED
 ):
-    """log_f, log_i (float64) and the start flags of the tokens t; closed input if not valid."""
-    f = tl.load(fgate + t * stride_f, mask=valid, other=0.0).to(tl.float64)
-    log_i = tl.load(igate + t * stride_i, mask=valid, other=0.0).to(tl.float64)
+    """log f, log i (float64) and the start flags of the tokens o_t; closed input outside m_t."""
+    b_f = tl.load(fgate + o_t * stride_f, mask=m_t, other=0.0).to(tl.float64)
+    b_log_i = tl.load(igate + o_t * stride_i, mask=m_t, other=0.0).to(tl.float64)
     if CAPPED:
-        f, log_i = capped(f, cap), capped(log_i, cap)
-    log_f = log_sigmoid(f)
+        b_f, b_log_i = capped(b_f, cap), capped(b_log_i, cap)
+    b_log_f = log_sigmoid(b_f)
     if not EXP_GATE:
-        log_i = log_sigmoid(log_i)
-    log_f = tl.where(valid, log_f, 0.0)
-    log_i = tl.where(valid, log_i, -float("inf"))
-    start = t < 0
+        b_log_i = log_sigmoid(b_log_i)
+    b_log_f = tl.where(m_t, b_log_f, 0.0)
+    b_log_i = tl.where(m_t, b_log_i, -float("inf"))
+    m_start = o_t < 0
     if BOUNDED:
-        start = tl.load(starts + t * stride_s, mask=valid, other=0) != 0
-    return log_f, log_i, start
+        m_start = tl.load(starts + o_t * stride_s, mask=m_t, other=0) != 0
+    return b_log_f, b_log_i, m_start
+
+
+@triton.jit
+def store_exponent(gates, i_plane, plane, o_t, b_exponent):
+    """A float64 exponent of the tokens o_t as a float32 value and its remainder."""
+    b_rounded = b_exponent.to(tl.float32)
+    tl.store(gates + i_plane * plane + o_t, b_rounded)
+    b_rest = (b_exponent - b_rounded.to(tl.float64)).to(tl.float32)
+    tl.store(gates + (i_plane + 1) * plane + o_t, b_rest)
 
 
 @triton.jit
 def gates_kernel(
-    igate, fgate, m0, starts, gates, keep, first, last_m,
+    igate, fgate, m0, starts, gates, g_bar, first, last_m,
     stride_ib, stride_ih, stride_is, stride_fb, stride_fh, stride_fs, stride_sb, stride_ss,
     heads, s, chunks, chunks_per_program, programs, log_scale, scale, plane, cap,
     L: tl.constexpr, PREFIX: tl.constexpr, EXP_GATE: tl.constexpr, CARRIED: tl.constexpr,
@@ -94,95 +104,93 @@ def gates_kernel(
     """Decays of `chunks_per_program` chunks of one row; grid b * heads * programs.
 
     A program first reduces all gates before its own in blocks of PREFIX to the m that it starts
-    from: reading the gates again is cheaper than a second launch. Writes `gates`, keep
+    from: reading the gates again is cheaper than a second launch. Writes `gates`, g_bar
     [rows, chunks] (decay of the state over a chunk), first int32 [rows, T] (place in its chunk of
     the last document start at or before a token, -1 if none; with BOUNDED) and last_m [rows].
     """
-    pid = tl.program_id(0)
-    row = (pid // programs).to(tl.int64)
-    part = pid % programs
-    batch, head = row // heads, row % heads
-    igate += batch * stride_ib + head * stride_ih
-    fgate += batch * stride_fb + head * stride_fh
+    i_program = tl.program_id(0)
+    i_row = (i_program // programs).to(tl.int64)
+    i_part = i_program % programs
+    i_batch, i_head = i_row // heads, i_row % heads
+    igate += i_batch * stride_ib + i_head * stride_ih
+    fgate += i_batch * stride_fb + i_head * stride_fh
     if BOUNDED:
-        starts += batch * stride_sb
-    gates += row * chunks * L
-    first_chunk = part * chunks_per_program
+        starts += i_batch * stride_sb
+    gates += i_row * chunks * L
+    first_chunk = i_part * chunks_per_program
     begin = tl.minimum(first_chunk * L, s)
 
     m = tl.full([], 0.0, tl.float64)
     if CARRIED and EXP_GATE:
-        m = tl.load(m0 + row).to(tl.float64)
+        m = tl.load(m0 + i_row).to(tl.float64)
     if EXP_GATE:
-        for block in range(0, begin, PREFIX):
-            t = block + tl.arange(0, PREFIX)
-            log_f, log_i, start = load_gates(
-                igate, fgate, starts, t.to(tl.int64), t < begin, stride_is, stride_fs, stride_ss,
-                cap, EXP_GATE, BOUNDED, CAPPED,
+        for start in range(0, begin, PREFIX):
+            # [PREFIX]
+            o_t = start + tl.arange(0, PREFIX)
+            b_log_f, b_log_i, m_start = load_gates(
+                igate, fgate, starts, o_t.to(tl.int64), o_t < begin, stride_is, stride_fs,
+                stride_ss, cap, EXP_GATE, BOUNDED, CAPPED,
             )  # fmt: skip
-            open_f = tl.where(start, 0.0, log_f)
-            total = tl.sum(open_f, 0)
-            after = total - tl.cumsum(open_f, 0)  # decay of what token t writes
-            best = tl.where(t < begin, log_i + after, -float("inf"))
+            b_open_f = tl.where(m_start, 0.0, b_log_f)
+            total = tl.sum(b_open_f, 0)
+            b_after = total - tl.cumsum(b_open_f, 0)  # decay of what token t writes
+            b_best = tl.where(o_t < begin, b_log_i + b_after, -float("inf"))
             if BOUNDED:
-                last = tl.max(tl.where(start, t, -1), 0)
-                best = tl.where(t == last, tl.maximum(log_f, log_i) + after, best)
-                best = tl.where(t < last, -float("inf"), best)
+                last = tl.max(tl.where(m_start, o_t, -1), 0)
+                b_best = tl.where(o_t == last, tl.maximum(b_log_f, b_log_i) + b_after, b_best)
+                b_best = tl.where(o_t < last, -float("inf"), b_best)
                 total = tl.where(last >= 0, -float("inf"), total)
-            m = tl.maximum(total + m, tl.max(best, 0))
+            m = tl.maximum(total + m, tl.max(b_best, 0))
 
-    place = tl.arange(0, L)
-    for chunk in range(first_chunk, tl.minimum(first_chunk + chunks_per_program, chunks)):
-        t = chunk * L + place
-        log_f, log_i, start = load_gates(
-            igate, fgate, starts, t.to(tl.int64), t < s, stride_is, stride_fs, stride_ss,
+    # [L]
+    o_l = tl.arange(0, L)
+    for i_chunk in range(first_chunk, tl.minimum(first_chunk + chunks_per_program, chunks)):
+        o_t = i_chunk * L + o_l
+        b_log_f, b_log_i, m_start = load_gates(
+            igate, fgate, starts, o_t.to(tl.int64), o_t < s, stride_is, stride_fs, stride_ss,
             cap, EXP_GATE, BOUNDED, CAPPED,
         )  # fmt: skip
-        m_start = m.to(tl.float32).to(tl.float64)
+        m_before = m.to(tl.float32).to(tl.float64)
         if EXP_GATE:
-            total = tl.where(start, -float("inf"), log_f)
-            best = tl.where(start, tl.maximum(log_f, log_i), log_i)
-            total, best = tl.associative_scan((total, best), 0, join_spans)
-            exact = tl.maximum(total + m, best)
-            m = tl.sum(tl.where(place == L - 1, exact, 0.0), 0)
+            b_total = tl.where(m_start, -float("inf"), b_log_f)
+            b_best = tl.where(m_start, tl.maximum(b_log_f, b_log_i), b_log_i)
+            b_total, b_best = tl.associative_scan((b_total, b_best), 0, join_spans)
+            b_exact = tl.maximum(b_total + m, b_best)
+            m = tl.sum(tl.where(o_l == L - 1, b_exact, 0.0), 0)
             # Rounded before it is used, so that the returned m and C belong together.
-            m_all = exact.to(tl.float32).to(tl.float64)
+            b_m = b_exact.to(tl.float32).to(tl.float64)
         else:
-            m_all = tl.zeros([L], tl.float64)
-        m_end = m.to(tl.float32).to(tl.float64)
-        log_f = tl.where(start, 0.0, log_f)  # no weight crosses a boundary
-        sums = tl.cumsum(log_f, 0)
-        whole = tl.sum(log_f, 0)
-        read = tl.exp(tl.minimum(sums - m_all + m_start, ROUNDING)) * scale
-        write = tl.exp(tl.minimum(log_i - sums + whole - m_end, ROUNDING))
-        decay = tl.exp(tl.minimum(whole + m_start - m_end, ROUNDING))
+            b_m = tl.zeros([L], tl.float64)
+        m_after = m.to(tl.float32).to(tl.float64)
+        b_log_f = tl.where(m_start, 0.0, b_log_f)  # no weight crosses a boundary
+        b_sums = tl.cumsum(b_log_f, 0)
+        whole = tl.sum(b_log_f, 0)
+        b_bar = tl.exp(tl.minimum(b_sums - b_m + m_before, ROUNDING)) * scale
+        a_bar = tl.exp(tl.minimum(b_log_i - b_sums + whole - m_after, ROUNDING))
+        g = tl.exp(tl.minimum(whole + m_before - m_after, ROUNDING))
         if BOUNDED:
-            latest = tl.associative_scan(tl.where(start, place, -1), 0, larger)
-            last = tl.max(latest, 0)
-            read = tl.where(latest >= 0, 0.0, read)
-            write = tl.where(place < last, 0.0, write)
-            decay = tl.where(last >= 0, 0.0, decay)
-            tl.store(first + row * chunks * L + t, latest)
-        target = (sums - m_all + log_scale) * LOG2E
-        target = tl.minimum(tl.maximum(target, -LARGE), LARGE)
-        source = tl.minimum(tl.maximum((log_i - sums) * LOG2E, -LARGE), LARGE)
-        rounded = target.to(tl.float32)
-        tl.store(gates + TARGET * plane + t, rounded)
-        tl.store(gates + TARGET_REST * plane + t, (target - rounded.to(tl.float64)).to(tl.float32))
-        rounded = source.to(tl.float32)
-        tl.store(gates + SOURCE * plane + t, rounded)
-        tl.store(gates + SOURCE_REST * plane + t, (source - rounded.to(tl.float64)).to(tl.float32))
-        tl.store(gates + READ * plane + t, read.to(tl.float32))
-        tl.store(gates + WRITE * plane + t, write.to(tl.float32))
-        tl.store(gates + STABILIZER * plane + t, m_all.to(tl.float32))
-        tl.store(keep + row * chunks + chunk, decay.to(tl.float32))
+            b_latest = tl.associative_scan(tl.where(m_start, o_l, -1), 0, larger)
+            last = tl.max(b_latest, 0)
+            b_bar = tl.where(b_latest >= 0, 0.0, b_bar)
+            a_bar = tl.where(o_l < last, 0.0, a_bar)
+            g = tl.where(last >= 0, 0.0, g)
+            tl.store(first + i_row * chunks * L + o_t, b_latest)
+        b_target = (b_sums - b_m + log_scale) * LOG2E
+        b_target = tl.minimum(tl.maximum(b_target, -LARGE), LARGE)
+        b_source = tl.minimum(tl.maximum((b_log_i - b_sums) * LOG2E, -LARGE), LARGE)
+        store_exponent(gates, TARGET, plane, o_t, b_target)
+        store_exponent(gates, SOURCE, plane, o_t, b_source)
+        tl.store(gates + B_BAR * plane + o_t, b_bar.to(tl.float32))
+        tl.store(gates + A_BAR * plane + o_t, a_bar.to(tl.float32))
+        tl.store(gates + STABILIZER * plane + o_t, b_m.to(tl.float32))
+        tl.store(g_bar + i_row * chunks + i_chunk, g.to(tl.float32))
     if first_chunk + chunks_per_program >= chunks:
-        tl.store(last_m + row, m.to(tl.float32))
+        tl.store(last_m + i_row, m.to(tl.float32))
 
 
 @triton.jit
 def gate_gradients_kernel(
-    igate, fgate, first, keep, parts, across, d_igate, d_fgate,
+    igate, fgate, first, g_bar, parts, across, d_igate, d_fgate,
     stride_ib, stride_ih, stride_is, stride_fb, stride_fh, stride_fs,
     heads, s, chunks, x_tiles, across_parts, plane, cap,
     L: tl.constexpr, EXP_GATE: tl.constexpr, BOUNDED: tl.constexpr, CAPPED: tl.constexpr,
@@ -193,51 +201,51 @@ def gate_gradients_kernel(
     tile were summed directly (CORNER); the others are sums over whole rows minus whole columns:
     the usual reversed cumulative sum, but free of the diagonal, which would cancel badly.
     """
-    pid = tl.program_id(0)
-    row = (pid // chunks).to(tl.int64)
-    chunk = pid % chunks
-    batch, head = row // heads, row % heads
-    place = tl.arange(0, L)
-    t = chunk * L + place
-    at = row * chunks * L + t
-    later = tl.zeros([L], tl.float64)
-    earlier = tl.zeros([L], tl.float64)
-    d_log_f = tl.zeros([L], tl.float64)
-    d_log_i = tl.zeros([L], tl.float64)
-    for tile in range(x_tiles):
-        part = parts + tile * plane + at
+    i_program = tl.program_id(0)
+    i_row = (i_program // chunks).to(tl.int64)
+    i_chunk = i_program % chunks
+    i_batch, i_head = i_row // heads, i_row % heads
+    # [L]
+    o_l = tl.arange(0, L)
+    o_t = i_chunk * L + o_l
+    o_row = i_row * chunks * L + o_t
+    b_later = tl.zeros([L], tl.float64)
+    b_earlier = tl.zeros([L], tl.float64)
+    b_df = tl.zeros([L], tl.float64)  # of log f
+    b_di = tl.zeros([L], tl.float64)  # of log i
+    for i_x in range(x_tiles):
+        p_part = parts + i_x * plane + o_row
         step = x_tiles * plane
-        later += tl.load(part + ROW * step).to(tl.float64)
-        later -= tl.load(part + COLUMN_PAIRS * step).to(tl.float64)
-        earlier += tl.load(part + COLUMN_STATE * step).to(tl.float64)
-        d_log_f += tl.load(part + CORNER * step).to(tl.float64)
-        d_log_i += tl.load(part + INPUT * step).to(tl.float64)
+        b_later += tl.load(p_part + ROW * step).to(tl.float64)
+        b_later -= tl.load(p_part + COLUMN_PAIRS * step).to(tl.float64)
+        b_earlier += tl.load(p_part + COLUMN_STATE * step).to(tl.float64)
+        b_df += tl.load(p_part + CORNER * step).to(tl.float64)
+        b_di += tl.load(p_part + INPUT * step).to(tl.float64)
     passed = tl.full([], 0.0, tl.float64)
-    for tile in range(across_parts):
-        passed += tl.load(across + (row * chunks + chunk) * across_parts + tile).to(tl.float64)
-    passed *= tl.load(keep + row * chunks + chunk).to(tl.float64)
-    d_log_f += tl.sum(later, 0) - tl.cumsum(later, 0) + later
-    d_log_f += tl.cumsum(earlier, 0) - earlier + passed
+    for i_part in range(across_parts):
+        p_across = across + (i_row * chunks + i_chunk) * across_parts + i_part
+        passed += tl.load(p_across).to(tl.float64)
+    passed *= tl.load(g_bar + i_row * chunks + i_chunk).to(tl.float64)
+    b_df += tl.sum(b_later, 0) - tl.cumsum(b_later, 0) + b_later
+    b_df += tl.cumsum(b_earlier, 0) - b_earlier + passed
     if BOUNDED:
-        d_log_f = tl.where(tl.load(first + at) == place, 0.0, d_log_f)
-    valid = t < s
-    long = t.to(tl.int64)
-    f = tl.load(
-        fgate + batch * stride_fb + head * stride_fh + long * stride_fs, mask=valid, other=0.0
-    ).to(tl.float64)
+        b_df = tl.where(tl.load(first + o_row) == o_l, 0.0, b_df)
+    m_t = o_t < s
+    o_long = o_t.to(tl.int64)
+    p_f = fgate + i_batch * stride_fb + i_head * stride_fh + o_long * stride_fs
+    b_f = tl.load(p_f, mask=m_t, other=0.0).to(tl.float64)
     if CAPPED:
-        d_log_f *= cap_slope(f, cap)
-        f = capped(f, cap)
-    d_log_f *= 1.0 / (1.0 + tl.exp(tl.minimum(f, 700.0)))
+        b_df *= cap_slope(b_f, cap)
+        b_f = capped(b_f, cap)
+    b_df *= 1.0 / (1.0 + tl.exp(tl.minimum(b_f, 700.0)))
     if CAPPED or not EXP_GATE:
-        i = tl.load(
-            igate + batch * stride_ib + head * stride_ih + long * stride_is, mask=valid, other=0.0
-        ).to(tl.float64)
+        p_i = igate + i_batch * stride_ib + i_head * stride_ih + o_long * stride_is
+        b_i = tl.load(p_i, mask=m_t, other=0.0).to(tl.float64)
         if CAPPED:
-            d_log_i *= cap_slope(i, cap)
-            i = capped(i, cap)
+            b_di *= cap_slope(b_i, cap)
+            b_i = capped(b_i, cap)
         if not EXP_GATE:
-            d_log_i *= 1.0 / (1.0 + tl.exp(tl.minimum(i, 700.0)))
-    out = row * s + t
-    tl.store(d_fgate + out, d_log_f.to(tl.float32).to(d_fgate.dtype.element_ty), mask=valid)
-    tl.store(d_igate + out, d_log_i.to(tl.float32).to(d_igate.dtype.element_ty), mask=valid)
+            b_di *= 1.0 / (1.0 + tl.exp(tl.minimum(b_i, 700.0)))
+    o_out = i_row * s + o_t
+    tl.store(d_fgate + o_out, b_df.to(tl.float32).to(d_fgate.dtype.element_ty), mask=m_t)
+    tl.store(d_igate + o_out, b_di.to(tl.float32).to(d_igate.dtype.element_ty), mask=m_t)

@@ -1,8 +1,8 @@
 """Gradients of q and k, which are one computation, and what the gates' gradients need of them.
 
-With dS_tj = w_tj (d_h_t.v_j / scale_t + d_overlap_t), the gradient of q_t.k_j:
-dq_t = read_t (C d_h_t / scale_t + d_overlap_t n) + sum_{j <= t} dS_tj k_j, states before the chunk;
-dk_j = write_j (dC v_j + dn) + sum_{t >= j} dS_tj q_t, gradients of the states after it.
+With dS_tj = D_tj (d_h_t.v_j / normalizer_t + d_nq_t), the gradient of q_t.k_j:
+dq_t = b_t (C d_h_t / normalizer_t + d_nq_t n) + sum_{j <= t} dS_tj k_j, states before the chunk;
+dk_j = a_j (dC v_j + dn) + sum_{t >= j} dS_tj q_t, gradients of the states after it.
 Programs take the two roles in turn, so that those that share a chunk run side by side.
 """
 
@@ -10,22 +10,22 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.mlstm.triton.gates import (
+    A_BAR,
+    B_BAR,
     COLUMN_PAIRS,
     COLUMN_STATE,
     CORNER,
     INPUT,
-    READ,
     ROW,
     SOURCE,
     TARGET,
-    WRITE,
 )
-from xlstm_kernels.mlstm.triton.outputs import load_rows, pair_weights
+from xlstm_kernels.mlstm.triton.outputs import load_exponent, load_rows, pair_weights
 
 
 @triton.jit
 def score_gradients(raw, row_scale, row_bias, column_scale, column_bias, NORMALIZE: tl.constexpr):
-    """d_h.v of all pairs, divided by the scale of the target, plus d_overlap of the target."""
+    """d_h.v of all pairs, divided by the normalizer of the target, plus d_nq of the target."""
     if NORMALIZE:
         raw = raw * (row_scale[:, None] * column_scale[None, :])
         raw = raw + (row_bias[:, None] + column_bias[None, :])
@@ -34,7 +34,7 @@ def score_gradients(raw, row_scale, row_bias, column_scale, column_bias, NORMALI
 
 @triton.jit
 def query_key_gradients_kernel(
-    q, k, v, d_h, dq, dk, states, d_states, n_states, d_n_states, gates, first, inverse, d_overlap,
+    q, k, v, d_h, dq, dk, states, d_states, n_states, d_n_states, gates, first, inverse, d_nq,
     parts, across, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     heads, s, chunks, x_tiles, plane,
@@ -44,170 +44,184 @@ def query_key_gradients_kernel(
 ):  # fmt: skip
     """A [BT, BX] tile of dq (even programs) or dk (odd); grid 2 * rows * chunks * tiles * x_tiles.
 
-    dq, dk [rows, s, QK] are contiguous. Also writes, in float32, `parts` (see triton_gates) and
+    dq, dk [rows, s, QK] are contiguous. Also writes, in float32, `parts` (see `gates`) and
     `across` [rows, chunks, x_tiles * L / BT]: shares of <C, dC> + <n, dn> over a chunk.
     """
-    pid = tl.program_id(0)
+    i_program = tl.program_id(0)
     tiles: tl.constexpr = L // BT
-    queries = pid % 2 == 0
-    pid = pid // 2
-    tile_x = pid % x_tiles
-    tile = (pid // x_tiles) % tiles
-    pid = pid // (x_tiles * tiles)
-    chunk = pid % chunks
-    row = (pid // chunks).to(tl.int64)
-    batch, head = row // heads, row % heads
-    start = chunk * L
+    queries = i_program % 2 == 0
+    i_program = i_program // 2
+    i_x = i_program % x_tiles
+    i_tile = (i_program // x_tiles) % tiles
+    i_program = i_program // (x_tiles * tiles)
+    i_chunk = i_program % chunks
+    i_row = (i_program // chunks).to(tl.int64)
+    i_batch, i_head = i_row // heads, i_row % heads
+    start = i_chunk * L
     rows_left = s - start
-    q += batch * stride_qb + head * stride_qh + start.to(tl.int64) * stride_qs
-    k += batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_ks
-    v += batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vs
-    d_h += batch * stride_db + head * stride_dh + start.to(tl.int64) * stride_ds
-    edge = (row * chunks + chunk) * QK
-    vector = row * chunks * L + start
-    gates += vector
+    q += i_batch * stride_qb + i_head * stride_qh + start.to(tl.int64) * stride_qs
+    k += i_batch * stride_kb + i_head * stride_kh + start.to(tl.int64) * stride_ks
+    v += i_batch * stride_vb + i_head * stride_vh + start.to(tl.int64) * stride_vs
+    d_h += i_batch * stride_db + i_head * stride_dh + start.to(tl.int64) * stride_ds
+    o_edge = (i_row * chunks + i_chunk) * QK  # of states
+    o_chunk = i_row * chunks * L + start  # of vectors over time
+    gates += o_chunk
     total = x_tiles * plane
-    parts += tile_x * plane + vector
+    parts += i_x * plane + o_chunk
 
+    # The result is out = f(a, b, x), and y is what it is the gradient of.
     if queries:
         a = d_h
         b = v
         x = k
         y = q
         out = dq
-        state = states + edge * V
-        n_state = n_states + edge
+        p_state = states + o_edge * V
+        p_n = n_states + o_edge
     else:
         a = v
         b = d_h
         x = q
         y = k
         out = dk
-        state = d_states + edge * V
-        n_state = d_n_states + edge
+        p_state = d_states + o_edge * V
+        p_n = d_n_states + o_edge
     stride_a = tl.where(queries, stride_ds, stride_vs)
     stride_b = tl.where(queries, stride_vs, stride_ds)
     stride_x = tl.where(queries, stride_ks, stride_qs)
     stride_y = tl.where(queries, stride_qs, stride_ks)
     row_plane = tl.where(queries, TARGET, SOURCE)
     column_plane = tl.where(queries, SOURCE, TARGET)
-    gain_plane = tl.where(queries, READ, WRITE)
-    begin = tl.where(queries, 0, tile + 1)
-    end = tl.where(queries, tile, tiles)
+    gain_plane = tl.where(queries, B_BAR, A_BAR)
+    begin = tl.where(queries, 0, i_tile + 1)
+    end = tl.where(queries, i_tile, tiles)
 
-    place = tl.arange(0, BT)
-    rt = tile * BT + place
-    dx = tile_x * BX + tl.arange(0, BX)
-    row_exp = tl.load(gates + row_plane * plane + rt)
-    row_rest = tl.load(gates + (row_plane + 1) * plane + rt)
-    gain = tl.load(gates + gain_plane * plane + rt)
-    row_first = tl.full([BT], -1, tl.int32)
+    # [BT]
+    o_in_tile = tl.arange(0, BT)
+    o_t = i_tile * BT + o_in_tile
+    # [BX]
+    o_x = i_x * BX + tl.arange(0, BX)
+    # [BT]
+    b_row, b_row_rest = load_exponent(gates, row_plane, plane, o_t)
+    b_gain = tl.load(gates + gain_plane * plane + o_t)
+    b_first = tl.full([BT], -1, tl.int32)
     if BOUNDED:
-        row_first = tl.load(first + vector + rt)
-    scale = tl.full([BT], 1.0, tl.float32)
-    bias = tl.full([BT], 0.0, tl.float32)
+        b_first = tl.load(first + o_chunk + o_t)
+    b_scale = tl.full([BT], 1.0, tl.float32)
+    b_bias = tl.full([BT], 0.0, tl.float32)
     if NORMALIZE:
-        scale = tl.load(inverse + vector + rt)
-        bias = tl.load(d_overlap + vector + rt)
-    row_scale, row_bias = tl.where(queries, scale, 1.0), tl.where(queries, bias, 0.0)
+        b_scale = tl.load(inverse + o_chunk + o_t)
+        b_bias = tl.load(d_nq + o_chunk + o_t)
+    b_row_scale, b_row_bias = tl.where(queries, b_scale, 1.0), tl.where(queries, b_bias, 0.0)
 
     # The state at the edge of the chunk.
-    acc = tl.zeros([BT, BX], tl.float32)
+    b_out = tl.zeros([BT, BX], tl.float32)
     for i in tl.range(0, V, BA, num_stages=STAGES):
-        da = i + tl.arange(0, BA)
-        at = load_rows(a, stride_a, rows_left, rt, da, V, BA, EVEN_S)
-        st = load_rows(state, V, QK, dx, da, V, BA, QK % BX == 0)
-        acc = tl.dot(at, tl.trans(st.to(at.dtype)), acc, input_precision=PRECISION)
+        o_v = i + tl.arange(0, BA)
+        # [BT, BA], [BX, BA]
+        b_a = load_rows(a, stride_a, rows_left, o_t, o_v, V, BA, EVEN_S)
+        b_state = load_rows(p_state, V, QK, o_x, o_v, V, BA, QK % BX == 0)
+        b_out = tl.dot(b_a, tl.trans(b_state.to(b_a.dtype)), b_out, input_precision=PRECISION)
+    # [BX]
     if NORMALIZE:
-        nt = tl.load(n_state + dx, mask=dx < QK, other=0.0)
-        acc = acc * row_scale[:, None]
-        acc += tl.where(queries, bias, 1.0)[:, None] * nt[None, :]
+        b_n = tl.load(p_n + o_x, mask=o_x < QK, other=0.0)
+        b_out = b_out * b_row_scale[:, None]
+        b_out += tl.where(queries, b_bias, 1.0)[:, None] * b_n[None, :]
     elif not queries:
-        acc += tl.load(n_state + dx, mask=dx < QK, other=0.0)[None, :]
-    acc *= gain[:, None]
-    yt = load_rows(y, stride_y, rows_left, rt, dx, QK, BX, EVEN_S)
-    from_state = tl.sum(yt.to(tl.float32) * acc, 1)
+        b_out += tl.load(p_n + o_x, mask=o_x < QK, other=0.0)[None, :]
+    b_out *= b_gain[:, None]
+    # [BT, BX]
+    b_y = load_rows(y, stride_y, rows_left, o_t, o_x, QK, BX, EVEN_S)
+    b_from_state = tl.sum(b_y.to(tl.float32) * b_out, 1)
 
     # Pairs with the other tiles of the chunk: sources before this one, or targets after it.
-    for other in range(begin, end):
-        ct = other * BT + place
-        xo = load_rows(x, stride_x, rows_left, ct, dx, QK, BX, EVEN_S)
-        scores = tl.zeros([BT, BT], tl.float32)
+    for i_other in range(begin, end):
+        # [BT]
+        o_other = i_other * BT + o_in_tile
+        # [BT, BX]
+        b_other_x = load_rows(x, stride_x, rows_left, o_other, o_x, QK, BX, EVEN_S)
+        b_scores = tl.zeros([BT, BT], tl.float32)
         for i in tl.range(0, V, BA, num_stages=STAGES):
-            do = i + tl.arange(0, BA)
-            ao = load_rows(a, stride_a, rows_left, rt, do, V, BA, EVEN_S)
-            bo = load_rows(b, stride_b, rows_left, ct, do, V, BA, EVEN_S)
-            scores = tl.dot(ao, tl.trans(bo), scores, input_precision=PRECISION)
+            o_v = i + tl.arange(0, BA)
+            # [BT, BA]
+            b_a = load_rows(a, stride_a, rows_left, o_t, o_v, V, BA, EVEN_S)
+            b_b = load_rows(b, stride_b, rows_left, o_other, o_v, V, BA, EVEN_S)
+            b_scores = tl.dot(b_a, tl.trans(b_b), b_scores, input_precision=PRECISION)
         if NORMALIZE:
-            other_scale = tl.where(queries, 1.0, tl.load(inverse + vector + ct))
-            other_bias = tl.where(queries, 0.0, tl.load(d_overlap + vector + ct))
-            scores = score_gradients(
-                scores, row_scale, row_bias, other_scale, other_bias, NORMALIZE
+            # [BT]
+            b_other_scale = tl.where(queries, 1.0, tl.load(inverse + o_chunk + o_other))
+            b_other_bias = tl.where(queries, 0.0, tl.load(d_nq + o_chunk + o_other))
+            b_scores = score_gradients(
+                b_scores, b_row_scale, b_row_bias, b_other_scale, b_other_bias, NORMALIZE
             )
-        scores *= pair_weights(
-            row_exp, row_rest,
-            tl.load(gates + column_plane * plane + ct),
-            tl.load(gates + (column_plane + 1) * plane + ct),
-        )  # fmt: skip
+        b_other, b_other_rest = load_exponent(gates, column_plane, plane, o_other)
+        b_scores *= pair_weights(b_row, b_row_rest, b_other, b_other_rest)
         if BOUNDED:
-            fo = tl.load(first + vector + ct)
-            visible = tl.where(
-                queries, row_first[:, None] <= ct[None, :], fo[None, :] <= rt[:, None]
+            b_other_first = tl.load(first + o_chunk + o_other)
+            m_pairs = tl.where(
+                queries,
+                b_first[:, None] <= o_other[None, :],
+                b_other_first[None, :] <= o_t[:, None],
             )
-            scores = tl.where(visible, scores, 0.0)
-        acc = tl.dot(scores.to(xo.dtype), xo, acc, input_precision=PRECISION)
-    from_pairs = tl.sum(yt.to(tl.float32) * acc, 1)
+            b_scores = tl.where(m_pairs, b_scores, 0.0)
+        b_out = tl.dot(b_scores.to(b_other_x.dtype), b_other_x, b_out, input_precision=PRECISION)
+    b_from_pairs = tl.sum(b_y.to(tl.float32) * b_out, 1)
 
     # Pairs within this tile.
-    xt = load_rows(x, stride_x, rows_left, rt, dx, QK, BX, EVEN_S)
-    inner = tl.zeros([BT, BT], tl.float32)
+    # [BT, BX]
+    b_x = load_rows(x, stride_x, rows_left, o_t, o_x, QK, BX, EVEN_S)
+    b_inner = tl.zeros([BT, BT], tl.float32)
     for i in tl.range(0, V, BA, num_stages=STAGES):
-        dd = i + tl.arange(0, BA)
-        ad = load_rows(a, stride_a, rows_left, rt, dd, V, BA, EVEN_S)
-        bd = load_rows(b, stride_b, rows_left, rt, dd, V, BA, EVEN_S)
-        inner = tl.dot(ad, tl.trans(bd), inner, input_precision=PRECISION)
+        o_v = i + tl.arange(0, BA)
+        # [BT, BA]
+        b_a = load_rows(a, stride_a, rows_left, o_t, o_v, V, BA, EVEN_S)
+        b_b = load_rows(b, stride_b, rows_left, o_t, o_v, V, BA, EVEN_S)
+        b_inner = tl.dot(b_a, tl.trans(b_b), b_inner, input_precision=PRECISION)
     if NORMALIZE:
-        inner = score_gradients(
-            inner, row_scale, row_bias,
-            tl.where(queries, 1.0, scale), tl.where(queries, 0.0, bias), NORMALIZE,
-        )  # fmt: skip
-    inner *= pair_weights(
-        row_exp, row_rest,
-        tl.load(gates + column_plane * plane + rt),
-        tl.load(gates + (column_plane + 1) * plane + rt),
-    )  # fmt: skip
-    sign = tl.where(queries, 1, -1)
-    causal = (place[:, None] - place[None, :]) * sign >= 0
-    if BOUNDED:
-        causal = causal & tl.where(
-            queries, row_first[:, None] <= rt[None, :], row_first[None, :] <= rt[:, None]
+        b_column_scale = tl.where(queries, 1.0, b_scale)
+        b_column_bias = tl.where(queries, 0.0, b_bias)
+        b_inner = score_gradients(
+            b_inner, b_row_scale, b_row_bias, b_column_scale, b_column_bias, NORMALIZE
         )
-    inner = tl.where(causal, inner, 0.0)
-    acc = tl.dot(inner.to(xt.dtype), xt, acc, input_precision=PRECISION)
-    pointers = out + (row * s + start) * QK + rt[:, None] * QK + dx[None, :]
-    inside = (rt < rows_left)[:, None] & (dx < QK)[None, :]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
+    b_column, b_column_rest = load_exponent(gates, column_plane, plane, o_t)
+    b_inner *= pair_weights(b_row, b_row_rest, b_column, b_column_rest)
+    sign = tl.where(queries, 1, -1)
+    # [BT, BT]
+    m_causal = (o_in_tile[:, None] - o_in_tile[None, :]) * sign >= 0
+    if BOUNDED:
+        m_causal = m_causal & tl.where(
+            queries, b_first[:, None] <= o_t[None, :], b_first[None, :] <= o_t[:, None]
+        )
+    b_inner = tl.where(m_causal, b_inner, 0.0)
+    b_out = tl.dot(b_inner.to(b_x.dtype), b_x, b_out, input_precision=PRECISION)
+    # [BT, BX]
+    p_out = out + (i_row * s + start) * QK + o_t[:, None] * QK + o_x[None, :]
+    m_out = (o_t < rows_left)[:, None] & (o_x < QK)[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
     if queries:
         # Pairs that span a forget gate at t: targets at or after t, sources before it.
-        overlap = tl.dot(yt, tl.trans(xt), input_precision=PRECISION) * inner
-        spanning = tl.cumsum(overlap, 0, reverse=True)
-        corner = tl.sum(tl.where(place[None, :] < place[:, None], spanning, 0.0), 1)
-        tl.store(parts + ROW * total + rt, from_pairs)
-        tl.store(parts + CORNER * total + rt, corner)
+        b_shares = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION) * b_inner
+        b_spanning = tl.cumsum(b_shares, 0, reverse=True)
+        b_corner = tl.sum(tl.where(o_in_tile[None, :] < o_in_tile[:, None], b_spanning, 0.0), 1)
+        tl.store(parts + ROW * total + o_t, b_from_pairs)
+        tl.store(parts + CORNER * total + o_t, b_corner)
         # The forget gates of the whole chunk: tile i takes every i-th part of <C, dC>.
-        passed = tl.zeros([BX], tl.float32)
-        da = tl.arange(0, BA)
-        for i in range(tile * BA, V, tiles * BA):
-            before = load_rows(state, V, QK, dx, i + da, V, BA, QK % BX == 0)
-            after = load_rows(d_states + edge * V, V, QK, dx, i + da, V, BA, QK % BX == 0)
-            passed += tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
-        if tile == 0:
-            n = tl.load(n_states + edge + dx, mask=dx < QK, other=0.0)
-            passed += n * tl.load(d_n_states + edge + dx, mask=dx < QK, other=0.0)
-        share = ((row * chunks + chunk) * tiles + tile) * x_tiles + tile_x
-        tl.store(across + share, tl.sum(passed, 0))
+        # [BX]
+        b_passed = tl.zeros([BX], tl.float32)
+        o_a = tl.arange(0, BA)
+        for i in range(i_tile * BA, V, tiles * BA):
+            # [BX, BA]
+            b_before = load_rows(p_state, V, QK, o_x, i + o_a, V, BA, QK % BX == 0)
+            b_after = load_rows(d_states + o_edge * V, V, QK, o_x, i + o_a, V, BA, QK % BX == 0)
+            b_passed += tl.sum(b_before.to(tl.float32) * b_after.to(tl.float32), 1)
+        if i_tile == 0:
+            # [BX]
+            b_n_before = tl.load(n_states + o_edge + o_x, mask=o_x < QK, other=0.0)
+            b_passed += b_n_before * tl.load(d_n_states + o_edge + o_x, mask=o_x < QK, other=0.0)
+        o_share = ((i_row * chunks + i_chunk) * tiles + i_tile) * x_tiles + i_x
+        tl.store(across + o_share, tl.sum(b_passed, 0))
     else:
-        tl.store(parts + COLUMN_STATE * total + rt, from_state)
-        tl.store(parts + COLUMN_PAIRS * total + rt, from_pairs - from_state)
-        tl.store(parts + INPUT * total + rt, tl.sum(yt.to(tl.float32) * acc, 1))
+        tl.store(parts + COLUMN_STATE * total + o_t, b_from_state)
+        tl.store(parts + COLUMN_PAIRS * total + o_t, b_from_pairs - b_from_state)
+        tl.store(parts + INPUT * total + o_t, tl.sum(b_y.to(tl.float32) * b_out, 1))

@@ -1,33 +1,39 @@
-"""Outputs of the cell and the gradient of v, which are one computation, and that of the normaliser.
+"""Outputs of the cell and the gradient of v, which are one computation, and that of the normalizer.
 
 A row is a sum over the tokens of its chunk and the state at the edge of the chunk:
-h_t  = [read_t q_t C + sum_{j <= t} w_tj (q_t.k_j) v_j] / scale_t   and, with dC after the chunk,
-dv_j = write_j k_j dC + sum_{t >= j} w_tj (k_j.q_t) d_h_t / scale_t.
+h_t  = [b_t q_t C + sum_{j <= t} D_tj (q_t.k_j) v_j] / normalizer_t and, with dC after the chunk,
+dv_j = a_j k_j dC + sum_{t >= j} D_tj (k_j.q_t) d_h_t / normalizer_t.
 """
 
 import triton
 import triton.language as tl
 
-from xlstm_kernels.mlstm.triton.gates import READ, SOURCE, STABILIZER, TARGET, WRITE
+from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR, SOURCE, STABILIZER, TARGET
 
 CEILING = tl.constexpr(1.4426950408889634)  # the bound of exponents, 1, in units of log 2
 
 
 @triton.jit
-def load_rows(base, stride, count, place, columns, DIM, BLOCK: tl.constexpr, EVEN_S: tl.constexpr):
-    """Tile [place, columns] of a tensor with `stride` between rows, of which `count` exist."""
-    pointers = base + place[:, None] * stride + columns[None, :]
+def load_rows(base, stride, count, o_t, o_d, DIM, BLOCK: tl.constexpr, EVEN_S: tl.constexpr):
+    """Tile [o_t, o_d] of a tensor with `stride` between rows, of which `count` exist."""
+    p_tile = base + o_t[:, None] * stride + o_d[None, :]
     if DIM % BLOCK != 0:
         if EVEN_S:
-            tile = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+            b_tile = tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
         else:
-            inside = (place < count)[:, None] & (columns < DIM)[None, :]
-            tile = tl.load(pointers, mask=inside, other=0.0)
+            m_tile = (o_t < count)[:, None] & (o_d < DIM)[None, :]
+            b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
     elif EVEN_S:
-        tile = tl.load(pointers)
+        b_tile = tl.load(p_tile)
     else:
-        tile = tl.load(pointers, mask=(place < count)[:, None], other=0.0)
-    return tile
+        b_tile = tl.load(p_tile, mask=(o_t < count)[:, None], other=0.0)
+    return b_tile
+
+
+@triton.jit
+def load_exponent(gates, i_plane, plane, o_t):
+    """An exponent of the tokens o_t in units of log 2: its value and the remainder."""
+    return tl.load(gates + i_plane * plane + o_t), tl.load(gates + (i_plane + 1) * plane + o_t)
 
 
 @triton.jit
@@ -39,7 +45,7 @@ def pair_weights(row, row_rest, column, column_rest):
 
 @triton.jit
 def outputs_kernel(
-    a, b, x, out, states, n_states, gates, first, inverse, overlap,
+    a, b, x, out, states, n_states, gates, first, inverse, nq,
     stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs,
     stride_xb, stride_xh, stride_xs, heads, s, chunks, x_tiles, plane, eps,
     QK: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr,
@@ -50,146 +56,156 @@ def outputs_kernel(
 
     Forward (a, b, x) = (q, k, v) and `states` are those before each chunk; backward (k, q, d_h) and
     the gradients of the states after each chunk. out [rows, s, V] is contiguous; forward with
-    NORMALIZE writes inverse = 1 / scale and overlap = n.q, float32 [rows, T], backward reads
+    NORMALIZE writes inverse = 1 / normalizer and nq = n.q, float32 [rows, T], backward reads
     inverse.
     """
-    pid = tl.program_id(0)
+    i_program = tl.program_id(0)
     tiles: tl.constexpr = L // BT
-    tile_x = pid % x_tiles
-    tile = (pid // x_tiles) % tiles
-    pid = pid // (x_tiles * tiles)
-    chunk = pid % chunks
-    row = (pid // chunks).to(tl.int64)
-    batch, head = row // heads, row % heads
-    start = chunk * L
+    i_x = i_program % x_tiles
+    i_tile = (i_program // x_tiles) % tiles
+    i_program = i_program // (x_tiles * tiles)
+    i_chunk = i_program % chunks
+    i_row = (i_program // chunks).to(tl.int64)
+    i_batch, i_head = i_row // heads, i_row % heads
+    start = i_chunk * L
     rows_left = s - start
-    a += batch * stride_ab + head * stride_ah + start.to(tl.int64) * stride_as
-    b += batch * stride_bb + head * stride_bh + start.to(tl.int64) * stride_bs
-    x += batch * stride_xb + head * stride_xh + start.to(tl.int64) * stride_xs
-    state = states + (row * chunks + chunk) * (QK * V)
-    n_state = n_states + (row * chunks + chunk) * QK
-    vector = row * chunks * L + start
-    gates += vector
+    a += i_batch * stride_ab + i_head * stride_ah + start.to(tl.int64) * stride_as
+    b += i_batch * stride_bb + i_head * stride_bh + start.to(tl.int64) * stride_bs
+    x += i_batch * stride_xb + i_head * stride_xh + start.to(tl.int64) * stride_xs
+    p_state = states + (i_row * chunks + i_chunk) * (QK * V)
+    p_n = n_states + (i_row * chunks + i_chunk) * QK
+    o_chunk = i_row * chunks * L + start  # of vectors over time
+    gates += o_chunk
     ROW: tl.constexpr = SOURCE if BACKWARD else TARGET
     COLUMN: tl.constexpr = TARGET if BACKWARD else SOURCE
-    GAIN: tl.constexpr = WRITE if BACKWARD else READ
+    GAIN: tl.constexpr = A_BAR if BACKWARD else B_BAR
 
-    place = tl.arange(0, BT)
-    rt = tile * BT + place
-    dx = tile_x * BX + tl.arange(0, BX)
-    row_exp = tl.load(gates + ROW * plane + rt)
-    row_rest = tl.load(gates + (ROW + 1) * plane + rt)
-    gain = tl.load(gates + GAIN * plane + rt)
-    row_first = tl.full([BT], -1, tl.int32)
+    # [BT]
+    o_in_tile = tl.arange(0, BT)
+    o_t = i_tile * BT + o_in_tile
+    b_row, b_row_rest = load_exponent(gates, ROW, plane, o_t)
+    b_gain = tl.load(gates + GAIN * plane + o_t)
+    b_first = tl.full([BT], -1, tl.int32)
     if BOUNDED:
-        row_first = tl.load(first + vector + rt)
+        b_first = tl.load(first + o_chunk + o_t)
+    # [BX]
+    o_x = i_x * BX + tl.arange(0, BX)
 
     # The state at the edge of the chunk, and the pairs on the diagonal.
-    acc = tl.zeros([BT, BX], tl.float32)
-    pairs = tl.zeros([BT, BT], tl.float32)
-    nq = tl.zeros([BT], tl.float32)
-    xt = load_rows(x, stride_xs, rows_left, rt, dx, V, BX, EVEN_S)
+    b_out = tl.zeros([BT, BX], tl.float32)
+    b_pairs = tl.zeros([BT, BT], tl.float32)
+    b_nq = tl.zeros([BT], tl.float32)
+    # [BT, BX]
+    b_x = load_rows(x, stride_xs, rows_left, o_t, o_x, V, BX, EVEN_S)
     for i in tl.range(0, QK, BA, num_stages=STAGES):
-        da = i + tl.arange(0, BA)
-        at = load_rows(a, stride_as, rows_left, rt, da, QK, BA, EVEN_S)
-        bt = load_rows(b, stride_bs, rows_left, rt, da, QK, BA, EVEN_S)
-        st = load_rows(state + i * V, V, QK - i, tl.arange(0, BA), dx, V, BX, QK % BA == 0)
-        acc = tl.dot(at, st.to(at.dtype), acc, input_precision=PRECISION)
-        pairs = tl.dot(at, tl.trans(bt), pairs, input_precision=PRECISION)
+        o_qk = i + tl.arange(0, BA)
+        # [BT, BA]
+        b_a = load_rows(a, stride_as, rows_left, o_t, o_qk, QK, BA, EVEN_S)
+        b_b = load_rows(b, stride_bs, rows_left, o_t, o_qk, QK, BA, EVEN_S)
+        # [BA, BX]
+        b_state = load_rows(p_state + i * V, V, QK - i, tl.arange(0, BA), o_x, V, BX, QK % BA == 0)
+        b_out = tl.dot(b_a, b_state.to(b_a.dtype), b_out, input_precision=PRECISION)
+        b_pairs = tl.dot(b_a, tl.trans(b_b), b_pairs, input_precision=PRECISION)
         if NORMALIZE and not BACKWARD:
-            nt = tl.load(n_state + da, mask=da < QK, other=0.0)
-            nq += tl.sum(at.to(tl.float32) * nt[None, :], 1)
-    acc *= gain[:, None]
-    nq *= gain
-    weights = pair_weights(
-        row_exp, row_rest,
-        tl.load(gates + COLUMN * plane + rt), tl.load(gates + (COLUMN + 1) * plane + rt),
-    )  # fmt: skip
+            # [BA]
+            b_n = tl.load(p_n + o_qk, mask=o_qk < QK, other=0.0)
+            b_nq += tl.sum(b_a.to(tl.float32) * b_n[None, :], 1)
+    b_out *= b_gain[:, None]
+    b_nq *= b_gain
+    b_column, b_column_rest = load_exponent(gates, COLUMN, plane, o_t)
+    # [BT, BT]
+    b_weights = pair_weights(b_row, b_row_rest, b_column, b_column_rest)
     if BACKWARD:
-        keep = place[:, None] <= place[None, :]
+        m_pairs = o_in_tile[:, None] <= o_in_tile[None, :]
         if BOUNDED:
-            keep = keep & (rt[:, None] >= row_first[None, :])
+            m_pairs = m_pairs & (o_t[:, None] >= b_first[None, :])
         if NORMALIZE:
-            weights *= tl.load(inverse + vector + rt)[None, :]
+            b_weights *= tl.load(inverse + o_chunk + o_t)[None, :]
     else:
-        keep = place[:, None] >= place[None, :]
+        m_pairs = o_in_tile[:, None] >= o_in_tile[None, :]
         if BOUNDED:
-            keep = keep & (row_first[:, None] <= rt[None, :])
-    pairs = tl.where(keep, pairs * weights, 0.0)
-    nq += tl.sum(pairs, 1)
-    acc = tl.dot(pairs.to(xt.dtype), xt, acc, input_precision=PRECISION)
+            m_pairs = m_pairs & (b_first[:, None] <= o_t[None, :])
+    b_pairs = tl.where(m_pairs, b_pairs * b_weights, 0.0)
+    b_nq += tl.sum(b_pairs, 1)
+    b_out = tl.dot(b_pairs.to(b_x.dtype), b_x, b_out, input_precision=PRECISION)
 
     # The other tiles of the chunk: before this one, or after it.
     begin = 0
-    end = tile
+    end = i_tile
     if BACKWARD:
-        begin = tile + 1
+        begin = i_tile + 1
         end = tiles
-    for other in range(begin, end):
-        ct = other * BT + place
-        xo = load_rows(x, stride_xs, rows_left, ct, dx, V, BX, EVEN_S)
-        scores = tl.zeros([BT, BT], tl.float32)
+    for i_other in range(begin, end):
+        # [BT]
+        o_other = i_other * BT + o_in_tile
+        # [BT, BX]
+        b_other_x = load_rows(x, stride_xs, rows_left, o_other, o_x, V, BX, EVEN_S)
+        b_scores = tl.zeros([BT, BT], tl.float32)
         for i in tl.range(0, QK, BA, num_stages=STAGES):
-            do = i + tl.arange(0, BA)
-            ao = load_rows(a, stride_as, rows_left, rt, do, QK, BA, EVEN_S)
-            bo = load_rows(b, stride_bs, rows_left, ct, do, QK, BA, EVEN_S)
-            scores = tl.dot(ao, tl.trans(bo), scores, input_precision=PRECISION)
-        scores *= pair_weights(
-            row_exp, row_rest,
-            tl.load(gates + COLUMN * plane + ct), tl.load(gates + (COLUMN + 1) * plane + ct),
-        )  # fmt: skip
+            o_qk = i + tl.arange(0, BA)
+            # [BT, BA]
+            b_a = load_rows(a, stride_as, rows_left, o_t, o_qk, QK, BA, EVEN_S)
+            b_b = load_rows(b, stride_bs, rows_left, o_other, o_qk, QK, BA, EVEN_S)
+            b_scores = tl.dot(b_a, tl.trans(b_b), b_scores, input_precision=PRECISION)
+        b_other, b_other_rest = load_exponent(gates, COLUMN, plane, o_other)
+        b_scores *= pair_weights(b_row, b_row_rest, b_other, b_other_rest)
         if BACKWARD:
             if NORMALIZE:
-                scores *= tl.load(inverse + vector + ct)[None, :]
+                b_scores *= tl.load(inverse + o_chunk + o_other)[None, :]
             if BOUNDED:
-                fo = tl.load(first + vector + ct)
-                scores = tl.where(rt[:, None] >= fo[None, :], scores, 0.0)
+                b_other_first = tl.load(first + o_chunk + o_other)
+                b_scores = tl.where(o_t[:, None] >= b_other_first[None, :], b_scores, 0.0)
         else:
             if BOUNDED:
-                scores = tl.where(row_first[:, None] <= ct[None, :], scores, 0.0)
-            nq += tl.sum(scores, 1)
-        acc = tl.dot(scores.to(xo.dtype), xo, acc, input_precision=PRECISION)
+                b_scores = tl.where(b_first[:, None] <= o_other[None, :], b_scores, 0.0)
+            b_nq += tl.sum(b_scores, 1)
+        b_out = tl.dot(b_scores.to(b_other_x.dtype), b_other_x, b_out, input_precision=PRECISION)
 
     if NORMALIZE and not BACKWARD:
-        m = tl.load(gates + STABILIZER * plane + rt)
+        # [BT]
+        b_m = tl.load(gates + STABILIZER * plane + o_t)
         # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
-        scale = 1.0 / (tl.maximum(tl.abs(nq), tl.exp(tl.maximum(-m, -80.0))) + eps)
-        acc *= scale[:, None]
-        if tile_x == 0:
-            tl.store(inverse + vector + rt, scale)
-            tl.store(overlap + vector + rt, nq)
-    pointers = out + (row * s + start) * V + rt[:, None] * V + dx[None, :]
-    inside = (rt < rows_left)[:, None] & (dx < V)[None, :]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
+        b_inverse = 1.0 / (tl.maximum(tl.abs(b_nq), tl.exp(tl.maximum(-b_m, -80.0))) + eps)
+        b_out *= b_inverse[:, None]
+        if i_x == 0:
+            tl.store(inverse + o_chunk + o_t, b_inverse)
+            tl.store(nq + o_chunk + o_t, b_nq)
+    # [BT, BX]
+    p_out = out + (i_row * s + start) * V + o_t[:, None] * V + o_x[None, :]
+    m_out = (o_t < rows_left)[:, None] & (o_x < V)[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
 def normalizer_gradients_kernel(
-    h, d_h, gates, inverse, overlap, d_overlap, stride_db, stride_dh, stride_ds,
+    h, d_h, gates, inverse, nq, d_nq, stride_db, stride_dh, stride_ds,
     heads, s, padded, plane, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of n.q, float32 [rows, T]: -(d_h.h) / scale where |n.q| is the scale; grid T / BT.
+    """Gradient of n.q, float32 [rows, T]: -(d_h.h) / normalizer where |n.q| is the normalizer.
 
     The grid is rows * T / BT. h [rows, s, V] is contiguous, d_h has strides.
     """
-    pid = tl.program_id(0)
-    blocks = padded // BT
-    row = (pid // blocks).to(tl.int64)
-    start = (pid % blocks) * BT
-    batch, head = row // heads, row % heads
-    d_h += batch * stride_db + head * stride_dh + start.to(tl.int64) * stride_ds
-    h += (row * s + start) * V
-    place = tl.arange(0, BT)
-    product = tl.zeros([BT, BV], tl.float32)
+    i_program = tl.program_id(0)
+    tiles = padded // BT
+    i_row = (i_program // tiles).to(tl.int64)
+    start = (i_program % tiles) * BT
+    i_batch, i_head = i_row // heads, i_row % heads
+    d_h += i_batch * stride_db + i_head * stride_dh + start.to(tl.int64) * stride_ds
+    h += (i_row * s + start) * V
+    # [BT]
+    o_t = tl.arange(0, BT)
+    b_product = tl.zeros([BT, BV], tl.float32)
     for i in range(0, V, BV):
-        dv = i + tl.arange(0, BV)
-        inside = (place < s - start)[:, None] & (dv < V)[None, :]
-        ht = tl.load(h + place[:, None] * V + dv[None, :], mask=inside, other=0.0)
-        dt = tl.load(d_h + place[:, None] * stride_ds + dv[None, :], mask=inside, other=0.0)
-        product += ht.to(tl.float32) * dt.to(tl.float32)
-    t = row * padded + start + place
-    nq = tl.load(overlap + t)
-    floor = tl.exp(tl.maximum(-tl.load(gates + STABILIZER * plane + t), -80.0))
-    d_nq = tl.sum(product, 1) * tl.load(inverse + t)
-    d_nq = tl.where(nq > 0, -d_nq, d_nq)
-    tl.store(d_overlap + t, tl.where(tl.abs(nq) > floor, d_nq, 0.0))
+        o_v = i + tl.arange(0, BV)
+        # [BT, BV]
+        m_tile = (o_t < s - start)[:, None] & (o_v < V)[None, :]
+        b_h = tl.load(h + o_t[:, None] * V + o_v[None, :], mask=m_tile, other=0.0)
+        b_dh = tl.load(d_h + o_t[:, None] * stride_ds + o_v[None, :], mask=m_tile, other=0.0)
+        b_product += b_h.to(tl.float32) * b_dh.to(tl.float32)
+    # [BT]
+    o_row = i_row * padded + start + o_t
+    b_nq = tl.load(nq + o_row)
+    b_least = tl.exp(tl.maximum(-tl.load(gates + STABILIZER * plane + o_row), -80.0))
+    b_dnq = tl.sum(b_product, 1) * tl.load(inverse + o_row)
+    b_dnq = tl.where(b_nq > 0, -b_dnq, b_dnq)
+    tl.store(d_nq + o_row, tl.where(tl.abs(b_nq) > b_least, b_dnq, 0.0))

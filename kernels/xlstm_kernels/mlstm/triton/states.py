@@ -1,23 +1,24 @@
 """The states (C, n) between chunks, and their gradients: one kernel, run forward or backward.
 
 Forward, the state before a chunk is stored and the chunk is written into it:
-S <- keep S + (write k)^T v. The gradient of the state after a chunk obeys the same recurrence from
-the last chunk to the first: S <- keep S + (read q / scale)^T d_h. Rows of n ride along as products
-with one column.
+S <- g S + (a k)^T v. The gradient of the state after a chunk obeys the same recurrence from the
+last chunk to the first: S <- g S + (b q / normalizer)^T d_h. Rows of n ride along as products with
+one column. The weights a, b and g of the gates are those of `gates`.
 """
 
 import triton
 import triton.language as tl
 
-from xlstm_kernels.mlstm.triton.gates import READ, WRITE
+from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR
 
-WHOLE, PIECE, RESUME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a launch does with the segments of the sequence.
+WHOLE, LOCAL, RESUME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def states_kernel(
-    a, b, gates, keep, inverse, d_overlap, first_c, first_n, states, n_states, last_c, last_n,
-    pieces_c, pieces_n, pieces_keep,
+    a, b, gates, g_bar, inverse, d_nq, first_c, first_n, states, n_states, last_c, last_n,
+    segment_c, segment_n, segment_g,
     stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs,
     heads, s, chunks, segments, chunks_per_segment, q_tiles, v_tiles, plane,
     QK: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr,
@@ -29,99 +30,110 @@ def states_kernel(
     `a` [rows, s, QK] is k, or q backward; `b` [rows, s, V] is v, or d_h. The carried tile is stored
     before each chunk: states [rows, chunks, QK, V], n_states [rows, chunks, QK]. It starts from
     first_c, first_n (None: zeros) and ends in last_c, last_n. The sequence is cut into segments
-    where the tiles alone do not fill a GPU: PIECE finds what each segment writes and its decay,
-    RESUME adds up the pieces before its own segment (after it, backward) and goes on as WHOLE does.
+    where the tiles alone do not fill a GPU: LOCAL finds what each segment writes and its decay,
+    RESUME adds up the segments before its own (after it, backward) and goes on as WHOLE does.
     """
-    pid = tl.program_id(0)
-    tile_v = pid % v_tiles
-    tile_q = (pid // v_tiles) % q_tiles
-    pid = pid // (v_tiles * q_tiles)
-    segment = pid % segments  # in the order of processing
-    row = (pid // segments).to(tl.int64)
-    batch, head = row // heads, row % heads
-    dq = tile_q * BQ + tl.arange(0, BQ)
-    dv = tile_v * BV + tl.arange(0, BV)
-    in_q, in_v = dq < QK, dv < V
-    in_tile = in_q[:, None] & in_v[None, :]
-    tile = dq[:, None] * V + dv[None, :]
-    a += batch * stride_ab + head * stride_ah
-    b += batch * stride_bb + head * stride_bh
-    gates += row * chunks * L
-    keep += row * chunks
+    i_program = tl.program_id(0)
+    i_v = i_program % v_tiles
+    i_q = (i_program // v_tiles) % q_tiles
+    i_program = i_program // (v_tiles * q_tiles)
+    i_segment = i_program % segments  # in the order of processing
+    i_row = (i_program // segments).to(tl.int64)
+    i_batch, i_head = i_row // heads, i_row % heads
+    # [BQ], [BV]
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_q, m_v = o_q < QK, o_v < V
+    # [BQ, BV]
+    m_state = m_q[:, None] & m_v[None, :]
+    o_state = o_q[:, None] * V + o_v[None, :]
+    a += i_batch * stride_ab + i_head * stride_ah
+    b += i_batch * stride_bb + i_head * stride_bh
+    gates += i_row * chunks * L
+    g_bar += i_row * chunks
 
-    if PHASE != PIECE and first_c is not None:
-        S = tl.load(first_c + row * (QK * V) + tile, mask=in_tile, other=0.0).to(tl.float32)
+    # [BQ, BV]
+    if PHASE != LOCAL and first_c is not None:
+        b_C = tl.load(first_c + i_row * (QK * V) + o_state, mask=m_state, other=0.0).to(tl.float32)
     else:
-        S = tl.zeros([BQ, BV], tl.float32)
-    if PHASE != PIECE and first_n is not None:
-        n = tl.load(first_n + row * QK + dq, mask=in_q, other=0.0).to(tl.float32)
-        n = tl.broadcast_to(n[:, None], [BQ, 16])
+        b_C = tl.zeros([BQ, BV], tl.float32)
+    # [BQ, 16]: all columns are equal, since a product needs 16 of them
+    if PHASE != LOCAL and first_n is not None:
+        b_n = tl.load(first_n + i_row * QK + o_q, mask=m_q, other=0.0).to(tl.float32)
+        b_n = tl.broadcast_to(b_n[:, None], [BQ, 16])
     else:
-        n = tl.zeros([BQ, 16], tl.float32)
+        b_n = tl.zeros([BQ, 16], tl.float32)
     if PHASE == RESUME:
-        for earlier in range(segment):
-            piece = row * (segments - 1) + earlier
-            decay = tl.load(pieces_keep + piece)
-            S = S * decay + tl.load(pieces_c + piece * (QK * V) + tile, mask=in_tile, other=0.0)
-            more = tl.load(pieces_n + piece * QK + dq, mask=in_q, other=0.0)
-            n = n * decay + more[:, None]
+        for i_earlier in range(i_segment):
+            i_part = i_row * (segments - 1) + i_earlier
+            b_g = tl.load(segment_g + i_part)
+            b_C = b_C * b_g + tl.load(
+                segment_c + i_part * (QK * V) + o_state, mask=m_state, other=0.0
+            )
+            # [BQ]
+            b_more = tl.load(segment_n + i_part * QK + o_q, mask=m_q, other=0.0)
+            b_n = b_n * b_g + b_more[:, None]
 
     per_chunk: tl.constexpr = L // BL
-    begin = segment * chunks_per_segment
+    begin = i_segment * chunks_per_segment
     end = tl.minimum(begin + chunks_per_segment, chunks)
-    whole = 1.0  # decay over the segment
+    b_segment_g = 1.0  # decay over the segment
     for step in tl.range(begin * per_chunk, end * per_chunk, num_stages=STAGES):
-        chunk = step // per_chunk
+        i_chunk = step // per_chunk
         if BACKWARD:
-            chunk = chunks - 1 - chunk
-        block = step % per_chunk
-        start = chunk * L + block * BL
-        place = tl.arange(0, BL)
+            i_chunk = chunks - 1 - i_chunk
+        i_tile = step % per_chunk
+        start = i_chunk * L + i_tile * BL
+        o_l = tl.arange(0, BL)
         rows_left = s - start
-        ap = a + start.to(tl.int64) * stride_as + place[None, :] * stride_as + dq[:, None]
-        bp = b + start.to(tl.int64) * stride_bs + place[:, None] * stride_bs + dv[None, :]
-        mask_a, mask_b = in_q[:, None], in_v[None, :]
+        # [BQ, BL], [BL, BV]
+        p_a = a + start.to(tl.int64) * stride_as + o_l[None, :] * stride_as + o_q[:, None]
+        p_b = b + start.to(tl.int64) * stride_bs + o_l[:, None] * stride_bs + o_v[None, :]
+        m_a, m_b = m_q[:, None], m_v[None, :]
         if not EVEN_S:
-            mask_a = mask_a & (place < rows_left)[None, :]
-            mask_b = mask_b & (place < rows_left)[:, None]
-        at = tl.load(ap, mask=mask_a, other=0.0)
-        bt = tl.load(bp, mask=mask_b, other=0.0)
+            m_a = m_a & (o_l < rows_left)[None, :]
+            m_b = m_b & (o_l < rows_left)[:, None]
+        b_a = tl.load(p_a, mask=m_a, other=0.0)
+        b_b = tl.load(p_b, mask=m_b, other=0.0)
+        # [BL]
         if BACKWARD:
-            gain = tl.load(gates + READ * plane + start + place)
-            gain_n = gain
+            b_gain = tl.load(gates + B_BAR * plane + start + o_l)
+            b_gain_n = b_gain
             if NORMALIZE:
-                vector = row * chunks * L + start + place
-                gain_n = gain * tl.load(d_overlap + vector)
-                gain = gain * tl.load(inverse + vector)
+                o_t = i_row * chunks * L + start + o_l
+                b_gain_n = b_gain * tl.load(d_nq + o_t)
+                b_gain = b_gain * tl.load(inverse + o_t)
         else:
-            gain = tl.load(gates + WRITE * plane + start + place)
-            gain_n = gain
-        decay = tl.load(keep + chunk)
-        if block == 0:
-            if PHASE != PIECE:
-                here = (row * chunks + chunk) * QK
-                tl.store(states + here * V + tile, S.to(states.dtype.element_ty), mask=in_tile)
-                if tile_v == 0:
-                    tl.store(n_states + here + dq, tl.sum(n, 1) / 16.0, mask=in_q)
+            b_gain = tl.load(gates + A_BAR * plane + start + o_l)
+            b_gain_n = b_gain
+        b_g = tl.load(g_bar + i_chunk)
+        if i_tile == 0:
+            if PHASE != LOCAL:
+                o_chunk = (i_row * chunks + i_chunk) * QK
+                p_state = states + o_chunk * V + o_state
+                tl.store(p_state, b_C.to(states.dtype.element_ty), mask=m_state)
+                if i_v == 0:
+                    tl.store(n_states + o_chunk + o_q, tl.sum(b_n, 1) / 16.0, mask=m_q)
             else:
-                whole *= decay
-            S *= decay
-            n *= decay
-        column = tl.broadcast_to(gain_n[:, None], [BL, 16]).to(at.dtype)
-        scaled = (at.to(tl.float32) * gain[None, :]).to(at.dtype)
-        S = tl.dot(scaled, bt, S, input_precision=PRECISION)
+                b_segment_g *= b_g
+            b_C *= b_g
+            b_n *= b_g
+        # [BL, 16]
+        b_column = tl.broadcast_to(b_gain_n[:, None], [BL, 16]).to(b_a.dtype)
+        b_scaled = (b_a.to(tl.float32) * b_gain[None, :]).to(b_a.dtype)
+        b_C = tl.dot(b_scaled, b_b, b_C, input_precision=PRECISION)
         if NORMALIZE or not BACKWARD:
-            n = tl.dot(at, column, n, input_precision=PRECISION)
+            b_n = tl.dot(b_a, b_column, b_n, input_precision=PRECISION)
 
-    if PHASE == PIECE:
-        piece = row * segments + segment
-        tl.store(pieces_c + piece * (QK * V) + tile, S, mask=in_tile)
-        if tile_v == 0:
-            tl.store(pieces_n + piece * QK + dq, tl.sum(n, 1) / 16.0, mask=in_q)
-            if tile_q == 0:
-                tl.store(pieces_keep + piece, whole)
+    if PHASE == LOCAL:
+        i_part = i_row * segments + i_segment
+        tl.store(segment_c + i_part * (QK * V) + o_state, b_C, mask=m_state)
+        if i_v == 0:
+            tl.store(segment_n + i_part * QK + o_q, tl.sum(b_n, 1) / 16.0, mask=m_q)
+            if i_q == 0:
+                tl.store(segment_g + i_part, b_segment_g)
     elif STORE_LAST:
-        if segment == segments - 1:
-            tl.store(last_c + row * (QK * V) + tile, S, mask=in_tile)
-            if tile_v == 0:
-                tl.store(last_n + row * QK + dq, tl.sum(n, 1) / 16.0, mask=in_q)
+        if i_segment == segments - 1:
+            tl.store(last_c + i_row * (QK * V) + o_state, b_C, mask=m_state)
+            if i_v == 0:
+                tl.store(last_n + i_row * QK + o_q, tl.sum(b_n, 1) / 16.0, mask=m_q)

@@ -12,8 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-State = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""

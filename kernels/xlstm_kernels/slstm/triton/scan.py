@@ -19,8 +19,6 @@ from xlstm_kernels.slstm.triton import kernels
 MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
 
-State = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
