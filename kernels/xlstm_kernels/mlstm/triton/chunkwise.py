@@ -178,7 +178,8 @@ def _differentiate(ctx, d_outputs):
         None if like is None else grad.view(like[0]).to(like[1])
         for like, grad in zip(ctx.state_like, grads[5:], strict=True)
     ]
-    return *grads[:5], *d_state, *[None] * 10
+    no_tiles = [None] * len(ctx.options[-1])  # a list in the arguments is one in the gradients
+    return *grads[:5], *d_state, *[None] * 9, no_tiles
 
 
 mlstm_forward.register_autograd(_differentiate, setup_context=_save)

@@ -92,6 +92,33 @@ def product(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
+@triton.jit
+def load_gates(p_gates, stride, m_tile):
+    """The tiles of the four gates as float32, `stride` elements apart."""
+    b_i, b_f = load_wide(p_gates, m_tile), load_wide(p_gates + stride, m_tile)
+    b_z, b_o = load_wide(p_gates + 2 * stride, m_tile), load_wide(p_gates + 3 * stride, m_tile)
+    return b_i, b_f, b_z, b_o
+
+
+@triton.jit
+def store_gates(p_gates, stride, b_i, b_f, b_z, b_o, m_tile):
+    """Store a tile for each of the four gates, `stride` elements apart."""
+    tl.store(p_gates, b_i.to(p_gates.dtype.element_ty), mask=m_tile)
+    tl.store(p_gates + stride, b_f.to(p_gates.dtype.element_ty), mask=m_tile)
+    tl.store(p_gates + 2 * stride, b_z.to(p_gates.dtype.element_ty), mask=m_tile)
+    tl.store(p_gates + 3 * stride, b_o.to(p_gates.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def load_matrices(p_matrix, stride, m_matrix):
+    """The tiles of the four recurrent matrices in their dtype, `stride` elements apart."""
+    b_Ri = tl.load(p_matrix, mask=m_matrix, other=0.0)
+    b_Rf = tl.load(p_matrix + stride, mask=m_matrix, other=0.0)
+    b_Rz = tl.load(p_matrix + 2 * stride, mask=m_matrix, other=0.0)
+    b_Ro = tl.load(p_matrix + 3 * stride, mask=m_matrix, other=0.0)
+    return b_Ri, b_Rf, b_Rz, b_Ro
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_resident(
     preacts, weight, bias, starts, h_state, c_state, n_state, m_state, out, acts, decays, cs, ns,
@@ -100,58 +127,59 @@ def forward_resident(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """All steps of one head and BATCH rows. States in and out; cs, ns before each step."""
-    pid = tl.program_id(0).to(tl.int64)
-    head, row = pid % heads, pid // heads * BATCH + tl.arange(0, BATCH)
-    column, inner = tl.arange(0, D), tl.arange(0, D)
-    inside = column < d
-    mask = (row < batch)[:, None] & inside[None, :]
-    width = heads * d  # of one gate of one token
-    gate = heads * d * d
-    tile = weight + head * d * d + inner[:, None] * d + column[None, :]
-    square = (inner < d)[:, None] & inside[None, :]
-    R_i = tl.load(tile, mask=square, other=0.0)
-    R_f = tl.load(tile + gate, mask=square, other=0.0)
-    R_z = tl.load(tile + 2 * gate, mask=square, other=0.0)
-    R_o = tl.load(tile + 3 * gate, mask=square, other=0.0)
-    position = head * d + column
-    b_i = load_wide(bias + position, inside)[None, :]
-    b_f = load_wide(bias + width + position, inside)[None, :]
-    b_z = load_wide(bias + 2 * width + position, inside)[None, :]
-    b_o = load_wide(bias + 3 * width + position, inside)[None, :]
-    state = row[:, None] * width + position[None, :]
-    h = load_wide(h_state + state, mask)
-    c, n = load_wide(c_state + state, mask), load_wide(n_state + state, mask)
-    m = load_wide(m_state + state, mask)
+    i_program = tl.program_id(0).to(tl.int64)
+    # [BATCH]
+    i_head, o_row = i_program % heads, i_program // heads * BATCH + tl.arange(0, BATCH)
+    # [D]
+    o_column, o_inner = tl.arange(0, D), tl.arange(0, D)
+    m_column = o_column < d
+    # [BATCH, D]
+    m_tile = (o_row < batch)[:, None] & m_column[None, :]
+    stride_gate = heads * d  # of one token
+    stride_matrix = heads * d * d
+    # [D, D]
+    p_R = weight + i_head * d * d + o_inner[:, None] * d + o_column[None, :]
+    m_R = (o_inner < d)[:, None] & m_column[None, :]
+    b_Ri, b_Rf, b_Rz, b_Ro = load_matrices(p_R, stride_matrix, m_R)
+    # [1, D]
+    o_head = i_head * d + o_column
+    b_bias_i = load_wide(bias + o_head, m_column)[None, :]
+    b_bias_f = load_wide(bias + stride_gate + o_head, m_column)[None, :]
+    b_bias_z = load_wide(bias + 2 * stride_gate + o_head, m_column)[None, :]
+    b_bias_o = load_wide(bias + 3 * stride_gate + o_head, m_column)[None, :]
+    # [BATCH, D]
+    o_state = o_row[:, None] * stride_gate + o_head[None, :]
+    b_h = load_wide(h_state + o_state, m_tile)
+    b_c, b_n = load_wide(c_state + o_state, m_tile), load_wide(n_state + o_state, m_tile)
+    b_m = load_wide(m_state + o_state, m_tile)
     for t in tl.range(0, steps, num_stages=STAGES):
-        token = row * steps + t
-        at = token[:, None] * width + position[None, :]
-        at4 = token[:, None] * (4 * width) + position[None, :]
-        x_i = load_wide(preacts + at4, mask)
-        x_f = load_wide(preacts + at4 + width, mask)
-        x_z = load_wide(preacts + at4 + 2 * width, mask)
-        x_o = load_wide(preacts + at4 + 3 * width, mask)
+        # [BATCH]
+        o_t = o_row * steps + t
+        # [BATCH, D]
+        o_token = o_t[:, None] * stride_gate + o_head[None, :]
+        o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+        b_xi, b_xf, b_xz, b_xo = load_gates(preacts + o_gates, stride_gate, m_tile)
         if starts is not None:
-            start = (tl.load(starts + token, mask=row < batch, other=0) != 0)[:, None]
-            h = tl.where(start, 0.0, h)
-            m = tl.where(start, -float("inf"), m)
-        left = h.to(weight.dtype.element_ty)
-        i = product(left, R_i, PRECISION) + (x_i + b_i)
-        f = product(left, R_f, PRECISION) + (x_f + b_f)
-        z = product(left, R_z, PRECISION) + (x_z + b_z)
-        o = product(left, R_o, PRECISION) + (x_o + b_o)
-        tl.store(cs + at, c, mask=mask)
-        tl.store(ns + at, n, mask=mask)
-        h, c, n, m, write, closing, z, o, decay = cell(i, f, z, o, c, n, m, SIGMOID)
-        tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
-        tl.store(acts + at4, write.to(acts.dtype.element_ty), mask=mask)
-        tl.store(acts + at4 + width, closing.to(acts.dtype.element_ty), mask=mask)
-        tl.store(acts + at4 + 2 * width, z.to(acts.dtype.element_ty), mask=mask)
-        tl.store(acts + at4 + 3 * width, o.to(acts.dtype.element_ty), mask=mask)
-        tl.store(decays + at, decay, mask=mask)
-    tl.store(h_state + state, h, mask=mask)
-    tl.store(c_state + state, c, mask=mask)
-    tl.store(n_state + state, n, mask=mask)
-    tl.store(m_state + state, m, mask=mask)
+            m_start = (tl.load(starts + o_t, mask=o_row < batch, other=0) != 0)[:, None]
+            b_h = tl.where(m_start, 0.0, b_h)
+            b_m = tl.where(m_start, -float("inf"), b_m)
+        b_left = b_h.to(weight.dtype.element_ty)
+        b_i = product(b_left, b_Ri, PRECISION) + (b_xi + b_bias_i)
+        b_f = product(b_left, b_Rf, PRECISION) + (b_xf + b_bias_f)
+        b_z = product(b_left, b_Rz, PRECISION) + (b_xz + b_bias_z)
+        b_o = product(b_left, b_Ro, PRECISION) + (b_xo + b_bias_o)
+        tl.store(cs + o_token, b_c, mask=m_tile)
+        tl.store(ns + o_token, b_n, mask=m_tile)
+        b_h, b_c, b_n, b_m, b_write, b_closing, b_z, b_o, b_decay = cell(
+            b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID
+        )
+        tl.store(out + o_token, b_h.to(out.dtype.element_ty), mask=m_tile)
+        store_gates(acts + o_gates, stride_gate, b_write, b_closing, b_z, b_o, m_tile)
+        tl.store(decays + o_token, b_decay, mask=m_tile)
+    tl.store(h_state + o_state, b_h, mask=m_tile)
+    tl.store(c_state + o_state, b_c, mask=m_tile)
+    tl.store(n_state + o_state, b_n, mask=m_tile)
+    tl.store(m_state + o_state, b_m, mask=m_tile)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -161,79 +189,87 @@ def backward_resident(
     PRECISION: tl.constexpr, BATCH: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All steps of one head and BATCH rows, backwards. State gradients: last to first."""
-    pid = tl.program_id(0).to(tl.int64)
-    head, row = pid % heads, pid // heads * BATCH + tl.arange(0, BATCH)
-    column, inner = tl.arange(0, D), tl.arange(0, D)
-    inside = column < d
-    mask = (row < batch)[:, None] & inside[None, :]
-    width = heads * d
-    gate = heads * d * d
-    tile = weight + head * d * d + inner[:, None] + column[None, :] * d  # transposed
-    square = (inner < d)[:, None] & inside[None, :]
-    R_i = tl.load(tile, mask=square, other=0.0)
-    R_f = tl.load(tile + gate, mask=square, other=0.0)
-    R_z = tl.load(tile + 2 * gate, mask=square, other=0.0)
-    R_o = tl.load(tile + 3 * gate, mask=square, other=0.0)
-    position = head * d + column
-    state = row[:, None] * width + position[None, :]
-    d_h = load_wide(d_h_state + state, mask)
-    d_c, d_n = load_wide(d_c_state + state, mask), load_wide(d_n_state + state, mask)
+    i_program = tl.program_id(0).to(tl.int64)
+    # [BATCH]
+    i_head, o_row = i_program % heads, i_program // heads * BATCH + tl.arange(0, BATCH)
+    # [D]
+    o_column, o_inner = tl.arange(0, D), tl.arange(0, D)
+    m_column = o_column < d
+    # [BATCH, D]
+    m_tile = (o_row < batch)[:, None] & m_column[None, :]
+    stride_gate = heads * d
+    stride_matrix = heads * d * d
+    # [D, D], transposed
+    p_R = weight + i_head * d * d + o_inner[:, None] + o_column[None, :] * d
+    m_R = (o_inner < d)[:, None] & m_column[None, :]
+    b_Ri, b_Rf, b_Rz, b_Ro = load_matrices(p_R, stride_matrix, m_R)
+    o_head = i_head * d + o_column
+    # [BATCH, D]
+    o_state = o_row[:, None] * stride_gate + o_head[None, :]
+    b_dh = load_wide(d_h_state + o_state, m_tile)
+    b_dc, b_dn = load_wide(d_c_state + o_state, m_tile), load_wide(d_n_state + o_state, m_tile)
     for step in tl.range(0, steps, num_stages=STAGES):
-        token = row * steps + (steps - 1 - step)
-        at = token[:, None] * width + position[None, :]
-        at4 = token[:, None] * (4 * width) + position[None, :]
-        d_h += load_wide(d_out + at, mask)
-        write, closing = load_wide(acts + at4, mask), load_wide(acts + at4 + width, mask)
-        z, o = load_wide(acts + at4 + 2 * width, mask), load_wide(acts + at4 + 3 * width, mask)
-        decay = tl.load(decays + at, mask=mask, other=1.0)
-        c = load_wide(cs + at, mask)
-        n = tl.load(ns + at, mask=mask, other=1.0)
-        d_i, d_f, d_z, d_o, d_c, d_n = cell_gradient(
-            d_h, d_c, d_n, write, closing, z, o, decay, c, n
+        # [BATCH]
+        o_t = o_row * steps + (steps - 1 - step)
+        # [BATCH, D]
+        o_token = o_t[:, None] * stride_gate + o_head[None, :]
+        o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+        b_dh += load_wide(d_out + o_token, m_tile)
+        b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
+        b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
+        b_c = load_wide(cs + o_token, m_tile)
+        b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
+        b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
+            b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
         )
-        g_i, g_f = d_i.to(weight.dtype.element_ty), d_f.to(weight.dtype.element_ty)
-        g_z, g_o = d_z.to(weight.dtype.element_ty), d_o.to(weight.dtype.element_ty)
-        tl.store(d_preacts + at4, g_i, mask=mask)
-        tl.store(d_preacts + at4 + width, g_f, mask=mask)
-        tl.store(d_preacts + at4 + 2 * width, g_z, mask=mask)
-        tl.store(d_preacts + at4 + 3 * width, g_o, mask=mask)
-        d_h = product(g_i, R_i, PRECISION) + product(g_f, R_f, PRECISION)
-        d_h += product(g_z, R_z, PRECISION) + product(g_o, R_o, PRECISION)
+        # Rounded as the products take them.
+        b_di, b_df = b_di.to(weight.dtype.element_ty), b_df.to(weight.dtype.element_ty)
+        b_dz, b_do = b_dz.to(weight.dtype.element_ty), b_do.to(weight.dtype.element_ty)
+        store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
+        b_dh = product(b_di, b_Ri, PRECISION) + product(b_df, b_Rf, PRECISION)
+        b_dh += product(b_dz, b_Rz, PRECISION) + product(b_do, b_Ro, PRECISION)
         if starts is not None:
-            start = tl.load(starts + token, mask=row < batch, other=0) != 0
-            d_h = tl.where(start[:, None], 0.0, d_h)
-    tl.store(d_h_state + state, d_h, mask=mask)
-    tl.store(d_c_state + state, d_c, mask=mask)
-    tl.store(d_n_state + state, d_n, mask=mask)
+            m_start = tl.load(starts + o_t, mask=o_row < batch, other=0) != 0
+            b_dh = tl.where(m_start[:, None], 0.0, b_dh)
+    tl.store(d_h_state + o_state, b_dh, mask=m_tile)
+    tl.store(d_c_state + o_state, b_dc, mask=m_tile)
+    tl.store(d_n_state + o_state, b_dn, mask=m_tile)
 
 
 @triton.jit
 def recurrent_sums(
-    h, weight, known, row, column, inside, head, width, gate, d,
+    h, weight, m_known, o_row, o_column, m_column, i_head, stride_gate, stride_matrix, d,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BATCH: tl.constexpr, WIDTH: tl.constexpr,
     INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h @ R of the four gates at `column`, [BATCH, WIDTH] each; rows not `known` count as zeros.
+    """h @ R of the four gates at o_column, [BATCH, WIDTH] each; rows outside m_known are zeros.
 
     Products of OPERANDs, summed in float32.
     """
-    i = tl.zeros([BATCH, WIDTH], tl.float32)
-    f = tl.zeros([BATCH, WIDTH], tl.float32)
-    z = tl.zeros([BATCH, WIDTH], tl.float32)
-    o = tl.zeros([BATCH, WIDTH], tl.float32)
+    b_i = tl.zeros([BATCH, WIDTH], tl.float32)
+    b_f = tl.zeros([BATCH, WIDTH], tl.float32)
+    b_z = tl.zeros([BATCH, WIDTH], tl.float32)
+    b_o = tl.zeros([BATCH, WIDTH], tl.float32)
     for k in tl.range(0, d, INNER, num_stages=STAGES):
-        inner = k + tl.arange(0, INNER)
-        left = load_wide(
-            h + head * d + row[:, None] * width + inner[None, :],
-            known[:, None] & (inner < d)[None, :],
+        # [INNER]
+        o_inner = k + tl.arange(0, INNER)
+        # [BATCH, INNER]
+        b_left = load_wide(
+            h + i_head * d + o_row[:, None] * stride_gate + o_inner[None, :],
+            m_known[:, None] & (o_inner < d)[None, :],
         ).to(OPERAND)
-        right = weight + head * d * d + inner[:, None] * d + column[None, :]
-        piece = (inner < d)[:, None] & inside[None, :]
-        i += product(left, tl.load(right, mask=piece, other=0.0).to(OPERAND), PRECISION)
-        f += product(left, tl.load(right + gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
-        z += product(left, tl.load(right + 2 * gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
-        o += product(left, tl.load(right + 3 * gate, mask=piece, other=0.0).to(OPERAND), PRECISION)
-    return i, f, z, o
+        # [INNER, WIDTH]
+        p_R = weight + i_head * d * d + o_inner[:, None] * d + o_column[None, :]
+        m_R = (o_inner < d)[:, None] & m_column[None, :]
+        b_R = tl.load(p_R, mask=m_R, other=0.0).to(OPERAND)
+        b_i += product(b_left, b_R, PRECISION)
+        b_R = tl.load(p_R + stride_matrix, mask=m_R, other=0.0).to(OPERAND)
+        b_f += product(b_left, b_R, PRECISION)
+        b_R = tl.load(p_R + 2 * stride_matrix, mask=m_R, other=0.0).to(OPERAND)
+        b_z += product(b_left, b_R, PRECISION)
+        b_R = tl.load(p_R + 3 * stride_matrix, mask=m_R, other=0.0).to(OPERAND)
+        b_o += product(b_left, b_R, PRECISION)
+    return b_i, b_f, b_z, b_o
 
 
 @triton.jit(do_not_specialize=SIZES_AND_RANGE)
@@ -249,61 +285,66 @@ def forward_streamed(
     so that nothing overwrites what is still to be read. States stay in memory between steps:
     together with the sums of a product they would not fit the registers.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    head, block, tile, tiles = pid % heads, pid // heads, 0, tl.cdiv(d, WIDTH)
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head, i_rows, i_tile, tiles = i_program % heads, i_program // heads, 0, tl.cdiv(d, WIDTH)
     if APART:
-        tile, block = (block % tiles).to(tl.int32), block // tiles
-        tiles = tile + 1
-    row = block * BATCH + tl.arange(0, BATCH)
-    width = heads * d
-    gate = heads * d * d
-    part = tl.cast(batch, tl.int64) * width
+        i_tile, i_rows = (i_rows % tiles).to(tl.int32), i_rows // tiles
+        tiles = i_tile + 1
+    # [BATCH]
+    o_row = i_rows * BATCH + tl.arange(0, BATCH)
+    stride_gate = heads * d
+    stride_matrix = heads * d * d
+    stride_part = tl.cast(batch, tl.int64) * stride_gate
     for t in range(first, last):
-        token = row * steps + t
-        alive = row < batch
+        # [BATCH]
+        o_t = o_row * steps + t
+        m_known = o_row < batch
         if starts is not None:
-            alive = alive & (tl.load(starts + token, mask=alive, other=0) == 0)
-        h_prev = h_states + (t % 2) * part
-        for j in range(tile, tiles):
-            column = j * WIDTH + tl.arange(0, WIDTH)
-            inside = column < d
-            i, f, z, o = recurrent_sums(
-                h_prev, weight, alive, row, column, inside, head, width, gate, d,
-                preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
+            m_known = m_known & (tl.load(starts + o_t, mask=m_known, other=0) == 0)
+        p_h = h_states + (t % 2) * stride_part
+        for i_column in range(i_tile, tiles):
+            # [WIDTH]
+            o_column = i_column * WIDTH + tl.arange(0, WIDTH)
+            m_column = o_column < d
+            # [BATCH, WIDTH]
+            b_i, b_f, b_z, b_o = recurrent_sums(
+                p_h, weight, m_known, o_row, o_column, m_column, i_head, stride_gate,
+                stride_matrix, d, preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
             )  # fmt: skip
-            mask = (row < batch)[:, None] & inside[None, :]
-            position = head * d + column
-            at4 = token[:, None] * (4 * width) + position[None, :]
-            i += load_wide(preacts + at4, mask) + load_wide(bias + position, inside)[None, :]
-            position += width
-            f += load_wide(preacts + at4 + width, mask)
-            f += load_wide(bias + position, inside)[None, :]
-            position += width
-            z += load_wide(preacts + at4 + 2 * width, mask)
-            z += load_wide(bias + position, inside)[None, :]
-            position += width
-            o += load_wide(preacts + at4 + 3 * width, mask)
-            o += load_wide(bias + position, inside)[None, :]
-            position = head * d + column
-            state = row[:, None] * width + position[None, :]
-            at = token[:, None] * width + position[None, :]
-            m = tl.load(m_state + state, mask=mask, other=0.0)
+            m_tile = (o_row < batch)[:, None] & m_column[None, :]
+            o_head = i_head * d + o_column
+            o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+            b_i += (
+                load_wide(preacts + o_gates, m_tile) + load_wide(bias + o_head, m_column)[None, :]
+            )
+            o_head += stride_gate
+            b_f += load_wide(preacts + o_gates + stride_gate, m_tile)
+            b_f += load_wide(bias + o_head, m_column)[None, :]
+            o_head += stride_gate
+            b_z += load_wide(preacts + o_gates + 2 * stride_gate, m_tile)
+            b_z += load_wide(bias + o_head, m_column)[None, :]
+            o_head += stride_gate
+            b_o += load_wide(preacts + o_gates + 3 * stride_gate, m_tile)
+            b_o += load_wide(bias + o_head, m_column)[None, :]
+            o_head = i_head * d + o_column
+            o_state = o_row[:, None] * stride_gate + o_head[None, :]
+            o_token = o_t[:, None] * stride_gate + o_head[None, :]
+            b_m = tl.load(m_state + o_state, mask=m_tile, other=0.0)
             if starts is not None:
-                m = tl.where(alive[:, None], m, -float("inf"))
-            c, n = load_wide(c_state + state, mask), load_wide(n_state + state, mask)
-            tl.store(cs + at, c, mask=mask)
-            tl.store(ns + at, n, mask=mask)
-            h, c, n, m, write, closing, z, o, decay = cell(i, f, z, o, c, n, m, SIGMOID)
-            tl.store(m_state + state, m, mask=mask)
-            tl.store(c_state + state, c, mask=mask)
-            tl.store(n_state + state, n, mask=mask)
-            tl.store(h_states + ((t + 1) % 2) * part + state, h, mask=mask)
-            tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
-            tl.store(acts + at4, write.to(acts.dtype.element_ty), mask=mask)
-            tl.store(acts + at4 + width, closing.to(acts.dtype.element_ty), mask=mask)
-            tl.store(acts + at4 + 2 * width, z.to(acts.dtype.element_ty), mask=mask)
-            tl.store(acts + at4 + 3 * width, o.to(acts.dtype.element_ty), mask=mask)
-            tl.store(decays + at, decay, mask=mask)
+                b_m = tl.where(m_known[:, None], b_m, -float("inf"))
+            b_c, b_n = load_wide(c_state + o_state, m_tile), load_wide(n_state + o_state, m_tile)
+            tl.store(cs + o_token, b_c, mask=m_tile)
+            tl.store(ns + o_token, b_n, mask=m_tile)
+            b_h, b_c, b_n, b_m, b_write, b_closing, b_z, b_o, b_decay = cell(
+                b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID
+            )
+            tl.store(m_state + o_state, b_m, mask=m_tile)
+            tl.store(c_state + o_state, b_c, mask=m_tile)
+            tl.store(n_state + o_state, b_n, mask=m_tile)
+            tl.store(h_states + ((t + 1) % 2) * stride_part + o_state, b_h, mask=m_tile)
+            tl.store(out + o_token, b_h.to(out.dtype.element_ty), mask=m_tile)
+            store_gates(acts + o_gates, stride_gate, b_write, b_closing, b_z, b_o, m_tile)
+            tl.store(decays + o_token, b_decay, mask=m_tile)
         tl.debug_barrier()  # the next step reads what other threads have stored
 
 
@@ -319,79 +360,76 @@ def backward_streamed(
     Each step takes d_h from the gate gradients of the step after it, which d_preacts holds; step
     number `steps` comes before the first token and only gives d_h_first.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    head, block, tile, tiles = pid % heads, pid // heads, 0, tl.cdiv(d, WIDTH)
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head, i_rows, i_tile, tiles = i_program % heads, i_program // heads, 0, tl.cdiv(d, WIDTH)
     if APART:
-        tile, block = (block % tiles).to(tl.int32), block // tiles
-        tiles = tile + 1
-    row = block * BATCH + tl.arange(0, BATCH)
-    width = heads * d
-    gate = heads * d * d
-    R = weight + head * d * d
+        i_tile, i_rows = (i_rows % tiles).to(tl.int32), i_rows // tiles
+        tiles = i_tile + 1
+    # [BATCH]
+    o_row = i_rows * BATCH + tl.arange(0, BATCH)
+    stride_gate = heads * d
+    stride_matrix = heads * d * d
+    R = weight + i_head * d * d
     for step in range(first, last):
         t = steps - 1 - step
-        after = row * steps + (t + 1)
-        alive = (row < batch) & (step > 0)
+        # [BATCH]
+        o_after = o_row * steps + (t + 1)
+        m_known = (o_row < batch) & (step > 0)
         if starts is not None:
-            alive = alive & (tl.load(starts + after, mask=alive, other=0) == 0)
-        for j in range(tile, tiles):
-            column = j * WIDTH + tl.arange(0, WIDTH)
-            inside = column < d
-            e_i = tl.zeros([BATCH, WIDTH], tl.float32)
-            e_f = tl.zeros([BATCH, WIDTH], tl.float32)
-            e_z = tl.zeros([BATCH, WIDTH], tl.float32)
-            e_o = tl.zeros([BATCH, WIDTH], tl.float32)
+            m_known = m_known & (tl.load(starts + o_after, mask=m_known, other=0) == 0)
+        for i_column in range(i_tile, tiles):
+            # [WIDTH]
+            o_column = i_column * WIDTH + tl.arange(0, WIDTH)
+            m_column = o_column < d
+            # What each gate adds to d_h, [BATCH, WIDTH]
+            b_from_i = tl.zeros([BATCH, WIDTH], tl.float32)
+            b_from_f = tl.zeros([BATCH, WIDTH], tl.float32)
+            b_from_z = tl.zeros([BATCH, WIDTH], tl.float32)
+            b_from_o = tl.zeros([BATCH, WIDTH], tl.float32)
             for k in tl.range(0, d, INNER, num_stages=STAGES):
-                inner = k + tl.arange(0, INNER)
-                left = d_preacts + after[:, None] * (4 * width) + head * d + inner[None, :]
-                known = alive[:, None] & (inner < d)[None, :]
-                right = R + inner[:, None] + column[None, :] * d  # transposed
-                piece = (inner < d)[:, None] & inside[None, :]
-                e_i += product(
-                    tl.load(left, mask=known, other=0.0),
-                    tl.load(right, mask=piece, other=0.0),
-                    PRECISION,
-                )
-                e_f += product(
-                    tl.load(left + width, mask=known, other=0.0),
-                    tl.load(right + gate, mask=piece, other=0.0),
-                    PRECISION,
-                )
-                e_z += product(
-                    tl.load(left + 2 * width, mask=known, other=0.0),
-                    tl.load(right + 2 * gate, mask=piece, other=0.0),
-                    PRECISION,
-                )
-                e_o += product(
-                    tl.load(left + 3 * width, mask=known, other=0.0),
-                    tl.load(right + 3 * gate, mask=piece, other=0.0),
-                    PRECISION,
-                )
-            mask = (row < batch)[:, None] & inside[None, :]
-            position = head * d + column
-            state = row[:, None] * width + position[None, :]
-            d_h = (e_i + e_f) + (e_z + e_o) + load_wide(d_h_last + state, mask & (step == 0))
+                # [INNER]
+                o_inner = k + tl.arange(0, INNER)
+                # [BATCH, INNER]
+                p_d = d_preacts + o_after[:, None] * (4 * stride_gate)
+                p_d = p_d + i_head * d + o_inner[None, :]
+                m_d = m_known[:, None] & (o_inner < d)[None, :]
+                # [INNER, WIDTH], transposed
+                p_R = R + o_inner[:, None] + o_column[None, :] * d
+                m_R = (o_inner < d)[:, None] & m_column[None, :]
+                b_d = tl.load(p_d, mask=m_d, other=0.0)
+                b_from_i += product(b_d, tl.load(p_R, mask=m_R, other=0.0), PRECISION)
+                b_d = tl.load(p_d + stride_gate, mask=m_d, other=0.0)
+                b_R = tl.load(p_R + stride_matrix, mask=m_R, other=0.0)
+                b_from_f += product(b_d, b_R, PRECISION)
+                b_d = tl.load(p_d + 2 * stride_gate, mask=m_d, other=0.0)
+                b_R = tl.load(p_R + 2 * stride_matrix, mask=m_R, other=0.0)
+                b_from_z += product(b_d, b_R, PRECISION)
+                b_d = tl.load(p_d + 3 * stride_gate, mask=m_d, other=0.0)
+                b_R = tl.load(p_R + 3 * stride_matrix, mask=m_R, other=0.0)
+                b_from_o += product(b_d, b_R, PRECISION)
+            # [BATCH, WIDTH]
+            m_tile = (o_row < batch)[:, None] & m_column[None, :]
+            o_head = i_head * d + o_column
+            o_state = o_row[:, None] * stride_gate + o_head[None, :]
+            b_dh = (b_from_i + b_from_f) + (b_from_z + b_from_o)
+            b_dh = b_dh + load_wide(d_h_last + o_state, m_tile & (step == 0))
             if t < 0:
-                tl.store(d_h_first + state, d_h, mask=mask)
+                tl.store(d_h_first + o_state, b_dh, mask=m_tile)
             else:
-                token = row * steps + t
-                at = token[:, None] * width + position[None, :]
-                at4 = token[:, None] * (4 * width) + position[None, :]
-                d_h += load_wide(d_out + at, mask)
-                d_c, d_n = load_wide(d_c_state + state, mask), load_wide(d_n_state + state, mask)
-                write, closing = load_wide(acts + at4, mask), load_wide(acts + at4 + width, mask)
-                z = load_wide(acts + at4 + 2 * width, mask)
-                o = load_wide(acts + at4 + 3 * width, mask)
-                decay = tl.load(decays + at, mask=mask, other=1.0)
-                c = load_wide(cs + at, mask)
-                n = tl.load(ns + at, mask=mask, other=1.0)
-                d_i, d_f, d_z, d_o, d_c, d_n = cell_gradient(
-                    d_h, d_c, d_n, write, closing, z, o, decay, c, n
+                o_t = o_row * steps + t
+                o_token = o_t[:, None] * stride_gate + o_head[None, :]
+                o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+                b_dh += load_wide(d_out + o_token, m_tile)
+                b_dc = load_wide(d_c_state + o_state, m_tile)
+                b_dn = load_wide(d_n_state + o_state, m_tile)
+                b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
+                b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
+                b_c = load_wide(cs + o_token, m_tile)
+                b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
+                b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
+                    b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
                 )
-                tl.store(d_preacts + at4, d_i.to(d_preacts.dtype.element_ty), mask=mask)
-                tl.store(d_preacts + at4 + width, d_f.to(d_preacts.dtype.element_ty), mask=mask)
-                tl.store(d_preacts + at4 + 2 * width, d_z.to(d_preacts.dtype.element_ty), mask=mask)
-                tl.store(d_preacts + at4 + 3 * width, d_o.to(d_preacts.dtype.element_ty), mask=mask)
-                tl.store(d_c_state + state, d_c, mask=mask)
-                tl.store(d_n_state + state, d_n, mask=mask)
+                store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
+                tl.store(d_c_state + o_state, b_dc, mask=m_tile)
+                tl.store(d_n_state + o_state, b_dn, mask=m_tile)
         tl.debug_barrier()  # the next step reads what other threads have stored

@@ -1,4 +1,4 @@
-"""SLSTM for one token on Triton: a program has some columns of one head, and the state in place.
+"""The sLSTM for one token on Triton: a program has some columns of one head, updated in place.
 
 Every program of a head reads all of h, so the new h goes to memory of its own and replaces the old
 one afterwards; a head of a single tile needs neither. Nothing depends on values: a GPU graph can
@@ -24,36 +24,38 @@ def one_step(
     INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """WIDTH columns of a head and BATCH rows; grid: blocks of rows * heads * tiles."""
-    pid = tl.program_id(0).to(tl.int64)
-    tile, head = pid % tiles, pid // tiles % heads
-    row = pid // tiles // heads * BATCH + tl.arange(0, BATCH)
-    column = tile * WIDTH + tl.arange(0, WIDTH)
-    alive, inside = row < batch, column < d
-    width = heads * d
-    i, f, z, o = recurrent_sums(
-        h, weight, alive, row, column, inside, head, width, heads * d * d, d,
+    i_program = tl.program_id(0).to(tl.int64)
+    i_tile, i_head = i_program % tiles, i_program // tiles % heads
+    # [BATCH], [WIDTH]
+    o_row = i_program // tiles // heads * BATCH + tl.arange(0, BATCH)
+    o_column = i_tile * WIDTH + tl.arange(0, WIDTH)
+    m_row, m_column = o_row < batch, o_column < d
+    stride_gate = heads * d
+    # [BATCH, WIDTH]
+    b_i, b_f, b_z, b_o = recurrent_sums(
+        h, weight, m_row, o_row, o_column, m_column, i_head, stride_gate, heads * d * d, d,
         preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
     )  # fmt: skip
-    mask = alive[:, None] & inside[None, :]
-    position = head * d + column
-    at4 = row[:, None] * (4 * width) + position[None, :]
-    i += load_wide(preacts + at4, mask) + load_wide(bias + position, inside)[None, :]
-    position += width
-    f += load_wide(preacts + at4 + width, mask) + load_wide(bias + position, inside)[None, :]
-    position += width
-    z += load_wide(preacts + at4 + 2 * width, mask) + load_wide(bias + position, inside)[None, :]
-    position += width
-    o += load_wide(preacts + at4 + 3 * width, mask) + load_wide(bias + position, inside)[None, :]
-    at = row[:, None] * width + (head * d + column)[None, :]
-    c_old, n_old = load_wide(c + at, mask), load_wide(n + at, mask)
-    m_old = tl.where(n_old == 0.0, -float("inf"), load_wide(m + at, mask))  # a fresh state
-    h_new, c_new, n_new, m_new, _, _, _, _, _ = cell(i, f, z, o, c_old, n_old, m_old, SIGMOID)
+    m_tile = m_row[:, None] & m_column[None, :]
+    o_head = i_head * d + o_column
+    p_x = preacts + (o_row[:, None] * (4 * stride_gate) + o_head[None, :])
+    b_i += load_wide(p_x, m_tile) + load_wide(bias + o_head, m_column)[None, :]
+    o_head += stride_gate
+    b_f += load_wide(p_x + stride_gate, m_tile) + load_wide(bias + o_head, m_column)[None, :]
+    o_head += stride_gate
+    b_z += load_wide(p_x + 2 * stride_gate, m_tile) + load_wide(bias + o_head, m_column)[None, :]
+    o_head += stride_gate
+    b_o += load_wide(p_x + 3 * stride_gate, m_tile) + load_wide(bias + o_head, m_column)[None, :]
+    o_state = o_row[:, None] * stride_gate + (i_head * d + o_column)[None, :]
+    b_c, b_n = load_wide(c + o_state, m_tile), load_wide(n + o_state, m_tile)
+    b_m = tl.where(b_n == 0.0, -float("inf"), load_wide(m + o_state, m_tile))  # a fresh state
+    b_h, b_c, b_n, b_m, _, _, _, _, _ = cell(b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID)
     tl.debug_barrier()  # h_next may be h, which all threads read
-    tl.store(h_next + at, h_new.to(h_next.dtype.element_ty), mask=mask)
-    tl.store(c + at, c_new.to(c.dtype.element_ty), mask=mask)
-    tl.store(n + at, n_new.to(n.dtype.element_ty), mask=mask)
-    tl.store(m + at, m_new.to(m.dtype.element_ty), mask=mask)
-    tl.store(out + at, h_new.to(out.dtype.element_ty), mask=mask)
+    tl.store(h_next + o_state, b_h.to(h_next.dtype.element_ty), mask=m_tile)
+    tl.store(c + o_state, b_c.to(c.dtype.element_ty), mask=m_tile)
+    tl.store(n + o_state, b_n.to(n.dtype.element_ty), mask=m_tile)
+    tl.store(m + o_state, b_m.to(m.dtype.element_ty), mask=m_tile)
+    tl.store(out + o_state, b_h.to(out.dtype.element_ty), mask=m_tile)
 
 
 def step_tiles(target: str, d: int, dtype: torch.dtype) -> Tiles:
@@ -71,16 +73,13 @@ def plan_step(
     tiles = step_tiles(target, d, preacts.dtype)
     count = triton.cdiv(d, tiles.width)
     out, h_next = torch.empty_like(preacts[:, 0]), h if count == 1 else torch.empty_like(h)
-    arguments = {
-        "preacts": preacts, "weight": weight, "bias": bias, "h": h, "h_next": h_next, "c": c,
-        "n": n, "m": m, "out": out, "batch": batch, "heads": heads, "d": d, "tiles": count,
-        "SIGMOID": sigmoid, "PRECISION": "tf32x3" if target.startswith("sm_") else "ieee",
-        "BATCH": BATCH, "WIDTH": tiles.width, "INNER": tiles.inner, "STAGES": tiles.num_stages,
-    }  # fmt: skip
-    launch = Launch(
-        "slstm decode", one_step, (triton.cdiv(batch, BATCH) * heads * count,), arguments,
-        tiles.num_warps, tiles.num_stages,
-    )  # fmt: skip
+    arguments = {"preacts": preacts, "weight": weight, "bias": bias, "out": out}
+    arguments |= {"h": h, "h_next": h_next, "c": c, "n": n, "m": m}
+    arguments |= {"batch": batch, "heads": heads, "d": d, "tiles": count, "SIGMOID": sigmoid}
+    arguments |= {"PRECISION": "tf32x3" if target.startswith("sm_") else "ieee", "BATCH": BATCH}
+    arguments |= {"WIDTH": tiles.width, "INNER": tiles.inner, "STAGES": tiles.num_stages}
+    grid = (triton.cdiv(batch, BATCH) * heads * count,)
+    launch = Launch("slstm decode", one_step, grid, arguments, tiles.num_warps, tiles.num_stages)
     return out, h_next, launch
 
 
