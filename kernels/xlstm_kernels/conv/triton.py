@@ -18,49 +18,55 @@ SIZES = ["batch", "steps"]  # vary without recompilation
 
 
 @triton.jit
-def own_inputs(x, before, row, t, c, inside, steps, channels, TAPS: tl.constexpr):
-    """Inputs [tokens, channels] at times t of one row; t < 0 reads the state before x."""
-    at = (row * steps + t)[:, None] * channels + c[None, :]
-    inside = inside[None, :]
-    value = tl.load(x + at, mask=inside & ((t >= 0) & (t < steps))[:, None], other=0.0)
-    value = value.to(tl.float32)
+def own_inputs(x, before, i_row, o_t, o_c, m_c, steps, channels, TAPS: tl.constexpr):
+    """Inputs [tokens, channels] at times o_t of one row; o_t < 0 reads the state before x."""
+    # [tokens, channels]
+    o_x = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    m_channels = m_c[None, :]
+    b_x = tl.load(x + o_x, mask=m_channels & ((o_t >= 0) & (o_t < steps))[:, None], other=0.0)
+    b_x = b_x.to(tl.float32)
     if before is not None and TAPS > 1:
-        at = (row * channels + c)[None, :] * (TAPS - 1) + (t + (TAPS - 1))[:, None]
-        early = ((t < 0) & (t >= 1 - TAPS))[:, None]
-        value += tl.load(before + at, mask=inside & early, other=0.0).to(tl.float32)
-    return value
+        o_before = (i_row * channels + o_c)[None, :] * (TAPS - 1) + (o_t + (TAPS - 1))[:, None]
+        m_early = ((o_t < 0) & (o_t >= 1 - TAPS))[:, None]
+        b_x += tl.load(before + o_before, mask=m_channels & m_early, other=0.0).to(tl.float32)
+    return b_x
 
 
 @triton.jit
-def starts_at(starts, row, t, steps):
-    """Whether a document starts at the times t; not outside the sequence."""
-    return tl.load(starts + row * steps + t, mask=(t >= 0) & (t < steps), other=0) != 0
+def starts_at(starts, i_row, o_t, steps):
+    """Whether a document starts at the times o_t; not outside the sequence."""
+    return tl.load(starts + i_row * steps + o_t, mask=(o_t >= 0) & (o_t < steps), other=0) != 0
 
 
 @triton.jit
-def preactivation(x, weight, bias, before, starts, row, t, c, inside, steps, channels,
-                  TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Sum of taps and bias at times t, [tokens, channels]; no tap leaves its document."""
-    total = tl.zeros([TOKENS, CHANNELS], tl.float32)
+def preactivation(
+    x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
+    TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sum of taps and bias at times o_t, [tokens, channels]; no tap leaves its document."""
+    b_sum = tl.zeros([TOKENS, CHANNELS], tl.float32)
     if bias is not None:
-        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    alive = t < steps
+        b_sum += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    # [tokens]: whether the tap is still in the document of the token
+    m_own = o_t < steps
     for back in tl.static_range(TAPS):
-        w = tl.load(weight + c * TAPS + (TAPS - 1 - back), mask=inside, other=0.0).to(tl.float32)
-        value = own_inputs(x, before, row, t - back, c, inside, steps, channels, TAPS)
-        total += tl.where(alive[:, None], value * w[None, :], 0.0)
+        # [channels]
+        b_w = tl.load(weight + o_c * TAPS + (TAPS - 1 - back), mask=m_c, other=0.0).to(tl.float32)
+        b_x = own_inputs(x, before, i_row, o_t - back, o_c, m_c, steps, channels, TAPS)
+        b_sum += tl.where(m_own[:, None], b_x * b_w[None, :], 0.0)
         if starts is not None:
-            alive = alive & (starts_at(starts, row, t - back, steps) == 0)
-    return total
+            m_own = m_own & (starts_at(starts, i_row, o_t - back, steps) == 0)
+    return b_sum
 
 
 @triton.jit
 def program_place(channels, CHANNELS: tl.constexpr, length, TOKENS: tl.constexpr):
-    """Row, first time and channels of this program; programs go over channels, times, rows."""
-    pid = tl.program_id(0).to(tl.int64)
+    """Row, times and channels of this program; programs go over channels, times, rows."""
+    i_program = tl.program_id(0).to(tl.int64)
     across, along = tl.cdiv(channels, CHANNELS), tl.cdiv(length, TOKENS)
-    c = pid % across * CHANNELS + tl.arange(0, CHANNELS)
-    return pid // across // along, pid // across % along * TOKENS + tl.arange(0, TOKENS), c
+    o_c = i_program % across * CHANNELS + tl.arange(0, CHANNELS)
+    o_t = i_program // across % along * TOKENS + tl.arange(0, TOKENS)
+    return i_program // across // along, o_t, o_c
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -69,15 +75,17 @@ def conv_forward(
     SILU: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y [batch, steps, channels] of a tile of tokens and channels."""
-    row, t, c = program_place(channels, CHANNELS, steps, TOKENS)
-    inside = c < channels
-    pre = preactivation(
-        x, weight, bias, before, starts, row, t, c, inside, steps, channels, TAPS, TOKENS, CHANNELS
-    )
+    i_row, o_t, o_c = program_place(channels, CHANNELS, steps, TOKENS)
+    m_c = o_c < channels
+    # [TOKENS, CHANNELS]
+    b_y = preactivation(
+        x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
+        TAPS, TOKENS, CHANNELS,
+    )  # fmt: skip
     if SILU:
-        pre = pre / (1.0 + tl.exp(-pre))
-    at = (row * steps + t)[:, None] * channels + c[None, :]
-    tl.store(y + at, pre.to(y.dtype.element_ty), mask=(t < steps)[:, None] & inside[None, :])
+        b_y = b_y / (1.0 + tl.exp(-b_y))
+    o_y = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=(o_t < steps)[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -86,30 +94,31 @@ def conv_backward_taps(
     SILU: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """d_pre of a tile, and its part of the gradients of the taps and of the bias (the last)."""
-    row, t, c = program_place(channels, CHANNELS, steps, TOKENS)
-    inside = c < channels
-    at = (row * steps + t)[:, None] * channels + c[None, :]
-    mask = (t < steps)[:, None] & inside[None, :]
-    d = tl.load(d_y + at, mask=mask, other=0.0).to(tl.float32)
+    i_row, o_t, o_c = program_place(channels, CHANNELS, steps, TOKENS)
+    m_c = o_c < channels
+    # [TOKENS, CHANNELS]
+    o_y = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    m_y = (o_t < steps)[:, None] & m_c[None, :]
+    b_d = tl.load(d_y + o_y, mask=m_y, other=0.0).to(tl.float32)
     if SILU:
-        pre = preactivation(
-            x, weight, bias, before, starts, row, t, c, inside, steps, channels,
+        b_pre = preactivation(
+            x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
             TAPS, TOKENS, CHANNELS,
         )  # fmt: skip
-        gate = 1.0 / (1.0 + tl.exp(-pre))
-        d = d * gate * (1.0 + pre * (1.0 - gate))
-    tl.store(d_pre + at, d, mask=mask)
-    part = d_taps + (tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)) * (
-        (TAPS + 1) * channels
-    )
-    tl.store(part + TAPS * channels + c, tl.sum(d, 0), mask=inside)
-    alive = t < steps
+        b_gate = 1.0 / (1.0 + tl.exp(-b_pre))
+        b_d = b_d * b_gate * (1.0 + b_pre * (1.0 - b_gate))
+    tl.store(d_pre + o_y, b_d, mask=m_y)
+    i_part = tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)
+    p_part = d_taps + i_part * ((TAPS + 1) * channels)
+    tl.store(p_part + TAPS * channels + o_c, tl.sum(b_d, 0), mask=m_c)
+    # [TOKENS]
+    m_own = o_t < steps
     for back in tl.static_range(TAPS):
-        value = own_inputs(x, before, row, t - back, c, inside, steps, channels, TAPS)
-        summed = tl.sum(tl.where(alive[:, None], value * d, 0.0), 0)
-        tl.store(part + (TAPS - 1 - back) * channels + c, summed, mask=inside)
+        b_x = own_inputs(x, before, i_row, o_t - back, o_c, m_c, steps, channels, TAPS)
+        b_tap = tl.sum(tl.where(m_own[:, None], b_x * b_d, 0.0), 0)
+        tl.store(p_part + (TAPS - 1 - back) * channels + o_c, b_tap, mask=m_c)
         if starts is not None:
-            alive = alive & (starts_at(starts, row, t - back, steps) == 0)
+            m_own = m_own & (starts_at(starts, i_row, o_t - back, steps) == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -118,25 +127,29 @@ def conv_backward_inputs(
     TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """d_x of a tile of tokens and channels; the state before x counts as TAPS - 1 tokens."""
-    row, t, c = program_place(channels, CHANNELS, steps + (TAPS - 1), TOKENS)
-    t -= TAPS - 1
-    inside = c < channels
-    total = tl.zeros([TOKENS, CHANNELS], tl.float32)
-    alive = t < steps
+    i_row, o_t, o_c = program_place(channels, CHANNELS, steps + (TAPS - 1), TOKENS)
+    o_t -= TAPS - 1
+    m_c = o_c < channels
+    b_dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    # [TOKENS]
+    m_own = o_t < steps
     for on in tl.static_range(TAPS):
-        later = t + on
+        o_later = o_t + on
         if starts is not None and on > 0:
-            alive = alive & (starts_at(starts, row, later, steps) == 0)
-        at = (row * steps + later)[:, None] * channels + c[None, :]
-        known = (alive & (later >= 0) & (later < steps))[:, None] & inside[None, :]
-        w = tl.load(weight + c * TAPS + (TAPS - 1 - on), mask=inside, other=0.0).to(tl.float32)
-        total += tl.load(d_pre + at, mask=known, other=0.0) * w[None, :]
-    at = (row * steps + t)[:, None] * channels + c[None, :]
-    mask = ((t >= 0) & (t < steps))[:, None] & inside[None, :]
-    tl.store(d_x + at, total.to(d_x.dtype.element_ty), mask=mask)
+            m_own = m_own & (starts_at(starts, i_row, o_later, steps) == 0)
+        # [TOKENS, CHANNELS]
+        o_pre = (i_row * steps + o_later)[:, None] * channels + o_c[None, :]
+        m_pre = (m_own & (o_later >= 0) & (o_later < steps))[:, None] & m_c[None, :]
+        # [CHANNELS]
+        b_w = tl.load(weight + o_c * TAPS + (TAPS - 1 - on), mask=m_c, other=0.0).to(tl.float32)
+        b_dx += tl.load(d_pre + o_pre, mask=m_pre, other=0.0) * b_w[None, :]
+    # [TOKENS, CHANNELS]
+    o_x = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    m_x = ((o_t >= 0) & (o_t < steps))[:, None] & m_c[None, :]
+    tl.store(d_x + o_x, b_dx.to(d_x.dtype.element_ty), mask=m_x)
     if d_before is not None and TAPS > 1:
-        at = (row * channels + c)[None, :] * (TAPS - 1) + (t + (TAPS - 1))[:, None]
-        tl.store(d_before + at, total, mask=(t < 0)[:, None] & inside[None, :])
+        o_before = (i_row * channels + o_c)[None, :] * (TAPS - 1) + (o_t + (TAPS - 1))[:, None]
+        tl.store(d_before + o_before, b_dx, mask=(o_t < 0)[:, None] & m_c[None, :])
 
 
 def plan(kernel, arguments: dict, shape, taps: int, length: int) -> Launch:
@@ -216,10 +229,10 @@ def _backward(
     b, _, c = x.shape
     taps = weight.shape[1]
     d_x, d_before = torch.empty_like(x), x.new_zeros(b, c, taps - 1, dtype=torch.float32)
+    d_given = None if before is None else d_before
     launches, d_taps = plan_backward(
-        d_y, x, weight, bias, before, _bytes(boundaries), silu, d_x,
-        None if before is None else d_before,
-    )  # fmt: skip
+        d_y, x, weight, bias, before, _bytes(boundaries), silu, d_x, d_given
+    )
     run_all(launches, x)
     d_taps = d_taps.sum(0)
     return [d_x, d_taps[:taps].t().contiguous(), d_taps[taps].clone(), d_before]

@@ -31,26 +31,26 @@ def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
 
 
 @triton.jit
-def tile_at(base, stride_outer, stride_inner, stride_head, row, inner, head, column):
+def tile_at(base, stride_outer, stride_inner, stride_head, o_row, inner, i_head, o_d):
     """Pointers [rows, d] of a tensor [outer, inner, heads, d]; rows count outer * inner."""
-    at = row // inner * stride_outer + row % inner * stride_inner + head * stride_head
-    return base + at[:, None] + column[None, :]
+    o_base = o_row // inner * stride_outer + o_row % inner * stride_inner + i_head * stride_head
+    return base + o_base[:, None] + o_d[None, :]
 
 
 @triton.jit
-def normalised(x, inside, d, eps, CENTERED: tl.constexpr):
+def normalised(b_x, m_d, d, eps, CENTERED: tl.constexpr):
     """(x - mean) / deviation of each row, and 1 / deviation; zeros beyond d."""
     if CENTERED:
-        x = tl.where(inside[None, :], x - (tl.sum(x, 1) / d)[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / d + eps)
-    return x * inverse[:, None], inverse
+        b_x = tl.where(m_d[None, :], b_x - (tl.sum(b_x, 1) / d)[:, None], 0.0)
+    b_inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / d + eps)
+    return b_x * b_inverse[:, None], b_inverse
 
 
 @triton.jit
-def open_gate(gate):
+def open_gate(b_gate):
     """Sigmoid, without overflow."""
-    e = tl.exp(-tl.abs(gate))
-    return tl.where(gate < 0.0, e, 1.0) / (1.0 + e)
+    b_e = tl.exp(-tl.abs(b_gate))
+    return tl.where(b_gate < 0.0, b_e, 1.0) / (1.0 + b_e)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -59,64 +59,71 @@ def norm_forward(
     stride_xo, stride_xi, stride_xh, stride_go, stride_gi, stride_gh,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one head of y [outer, inner, heads, d]; grid: blocks of rows * heads."""
-    pid = tl.program_id(0).to(tl.int64)
-    head = pid % heads
-    row = pid // heads * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, D)
-    inside = column < d
-    mask = (row < outer * inner)[:, None] & inside[None, :]
-    xp = tile_at(x, stride_xo, stride_xi, stride_xh, row, inner, head, column)
-    value = tl.load(xp, mask=mask, other=0.0).to(tl.float32)
-    value, _ = normalised(value, inside, d, eps, CENTERED)
-    value *= tl.load(weight + head * d + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    """ROWS rows of one head of y [outer, inner, heads, d]; grid: tiles of rows * heads."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head = i_program % heads
+    # [ROWS], [D]
+    o_row = i_program // heads * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, D)
+    m_d = o_d < d
+    # [ROWS, D]
+    m_tile = (o_row < outer * inner)[:, None] & m_d[None, :]
+    p_x = tile_at(x, stride_xo, stride_xi, stride_xh, o_row, inner, i_head, o_d)
+    b_y = tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+    b_y, _ = normalised(b_y, m_d, d, eps, CENTERED)
+    b_y *= tl.load(weight + i_head * d + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
-        gp = tile_at(gate, stride_go, stride_gi, stride_gh, row, inner, head, column)
-        value *= open_gate(tl.load(gp, mask=mask, other=0.0).to(tl.float32))
-    yp = y + ((row * heads + head) * d)[:, None] + column[None, :]
-    tl.store(yp, value.to(y.dtype.element_ty), mask=mask)
+        p_gate = tile_at(gate, stride_go, stride_gi, stride_gh, o_row, inner, i_head, o_d)
+        b_y *= open_gate(tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32))
+    p_y = y + ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "blocks"])
+@triton.jit(do_not_specialize=[*SIZES, "programs"])
 def norm_backward(
-    d_y, x, weight, gate, d_x, d_gate, d_weight, blocks, outer, inner, heads, d, eps,
+    d_y, x, weight, gate, d_x, d_gate, d_weight, programs, outer, inner, heads, d, eps,
     stride_do, stride_di, stride_dh, stride_xo, stride_xi, stride_xh,
     stride_go, stride_gi, stride_gh,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Every blocks-th block of rows of one head; grid: blocks * heads.
+    """One head in tiles of ROWS rows, dealt out to `programs` programs; grid: programs * heads.
 
-    d_x and d_gate [outer, inner, heads, d] are contiguous; d_weight is float32 [blocks, heads, d].
+    d_x and d_gate [outer, inner, heads, d] are contiguous; d_weight is float32
+    [programs, heads, d].
     """
-    pid = tl.program_id(0).to(tl.int64)
-    head, block = pid % heads, pid // heads
-    column = tl.arange(0, D)
-    inside = column < d
-    w = tl.load(weight + head * d + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([ROWS, D], tl.float32)
-    for start in range(block * ROWS, outer * inner, blocks * ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < outer * inner)[:, None] & inside[None, :]
-        xp = tile_at(x, stride_xo, stride_xi, stride_xh, row, inner, head, column)
-        value = tl.load(xp, mask=mask, other=0.0).to(tl.float32)
-        dp = tile_at(d_y, stride_do, stride_di, stride_dh, row, inner, head, column)
-        grad = tl.load(dp, mask=mask, other=0.0).to(tl.float32)
-        value, inverse = normalised(value, inside, d, eps, CENTERED)
-        at = ((row * heads + head) * d)[:, None] + column[None, :]
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head, i_part = i_program % heads, i_program // heads
+    # [D]
+    o_d = tl.arange(0, D)
+    m_d = o_d < d
+    b_w = tl.load(weight + i_head * d + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    b_dw = tl.zeros([ROWS, D], tl.float32)
+    for start in range(i_part * ROWS, outer * inner, programs * ROWS):
+        # [ROWS]
+        o_row = start + tl.arange(0, ROWS)
+        # [ROWS, D]
+        m_tile = (o_row < outer * inner)[:, None] & m_d[None, :]
+        p_x = tile_at(x, stride_xo, stride_xi, stride_xh, o_row, inner, i_head, o_d)
+        b_x = tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+        p_dy = tile_at(d_y, stride_do, stride_di, stride_dh, o_row, inner, i_head, o_d)
+        b_d = tl.load(p_dy, mask=m_tile, other=0.0).to(tl.float32)
+        b_x, b_inverse = normalised(b_x, m_d, d, eps, CENTERED)
+        o_out = ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
         if gate is not None:
-            gp = tile_at(gate, stride_go, stride_gi, stride_gh, row, inner, head, column)
-            opened = open_gate(tl.load(gp, mask=mask, other=0.0).to(tl.float32))
-            grad *= opened  # of the norm's result
-            d_opened = grad * value * w * (1.0 - opened)
-            tl.store(d_gate + at, d_opened.to(d_gate.dtype.element_ty), mask=mask)
-        total += grad * value
-        grad *= w
-        along = tl.sum(grad * value, 1) / d
+            p_gate = tile_at(gate, stride_go, stride_gi, stride_gh, o_row, inner, i_head, o_d)
+            b_open = open_gate(tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32))
+            b_d *= b_open  # of the norm's result
+            b_dgate = b_d * b_x * b_w * (1.0 - b_open)
+            tl.store(d_gate + o_out, b_dgate.to(d_gate.dtype.element_ty), mask=m_tile)
+        b_dw += b_d * b_x
+        b_d *= b_w
+        b_along = tl.sum(b_d * b_x, 1) / d
         if CENTERED:
-            grad -= (tl.sum(grad, 1) / d)[:, None]
-        grad = (grad - value * along[:, None]) * inverse[:, None]
-        tl.store(d_x + at, grad.to(d_x.dtype.element_ty), mask=mask)
-    tl.store(d_weight + (block * heads + head) * d + column, tl.sum(total, 0), mask=inside)
+            b_d -= (tl.sum(b_d, 1) / d)[:, None]
+        b_d = (b_d - b_x * b_along[:, None]) * b_inverse[:, None]
+        tl.store(d_x + o_out, b_d.to(d_x.dtype.element_ty), mask=m_tile)
+    p_dw = d_weight + (i_part * heads + i_head) * d + o_d
+    tl.store(p_dw, tl.sum(b_dw, 0), mask=m_d)
 
 
 def _tile(d: int) -> dict[str, int]:
@@ -129,12 +136,12 @@ def _strides(prefix: str, x: Tensor | None) -> dict[str, int]:
     return {f"stride_{prefix}{a}": 0 if x is None else x.stride(i) for i, a in enumerate(axes)}
 
 
-def _plan(kernel, arguments: dict, x: Tensor, blocks: int) -> Launch:
+def _plan(kernel, arguments: dict, x: Tensor, programs: int) -> Launch:
     outer, inner, heads, d = x.shape
     arguments |= {"outer": outer, "inner": inner, "heads": heads, "d": d}
     tile = _tile(d)
     warps = 8 if tile["D"] > ELEMENTS else 4
-    return Launch(kernel.__name__, kernel, (blocks * heads,), arguments | tile, warps, 1)
+    return Launch(kernel.__name__, kernel, (programs * heads,), arguments | tile, warps, 1)
 
 
 def plan_forward(x, weight, gate, y, eps: float, centered: bool) -> Launch:
@@ -149,14 +156,12 @@ def plan_backward(d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool)
     """The backward launch, and where it leaves the parts of the weight's gradient."""
     outer, inner, heads, d = x.shape
     most = triton.cdiv(outer * inner, _tile(d)["ROWS"])
-    blocks = min(most, max(PROGRAMS // heads, 1))
-    d_weight = x.new_empty(blocks, heads, d, dtype=torch.float32)
-    arguments = {
-        "d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate,
-        "d_weight": d_weight, "blocks": blocks, "eps": eps, "CENTERED": centered,
-    }  # fmt: skip
+    programs = min(most, max(PROGRAMS // heads, 1))
+    d_weight = x.new_empty(programs, heads, d, dtype=torch.float32)
+    arguments = {"d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate}
+    arguments |= {"d_weight": d_weight, "programs": programs, "eps": eps, "CENTERED": centered}
     arguments |= _strides("d", d_y) | _strides("x", x) | _strides("g", gate)
-    return _plan(norm_backward, arguments, x, blocks), d_weight
+    return _plan(norm_backward, arguments, x, programs), d_weight
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
@@ -185,10 +190,8 @@ def _backward(
     """Gradients of x, of the weight (float32) and of the gate (empty without one)."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_gate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    launch, d_weight = plan_backward(
-        _readable(d_y), _readable(x), weight.contiguous(), _readable(gate), d_x, d_gate, eps,
-        centered,
-    )  # fmt: skip
+    d_y, rows, gate, weight = _readable(d_y), _readable(x), _readable(gate), weight.contiguous()
+    launch, d_weight = plan_backward(d_y, rows, weight, gate, d_x, d_gate, eps, centered)
     run_all([launch], x)
     return d_x, d_weight.sum(0).flatten(), x.new_empty(0) if d_gate is None else d_gate
 

@@ -1,4 +1,4 @@
-"""SLSTM on Triton: custom ops with registered autograd around the kernels of `triton_kernels`.
+"""SLSTM on Triton: custom ops with registered autograd around the kernels of `kernels`.
 
 As `torch.library` custom ops with fake implementations they work under torch.compile, FakeTensor
 and activation recomputation. Weights take part in the products in the dtype of the
@@ -89,18 +89,17 @@ def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: i
 
 
 def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target):
-    """Launches of the forward pass; `states` (h, c, n, m) are the first ones and become the last.
+    """Launches of the forward pass.
 
-    In the streamed form h has two parts, see `forward_streamed`.
+    `states` (h, c, n, m) are the first and become the last; in the streamed form h has two parts,
+    see `forward_streamed`.
     """
     batch, steps, _, heads, d = preacts.shape
     tiles = tiles_for(target, d, preacts.dtype)
     h, c, n, m = states
-    arguments = {
-        "preacts": preacts, "weight": weight, "bias": bias, "starts": starts,
-        ("h_states" if tiles.inner else "h_state"): h, "c_state": c, "n_state": n, "m_state": m,
-        "out": out, "SIGMOID": sigmoid_forget, **kept,
-    }  # fmt: skip
+    arguments = {"preacts": preacts, "weight": weight, "bias": bias, "starts": starts, "out": out}
+    arguments |= {"h_states": h} if tiles.inner else {"h_state": h}
+    arguments |= {"c_state": c, "n_state": n, "m_state": m, "SIGMOID": sigmoid_forget, **kept}
     both = kernels.forward_resident, kernels.forward_streamed
     return _plan(both, tiles, (batch, steps, heads, d), arguments, target, steps)
 
@@ -113,10 +112,8 @@ def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, t
     batch, steps, _, heads, d = d_preacts.shape
     tiles = tiles_for(target, d, d_preacts.dtype)
     h, c, n = d_states
-    arguments = {
-        "d_out": d_out, "weight": weight, "starts": starts, **kept,
-        "d_c_state": c, "d_n_state": n, "d_preacts": d_preacts,
-    }  # fmt: skip
+    arguments = {"d_out": d_out, "weight": weight, "starts": starts, **kept}
+    arguments |= {"d_c_state": c, "d_n_state": n, "d_preacts": d_preacts}
     arguments |= {"d_h_last": h, "d_h_first": d_h_first} if tiles.inner else {"d_h_state": h}
     both = kernels.backward_resident, kernels.backward_streamed
     last = steps + 1 if tiles.inner else steps
