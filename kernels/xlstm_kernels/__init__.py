@@ -1,8 +1,8 @@
 """Kernels of the xLSTM cells: tensors in, tensors out, no modules and no process groups.
 
-Public functions: ``mlstm_chunkwise`` (training), ``mlstm_step`` (one token), ``slstm_scan``,
-``slstm_step``, ``causal_conv1d`` and ``multihead_norm``. The specification of each cell is its
-``reference.py``; every backend is tested against it in float64. Autocast changes none of them:
+Public functions: `mlstm_chunkwise` (training), `mlstm_step` (one token), `slstm_scan`,
+`slstm_step`, `causal_conv1d` and `multihead_norm`. The specification of each cell is its
+`reference.py`; every backend is tested against it in float64. Autocast changes none of them:
 results are those of the dtypes of the arguments, as without it.
 """
 

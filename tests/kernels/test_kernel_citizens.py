@@ -19,7 +19,7 @@ from xlstm_kernels import (
     slstm_scan,
     slstm_step,
 )
-from xlstm_kernels.common.running_sum import running_sum
+from xlstm_kernels.common.cumulative_sum import cumulative_sum
 
 B, HEADS, S, QK, V = 2, 3, 37, 8, 12
 
@@ -239,10 +239,10 @@ def test_deterministic_mode_keeps_off_what_cuda_refuses_then(case, request, monk
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 127, 128, 129, 1000, 20_000])
-def test_running_sum_equals_cumsum(length, deterministic):
+def test_cumulative_sum_equals_cumsum(length, deterministic):
     x = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    got, expected = running_sum(x), x.cumsum(-1)
+    got, expected = cumulative_sum(x), x.cumsum(-1)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
     (gradient,) = torch.autograd.grad(got, x, weight)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, x, weight)[0])

@@ -71,7 +71,7 @@ def test_the_shape_decides(monkeypatch, said):
 
     class Small:
         @staticmethod
-        def refusal(like, *, d, asked):
+        def unsupported_reason(like, *, d, asked):
             return "a head above 8; use 'torch'" if d > 8 else None
 
     backends = (select.Backend("small", "small"), select.TORCH)

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.common.running_sum import running_sum
+from xlstm_kernels.common.cumulative_sum import cumulative_sum
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -112,7 +112,7 @@ def _slice_gates(
     """
     log_f, log_i = logsigmoid(fgate_preact.double()), igate_preact.double()
     log_i = log_i if exp_gate else logsigmoid(log_i)
-    after = running_sum(pad(log_f[..., 1:], (0, 1)).flip(-1)).flip(-1)  # decay behind each token
+    after = cumulative_sum(pad(log_f[..., 1:], (0, 1)).flip(-1)).flip(-1)  # decay behind each token
     total, log_write = log_f.sum(-1), after + log_i
     fresh = None
     if boundaries is not None:

@@ -1,9 +1,9 @@
 """Choice of a backend for a kernel call, by device, dtype and shape.
 
-A backend is an implementation of one public function. ``"torch"`` runs on every device and dtype;
-it is the twin that others are tested against. Another one is a line of `BACKENDS`, and the module
-it names has a function ``refusal(like, *, asked, **facts)`` that returns why it cannot run a call
-(with the remedy) or None. What was chosen and why is logged once.
+A backend is an implementation of one public function. "torch" runs on every device and dtype; the
+others are tested against it. Another one is a line of `BACKENDS`, and the module it names has a
+function `unsupported_reason(like, *, asked, **facts)` that returns why it cannot run a call (with
+the remedy) or None. What was chosen and why is logged once.
 """
 
 import logging
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
-    """Name, the module whose `refusal` decides (None: runs everywhere), the package it needs."""
+    """One implementation of a public function."""
 
     name: str
-    module: str | None = None
-    needs: str | None = None
+    module: str | None = None  # whose `unsupported_reason` decides; None: runs everywhere
+    needs: str | None = None  # a package
 
 
 class Like(NamedTuple):
@@ -56,10 +56,16 @@ BACKENDS = {
 def select_backend(kernel: str, backend: str | None, like: Tensor | None = None, **facts) -> str:
     """Name of the backend that runs `kernel`: the requested one, or the best one that can.
 
-    `like` is an input of the call (device, dtype), `facts` what else backends decide by, such as
-    sizes; without `like` only "torch" is chosen unasked. Raises ValueError if `backend` names
-    something that `kernel` does not have, with the list of what exists, or that cannot run this
-    call, with the reason.
+    Args:
+        kernel: A key of `BACKENDS`.
+        backend: The requested one, or None for the best one.
+        like: An input of the call, of which device and dtype count. Without it only "torch" is
+            chosen unasked.
+        facts: What else backends decide by, such as sizes.
+
+    Raises:
+        ValueError: If `backend` names something that `kernel` does not have (the message lists
+            what exists), or that cannot run this call (the message says why).
     """
     device, dtype = (None, None) if like is None else (like.device, like.dtype)
     return _select(kernel, backend, device, dtype, tuple(facts), tuple(facts.values()))
@@ -78,17 +84,17 @@ def _select(
     facts = dict(zip(names, values, strict=True))
     available = BACKENDS[kernel]
     if backend is None:
-        refused = []
+        reasons = []
         for one in available:
-            reason = None if one.module is None else _refusal(one, like, False, facts)
+            reason = None if one.module is None else _unsupported_reason(one, like, False, facts)
             if reason is None:
-                why = "; ".join(refused) or "it is the preferred one and can run this call"
+                why = "; ".join(reasons) or "it is the preferred one and can run this call"
                 _say_once(kernel, one.name, None if like is None else str(like.device), why)
                 return one.name
-            refused.append(f"not {one.name!r}: {reason}")
+            reasons.append(f"not {one.name!r}: {reason}")
     for one in available:
         if one.name == backend:
-            reason = None if one.module is None else _refusal(one, like, True, facts)
+            reason = None if one.module is None else _unsupported_reason(one, like, True, facts)
             if reason is not None:
                 raise ValueError(f"backend={backend!r} cannot run this {kernel}: {reason}")
             _say_once(kernel, one.name, None if like is None else str(like.device), "asked for")
@@ -99,14 +105,14 @@ def _select(
     )
 
 
-def _refusal(one: Backend, like: Like | None, asked: bool, facts: dict) -> str | None:
+def _unsupported_reason(one: Backend, like: Like | None, asked: bool, facts: dict) -> str | None:
     if like is None and not asked:
         return "nothing is known of the call"
     if one.needs is not None and not _installed(one.needs):
         return f"the package {one.needs!r} is not installed; pip install {one.needs}"
     if not asked and one.needs == "triton" and like.device.type == "cpu":
         return "the tensors are on the CPU"  # without the import of Triton, which takes a second
-    return import_module(one.module).refusal(like, asked=asked, **facts)
+    return import_module(one.module).unsupported_reason(like, asked=asked, **facts)
 
 
 @cache

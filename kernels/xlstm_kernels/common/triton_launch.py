@@ -51,7 +51,7 @@ class Launch:
         )
 
 
-def refusal(like: Tensor, *, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, asked: bool) -> str | None:
     """Why no Triton kernel can run on tensors like this one, with the remedy; None if one can.
 
     `like` has a device and a dtype. `asked` says whether the caller named this backend: under the

@@ -26,15 +26,24 @@ def causal_conv1d(
     return_last_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y_t = sum_j weight[:, j] x_{t - width + 1 + j} + bias, optionally through SiLU.
+    """Causal depthwise convolution: y_t = sum_j weight[:, j] x_{t - width + 1 + j} + bias.
 
-    x [b, s, c], weight [c, width], bias [c] or None; y [b, s, c] in the dtype of x. `activation`
-    is None or "silu". `initial_state` [b, c, width - 1] holds the inputs before x, oldest first;
-    None means zeros. With `return_last_state` the result is (y, state after x), the gradient of
-    which is exact. `boundaries` is bool [b, s], True at the first token of a document: no tap
-    reaches across it, and the returned state holds zeros for what lies before the last one.
-    `backend` is "torch" or "triton", None for the best one. Raises ValueError for wrong shapes,
-    dtypes, devices or options.
+    Args:
+        x: [b, s, c].
+        weight: [c, width].
+        bias: [c] or None.
+        initial_state: The inputs before x, oldest first, [b, c, width - 1]. None means zeros.
+        activation: None or "silu", of y.
+        boundaries: bool [b, s], True at the first token of a document: no tap reaches across it,
+            and the returned state has zeros for what lies before the last one.
+        return_last_state: Whether the state after x is returned as well; its gradient is exact.
+        backend: "torch" or "triton"; None for the best one.
+
+    Returns:
+        y [b, s, c] in the dtype of x; with `return_last_state` (y, state [b, c, width - 1]).
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
     """
     check_float("x", x, 3, "[b, s, c]")
     b, s, c = x.shape
@@ -165,7 +174,7 @@ conv_taps.register_autograd(_differentiate, setup_context=_save)
 
 
 def _own(x: Tensor, document: Tensor | None, j: int, scratch: Tensor) -> Tensor:
-    """X [b, s, c] with zeros where tap j reaches into another document (written to `scratch`)."""
+    """`x` [b, s, c] with zeros where tap j reaches into another document (written to `scratch`)."""
     s = x.shape[1]
     if document is None or j == document.shape[1] - s:
         return x

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.common.triton_launch import Launch, refusal, run_all
+from xlstm_kernels.common.triton_launch import Launch, run_all, unsupported_reason
 
-__all__ = ["conv_triton", "refusal"]
+__all__ = ["conv_triton", "unsupported_reason"]
 
 TOKENS, CHANNELS = 32, 64  # of a program
 SIZES = ["batch", "steps"]  # vary without recompilation

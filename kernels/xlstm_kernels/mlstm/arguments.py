@@ -90,7 +90,7 @@ def check_soft_cap(cap: float | None) -> None:
 
 
 def soft_cap(preact: Tensor, cap: float | None, like: Tensor) -> Tensor:
-    """``cap * tanh(preact / cap)`` in the dtype that gates of inputs such as `like` have."""
+    """`cap * tanh(preact / cap)` in the dtype that gates of inputs such as `like` have."""
     if cap is None:
         return preact
     return cap * (preact.to(compute_dtype(like.dtype)) / cap).tanh()

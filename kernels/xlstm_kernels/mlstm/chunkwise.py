@@ -35,27 +35,40 @@ def mlstm_chunkwise(
     states_dtype: torch.dtype | None = None,
     tiles: "MlstmConfig | None" = None,
 ) -> Tensor | tuple[Tensor, State]:
-    """MLSTM hidden states h [b, heads, s, v_dim] in the dtype of q, or (h, last state).
+    """Hidden states of the mLSTM over a sequence.
 
-    q, k [b, heads, s, qk_dim] and v [b, heads, s, v_dim] share a dtype; q is scaled by
-    qk_dim^-0.5 inside. Gate pre-activations x [b, heads, s] are of any float dtype: gates and
-    states are computed in float32 (float64 for float64 q). `gate_soft_cap` makes them
-    cap * tanh(x / cap) first (xLSTM 7B, section 3). The forget gate is a sigmoid; `gate` is the
-    input gate, "exp" or "sigmoid".
-
-    The state (C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads]) carries exp(m) C
-    and exp(m) n; None means zeros, m included. h = num / (max(|n.q|, exp(-m)) + eps), with m the
-    running maximum of the step recurrence for every chunk size. "sigmoid" has m = 0 everywhere
-    (m of an initial state is ignored). `normalize=False` gives the numerator, in units of exp(m).
+    h = numerator / (max(|n.q|, exp(-m)) + eps), with m the running maximum of the step recurrence
+    for every chunk size. Gates and states are computed in float32, in float64 for float64 q.
     Gradients are exact through h, C and n, into the initial C and n; m carries none.
 
-    `chunk_size` is the largest number of tokens in a chunk (None: chosen by the backend).
-    `backend` is "torch" or "triton" (None: the best one for the device, dtype and shape). Two
-    options for "triton" alone, which others ignore: `states_dtype` is what the states between
-    chunks are kept in for the backward pass, torch.float32 (None) or torch.bfloat16; `tiles` is
-    an `xlstm_kernels.mlstm.triton.tiles.MlstmConfig` (None: that of its table).
-    `boundaries` is bool [b, s], True at the first token of a document: the state before it is
-    forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
+    Args:
+        q: Queries [b, heads, s, qk_dim]. They are scaled by qk_dim^-0.5 inside.
+        k: Keys [b, heads, s, qk_dim] in the dtype of q.
+        v: Values [b, heads, s, v_dim] in the dtype of q.
+        igate_preact: Pre-activation of the input gate, [b, heads, s], of any float dtype.
+        fgate_preact: Pre-activation of the forget gate, a sigmoid; likewise.
+        initial_state: (C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads]), which
+            stands for exp(m) C and exp(m) n. None means zeros, m included.
+        chunk_size: The largest number of tokens in a chunk. None lets the backend choose.
+        return_last_state: Whether the state after the last token is returned as well.
+        boundaries: bool [b, s], True at the first token of a document: the state before it is
+            forgotten.
+        gate: Input gate, "exp" or "sigmoid". "sigmoid" has m = 0 everywhere (m of an initial state
+            is ignored).
+        normalize: False gives the numerator, in units of exp(m).
+        eps: Added to the normalizer.
+        gate_soft_cap: Makes both gate pre-activations x into cap * tanh(x / cap) first (xLSTM 7B,
+            section 3). None means no cap.
+        backend: "torch" or "triton"; None for the best one for the device, dtype and shape.
+        states_dtype: What "triton" keeps the states between chunks in for the backward pass:
+            torch.float32 (None) or torch.bfloat16. Other backends ignore it.
+        tiles: Tile sizes for "triton" (None: those of its table). Other backends ignore it.
+
+    Returns:
+        h [b, heads, s, v_dim] in the dtype of q; with `return_last_state` (h, (C, n, m)).
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
     """
     check_arguments(q, k, v, igate_preact, fgate_preact, initial_state, gate, time=True)
     check_boundaries(boundaries, q.shape[0], q.shape[2], q)

@@ -1,4 +1,4 @@
-"""MLSTM for one token, as generation uses it."""
+"""The mLSTM for one token, as generation uses it."""
 
 import torch
 from torch import Tensor
@@ -24,11 +24,28 @@ def mlstm_step(
     gate_soft_cap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Hidden state h [b, heads, v_dim] of one token; `state` (C, n, m) is updated in place.
+    """Hidden state of one token; the state is updated in place.
 
-    q, k [b, heads, qk_dim], v [b, heads, v_dim], gate pre-activations [b, heads]; the same
-    equations and options as `mlstm_chunkwise`. No gradient is recorded. Raises ValueError for
-    wrong shapes, dtypes, devices or options, and for a missing state.
+    The equations and options are those of `mlstm_chunkwise`. No gradient is recorded.
+
+    Args:
+        q: [b, heads, qk_dim].
+        k: [b, heads, qk_dim].
+        v: [b, heads, v_dim].
+        igate_preact: Pre-activation of the input gate, [b, heads].
+        fgate_preact: Pre-activation of the forget gate, [b, heads].
+        state: (C [b, heads, qk_dim, v_dim], n [b, heads, qk_dim], m [b, heads]); changed in place.
+        gate: Input gate, "exp" or "sigmoid".
+        normalize: Whether the numerator is divided by the normalizer.
+        eps: Added to the normalizer.
+        gate_soft_cap: Soft cap of both gate pre-activations, or None.
+        backend: "torch" or "triton"; None for the best one.
+
+    Returns:
+        h [b, heads, v_dim] in the dtype of q.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options, and for a missing state.
     """
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")

@@ -16,13 +16,22 @@ def multihead_norm(
     gate: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise x [..., heads, d] over d and scale it by weight [heads * d]; same shape and dtype.
+    """Normalise each head and scale it; computed in float32 (float64 for float64), rounded once.
 
-    `kind` is "layernorm" (mean subtracted; the head norm of both xLSTM papers) or "rmsnorm". No
-    bias. `gate`, of the shape of x, multiplies the result by its sigmoid (the output gate of the
-    7B-style block, arXiv 2503.13427, figure 8). Computed in float32, in float64 for float64 input,
-    and rounded once. `backend` is "torch" or "triton", None for the best one. Raises ValueError for
-    wrong shapes, dtypes, devices or options.
+    Args:
+        x: [..., heads, d]; d is normalised.
+        weight: Scale [heads * d]. There is no bias.
+        kind: "layernorm" (mean subtracted; the head norm of both xLSTM papers) or "rmsnorm".
+        eps: Added to the variance or the mean square.
+        gate: Its sigmoid multiplies the result (the output gate of the 7B-style block, arXiv
+            2503.13427, figure 8). It has the shape of x; None means no gate.
+        backend: "torch" or "triton"; None for the best one.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
     """
     if x.ndim < 2:
         raise ValueError(

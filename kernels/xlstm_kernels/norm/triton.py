@@ -14,7 +14,7 @@ from torch import Tensor
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, run_all
 
-__all__ = ["multihead_norm_triton", "refusal"]
+__all__ = ["multihead_norm_triton", "unsupported_reason"]
 
 MOST = 4096  # of a head
 ELEMENTS = 2048  # of a tile, or one row
@@ -22,9 +22,9 @@ PROGRAMS = 528  # of the backward pass at most, per pass over heads: four for ea
 SIZES = ["outer", "inner"]  # vary without recompilation
 
 
-def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
-    reason = triton_launch.refusal(like, asked=asked)
+    reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is None and d > MOST:
         reason = f"a head of {d} exceeds {MOST}; use more heads, or 'torch'"
     return reason

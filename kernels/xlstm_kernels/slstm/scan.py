@@ -31,19 +31,30 @@ def slstm_scan(
     forget_gate: str = "sigmoid",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, State]:
-    """SLSTM hidden states h [b, s, heads, d] in the dtype of gate_preacts, or (h, last state).
+    """Hidden states of the sLSTM over a sequence.
 
-    gate_preacts [b, s, 4, heads, d] in the order i, f, z, o; recurrent_weight
-    [4, heads, d_in, d_out] adds h_prev @ R_g to gate g; bias [4, heads, d]. Any float dtypes:
-    everything is computed in float32 (float64 for float64 gate_preacts). `forget_gate` is
-    "sigmoid" or "exp"; the input gate is exponential.
+    Everything is computed in float32, in float64 for float64 gate_preacts. The input gate is
+    exponential. Gradients are exact, into and out of h, c and n; m carries none.
 
-    The state (h, c, n, m), each [b, heads, d], carries h, exp(m) c and exp(m) n. A fresh state
-    (None, a boundary, or n = 0) behaves as m = -inf, row by row; the returned m is finite.
-    Gradients are exact, into and out of h, c and n; m carries none.
+    Args:
+        gate_preacts: Pre-activations [b, s, 4, heads, d] in the order i, f, z, o, of any float
+            dtype.
+        recurrent_weight: [4, heads, d_in, d_out], any float dtype: h_prev @ R_g is added to gate g.
+        bias: [4, heads, d], any float dtype.
+        initial_state: (h, c, n, m), each [b, heads, d], which stands for h, exp(m) c and exp(m) n.
+            A fresh state (None, a boundary, or n = 0) behaves as m = -inf, row by row.
+        return_last_state: Whether the state after the last token is returned as well; its m is
+            finite.
+        boundaries: bool [b, s], True at the first token of a document: the state before it is
+            forgotten.
+        forget_gate: "sigmoid" or "exp".
+        backend: "torch", "triton" or "numba"; None for the best one.
 
-    `boundaries` is bool [b, s], True at the first token of a document: the state before it is
-    forgotten. Raises ValueError for wrong shapes, dtypes, devices or options.
+    Returns:
+        h [b, s, heads, d] in the dtype of gate_preacts; with `return_last_state` (h, (h, c, n, m)).
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
     """
     check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)

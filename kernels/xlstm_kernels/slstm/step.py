@@ -1,4 +1,4 @@
-"""SLSTM for one token, as generation uses it."""
+"""The sLSTM for one token, as generation uses it."""
 
 import torch
 from torch import Tensor
@@ -19,11 +19,23 @@ def slstm_step(
     forget_gate: str = "sigmoid",
     backend: str | None = None,
 ) -> Tensor:
-    """Hidden state h [b, heads, d] of one token; `state` (h, c, n, m) is updated in place.
+    """Hidden state of one token; the state is updated in place.
 
-    gate_preacts [b, 4, heads, d]; the same equations and options as `slstm_scan`. A state of
-    zeros is a fresh one. No gradient is recorded. Raises ValueError for wrong shapes, dtypes,
-    devices or options, and for a missing state.
+    The equations and options are those of `slstm_scan`. No gradient is recorded.
+
+    Args:
+        gate_preacts: Pre-activations of i, f, z, o, [b, 4, heads, d].
+        recurrent_weight: [4, heads, d_in, d_out].
+        bias: [4, heads, d].
+        state: (h, c, n, m), each [b, heads, d]; changed in place. Zeros are a fresh state.
+        forget_gate: "sigmoid" or "exp".
+        backend: "torch" or "triton"; None for the best one.
+
+    Returns:
+        h [b, heads, d] in the dtype of gate_preacts.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options, and for a missing state.
     """
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_kernels.common.running_sum import running_sum
+from xlstm_kernels.common.cumulative_sum import cumulative_sum
 from xlstm_kernels.mlstm.torch.decays import ROUNDING
 
 CHUNK_GROUP = 32  # chunks whose decay matrix is dense; more are carried from group to group
@@ -21,7 +21,7 @@ def transfers_of(log_g: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tens
     for decay, started in zip(
         log_g.split(CHUNK_GROUP, 1), starts.split(CHUNK_GROUP, 1), strict=True
     ):
-        decay, started = (pad(running_sum(x), (1, 0)) for x in (decay, started))
+        decay, started = (pad(cumulative_sum(x), (1, 0)) for x in (decay, started))
         exponent = (decay[:, :, None] - decay[:, None, :]).clamp_(max=ROUNDING)
         exponent.masked_fill_(started[:, :, None] != started[:, None, :], -torch.inf)
         transfers.append(exponent.exp_().tril_().to(dtype))

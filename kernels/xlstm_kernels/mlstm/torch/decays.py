@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from xlstm_kernels.common.running_sum import running_sum
+from xlstm_kernels.common.cumulative_sum import cumulative_sum
 
 # By the choice of m no exponent exceeds 0, but for the rounding of m: below 1 up to |m| = 1e7.
 # Beyond, gates have lost their meaning, and this bound keeps their exponentials finite.
@@ -100,7 +100,7 @@ def decays_of(
     if boundaries is not None:
         log_f = log_f.masked_fill(boundaries[:, None], 0.0)  # no weight crosses a boundary
         started = pad(boundaries, (0, extra)).view(b, 1, chunks, length).cumsum(-1)
-    sums = running_sum(pad(log_f, (0, extra)).view(by_chunk))
+    sums = cumulative_sum(pad(log_f, (0, extra)).view(by_chunk))
     m_end = m_all[..., -1]
     m_start = torch.cat([m_before[..., None], m_end[..., :-1]], -1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.common.running_sum import running_sum
+from xlstm_kernels.common.cumulative_sum import cumulative_sum
 from xlstm_kernels.mlstm.arguments import Gradients, Inputs, State
 from xlstm_kernels.mlstm.torch.carry import carry, carry_back, transfers_of
 from xlstm_kernels.mlstm.torch.decays import decays_of
@@ -245,7 +245,7 @@ def backward_pass(
     d_nq *= b_bar
     torch.bmm(scratch_v, C_before.mT, out=dq).addcmul_(d_nq[..., None], n_before[:, None])
     row = torch.mul(q, dq, out=scratch_k).sum(-1)
-    d_log_f += running_sum(row.flip(-1)).flip(-1)
+    d_log_f += cumulative_sum(row.flip(-1)).flip(-1)
     dC_before = torch.bmm(q.mT, scratch_v)
     dn_before = torch.mul(q, d_nq[..., None], out=scratch_k).sum(1)
     dC_last, dn_last = (None if x is None else x.to(dtype).reshape(r, -1) for x in d_last)
@@ -258,7 +258,7 @@ def backward_pass(
     torch.bmm(scratch_v, dC_written.mT, out=dk).addcmul_(a_bar, dn_written[:, None])
     column = torch.mul(k, dk, out=scratch_k).sum(-1)
     d_log_i += column
-    d_log_f[:, 1:] += running_sum(column[:, :-1])
+    d_log_f[:, 1:] += cumulative_sum(column[:, :-1])
     dv.baddbmm_(torch.mul(k, a_bar, out=scratch_k), dC_written)
     across = torch.mul(C_before, dC_written, out=dC_before).sum((-2, -1))
     across += (n_before * dn_written).sum(-1)

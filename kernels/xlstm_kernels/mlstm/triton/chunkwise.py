@@ -31,11 +31,11 @@ from xlstm_kernels.mlstm.triton.tiles import (
 )
 
 
-def refusal(
+def unsupported_reason(
     like: Tensor, *, qk_dim: int, v_dim: int, chunk_size: int | None = None, asked: bool
 ) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
-    reason = triton_launch.refusal(like, asked=asked)
+    reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is not None:
         return reason
     if qk_dim > MOST_QK or v_dim > MOST_V:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from xlstm_kernels.common.triton_launch import Launch, run_all
 from xlstm_kernels.mlstm.arguments import Inputs, State
-from xlstm_kernels.mlstm.triton.chunkwise import refusal
+from xlstm_kernels.mlstm.triton.chunkwise import unsupported_reason
 from xlstm_kernels.mlstm.triton.gates import capped
 from xlstm_kernels.mlstm.triton.tiles import block
 
-__all__ = ["mlstm_step_triton", "refusal"]
+__all__ = ["mlstm_step_triton", "unsupported_reason"]
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def where_less(typing, a, b, yes, no):
 
 @intrinsic
 def times_power_of_two(typing, x, shifted):
-    """X * 2^n with n in the lowest bits of `shifted`, by adding to the exponent."""
+    """`x` * 2^n with n in the lowest bits of `shifted`, by adding to the exponent."""
 
     def generate(context, builder, sig, args):
         x, shifted = (builder.bitcast(_number(builder, a, k), LLVM_INTS)

@@ -1,7 +1,7 @@
-"""SLSTM on the CPU as two compiled loops (`cpu_loops`), behind custom ops with registered autograd.
+"""The sLSTM on the CPU as two compiled loops (`loops`), behind custom ops with registered autograd.
 
 Float32 arithmetic for every input but float64, which the torch backend runs. Heads and blocks of
-rows go to as many threads as torch uses. Needs the extra ``cpu`` (Numba); compiled code is kept on
+rows go to as many threads as torch uses. Needs the extra `cpu` (Numba); compiled code is kept on
 disk, so only the first call on a machine waits some seconds.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
     if like.device.type != "cpu":
         return f"the compiled loops run on the CPU, not on {like.device.type}; use another backend"
@@ -90,7 +90,7 @@ def scan_forward(
     sigmoid_forget: bool,
 ) -> list[Tensor]:
     """h of all steps, the last (h, c, n, m), and what the backward needs: see `forward`."""
-    from xlstm_kernels.slstm.numba import loops as cpu_loops
+    from xlstm_kernels.slstm.numba import loops
 
     b, s, heads, d, width = _shapes(gate_preacts)
     out, *last, acts, decays, hs, cs, ns = _outputs(
@@ -102,10 +102,10 @@ def scan_forward(
     matrix = _padded_weight(recurrent_weight, width).flatten(2)
     wide = out if out.dtype == torch.float32 else out.float()
     _run(
-        cpu_loops.forward, heads, b, cpu_loops.ROWS,
+        loops.forward, heads, b, loops.ROWS,
         b, s, heads, d, width, sigmoid_forget,
         gate_preacts.float().contiguous(), bias.float().contiguous(),
-        _tiles(matrix, cpu_loops.TILE), _starts(boundaries, b, s),
+        _tiles(matrix, loops.TILE), _starts(boundaries, b, s),
         ms.new_empty(heads, b, 4, width), acts, decays, hs, cs, ns, ms, wide,
     )  # fmt: skip
     if wide is not out:
@@ -141,7 +141,7 @@ def _backward(
     ns: Tensor,
 ) -> list[Tensor]:
     """Gradients, all float32, of the pre-activations, recurrent weight, bias and first h, c, n."""
-    from xlstm_kernels.slstm.numba import loops as cpu_loops
+    from xlstm_kernels.slstm.numba import loops
 
     heads, b, s, _, width = acts.shape
     d = recurrent_weight.shape[-1]
@@ -151,9 +151,9 @@ def _backward(
     matrix = _padded_weight(recurrent_weight, width).permute(0, 2, 3, 1).flatten(1, 2)
     d_states = [_per_head(x, heads, b, d, width) for x in (d_h, d_c, d_n)]
     _run(
-        cpu_loops.backward, heads, b, cpu_loops.ROWS,
+        loops.backward, heads, b, loops.ROWS,
         b, s, heads, d, width,
-        d_out.float().contiguous(), _tiles(matrix, cpu_loops.TILE), _starts(boundaries, b, s),
+        d_out.float().contiguous(), _tiles(matrix, loops.TILE), _starts(boundaries, b, s),
         acts, decays, cs, ns, *d_states, acts.new_empty(heads, b, 4, width), d_preacts,
     )  # fmt: skip
     # The gradient of the recurrent weight is one product over all steps for each gate.

@@ -1,4 +1,4 @@
-"""SLSTM as a loop over time with torch operations, forward and backward by hand.
+"""The sLSTM as a loop over time with torch operations, forward and backward by hand.
 
 The recurrence through h cannot be parallelised, so what counts is the work inside the loop: one
 batched product for the four gates of all heads (layout [heads, b, 4 d]), results written in place
@@ -20,7 +20,7 @@ def _per_head(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _copied(x: Tensor) -> Tensor:
-    """X in memory of its own, contiguous."""
+    """A contiguous copy of `x`."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

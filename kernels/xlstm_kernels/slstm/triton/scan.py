@@ -1,4 +1,4 @@
-"""SLSTM on Triton: custom ops with registered autograd around the kernels of `kernels`.
+"""The sLSTM on Triton: custom ops with registered autograd around the kernels of `kernels`.
 
 As `torch.library` custom ops with fake implementations they work under torch.compile, FakeTensor
 and activation recomputation. Weights take part in the products in the dtype of the
@@ -20,9 +20,9 @@ MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
 
 
-def refusal(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
-    reason = triton_launch.refusal(like, asked=asked)
+    reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is not None:
         return reason
     if d > MOST:

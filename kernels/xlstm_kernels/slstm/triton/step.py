@@ -12,9 +12,9 @@ from torch import Tensor
 
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.triton.kernels import cell, load_wide, recurrent_sums
-from xlstm_kernels.slstm.triton.scan import BATCH, MOST, Tiles, refusal, tiles_for
+from xlstm_kernels.slstm.triton.scan import BATCH, MOST, Tiles, tiles_for, unsupported_reason
 
-__all__ = ["refusal", "slstm_step_triton"]
+__all__ = ["slstm_step_triton", "unsupported_reason"]
 
 
 @triton.jit(do_not_specialize=["batch"])
