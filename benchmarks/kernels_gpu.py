@@ -29,7 +29,7 @@ from xlstm_kernels import mlstm_chunkwise, slstm_scan
 
 BUDGET_S = 450  # what is not timed by then is left out and named
 GOAL_MS = 7.0  # TFLA's setting at 8192, forward + backward
-LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2}  # against the float32 torch twin
+LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2}  # against the float32 PyTorch implementation
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def forward_backward(function: Callable, inputs: list[torch.Tensor]) -> list[tor
 
 
 def worst_error(backend: str, function: Callable, inputs: list[torch.Tensor]) -> float:
-    """Largest error of output and gradients of a backend against the float32 torch twin."""
+    """Largest error of output and gradients of a backend against the float32 reference."""
     got = forward_backward(lambda *x: function(*x, backend=backend), inputs)
     plain = [x.detach().float().requires_grad_() for x in inputs]
     expected = forward_backward(lambda *x: function(*x, backend="torch"), plain)
@@ -102,7 +102,7 @@ def worst_error(backend: str, function: Callable, inputs: list[torch.Tensor]) ->
 
 
 def check_correctness(device: str, backend: str) -> list[dict]:
-    """Every cell, gate and dtype against the torch twin; one dict a case."""
+    """Every cell, gate and dtype against the PyTorch implementation; one dict for each case."""
     cases = []
     for dtype, limit in LIMITS.items():
         for size in CHECKS:

@@ -48,7 +48,7 @@ class Region:
 
 
 class Checker:
-    """``with Checker() as checker:`` runs kernels under watch; leaving it raises MemoryFaultError.
+    """`with Checker() as checker:` runs kernels under watch; leaving it raises MemoryFaultError.
 
     `kernels` is the set of names of the kernels that ran; `faults` lists what was found.
     """

@@ -1,8 +1,8 @@
 """Triton's interpreter for the tests of this folder.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so these tests run in processes of their
-own: tests/kernels/test_kernel_triton.py starts one per module, and by hand it is
-``TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_aot.py``. In any other process
+Triton reads TRITON_INTERPRET when a kernel is decorated, so these tests run in a process of their
+own: tests/kernels/test_triton_interpreter.py starts it, and by hand it is
+`TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_aot.py`. In any other process
 nothing is collected here.
 """
 

@@ -2,8 +2,8 @@
 
 The interpreter accepts code that does not compile, so this stands beside it. The 7B and 125M
 settings compile on all four targets, a sample of the rest is spread over these. Compiling happens
-in a child of its own, without the interpreter. The table is left in pytest's ``--basetemp``; the
-full one is made by ``python -m benchmarks.kernel_resources --all``.
+in a child of its own, without the interpreter. The table is left in pytest's `--basetemp`; the
+full one is made by `python -m benchmarks.kernel_resources --all`.
 """
 
 import json
@@ -101,7 +101,7 @@ def test_settings_are_described_on_every_target():
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     data, result = compile_report(
-        tmp_path_factory.mktemp("toys"), "--all", "--module", "tests.kernels.triton.toy_triton"
+        tmp_path_factory.mktemp("toys"), "--all", "--module", "tests.kernels.triton.toy_kernels"
     )
     return {(one["target"], one["name"]): one for one in data["kernels"]}, result.stdout
 

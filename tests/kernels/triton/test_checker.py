@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tests.kernels.triton.checker import Checker, MemoryFaultError
-from tests.kernels.triton.toy_triton import product_kernel
+from tests.kernels.triton.toy_kernels import product_kernel
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Every Triton kernel under the checker: no access out of bounds, no race between programs.
 
 Kernels are reached through the public functions, forward and backward. Fresh memory is NaN here, so
-what is read before it was written shows in the results, which must be those of the torch twin. The
-last test holds the kernels that ran against those that are described for compilation.
+what is read before it was written shows in the results, which must be those of the PyTorch
+implementation. The last test holds the kernels that ran against those that are described for
+compilation.
 """
 
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_variants import TARGETS, find_variants
-from tests.kernels.kernel_numerics import relative_error
+from tests.kernels.comparison import relative_error
 from tests.kernels.triton.checker import Checker
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
 from xlstm_kernels.common.backends import BACKENDS
@@ -239,7 +240,7 @@ def checked(kernel, name):
 
 
 @pytest.mark.parametrize(("kernel", "name"), ALL, ids=[": ".join(one) for one in ALL])
-def test_no_fault_and_the_result_of_the_twin(kernel, name):
+def test_no_fault_and_the_result_of_the_pytorch_implementation(kernel, name):
     got, checker = checked(kernel, name)
     assert checker.kernels, "nothing ran on Triton"
     function, inputs = CASES[kernel][name]

@@ -1,10 +1,10 @@
-"""The mLSTM on Triton, in the interpreter, against the float64 recurrence and the torch twin."""
+"""The mLSTM on Triton against the float64 recurrence and the PyTorch implementation."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
+from tests.kernels.comparison import assert_float32_close, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
@@ -53,7 +53,7 @@ def kernel(x, **options):
     return {"h": h, "C": C, "n": n, "m": m}
 
 
-def twin(x, **options):
+def in_pytorch(x, **options):
     return kernel(x, **(options | {"backend": "torch"}))
 
 
@@ -203,7 +203,7 @@ def test_bfloat16_error_is_flat_in_length():
         x = make_inputs(s, 16, 16, 1, 1)
         x = {name: (t.abs() if name in "qk" else t).bfloat16() for name, t in x.items()}
         x["f"] += 2
-        exact = run(twin, x, torch.float64)
+        exact = run(in_pytorch, x, torch.float64)
         got = run(kernel, x, torch.bfloat16, chunk_size=256, states_dtype=torch.bfloat16)
         errors.append({name: relative_error(got[name], exact[name]) for name in exact})
     assert all(error < 1e-2 for error in errors[0].values()), errors[0]
@@ -273,7 +273,7 @@ def test_offsets_beyond_32_bits():
 def operator_arguments(x, boundaries=None):
     arguments, state = split(x)
     state = state or (None, None, None)
-    return (*arguments, *state, boundaries, 16, True, True, 1e-6, False, 15.0, True, [])
+    return (*arguments, *state, boundaries, True, 16, True, True, 1e-6, False, 15.0, [])
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])

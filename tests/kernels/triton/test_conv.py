@@ -1,9 +1,9 @@
-"""The Triton convolution in the interpreter against the torch twin in float64."""
+"""The Triton convolution in the interpreter against the PyTorch implementation in float64."""
 
 import pytest
 import torch
 
-from tests.kernels.kernel_numerics import relative_error
+from tests.kernels.comparison import relative_error
 from xlstm_kernels import causal_conv1d
 from xlstm_kernels.conv.triton import _backward, conv_triton
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.kernel_numerics import assert_float32_close, assert_same, relative_error, run
+from tests.kernels.comparison import assert_float32_close, assert_same, relative_error, run
 from xlstm_kernels import mlstm_chunkwise, mlstm_step
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.mlstm.torch import chunkwise as chunkwise_torch

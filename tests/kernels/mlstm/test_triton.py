@@ -22,9 +22,9 @@ from benchmarks.kernel_variants.mlstm import (
     triton_variants,
 )
 from xlstm_kernels.common import triton_launch
-from xlstm_kernels.mlstm.triton import tiles as triton_config
+from xlstm_kernels.mlstm.triton import tiles
 
-KERNELS = Path(__file__).parents[2] / "kernels" / "xlstm_kernels"
+KERNELS = Path(__file__).parents[3] / "kernels" / "xlstm_kernels"
 
 
 def arguments(dtype=torch.float32):
@@ -116,7 +116,7 @@ def test_grids_survive_large_batches():
 
 def test_chunk_sizes():
     def pick(chunk_size, s, rows=8):
-        return triton_config.pick_chunk_size(chunk_size, rows, s, 256, 512)
+        return tiles.pick_chunk_size(chunk_size, rows, s, 256, 512)
 
     assert [pick(c, 8192) for c in (16, 63, 64, 128, 256, 4096)] == [16, 32, 64, 128, 256, 256]
     assert [pick(256, s) for s in (1, 16, 17, 65, 200, 10**6)] == [16, 16, 32, 128, 256, 256]
@@ -126,15 +126,15 @@ def test_chunk_sizes():
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 96, 192, 384, 512, 1000, 1024])
 def test_blocks_cover_a_dimension_without_much_padding(dim):
-    width = triton_config.block(dim, 128)
+    width = tiles.block(dim, 128)
     padded = -(-dim // width) * width
     assert 16 <= width <= 128 and width & (width - 1) == 0
     assert padded * 6 <= dim * 7 or width <= 32
 
 
 def test_tiles_survive_the_trip_through_a_custom_op():
-    config = triton_config.mlstm_config("sm_90", 96, 192, torch.bfloat16, 64, False)
-    assert triton_config.MlstmConfig.unflat(config.flat()) == config
+    config = tiles.mlstm_config("sm_90", 96, 192, torch.bfloat16, 64, False)
+    assert tiles.MlstmConfig.unflat(config.flat()) == config
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

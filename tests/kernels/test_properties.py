@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from tests.kernels.kernel_numerics import assert_float32_close, assert_same, run
+from tests.kernels.comparison import assert_float32_close, assert_same, run
 from xlstm_kernels import causal_conv1d, mlstm_chunkwise, slstm_scan
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.slstm.reference import slstm_recurrence

@@ -1,4 +1,4 @@
-"""What the kernel tests measure: errors against the float64 recurrence."""
+"""Compares kernels with the float64 recurrence: values, states and gradients."""
 
 import torch
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
-from tests.kernels.test_kernel_slstm import outputs, split
+from tests.kernels.comparison import assert_float32_close, relative_error, run
+from tests.kernels.slstm.test_scan import outputs, split
 from xlstm_kernels import slstm_scan
 from xlstm_kernels.slstm.reference import slstm_recurrence
 
@@ -191,7 +191,7 @@ def start(folder, **environment):
     """A process that uses the compiled loops, with numba's cache in `folder`."""
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=os.environ | {"NUMBA_CACHE_DIR": str(folder)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,9 +1,9 @@
-"""The per-head norm on Triton, in the interpreter, against its torch twin in float64."""
+"""The per-head norm on Triton against its PyTorch implementation in float64."""
 
 import pytest
 import torch
 
-from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
+from tests.kernels.comparison import assert_float32_close, relative_error, run
 from xlstm_kernels import multihead_norm
 from xlstm_kernels.norm import triton as norm_triton
 
@@ -20,7 +20,7 @@ def norm(x, kind="layernorm", eps=1e-5, backend="triton"):
     return {"y": multihead_norm(**x, kind=kind, eps=eps, backend=backend)}
 
 
-def twin(x, **options):
+def in_pytorch(x, **options):
     return norm(x, **options, backend="torch")
 
 
@@ -28,12 +28,12 @@ def twin(x, **options):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("lead", [(), (5,), (3, 4), (2, 1, 3)], ids=str)
 def test_values_and_gradients(lead, gated, kind):
-    assert_float32_close(norm, twin, make_inputs(*lead, gated=gated), kind=kind)
+    assert_float32_close(norm, in_pytorch, make_inputs(*lead, gated=gated), kind=kind)
 
 
 @pytest.mark.parametrize("d", [1, 16, 192, 512, 1000, 4096])
 def test_head_dimensions(d):
-    assert_float32_close(norm, twin, make_inputs(3, heads=1, d=d), kind="rmsnorm")
+    assert_float32_close(norm, in_pytorch, make_inputs(3, heads=1, d=d), kind="rmsnorm")
 
 
 def test_a_program_takes_several_blocks_of_rows(monkeypatch):
@@ -41,7 +41,7 @@ def test_a_program_takes_several_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(norm_triton, "PROGRAMS", 4)  # two for each head
     x = make_inputs(150, d=60)
     assert 150 > 2 * 2 * norm_triton._tile(60)["ROWS"]
-    assert_float32_close(norm, twin, x)
+    assert_float32_close(norm, in_pytorch, x)
 
 
 def test_strides_of_the_block_are_read_in_place(monkeypatch):
@@ -59,7 +59,7 @@ def test_strides_of_the_block_are_read_in_place(monkeypatch):
         return {"y": y.permute(1, 0, 2, 3)}  # and its gradient has strides too
 
     def expected(x, **options):
-        return {"y": twin(x, **options)["y"].permute(1, 0, 2, 3)}
+        return {"y": in_pytorch(x, **options)["y"].permute(1, 0, 2, 3)}
 
     assert_float32_close(strided, expected, whole)
 
@@ -89,7 +89,7 @@ def test_finite_input_never_gives_nan(size):
 
 def test_bfloat16():
     x = {name: t.bfloat16() for name, t in make_inputs(40, d=64).items()}
-    exact, got = run(twin, x, torch.float64), run(norm, x, torch.bfloat16)
+    exact, got = run(in_pytorch, x, torch.float64), run(norm, x, torch.bfloat16)
     assert got["y"].dtype == got["d_gate"].dtype == torch.bfloat16
     for name, reference in exact.items():
         assert relative_error(got[name], reference) < 1e-2, name

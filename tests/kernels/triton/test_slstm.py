@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.kernels.kernel_numerics import assert_float32_close, relative_error, run
-from tests.kernels.test_kernel_slstm import outputs, split
-from tests.kernels.test_slstm_cpu import GATES, make_inputs, recurrence
+from tests.kernels.comparison import assert_float32_close, relative_error, run
+from tests.kernels.slstm.test_numba import GATES, make_inputs, recurrence
+from tests.kernels.slstm.test_scan import outputs, split
 from xlstm_kernels import slstm_scan, slstm_step
 from xlstm_kernels.slstm.triton import scan as scan_triton
 from xlstm_kernels.slstm.triton import step as step_triton

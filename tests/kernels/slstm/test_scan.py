@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.kernel_numerics import assert_float32_close, assert_same, relative_error, run
+from tests.kernels.comparison import assert_float32_close, assert_same, relative_error, run
 from xlstm_kernels import slstm_scan, slstm_step
 from xlstm_kernels.slstm.reference import slstm_recurrence
 
