@@ -1,8 +1,9 @@
-"""Where the compiled CPU loops are kept between processes. Used by `numba/loops.py` only."""
+"""Where the compiled CPU loops are kept between processes. Used by `loops` only."""
 
 import logging
+from pathlib import Path
 
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 log = logging.getLogger(__name__)
 
@@ -13,6 +14,19 @@ class BestEffortCache(FunctionCache):
     Processes that start at once may all compile; each file is replaced as a whole, so that none
     reads half of one.
     """
+
+    def __init__(self, function):
+        """Keep code as long as no module of this folder changes.
+
+        Numba alone looks at the file of `function`, and would not see a change of what it calls.
+        """
+        super().__init__(function)
+        files = [path.stat() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=tuple((file.st_mtime, file.st_size) for file in files),
+        )
 
     def load_overload(self, sig, target_context):
         """The compiled code, or None for compiling anew."""

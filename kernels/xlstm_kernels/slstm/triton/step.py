@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
-from xlstm_kernels.slstm.triton.kernels import cell, load_wide, recurrent_sums
+from xlstm_kernels.slstm.triton.cell import cell, load_wide
+from xlstm_kernels.slstm.triton.kernels import recurrent_sums
 from xlstm_kernels.slstm.triton.scan import BATCH, MOST, Tiles, tiles_for, unsupported_reason
 
 __all__ = ["slstm_step_triton", "unsupported_reason"]
