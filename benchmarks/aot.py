@@ -1,7 +1,8 @@
 """Compiles kernel variants for GPUs that are not there, and counts what the compiler made of them.
 
-`compile_variant` needs Triton and its bundled NVIDIA tools, no device and no CUDA toolkit. All
-results are properties of the code or bounds that follow from data sheets; none is a time.
+`compile_variant` needs Triton and the NVIDIA tools in its wheel, but neither a GPU nor a CUDA
+toolkit. All results are properties of the code or bounds that follow from data sheets. None is a
+measured time.
 """
 
 import json
@@ -101,7 +102,7 @@ def triton_tool(name: str) -> Path:
 
 
 def compile_variant(variant: Variant, target: str):
-    """Triton's compiled kernel of `variant` for one of `DEVICES`; raises what the compiler does."""
+    """The compiled kernel of `variant` for one of `DEVICES`; raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -118,7 +119,7 @@ def compile_variant(variant: Variant, target: str):
 
 
 def examine(variant: Variant, target: str) -> Resources:
-    """Compiles `variant` and counts; raises what the compiler does."""
+    """Compile `variant` and count its resources; raises what the compiler raises."""
     start = time.monotonic()
     compiled = compile_variant(variant, target)
     device, amd = DEVICES[target], target.startswith("gfx")

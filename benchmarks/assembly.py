@@ -1,9 +1,9 @@
 """Reads the assembly of a compiled kernel: its loops, and what an iteration of each does.
 
-Works on the text of ``nvdisasm -c`` (dialect "sass"), on ``amdgcn`` ("amd") and on PTX ("ptx", to
-tell how often the assembler unrolled a loop). Loops are natural loops
-of the control flow graph: an edge goes back only if its target dominates its source, so code that
-the compiler moved out of line is no loop.
+Works on the text of `nvdisasm -c` (dialect "sass"), on `amdgcn` ("amd") and on PTX ("ptx", to tell
+how often the assembler unrolled a loop). Loops are natural loops of the control flow graph: an edge
+goes back only if its target dominates its source, so code that the compiler moved out of line does
+not count as a loop.
 """
 
 import re

@@ -6,10 +6,10 @@
 
 Compiles for sm_80, sm_90, sm_100 and gfx942 and prints for each kernel registers, spills, shared
 memory, tensor-core instructions, and for its main loop the asynchronous copies, barriers and full
-waits; then the bytes in flight per SM, the blocks that fit an SM, how well the grid fills whole
-waves, bytes, FLOPs and the bound that follows from them. **A bound is no time**: published times
-of such kernels are 1.8 to 5.2 times their bound, and the best chunk by bound is not the best by
-time. The JSON holds the same numbers. Needs triton, no GPU and no CUDA toolkit.
+waits. Then come the bytes in flight per SM, the blocks that fit an SM, how well the grid fills
+whole waves, bytes, FLOPs and the bound that follows from them. **A bound is not a time**:
+published times of such kernels are 1.8 to 5.2 times their bound, and the best chunk by bound is not
+the best by time. The JSON has the same numbers. Needs triton, but neither a GPU nor a CUDA toolkit.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def explain() -> str:
         "(after unrolling by\nthe assembler); ! = another working loop loads only by waiting. "
         "KB/SM: bytes in flight in the main\nloop, all blocks of an SM. waves: part of whole waves "
         "that the grid fills. bound: bytes or FLOPs,\nwhichever takes longer at the data sheet's "
-        "bandwidth and 0.8 of its FLOP/s. A bound is no time."
+        "bandwidth and 0.8 of its FLOP/s. A bound is not a time."
     )
 
 
@@ -133,7 +133,7 @@ one warp (in order; smallest published latencies), the issue of all warps, and t
 read from L2 again at every step. `one warp` has its instructions, and the cycles that it waits for
 each kind of result. A step that is a launch of its own adds {GRAPH_LAUNCH_US} us: one kernel of a
 CUDA graph after another, published, not measured here. Clocks are the boost clocks of data sheets.
-Not counted for AMD. A floor is no time."""
+Not counted for AMD. A floor is not a time."""
 
 
 def table(rows: list[list[str]]) -> str:
@@ -147,6 +147,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def met(condition: bool) -> str:
+    """How a goal came out."""
     return "met" if condition else "MISSED"
 
 

@@ -1,17 +1,16 @@
-"""Kernels on a GPU: correct first, then how fast, beside the peers that are installed.
+"""Kernels on a GPU: first whether they are correct, then how fast, beside installed peers.
 
     python -m benchmarks.kernels_gpu                    under 8 minutes; writes a JSON
     python -m benchmarks.kernels_gpu --only correctness
 
-**Nothing in this file has run on a GPU yet**: it was written where there is none, and its times are
-to be read with that in mind until someone has. It is run on the CPU by a test, at small sizes.
+**Nothing in this file has run on a GPU yet.** A test runs it on the CPU, at small sizes.
 
-Settings of mLSTM: those of TFLA's table (arXiv 2503.14376: 65,536 tokens, 16 heads, 128/256,
+Settings of the mLSTM: those of TFLA's table (arXiv 2503.14376: 65,536 tokens, 16 heads, 128/256,
 lengths 512 to 8192), the 7B's (B1 H8 S8192 256/512), and few heads on a long sequence (B1 H1
-S32768), where only a split over the sequence fills a GPU. sLSTM: sizes of the first xLSTM paper.
-Peers, timed on the same inputs if they can be imported: NX-AI mlstm_kernels (xl_chunk, both gates),
-fla's simple_gla (another cell, the same cost), PyTorch's flash attention (32 heads of 128 at equal
-width). Most of the 8 minutes is compiling. Without a GPU it says so and ends with 0.
+S32768), where only a split over the sequence fills a GPU. Settings of the sLSTM: sizes of the first
+xLSTM paper. Peers, timed on the same inputs if they can be imported: NX-AI mlstm_kernels (xl_chunk,
+both gates), fla's simple_gla (another cell, the same cost), PyTorch's flash attention (32 heads of
+128 at equal width). Most of the 8 minutes is compiling. Without a GPU it says so and ends with 0.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def inputs_of(setting: Setting, dtype: torch.dtype, device: str) -> list[torch.T
 
 
 def slstm_inputs(size: tuple, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Gate pre-activations, recurrent weight and bias of sLSTM, with gradients."""
+    """Gate pre-activations, recurrent weight and bias of the sLSTM, with gradients."""
     batch, heads, steps, dim = size
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((batch, steps, 4, heads, dim), (4, heads, dim, dim), (4, heads, dim))

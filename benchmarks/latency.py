@@ -1,13 +1,15 @@
-"""Least time of one step of a recurrence, counted from a kernel's machine code: a bound, no time.
+"""Least time of one step of a recurrence, counted from a kernel's machine code.
 
-A cell that feeds its output back cannot be faster than one step's dependencies allow. `step_floor`
-sends one warp alone through the code of a step, in order, an instruction no earlier than a cycle
-after the one before it and than its operands are there, by the smallest latencies that have been
-published for A100 and H100. What other warps of the block do, bank conflicts, replays and a busy
-memory only add to that. Held against it are the issue rate of the whole block and, for weights that
-are read again at every step, the widest path from the L2 cache to one processor.
+It is a bound, not a measured time. A cell that feeds its output back cannot be faster than the
+dependencies of one step allow. `step_walk` follows one warp alone through the code of a step, in
+order. An instruction starts a cycle after the one before it, and not before its operands are there.
+Latencies are the smallest that have been published for A100 and H100. What other warps of the block
+do, bank conflicts, replays and a busy memory only add to that.
 
-Only NVIDIA's code is counted: for AMD's no table of latencies is at hand.
+`step_floor` compares it with the issue rate of the whole block and, for weights that are read again
+at every step, with the widest path from the L2 cache to one processor.
+
+Only NVIDIA's code is counted: there is no table of latencies for AMD's.
 """
 
 import heapq

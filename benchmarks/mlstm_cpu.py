@@ -1,13 +1,13 @@
-"""mLSTM on a CPU, forward and backward, beside the peer's native path: time, memory, exactness.
+"""The mLSTM on a CPU, forward and backward, beside a peer: time, memory, errors.
 
     python -m benchmarks.mlstm_cpu                                  ours, and the peer if it is here
     python -m benchmarks.mlstm_cpu --peer-python ../peers/bin/python    the peer from its own place
 
 The peer is mlstm_kernels of tests/peers.txt: `native_autograd` differentiates its chunkwise form,
-`native_custbw` has a backward by hand that leaves out the normaliser's gradient (shown as error).
-All implementations run in one process, turn by turn in each round, float32, so that a busy machine
-hits them alike; medians over rounds. CPU ms are of all threads together. Peak memory is what the
-process grew by beyond inputs and code, in a process of its own.
+`native_custbw` has a backward pass by hand that leaves out the normalizer's gradient (shown as
+error). All implementations run in float32 in one process, one after the other in each round, so
+that a busy machine slows all of them. Times are medians over rounds. CPU ms are of all threads
+together. Peak memory is what a process of its own grew by beyond inputs and code.
 
 Goals: at most 1/2 of the time of native_autograd and 1/1.3 of that of native_custbw.
 """

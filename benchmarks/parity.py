@@ -1,4 +1,4 @@
-"""State tracking: sLSTM learns parity and goes on beyond the trained length, mLSTM does not.
+"""State tracking: the sLSTM learns parity and extrapolates to longer rows, the mLSTM does not.
 
     python -m benchmarks.parity
 
@@ -30,13 +30,13 @@ VOCAB = 8  # 0 and 1 are the bits read, 2 and 3 the answers
 
 
 def rows(batch: int, length: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bits and the parity of each prefix, int64 ``[batch, length]``."""
+    """Random bits and the parity of each prefix, int64 `[batch, length]`."""
     bits = torch.randint(0, 2, (batch, length), generator=rng)
     return bits, bits.cumsum(1) % 2
 
 
 def accuracy(model, length: int, first: int) -> float:
-    """Share of right answers at positions ``first`` (from 1) to ``length`` of fresh rows."""
+    """Share of right answers at positions `first` (from 1) to `length` of fresh rows."""
     bits, parity = rows(256, length, torch.Generator().manual_seed(1))
     with torch.no_grad():
         answers = model(bits)[..., 2:4].argmax(-1)

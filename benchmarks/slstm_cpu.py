@@ -1,8 +1,10 @@
-"""SLSTM forward and backward on one CPU thread: this project's backends beside a good torch loop.
+"""The sLSTM on one CPU thread, forward and backward: this project's backends and a torch loop.
 
-``python -m benchmarks.slstm_cpu`` runs every implementation in turn, round after round, so that
-the ratio of a round is not that of two loads of the machine; medians over rounds, in ms. The loop
-is what one writes who knows torch: autograd, layout [heads, b, d], one baddbmm for all four gates.
+    python -m benchmarks.slstm_cpu
+
+Every implementation runs once in each round, so that a busy machine slows all of them. Times are
+medians over rounds, in ms. The loop is written as well as torch allows: autograd, layout
+[heads, b, d], one baddbmm for all four gates.
 """
 
 import argparse

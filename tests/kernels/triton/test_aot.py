@@ -141,7 +141,7 @@ def test_floors_are_those_of_one_step_and_called_bounds(toys):
         assert one["waiting"]["global"] > 0  # one stage: it waits for what it loads
     assert rows["sm_90", "in steps"]["unrolled"] == 4  # its loop is short, and 8 products long
     assert "in steps: >=" in text
-    assert "bounds, not times" in text and "A bound is no time" in text
+    assert "bounds, not times" in text and "A bound is not a time" in text
     assert ANCHOR_TABLE in text
 
 
