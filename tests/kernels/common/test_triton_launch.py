@@ -14,6 +14,7 @@ from xlstm_kernels.conv import triton as conv_triton
 from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
 from xlstm_kernels.mlstm.triton import step as mlstm_step
 from xlstm_kernels.norm import triton as norm_triton
+from xlstm_kernels.slstm.operator import Kept
 from xlstm_kernels.slstm.triton import scan as scan_triton
 from xlstm_kernels.slstm.triton import step as slstm_step
 
@@ -61,11 +62,11 @@ def test_slstm_is_a_fixed_list_of_launches(launched, d, passes):
     starts = torch.empty(2, 6, dtype=torch.bool, device="meta")
     state = [wide(2, 2, d) for _ in range(4)]
     preacts, weight, bias = slstm_arguments(6, d)
-    out, *rest = scan_triton.scan_forward._init_fn(preacts, weight, bias, *state, starts, True)
+    out, _, saved = scan_triton.forward(preacts, weight, bias, state, starts, True)
     assert len(launched) == passes[0]
     launched.clear()
-    kept = rest[4:]
-    scan_triton._backward._init_fn(out, *state[:3], weight, state[0], starts, out, *kept)
+    kept = Kept(weight, state[0], starts, out, saved)
+    scan_triton.backward(kept, out, state[:3], True)
     assert len(launched) == passes[1]
 
 
@@ -82,7 +83,7 @@ def test_steps_are_a_fixed_list_of_launches(launched):
 def test_the_other_passes_read_nothing_back(launched):
     q, gate = new(2, 2, 300, 64), wide(2, 2, 300)
     starts = torch.empty(2, 300, dtype=torch.bool, device="meta")
-    inputs, options = (q, q, q, gate, gate), (128, True, True, 1e-6, False, 15.0, [])
+    inputs, options = (q, q, q, gate, gate), (128, True, True, 1e-6, False, 15.0, None)
     h, C, n, _, *saved = chunkwise_triton.mlstm_forward._init_fn(
         *inputs, None, None, None, starts, True, *options
     )

@@ -273,7 +273,7 @@ def test_offsets_beyond_32_bits():
 def operator_arguments(x, boundaries=None):
     arguments, state = split(x)
     state = state or (None, None, None)
-    return (*arguments, *state, boundaries, True, 16, True, True, 1e-6, False, 15.0, [])
+    return (*arguments, *state, boundaries, True, 16, True, True, 1e-6, False, 15.0, None)
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])

@@ -59,18 +59,18 @@ def make_options(
     eps: float,
     bf16_states: bool,
     soft_cap: float | None,
-    tiles: Sequence[int],
+    tiles: Sequence[int] | None,
 ) -> Options:
     """`Options` from what a custom op can take.
 
-    `tiles` is a flat `MlstmConfig`, or empty for that of the table.
+    `tiles` is a flat `MlstmConfig`, or None for that of the table.
     """
     q, v = inputs.q, inputs.v
     arch = architecture(q.device)
     config = (
-        MlstmConfig.unflat(list(tiles))
-        if tiles
-        else mlstm_config(arch, q.shape[-1], v.shape[-1], q.dtype, chunk_size, bf16_states)
+        mlstm_config(arch, q.shape[-1], v.shape[-1], q.dtype, chunk_size, bf16_states)
+        if tiles is None
+        else MlstmConfig.unflat(list(tiles))
     )
     precision = "tf32x3" if arch.startswith("sm_") else "ieee"
     return Options(chunk_size, exp_gate, normalize, eps, bf16_states, precision, config, soft_cap)
@@ -94,7 +94,7 @@ def mlstm_forward(
     eps: float,
     bf16_states: bool,
     soft_cap: float | None,
-    tiles: Sequence[int],
+    tiles: Sequence[int] | None,
 ) -> list[Tensor]:
     """The forward pass: h, the last state (C, n, m), and the fields of `Saved`."""
     inputs = Inputs(q, k, v, igate_preact, fgate_preact)
@@ -139,7 +139,7 @@ def mlstm_backward(
     eps: float,
     bf16_states: bool,
     soft_cap: float | None,
-    tiles: Sequence[int],
+    tiles: Sequence[int] | None,
 ) -> list[Tensor]:
     """The backward pass: the fields of `Gradients`."""
     inputs = Inputs(q, k, v, igate_preact, fgate_preact)
@@ -160,7 +160,7 @@ def _(q, k, v, igate, fgate, *_):
 def _save(ctx, inputs, output):
     *inputs, C, n, _, _, _, chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles = inputs
     h, _, _, *saved = output
-    ctx.options = chunk_size, exp_gate, normalize, eps, bf16, soft_cap, list(tiles)
+    ctx.options = chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles
     ctx.state_like = [None if x is None else (x.shape, x.dtype) for x in (C, n)]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
@@ -178,8 +178,7 @@ def _differentiate(ctx, d_outputs):
         None if like is None else grad.view(like[0]).to(like[1])
         for like, grad in zip(ctx.state_like, grads[5:], strict=True)
     ]
-    no_tiles = [None] * len(ctx.options[-1])  # a list in the arguments is one in the gradients
-    return *grads[:5], *d_state, *[None] * 9, no_tiles
+    return *grads[:5], *d_state, *[None] * 10
 
 
 mlstm_forward.register_autograd(_differentiate, setup_context=_save)
@@ -218,7 +217,7 @@ def mlstm_chunkwise_triton(
         "eps": eps,
         "bf16_states": states_dtype == torch.bfloat16,
         "soft_cap": gate_soft_cap,
-        "tiles": [] if tiles is None else tiles.flat(),
+        "tiles": None if tiles is None else tiles.flat(),
     }
     inputs = (q, k, v, igate_preact, fgate_preact)
     h, C, n, m, *_ = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
+
 
 def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
@@ -77,28 +79,34 @@ def _starts(boundaries: Tensor | None, b: int, s: int) -> Tensor:
     return boundaries.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op("xlstm_kernels::slstm_scan_cpu", mutates_args=())
-def scan_forward(
+def allocate(gate_preacts: Tensor) -> Results:
+    """Fresh tensors for the results; for what is saved see `loops.forward`."""
+    b, s, heads, d, width = _shapes(gate_preacts)
+    new = gate_preacts.new_empty
+    wide = {"dtype": torch.float32}
+    last = tuple(new(b, heads, d, **wide) for _ in range(4))
+    acts, decays = new(heads, b, s, 4, width, **wide), new(heads, b, s, width, **wide)
+    states = [new(heads, b, s + 1, width, **wide) for _ in range(3)]
+    return Results(new(b, s, heads, d), last, [acts, decays, *states])
+
+
+def forward(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
+    state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
-) -> list[Tensor]:
-    """h of all steps, the last (h, c, n, m), and what the backward needs: see `forward`."""
+) -> Results:
+    """The forward pass; see `slstm_scan` and `loops.forward`."""
     from xlstm_kernels.slstm.numba import loops
 
     b, s, heads, d, width = _shapes(gate_preacts)
-    out, *last, acts, decays, hs, cs, ns = _outputs(
-        gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget
-    )
-    for buffer, x in ((hs, h), (cs, c), (ns, n)):
+    results = allocate(gate_preacts)
+    out, (acts, decays, hs, cs, ns) = results.out, results.saved
+    for buffer, x in zip((hs, cs, ns), state[:3], strict=True):
         buffer[:, :, 0] = _per_head(x, heads, b, d, width)
-    ms = _per_head(m, heads, b, d, width).masked_fill_(ns[:, :, 0] == 0, -torch.inf)
+    ms = _per_head(state[3], heads, b, d, width).masked_fill_(ns[:, :, 0] == 0, -torch.inf)
     matrix = _padded_weight(recurrent_weight, width).flatten(2)
     wide = out if out.dtype == torch.float32 else out.float()
     _run(
@@ -110,86 +118,57 @@ def scan_forward(
     )  # fmt: skip
     if wide is not out:
         out.copy_(wide)
-    for part, x in zip(last, (hs[:, :, s], cs[:, :, s], ns[:, :, s], ms), strict=True):
+    for part, x in zip(results.last, (hs[:, :, s], cs[:, :, s], ns[:, :, s], ms), strict=True):
         part.copy_(x[..., :d].transpose(0, 1))
-    return [out, *last, acts, decays, hs, cs, ns]
+    return results
 
 
-@scan_forward.register_fake
-def _outputs(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
-    b, s, heads, d, width = _shapes(gate_preacts)
-    new = gate_preacts.new_empty
-    wide = {"dtype": torch.float32}
-    last = [new(b, heads, d, **wide) for _ in range(4)]
-    acts, decays = new(heads, b, s, 4, width, **wide), new(heads, b, s, width, **wide)
-    states = [new(heads, b, s + 1, width, **wide) for _ in range(3)]
-    return [new(b, s, heads, d), *last, acts, decays, *states]
+def allocate_gradients(kept: Kept) -> Gradients:
+    """Fresh tensors for the gradients, all float32."""
+    acts = kept.saved[0]
+    heads, b, s, _, _ = acts.shape
+    d = kept.recurrent_weight.shape[-1]
+    d_weight = torch.empty_like(kept.recurrent_weight, dtype=torch.float32)
+    d_states = [acts.new_empty(b, heads, d) for _ in range(3)]
+    d_preacts, d_bias = acts.new_empty(b, s, 4, heads, d), acts.new_empty(4, heads, d)
+    return Gradients(d_preacts, d_weight, d_bias, *d_states)
 
 
-@torch.library.custom_op("xlstm_kernels::slstm_scan_cpu_backward", mutates_args=())
-def _backward(
-    d_out: Tensor | None,
-    d_h: Tensor | None,
-    d_c: Tensor | None,
-    d_n: Tensor | None,
-    recurrent_weight: Tensor,
-    boundaries: Tensor | None,
-    acts: Tensor,
-    decays: Tensor,
-    hs: Tensor,
-    cs: Tensor,
-    ns: Tensor,
-) -> list[Tensor]:
-    """Gradients, all float32, of the pre-activations, recurrent weight, bias and first h, c, n."""
+def backward(
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+) -> Gradients:
+    """The backward pass. The derivative of the forget gate is in what was saved."""
     from xlstm_kernels.slstm.numba import loops
 
+    recurrent_weight, (acts, decays, hs, cs, ns) = kept.recurrent_weight, kept.saved
     heads, b, s, _, width = acts.shape
     d = recurrent_weight.shape[-1]
     d_preacts = acts.new_empty(b, s, 4, heads, d)
     if d_out is None:
         d_out = acts.new_zeros(b, s, heads, d)
     matrix = _padded_weight(recurrent_weight, width).permute(0, 2, 3, 1).flatten(1, 2)
-    d_states = [_per_head(x, heads, b, d, width) for x in (d_h, d_c, d_n)]
+    d_states = [_per_head(x, heads, b, d, width) for x in d_last]
     _run(
         loops.backward, heads, b, loops.ROWS,
         b, s, heads, d, width,
-        d_out.float().contiguous(), _tiles(matrix, loops.TILE), _starts(boundaries, b, s),
+        d_out.float().contiguous(), _tiles(matrix, loops.TILE), _starts(kept.boundaries, b, s),
         acts, decays, cs, ns, *d_states, acts.new_empty(heads, b, 4, width), d_preacts,
     )  # fmt: skip
     # The gradient of the recurrent weight is one product over all steps for each gate.
     h_prev = hs[:, :, :s, :d].reshape(heads, b * s, d)
     d_weight = torch.empty_like(recurrent_weight, dtype=torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        for gate in range(4):
-            d_gate = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
-            torch.bmm(h_prev.mT, d_gate, out=d_weight[gate])
+    for gate in range(4):
+        d_gate = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
+        torch.bmm(h_prev.mT, d_gate, out=d_weight[gate])
     d_bias = d_preacts.sum((0, 1))
     d_states = [x[..., :d].transpose(0, 1).contiguous() for x in d_states]
-    return [d_preacts, d_weight, d_bias, *d_states]
+    return Gradients(d_preacts, d_weight, d_bias, *d_states)
 
 
-@_backward.register_fake
-def _(d_out, d_h, d_c, d_n, recurrent_weight, boundaries, acts, decays, hs, cs, ns):
-    heads, b, s, _, _ = acts.shape
-    d = recurrent_weight.shape[-1]
-    d_weight = torch.empty_like(recurrent_weight, dtype=torch.float32)
-    d_states = [acts.new_empty(b, heads, d) for _ in range(3)]
-    return [acts.new_empty(b, s, 4, heads, d), d_weight, acts.new_empty(4, heads, d), *d_states]
-
-
-def _save(ctx, inputs, output):
-    _, recurrent_weight, *_, boundaries, _ = inputs
-    ctx.save_for_backward(recurrent_weight, boundaries, *output[5:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
-    ctx.mark_non_differentiable(*output[4:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, d_outputs):
-    recurrent_weight, boundaries, *buffers = ctx.saved_tensors
-    grads = _backward(*d_outputs[:4], recurrent_weight, boundaries, *buffers)
-    grads = [g.to(dtype) if dtype else None for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-    return *grads, None, None, None
-
-
-scan_forward.register_autograd(_differentiate, setup_context=_save)
+scan_forward = scan_operator(
+    "slstm_scan_cpu",
+    forward=forward,
+    allocate=allocate,
+    backward=backward,
+    allocate_gradients=allocate_gradients,
+)

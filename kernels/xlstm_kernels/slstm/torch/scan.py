@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.common.torch_op import torch_op
+from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 
 
 def _per_head(x: Tensor | None, like: Tensor) -> Tensor:
@@ -37,22 +37,33 @@ def _starts(boundaries: Tensor | None, steps: int) -> tuple[Tensor | None, list[
     return boundaries.t()[:, None, :, None], boundaries.any(0).tolist()
 
 
-@torch_op("slstm_scan_torch")
-def scan_forward(
+def allocate(gate_preacts: Tensor) -> Results:
+    """Fresh tensors for the results.
+
+    Saved are gates, factors, h, c and n of all steps, time first: [s, heads, b, ..., d], gates in
+    the order i, f, z, o. h, c and n have a step more, the initial state.
+    """
+    b, s, _, heads, d = gate_preacts.shape
+    dtype = compute_dtype(gate_preacts.dtype)
+
+    def buffer(*shape):
+        return gate_preacts.new_empty(*shape, d, dtype=dtype)
+
+    last = tuple(buffer(b, heads) for _ in range(4))
+    states = [buffer(s + 1, heads, b) for _ in range(3)]
+    saved = [buffer(s, heads, b, 4), buffer(s, heads, b, 2), *states]
+    return Results(gate_preacts.new_empty(b, s, heads, d), last, saved)
+
+
+def forward(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
+    state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
-) -> list[Tensor]:
-    """h of all steps, the last (h, c, n, m), and what the backward needs: gates, factors, h, c, n.
-
-    Those buffers hold all steps, time first: [s, heads, b, ..., d], gates in the order i, f, z, o.
-    """
+) -> Results:
+    """The forward pass; see `slstm_scan` and `allocate`."""
     b, s, _, heads, d = gate_preacts.shape
     dtype = compute_dtype(gate_preacts.dtype)
 
@@ -66,8 +77,8 @@ def scan_forward(
     R = _columns(recurrent_weight, dtype)
     factors = buffer(s, heads, b, 2)  # write exp(i - m) and decay exp(log f + m_prev - m)
     hs, cs, ns = (buffer(s + 1, heads, b) for _ in range(3))
-    hs[0], cs[0], ns[0] = (_per_head(x, hs[0]) for x in (h, c, n))
-    m = _per_head(m, hs[0]).masked_fill(ns[0] == 0, -torch.inf)
+    hs[0], cs[0], ns[0] = (_per_head(x, hs[0]) for x in state[:3])
+    m = _per_head(state[3], hs[0]).masked_fill(ns[0] == 0, -torch.inf)
     starts, has_start = _starts(boundaries, s)
 
     pre = gates.view(s, heads, b, 4 * d).unbind(0)
@@ -90,43 +101,27 @@ def scan_forward(
 
     out = gate_preacts.new_empty(b, s, heads, d)
     out.copy_(hs[1:].permute(2, 0, 1, 3))
-    last = [_copied(x.transpose(0, 1)) for x in (hs[-1], cs[-1], ns[-1], m)]
-    return [out, *last, gates, factors, hs, cs, ns]
+    last = tuple(_copied(x.transpose(0, 1)) for x in (hs[-1], cs[-1], ns[-1], m))
+    return Results(out, last, [gates, factors, hs, cs, ns])
 
 
-@scan_forward.register_fake
-def _(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
-    b, s, _, heads, d = gate_preacts.shape
-    dtype = compute_dtype(gate_preacts.dtype)
-
-    def buffer(*shape):
-        return gate_preacts.new_empty(*shape, d, dtype=dtype)
-
-    last = [buffer(b, heads) for _ in range(4)]
-    states = [buffer(s + 1, heads, b) for _ in range(3)]
-    out = gate_preacts.new_empty(b, s, heads, d)
-    return [out, *last, buffer(s, heads, b, 4), buffer(s, heads, b, 2), *states]
-
-
-@torch_op("slstm_scan_torch_backward")
-def _backward(
-    recurrent_weight: Tensor,
-    d_out: Tensor | None,
-    d_h_last: Tensor | None,
-    d_c_last: Tensor | None,
-    d_n_last: Tensor | None,
-    boundaries: Tensor | None,
-    gates: Tensor,
-    factors: Tensor,
-    hs: Tensor,
-    cs: Tensor,
-    ns: Tensor,
-    sigmoid_forget: bool,
-) -> list[Tensor]:
-    """Gradients of the pre-activations, recurrent weight, bias and first h, c, n."""
+def allocate_gradients(kept: Kept) -> Gradients:
+    """Fresh tensors for the gradients."""
+    gates = kept.saved[0]
     s, heads, b, _, d = gates.shape
-    R = _columns(recurrent_weight, gates.dtype)
-    starts, has_start = _starts(boundaries, s)
+    shapes = (b, s, 4, heads, d), (4, heads, d, d), (4, heads, d), *[(b, heads, d)] * 3
+    return Gradients(*(gates.new_empty(shape) for shape in shapes))
+
+
+def backward(
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+) -> Gradients:
+    """The backward pass."""
+    gates, factors, hs, cs, ns = kept.saved
+    d_h_last, d_c_last, d_n_last = d_last
+    s, heads, b, _, d = gates.shape
+    R = _columns(kept.recurrent_weight, gates.dtype)
+    starts, has_start = _starts(kept.boundaries, s)
     z, o = gates[..., 2, :], gates[..., 3, :]
     write, decay = factors.unbind(3)
 
@@ -177,38 +172,21 @@ def _backward(
     h_prev = hs[:-1] if starts is None else hs[:-1].masked_fill(starts, 0)
     h_prev = h_prev.transpose(0, 1).reshape(heads, s * b, d)
     d_R = torch.bmm(h_prev.mT, d_gates.transpose(0, 1).reshape(heads, s * b, 4 * d))
-    grads = [
+    grads = (
         d_gates.permute(2, 0, 3, 1, 4),
         d_R.view(heads, d, 4, d).permute(2, 0, 1, 3),
         d_gates.sum((0, 2)).transpose(0, 1),  # [4, heads, d]
         d_hs[0].transpose(0, 1),
         d_cn[:, :, 0].transpose(0, 1),
         d_cn[:, :, 1].transpose(0, 1),
-    ]
-    return [_copied(x) for x in grads]
+    )
+    return Gradients(*(_copied(x) for x in grads))
 
 
-@_backward.register_fake
-def _(recurrent_weight, d_out, d_h_last, d_c_last, d_n_last, boundaries, gates, factors, hs, cs,
-      ns, sigmoid_forget):  # fmt: skip
-    s, heads, b, _, d = gates.shape
-    shapes = (b, s, 4, heads, d), (4, heads, d, d), (4, heads, d), *[(b, heads, d)] * 3
-    return [gates.new_empty(shape) for shape in shapes]
-
-
-def _save(ctx, inputs, output):
-    _, recurrent_weight, *_, boundaries, ctx.sigmoid_forget = inputs
-    ctx.save_for_backward(recurrent_weight, boundaries, *output[5:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
-    ctx.mark_non_differentiable(*output[4:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, d_outputs):
-    recurrent_weight, *saved = ctx.saved_tensors
-    grads = _backward(recurrent_weight, *d_outputs[:4], *saved, ctx.sigmoid_forget)
-    grads = [g.to(dtype) if dtype else None for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-    return *grads, None, None, None
-
-
-scan_forward.register_autograd(_differentiate, setup_context=_save)
+scan_forward = scan_operator(
+    "slstm_scan_torch",
+    forward=forward,
+    allocate=allocate,
+    backward=backward,
+    allocate_gradients=allocate_gradients,
+)

@@ -1,9 +1,8 @@
-"""The sLSTM on Triton: custom ops with registered autograd around the kernels of `kernels`.
+"""The sLSTM on Triton: what the kernels of `kernels` are launched with, and in what order.
 
-As `torch.library` custom ops with fake implementations they work under torch.compile, FakeTensor
-and activation recomputation. Weights take part in the products in the dtype of the
-pre-activations. Heads too large for one program take one launch per step and pass, which a GPU
-graph can capture: nothing in between touches the host.
+Weights take part in the products in the dtype of the pre-activations. Heads too large for one
+program take one launch per step and pass, which a GPU graph can capture: nothing in between touches
+the host.
 """
 
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
+from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 from xlstm_kernels.slstm.triton import kernels
 
 MOST = 1024
@@ -143,23 +143,26 @@ def _bytes(boundaries: Tensor | None) -> Tensor | None:
     return None if boundaries is None else boundaries.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op("xlstm_kernels::slstm_scan_triton", mutates_args=())
-def scan_forward(
+def allocate(gate_preacts: Tensor) -> Results:
+    """Fresh tensors for the results. Saved is what `KEPT` names."""
+    b, s, _, heads, d = gate_preacts.shape
+    last = tuple(gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4))
+    return Results(gate_preacts.new_empty(b, s, heads, d), last, kept_buffers(gate_preacts))
+
+
+def forward(
     gate_preacts: Tensor,
     recurrent_weight: Tensor,
     bias: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
+    state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
-) -> list[Tensor]:
-    """h of all steps, the last (h, c, n, m), and `KEPT`."""
+) -> Results:
+    """The forward pass; see `slstm_scan`."""
     preacts, steps = gate_preacts.contiguous(), gate_preacts.shape[1]
     weight = recurrent_weight.to(preacts.dtype).contiguous()
     target = architecture(preacts.device)
-    h, c, n, m = (_state(x, preacts) for x in (h, c, n, m))
+    h, c, n, m = (_state(x, preacts) for x in state)
     m.masked_fill_(n == 0, -torch.inf)
     streamed = tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
     if streamed:
@@ -172,81 +175,59 @@ def scan_forward(
     run_all(launches, preacts)
     if streamed:
         h = h[steps % 2].clone()
-    return [out, h, c, n, m, *kept]
+    return Results(out, (h, c, n, m), kept)
 
 
-@scan_forward.register_fake
-def _(gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget):
-    b, s, _, heads, d = gate_preacts.shape
-    states = [gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
-    return [gate_preacts.new_empty(b, s, heads, d), *states, *kept_buffers(gate_preacts)]
+def allocate_gradients(kept: Kept) -> Gradients:
+    """Fresh tensors for the gradients."""
+    acts = kept.saved[0]
+    b, _, _, heads, d = acts.shape
+    wide = {"dtype": torch.float32}
+    d_weight = torch.empty_like(kept.recurrent_weight, dtype=acts.dtype)
+    d_states = [acts.new_empty(b, heads, d, **wide) for _ in range(3)]
+    return Gradients(
+        torch.empty_like(acts), d_weight, acts.new_empty(4, heads, d, **wide), *d_states
+    )
 
 
-@torch.library.custom_op("xlstm_kernels::slstm_scan_triton_backward", mutates_args=())
-def _backward(
-    d_out: Tensor | None,
-    d_h: Tensor | None,
-    d_c: Tensor | None,
-    d_n: Tensor | None,
-    recurrent_weight: Tensor,
-    h: Tensor | None,
-    boundaries: Tensor | None,
-    out: Tensor,
-    acts: Tensor,
-    decays: Tensor,
-    cs: Tensor,
-    ns: Tensor,
-) -> list[Tensor]:
-    """Gradients of the pre-activations, recurrent weight, bias and first h, c, n."""
+def backward(
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+) -> Gradients:
+    """The backward pass. The derivative of the forget gate is in what was saved."""
+    boundaries, out, acts = kept.boundaries, kept.out, kept.saved[0]
     b, s, _, heads, d = acts.shape
     target = architecture(out.device)
-    weight = recurrent_weight.to(out.dtype).contiguous()
+    weight = kept.recurrent_weight.to(out.dtype).contiguous()
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-    d_states = [_state(x, acts) for x in (d_h, d_c, d_n)]
+    d_states = [_state(x, acts) for x in d_last]
     d_h_first, d_preacts = torch.empty_like(d_states[0]), torch.empty_like(acts)
+    saved = dict(zip(KEPT, kept.saved, strict=True))
     launches = plan_backward(
-        d_out, weight, _bytes(boundaries), dict(zip(KEPT, (acts, decays, cs, ns), strict=True)),
-        d_states, d_h_first, d_preacts, target,
-    )  # fmt: skip
+        d_out, weight, _bytes(boundaries), saved, d_states, d_h_first, d_preacts, target
+    )
     run_all(launches, out)
     if tiles_for(target, d, out.dtype).inner:
         d_states[0] = d_h_first
     # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
     h_prev = torch.empty_like(out)
     h_prev[:, 1:] = out[:, :-1]
-    h_prev[:, 0] = 0 if h is None else h
+    h_prev[:, 0] = 0 if kept.h_first is None else kept.h_first
     if boundaries is not None:
         h_prev.masked_fill_(boundaries[:, :, None, None], 0)
     left = h_prev.view(b * s, heads, d).permute(1, 2, 0)
     d_weight = torch.empty_like(weight)
-    with torch.autocast(out.device.type, enabled=False):
-        for gate in range(4):
-            right = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
-            d_weight[gate] = torch.bmm(left, right)
+    for gate in range(4):
+        right = d_preacts.view(b * s, 4, heads, d)[:, gate].transpose(0, 1)
+        d_weight[gate] = torch.bmm(left, right)
     d_bias = d_preacts.sum((0, 1), dtype=torch.float32)
-    return [d_preacts, d_weight, d_bias, *d_states]
+    return Gradients(d_preacts, d_weight, d_bias, *d_states)
 
 
-@_backward.register_fake
-def _(d_out, d_h, d_c, d_n, recurrent_weight, h, boundaries, out, acts, decays, cs, ns):
-    b, _, _, heads, d = acts.shape
-    new = {"dtype": torch.float32}
-    d_weight = torch.empty_like(recurrent_weight, dtype=acts.dtype)
-    d_states = [acts.new_empty(b, heads, d, **new) for _ in range(3)]
-    return [torch.empty_like(acts), d_weight, acts.new_empty(4, heads, d, **new), *d_states]
-
-
-def _save(ctx, inputs, output):
-    _, recurrent_weight, _, h, *_, boundaries, _ = inputs
-    ctx.save_for_backward(recurrent_weight, h, boundaries, output[0], *output[5:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, d_outputs):
-    grads = _backward(*d_outputs[:4], *ctx.saved_tensors)
-    grads = [g.to(dtype) if dtype else None for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-    return *grads, None, None, None
-
-
-scan_forward.register_autograd(_differentiate, setup_context=_save)
+scan_forward = scan_operator(
+    "slstm_scan_triton",
+    forward=forward,
+    allocate=allocate,
+    backward=backward,
+    allocate_gradients=allocate_gradients,
+    keeps_output=True,
+)
