@@ -42,14 +42,14 @@ def mlstm_recurrence(
             keep = (~boundaries[:, t]).to(q.dtype)[:, None]
             C, n, m = C * keep[..., None, None], n * keep[..., None], m * keep
         m_new = m if gate == "sigmoid" else torch.maximum(log_f[..., t] + m, log_i[..., t]).detach()
-        decay = (log_f[..., t] + m - m_new).exp()[..., None]
-        write = (log_i[..., t] - m_new).exp()[..., None]
-        C = decay[..., None] * C + (write * k[..., t, :])[..., None] * v[..., t, None, :]
-        n = decay * n + write * k[..., t, :]
+        f = (log_f[..., t] + m - m_new).exp()[..., None]  # the stabilized gates
+        i = (log_i[..., t] - m_new).exp()[..., None]
+        C = f[..., None] * C + (i * k[..., t, :])[..., None] * v[..., t, None, :]
+        n = f * n + i * k[..., t, :]
         m = m_new
         query = q[..., t, :] * q.shape[-1] ** -0.5
         numerator = (query[..., None, :] @ C).squeeze(-2)
-        overlap = (query * n).sum(-1, keepdim=True).abs()
-        scale = torch.maximum(overlap, (-m).exp()[..., None]) + eps
-        h.append(numerator / scale if normalize else numerator)
+        nq = (query * n).sum(-1, keepdim=True)
+        normalizer = torch.maximum(nq.abs(), (-m).exp()[..., None]) + eps
+        h.append(numerator / normalizer if normalize else numerator)
     return torch.stack(h, dim=2), (C, n, m)

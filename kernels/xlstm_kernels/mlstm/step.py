@@ -55,10 +55,8 @@ def mlstm_step(
     if select_backend("mlstm_step", backend, q, qk_dim=qk_dim, v_dim=v_dim) == "triton":
         from xlstm_kernels.mlstm.triton.step import mlstm_step_triton
 
-        return mlstm_step_triton(
-            q, k, v, igate_preact, fgate_preact, state, gate=gate, normalize=normalize, eps=eps,
-            gate_soft_cap=gate_soft_cap,
-        )  # fmt: skip
+        options = {"gate": gate, "normalize": normalize, "eps": eps, "gate_soft_cap": gate_soft_cap}
+        return mlstm_step_triton(q, k, v, igate_preact, fgate_preact, state, **options)
     igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
     with torch.autocast(q.device.type, enabled=False):
         return _step(q, k, v, igate, fgate, state, gate, normalize, eps)
@@ -71,16 +69,16 @@ def _step(q, k, v, igate_preact, fgate_preact, state, gate, normalize, eps):
     log_f, log_i = logsigmoid(fgate_preact.to(dtype)), igate_preact.to(dtype)
     if gate == "exp":
         m_new = torch.maximum(log_f + m, log_i)
-        decay, write = (log_f + m - m_new).exp(), (log_i - m_new).exp()
+        f, i = (log_f + m - m_new).exp(), (log_i - m_new).exp()
     else:
-        m_new, decay, write = torch.zeros_like(log_i), log_f.exp(), log_i.sigmoid()
-    written = write[..., None] * key
-    C.mul_(decay[..., None, None]).addcmul_(written[..., None], value[..., None, :])
-    n.mul_(decay[..., None]).add_(written)
+        m_new, f, i = torch.zeros_like(log_i), log_f.exp(), log_i.sigmoid()
+    written = i[..., None] * key
+    C.mul_(f[..., None, None]).addcmul_(written[..., None], value[..., None, :])
+    n.mul_(f[..., None]).add_(written)
     m.copy_(m_new)
     h = (query[..., None, :] @ C.to(dtype)).squeeze(-2)
     if normalize:
-        overlap = (query * n).sum(-1).abs()
+        nq = (query * n).sum(-1)
         # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
-        h = h / (torch.maximum(overlap, (-m_new).clamp(min=-80).exp()) + eps)[..., None]
+        h = h / (torch.maximum(nq.abs(), (-m_new).clamp(min=-80).exp()) + eps)[..., None]
     return h.to(q.dtype)

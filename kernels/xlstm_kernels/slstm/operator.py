@@ -124,9 +124,10 @@ def scan_operator(
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, d_outputs):
-        *kept, d_last = *ctx.saved_tensors[:4], d_outputs[:4]
-        saved = list(ctx.saved_tensors[4:])
-        grads = scan_backward(*kept, saved, *d_last, ctx.sigmoid_forget)
+        weight, h_first, boundaries, out, *saved = ctx.saved_tensors
+        grads = scan_backward(
+            *(weight, h_first, boundaries, out, saved), *d_outputs[:4], ctx.sigmoid_forget
+        )
         pairs = zip(grads, ctx.dtypes, strict=True)
         return *(grad.to(dtype) if dtype else None for grad, dtype in pairs), None, None, None
 

@@ -169,11 +169,12 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_outputs):
     d_h, d_C_last, d_n_last, *_ = d_outputs
-    *inputs, h = ctx.saved_tensors[:6]
-    saved = list(ctx.saved_tensors[6:])
+    q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
     if d_h is None:
         d_h = torch.zeros_like(h)
-    grads = mlstm_backward(*inputs, h, saved, d_h, d_C_last, d_n_last, *ctx.options)
+    grads = mlstm_backward(
+        *(q, k, v, igate, fgate, h), saved, d_h, d_C_last, d_n_last, *ctx.options
+    )
     d_state = [
         None if like is None else grad.view(like[0]).to(like[1])
         for like, grad in zip(ctx.state_like, grads[5:], strict=True)
