@@ -38,8 +38,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.common.checks import compute_dtype
 from xlstm_kernels.common.cumulative_sum import cumulative_sum
-
-State = tuple[Tensor, Tensor, Tensor]
+from xlstm_kernels.mlstm.arguments import State
 
 # The number of ranks up to which all gather all states; with more, one state goes along the ranks.
 GATHER_UP_TO = 8
