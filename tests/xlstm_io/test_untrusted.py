@@ -18,10 +18,11 @@ from pretrain.data import TokenDataset
 from pretrain.data.cache import CacheSettings
 from tests.xlstm_io.conftest import change_manifest
 from xlstm_io.checkpoint.manifest import manifest_checksum, read_manifest
-from xlstm_io.errors import CheckpointError, ShardFormatError, UserError
+from xlstm_io.errors import CheckpointError, ShardFormatError, TokenizerFileError, UserError
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest
 from xlstm_io.shards.shard import CorruptShardError, ShardReader
 from xlstm_io.storage import RemotePath
+from xlstm_io.tokenizer.open import open_tokenizer
 from xlstm_io.untrusted import LIMITS, check_name, inside
 
 OUTSIDE = "names a file outside its folder"
@@ -210,6 +211,15 @@ def test_files_over_their_limit_are_not_read(shards):
     os.truncate(shards / MANIFEST_NAME, LIMITS.shard_manifest + 1)
     with pytest.raises(ShardFormatError, match="are not read"):
         load_manifest(shards)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_over_the_limit_is_not_read(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, LIMITS.tokenizer + 1)
+    with pytest.raises(TokenizerFileError, match="are not read"):
+        open_tokenizer(tmp_path)
 
 
 def test_a_manifest_of_deep_nesting_is_damaged(shards):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
+from xlstm_io.storage import read_file
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME, Tokenizer, as_arrays
+from xlstm_io.untrusted import LIMITS
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -19,14 +21,15 @@ class HuggingFaceTokenizer(Tokenizer):
         path: the `tokenizer.json`; its `tokenizer_config.json` lies beside it.
 
     Raises:
-        OSError: one of the files cannot be read.
+        OSError: one of the files cannot be read, or is too large to be a tokenizer.
         Exception: a file is damaged (the library raises bare `Exception`).
     """
 
     kind = "huggingface"
 
     def __init__(self, path: Path):
-        raw, raw_config = path.read_bytes(), path.with_name(HF_CONFIG_NAME).read_bytes()
+        raw = read_file(path, LIMITS.tokenizer, links=True)
+        raw_config = read_file(path.with_name(HF_CONFIG_NAME), LIMITS.tokenizer, links=True)
         super().__init__(path, {HF_NAME: raw, HF_CONFIG_NAME: raw_config})
         config = json.loads(raw_config)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # builds run a process per core

@@ -23,7 +23,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return _open_hugging_face(path) if is_json else _open_sentencepiece(path)
     except OSError as error:
-        raise TokenizerFileError(f"{error.filename}: {error.strerror}") from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise TokenizerFileError(reason) from error
     except Exception as error:  # tokenizers raises bare Exception
         kind = f"a Hugging Face tokenizer: {error}" if is_json else "a SentencePiece model"
         raise TokenizerFileError(f"{path} is not {kind}") from error

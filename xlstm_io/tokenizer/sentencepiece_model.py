@@ -16,8 +16,10 @@ import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from xlstm_io.storage import read_file
 from xlstm_io.tokenizer.base import SENTENCEPIECE_NAME, Tokenizer, as_arrays
 from xlstm_io.tokenizer.word_cache import CheckedWordCache, word_pattern
+from xlstm_io.untrusted import LIMITS
 
 SPACE_SYMBOL = "\u2581"
 """How SentencePiece writes a space in its pieces."""
@@ -30,14 +32,14 @@ class SentencePieceTokenizer(Tokenizer):
         path: the `.model` file.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is too large to be a tokenizer.
         RuntimeError: it is not a model.
     """
 
     kind = "sentencepiece"
 
     def __init__(self, path: Path):
-        model = path.read_bytes()
+        model = read_file(path, LIMITS.tokenizer, links=True)
         super().__init__(path, {SENTENCEPIECE_NAME: model})
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self.bos_id = _id_or_none(self._processor.bos_id())
