@@ -44,6 +44,7 @@ def our_step(model: str, batch: int, length: int) -> Callable[[], None]:
     from pretrain.config import config_from_dict
     from pretrain.data import Batch
     from pretrain.engines.megatron import MegatronEngine
+    from pretrain.trainer import train_step
 
     section = {
         "pattern": PATTERNS[model],
@@ -71,8 +72,7 @@ def our_step(model: str, batch: int, length: int) -> Callable[[], None]:
     data = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), ones, torch.zeros_like(ones).bool())
 
     def step() -> None:
-        engine.forward_backward([data])
-        engine.step(1e-4)
+        train_step(engine, [data], 1e-4)
 
     return step
 

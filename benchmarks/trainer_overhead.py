@@ -3,12 +3,12 @@
     python -m benchmarks.trainer_overhead [--steps 60] [--quick]
 
 The demo's own configuration (pretrain/configs/cpu_demo.yaml: two processes, logging and TensorBoard
-as there) trains through `pretrain.trainer.Run`; rank 0 times each part of the loop. The model is
-`engine.forward_backward` and `engine.step`; everything else between two steps' starts is overhead:
-loader, verdict, logging, agreement on signals (with the wait for the other rank), the stall of a
-checkpoint, and what is left. A part's cost per step is its median where it happens times how often
-it happens; checkpoints are taken more often here, to have several, and count as often as in the
-demo. Their writing in the background is not in it, and slows the model's steps that it meets.
+as there) trains through `pretrain.trainer.Trainer`; rank 0 times each part of the loop. The model
+is `engine.forward_backward`, `engine.gradient_norm` and `engine.step`. Everything else between two
+steps' starts is overhead: loader, verdict (with the wait for the other rank), logging, the stall of
+a checkpoint, and what is left. A part's cost per step is its median where it happens times how
+often it happens; checkpoints are taken more often here, to have several, and count as often as in
+the demo. Their writing in the background is not in it, and slows the model's steps that it meets.
 
 Goal: at most 3 % of a step.
 """
@@ -35,7 +35,7 @@ DEMO = ROOT / "pretrain" / "configs" / "cpu_demo.yaml"
 GOAL = 0.03
 WARM_UP = 3  # steps that allocate and compile
 TIMES_FILE = "times.json"
-MODEL = ("forward_backward", "optimizer")
+MODEL = ("forward_backward", "gradient norm", "optimizer")
 QUICK = {
     "model.pattern": "M",
     "model.hidden_size": 32,
@@ -83,36 +83,37 @@ class Clock:
 def worker(config: RunConfig) -> int:
     """Train as the trainer does, one rank of the run; rank 0 writes the seconds of every step."""
     from pretrain import layout as layouts
-    from pretrain import trainer as train
     from pretrain.data import TrainLoader
+    from pretrain.engines.verdict import Guard
     from pretrain.metrics import MetricLogger
     from pretrain.signals import StopSignal
+    from pretrain.trainer import Trainer
 
     clock = Clock()
     with StopSignal() as stop, contextlib.closing(layouts.start(config)) as layout:
-        run = train.Run(config, layout, stop)
+        trainer = Trainer(config, layout, stop)
 
-        def step(metrics: MetricLogger, of: Callable = run._step) -> None:
+        def step(*arguments: Any, of: Callable = trainer._step) -> tuple[bool, ...]:
             clock.start_step()
-            of(metrics)
+            return of(*arguments)
 
-        def evaluate(metrics: MetricLogger, of: Callable = run._evaluate) -> None:
+        def evaluate(metrics: MetricLogger, of: Callable = trainer._evaluate) -> None:
             clock.stop()  # validation is the model's work, and only the last step is followed by it
             of(metrics)
 
         parts = {
-            (run.engine, "forward_backward"): "forward_backward",
-            (run.engine, "step"): "optimizer",
+            (trainer.engine, "forward_backward"): "forward_backward",
+            (trainer.engine, "gradient_norm"): "gradient norm",
+            (trainer.engine, "step"): "optimizer",
             (TrainLoader, "__next__"): "loader",
-            (run, "_judge"): "verdict",
+            (Guard, "judge"): "verdict",
             (MetricLogger, "log"): "logging",
-            (train, "any_rank"): "agreement on signals",
-            (run, "_save"): "checkpoint stall",
+            (trainer, "_save"): "checkpoint stall",
         }
         for (owner, name), part in parts.items():
             setattr(owner, name, clock.timed(part, getattr(owner, name)))
-        run._step, run._evaluate = step, evaluate
-        code = run.train()
+        trainer._step, trainer._evaluate = step, evaluate
+        code = trainer.train()
         if layout.is_main:
             Path(config.run.dir, TIMES_FILE).write_text(json.dumps(clock.steps), encoding="utf-8")
     return code

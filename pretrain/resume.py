@@ -1,6 +1,26 @@
-"""Where a run stands, and how it continues from a checkpoint."""
+"""Where a run stands, and how it continues from its newest checkpoint."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pretrain.checkpoint import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointSaver,
+    Manifest,
+    candidates_together,
+    check_same_run,
+    load_checkpoint,
+    read_manifest_together,
+)
+from pretrain.config import RunConfig
+from pretrain.data import DataCursor, DataPlan
+from pretrain.engines.base import Engine
+from xlstm_io.errors import ConfigError
+from xlstm_io.storage import Location
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,3 +42,87 @@ class TrainState:
     seconds: float = 0.0
     valid_loss: float | None = None
     valid_step: int | None = None
+
+    @classmethod
+    def saved_in(cls, manifest: Manifest) -> "TrainState":
+        """The state that a checkpoint was saved with."""
+        return cls(**{field.name: manifest.state[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a process of a run starts from.
+
+    Attributes:
+        state: where the run stands.
+        cursor: where it stands in its data.
+        checkpoint: the checkpoint that the engine was loaded from; None for a fresh start.
+    """
+
+    state: TrainState
+    cursor: DataCursor
+    checkpoint: Location | None
+
+
+def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointSaver) -> Start:
+    """Load the newest sound checkpoint of the run into the engine, if there is one.
+
+    Called by all ranks. A damaged checkpoint is named and passed over, and `saver` is told not to
+    delete it.
+
+    Args:
+        config: the run.
+        data: the order of its data.
+        engine: takes the checkpoint's weights and optimizer state.
+        saver: of the run's checkpoint folder.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is sound, or the newest sound one
+            belongs to another run.
+        ConfigError: the checkpoint has done more steps than the run is to have.
+    """
+    ranks = saver.ranks
+    candidates = candidates_together(saver.folder, ranks=ranks)
+    for path in candidates:
+        try:
+            saved = read_manifest_together(path, ranks=ranks)
+            check_is_same_run(config, data, path, saved)
+            state = TrainState.saved_in(saved)
+            engine.load_sharded_state(
+                lambda slices, path=path: load_checkpoint(path, slices, ranks=ranks), state.updates
+            )
+        except CheckpointDamagedError as error:
+            if ranks.is_first:
+                log.warning("passing over a broken checkpoint: %s", error)
+            saver.damaged.add(path)
+            continue
+        saver.last_good = path
+        return Start(state, DataCursor.from_dict(saved.state["cursor"]), path)
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "
+            "to start anew"
+        )
+    return Start(TrainState(), DataCursor(0), None)
+
+
+def check_is_same_run(config: RunConfig, data: DataPlan, path: Location, saved: Manifest) -> None:
+    """Check that a checkpoint is of this run's model, data and tokenizer, and not of a longer run.
+
+    Raises:
+        CheckpointError: it is of another model, data or tokenizer.
+        ConfigError: it has done more steps than the run is to have.
+    """
+    consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
+    now: dict[str, Any] = {
+        **config.model_dump(mode="json"),
+        "tokenizer": {"sha256": data.manifest.tokenizer_sha256},
+        "cursor": {"plan": data.describe(consumed)},
+    }
+    accept = config.checkpoint.accept_changes
+    check_same_run({**saved.config, **saved.state}, now, path=path, accept=accept)
+    if saved.step > config.run.steps:
+        raise ConfigError(
+            f"run.steps={config.run.steps}, but {path} has done {saved.step} steps already; set "
+            f"run.steps to at least {saved.step}, or use another run.dir"
+        )

@@ -1,44 +1,34 @@
-"""The training loop: one run, from its configuration to its last step."""
+"""The training loop: one run, from its configuration to its last step.
 
-import json
-import logging
-import math
+`train_step` is one step on the device, and `Trainer._step` is that step with its data, its learning
+rate and its line in the log. Everything else in here decides what happens between two steps.
+"""
+
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pretrain import layout as layouts
-from pretrain.checkpoint import (
-    CheckpointDamagedError,
-    CheckpointError,
-    CheckpointSaver,
-    Manifest,
-    Retention,
-    candidates_together,
-    check_same_run,
-    load_checkpoint,
-    read_manifest_together,
-)
+from pretrain.checkpoint import CheckpointSaver, Retention
 from pretrain.config import RunConfig, save_config
-from pretrain.config.support import zero_stage
-from pretrain.data import DataCursor, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
+from pretrain.config.checks import check_kernels, check_vocabulary
+from pretrain.data import Batch, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
 from pretrain.engines import make_engine
-from pretrain.engines.base import Engine, LossSum
+from pretrain.engines.base import Engine
+from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.layout import Layout
 from pretrain.lr_schedule import make_schedule
-from pretrain.metrics import Efficiency, MetricLogger, Speed
-from pretrain.resume import TrainState
-from pretrain.signals import StopSignal, any_rank
-from xlstm_io.errors import ConfigError, ExitCode, UserError
-from xlstm_io.storage import Location, write_atomic
-from xlstm_mcore.megatron import cpu_runtime
+from pretrain.metrics import MetricLogger
+from pretrain.resume import resume
+from pretrain.signals import StopSignal
+from pretrain.speed import Efficiency, Speed
+from pretrain.summary import describe_start, write_summary
+from xlstm_io.errors import ExitCode, UserError
 
-log = logging.getLogger(__name__)
-
-SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
 
 
@@ -47,9 +37,9 @@ class DivergedError(UserError):
 
 
 def main(config: RunConfig) -> int:
-    """Train as ``config`` says, from the newest complete checkpoint of its run folder.
+    """Train as `config` says, from the newest complete checkpoint of its run folder.
 
-    Called by every process of the run (see ``pretrain.commands.launch``).
+    Called by every process of the run (see `pretrain.commands.launch`).
 
     Returns:
         0 when the run is complete, 75 when it was asked to stop and has saved.
@@ -61,36 +51,72 @@ def main(config: RunConfig) -> int:
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
         layout = layouts.start(config)
         try:
-            return Run(config, layout, stop).train()
+            return Trainer(config, layout, stop).train()
         finally:
             layout.close()
 
 
-class Run:
-    """One process's part in a run."""
+def train_step(
+    engine: Engine,
+    batches: list[Batch],
+    lr: float,
+    guard: Guard = FINITE,
+    votes: Sequence[bool] = (),
+) -> StepResult:
+    """One optimizer step of one global batch; called by all ranks.
+
+    The update is judged before it is made: a step that is not finite, or beyond the limits of
+    `guard`, leaves weights and optimizer as they were.
+
+    Args:
+        engine: the model with its optimizer.
+        batches: this replica's micro-batches.
+        lr: learning rate.
+        guard: the limits of this step.
+        votes: what this rank votes for; see `StepResult.votes`.
+    """
+    loss = engine.forward_backward(batches)
+    verdict = guard.judge(loss, engine.gradient_norm(), votes)
+    engine.step(lr, verdict)
+    return verdict.read()  # the only time in a step that the host waits for the device
+
+
+class Trainer:
+    """One process's part in a run.
+
+    Args:
+        config: the run.
+        layout: where this process stands.
+        stop: the request to stop, read once per step.
+
+    Attributes:
+        state: where the run stands.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout, stop: StopSignal) -> None:
         self.config, self.layout, self.stop = config, layout, stop
         self.dir = Path(config.run.dir)
-        data = config.data
-        place = {"dp_rank": layout.dp_rank, "dp_size": layout.dp_size}
+        data, options = config.data, config.checkpoint
+        replica = {"dp_rank": layout.dp_rank, "dp_size": layout.dp_size}
         self.data = open_plan(data, config.run.seed)
         self.valid = {
-            name: ValidLoader(dataset, micro_batch=data.micro_batch, **place)
+            name: ValidLoader(dataset, micro_batch=data.micro_batch, **replica)
             for name, dataset in open_valid(data, self.data).items()
         }
-        self._check_vocabulary()
-        self._check_kernels()
+        check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
+        check_kernels(config, layout.device.type)
         self.engine: Engine = make_engine(config, layout)
         self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
-        options = config.checkpoint
+        self.guard = FINITE
         self.saver = CheckpointSaver(
             options.dir or self.dir / "checkpoints",
             retention=Retention(options.keep, options.keep_every, options.keep_best),
             asynchronous=options.asynchronous,
         )
-        self.state, cursor = self._resume()
+        self.start = resume(config, self.data, self.engine, self.saver)
+        self.state = self.start.state
         self._check_writable()
+        cursor = self.start.cursor
         self.loader = TrainLoader(
             self.data,
             data.ramp,
@@ -101,13 +127,20 @@ class Run:
             quarantine=Quarantine(
                 data.max_quarantined, layout.own_file(self.dir, "quarantine"), cursor.quarantined
             ),
-            **place,
+            **replica,
         )
         self._speed = Speed()
         self._efficiency = Efficiency(config, layout)
 
     def train(self, until: int | None = None) -> int:
-        """The loop; see the module. ``until``: stop after this step, as if asked to."""
+        """Train to the last step of the run.
+
+        Args:
+            until: stop after this step, as if asked to.
+
+        Returns:
+            0 when the run is complete, 75 when it stopped before and has saved.
+        """
         config, steps = self.config, self.config.run.steps
         with (
             self.loader,
@@ -120,84 +153,86 @@ class Run:
             ) as metrics,
             self.saver,
         ):
-            self._introduce(metrics)
-            saved = self.state.step
+            for line in describe_start(config, self.layout, self.engine, self.data, self.start):
+                metrics.message(line)
             while self.state.step < steps:
-                self._step(metrics)
-                step = self.state.step
-                stopping, save_failed = any_rank(
-                    [self.stop.requested or step == until, self.saver.failed], self.layout.device
-                )
+                stopping, save_failed = self._step(metrics, until)
                 if save_failed:
                     self.saver.wait()  # raises on every rank
+                step = self.state.step
                 last = step == steps
                 if last or (step % config.evaluation.interval == 0 and not stopping):
                     self._evaluate(metrics)
                 if last or stopping or step % config.checkpoint.interval == 0:
                     self._save(metrics)
-                    saved = step
                 if last or stopping:
                     self.saver.wait()
-                self._tell_saved(metrics)
+                self._report_finished_save(metrics)
                 if stopping and not last:
                     if self.stop.requested:
                         metrics.message(f"stopped after step {step}; run again to continue")
                     return ExitCode.STOPPED
-            assert saved == self.state.step
-        self._summarize()
+        write_summary(self.dir, config, self.layout, self.engine, self.state)
         return ExitCode.DONE
 
-    def _step(self, metrics: MetricLogger) -> None:
-        """One optimizer step: batch, loss, verdict, update, log."""
-        step, interval = self.state.step, self.config.logging.interval
-        self.layout.seed_step(self.config.run.seed, step)
-        started = time.perf_counter()
-        loss = self.engine.forward_backward(next(self.loader))
+    def _step(self, metrics: MetricLogger, until: int | None) -> tuple[bool, ...]:
+        """One step: batch, forward and backward, verdict, update, log.
+
+        Returns:
+            Whether the run is to stop now, and whether a checkpoint could not be written; the same
+            on every rank.
+        """
+        config, step = self.config, self.state.step
         lr = self.learning_rate(step)
-        result = self.engine.step(lr)
-        self._judge(loss, result.grad_norm)
+        self.layout.seed_step(config.run.seed, step)
+        started = time.perf_counter()
+        batches = next(self.loader)
+        # Ranks hear of both at different times, and must leave the loop together.
+        votes = (self.stop.requested or step + 1 == until, self.saver.failed)
+        result = train_step(self.engine, batches, lr, self.guard, votes)
         seconds = time.perf_counter() - started
-        self._speed.add(self.config.data.ramp.size(step) * self.config.data.seq_len, seconds)
-        self.state = TrainState(
+        if not result.accepted and config.guard.stop_on_nonfinite:
+            raise DivergedError(self._diverged(result))
+        self._speed.add(config.data.ramp.size(step) * config.data.seq_len, seconds)
+        self.state = replace(
+            self.state,
             step=step + 1,
-            updates=self.state.updates + (not result.skipped),
-            tokens=self.state.tokens + loss.tokens,
+            updates=self.state.updates + result.accepted,
+            tokens=self.state.tokens + result.tokens,
             seconds=self.state.seconds + seconds,
-            valid_loss=self.state.valid_loss,
-            valid_step=self.state.valid_step,
         )
-        metrics.advance(self.state.step)
-        if self.state.step % interval == 0 or self.state.step in (1, self.config.run.steps):
+        done = self.state.step
+        metrics.advance(done)
+        if done % config.logging.interval == 0 or done in (1, config.run.steps):
             speed = self._speed.take()
             metrics.log(
-                self.state.step,
+                done,
                 {
                     "tokens": self.state.tokens,
-                    "loss": loss.mean,
+                    "loss": result.loss,
                     "lr": lr,
                     "grad_norm": result.grad_norm,
                     "tokens_per_second": speed,
                     **self._efficiency.of(speed),
                 },
             )
+        return result.votes
 
-    def _judge(self, loss: LossSum, grad_norm: float) -> None:
-        """Every rank sees the same numbers, so every rank comes to the same verdict."""
-        finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
-        if finite or not self.config.guard.stop_on_nonfinite:
-            return
-        options = self.config.optimizer
+    def _diverged(self, result: StepResult) -> str:
+        """What to tell the user when a step's update was rejected."""
+        options, good = self.config.optimizer, self.saver.last_good
         remedy = f"lower optimizer.lr={options.lr}"
         if options.clip_grad == 0:
             remedy += ", or clip gradients: optimizer.clip_grad=0 never does"
-        good = self.saver.last_good
-        raise DivergedError(
-            f"step {self.state.step + 1}: loss {loss.mean}, gradient norm {grad_norm}: not finite, "
-            "so the update was not applied and the run stops (guard.stop_on_nonfinite=true); "
+        return (
+            f"step {self.state.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
+            "not finite, so the update was not applied and the run stops "
+            "(guard.stop_on_nonfinite=true); "
             f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; {remedy}"
         )
 
     def _evaluate(self, metrics: MetricLogger) -> None:
+        """Measure the validation loss of every validation set."""
         config = self.config
         losses = {}
         for name, loader in self.valid.items():
@@ -215,21 +250,22 @@ class Run:
     def _save(self, metrics: MetricLogger) -> None:
         stall = self.saver.save(
             self.engine.sharded_state(),
-            self._saved_state(),
+            self._state_to_save(),
             self.config.model_dump(mode="json"),
             step=self.state.step,
         )
         metrics.log(self.state.step, {"checkpoint_stall_seconds": stall})
 
-    def _tell_saved(self, metrics: MetricLogger) -> None:
-        """Report the checkpoint that was completed meanwhile, if any."""
+    def _report_finished_save(self, metrics: MetricLogger) -> None:
+        """Report the checkpoint that was completed since the last call, if any."""
         saved = self.saver.take_finished()
         if saved is not None:
             metrics.message(
                 f"saved {saved.path} in {saved.seconds:.2f} s; training waited {saved.stall:.3f} s"
             )
 
-    def _saved_state(self) -> dict[str, Any]:
+    def _state_to_save(self) -> dict[str, Any]:
+        """The training state of a checkpoint; called by all ranks."""
         manifest = self.data.manifest
         if self.config.data.on_corrupt == "quarantine":
             for rows in self.layout.gather(self.loader.quarantine.rows):
@@ -243,32 +279,6 @@ class Run:
             },
         }
 
-    def _resume(self) -> tuple[TrainState, DataCursor]:
-        """State of the newest sound checkpoint, loaded into the engine; or a fresh start."""
-        candidates = candidates_together(self.saver.folder, ranks=self.saver.ranks)
-        for path in candidates:
-            try:
-                saved = read_manifest_together(path, ranks=self.saver.ranks)
-                self._check_same_run(path, saved)
-                state = TrainState(**{k: saved.state[k] for k in TrainState.__dataclass_fields__})
-                self.engine.load_sharded_state(
-                    lambda chunks, path=path: load_checkpoint(path, chunks, ranks=self.saver.ranks),
-                    state.updates,
-                )
-            except CheckpointDamagedError as error:
-                if self.layout.is_main:
-                    log.warning("passing over a broken checkpoint: %s", error)
-                self.saver.damaged.add(path)
-                continue
-            self.resumed_from = self.saver.last_good = path
-            return state, DataCursor.from_dict(saved.state["cursor"])
-        if candidates:
-            raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints in {self.saver.folder} is sound; move "
-                "them away to start anew"
-            )
-        return TrainState(), DataCursor(0)
-
     def _check_writable(self) -> None:
         """Write the configuration and try out the checkpoint folder, before any step is done."""
         self.saver.ranks.first(
@@ -277,76 +287,3 @@ class Run:
             "; use another run.dir",
         )
         self.saver.check_writable()
-
-    def _check_same_run(self, path: Location, saved: Manifest) -> None:
-        """Refuse a checkpoint of another model, data, tokenizer, or of a longer run."""
-        consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
-        now = {
-            **self.config.model_dump(mode="json"),
-            "tokenizer": {"sha256": self.data.manifest.tokenizer_sha256},
-            "cursor": {"plan": self.data.describe(consumed)},
-        }
-        accept = self.config.checkpoint.accept_changes
-        check_same_run({**saved.config, **saved.state}, now, path=path, accept=accept)
-        if saved.step > self.config.run.steps:
-            raise ConfigError(
-                f"run.steps={self.config.run.steps}, but {path} has done {saved.step} steps "
-                f"already; set run.steps to at least {saved.step}, or use another run.dir"
-            )
-
-    resumed_from: Location | None = None
-
-    def _check_vocabulary(self) -> None:
-        tokens, rows = self.data.manifest.vocab_size, self.config.model.vocab_size
-        if tokens > rows:
-            raise ConfigError(
-                f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
-                f"{self.data.manifest.root}; set model.vocab_size to at least {tokens}"
-            )
-
-    def _check_kernels(self) -> None:
-        backend, device = self.config.model.kernel_backend, self.layout.device.type
-        if backend == "triton" and device == "cpu":
-            raise ConfigError(
-                "model.kernel_backend=triton needs a GPU, and this run is on the CPU; leave it "
-                "out to let each kernel take the best backend it has"
-            )
-
-    def _introduce(self, metrics: MetricLogger) -> None:
-        config, layout = self.config, self.layout
-        shape = config.layout
-        metrics.message(
-            f"xLSTM {config.model.pattern}, {self.engine.num_parameters:,} parameters, "
-            f"{config.engine.precision}; {config.engine.name} engine, ZeRO stage "
-            f"{zero_stage(config)}, {layout.world_size} processes on {layout.device.type} "
-            f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
-            f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
-            f"{config.tokens_per_step:,} tokens per step, {self.data.num_rows:,} rows"
-        )
-        metrics.message(f"data: {self.data.summary(self.loader.consumed_samples)}")
-        if self.resumed_from is not None:
-            metrics.message(f"continuing from {self.resumed_from}")
-        if self.state.step == config.run.steps:
-            metrics.message(
-                f"all {config.run.steps} steps are done; set run.steps higher to train on"
-            )
-
-    def _summarize(self) -> None:
-        """Write summary.json; called by all ranks."""
-        peak = cpu_runtime.peak_memory_bytes()
-        (total,), largest = self.layout.sum(peak), self.layout.max(peak)
-        if not self.layout.is_main:
-            return
-        state, config = self.state, self.config
-        trained = config.data.ramp.samples(state.step) * config.data.seq_len
-        summary = {
-            "steps": state.step,
-            "tokens": state.tokens,
-            "parameters": self.engine.num_parameters,
-            "valid_loss": state.valid_loss,
-            "seconds": state.seconds,
-            "tokens_per_second": trained / max(state.seconds, 1e-9),
-            "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
-            "processes": self.layout.world_size,
-        }
-        write_atomic(self.dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())

@@ -25,7 +25,7 @@ from pretrain.config import RunConfig
 from pretrain.layout import Layout
 from pretrain.metrics import METRICS_FILE, read_metrics
 from pretrain.signals import StopSignal
-from pretrain.trainer import Run
+from pretrain.trainer import Trainer
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.storage import Location, is_folder, location, remove_folder
@@ -65,11 +65,11 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
     name = f"self-test-{ranks.broadcast(secrets.token_hex(4))}"
     runs = {kind: _part(config, name, kind) for kind in ("straight", "resumed")}
     for kind, until in (("straight", steps), ("resumed", steps // 2), ("resumed", steps)):
-        run = Run(runs[kind], layout, stop)
-        run.train(until)
-        reached = run.state.step
-        run.engine.close()  # its memory is needed for the next one
-        del run
+        trainer = Trainer(runs[kind], layout, stop)
+        trainer.train(until)
+        reached = trainer.state.step
+        trainer.engine.close()  # its memory is needed for the next one
+        del trainer
         gc.collect()
         if stop.requested or reached != until:
             raise ConfigError(f"stopped at step {reached}, before the test was over")

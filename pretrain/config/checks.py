@@ -335,3 +335,39 @@ def check_world(config: RunConfig, world_size: int) -> int:
                 f"global_batch={rows * layout.pipeline * -(-micro_batches // layout.pipeline)}"
             )
     return replicas
+
+
+def check_vocabulary(config: RunConfig, tokens: int, source: object) -> None:
+    """Check that the model has a row of its embedding for every token of the data.
+
+    Args:
+        config: the run.
+        tokens: number of tokens that the data's tokenizer has.
+        source: the data's folder, for the message.
+
+    Raises:
+        ConfigError: `model.vocab_size` is smaller.
+    """
+    rows = config.model.vocab_size
+    if tokens > rows:
+        raise ConfigError(
+            f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
+            f"{source}; set model.vocab_size to at least {tokens}"
+        )
+
+
+def check_kernels(config: RunConfig, device: str) -> None:
+    """Check that the kernels of `model.kernel_backend` run on this type of device.
+
+    Args:
+        config: the run.
+        device: what torch calls the type of device.
+
+    Raises:
+        ConfigError: Triton kernels are asked for on the CPU.
+    """
+    if config.model.kernel_backend == "triton" and device == "cpu":
+        raise ConfigError(
+            "model.kernel_backend=triton needs a GPU, and this run is on the CPU; leave it "
+            "out to let each kernel take the best backend it has"
+        )

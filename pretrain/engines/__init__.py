@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
-    """The engine that ``config.engine.name`` asks for; only that one's packages are imported.
+    """The engine that `config.engine.name` asks for; only that one's packages are imported.
 
     Args:
         config: the run, checked.
@@ -19,10 +19,6 @@ def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
         from pretrain.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, layout)
-    if config.optimizer.name == "muon":
-        from pretrain.engines.muon import MuonEngine
-
-        return MuonEngine(config, layout)
     from pretrain.engines.megatron import MegatronEngine
 
     return MegatronEngine(config, layout)

@@ -1,16 +1,19 @@
-"""The protocol between the training loop and an engine."""
+"""The protocols between the training loop, an engine and an engine's optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
+from pretrain.engines.verdict import Verdict
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss over the global batch.
+    """A loss over many tokens.
 
     Attributes:
         total: sum of the unmasked tokens' losses, in nats.
@@ -26,41 +29,68 @@ class LossSum:
         return self.total / max(1, self.tokens)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did.
+class Engine(Protocol):
+    """A model with its optimizer on this run's layout; every method is called by all ranks.
 
     Attributes:
-        grad_norm: 2-norm of the whole gradient before clipping.
-        skipped: True when the gradient was not finite, so that nothing was updated.
+        num_parameters: parameters of the whole model.
     """
-
-    grad_norm: float
-    skipped: bool
-
-
-class Engine(Protocol):
-    """A model with its optimizer on this run's layout; every method is called by all ranks."""
 
     num_parameters: int
 
-    def forward_backward(self, batches: list[Batch]) -> LossSum:
-        """Loss of one global batch, given this replica's micro-batches; accumulates gradients."""
+    def forward_backward(self, batches: list[Batch]) -> Tensor:
+        """Accumulate the gradients of one global batch, given this replica's micro-batches.
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate ``lr``, and clear the gradients."""
+        Returns:
+            fp64 `[2]` on the device: the sum of the unmasked tokens' losses over the global batch,
+            and the number of these tokens.
+        """
+
+    def gradient_norm(self) -> Tensor:
+        """Complete the gradients; the 2-norm of the whole gradient, a scalar on the device."""
+
+    def step(self, lr: float, verdict: Verdict) -> None:
+        """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """Loss over batches without gradients, summed over the data-parallel replicas."""
 
     def sharded_state(self) -> list[TensorSlice]:
-        """The rectangles of the checkpoint that this rank saves."""
+        """The slices of the checkpoint that this rank saves."""
 
-    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], step: int) -> None:
-        """Fill the state by calling ``load(chunks)`` with every rectangle this rank needs.
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
+        """Fill the state by calling `load` with every slice that this rank needs.
 
-        ``step`` is the number of optimizer updates done so far.
+        Args:
+            load: copies a checkpoint's values into the slices it is given.
+            updates: optimizer updates done so far, for Adam's bias correction.
         """
 
     def close(self) -> None:
         """Free the memory of model and optimizer, for a process that goes on without them."""
+
+
+class Optimizer(Protocol):
+    """What `MegatronEngine` asks of its optimizer.
+
+    Attributes:
+        partitioned: whether data-parallel ranks share out the optimizer state; if not, each of
+            them holds all of it.
+    """
+
+    partitioned: bool
+
+    def gradient_norm(self) -> Tensor:
+        """Take the gradients from the model; their 2-norm over all ranks, a scalar."""
+
+    def step(self, lr: float, verdict: Verdict) -> None:
+        """Clip and update with learning rate `lr` if the verdict allows it."""
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients that `gradient_norm` took."""
+
+    def slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter of the model with the slices of its fp32 master weight and state."""
+
+    def set_updates(self, updates: int) -> None:
+        """Tell that the state was loaded, and how many updates were done before."""

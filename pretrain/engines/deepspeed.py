@@ -11,11 +11,15 @@ Two ways to sum gradients over micro-batches, both in fp32:
 DeepSpeed averages gradients over data-parallel ranks; the loss here is the sum over unmasked tokens
 of the global batch divided by their number. That number is known before the first backward pass, so
 the loss is scaled by (ranks / tokens) and the average comes out as the wanted sum.
+
+DeepSpeed's optimizers decide on the host whether a step is applied, so nothing can tell them on the
+device to change nothing: the engine reads the verdict before the update. The gradient norm of the
+verdict is DeepSpeed's own, computed before its step instead of inside it. DeepSpeed reads the norm
+a few times more by itself.
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,15 +29,22 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines import deepspeed_compat as compat
-from pretrain.engines.base import LossSum, StepResult
-from pretrain.engines.microbatches import ScheduledEngine
-from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, range_slices, weight_slices
+from pretrain.engines.base import LossSum
+from pretrain.engines.microbatches import evaluate, forward, run_microbatches, sum_losses
+from pretrain.engines.model import ModelEngine
+from pretrain.engines.state import (
+    OPTIMIZER_STATE,
+    is_owner,
+    optimizer_prefix,
+    partition_slices,
+    weight_slices,
+)
+from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
-from xlstm_mcore.parameters.slices import named_slices
 
 
-class DeepSpeedEngine(ScheduledEngine):
-    """See :class:`pretrain.engines.base.Engine`.
+class DeepSpeedEngine(ModelEngine):
+    """See `pretrain.engines.base.Engine`.
 
     Args:
         config: the run.
@@ -60,56 +71,69 @@ class DeepSpeedEngine(ScheduledEngine):
         )
         compat.create_adam_state(self.engine.optimizer)
 
-    def forward_backward(self, batches: list[Batch]) -> LossSum:
-        """Loss of one global batch; gradients wait in DeepSpeed's buffers for :meth:`step`."""
+    def forward_backward(self, batches: list[Batch]) -> Tensor:
+        """Loss of one global batch; gradients wait in DeepSpeed's buffers for `step`."""
         self.engine.train()
         tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
-        tokens = tokens.to(self.layout.device)
+        tokens = tokens.to(self.layout.device, non_blocking=True)
         groups = self.layout.groups
         torch.distributed.all_reduce(tokens, group=groups.dp)  # whole rows, so once per replica
-        scale = groups.dp_cp.size() / max(1.0, tokens.item())
+        scale = (groups.dp_cp.size() / tokens.clamp(min=1.0)).float()
         with self._gradient_window():
             return self._run(batches, forward_only=False, loss_scale=scale)
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate ``lr`` and clear the gradients."""
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, a scalar; infinite where a gradient is not finite."""
+        return compat.gradient_norm(self.engine.optimizer)
+
+    def step(self, lr: float, verdict: Verdict) -> None:
+        """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients.
+
+        Reads the verdict before the update.
+        """
+        accepted = verdict.read().accepted
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
-        applied = self.engine.was_step_applied()
-        norm = float(self.engine.get_global_grad_norm())
-        assert applied == math.isfinite(norm)
-        return StepResult(grad_norm=norm, skipped=not applied)
+        norm = verdict.grad_norm if accepted else torch.full_like(verdict.grad_norm, torch.inf)
+        with compat.known_norm(self.engine.optimizer, norm):
+            self.engine.step()
+        assert self.engine.was_step_applied() == accepted
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        """Loss over this replica's batches without gradients, summed over all replicas."""
+        return evaluate(
+            lambda micro_batches: self._run(micro_batches, forward_only=True),
+            self.model_chunks,
+            batches,
+        )
 
     def sharded_state(self) -> list[TensorSlice]:
-        """The rectangles this rank saves: every element of the state lies on exactly one rank."""
-        chunks = []
+        """The slices this rank saves: every element of the state is saved by exactly one rank."""
+        state: list[tuple[Tensor, TensorSlice]] = []
         if self.stage == 3 or self.layout.groups.dp_cp.rank() == 0:
-            chunks += [c for parameter, c in self._weight_slices() if self._is_owner(parameter)]
-        return chunks + [c for p, c in self._optimizer_slices() if self._is_owner(p)]
+            state += self._weights()
+        state += self._optimizer_slices()
+        return [part for parameter, part in state if is_owner(parameter, self.layout)]
 
-    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], step: int) -> None:
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and moments, each rank only its own part.
 
         Args:
-            load: copies a checkpoint's values into the chunks it is given.
-            step: optimizer steps taken so far, for Adam's bias correction.
+            load: copies a checkpoint's values into the slices it is given.
+            updates: optimizer updates done so far, for Adam's bias correction.
         """
         optimizer = self.engine.optimizer
         split = compat.writable_partitions(optimizer) if self.stage == 3 else None
         with split or contextlib.nullcontext(), torch.no_grad():
-            load(
-                [chunk for _, chunk in self._weight_slices()]
-                + [chunk for _, chunk in self._optimizer_slices()]
-            )
-        compat.set_adam_step(optimizer, step)
+            load([part for _, part in (*self._weights(), *self._optimizer_slices())])
+        compat.set_adam_step(optimizer, updates)
 
     def close(self) -> None:
         """Free the memory of model and optimizer."""
         compat.destroy(self.engine)
 
     def _finish_part(self, part: nn.Module) -> None:
-        """Stage 3 keeps its share of a part before the next one is built."""
+        """Stage 3 keeps its partition of a part before the next one is built."""
         if self.stage == 3:
             self._partitioner(part, self._settings(), self.model_config.params_dtype)
 
@@ -117,20 +141,19 @@ class DeepSpeedEngine(ScheduledEngine):
         """Tell DeepSpeed what Megatron's own engine knows about parameters.
 
         - The gradient norm counts a parameter on every tensor-parallel rank if it has
-          ``tensor_model_parallel``, else once: a shard without it would be lost from the norm.
+          `tensor_model_parallel`, else once: a split one without it would be lost from the norm.
         - With sequence parallelism a replicated weight has seen a part of the sequence on each
           rank. Stages 2 and 3 split its gradient after every micro-batch, so it is summed before
-          DeepSpeed takes it; stage 1 sums it once, see :meth:`_complete_gradients`.
+          DeepSpeed takes it; stage 1 sums it once, see `_complete_gradients`.
         - The last stage's copy of a tied embedding counts once in the norm.
         """
         group = self.layout.groups.tp
-        for model in self.models:
-            for name, parameter, slices in named_slices(model):
-                sharded = slices[0].shape != slices[0].global_shape
-                assert parameter.tensor_model_parallel == sharded, name
-                parameter.ds_pipe_replicated = getattr(parameter, "shared", False)
-                if parameter.sequence_parallel and self.stage > 1:
-                    parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
+        for name, parameter, slices in self._parameters():
+            is_split = slices[0].shape != slices[0].global_shape
+            assert parameter.tensor_model_parallel == is_split, name
+            parameter.ds_pipe_replicated = getattr(parameter, "shared", False)
+            if parameter.sequence_parallel and self.stage > 1:
+                parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = self.config.optimizer
@@ -209,51 +232,59 @@ class DeepSpeedEngine(ScheduledEngine):
                 if parameter.sequence_parallel:
                     _sum_over(gradient, groups.tp)
 
-    def _run(self, batches: list[Batch], forward_only: bool, loss_scale: float = 1.0) -> LossSum:
-        """See :class:`ScheduledEngine`; stages 2 and 3 call DeepSpeed for each micro-batch."""
+    def _run(
+        self, batches: list[Batch], forward_only: bool, loss_scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """Run micro-batches; stages 2 and 3 call DeepSpeed for each of them."""
         if self.stage == 1:
-            return super()._run(batches, forward_only, loss_scale)
+            return run_microbatches(
+                self.model_chunks,
+                batches,
+                self.layout,
+                self.config.data,
+                forward_only=forward_only,
+                loss_scale=loss_scale,
+            )
         sums = []
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            output, loss_function = self._forward_step(iter([batch]), self.engine, loss_scale)
+            output, loss_function = forward(self.engine, batch, self.layout, loss_scale)
             loss, _, reported = loss_function(output)
             sums.append(reported["sums"])
             if not forward_only:
                 self.engine.backward(loss, scale_wrt_gas=False)
-        return self._sum_losses(sums)
+        return sum_losses(sums, self.layout)
 
-    def _weight_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
-        """Rectangles of the weights in compute precision that this rank holds."""
-        for model in self.models:
-            for _, parameter, slices in named_slices(model):
-                if self.stage == 3:
-                    chunks: Any = range_slices(
-                        slices,
-                        parameter.ds_shape,
-                        compat.partition(parameter),
-                        *compat.partition_range(parameter),
-                    )
-                else:
-                    chunks = weight_slices(parameter, slices)
-                yield from ((parameter, chunk) for chunk in chunks)
+    def _weights(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter with the slices of the weights in compute precision that this rank has."""
+        for _, parameter, slices in self._parameters():
+            if self.stage == 3:
+                found: Any = partition_slices(
+                    slices,
+                    parameter.ds_shape,
+                    compat.partition(parameter),
+                    *compat.partition_range(parameter),
+                )
+            else:
+                found = weight_slices(parameter, slices)
+            yield from ((parameter, part) for part in found)
 
     def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
-        """Rectangles of fp32 masters and moments that this rank's partition holds."""
+        """Each parameter with the slices of master weight and moments in this rank's partition."""
         for model in self.models:
-            for shard in compat.shards(self.engine.optimizer, model):
-                parameter = shard.parameter
+            for held in compat.partitions(self.engine.optimizer, model):
+                parameter = held.parameter
                 shape = parameter.ds_shape if self.stage == 3 else parameter.shape
                 for key in OPTIMIZER_STATE:
-                    for chunk in range_slices(
+                    for part in partition_slices(
                         parameter.slices,
                         shape,
-                        shard.state[key],
-                        shard.start,
-                        shard.end,
+                        held.state[key],
+                        held.start,
+                        held.end,
                         optimizer_prefix(key),
                     ):
-                        yield parameter, chunk
+                        yield parameter, part
 
 
 def _sum_over(tensor: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

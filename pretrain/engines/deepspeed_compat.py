@@ -1,7 +1,7 @@
 """DeepSpeed's private corners that this project touches, for the one supported release line.
 
 Nothing else reaches into a DeepSpeed optimizer. What is read here was checked against 0.19.8; the
-guard in :func:`load` refuses other release lines, because a name that moved would not fail but
+guard in `load` refuses other release lines, because a name that moved would not fail but
 return the wrong tensor.
 
 Three optimizers stand behind `engine.zero_stage` and `engine.precision`:
@@ -66,7 +66,7 @@ def load(device: torch.device) -> ModuleType:
 class ModelParallelUnit:
     """Megatron's groups under the names that DeepSpeed asks for.
 
-    It must not define any ``*_sequence_parallel_*``: DeepSpeed would take those for Ulysses and
+    It must not define any `*_sequence_parallel_*`: DeepSpeed would take those for Ulysses and
     rescale the gradients.
     """
 
@@ -89,7 +89,7 @@ class ModelParallelUnit:
 class Partitioner:
     """Stage 3: splits the parameters of a model part by part, while it is being built.
 
-    DeepSpeed's ``zero.Init`` as a context would split a parameter when its module is made, before
+    DeepSpeed's `zero.Init` as a context would split a parameter when its module is made, before
     it has its initial value.
 
     Args:
@@ -101,7 +101,7 @@ class Partitioner:
         self._init: Any = None
 
     def __call__(self, part: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
-        """Keep this rank's share of every parameter of ``part``, on the device that stage 3 wants.
+        """Keep this rank's share of every parameter of `part`, on the device that stage 3 wants.
 
         Args:
             part: a module whose parameters are whole and the same on all data-parallel ranks.
@@ -124,14 +124,14 @@ class Partitioner:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterPartition:
     """What a rank's optimizer holds of one parameter.
 
     Attributes:
         parameter: the model's parameter.
         start: first element in the flattened local parameter.
         end: element after the last.
-        state: flat fp32 views ``param`` (master weight), ``exp_avg`` and ``exp_avg_sq``.
+        state: flat fp32 views `param` (master weight), `exp_avg` and `exp_avg_sq`.
     """
 
     parameter: Tensor
@@ -170,8 +170,8 @@ def set_adam_step(optimizer: Any, step: int) -> None:
         optimizer.optimizer.state[flat]["step"] = torch.tensor(float(step))
 
 
-def shards(optimizer: Any, module: nn.Module) -> Iterator[Shard]:
-    """What this rank's optimizer holds of every parameter of ``module``."""
+def partitions(optimizer: Any, module: nn.Module) -> Iterator[ParameterPartition]:
+    """What this rank's optimizer holds of every parameter of `module`."""
     for parameter in module.parameters():
         if hasattr(parameter, "ds_id"):  # stage 3
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -190,7 +190,7 @@ def shards(optimizer: Any, module: nn.Module) -> Iterator[Shard]:
             state = optimizer.optimizer.state[flat]
             whole = {"param": flat.detach(), **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
             views = {key: t.narrow(0, offset, end - start) for key, t in whole.items()}
-            yield Shard(parameter, start, end, views)
+            yield ParameterPartition(parameter, start, end, views)
 
 
 def partition_range(parameter: Tensor) -> tuple[int, int]:
@@ -201,14 +201,14 @@ def partition_range(parameter: Tensor) -> tuple[int, int]:
 
 
 def partition(parameter: Tensor) -> Tensor:
-    """The compute copy that goes with :func:`partition_range`: a flat view."""
+    """The compute copy that goes with `partition_range`: a flat view."""
     start, end = partition_range(parameter)
     return parameter.ds_tensor.data.narrow(0, 0, end - start)
 
 
 @contextlib.contextmanager
 def writable_partitions(optimizer: Any) -> Iterator[None]:
-    """Stage 3: a block that writes :func:`partition` views; small weights are kept whole again.
+    """Stage 3: a block that writes `partition` views; small weights are kept whole again.
 
     Parameters below DeepSpeed's persistence threshold stay gathered between steps. They are
     released before the block and gathered after it, as DeepSpeed's own step does.
@@ -225,10 +225,52 @@ def summed_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad if high_precision is None else high_precision
 
 
+def gradient_norm(optimizer: Any) -> Tensor:
+    """2-norm of the whole gradient before clipping; infinite where any gradient is not finite.
+
+    Called when the last backward pass is done, by all ranks.
+    """
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        gradients, _ = optimizer.get_grads_for_norm()
+        norms = [bf16_optimizer.get_global_norm_of_tensors(gradients, mpu=optimizer.mpu)]
+    elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+        optimizer._wait_for_offload_copies()
+        norms = [optimizer.scaled_global_norm()]
+    else:
+        norms = optimizer._get_norm_groups()
+    # DeepSpeed's name for a norm that is not finite is -1; this makes it infinite.
+    return combine_grad_norm_groups(norms)
+
+
+@contextlib.contextmanager
+def known_norm(optimizer: Any, norm: Tensor) -> Iterator[None]:
+    """A block in which the optimizer's step takes `norm` instead of computing the norm again.
+
+    With an infinite norm the step changes nothing and discards the gradients in its own way.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    with contextlib.ExitStack() as undo:
+        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+            computed = bf16_optimizer.get_global_norm_of_tensors
+            undo.callback(setattr, bf16_optimizer, "get_global_norm_of_tensors", computed)
+            bf16_optimizer.get_global_norm_of_tensors = lambda *args, **kwargs: norm
+        elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            optimizer.scaled_global_norm = lambda: norm
+            undo.callback(delattr, optimizer, "scaled_global_norm")
+        else:
+            optimizer._get_norm_groups = lambda: [norm]
+            undo.callback(delattr, optimizer, "_get_norm_groups")
+        yield
+
+
 def destroy(engine: Any) -> None:
     """Let go of a DeepSpeed engine's memory.
 
-    Its own ``destroy`` leaves methods on every parameter that are bound to that parameter, and
+    Its own `destroy` leaves methods on every parameter that are bound to that parameter, and
     stage 3's modules in a cache of the class; so the parameters are emptied.
     """
     parameters = list(engine.module.parameters())
@@ -236,20 +278,3 @@ def destroy(engine: Any) -> None:
     for parameter in parameters:
         vars(parameter).clear()
         parameter.data = parameter.data.new_empty(0)
-
-
-def forget_groups() -> None:
-    """Drop what DeepSpeed keeps in globals about a run, for a process that joins another one.
-
-    Called after the groups themselves are destroyed. Stage 3 numbers modules and parameters from
-    counters that live as long as the process, and its ranks must agree on the numbers.
-    """
-    from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.utils import groups
-
-    groups._release_process_group_references()
-    comm.cdb = None
-    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    counter[0] = Init.param_id = 0

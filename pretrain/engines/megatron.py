@@ -1,7 +1,6 @@
-"""The Megatron engine: Megatron's schedules, DDP and DistributedOptimizer around XLSTMModel."""
+"""The Megatron engine: Megatron's schedules and DDP around XLSTMModel, and an optimizer."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,42 +9,50 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
-from pretrain.engines.base import LossSum, StepResult
-from pretrain.engines.microbatches import ScheduledEngine
-from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, range_slices, weight_slices
+from pretrain.engines.adamw import AdamWDistributed
+from pretrain.engines.base import LossSum, Optimizer
+from pretrain.engines.microbatches import evaluate, run_microbatches
+from pretrain.engines.model import ModelEngine
+from pretrain.engines.muon import MuonWithAdamW
+from pretrain.engines.state import is_owner
+from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
-from xlstm_mcore.megatron import compat, cpu_runtime
-from xlstm_mcore.parameters.slices import named_slices
+from xlstm_mcore.megatron import compat
+
+# optimizer.name -> the optimizer.
+OPTIMIZERS: dict[str, type[AdamWDistributed] | type[MuonWithAdamW]] = {
+    "adamw": AdamWDistributed,
+    "muon": MuonWithAdamW,
+}
 
 
-class MegatronEngine(ScheduledEngine):
-    """See :class:`pretrain.engines.base.Engine`.
+class MegatronEngine(ModelEngine):
+    """See `pretrain.engines.base.Engine`.
 
     Args:
         config: the run.
         layout: the process layout the run was started on.
-    """
 
-    # Whether data-parallel ranks share out the optimizer state.
-    distributed_optimizer = True
+    Attributes:
+        optimizer: updates the weights from the gradients in Megatron's buffers.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         super().__init__(config, layout)
+        make_optimizer = OPTIMIZERS[config.optimizer.name]
         overlap_gradients, self._gathers_late = support.overlaps(config, layout.backend)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=self.distributed_optimizer,
+            use_distributed_optimizer=make_optimizer.partitioned,
             overlap_grad_reduce=overlap_gradients,
             overlap_param_gather=self._gathers_late,
         )
-        self.chunks = [
+        self.model_chunks = [
             DistributedDataParallel(
                 self.model_config,
                 ddp_config,
@@ -55,137 +62,90 @@ class MegatronEngine(ScheduledEngine):
             )
             for number, model in enumerate(self.models)
         ]
-        self.optimizer = self._make_optimizer()
-        self.model_config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer: Optimizer = make_optimizer(config, layout, self.model_chunks)
+        self.model_config.finalize_model_grads_func = _finalize_gradients
         if overlap_gradients:  # only the last micro-batch's backward pass may reduce them
-            no_sync: Any = [chunk.no_sync for chunk in self.chunks]
+            no_sync: Any = [model_chunk.no_sync for model_chunk in self.model_chunks]
             self.model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._clear_gradients()
 
-    def forward_backward(self, batches: list[Batch]) -> LossSum:
-        """Loss of one global batch; gradients stay in the buffers until :meth:`step`."""
-        for chunk in self.chunks:
-            chunk.train()
-        return self._run(batches, forward_only=False)
+    def forward_backward(self, batches: list[Batch]) -> Tensor:
+        """Loss of one global batch; gradients stay in the buffers until `step`."""
+        for model_chunk in self.model_chunks:
+            model_chunk.train()
+        loss = self._run(batches, forward_only=False)
+        # The mean over tokens, once their number is known.
+        scale = 1.0 / loss[1].clamp(min=1.0).float()
+        for model_chunk in self.model_chunks:
+            model_chunk.scale_gradients(scale)
+        return loss
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate ``lr`` and clear the gradients.
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, a scalar on the device."""
+        return self.optimizer.gradient_norm()
 
-        Megatron's own ``step`` lets a gradient norm of NaN through into the weights (it only
-        compares the clipping factor with 1), so the norm is judged here before anything changes.
-        """
-        options = self.config.optimizer
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
-            group["weight_decay"] = options.weight_decay * group.get("wd_mult", 1.0)
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        finite = math.isfinite(norm)
-        if finite:
-            if options.clip_grad > 0:
-                for optimizer in self.optimizer.chained_optimizers:
-                    parameters = optimizer.get_parameters()
-                    if parameters:
-                        clip_grads.clip_grad_by_total_norm_fp32(parameters, options.clip_grad, norm)
-            self.optimizer.step_with_ready_grads()
+    def step(self, lr: float, verdict: Verdict) -> None:
+        """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
+        self.optimizer.step(lr, verdict)
         self._clear_gradients()
-        return StepResult(grad_norm=norm, skipped=not finite)
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        """Loss over this replica's batches without gradients, summed over all replicas."""
+        return evaluate(
+            lambda micro_batches: self._run(micro_batches, forward_only=True),
+            self.model_chunks,
+            batches,
+        )
 
     def sharded_state(self) -> list[TensorSlice]:
-        """The rectangles this rank saves: every element of the state lies on exactly one rank."""
+        """The slices this rank saves: every element of the state is saved by exactly one rank."""
         self._gather_weights()
-        chunks = []
-        if self.layout.groups.dp_cp.rank() == 0:
-            for model in self.models:
-                for _, parameter, slices in named_slices(model):
-                    if self._is_owner(parameter):
-                        chunks += weight_slices(parameter, slices)
-        for parameter, chunk in self._optimizer_slices():
-            if self._is_owner(parameter):
-                chunks.append(chunk)
-        return chunks
+        first_replica = self.layout.groups.dp_cp.rank() == 0
+        state = list(self._weights()) if first_replica else []
+        if first_replica or self.optimizer.partitioned:
+            state += self.optimizer.slices()
+        return [part for parameter, part in state if is_owner(parameter, self.layout)]
 
-    def load_sharded_state(self, load: Callable[[list[TensorSlice]], None], step: int) -> None:
-        """Fill weights, fp32 masters and moments.
+    def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
+        """Fill weights, fp32 masters and optimizer state.
 
         Args:
-            load: copies a checkpoint's values into the chunks it is given.
-            step: optimizer steps taken so far, for Adam's bias correction.
+            load: copies a checkpoint's values into the slices it is given.
+            updates: optimizer updates done so far, for Adam's bias correction.
         """
         self._gather_weights()
-        chunks = self._weights() + [chunk for _, chunk in self._optimizer_slices()]
         with torch.no_grad():
-            load(chunks)
-        for optimizer in self.optimizer.chained_optimizers:
-            compat.set_adam_step(optimizer.optimizer, step)
+            load([part for _, part in (*self._weights(), *self.optimizer.slices())])
+        self.optimizer.set_updates(updates)
         self._clear_gradients()
 
     def close(self) -> None:
         """Free the memory of model and optimizer."""
-        # Weights in fp32 lead from the optimizer to DDP's hooks, and the configuration back to it.
-        self.optimizer = self.model_config.grad_scale_func = None
-        for chunk in self.chunks:
-            compat.release_hooks(chunk)
+        del self.optimizer  # weights in fp32 lead from it to DDP's hooks
+        for model_chunk in self.model_chunks:
+            compat.release_hooks(model_chunk)
+
+    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+        return run_microbatches(
+            self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
+        )
 
     def _gather_weights(self) -> None:
-        """Finish what ``overlap_param_gather`` leaves to the next forward pass."""
+        """Finish what `overlap_param_gather` leaves to the next forward pass."""
         if self._gathers_late:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
-
-    def _weights(self) -> list[TensorSlice]:
-        """The rectangles of all weights in this rank's model chunks."""
-        return [
-            chunk
-            for model in self.models
-            for _, parameter, slices in named_slices(model)
-            for chunk in weight_slices(parameter, slices)
-        ]
-
-    def _make_optimizer(self) -> Any:
-        options = self.config.optimizer
-        cpu_runtime.activate()
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.betas[0],
-                adam_beta2=options.betas[1],
-                adam_eps=options.eps,
-                clip_grad=options.clip_grad,
-                bf16=self.config.engine.precision == "bf16",
-                params_dtype=self.model_config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            self.chunks,
-            config_overrides={ParamKey(attr="no_weight_decay"): {"wd_mult": 0.0}},
-            use_gloo_process_groups=False,
-            pg_collection=self.layout.groups,
-        )
-        for part in optimizer.chained_optimizers:
-            compat.create_adam_state(part.optimizer)
-        self.model_config.grad_scale_func = optimizer.scale_loss
-        return optimizer
+            for model_chunk in self.model_chunks:
+                model_chunk.start_param_sync(force_sync=True)
 
     def _clear_gradients(self) -> None:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        for model_chunk in self.model_chunks:
+            model_chunk.zero_grad_buffer()
+        self.optimizer.clear_gradients()
 
-    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
-        """Rectangles of fp32 masters and moments that this rank's optimizer shard holds."""
-        for optimizer in self.optimizer.chained_optimizers:
-            for parameter, start, end in compat.shard_ranges(optimizer):
-                state = compat.adam_state(optimizer, parameter)
-                for key in OPTIMIZER_STATE:
-                    for chunk in range_slices(
-                        parameter.slices,
-                        parameter.shape,
-                        state[key].detach(),
-                        start,
-                        end,
-                        optimizer_prefix(key),
-                    ):
-                        yield parameter, chunk
+
+def _finalize_gradients(models: list, num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Reduce the gradients, without dividing them by the number of tokens.
+
+    Megatron asks on the host whether that number is above 0, which waits for the device; the engine
+    divides by the number that it sums with the loss.
+    """
+    finalize_model_grads(models, None, **options)

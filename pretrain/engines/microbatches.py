@@ -1,137 +1,119 @@
-"""What all engines share: this rank's model chunks, and Megatron's schedules that drive them."""
+"""How the micro-batches of a global batch go through the model, and how their losses add up."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from pretrain.config import RunConfig
+from pretrain.config.schema import DataConfig
 from pretrain.data import Batch
 from pretrain.engines.base import LossSum
 from pretrain.layout import Layout
-from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.parameters.decay import decays
-from xlstm_mcore.parameters.slices import named_slices
 
 
-class ScheduledEngine:
-    """A model on this run's layout under Megatron's schedules; engines add the optimizer.
+def run_microbatches(
+    model_chunks: Sequence[nn.Module],
+    batches: list[Batch],
+    layout: Layout,
+    data: DataConfig,
+    *,
+    forward_only: bool,
+    loss_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """Run this replica's micro-batches under Megatron's pipeline schedule.
 
     Args:
-        config: the run.
-        layout: the process layout the run was started on.
+        model_chunks: this rank's model chunks, several with interleaved stages.
+        batches: the micro-batches.
+        layout: where this process stands.
+        data: sizes of a micro-batch.
+        forward_only: no backward passes.
+        loss_scale: what the sum of token losses is multiplied by before the backward pass.
 
-    Attributes:
-        models: this rank's model chunks (several with interleaved stages).
-        chunks: what the schedule calls for each of them: the models, or an engine's wrappers.
-        num_parameters: parameters of the whole model.
+    Returns:
+        The loss over all replicas, see `sum_losses`.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self.config, self.layout = config, layout
-        self.model_config = make_config(
-            config.model,
-            layout=config.layout,
-            memory=config.memory,
-            precision=config.engine.precision,
-            backend=layout.backend,
-            deterministic=config.run.deterministic,
-        )
-        self.models = build_model(
-            self.model_config, layout.groups, config.run.seed, self._finish_part
-        )
-        for model in self.models:
-            for _, parameter, slices in named_slices(model):
-                parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
-        self.chunks: list[nn.Module] = list(self.models)
-        self.num_parameters = self._count_parameters()
-        self._forward_backward = get_forward_backward_func()
+    def forward_step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
+        return forward(model, next(iterator), layout, loss_scale)
 
-    def _finish_part(self, part: nn.Module) -> None:
-        """Called with an embedding, layer or head that has its initial values; see build_model."""
+    several = len(model_chunks) > 1
+    iterators: Any = [iter(batches) for _ in model_chunks]
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(model_chunks) if several else model_chunks[0],
+        num_microbatches=len(batches),
+        seq_length=data.seq_len,
+        micro_batch_size=data.micro_batch,
+        forward_only=forward_only,
+        pg_collection=None,
+    )
+    return sum_losses([loss["sums"] for loss in losses], layout)
 
-    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
-        """Loss over this replica's batches without gradients, summed over all replicas."""
-        for chunk in self.chunks:
-            chunk.eval()
-        total, tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in batches:
-                loss = self._run([batch], forward_only=True)
-                total, tokens = total + loss.total, tokens + loss.tokens
-        return LossSum(total, tokens)
 
-    def _run(self, batches: list[Batch], forward_only: bool, loss_scale: float = 1.0) -> LossSum:
-        """Run the schedule over this replica's micro-batches.
+def forward(
+    model: nn.Module, batch: Batch, layout: Layout, loss_scale: float | Tensor
+) -> tuple[Tensor, Callable]:
+    """Run one micro-batch through a model chunk.
 
-        Args:
-            batches: the micro-batches.
-            forward_only: no backward passes.
-            loss_scale: what the sum of token losses is multiplied by before the backward pass.
+    Returns:
+        What the chunk puts out, and a function from the last chunk's output, which is the token
+        losses, to the convention of Megatron's schedules: the scaled sum of the losses, the number
+        of tokens, and both for the log.
+    """
+    context = layout.groups.cp
+    batch = batch.context_slice(context.rank(), context.size()).to(layout.device)
+    output = model(batch.tokens, batch.boundaries, batch.labels)
 
-        Returns:
-            The loss over all replicas, unscaled.
-        """
-        several = len(self.chunks) > 1
-        iterators: Any = [iter(batches) for _ in self.chunks]
-        losses = self._forward_backward(
-            forward_step_func=lambda batch, model: self._forward_step(batch, model, loss_scale),
-            data_iterator=iterators if several else iterators[0],
-            model=self.chunks if several else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=self.config.data.seq_len,
-            micro_batch_size=self.config.data.micro_batch,
-            forward_only=forward_only,
-            pg_collection=None,
-        )
-        return self._sum_losses([loss["sums"] for loss in losses])
+    def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total = (losses * batch.loss_mask).sum()
+        tokens = batch.loss_mask.sum()
+        sums = torch.stack((total.detach(), tokens)).double()
+        return total * loss_scale, tokens.int(), {"sums": sums}
 
-    def _sum_losses(self, losses: list[Tensor]) -> LossSum:
-        """Add up (loss, tokens) pairs of micro-batches over the whole layout."""
-        # Only the last stage has losses, the same ones on all its tensor-parallel ranks; each
-        # context-parallel rank has those of its slice of the sequence.
-        total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        for loss in losses:
-            total += loss
-        groups = self.layout.groups
-        torch.distributed.all_reduce(total, group=groups.dp_cp)
-        torch.distributed.all_reduce(total, group=groups.pp)
-        return LossSum(total[0].item(), int(total[1].item()))
+    return output, loss_function
 
-    def _forward_step(
-        self, iterator: Iterator[Batch], model: nn.Module, loss_scale: float
-    ) -> tuple[Tensor, Callable]:
-        context = self.layout.groups.cp
-        batch = next(iterator).context_slice(context.rank(), context.size()).to(self.layout.device)
-        output = model(batch.tokens, batch.boundaries, batch.labels)
 
-        def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            """Summed loss, number of tokens, and both for the log (Megatron's convention)."""
-            total = (losses * batch.loss_mask).sum()
-            tokens = batch.loss_mask.sum()
-            sums = torch.stack((total.detach(), tokens)).double()
-            return total * loss_scale, tokens.int(), {"sums": sums}
+def sum_losses(losses: list[Tensor], layout: Layout) -> Tensor:
+    """Add up the losses of micro-batches over the whole layout, without waiting for the device.
 
-        return output, loss_function
+    Args:
+        losses: fp64 `[2]` each, the sum of the unmasked tokens' losses and their number.
+        layout: where this process stands.
 
-    def _count_parameters(self) -> int:
-        """Parameters of the whole model, counted from what all ranks hold."""
-        mine = sum(
-            math.prod(part.shape)
-            for model in self.models
-            for _, parameter, slices in named_slices(model)
-            for part in slices
-            if self._is_owner(parameter)
-        )
-        count = torch.tensor(mine, dtype=torch.int64, device=self.layout.device)
-        torch.distributed.all_reduce(count)
-        return count.item() // self.layout.groups.dp_cp.size()
+    Returns:
+        fp64 `[2]`, the same of the global batch.
+    """
+    # Only the last stage has losses, the same ones on all its tensor-parallel ranks; each
+    # context-parallel rank has those of its slice of the sequence.
+    total = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    for loss in losses:
+        total += loss
+    torch.distributed.all_reduce(total, group=layout.groups.dp_cp)
+    torch.distributed.all_reduce(total, group=layout.groups.pp)
+    return total
 
-    def _is_owner(self, parameter: Tensor) -> bool:
-        """Whether this rank's copy is the one that counts among tensor-parallel and tied ones."""
-        if getattr(parameter, "shared", False):
-            return False  # the last stage's copy of a tied embedding
-        return parameter.tensor_model_parallel or self.layout.groups.tp.rank() == 0
+
+@torch.no_grad()
+def evaluate(
+    run: Callable[[list[Batch]], Tensor],
+    model_chunks: Sequence[nn.Module],
+    batches: Iterable[Batch],
+) -> LossSum:
+    """Loss over this replica's batches without gradients, summed over all replicas.
+
+    Args:
+        run: runs micro-batches forward only; returns what `sum_losses` does.
+        model_chunks: this rank's model chunks.
+        batches: the micro-batches, as many on every replica.
+    """
+    for model_chunk in model_chunks:
+        model_chunk.eval()
+    sums: Tensor | float = 0.0
+    for batch in batches:
+        sums = sums + run([batch])
+    total, tokens = sums.tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
+    return LossSum(total, int(tokens))

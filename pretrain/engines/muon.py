@@ -1,150 +1,184 @@
-"""Muon for the matrices of hidden layers, AdamW for everything else, under Megatron's schedules.
+"""Muon for the matrices of hidden layers, AdamW for everything else.
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut:
 every data-parallel rank keeps the whole optimizer state of its pipeline stage (ZeRO stage 0), and
-tensor parallelism is refused. What is a matrix is decided by global tensors, not by parameters:
-q, k, v and the output gate lie in one parameter and are orthogonalised one by one. The update is
-scaled to the root mean square of AdamW's, so that one learning rate serves both (Liu et al.,
-arXiv 2502.16982).
+tensor parallelism is not offered. Global tensors decide what is a matrix, not parameters: q, k, v
+and the output gate lie in one parameter and are orthogonalised one by one. The update is scaled to
+the root mean square of AdamW's, so that one learning rate serves both (Liu et al., arXiv
+2502.16982).
 
 torch's own Muon does the arithmetic. megatron-core's needs the package emerging-optimizers, which
 the tested stacks do not have.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
-from pretrain.engines.base import StepResult
-from pretrain.engines.megatron import MegatronEngine
-from pretrain.engines.state import optimizer_prefix
+from pretrain.config import RunConfig
+from pretrain.engines.adamw import clip_gradients, mask_on_device
+from pretrain.engines.state import is_owner, optimizer_prefix
+from pretrain.engines.verdict import Verdict
+from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.parameters.decay import is_hidden_matrix
 from xlstm_mcore.parameters.slices import ParameterSlice, named_slices
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One global tensor of this rank: its place in a parameter, and its fp32 master weight."""
+class _Master:
+    """The fp32 master weight of one global tensor, or of this rank's slice of it.
+
+    Attributes:
+        parameter: the local parameter that it lies in.
+        part: where in the parameter and in the global tensor.
+        weight: the master weight.
+        owned: whether this rank's copy counts among tensor-parallel and tied ones.
+    """
 
     parameter: Tensor
     part: ParameterSlice
-    master: Tensor
+    weight: Tensor
     owned: bool
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether Muon updates it."""
+        return is_hidden_matrix(self.part.name, self.part.global_shape)
 
-class MuonEngine(MegatronEngine):
-    """See :class:`pretrain.engines.base.Engine`."""
 
-    distributed_optimizer = False
+class MuonWithAdamW:
+    """See `pretrain.engines.base.Optimizer`.
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate ``lr`` and clear the gradients."""
-        for entry in self._entries:
-            entry.master.grad = entry.part.local(entry.parameter.main_grad).float().contiguous()
-        norm = self._gradient_norm()
-        finite = math.isfinite(norm)
-        if finite:
-            limit = self.config.optimizer.clip_grad
-            if 0 < limit < norm:
-                torch._foreach_mul_([e.master.grad for e in self._entries], limit / (norm + 1e-6))
-            for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-            self._copy_masters_to_weights()
-        for entry in self._entries:
-            entry.master.grad = None
-        self._clear_gradients()
-        return StepResult(grad_norm=norm, skipped=not finite)
+    Args:
+        config: the run.
+        layout: the process layout the run was started on.
+        model_chunks: this rank's model chunks; their gradients lie in Megatron's buffers.
+    """
 
-    def sharded_state(self) -> list[TensorSlice]:
-        """The rectangles this rank saves: of equal replicas the first one saves."""
-        if self.layout.groups.dp_cp.rank() > 0:
-            return []
-        return super().sharded_state()
+    partitioned = False
 
-    def load_sharded_state(self, load: Callable[[list[TensorSlice]], None], step: int) -> None:
-        """Fill weights, fp32 masters, Muon's momentum and Adam's moments."""
-        with torch.no_grad():
-            load(self._weights() + [chunk for _, chunk in self._optimizer_slices()])
-        compat.set_adam_step(self._adam, step)
-        self._clear_gradients()
-
-    def _make_optimizer(self) -> None:
-        options = self.config.optimizer
-        self._entries = [
-            _Entry(
+    def __init__(
+        self, config: RunConfig, layout: Layout, model_chunks: list[DistributedDataParallel]
+    ) -> None:
+        self._options, self._layout = config.optimizer, layout
+        self._masters = [
+            _Master(
                 parameter,
                 part,
                 part.local(parameter.detach()).float().clone().requires_grad_(),
-                self._is_owner(parameter),
+                is_owner(parameter, layout),
             )
-            for model in self.models
-            for _, parameter, slices in named_slices(model)
+            for model_chunk in model_chunks
+            for _, parameter, slices in named_slices(model_chunk.module)
             for part in slices
         ]
-
-        def groups(muon: bool) -> list[dict[str, Any]]:
-            return [
-                {
-                    "params": [
-                        e.master
-                        for e in self._entries
-                        if is_hidden_matrix(e.part.name, e.part.global_shape) == muon
-                        and e.parameter.no_weight_decay == without
-                    ],
-                    "weight_decay": 0.0 if without else options.weight_decay,
-                }
-                for without in (False, True)
-            ]
-
+        options = config.optimizer
+        rest = [master for master in self._masters if not master.is_matrix]
         self._adam = torch.optim.AdamW(
-            groups(False), lr=options.lr, betas=options.betas, eps=options.eps
-        )
-        self._muon = torch.optim.Muon(
-            groups(True),
+            [
+                self._group([m for m in rest if m.parameter.no_weight_decay == without], without)
+                for without in (False, True)
+            ],
             lr=options.lr,
-            momentum=options.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",
+            betas=options.betas,
+            eps=options.eps,
         )
-        self._optimizers = (self._muon, self._adam)
+        self._masked = mask_on_device(self._adam, layout.device)
         compat.create_adam_state(self._adam)
-        for group in self._muon.param_groups:
-            for master in group["params"]:
-                self._muon.state[master]["momentum_buffer"] = torch.zeros_like(master)
+        # One optimizer per matrix: a masked update keeps a copy of what it may have to restore, and
+        # this way only one matrix has such a copy at a time.
+        self._muons = [
+            torch.optim.Muon(
+                [self._group([master], master.parameter.no_weight_decay)],
+                lr=options.lr,
+                momentum=options.muon_momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for master in self._masters
+            if master.is_matrix
+        ]
+        self._momentum: dict[Tensor, Tensor] = {}
+        for muon in self._muons:
+            (weight,) = muon.param_groups[0]["params"]
+            self._momentum[weight] = torch.zeros_like(weight)
+            muon.state[weight]["momentum_buffer"] = self._momentum[weight]
 
-    def _gradient_norm(self) -> float:
-        """2-norm of the whole gradient; replicated and tied tensors count once."""
-        total = torch.zeros((), dtype=torch.float32, device=self.layout.device)
-        for entry in self._entries:
-            if entry.owned:
-                total += entry.master.grad.square().sum()
-        torch.distributed.all_reduce(total, group=self.layout.groups.mp)
-        return total.sqrt().item()
+    def _group(self, masters: list[_Master], without_decay: bool) -> dict[str, Any]:
+        decay = 0.0 if without_decay else self._options.weight_decay
+        return {"params": [master.weight for master in masters], "weight_decay": decay}
+
+    def gradient_norm(self) -> Tensor:
+        """Take the gradients from the buffers; their 2-norm over all ranks, a scalar.
+
+        Replicated and tied tensors count once.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=self._layout.device)
+        for master in self._masters:
+            gradient = master.part.local(master.parameter.main_grad).float().contiguous()
+            master.weight.grad = gradient
+            if master.owned:
+                total += gradient.square().sum()
+        torch.distributed.all_reduce(total, group=self._layout.groups.mp)
+        return total.sqrt()
 
     @torch.no_grad()
-    def _copy_masters_to_weights(self) -> None:
-        for entry in self._entries:
-            entry.part.local(entry.parameter).copy_(entry.master)
+    def step(self, lr: float, verdict: Verdict) -> None:
+        """Clip and update with learning rate `lr` if the verdict allows it."""
+        if not self._masked and not verdict.read().accepted:
+            return
+        weights = [master.weight for master in self._masters]
+        clip_gradients(weights, self._options.clip_grad, verdict.grad_norm)
+        for optimizer in (*self._muons, self._adam):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        if self._masked:
+            for muon in self._muons:
+                self._step_masked(muon, verdict.rejected.bool())
+            self._adam.found_inf = verdict.rejected
+        else:
+            for muon in self._muons:
+                muon.step()
+        self._adam.step()
+        for master in self._masters:
+            master.part.local(master.parameter).copy_(master.weight)
 
-    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
-        """Masters with Muon's momentum or Adam's moments, by global tensor."""
-        for entry in self._entries:
-            part, master = entry.part, entry.master
-            state = {"param": master.detach()}
-            if master in self._muon.state:
-                state["momentum"] = self._muon.state[master]["momentum_buffer"]
+    def _step_masked(self, muon: torch.optim.Muon, rejected: Tensor) -> None:
+        """Update one matrix, and take that back where `rejected` is true, all on the device."""
+        (weight,) = muon.param_groups[0]["params"]
+        changed = (weight, self._momentum[weight])
+        before = [tensor.clone() for tensor in changed]
+        muon.step()
+        for tensor, old in zip(changed, before, strict=True):
+            # Not arithmetic with a factor of 0: an update of NaN times 0 is NaN.
+            tensor.copy_(torch.where(rejected, old, tensor))
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients that `gradient_norm` took."""
+        for master in self._masters:
+            master.weight.grad = None
+
+    def slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter with its master weights and Muon's momentum or Adam's moments."""
+        for master in self._masters:
+            part, weight = master.part, master.weight
+            state = {"param": weight.detach()}
+            if weight in self._momentum:
+                state["momentum"] = self._momentum[weight]
             else:
-                state |= {key: self._adam.state[master][key] for key in ("exp_avg", "exp_avg_sq")}
+                state |= {key: self._adam.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
             for key, tensor in state.items():
                 name = optimizer_prefix(key) + part.name
                 yield (
-                    entry.parameter,
+                    master.parameter,
                     TensorSlice(name, part.global_shape, part.global_offset, tensor),
                 )
+
+    def set_updates(self, updates: int) -> None:
+        """Tell that the state was loaded, and how many updates were done before."""
+        compat.set_adam_step(self._adam, updates)

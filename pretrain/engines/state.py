@@ -1,8 +1,9 @@
-"""From what a rank holds of a parameter to the rectangles of the checkpoint.
+"""From what a rank holds of a parameter to the slices of the checkpoint.
 
-Optimizers that split state over data-parallel ranks own flat ranges of parameters; the checkpoint
-holds rectangles of global tensors (`xlstm_mcore.parameters.slices`). Every engine saves and
-loads through these two functions, so what one engine wrote another reads.
+An optimizer that partitions its state over data-parallel ranks gives each of them flat ranges of
+parameters; the checkpoint holds rectangular slices of global tensors
+(`xlstm_mcore.parameters.slices`). Every engine saves and loads through these functions, so what
+one engine wrote another reads.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
+from pretrain.layout import Layout
 from xlstm_mcore.parameters.slices import ParameterSlice, slices_of_range
 
 # Key in the file -> key in torch's Adam; "param" is the fp32 master weight.
@@ -23,7 +25,7 @@ def optimizer_prefix(key: str) -> str:
 
 
 def weight_slices(parameter: Tensor, slices: Sequence[ParameterSlice]) -> list[TensorSlice]:
-    """The rectangles of a whole local parameter."""
+    """The slices of a whole local parameter."""
     return [
         TensorSlice(
             part.name, part.global_shape, part.global_offset, part.local(parameter.detach())
@@ -32,26 +34,26 @@ def weight_slices(parameter: Tensor, slices: Sequence[ParameterSlice]) -> list[T
     ]
 
 
-def range_slices(
+def partition_slices(
     slices: Sequence[ParameterSlice],
     shape: Sequence[int],
-    shard: Tensor,
+    partition: Tensor,
     start: int,
     end: int,
     prefix: str = "",
 ) -> Iterator[TensorSlice]:
-    """Cut the flat range ``[start, end)`` of a parameter along rectangles and slices.
+    """Cut a partition's flat range `[start, end)` of a parameter into slices of global tensors.
 
     Args:
         slices: where the parameter lies in global tensors.
         shape: the local parameter's shape.
-        shard: flat tensor of ``end - start`` elements; the chunks are views of it.
+        partition: flat tensor of `end - start` elements; the slices are views of it.
         start: first element of the range in the flattened local parameter.
         end: element after the last.
-        prefix: put before the global names, see :func:`optimizer_prefix`.
+        prefix: put before the global names, see `optimizer_prefix`.
     """
     for offset, size, flat in slices_of_range(shape, start, end):
-        block = shard[flat - start : flat - start + math.prod(size)].view(size)
+        rectangle = partition[flat - start : flat - start + math.prod(size)].view(size)
         for part in slices:
             low = [max(a, b) for a, b in zip(offset, part.local_offset, strict=True)]
             high = [
@@ -65,4 +67,11 @@ def range_slices(
                 g + a - b
                 for g, a, b in zip(part.global_offset, low, part.local_offset, strict=True)
             )
-            yield TensorSlice(prefix + part.name, part.global_shape, place, block[inside])
+            yield TensorSlice(prefix + part.name, part.global_shape, place, rectangle[inside])
+
+
+def is_owner(parameter: Tensor, layout: Layout) -> bool:
+    """Whether this rank's copy is the one that counts among tensor-parallel and tied ones."""
+    if getattr(parameter, "shared", False):
+        return False  # the last stage's copy of a tied embedding
+    return parameter.tensor_model_parallel or layout.groups.tp.rank() == 0

@@ -123,9 +123,7 @@ def _free_engines() -> None:
             vars(thing).clear()
     gc.collect()
     if "deepspeed" in sys.modules:
-        from pretrain.engines import deepspeed_compat
-
-        deepspeed_compat.forget_groups()
+        _forget_deepspeed_groups()
 
 
 def _destroy_deepspeed() -> None:
@@ -139,3 +137,20 @@ def _destroy_deepspeed() -> None:
             if isinstance(thing, DeepSpeedEngine):
                 thing.destroy()
                 vars(thing).pop("optimizer", None)
+
+
+def _forget_deepspeed_groups() -> None:
+    """Drop what DeepSpeed keeps in globals about a run, for a process that joins another one.
+
+    Called after the groups themselves are destroyed. Stage 3 numbers modules and parameters from
+    counters that live as long as the process, and its ranks must agree on the numbers.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    comm.cdb = None
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = Init.param_id = 0

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from pretrain.checkpoint import resolve
 from pretrain.engines import megatron
+from pretrain.trainer import train_step
 from tests.dist import work
 
 pytestmark = pytest.mark.dist
@@ -82,9 +83,8 @@ def train_ever_more_micro_batches(config):
     for step in range(3):
         batches = work.global_batch(config, step)[layout.dp_rank :: layout.dp_size]
         losses.append(engine.evaluate(batches[:1]).mean)
-        losses.append(engine.forward_backward(batches[: 2**step]).mean)
-        engine.step(config.optimizer.lr)
-    return losses, len(engine.chunks[0].bucket_groups)
+        losses.append(train_step(engine, batches[: 2**step], config.optimizer.lr).loss)
+    return losses, len(engine.model_chunks[0].bucket_groups)
 
 
 def train_ever_more_in_small_buckets(config):

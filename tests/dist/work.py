@@ -13,6 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
+from pretrain.trainer import train_step
 from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.slices import named_slices
@@ -118,8 +119,8 @@ def train_steps(
     results = []
     for step in range(first, last):
         batches = global_batch(config, step)[layout.dp_rank :: layout.dp_size]
-        loss = engine.forward_backward(batches)
-        results.append((loss.mean, engine.step(config.optimizer.lr).grad_norm))
+        result = train_step(engine, batches, config.optimizer.lr)
+        results.append((result.loss, result.grad_norm))
     return results
 
 
@@ -283,8 +284,8 @@ def first_moments(config: RunConfig, mask: bool = True) -> list[TensorSlice]:
     batches = global_batch(config, 0)
     if not mask:
         batches = list(map(unmasked, batches))
-    engine.forward_backward(batches[layout.dp_rank :: layout.dp_size])
-    assert not engine.step(config.optimizer.lr).skipped
+    mine = batches[layout.dp_rank :: layout.dp_size]
+    assert train_step(engine, mine, config.optimizer.lr).accepted
     return _first_moments(engine)
 
 
@@ -305,8 +306,7 @@ def first_moments_one_by_one(config: RunConfig) -> list[TensorSlice]:
     batches = list(map(unmasked, global_batch(config, 0)))
     for batch in batches:
         torch._foreach_zero_([chunk.tensor for chunk in moments])
-        engine.forward_backward([batch])
-        assert not engine.step(0.0).skipped
+        assert train_step(engine, [batch], 0.0).accepted
         for total, chunk in zip(totals, moments, strict=True):
             total += chunk.tensor / len(batches)
     return [replace(c, tensor=total) for c, total in zip(moments, totals, strict=True)]
@@ -325,10 +325,10 @@ def train_around_a_bad_step(config: RunConfig) -> tuple[list[bool], bool, Any]:
     parameter = next(engine.models[-1].parameters())
     factor = float("inf") if layout.rank == layout.world_size - 1 else 1.0
     handle = parameter.register_hook(lambda gradient: gradient * factor)
-    engine.forward_backward(global_batch(config, 7)[layout.dp_rank :: layout.dp_size])
-    bad = engine.step(config.optimizer.lr)
+    batches = global_batch(config, 7)[layout.dp_rank :: layout.dp_size]
+    bad = train_step(engine, batches, config.optimizer.lr)
     handle.remove()
     after = [chunk.tensor for chunk in engine.sharded_state()]
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     last = train_steps(engine, layout, config, 1, 2)
-    return [bad.skipped, not math.isfinite(bad.grad_norm)], same, (first + last)
+    return [not bad.accepted, not math.isfinite(bad.grad_norm)], same, (first + last)

@@ -27,5 +27,5 @@ def test_every_part_of_the_loop_is_measured(warm_python, monkeypatch, capfd):
     out = capfd.readouterr().out
     for part in ("forward_backward", "optimizer", "loader", "verdict", "logging", "other"):
         assert f"  {part} " in out
-    for part in ("agreement on signals", "checkpoint stall", "around the model: "):
+    for part in ("gradient norm", "checkpoint stall", "around the model: "):
         assert part in out

@@ -9,6 +9,7 @@ import torch
 
 from pretrain import layout as layouts
 from pretrain.engines.megatron import MegatronEngine
+from pretrain.trainer import train_step
 from tests.dist import work
 from xlstm_mcore.megatron import compat, cpu_runtime
 
@@ -39,9 +40,8 @@ def without_stand_in(module_name):
         module.torch = stand_in
 
 
-def train_step(engine):
-    engine.forward_backward(work.global_batch(engine.config, 0))
-    return engine.step(1e-3)
+def one_step(engine):
+    return train_step(engine, work.global_batch(engine.config, 0), 1e-3)
 
 
 def test_all_loaded_megatron_modules_have_the_stand_in():
@@ -70,19 +70,25 @@ def test_activate_twice_changes_nothing():
 
 
 def test_a_step_runs(engine):
-    assert train_step(engine).grad_norm > 0
+    assert one_step(engine).grad_norm > 0
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "megatron.core.pipeline_parallel.schedules",  # torch.zeros(device="cuda")
-        "megatron.core.optimizer.clip_grads",
-    ],
-)
-def test_stand_in_is_needed_in_a_step(engine, module):
-    with without_stand_in(module), pytest.raises((AssertionError, RuntimeError)):
-        train_step(engine)
+def test_stand_in_is_needed_in_a_step(engine):
+    schedules = "megatron.core.pipeline_parallel.schedules"  # torch.zeros(device="cuda")
+    with without_stand_in(schedules), pytest.raises((AssertionError, RuntimeError)):
+        one_step(engine)
+
+
+def test_stand_in_is_needed_for_megatrons_own_norm(one_process):
+    """Our engine computes its own; Megatron-LM's trainer, which may use our layers, does not."""
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    group = one_process.groups.mp
+    assert clip.get_grad_norm_fp32([torch.full((4,), 2.0)], grad_stats_parallel_group=group) == 4.0
+    with (
+        without_stand_in("megatron.core.optimizer.clip_grads"),
+        pytest.raises((AssertionError, RuntimeError)),
+    ):
+        clip.get_grad_norm_fp32([torch.ones(4)], grad_stats_parallel_group=group)
 
 
 def test_stand_in_is_needed_to_build_layers(one_process):
@@ -170,17 +176,17 @@ def test_activation_recompute_replays_dropout():
 
 
 def test_adam_state_without_step_fails_at_the_first_update(engine):
-    for optimizer in engine.optimizer.chained_optimizers:
+    for optimizer in engine.optimizer.megatron.chained_optimizers:
         for state in optimizer.optimizer.state.values():
             del state["step"]
     with pytest.raises(KeyError, match="step"):
-        train_step(engine)
+        one_step(engine)
 
 
 def test_step_counters_are_separate_tensors(engine):
-    (optimizer,) = engine.optimizer.chained_optimizers
+    (optimizer,) = engine.optimizer.megatron.chained_optimizers
     compat.set_adam_step(optimizer.optimizer, 7)
     steps = [state["step"] for state in optimizer.optimizer.state.values()]
     assert len({id(step) for step in steps}) == len(steps) > 1
-    train_step(engine)
+    one_step(engine)
     assert {float(step) for step in steps} == {8.0}

@@ -34,7 +34,7 @@ def release_hooks(chunk: Any) -> None:
     chunk.grad_accs.clear()
 
 
-def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
+def partition_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
     """Flat ranges of the parameters that a DistributedOptimizer updates on this rank.
 
     Yields:
@@ -50,7 +50,7 @@ def shard_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
 
 
 def adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
-    """Flat fp32 tensors `param` (master), `exp_avg`, `exp_avg_sq` of a parameter's shard."""
+    """Flat fp32 `param` (master weight), `exp_avg` and `exp_avg_sq` of a parameter's partition."""
     group, index = optimizer.model_param_group_index_map[parameter]
     main = optimizer.optimizer.param_groups[group]["params"][index]
     state = optimizer.optimizer.state[main]
@@ -84,4 +84,6 @@ def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             group["step"] = step
             continue
         for parameter in group["params"]:
-            optimizer.state[parameter]["step"] = torch.tensor(float(step))
+            # The fused form counts where the parameter is, every other one on the host.
+            device = parameter.device if group.get("fused") else "cpu"
+            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)

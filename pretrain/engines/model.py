@@ -1,0 +1,73 @@
+"""What both engines share: the part of the model that this rank holds."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint import TensorSlice
+from pretrain.config import RunConfig
+from pretrain.engines.state import is_owner, weight_slices
+from pretrain.layout import Layout
+from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.parameters.decay import decays
+from xlstm_mcore.parameters.slices import named_slices
+
+
+class ModelEngine:
+    """A model on this run's layout; engines add how it is trained.
+
+    Args:
+        config: the run.
+        layout: the process layout the run was started on.
+
+    Attributes:
+        models: this rank's model chunks (several with interleaved stages).
+        model_chunks: what is called for each of them: the models, or an engine's wrappers.
+        num_parameters: parameters of the whole model.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self.model_config = make_config(
+            config.model,
+            layout=config.layout,
+            memory=config.memory,
+            precision=config.engine.precision,
+            backend=layout.backend,
+            deterministic=config.run.deterministic,
+        )
+        self.models = build_model(
+            self.model_config, layout.groups, config.run.seed, self._finish_part
+        )
+        for _, parameter, slices in self._parameters():
+            parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
+        self.model_chunks: list[nn.Module] = list(self.models)
+        self.num_parameters = self._count_parameters()
+
+    def _finish_part(self, part: nn.Module) -> None:
+        """Called with an embedding, layer or head that has its initial values; see build_model."""
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, list]]:
+        """Name, parameter and slices of everything in this rank's model chunks."""
+        for model in self.models:
+            yield from named_slices(model)
+
+    def _weights(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter of this rank with the slices of the weights it holds."""
+        for _, parameter, slices in self._parameters():
+            for part in weight_slices(parameter, slices):
+                yield parameter, part
+
+    def _count_parameters(self) -> int:
+        """Parameters of the whole model, counted from what all ranks hold."""
+        mine = sum(
+            math.prod(part.shape)
+            for _, parameter, slices in self._parameters()
+            for part in slices
+            if is_owner(parameter, self.layout)
+        )
+        count = torch.tensor(mine, dtype=torch.int64, device=self.layout.device)
+        torch.distributed.all_reduce(count)
+        return int(count.item()) // self.layout.groups.dp_cp.size()

@@ -1,0 +1,74 @@
+"""What a run says about itself: its first lines, and `summary.json` when it is complete."""
+
+import json
+from pathlib import Path
+
+from pretrain.config import RunConfig, support
+from pretrain.data import DataPlan
+from pretrain.engines.base import Engine
+from pretrain.layout import Layout
+from pretrain.resume import Start, TrainState
+from xlstm_mcore.megatron import cpu_runtime
+
+SUMMARY_FILE = "summary.json"
+
+
+def describe_start(
+    config: RunConfig, layout: Layout, engine: Engine, data: DataPlan, start: Start
+) -> list[str]:
+    """The first lines of a run: model, engine, layout, data, and where it starts.
+
+    Args:
+        config: the run.
+        layout: where this process stands.
+        engine: the model with its optimizer.
+        data: the order of the run's data.
+        start: what this process starts from.
+    """
+    shape = config.layout
+    lines = [
+        f"xLSTM {config.model.pattern}, {engine.num_parameters:,} parameters, "
+        f"{config.engine.precision}; {config.engine.name} engine, ZeRO stage "
+        f"{support.zero_stage(config)}, {layout.world_size} processes on {layout.device.type} "
+        f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
+        f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
+        f"{config.tokens_per_step:,} tokens per step, {data.num_rows:,} rows",
+        f"data: {data.summary(start.cursor.consumed_samples)}",
+    ]
+    if start.checkpoint is not None:
+        lines.append(f"continuing from {start.checkpoint}")
+    if start.state.step == config.run.steps:
+        lines.append(f"all {config.run.steps} steps are done; set run.steps higher to train on")
+    return lines
+
+
+def write_summary(
+    folder: Path, config: RunConfig, layout: Layout, engine: Engine, state: TrainState
+) -> None:
+    """Write `summary.json` into a run's folder; called by all ranks.
+
+    Args:
+        folder: the run's folder.
+        config: the run.
+        layout: where this process stands.
+        engine: the model with its optimizer.
+        state: where the run stands.
+    """
+    peak = cpu_runtime.peak_memory_bytes()
+    (total,), largest = layout.sum(peak), layout.max(peak)
+    if not layout.is_main:
+        return
+    trained = config.data.ramp.samples(state.step) * config.data.seq_len
+    summary = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "parameters": engine.num_parameters,
+        "valid_loss": state.valid_loss,
+        "seconds": state.seconds,
+        "tokens_per_second": trained / max(state.seconds, 1e-9),
+        "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
+        "processes": layout.world_size,
+    }
+    temporary = folder / f"{SUMMARY_FILE}.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / SUMMARY_FILE)
