@@ -86,7 +86,7 @@ def worker(config: RunConfig) -> int:
     from pretrain.data import TrainLoader
     from pretrain.engines.verdict import Guard
     from pretrain.metrics import MetricLogger
-    from pretrain.signals import StopSignal
+    from xlstm_io.signals import StopSignal
     from pretrain.trainer import Trainer
 
     clock = Clock()

@@ -8,9 +8,9 @@ from pretrain.data import DataPlan
 from pretrain.engines.base import Engine
 from pretrain.layout import Layout
 from pretrain.resume import Start, TrainState
+from pretrain.run_folder import SUMMARY_FILE
+from xlstm_io.storage import write_atomic
 from xlstm_mcore.megatron import cpu_runtime
-
-SUMMARY_FILE = "summary.json"
 
 
 def describe_start(
@@ -69,6 +69,4 @@ def write_summary(
         "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
         "processes": layout.world_size,
     }
-    temporary = folder / f"{SUMMARY_FILE}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / SUMMARY_FILE)
+    write_atomic(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())

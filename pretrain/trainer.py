@@ -24,12 +24,11 @@ from pretrain.layout import Layout
 from pretrain.lr_schedule import make_schedule
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
-from pretrain.signals import StopSignal
+from pretrain.run_folder import CONFIG_FILE
+from xlstm_io.signals import StopSignal
 from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
 from xlstm_io.errors import ExitCode, UserError
-
-CONFIG_FILE = "config.yaml"
 
 
 class DivergedError(UserError):

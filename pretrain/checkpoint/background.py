@@ -180,8 +180,8 @@ class CheckpointSaver:
     def failed(self) -> bool:
         """Whether a background save has failed, as far as this rank knows by now.
 
-        Ranks learn it at different moments. They must agree before one acts on it (see
-        `pretrain.signals.any_rank`); then all call `wait`, which raises on all of them.
+        Ranks learn it at different moments. They must agree before one acts on it (the
+        trainer votes with each step's verdict); then all call `wait`, which raises on all of them.
         """
         return self._error is not None
 

@@ -7,7 +7,7 @@ would type, so that its output is a tutorial and every stage is the real thing. 
 is the demo's (2 bad input, 75 stopped and resumable); every stage keeps what it has finished, so
 the same command continues.
 
-Data lie in WORK/data-NAME/ and are shared by both models; each model's run lies in WORK/MODEL/.
+The data are in WORK/data-NAME/ and are shared by both models; each model's run is in WORK/MODEL/.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.signals import install, restore
 
 CONFIGS = {"large": "cpu_demo.yaml", "classic": "cpu_demo_classic.yaml"}
-# At 1 % a corpus of hundreds of files holds out so few that the losses are a matter of luck.
+# At 1 % a corpus of hundreds of files holds out so few files that the loss is mostly noise.
 VALID_FRACTION = 0.05
 SHARD_MB = 4  # several shards, so that several processes can write them
-# Beginnings for the sample text; whose corpus has no Python in it starts from nothing instead.
+# Beginnings for the sample text. A run on other data than Python code starts from an empty one.
 PYTHON_PROMPTS = ("import os\n", "class ", "    def __init__(self")
 TITLES = {
     "collect": "collect text",
@@ -47,7 +47,12 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Places:
-    """Where the demo's files lie."""
+    """Where the demo's files are.
+
+    Attributes:
+        data: folder of the corpus, tokenizer and shards.
+        run: the run's folder.
+    """
 
     data: Path
     run: Path
@@ -151,7 +156,10 @@ class Runner:
     """Runs one command at a time and lets signals through to it.
 
     Ctrl-C at a terminal reaches the command directly; other ways to signal the demo do not, and
-    then it passes the signal on. It never dies before its command.
+    then it passes the signal on. It always waits for its command to end.
+
+    Attributes:
+        stopped_by: the last signal it got.
     """
 
     stopped_by: int | None = None
@@ -186,7 +194,7 @@ class Runner:
                 return ExitCode.BUG
             code = ExitCode.STOPPED
         if code in (ExitCode.DONE, ExitCode.SECOND_INTERRUPT) and self.stopped_by is not None:
-            # Asked to stop in the last moment of a stage, or in one that knows no other answer.
+            # Asked to stop when a stage was nearly over, or in a stage without an exit code for it.
             return ExitCode.STOPPED if code == ExitCode.DONE else code
         return code
 
@@ -226,11 +234,20 @@ def run_all(runner: Runner, commands: list[list[str]]) -> int:
 def main(
     *, model: str = "large", steps: int = 200, data: str | None = None, work: str, nproc: int = 2
 ) -> int:
-    """Run every stage; returns the exit code of the first that does not end with 0.
+    """Run every stage.
 
-    model: "large" (7B-style blocks) or "classic" (mLSTM and sLSTM blocks at [3:1]).
-    data: a file, folder or glob of text; None for the Python standard library's sources.
-    Raises ConfigError for steps or nproc below 1.
+    Args:
+        model: "large" (7B-style blocks) or "classic" (mLSTM and sLSTM blocks at [3:1]).
+        steps: optimizer steps of the training run.
+        data: a file, folder or glob of text; None for the Python standard library's sources.
+        work: folder for everything that the demo makes.
+        nproc: number of training processes.
+
+    Returns:
+        The exit code of the first stage that does not end with 0, or 0.
+
+    Raises:
+        ConfigError: `steps` or `nproc` is below 1, or `data` is empty.
     """
     for name, value in (("--steps", steps), ("--nproc", nproc)):
         if value < 1:

@@ -17,7 +17,7 @@ from xlstm_mcore.megatron import cpu_runtime
 
 
 def main(checkpoint: str, config: RunConfig) -> int:
-    """Print the loss of ``checkpoint`` on the validation split of ``config.data``.
+    """Print the loss of `checkpoint` on the validation split of `config.data`.
 
     Args:
         checkpoint: a checkpoint or a run folder.

@@ -83,7 +83,9 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that made the ids a checkpoint was trained on.
 
-    Raises CheckpointError if it is gone or another one; TokenizerFileError if it is damaged.
+    Raises:
+        CheckpointError: it is gone, or another one is there.
+        TokenizerFileError: it is damaged.
     """
     recorded = read_manifest(path).state["tokenizer"]
     file = Path(recorded["path"])
@@ -102,9 +104,10 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 
 def check_split(path: Path) -> None:
-    """Whether a checkpoint's model splits over the processes that torchrun started.
+    """Check that a checkpoint's model splits over the processes that torchrun started.
 
-    Raises ConfigError with the numbers of processes that would work.
+    Raises:
+        ConfigError: it does not; the message has the numbers of processes that would work.
     """
     tensor = int(os.environ.get("WORLD_SIZE", "1"))
     if tensor > 1:
@@ -126,10 +129,10 @@ def generate(
     limit: int,
     rng: torch.Generator,
 ) -> list[int]:
-    """Tokens that follow ``tokens``.
+    """Tokens that follow `tokens`.
 
-    The prompt is read in one pass; every further token costs one step, whatever lies before it,
-    since a layer's past is its state.
+    The prompt is read in one pass. Every further token costs one step, however long the text before
+    it, because a layer's state holds all it needs of the past.
 
     Args:
         model: a whole model, in one process or tensor parallel; all ranks return the same.

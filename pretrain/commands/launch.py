@@ -11,7 +11,7 @@ checks the config first (exit 2 before any process starts), then starts N proces
   the workers as SIGTERM, never as SIGINT, and each stop ends in the agent's own traceback;
 - SIGUSR1 kills the agent and orphans its workers (it handles TERM, INT, HUP and QUIT only).
 
-What it adds, rendezvous over nodes and elastic restarts, one machine does not need.
+torchrun adds rendezvous over nodes and elastic restarts, which one machine does not need.
 
 Signals. Ctrl-C reaches launcher and workers from the terminal; `kill` and a batch system may reach
 the launcher only. The launcher passes on whatever it gets, and a worker takes a repetition within
@@ -102,9 +102,14 @@ def _die_with_parent(parent: int) -> None:
 class Workers:
     """The running workers and what has happened to them so far.
 
-    codes: exit codes by rank in the order of ending (negative: killed by that signal).
-    own: ranks that ended before the launcher killed anything.
-    stop_requested: the launcher was asked to stop; interrupted: it was asked twice by Ctrl-C.
+    Attributes:
+        processes: the workers by rank.
+        logs: the files that they write to; None for rank 0.
+        codes: exit codes by rank in the order of ending (negative: killed by that signal).
+        own: ranks that ended before the launcher killed anything.
+        stop_requested: the launcher was asked to stop.
+        interrupted: it was asked twice by Ctrl-C.
+        terminated: the launcher has ended workers itself.
     """
 
     processes: list[subprocess.Popen]
@@ -150,8 +155,13 @@ class Workers:
 def start_workers(command: Sequence[str], nproc: int, log_dir: Path) -> Workers:
     """Start `nproc` copies of a command, one per rank.
 
-    Rank 0 has this process's output; rank N writes to log_dir/rank_N.log. Raises ConfigError if
-    that folder cannot be written.
+    Args:
+        command: what each worker runs.
+        nproc: number of workers.
+        log_dir: rank N writes its output to `rank_N.log` in here; rank 0 has this process's.
+
+    Raises:
+        ConfigError: that folder cannot be written.
     """
     port, parent = free_port(), os.getpid()
     workers = Workers([], [])
@@ -210,7 +220,7 @@ def _wait(workers: Workers) -> None:
 
 
 def _explain(rank: int, workers: Workers) -> None:
-    """Say what rank did, and show its output unless the terminal has it already."""
+    """Print how a rank ended, and its output unless the terminal has it already."""
     code, log = workers.codes[rank], workers.logs[rank]
     ended = f"rank {rank} ended with exit code {code}"
     if code < 0:
@@ -256,10 +266,16 @@ def _exit_code(workers: Workers) -> int:
 
 
 def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
-    """Run `nproc` copies of a command to their end; returns the exit code for all of them.
+    """Run `nproc` copies of a command to their end; only possible in the main thread.
 
-    0 if all ended with 0; 2 if one refused its input; 75 if they were interrupted and can resume;
-    130 after a second Ctrl-C; 1 for everything else. Must be called in the main thread.
+    Args:
+        command: what each worker runs.
+        nproc: number of workers.
+        log_dir: folder for the output of the workers other than rank 0.
+
+    Returns:
+        0 if all ended with 0; 2 if one ended with 2, for bad input; 75 if they were interrupted
+        and can resume; 130 after a second Ctrl-C; 1 for everything else.
     """
     previous: dict[int, Any] = {}
     try:
@@ -280,12 +296,20 @@ def launch(
     overrides: Sequence[str] = (),
     command: str = "train",
 ) -> int:
-    """Check a run and train it with `nproc` local workers; returns the run's exit code.
+    """Check a run and train it with local workers.
 
-    config: the loaded config; overrides: the command-line words it was loaded with, passed on;
-    command: what each worker runs, `train` or another that takes the same words.
-    nproc=None starts as many processes as one replica of the model needs. Raises ConfigError
-    when the layout does not fit `nproc` or the data folder is missing.
+    Args:
+        config_path: the run file.
+        config: the configuration loaded from it.
+        nproc: number of workers; None for as many as one replica of the model needs.
+        overrides: the command-line words that the configuration was loaded with, passed on.
+        command: what each worker runs, `train` or another that takes the same words.
+
+    Returns:
+        The run's exit code, see `run_workers`.
+
+    Raises:
+        ConfigError: the layout does not fit `nproc`, or the data folder is missing.
     """
     layout = config.layout
     if nproc is None:
@@ -294,8 +318,8 @@ def launch(
     for key, path in config.data.folders:
         if not is_remote(path) and not Path(path).is_dir():
             raise ConfigError(
-                f"{key}={path!r} is no folder; build one with python -m data_prep build, or give "
-                "another"
+                f"{key}={path!r} is not a folder; build one with python -m data_prep build, or "
+                "give another"
             )
     words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
     return run_workers(words, nproc, Path(config.run.dir) / "logs")

@@ -3,9 +3,9 @@
 Reads what the run left (config.yaml, metrics.jsonl, summary.json), draws the loss curve and writes
 the same text to summary.txt. Works for an unfinished run too, from its metrics.
 
-The yardstick is n-gram models of the same tokens. A bigram with add-one smoothing knows which
-token follows which; a language model that does not beat it clearly has not learnt to use context,
-so the gate is 0.3 nat below it.
+The loss is compared with n-gram models of the same tokens. A bigram model with add-one smoothing
+knows which token follows which. A language model that is not clearly better has not learnt to use
+more context, so the gate is 0.3 nat below the bigram model.
 """
 
 import json
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
-from pretrain.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+from pretrain.metrics import read_metrics
+from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD_DIR
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -27,8 +28,6 @@ BASELINE_NAMES = {
     "bigram_add_one": "bigram, add-one",
     "bigram_kneser_ney": "bigram, Kneser-Ney",
 }
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
 BASELINES_FILE = "baselines.json"
 PLOT_FILE = "loss.png"
 TEXT_FILE = "summary.txt"
@@ -44,10 +43,10 @@ def _read_json(path: Path, made_by: str) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; it is made by {made_by}") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is no readable JSON ({error}); make it again with {made_by}"
+            f"{path} cannot be read as JSON ({error}); make it again with {made_by}"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; make it again with {made_by}")
+        raise UserError(f"{path} does not hold a JSON object; make it again with {made_by}")
     return content
 
 
@@ -120,7 +119,7 @@ def _memory_line(peak: Any) -> str | None:
 
 
 def _places(run_dir: Path) -> list[str]:
-    """What lies where, as far as it exists."""
+    """Those of the run's files that exist, and where they are."""
     named = (
         ("configuration", run_dir / CONFIG_FILE),
         ("metrics", run_dir / METRICS_FILE),
@@ -165,12 +164,20 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
 
 
 def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
-    """The text of the summary. Raises UserError if the folder holds no run."""
+    """The text of the summary.
+
+    Args:
+        run_dir: the run's folder.
+        baselines: n-gram losses by short name.
+
+    Raises:
+        UserError: the folder does not hold a run.
+    """
     config_path = run_dir / CONFIG_FILE
     metrics_path = run_dir / METRICS_FILE
     if not config_path.exists():
         raise UserError(
-            f"{run_dir} has no {CONFIG_FILE}, so it is no run folder; give the run.dir of a run"
+            f"{run_dir} has no {CONFIG_FILE}, so it is not a run folder; give the run.dir of a run"
         )
     config = load_config(config_path)
     records = read_metrics(metrics_path) if metrics_path.exists() else []
@@ -206,12 +213,16 @@ def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
 def main(run_dir: str | os.PathLike, baselines: str | os.PathLike | None = None) -> int:
     """Print the summary of a run and write it beside the run; returns the exit code.
 
-    baselines: JSON of n-gram losses; a copy stays in the run folder and is used the next time.
-    Raises UserError for a folder without a run or an unreadable baselines file.
+    Args:
+        run_dir: the run's folder.
+        baselines: JSON of n-gram losses; a copy stays in the run folder and is used the next time.
+
+    Raises:
+        UserError: the folder does not hold a run, or the baselines cannot be read.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the run.dir of a run")
+        raise UserError(f"{folder} is not a folder; give the run.dir of a run")
     kept = folder / BASELINES_FILE
     values: dict[str, float] = {}
     if baselines is not None:
@@ -240,8 +251,14 @@ def plot_loss(
 ) -> None:
     """Draw training and validation loss over steps as a PNG.
 
-    baselines: name -> nats per token, drawn as horizontal lines. Raises FileNotFoundError if
-    there are no metrics, ValueError if they hold no loss.
+    Args:
+        metrics_path: the run's `metrics.jsonl`.
+        out_path: the file to write.
+        baselines: name -> nats per token, drawn as horizontal lines.
+
+    Raises:
+        FileNotFoundError: there are no metrics.
+        ValueError: they hold no loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

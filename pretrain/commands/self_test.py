@@ -10,8 +10,6 @@ cluster is named: storage that loses writes, or kernels and collectives that do 
 themselves (docs/checkpoints.md lists the flags against that).
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import secrets
@@ -23,8 +21,9 @@ from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.checkpoint.ranks import background_ranks
 from pretrain.config import RunConfig
 from pretrain.layout import Layout
-from pretrain.metrics import METRICS_FILE, read_metrics
-from pretrain.signals import StopSignal
+from pretrain.metrics import read_metrics
+from pretrain.run_folder import METRICS_FILE
+from xlstm_io.signals import StopSignal
 from pretrain.trainer import Trainer
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode

@@ -1,7 +1,5 @@
 """What a checkpoint contains, as text for a person."""
 
-from __future__ import annotations
-
 import datetime
 import math
 
@@ -10,7 +8,14 @@ from xlstm_io.storage import Location
 
 
 def show(path: Location | str) -> str:
-    """What a checkpoint (or the newest of a run folder) contains, as text; CheckpointError."""
+    """What a checkpoint contains, as text.
+
+    Args:
+        path: a checkpoint, or a run folder for its newest one.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     path = resolve(path)
     manifest = read_manifest(path)
     state, config = manifest.state, manifest.config

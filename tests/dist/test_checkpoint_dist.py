@@ -20,7 +20,6 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.checkpoint import save as save_module
-from pretrain.signals import any_rank
 
 pytestmark = pytest.mark.dist
 
@@ -199,7 +198,8 @@ def save_beside_collectives(rank, world, folder):
             total = torch.tensor([step * (rank + 1.0)])
             dist.all_reduce(total)
             assert total.item() == step * world * (world + 1) / 2
-            (failed,) = any_rank([saver.failed])
+            failed = torch.tensor(float(saver.failed))
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
             if failed:
                 with pytest.raises(CheckpointError) as caught:
                     saver.wait()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 # A worker as the trainer is one: it takes a while to save, then says so and exits with 75.
 TRAINER = """
-from pretrain.signals import StopSignal
+from xlstm_io.signals import StopSignal
 with StopSignal(announce=rank == 0) as stop:
     print("ready", flush=True)
     Path(sys.argv[1], f"ready{rank}").touch()
@@ -293,7 +293,7 @@ def test_launch_refuses_before_any_process_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "run_workers", lambda *args: pytest.fail("started workers"))
     with pytest.raises(ConfigError, match="3 processes cannot hold"):
         launch.launch("run.yaml", run_config(tmp_path), 3)
-    with pytest.raises(ConfigError, match=r"data.path=.*nowhere.* is no folder"):
+    with pytest.raises(ConfigError, match=r"data.path=.*nowhere.* is not a folder"):
         launch.launch("run.yaml", run_config(tmp_path, path=str(tmp_path / "nowhere")), 2)
 
 

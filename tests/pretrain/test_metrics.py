@@ -6,7 +6,8 @@ import json
 import pytest
 
 from pretrain.commands.report import plot_loss
-from pretrain.metrics import MetricLogger, describe, read_metrics
+from pretrain.metrics import MetricLogger, read_metrics
+from pretrain.progress import describe
 
 
 def run(folder, first, last, loss=1.0, **keys):

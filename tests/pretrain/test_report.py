@@ -135,7 +135,7 @@ def test_a_run_that_has_not_begun(make_run, capsys):
 
 
 def test_bad_input_is_the_users_to_fix(tmp_path, make_run):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         report.main(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no config\.yaml"):
         report.main(tmp_path)
@@ -143,7 +143,7 @@ def test_bad_input_is_the_users_to_fix(tmp_path, make_run):
     with pytest.raises(UserError, match=r"does not exist; it is made by python -m data_prep"):
         report.main(folder, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="is no readable JSON"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         report.main(folder, tmp_path / "bad.json")
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="has none of unigram"):

@@ -1,0 +1,6 @@
+"""The names of what a run keeps in its folder, `run.dir`, beside its checkpoints."""
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_DIR = "tensorboard"
