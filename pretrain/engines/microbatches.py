@@ -60,7 +60,7 @@ def forward(
     """Run one micro-batch through a model chunk.
 
     Returns:
-        What the chunk puts out, and a function from the last chunk's output, which is the token
+        The output of the model chunk, and a function from the last one's output, which is the token
         losses, to the convention of Megatron's schedules: the scaled sum of the losses, the number
         of tokens, and both for the log.
     """

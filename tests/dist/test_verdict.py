@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain.trainer
 from pretrain import layout as layouts
+from pretrain.checkpoint import find_latest, read_manifest
+from pretrain.config import config_from_dict
 from pretrain.engines import adamw, muon
+from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
-from pretrain.trainer import train_step
+from pretrain.trainer import DivergedError, train_step
 from tests.dist import work
+from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist
 
@@ -157,6 +162,39 @@ def test_all_ranks_come_to_one_verdict(pool, losses, norms, guard, accepted):
         assert result.tokens == 2
         assert result.grad_norm == norms[rank]
         assert result.loss == pytest.approx(losses[rank] / 2, nan_ok=True)
+
+
+def train_with_a_bad_loss(raw, bad_step):
+    """Exit code or message of a run whose loss is NaN in one step."""
+    original = MegatronEngine.forward_backward
+    steps = 0
+
+    def forward_backward(engine, batches):
+        nonlocal steps
+        steps += 1
+        return original(engine, batches) * torch.tensor([NAN if steps == bad_step else 1.0, 1.0])
+
+    with mock.patch.object(MegatronEngine, "forward_backward", forward_backward):
+        try:
+            return pretrain.trainer.main(config_from_dict(raw))
+        except DivergedError as error:
+            return str(error)
+
+
+def test_a_run_that_goes_on_counts_a_bad_step_but_no_update(pool, shards, tmp_path):
+    raw = tiny_run(tmp_path, shards, run__steps=4, guard__stop_on_nonfinite=False)
+    assert pool(2, train_with_a_bad_loss, raw, 2) == [0, 0]
+    state = read_manifest(find_latest(tmp_path)).state
+    assert (state["step"], state["updates"]) == (4, 3)
+
+
+def test_a_run_that_stops_keeps_the_checkpoint_from_before(pool, shards, tmp_path):
+    raw = tiny_run(tmp_path, shards, run__steps=4, checkpoint__asynchronous=False)
+    for message in pool(2, train_with_a_bad_loss, raw, 4):
+        assert message.startswith("step 4: loss nan, gradient norm ")
+        assert "so the update was not applied and the run stops" in message
+        assert "step-00000002" in message
+    assert read_manifest(find_latest(tmp_path)).step == 2
 
 
 class HostReads(TorchDispatchMode):
