@@ -86,8 +86,8 @@ def worker(config: RunConfig) -> int:
     from pretrain.data import TrainLoader
     from pretrain.engines.verdict import Guard
     from pretrain.metrics import MetricLogger
-    from xlstm_io.signals import StopSignal
     from pretrain.trainer import Trainer
+    from xlstm_io.signals import StopSignal
 
     clock = Clock()
     with StopSignal() as stop, contextlib.closing(layouts.start(config)) as layout:

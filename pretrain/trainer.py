@@ -25,10 +25,10 @@ from pretrain.lr_schedule import make_schedule
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
 from pretrain.run_folder import CONFIG_FILE
-from xlstm_io.signals import StopSignal
 from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
 from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.signals import StopSignal
 
 
 class DivergedError(UserError):

@@ -23,10 +23,10 @@ from pretrain.config import RunConfig
 from pretrain.layout import Layout
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import METRICS_FILE
-from xlstm_io.signals import StopSignal
 from pretrain.trainer import Trainer
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.signals import StopSignal
 from xlstm_io.storage import Location, is_folder, location, remove_folder
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens")

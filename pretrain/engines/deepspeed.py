@@ -218,7 +218,7 @@ class DeepSpeedEngine(ModelEngine):
                 self._complete_gradients()
 
     def _complete_gradients(self) -> None:
-        """Stage 1: sum in fp32 what ranks hold in parts that are no data-parallel replicas.
+        """Stage 1: sum in fp32 what ranks hold in parts that are not data-parallel replicas.
 
         A tied embedding's parts lie on the first and the last pipeline stage; with sequence
         parallelism those of a replicated weight on the tensor-parallel ranks.

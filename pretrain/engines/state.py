@@ -53,7 +53,7 @@ def partition_slices(
         prefix: put before the global names, see `optimizer_prefix`.
     """
     for offset, size, flat in slices_of_range(shape, start, end):
-        rectangle = partition[flat - start : flat - start + math.prod(size)].view(size)
+        values = partition[flat - start : flat - start + math.prod(size)].view(size)
         for part in slices:
             low = [max(a, b) for a, b in zip(offset, part.local_offset, strict=True)]
             high = [
@@ -67,7 +67,7 @@ def partition_slices(
                 g + a - b
                 for g, a, b in zip(part.global_offset, low, part.local_offset, strict=True)
             )
-            yield TensorSlice(prefix + part.name, part.global_shape, place, rectangle[inside])
+            yield TensorSlice(prefix + part.name, part.global_shape, place, values[inside])
 
 
 def is_owner(parameter: Tensor, layout: Layout) -> bool:

@@ -214,8 +214,7 @@ def test_documents_use_plain_words(name):
 ROOMS = (
     "xlstm_io",
     "xlstm_mcore",
-    "pretrain/checkpoint",
-    "pretrain/data",
+    "pretrain",
     "data_prep",
     "slurm",
     "kernels",
