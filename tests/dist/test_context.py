@@ -15,9 +15,7 @@ def heads_and_back(tensor, sequence, middle):
     shape = {"layout__tensor": tensor, "layout__sequence": sequence, "layout__context": 2}
     config = work.run_config("classic", **shape)
     groups = layouts.start(config).groups
-    model = make_config(
-        config.model, layout={"tensor": tensor, "sequence": sequence, "context": 2}
-    )
+    model = make_config(config.model, layout={"tensor": tensor, "sequence": sequence, "context": 2})
     region, context = TensorParallelRegion(model, groups.tp), ContextParallel(groups.cp)
     rng = torch.Generator().manual_seed(0)
     full = torch.randn(8, 3, *middle, 24, generator=rng)
@@ -71,7 +69,8 @@ def test_dropout_masks_differ_over_context_ranks_only(pool):
 
 def break_one(name):
     """Take one sum away; returns how to give it back."""
-    from xlstm_mcore.parallel import context as context_parallel, mlstm_state
+    from xlstm_mcore.parallel import context as context_parallel
+    from xlstm_mcore.parallel import mlstm_state
 
     state, before = mlstm_state._EnteringState, context_parallel._FromRankBefore
     owner, attribute, broken = {

@@ -71,9 +71,7 @@ def covering(cells):
     return kept
 
 
-BF16 = [
-    c for c in CELLS if c.precision == "bf16" and not c.tensor and not c.overlap_grad_reduce
-]
+BF16 = [c for c in CELLS if c.precision == "bf16" and not c.tensor and not c.overlap_grad_reduce]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.context_costs import state_costs
+from benchmarks.saved_memory import count_saved
 from pretrain import layout as layouts
 from tests.dist import work
 from xlstm_kernels import mlstm_chunkwise
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from benchmarks.context_costs import state_costs
-from benchmarks.saved_memory import count_saved
 from xlstm_mcore.parallel import mlstm_state
 from xlstm_mcore.parallel.mlstm_state import entering_state, gathers
 

@@ -14,8 +14,8 @@ from pretrain.config import config_from_dict
 from pretrain.metrics import read_metrics
 from tests import fake_object_store
 from tests.dist.training_runs import tiny_run
-from xlstm_mcore.megatron import compat
 from xlstm_mcore.convert import cli as convert
+from xlstm_mcore.megatron import compat
 
 pytestmark = pytest.mark.dist
 

@@ -1,4 +1,4 @@
-"""Our layers in megatron-core's GPTModel on several ranks: gradients, and Megatron's checkpoints."""
+"""Our layers in megatron-core's GPTModel on several ranks: gradients, Megatron's checkpoints."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ from pretrain import layout as layouts
 from pretrain.checkpoint import TensorSlice
 from tests.dist import work
 from tests.xlstm_mcore.test_specs import mask_of
-from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.build import make_config
-from xlstm_mcore.parameters.slices import named_slices
 from xlstm_mcore.gpt_specs import gpt_layer_spec, prepare_gpt_model
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.parameters.slices import named_slices
 
 
 def build(run, layout, seed):

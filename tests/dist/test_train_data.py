@@ -1,4 +1,4 @@
-"""The trainer on a mixture with phases, windows, a ramp and a damaged block: stopped and resumed."""
+"""The trainer on a mixture with phases, windows, a ramp and damage: stopped and resumed."""
 
 import json
 import shutil
@@ -106,7 +106,9 @@ def test_another_plan_is_refused_unless_it_is_meant(pool, shards, tmp_path):
     assert saved["plan"]["phases"]["13"] == {"a": 0.5, "b": 0.5}
     # it went on as the new plan says: the same rows as a run that had it from the start
     assert pool(1, train, run_config(shards, tmp_path / "new", phases=other)) == [0]
-    assert [r[-2:] for r in records(fresh, "step")] == [r[-2:] for r in records(tmp_path / "new", "step")]
+    assert [r[-2:] for r in records(fresh, "step")] == [
+        r[-2:] for r in records(tmp_path / "new", "step")
+    ]
     damaged = [row["sample"] for row in cursor(tmp_path / "new")["quarantined"]]
     after = [row["sample"] for row in saved["quarantined"] if row["sample"] >= 16]
     assert after == [sample for sample in damaged if sample >= 16]

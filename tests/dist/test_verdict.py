@@ -39,8 +39,9 @@ def masked(function, *args):
     def mask(adam, device, of=adamw.mask_on_device):
         return of(adam, accelerator)
 
-    with mock.patch.object(adamw, "mask_on_device", mask), mock.patch.object(
-        muon, "mask_on_device", mask
+    with (
+        mock.patch.object(adamw, "mask_on_device", mask),
+        mock.patch.object(muon, "mask_on_device", mask),
     ):
         return function(*args)
 

@@ -181,7 +181,6 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     layout = layouts.start(config)
-    shape = config.layout
     model_config = make_config(config.model, layout=config.layout, memory=config.memory)
     model_config.params_dtype = model_config.pipeline_dtype = torch.float64
     model_config.finalize_model_grads_func = finalize_model_grads
@@ -230,7 +229,9 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
             if parts.dp_cp.rank() == 0 and counted and not getattr(parameter, "shared", False):
                 assert parameter.main_grad.dtype == torch.float64
                 mine += [
-                    TensorSlice(p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad))
+                    TensorSlice(
+                        p.name, p.global_shape, p.global_offset, p.local(parameter.main_grad)
+                    )
                     for p in slices
                 ]
     return loss.item(), mine
@@ -259,8 +260,8 @@ def generate_tokens(path: str, prompt: list[int], temperature: float) -> tuple[l
 def refused_split(path: str) -> str:
     """The message of a checkpoint whose heads do not split over this call's ranks."""
     from pretrain.checkpoint import resolve
-    from xlstm_io.errors import ConfigError
     from pretrain.commands.generate import check_split
+    from xlstm_io.errors import ConfigError
 
     try:
         check_split(resolve(path))
