@@ -27,6 +27,7 @@ from pretrain.resume import resume
 from pretrain.run_folder import CONFIG_FILE
 from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.signals import StopSignal
 
@@ -108,7 +109,7 @@ class Trainer:
         self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
         self.guard = FINITE
         self.saver = CheckpointSaver(
-            options.dir or self.dir / "checkpoints",
+            options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),
             asynchronous=options.asynchronous,
         )

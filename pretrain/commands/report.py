@@ -19,6 +19,7 @@ from typing import Any
 from pretrain.config import RunConfig, load_config
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD_DIR
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -125,7 +126,7 @@ def _places(run_dir: Path) -> list[str]:
         ("metrics", run_dir / METRICS_FILE),
         ("loss curve", run_dir / PLOT_FILE),
         ("TensorBoard", run_dir / TENSORBOARD_DIR),
-        ("checkpoints", run_dir / "checkpoints"),
+        ("checkpoints", run_dir / CHECKPOINTS_FOLDER),
         ("Hugging Face", run_dir / EXPORT_DIR),
         ("sample text", run_dir / SAMPLE_FILE),
         ("this summary", run_dir / TEXT_FILE),

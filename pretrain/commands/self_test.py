@@ -24,6 +24,7 @@ from pretrain.layout import Layout
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import METRICS_FILE
 from pretrain.trainer import Trainer
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.signals import StopSignal
@@ -97,7 +98,7 @@ def _part(config: RunConfig, name: str, kind: str) -> RunConfig:
 
 
 def _folder(part: RunConfig) -> Location:
-    return location(part.checkpoint.dir or Path(part.run.dir) / "checkpoints")
+    return location(part.checkpoint.dir or Path(part.run.dir) / CHECKPOINTS_FOLDER)
 
 
 def _compare(runs: dict[str, RunConfig], folders: dict[str, Location], steps: int) -> str:

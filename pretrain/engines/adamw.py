@@ -15,6 +15,7 @@ from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, partition_
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat, cpu_runtime
+from xlstm_mcore.parameters.slices import slices_of
 
 
 class AdamWDistributed:
@@ -100,7 +101,7 @@ class AdamWDistributed:
                 state = compat.adam_state(part, parameter)
                 for key in OPTIMIZER_STATE:
                     for found in partition_slices(
-                        parameter.slices,
+                        slices_of(parameter),
                         parameter.shape,
                         state[key].detach(),
                         start,

@@ -41,6 +41,7 @@ from pretrain.engines.state import (
 )
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
+from xlstm_mcore.parameters.slices import is_shared, slices_of
 
 
 class DeepSpeedEngine(ModelEngine):
@@ -151,7 +152,7 @@ class DeepSpeedEngine(ModelEngine):
         for name, parameter, slices in self._parameters():
             is_split = slices[0].shape != slices[0].global_shape
             assert parameter.tensor_model_parallel == is_split, name
-            parameter.ds_pipe_replicated = getattr(parameter, "shared", False)
+            parameter.ds_pipe_replicated = is_shared(parameter)
             if parameter.sequence_parallel and self.stage > 1:
                 parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
 
@@ -277,7 +278,7 @@ class DeepSpeedEngine(ModelEngine):
                 shape = parameter.ds_shape if self.stage == 3 else parameter.shape
                 for key in OPTIMIZER_STATE:
                     for part in partition_slices(
-                        parameter.slices,
+                        slices_of(parameter),
                         shape,
                         held.state[key],
                         held.start,

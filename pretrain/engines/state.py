@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.layout import Layout
-from xlstm_mcore.parameters.slices import ParameterSlice, slices_of_range
+from xlstm_mcore.parameters.slices import ParameterSlice, is_shared, slices_of_range
 
 # Key in the file -> key in torch's Adam; "param" is the fp32 master weight.
 OPTIMIZER_STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -72,6 +72,6 @@ def partition_slices(
 
 def is_owner(parameter: Tensor, layout: Layout) -> bool:
     """Whether this rank's copy is the one that counts among tensor-parallel and tied ones."""
-    if getattr(parameter, "shared", False):
+    if is_shared(parameter):
         return False  # the last stage's copy of a tied embedding
     return parameter.tensor_model_parallel or layout.groups.tp.rank() == 0

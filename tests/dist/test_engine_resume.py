@@ -109,7 +109,7 @@ def test_bf16_resumes_exactly(pool, tmp_path, stage):
 
 
 def where_the_state_lies(config):
-    """Whether every saved rectangle is a view of what the optimizer or model holds."""
+    """Whether every saved slice is a view of what the optimizer or model holds."""
     from pretrain.engines import deepspeed_compat as compat
 
     engine, _ = work.make_engine(config)

@@ -16,7 +16,7 @@ from pretrain.engines.base import Engine
 from pretrain.trainer import train_step
 from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.parameters.slices import named_slices
+from xlstm_mcore.parameters.slices import is_shared, named_slices
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
 # rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
@@ -125,7 +125,7 @@ def train_steps(
 
 
 def train(config: RunConfig, steps: int = 3) -> tuple[list[tuple[float, float]], list[TensorSlice]]:
-    """Train a few steps; losses and gradient norms, and the rectangles this rank would save."""
+    """Train a few steps; losses and gradient norms, and the slices this rank would save."""
     engine, layout = make_engine(config)
     results = train_steps(engine, layout, config, 0, steps)
     return results, [
@@ -152,7 +152,7 @@ def resume(config: RunConfig, path: str, steps: int, more: int) -> Any:
 
 
 def assemble(parts: list[list[TensorSlice]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from all ranks' rectangles; every element must come from exactly one."""
+    """Whole tensors from all ranks' slices; every element must come from exactly one."""
     tensors: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
     for chunk in (chunk for part in parts for chunk in part):
@@ -226,7 +226,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
     for model in models:
         for _, parameter, slices in named_slices(model.module):
             counted = parameter.tensor_model_parallel or parts.tp.rank() == 0
-            if parts.dp_cp.rank() == 0 and counted and not getattr(parameter, "shared", False):
+            if parts.dp_cp.rank() == 0 and counted and not is_shared(parameter):
                 assert parameter.main_grad.dtype == torch.float64
                 mine += [
                     TensorSlice(
