@@ -18,6 +18,9 @@ from typing import Any
 from pretrain.commands.launch import free_port
 
 TIMEOUT_S = 240
+# A gloo group has threads that wake up all the time. DeepSpeed's stage 3 keeps its groups alive
+# through C++, so a worker that has collected so many threads is replaced by a fresh one.
+MOST_THREADS = 200
 
 
 class ProcessPool:
@@ -61,6 +64,8 @@ class ProcessPool:
                 self._stop()  # the others may hang in a collective
                 raise AssertionError(f"rank {rank} of {ranks} failed:\n{value}")
             results.append(value)
+        if any(_threads(process.pid) > MOST_THREADS for process, _ in workers):
+            self._stop()
         return results
 
     def _cause(self, rank: int, value: str, workers: list[Any]) -> tuple[int, str]:
@@ -78,6 +83,10 @@ class ProcessPool:
             process.join()
             pipe.close()
         self._workers.clear()
+
+
+def _threads(process: int) -> int:
+    return len(os.listdir(f"/proc/{process}/task"))
 
 
 def _work(pipe: Any) -> None:
