@@ -7,8 +7,10 @@ one place where an error becomes an exit code.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pretrain.config import (
     RunConfig,
@@ -18,7 +20,10 @@ from pretrain.config import (
     split_overrides,
 )
 from pretrain.config.reference import options_help
-from xlstm_io.errors import ConfigError, ExitCode, UserError
+from pretrain.supervision.lease import check_free
+from pretrain.supervision.progress_file import set_aside
+from xlstm_io.errors import ConfigError, ExitCode, Superseded, UserError
+from xlstm_io.signals import STOP_SIGNALS, StopSignal
 
 OVERRIDES_HELP = (
     "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
@@ -56,7 +61,19 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start (default: one replica, tensor x pipeline x context)",
     )
-    _add_config(add("train", "train as one worker of torchrun or launch; alone for one process"))
+    train = add("train", "train as one worker of torchrun or launch; alone for one process")
+    _add_config(train)
+    for command in (launch, train):
+        command.add_argument(
+            "--take-over",
+            action="store_true",
+            help="take the run from a process that may be at work on it, which then ends",
+        )
+        command.add_argument(
+            "--fresh",
+            action="store_true",
+            help="start at step 0; the run folder that is there is renamed",
+        )
     check = add("check", "check a run file and print what it would train; starts nothing")
     _add_config(check)
     check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
@@ -126,16 +143,44 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    from pretrain.trainer import main
+    # Heard from here on: the imports take seconds, and minutes on a busy file system. A launcher
+    # may have blocked the signals until somebody listens.
+    with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if int(os.environ.get("RANK", "0")) == 0:
+            _start_anew(options, config)
+        from pretrain.trainer import main
 
-    return main(config)
+        return main(config, stop, take_over=options.take_over)
+
+
+def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
+    """Rename the run folder where `--fresh` asks for it, before anything is written there."""
+    # A batch job that was requeued runs the same command line again, and goes on.
+    if not options.fresh or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        return
+    folder = Path(config.run.dir)
+    if config.checkpoint.dir is not None:
+        raise ConfigError(
+            f"--fresh renames run.dir={folder}, but checkpoint.dir={config.checkpoint.dir} lies "
+            "elsewhere; give both other names"
+        )
+    if not options.take_over:
+        check_free(folder)
+    old = set_aside(folder)
+    if old is not None:
+        print(f"starting anew; the old run is in {old}", file=sys.stderr)
 
 
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.launch import launch
 
-    return launch(options.config, config, _positive_nproc(options), overrides)
+    words = [*overrides, *(["--take-over"] if options.take_over else [])]
+    if not options.take_over:
+        check_free(Path(config.run.dir))  # before the logs of the life in there are overwritten
+    _start_anew(options, config)
+    return launch(options.config, config, _positive_nproc(options), words)
 
 
 def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
@@ -261,7 +306,10 @@ def run(argv: Sequence[str]) -> int:
         return _dispatch(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+        return error.exit_code
+    except Superseded as error:
+        print(f"superseded: {error}", file=sys.stderr)
+        return ExitCode.SUPERSEDED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.SECOND_INTERRUPT

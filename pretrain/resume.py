@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import (
@@ -17,6 +18,7 @@ from pretrain.checkpoint import (
 from pretrain.config import RunConfig
 from pretrain.data import DataCursor, DataPlan
 from pretrain.engines.base import Engine
+from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
 
@@ -77,8 +79,8 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         saver: of the run's checkpoint folder.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them is sound, or the newest sound one
-            belongs to another run.
+        CheckpointError: there are checkpoints and none of them is sound, the newest sound one
+            belongs to another run, or the run has had checkpoints and none is found.
         ConfigError: the checkpoint has done more steps than the run is to have.
     """
     ranks = saver.ranks
@@ -103,6 +105,10 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
             f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "
             "to start anew"
         )
+    folder = Path(config.run.dir)
+    ranks.first(
+        "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
+    )
     return Start(TrainState(), DataCursor(0), None)
 
 

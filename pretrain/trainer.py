@@ -6,7 +6,8 @@ rate and its line in the log. Everything else in here decides what happens betwe
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -24,10 +25,14 @@ from pretrain.layout import Layout
 from pretrain.lr_schedule import make_schedule
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
-from pretrain.run_folder import CONFIG_FILE
+from pretrain.run_folder import CONFIG_FILE, LOGS_FOLDER
 from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
+from pretrain.supervision.lease import Lease
+from pretrain.supervision.progress_file import Progress
+from pretrain.supervision.watchdog import CHECKPOINT, EVALUATION, STEP, Limits, Watchdog
+from xlstm_io.checkpoint.lives import record_start
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.signals import StopSignal
 
@@ -35,23 +40,39 @@ from xlstm_io.signals import StopSignal
 class DivergedError(UserError):
     """Loss or gradient stopped being finite, and the run is configured to stop then."""
 
+    exit_code = ExitCode.DIVERGED
 
-def main(config: RunConfig) -> int:
+
+def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool = False) -> int:
     """Train as `config` says, from the newest complete checkpoint of its run folder.
 
-    Called by every process of the run (see `pretrain.commands.launch`).
+    Called by every process of the run (see `pretrain.commands.launch`). Rank 0 takes the run's
+    lease before it meets the others, so that a folder in use is refused at once.
+
+    Args:
+        config: the run.
+        stop: the request to stop, heard since before this module was imported; None hears it from
+            here on.
+        take_over: take the lease from a life that may be at work.
 
     Returns:
         0 when the run is complete, 75 when it was asked to stop and has saved.
 
     Raises:
         UserError: bad configuration, data, checkpoint, or a diverged loss.
+        Superseded: a newer life of the run has taken over.
     """
-    # Installed first: a signal during start-up waits for the first step.
-    with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
+    folder = Path(config.run.dir)
+    with (
+        nullcontext(stop) if stop else StopSignal(announce=first) as heard,
+        Lease.take(folder, take_over=take_over) if first else nullcontext() as lease,
+        Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
+    ):
         layout = layouts.start(config)
         try:
-            return Trainer(config, layout, stop).train()
+            return Trainer(config, layout, heard, lease, watchdog).train()
         finally:
             layout.close()
 
@@ -88,14 +109,26 @@ class Trainer:
         config: the run.
         layout: where this process stands.
         stop: the request to stop, read once per step.
+        lease: the right to write into the run's folder, on rank 0; None elsewhere, and for tools
+            that train in a folder of their own.
+        watchdog: is told whenever this rank has moved on; None where nobody watches.
 
     Attributes:
         state: where the run stands.
+        life: number of this life of the run; 0 without a lease.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, stop: StopSignal) -> None:
-        self.config, self.layout, self.stop = config, layout, stop
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        stop: StopSignal,
+        lease: Lease | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.config, self.layout, self.stop, self.lease = config, layout, stop, lease
         self.dir = Path(config.run.dir)
+        self.watchdog = watchdog or Watchdog(self.dir, layout.rank, None)
         data, options = config.data, config.checkpoint
         replica = {"dp_rank": layout.dp_rank, "dp_size": layout.dp_size}
         self.data = open_plan(data, config.run.seed)
@@ -112,10 +145,13 @@ class Trainer:
             options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),
             asynchronous=options.asynchronous,
+            fence=self._fence,
         )
+        self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
         self.start = resume(config, self.data, self.engine, self.saver)
         self.state = self.start.state
         self._check_writable()
+        self._record_life()
         cursor = self.start.cursor
         self.loader = TrainLoader(
             self.data,
@@ -129,6 +165,9 @@ class Trainer:
             ),
             **replica,
         )
+        self._step_seconds: float | None = None
+        self._save_seconds: float | None = None
+        self._write_progress("running")
         self._speed = Speed()
         self._efficiency = Efficiency(config, layout)
 
@@ -156,9 +195,11 @@ class Trainer:
             for line in describe_start(config, self.layout, self.engine, self.data, self.start):
                 metrics.message(line)
             while self.state.step < steps:
-                stopping, save_failed = self._step(metrics, until)
+                stopping, save_failed, superseded = self._step(metrics, until)
                 if save_failed:
                     self.saver.wait()  # raises on every rank
+                if superseded:
+                    self._check_lease()  # raises on every rank
                 step = self.state.step
                 last = step == steps
                 if last or (step % config.evaluation.interval == 0 and not stopping):
@@ -167,20 +208,24 @@ class Trainer:
                     self._save(metrics)
                 if last or stopping:
                     self.saver.wait()
+                self.watchdog.moved(STEP, step)
                 self._report_finished_save(metrics)
                 if stopping and not last:
                     if self.stop.requested:
                         metrics.message(f"stopped after step {step}; run again to continue")
+                    self._write_progress("stopped")
                     return ExitCode.STOPPED
+        self._check_lease()
         write_summary(self.dir, config, self.layout, self.engine, self.state)
+        self._write_progress("done")
         return ExitCode.DONE
 
     def _step(self, metrics: MetricLogger, until: int | None) -> tuple[bool, ...]:
         """One step: batch, forward and backward, verdict, update, log.
 
         Returns:
-            Whether the run is to stop now, and whether a checkpoint could not be written; the same
-            on every rank.
+            Whether the run is to stop now, whether a checkpoint could not be written, and whether
+            a newer life of the run has been seen; the same on every rank.
         """
         config, step = self.config, self.state.step
         lr = self.learning_rate(step)
@@ -188,10 +233,15 @@ class Trainer:
         started = time.perf_counter()
         batches = next(self.loader)
         # Ranks hear of both at different times, and must leave the loop together.
-        votes = (self.stop.requested or step + 1 == until, self.saver.failed)
+        votes = (
+            self.stop.requested or step + 1 == until,
+            self.saver.failed,
+            self.lease is not None and self.lease.lost,
+        )
         result = train_step(self.engine, batches, lr, self.guard, votes)
         seconds = time.perf_counter() - started
         if not result.accepted and config.guard.stop_on_nonfinite:
+            self._write_progress("diverged")
             raise DivergedError(self._diverged(result))
         self._speed.add(config.data.ramp.size(step) * config.data.seq_len, seconds)
         self.state = replace(
@@ -201,9 +251,12 @@ class Trainer:
             tokens=self.state.tokens + result.tokens,
             seconds=self.state.seconds + seconds,
         )
+        self._step_seconds = seconds
         done = self.state.step
+        self.watchdog.moved(STEP, done)  # the first step of a life still counts as start-up
         metrics.advance(done)
         if done % config.logging.interval == 0 or done in (1, config.run.steps):
+            self._write_progress("running")
             speed = self._speed.take()
             metrics.log(
                 done,
@@ -241,13 +294,20 @@ class Trainer:
                 rows = config.data.micro_batch * self.layout.dp_size
                 per_global = config.data.global_batch // rows
                 batches = islice(batches, config.evaluation.max_batches * per_global)
-            losses[name] = self.engine.evaluate(batches).mean
+            losses[name] = self.engine.evaluate(self._watched(batches)).mean
         mean = sum(losses.values()) / len(losses)
         self.state = replace(self.state, valid_loss=mean, valid_step=self.state.step)
         each = {f"valid_loss/{name}": loss for name, loss in losses.items()}
         metrics.log(self.state.step, {"valid_loss": mean, **(each if len(each) > 1 else {})})
 
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an evaluation; each that is asked for is a sign of progress."""
+        for batch in batches:
+            self.watchdog.moved(EVALUATION, self.state.step)
+            yield batch
+
     def _save(self, metrics: MetricLogger) -> None:
+        self.watchdog.moved(CHECKPOINT, self.state.step)
         stall = self.saver.save(
             self.engine.sharded_state(),
             self._state_to_save(),
@@ -263,6 +323,24 @@ class Trainer:
             metrics.message(
                 f"saved {saved.path} in {saved.seconds:.2f} s; training waited {saved.stall:.3f} s"
             )
+            self._save_seconds = saved.seconds
+            self._write_progress("running")
+
+    def _write_progress(self, status: str) -> None:
+        """Tell other programs how far the run is; on rank 0."""
+        if self.lease is None:
+            return
+        good = self.saver.last_good
+        Progress(
+            status=status,
+            step=self.state.step,
+            steps=self.config.run.steps,
+            life=self.life,
+            checkpoint=None if good is None else str(good),
+            checkpoint_step=None if good is None else step_of_folder(good),
+            step_seconds=self._step_seconds,
+            save_seconds=self._save_seconds,
+        ).write(self.dir)
 
     def _state_to_save(self) -> dict[str, Any]:
         """The training state of a checkpoint; called by all ranks."""
@@ -272,12 +350,30 @@ class Trainer:
                 self.loader.quarantine.merge(rows)
         return {
             **asdict(self.state),
+            "life": self.life,
             "cursor": self.loader.cursor.to_dict(),
             "tokenizer": {
                 "path": str(Path(manifest.tokenizer_path).resolve()),
                 "sha256": manifest.tokenizer_sha256,
             },
         }
+
+    def _fence(self) -> None:
+        """Raise Superseded when this life may no longer write; for the first rank alone."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def _check_lease(self) -> None:
+        """Raise Superseded on all ranks when a newer life has the run."""
+        self.saver.ranks.first("looking at the lease", self._fence)
+
+    def _record_life(self) -> None:
+        """Note the step from which this life goes on, so that older lives cannot go beyond it."""
+        if self.life:
+            self.saver.ranks.first(
+                f"writing to {self.saver.folder}",
+                lambda: record_start(self.saver.folder, self.life, self.state.step),
+            )
 
     def _check_writable(self) -> None:
         """Write the configuration and try out the checkpoint folder, before any step is done."""

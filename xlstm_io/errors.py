@@ -9,6 +9,7 @@ An error may be defined in the module that raises it, as long as it derives from
 """
 
 from enum import IntEnum
+from typing import ClassVar
 
 
 class ExitCode(IntEnum):
@@ -39,10 +40,10 @@ class ExitCode(IntEnum):
         "the machine failed (lost peer, killed worker, full disk); repeat the same command",
         True,
     )
-    DIVERGED = 71, "the run diverged", True
-    HANG = 74, "the run hung; the stacks of its processes were written", True
+    DIVERGED = 71, "the run diverged"
+    HANG = 74, "the run hung; the stacks of its processes were written"
     STOPPED = 75, "stopped on request; the same command continues"
-    SUPERSEDED = 76, "another process has taken over the run", True
+    SUPERSEDED = 76, "another process has taken over the run"
     # 128 + SIGINT, the shell's convention.
     SECOND_INTERRUPT = 130, "stopped at once by a second Ctrl-C"
 
@@ -57,7 +58,13 @@ def exit_code_table() -> str:
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; the message says value, rule and remedy."""
+    """A mistake in what the user gave us; the message says value, rule and remedy.
+
+    Attributes:
+        exit_code: what the command ends with.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.BAD_INPUT
 
 
 class ConfigError(UserError):
@@ -86,6 +93,10 @@ class ShardFormatError(UserError):
 
 class TokenizerFileError(UserError):
     """A file is not a tokenizer; the message names it."""
+
+
+class Superseded(Exception):
+    """A newer life of the run has taken over; `ExitCode.SUPERSEDED`."""
 
 
 class Interrupted(BaseException):

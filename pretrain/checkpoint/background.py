@@ -13,7 +13,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from pretrain.checkpoint.ranks import Ranks, background_ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
 from xlstm_io.checkpoint.reader import TensorSlice
-from xlstm_io.errors import CheckpointError, UserError
+from xlstm_io.errors import CheckpointError, Superseded, UserError
 from xlstm_io.storage import Location, location, make_folder, remove_folder, write_atomic
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class CheckpointSaver:
         asynchronous: Write in a thread. Otherwise `save` returns when the checkpoint is complete.
         ranks: Who saves together (default: all, through a process group that is made here, so all
             ranks must construct one together).
+        fence: Called on the first rank before a checkpoint is made complete, and before old ones
+            are deleted. It raises Superseded when this process may no longer write.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class CheckpointSaver:
         retention: Retention | None = None,
         asynchronous: bool = True,
         ranks: Ranks | None = None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = location(folder)
         self.ranks = ranks or background_ranks()
@@ -118,6 +122,7 @@ class CheckpointSaver:
         self.damaged: set[Location] = set()  # found while resuming; retention leaves them alone
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
+        self._fence = fence
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -215,8 +220,9 @@ class CheckpointSaver:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            # All ranks raise a UserError together, so all are there to finish the save.
-            self._thread.join(None if issubclass(kind, UserError) else EXIT_WAIT_S)
+            # All ranks raise these together, so all are there to finish the save.
+            together = issubclass(kind, UserError | Superseded)
+            self._thread.join(None if together else EXIT_WAIT_S)
             if self._error is not None:
                 log.warning("the last save failed too: %s", self._error)
 
@@ -231,12 +237,22 @@ class CheckpointSaver:
     ) -> None:
         """Write and agree; keeps the outcome for the training loop."""
         try:
-            path = write_checkpoint(self.folder, slices, state, config, step=step, ranks=self.ranks)
+            path = write_checkpoint(
+                self.folder,
+                slices,
+                state,
+                config,
+                step=step,
+                ranks=self.ranks,
+                fence=self._fence,
+            )
         except BaseException as error:  # raised by `wait`, whatever it is
             self._error = error
             return
         self.last_good = path
         if self.ranks.is_first:
-            apply_retention(self.folder, self._retention, path, self.damaged)
+            with suppress(Superseded):  # the next save tells all ranks
+                self._fence()
+                apply_retention(self.folder, self._retention, path, self.damaged)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)

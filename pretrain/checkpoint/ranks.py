@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from xlstm_io.errors import CheckpointDamagedError, CheckpointError
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError, Superseded
 
 #: How long a rank waits for the slowest one to write its file.
 RANK_TIMEOUT = datetime.timedelta(hours=1)
@@ -69,6 +69,7 @@ class Ranks:
         Raises:
             CheckpointDamagedError: The checkpoint is damaged, as some rank found.
             CheckpointError: The cause is the file system or the checkpoint.
+            Superseded: A newer life of the run has taken over.
             KeyboardInterrupt: Someone pressed Ctrl-C.
             RuntimeError: Anything else, which is a bug; the message holds the traceback.
         """
@@ -89,6 +90,8 @@ class Ranks:
                 "\n".join(f"{what} failed on rank {rank}\n{text}" for rank, _, text in failures)
             )
         rank, _, text = failures[0]
+        if "superseded" in kinds:
+            raise Superseded(text)
         where = ""
         if self.size > 1:
             several = f" on {len(failures)} ranks, first {rank}"
@@ -119,6 +122,8 @@ def background_ranks() -> Ranks:
 def _kind(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupt"
+    if isinstance(error, Superseded):
+        return "superseded"
     if isinstance(error, CheckpointDamagedError):
         return "damaged"
     return "user" if isinstance(error, OSError | CheckpointError) else "bug"

@@ -13,7 +13,7 @@ import logging
 import platform
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from xlstm_io.checkpoint.safetensors_stream import (
     hash_file,
     write_safetensors,
 )
-from xlstm_io.errors import CheckpointError
+from xlstm_io.errors import CheckpointError, Superseded
 from xlstm_io.storage import (
     Location,
     location,
@@ -97,14 +97,28 @@ def write_checkpoint(
     *,
     step: int,
     ranks: Ranks,
+    fence: Callable[[], None] = lambda: None,
 ) -> Location:
-    """`save_checkpoint` into exactly `folder`, without retention; may run in any thread."""
+    """`save_checkpoint` into exactly `folder`, without retention; may run in any thread.
+
+    Args:
+        folder: Where the checkpoints lie.
+        slices: See `save_checkpoint`, also for the other arguments.
+        state: See there.
+        config: See there.
+        step: See there.
+        ranks: See there.
+        fence: Called on the first rank right before the manifest makes the checkpoint complete. It
+            raises Superseded when this process may no longer write.
+    """
     what = f"saving the checkpoint of step {step}"
     remedy = f"; nothing was saved, earlier checkpoints in {folder} are as they were"
     path = ranks.first(what, lambda: _start(folder, step, state, config), remedy)
     try:
         data_files = ranks.together(what, lambda: _write_slices(path, ranks.rank, slices), remedy)
-        ranks.first(what, lambda: _finish(path, data_files, step, state, config), remedy)
+        ranks.first(what, lambda: _finish(path, data_files, step, state, config, fence), remedy)
+    except Superseded:
+        raise  # a life that has been superseded deletes nothing
     except BaseException:
         # Errors of the ranks reach all of them, so nobody is writing any more.
         if ranks.is_first:
@@ -193,7 +207,12 @@ def _write_slices(path: Location, rank: int, slices: Sequence[TensorSlice]) -> _
 
 
 def _finish(
-    path: Location, data_files: Sequence[_DataFile], step: int, state: Mapping, config: Mapping
+    path: Location,
+    data_files: Sequence[_DataFile],
+    step: int,
+    state: Mapping,
+    config: Mapping,
+    fence: Callable[[], None],
 ) -> None:
     """On the first rank, when all data is stored: check, metadata, and the manifest last."""
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -242,6 +261,7 @@ def _finish(
     # The checksum is over what a reader will parse (tuples are lists by then).
     manifest = json.loads(json.dumps(manifest))
     manifest["checksum"] = manifest_checksum(manifest)
+    fence()
     write_atomic(path / MANIFEST_NAME, json.dumps(manifest, indent=1).encode(), make_parents=False)
     sync_folder(path.parent)
 

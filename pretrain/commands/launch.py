@@ -38,6 +38,8 @@ from types import FrameType
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
+from pretrain.run_folder import LOGS_FOLDER
+from pretrain.supervision.watchdog import last_phases
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.remote import is_remote
 from xlstm_io.signals import (
@@ -244,11 +246,19 @@ def _explain(rank: int, workers: Workers) -> None:
         print(f"[rank {rank}] {line}", file=sys.stderr)
 
 
-def _exit_code(workers: Workers) -> int:
+def _exit_code(workers: Workers, log_dir: Path) -> int:
     """The run's exit code from those of its workers; explains a failure on stderr."""
     if workers.interrupted:
         return ExitCode.SECOND_INTERRUPT
     failed = workers.failed
+    codes = {workers.codes[rank] for rank in failed}
+    for code in (ExitCode.SUPERSEDED, ExitCode.DIVERGED):
+        if code in codes:
+            return code  # all workers end with it together, rank 0 on this terminal
+    if ExitCode.HANG in codes:
+        for line in last_phases(log_dir):
+            print(line, file=sys.stderr)
+        return ExitCode.HANG
     if failed:
         # A worker says 2 only on purpose; another's 1 may be the consequence of losing it.
         bad_input = [rank for rank in failed if workers.codes[rank] == ExitCode.BAD_INPUT]
@@ -275,7 +285,8 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
 
     Returns:
         0 if all ended with 0; 2 if one ended with 2, for bad input; 75 if they were interrupted
-        and can resume; 130 after a second Ctrl-C; 1 for everything else.
+        and can resume; 130 after a second Ctrl-C; 71 if the run diverged; 74 if it hung; 76 if a
+        newer life of it has taken over; 1 for everything else.
     """
     previous: dict[int, Any] = {}
     try:
@@ -286,7 +297,7 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
         _wait(workers)
     finally:
         restore(previous)
-    return _exit_code(workers)
+    return _exit_code(workers, log_dir)
 
 
 def launch(
@@ -322,4 +333,4 @@ def launch(
                 "give another"
             )
     words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
-    return run_workers(words, nproc, Path(config.run.dir) / "logs")
+    return run_workers(words, nproc, Path(config.run.dir) / LOGS_FOLDER)

@@ -244,6 +244,12 @@ class GuardConfig(Section):
 
     stop_on_nonfinite: bool = True
     """stop when loss or gradient is not finite; false skips that step and goes on"""
+    hang_timeout: NonNegativeFloat | None = None
+    """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
+    startup_timeout: PositiveFloat = 1800.0
+    """the same, from the start of the process to its first step"""
+    checkpoint_timeout: PositiveFloat = 3900.0
+    """the same, while training waits for a checkpoint that must be complete"""
 
 
 class LoggingConfig(Section):

@@ -47,8 +47,8 @@ def fake(monkeypatch):
 def test_train_gets_the_config_with_overrides(run_file, fake):
     calls = fake("pretrain.trainer", result=75)
     assert cli.run(["train", run_file, "--run.steps", "7", "--logging.no-tensorboard"]) == 75
-    ((config,), _) = calls[0]
-    assert config.run.steps == 7
+    ((config, stop), options) = calls[0]
+    assert config.run.steps == 7 and not stop.requested and options == {"take_over": False}
     assert config.logging.tensorboard is False
 
 
@@ -58,6 +58,15 @@ def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch,
     assert cli.run(["train", run_file, "--layout.tensor", "2"]) == 2
     assert "3 processes cannot hold layout.tensor=2" in capsys.readouterr().err
     assert calls == []
+
+
+def test_a_run_is_taken_over_only_where_it_is_asked_for(run_file, fake):
+    calls = fake("pretrain.trainer", result=0)
+    assert cli.run(["train", run_file, "--take-over"]) == 0
+    assert calls[0][1] == {"take_over": True}
+    workers = fake("pretrain.commands.launch", "launch", result=0)
+    assert cli.run(["launch", run_file, "--take-over"]) == 0
+    assert workers[-1][0][3] == ["--take-over"]
 
 
 def test_launch_passes_the_same_words_to_its_workers(run_file, fake):

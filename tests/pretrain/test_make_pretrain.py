@@ -307,7 +307,7 @@ class TestMisuse:
         message = python(
             *small_run(tmp_path / "run", work[0], "--run.steps", "60"),
             *["--optimizer.lr", "1e25", "--optimizer.clip_grad", "0"],
-            code=2,
+            code=71,
         )
         assert "not finite" in message and "Traceback" not in message
         assert "there is no checkpoint yet" in message

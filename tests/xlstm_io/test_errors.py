@@ -16,7 +16,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 # What is not a user's mistake, and why.
 OTHERS = {
     "Interrupted": "a request to stop",
-    "Unreadable": "a value of the half-read configuration, never raised to the user",
+    "Superseded": "another process does the work",
 }
 
 

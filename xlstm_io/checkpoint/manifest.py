@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import xxhash
 
+from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
 from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
@@ -206,10 +207,15 @@ def read_json(path: Location) -> Any:
         raise CheckpointDamagedError(f"{path} is not JSON: {error}") from error
 
 
+def checkpoints_folder(root: Location | str) -> Location:
+    """The folder that holds the step folders: `root` itself, or its `checkpoints` folder."""
+    root = location(root)
+    return root / CHECKPOINTS_FOLDER if is_folder(root / CHECKPOINTS_FOLDER) else root
+
+
 def step_folders(root: Location | str) -> list[Location]:
     """All checkpoint folders under a run folder or a `checkpoints` folder, whatever their state."""
-    root = location(root)
-    folder = root / CHECKPOINTS_FOLDER if is_folder(root / CHECKPOINTS_FOLDER) else root
+    folder = checkpoints_folder(root)
     return [path for path in list_subfolders(folder) if _STEP_FOLDER.fullmatch(path.name)]
 
 
@@ -217,8 +223,10 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
     """The complete checkpoints under `root`, newest first, reading no more than is asked for.
 
     Newest is the highest step, and among attempts at the same step the last one written. What is
-    wrong with those that are passed over is appended to `broken`.
+    wrong with those that are passed over is appended to `broken`. A checkpoint of a life of the run
+    that had been superseded is passed over like a broken one; see `xlstm_io.checkpoint.lives`.
     """
+    lives = Lives(checkpoints_folder(root))
     steps: dict[int, list[Location]] = {}
     for path in step_folders(root):
         steps.setdefault(step_of_folder(path), []).append(path)
@@ -229,6 +237,13 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
                 manifest = parse_manifest(path)
                 if manifest.step != step:
                     raise CheckpointDamagedError(f"{path}: the manifest says step {manifest.step}")
+                life = manifest.state.get("life", 0)
+                later = lives.superseded_by(life, step)
+                if later is not None:
+                    raise CheckpointError(
+                        f"{path} was written by life {life} of the run after life {later} had gone "
+                        "on from an earlier step"
+                    )
             except CheckpointError as error:
                 broken.append(error)
             else:
@@ -264,7 +279,7 @@ def find_latest(root: Location | str, *, verify: bool = False) -> Location | Non
 def name_broken(broken: list[CheckpointError]) -> None:
     """Warn about each checkpoint that is passed over."""
     for problem in broken:
-        log.warning("passing over a broken checkpoint: %s", problem)
+        log.warning("passing over a checkpoint: %s", problem)
 
 
 def resolve(path: Location | str) -> Location:

@@ -1,0 +1,311 @@
+"""Who may write into a run folder: one life of the run at a time.
+
+A *life* is one start of the training command in that folder. Lives are numbered from 1. A life
+takes the lease before anything else happens. From then on every older life is superseded: it finds
+out before it writes a manifest, deletes a checkpoint, rewrites the metrics or writes the summary,
+and ends with exit code 76 without having touched anything.
+
+    RUN/lives/000002.json   who took life 2; created exclusively and never changed
+    RUN/lease.json          the holder's sign of life, replaced every `RENEW_S` seconds
+
+The highest number is right. Clocks only decide how long a newcomer is refused; they never decide
+who may write. A life that stood still between its check and its manifest can still complete a
+checkpoint; `xlstm_io.checkpoint.lives` is what keeps that one from ever being loaded.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from xlstm_io.errors import ConfigError, Superseded, UserError
+from xlstm_io.storage import write_atomic
+
+LEASE_FILE = "lease.json"
+LIVES_FOLDER = "lives"
+RENEW_S = 30.0
+STALE_S = 300.0  # a holder on another machine that was silent for so long is taken to be gone
+_RECORD = re.compile(r"(\d{6,})\.json")
+
+
+class LeaseHeldError(UserError):
+    """Another life of the run is at work in this folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that took a lease.
+
+    Attributes:
+        life: its number.
+        host: name of the machine.
+        boot: identifies the machine's start, so that a process number is never mistaken after one.
+        pid: process number.
+        started: when the process started, in clock ticks since the boot (field 22 of
+            `/proc/PID/stat`); 0 where the system does not tell.
+        job: Slurm job, or None.
+    """
+
+    life: int
+    host: str
+    boot: str
+    pid: int
+    started: int
+    job: str | None
+
+    @classmethod
+    def here(cls, life: int) -> "Holder":
+        """This process."""
+        return cls(
+            life=life,
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+            job=os.environ.get("SLURM_JOB_ID"),
+        )
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"life {self.life} (process {self.pid} on {self.host}{job})"
+
+
+class Lease:
+    """The right to write into a run folder, held by rank 0 and renewed by a thread.
+
+    Obtain one with `take`; use it as a context manager. Leaving it gives the lease back, so that
+    the next life starts at once.
+
+    Attributes:
+        folder: the run folder.
+        holder: this process.
+        lost: whether the thread has seen a newer life; `check` says which.
+    """
+
+    def __init__(self, folder: Path, holder: Holder) -> None:
+        self.folder, self.holder = folder, holder
+        self.lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    @property
+    def life(self) -> int:
+        """Number of this life."""
+        return self.holder.life
+
+    @classmethod
+    def take(cls, folder: Path, *, take_over: bool = False) -> "Lease":
+        """Take the lease of the run in `folder`, which is created if need be.
+
+        Taken at once: when nobody holds it, when its holder gave it back, when the holder's process
+        on this machine is gone, when the same Slurm job held it (it was requeued), and when the
+        Slurm job that held it has ended. Otherwise after `STALE_S` seconds of silence.
+
+        Args:
+            folder: the run folder.
+            take_over: take it from a holder that may be alive, which then ends with exit code 76.
+
+        Raises:
+            LeaseHeldError: another life holds it, or took it at this very moment.
+        """
+        if not take_over:
+            check_free(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = Holder.here(newest_life(folder) + 1)
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={folder} cannot be written ({error.strerror}); use another run.dir"
+            ) from error
+        try:
+            _create(_record(folder, holder.life), json.dumps(asdict(holder)).encode())
+        except FileExistsError:
+            raise LeaseHeldError(
+                f"run.dir={folder}: another process took life {holder.life} at this very moment; "
+                "start one process per run folder, or use another run.dir"
+            ) from None
+        lease = cls(folder, holder)
+        lease._sign("running")
+        return lease
+
+    def check(self) -> None:
+        """Nothing while this is the newest life.
+
+        Raises:
+            Superseded: a newer life has the run; it names that life.
+        """
+        newest = newest_life(self.folder)
+        if newest > self.life:
+            raise Superseded(
+                f"{_who(self.folder, newest)} has taken over {self.folder} from life {self.life}, "
+                "which ends here and deletes nothing"
+            )
+
+    def __enter__(self) -> "Lease":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError):  # the folder is full or gone: the end of the process says the same
+            if newest_life(self.folder) == self.life:
+                self._sign("ended")
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_S):
+            with suppress(OSError):  # a full disk; the training loop will say so itself
+                if newest_life(self.folder) > self.life:
+                    self.lost = True
+                    return
+                self._sign("running")
+
+    def _sign(self, status: str) -> None:
+        sign = {**asdict(self.holder), "status": status}
+        write_atomic(self.folder / LEASE_FILE, json.dumps(sign).encode(), sync=False)
+
+
+def check_free(folder: Path) -> None:
+    """Nothing when the lease of the run in `folder` can be taken now.
+
+    Raises:
+        LeaseHeldError: another life holds it.
+    """
+    newest = newest_life(folder)
+    reason = _alive(folder, newest) if newest else None
+    if reason is not None:
+        raise LeaseHeldError(
+            f"run.dir={folder} is in use: {reason}; wait for its end, use another run.dir, or take "
+            "it over with --take-over, which ends the other one"
+        )
+
+
+def newest_life(folder: Path) -> int:
+    """Number of the newest life that took the lease of a run folder; 0 when there was none."""
+    try:
+        names = os.listdir(folder / LIVES_FOLDER)
+    except FileNotFoundError:
+        return 0
+    return max((int(match[1]) for name in names if (match := _RECORD.fullmatch(name))), default=0)
+
+
+def _record(folder: Path, life: int) -> Path:
+    return folder / LIVES_FOLDER / f"{life:06d}.json"
+
+
+def _create(path: Path, data: bytes) -> None:
+    """A new file with its content, at once; FileExistsError when there is one."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{secrets.token_hex(8)}")
+    with open(temporary, "xb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)  # unlike a rename, never replaces
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "xb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+    finally:
+        temporary.unlink()
+
+
+def _holder(folder: Path, life: int) -> Holder | None:
+    """Who took a life; None when its record cannot be read."""
+    try:
+        return Holder(**json.loads(_record(folder, life).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _who(folder: Path, life: int) -> str:
+    return str(_holder(folder, life) or f"life {life}")
+
+
+def _alive(folder: Path, life: int) -> str | None:
+    """Why the holder of a life may still be at work; None when it is gone."""
+    holder = _holder(folder, life)
+    try:
+        sign = json.loads((folder / LEASE_FILE).read_bytes())
+        if sign["life"] == life and sign["status"] == "ended":
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it died before its first sign, or the file is damaged: the rest decides
+    if holder is not None and holder.boot == _boot() and holder.host == socket.gethostname():
+        same = _started(holder.pid) == holder.started
+        return f"{holder} is running" if same and holder.started else None
+    if holder is not None and holder.job is not None:
+        if holder.job == os.environ.get("SLURM_JOB_ID") or _job_has_ended(holder.job):
+            return None
+    silent = _silence(folder, life)
+    if silent >= STALE_S:
+        return None
+    return (
+        f"{holder or f'life {life}'} gave its last sign of life {silent:.0f} s ago, and is taken "
+        f"to be gone after {STALE_S:.0f} s"
+    )
+
+
+def _silence(folder: Path, life: int) -> float:
+    """Seconds since the holder's last sign, by the clock of the file system alone."""
+    probe = folder / f"{LEASE_FILE}.clock.{socket.gethostname()}.{os.getpid()}"
+    probe.write_bytes(b"")
+    try:
+        now = probe.stat().st_mtime
+    finally:
+        probe.unlink()
+    signs = []
+    for path in (folder / LEASE_FILE, _record(folder, life)):
+        with suppress(OSError):
+            signs.append(path.stat().st_mtime)
+    return now - max(signs, default=now)
+
+
+def _job_has_ended(job: str) -> bool:
+    """Whether Slurm says that a job is over; False where Slurm cannot be asked."""
+    if shutil.which("squeue") is None:
+        return False
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--format=%T"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    # A job that has left the controller's memory is "Invalid job id specified".
+    unknown = asked.returncode != 0 and "Invalid job id" in asked.stderr
+    return unknown or (asked.returncode == 0 and not asked.stdout.strip())
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int:
+    """When a process started (clock ticks since the boot); 0 when there is none of that number."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    state, *fields = stat.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(fields[18])

@@ -1,0 +1,88 @@
+"""How far a run is, in one small file that anybody may read: `RUN/progress.json`.
+
+Rank 0 replaces it at every log line, every checkpoint and the end. The commands that show a run,
+the policy that restarts it and a person with `cat` read it. Training reads one thing in it: that
+the run once had a checkpoint, and so must not start anew because none is found.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from xlstm_io.errors import CheckpointError
+from xlstm_io.storage import write_atomic
+
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        status: "starting", "running", "stopped", "diverged", "failed" or "done".
+        step: finished steps.
+        steps: steps of the whole run.
+        life: number of the life that wrote this.
+        checkpoint: the newest complete checkpoint, or None.
+        checkpoint_step: its step, or None.
+        step_seconds: of the last step; None before the first.
+        save_seconds: of the last checkpoint, from its begin until it was complete; None before it.
+    """
+
+    status: str
+    step: int
+    steps: int
+    life: int
+    checkpoint: str | None = None
+    checkpoint_step: int | None = None
+    step_seconds: float | None = None
+    save_seconds: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Replace the file in a run folder.
+
+        A full disk does not end a run here: its checkpoints may lie elsewhere.
+        """
+        data = json.dumps(asdict(self), indent=1).encode() + b"\n"
+        with suppress(OSError):
+            write_atomic(folder / PROGRESS_FILE, data, sync=False)
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """What the file in a run folder says; None when there is none, or it is not readable."""
+    try:
+        return Progress(**json.loads((folder / PROGRESS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def check_nothing_is_lost(folder: Path, checkpoints: object) -> None:
+    """Nothing when a run may start at step 0 because no checkpoint was found.
+
+    Args:
+        folder: the run folder.
+        checkpoints: where its checkpoints were looked for.
+
+    Raises:
+        CheckpointError: the run has had a checkpoint.
+    """
+    progress = read_progress(folder)
+    if progress is not None and progress.checkpoint is not None:
+        raise CheckpointError(
+            f"run.dir={folder} had done {progress.step} steps and saved {progress.checkpoint}, but "
+            f"{checkpoints} holds no checkpoint; make that folder available again (is it mounted?),"
+            " or start anew with --fresh, which renames the old run folder"
+        )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a run folder, for a run that starts anew; its new name, None when there is none."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(old)
+    return old

@@ -1,0 +1,161 @@
+"""Notices that a process no longer moves, says where it stands, and ends it.
+
+A hang is silent: one rank waits for another that was stopped, lost its network or runs other code,
+and the process group's own limit is half an hour or more. So every rank has a thread that knows the
+phase the rank is in and when it last moved on. Without progress for the phase's limit it writes the
+Python stacks of all threads to `logs/hang-RANK.txt` and ends the process with exit code 74; whoever
+started it ends the rest. `logs/phase-RANK.json` says in which phase and at which step each rank was
+last, so that the ranks that are missing can be named.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pretrain.config import GuardConfig
+from xlstm_io.errors import ExitCode
+from xlstm_io.storage import write_atomic
+
+STEP, STARTUP, EVALUATION, CHECKPOINT = "step", "start-up", "evaluation", "checkpoint"
+TICK_S = 5.0
+SLOWEST_STEPS = 20  # the limit of a step grows with the slowest one so far
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without progress after which a rank counts as hanging.
+
+    Attributes:
+        step: one optimizer step, or one batch of an evaluation. The limit in force is never below
+            `SLOWEST_STEPS` times the slowest step so far.
+        startup: imports, meeting the other ranks, building and loading the model.
+        checkpoint: waiting for a checkpoint that must be complete.
+    """
+
+    step: float
+    startup: float
+    checkpoint: float
+
+    @classmethod
+    def from_config(cls, guard: GuardConfig) -> "Limits | None":
+        """The limits of a run; None where it is not to be watched."""
+        if guard.hang_timeout == 0:
+            return None
+        step = 600.0 if guard.hang_timeout is None else guard.hang_timeout
+        return cls(step, guard.startup_timeout, guard.checkpoint_timeout)
+
+    def of(self, phase: str, slowest: float) -> float:
+        """The limit of a phase, given the slowest step so far in seconds."""
+        if phase == STARTUP:
+            return self.startup
+        if phase == CHECKPOINT:
+            return self.checkpoint
+        return max(self.step, SLOWEST_STEPS * slowest)
+
+
+class Watchdog:
+    """Watches one rank from a thread of its own, while it is used as a context manager.
+
+    Args:
+        folder: where the files go, `RUN/logs`.
+        rank: of this process.
+        limits: see there; None watches nothing but still keeps the phase file.
+        end: called with the exit code, for tests; the process ends at once by default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        limits: Limits | None,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._folder, self._rank, self._limits, self._end = folder, rank, limits, end
+        self._state = (STARTUP, 0, time.monotonic())  # replaced as a whole: no lock is needed
+        self._slowest = 0.0
+        self._written: tuple[str, int] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def moved(self, phase: str, step: int) -> None:
+        """This rank has made progress: it now begins `phase`, with `step` steps behind it."""
+        before, _, since = self._state
+        now = time.monotonic()
+        if before == STEP == phase:
+            self._slowest = max(self._slowest, now - since)
+        self._state = (phase, step, now)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        tick = TICK_S
+        if self._limits is not None:
+            tick = min(tick, self._limits.step / 4)
+        while True:
+            phase, step, since = self._state
+            self._note(phase, step)
+            if self._limits is not None:
+                limit = self._limits.of(phase, self._slowest)
+                silent = time.monotonic() - since
+                if silent > limit:
+                    self._report(phase, step, silent, limit)
+                    self._end(ExitCode.HANG)
+                    return
+            if self._stop.wait(tick):
+                return
+
+    def _note(self, phase: str, step: int) -> None:
+        """Keep `phase-RANK.json` current; a full disk does not stop the watching."""
+        if self._written == (phase, step):
+            return
+        data = json.dumps({"rank": self._rank, "phase": phase, "step": step}).encode()
+        with suppress(OSError):
+            write_atomic(self._folder / f"phase-{self._rank}.json", data, sync=False)
+            self._written = (phase, step)
+
+    def _report(self, phase: str, step: int, silent: float, limit: float) -> None:
+        path = self._folder / f"hang-{self._rank}.txt"
+        words = (
+            f"rank {self._rank} has made no progress for {silent:.0f} s (limit {limit:.0f} s) in "
+            f"its {phase}, after step {step}"
+        )
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"{words}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f"error: {words}; its stacks are in {path}\n".encode())
+
+
+def last_phases(folder: Path) -> list[str]:
+    """Where each rank was last, one line per rank, from the files in `RUN/logs`."""
+    found = []
+    for path in folder.glob("phase-*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads(path.read_bytes())
+            found.append((int(about["rank"]), str(about["phase"]), int(about["step"])))
+    return [
+        f"rank {rank} was last seen in its {phase}, after step {step}"
+        for rank, phase, step in sorted(found)
+    ]

@@ -1,0 +1,84 @@
+"""progress.json: what it says, and that a run never starts anew by accident."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain import cli
+from pretrain.supervision.progress_file import Progress, read_progress, set_aside
+from xlstm_io.errors import ExitCode
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "0.1.0"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run of six steps with its third checkpoint, as the working directory."""
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    monkeypatch.chdir(tmp_path / "golden")
+    return tmp_path / "golden" / "run"
+
+
+def train(*options):
+    from pretrain import layout
+
+    layout.leave()
+    try:
+        return cli.run(["train", "run.yaml", *options])
+    finally:
+        layout.leave()
+
+
+def test_what_is_written_is_read(tmp_path):
+    progress = Progress("running", 7, 10, 2, "ckpt", 5, 0.5, 3.0)
+    progress.write(tmp_path)
+    assert read_progress(tmp_path) == progress
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"step": 1}', "\xff"])
+def test_a_damaged_file_says_nothing(tmp_path, text):
+    (tmp_path / "progress.json").write_bytes(text.encode("latin-1"))
+    assert read_progress(tmp_path) is None
+    assert read_progress(tmp_path / "missing") is None
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    Progress("running", 1, 2, 1).write(tmp_path / "file")
+
+
+def test_a_run_says_where_it_stands_and_does_not_start_anew(folder, capsys):
+    assert train("--run.steps", "4", "--checkpoint.interval", "1") == ExitCode.DONE
+    progress = read_progress(folder)
+    assert (progress.status, progress.step, progress.steps, progress.life) == ("done", 4, 4, 1)
+    assert progress.checkpoint_step == 4 and progress.step_seconds > 0
+    shutil.move(folder / "checkpoints", folder / "elsewhere")
+    assert train() == ExitCode.BAD_INPUT
+    message = capsys.readouterr().err
+    assert "had done 4 steps" in message and "--fresh" in message and "Traceback" not in message
+    assert read_progress(folder) == progress
+
+    assert train("--fresh", "--run.steps", "1") == ExitCode.DONE
+    assert read_progress(folder).step == 1
+    assert (folder.with_name("run.old-1") / "elsewhere").exists()
+
+
+def test_a_requeued_job_ignores_fresh(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train("--fresh", "--run.steps", "4") == ExitCode.DONE
+    assert not folder.with_name("run.old-1").exists()
+
+
+def test_checkpoints_elsewhere_are_not_set_aside(folder, tmp_path, capsys):
+    words = ["--fresh", "--checkpoint.dir", str(tmp_path / "elsewhere")]
+    assert train(*words) == ExitCode.BAD_INPUT
+    assert "give both other names" in capsys.readouterr().err
+    assert folder.exists()
+
+
+def test_each_old_run_gets_a_name_of_its_own(tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / "run").mkdir()
+        assert set_aside(tmp_path / "run") == tmp_path / f"run.old-{number}"
+    assert set_aside(tmp_path / "run") is None

@@ -1,0 +1,94 @@
+"""A rank that stands still says where and ends; one that moves is left alone."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+from pretrain.supervision.watchdog import CHECKPOINT, EVALUATION, STARTUP, STEP, Limits, Watchdog
+from xlstm_io.errors import ExitCode
+
+LIMITS = Limits(step=0.2, startup=0.6, checkpoint=0.6)
+
+
+def watch(folder, limits=LIMITS):
+    """A watchdog, and the list of codes that it ended the process with."""
+    ends = []
+    return Watchdog(folder, 3, limits, end=ends.append), ends
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_rank_that_stands_still_writes_its_stacks_and_ends(tmp_path):
+    watchdog, ends = watch(tmp_path / "logs")
+    with watchdog:
+        watchdog.moved(STEP, 41)
+        wait_for(lambda: ends)
+    assert ends == [ExitCode.HANG]
+    text = (tmp_path / "logs" / "hang-3.txt").read_text()
+    assert "rank 3 has made no progress for 0 s (limit 0 s) in its step, after step 41" in text
+    assert "wait_for" in text  # where the main thread stood
+    about = json.loads((tmp_path / "logs" / "phase-3.json").read_text())
+    assert about == {"rank": 3, "phase": "step", "step": 41}
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path):
+    watchdog, ends = watch(tmp_path)
+    with watchdog:
+        for step in range(12):
+            watchdog.moved(STEP, step)
+            time.sleep(0.05)
+    assert not ends and not (tmp_path / "hang-3.txt").exists()
+
+
+def test_start_up_and_checkpoints_have_limits_of_their_own(tmp_path):
+    for phase in (STARTUP, CHECKPOINT):
+        watchdog, ends = watch(tmp_path)
+        with watchdog:
+            watchdog.moved(phase, 0)
+            time.sleep(0.35)
+            assert not ends
+            wait_for(lambda ends=ends: ends)
+
+
+def test_the_limit_grows_with_the_slowest_step():
+    assert LIMITS.of(STEP, 0.001) == 0.2
+    assert LIMITS.of(STEP, 3.0) == LIMITS.of(EVALUATION, 3.0) == 60.0
+    assert LIMITS.of(STARTUP, 3.0) == 0.6
+
+
+def test_without_limits_only_the_phase_is_kept(tmp_path):
+    watchdog, ends = watch(tmp_path, limits=None)
+    with watchdog:
+        watchdog.moved(STEP, 1)
+        time.sleep(0.4)
+    assert not ends
+
+
+def test_the_process_ends_with_the_code_although_its_main_thread_is_stuck(tmp_path):
+    script = """
+import sys, threading
+from pathlib import Path
+from pretrain.supervision.watchdog import Limits, STEP, Watchdog
+with Watchdog(Path(sys.argv[1]), 0, Limits(0.2, 0.2, 0.2)) as watchdog:
+    watchdog.moved(STEP, 1)
+    threading.Event().wait()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert child.returncode == ExitCode.HANG
+    assert "no progress" in child.stderr and "hang-0.txt" in child.stderr
+
+
+def test_watching_ends_with_the_run(tmp_path):
+    before = threading.active_count()
+    watchdog, _ = watch(tmp_path)
+    with watchdog:
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

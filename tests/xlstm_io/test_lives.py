@@ -1,0 +1,67 @@
+"""Checkpoints of a life that had been superseded are named and passed over."""
+
+import pytest
+import torch
+
+from pretrain.checkpoint import CheckpointError, TensorSlice, candidates_together, save_checkpoint
+from xlstm_io.checkpoint.lives import Lives, record_start
+from xlstm_io.checkpoint.manifest import find_latest
+
+
+def save(root, life, step):
+    """A checkpoint that a life wrote."""
+    tensor = torch.full((2, 2), float(step))
+    slices = [TensorSlice("w", (2, 2), (0, 0), tensor)]
+    return save_checkpoint(root, slices, {"life": life} if life else {}, {}, step=step)
+
+
+def test_a_life_is_superseded_beyond_the_step_where_a_later_one_began(tmp_path):
+    for life, start in ((1, 0), (2, 10), (4, 30)):
+        record_start(tmp_path, life, start)
+    lives = Lives(tmp_path)
+    assert lives.superseded_by(1, 10) is None
+    assert lives.superseded_by(1, 11) == 2
+    assert lives.superseded_by(2, 30) is None
+    assert lives.superseded_by(3, 31) == 4
+    assert lives.superseded_by(4, 10**9) is None
+    assert lives.superseded_by(0, 5) == 1
+
+
+def test_what_was_saved_before_there_were_lives_is_never_superseded(tmp_path):
+    """Until a life goes on from an earlier step, as it does for any other checkpoint."""
+    newest = save(tmp_path, None, 7)
+    assert find_latest(tmp_path) == newest
+    record_start(tmp_path / "checkpoints", 1, 7)
+    assert find_latest(tmp_path) == newest
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["local", "memory"])
+def test_the_newest_checkpoint_of_the_newer_life_is_taken(tmp_path, caplog, url):
+    root = f"memory://lives{tmp_path}" if url else tmp_path
+    from xlstm_io.storage import location
+
+    folder = location(root) / "checkpoints"
+    record_start(folder, 1, 0)
+    save(root, 1, 10)
+    record_start(folder, 2, 10)
+    good = save(root, 2, 12)
+    late = save(root, 1, 15)  # the old life was only standing still
+    assert candidates_together(folder)[0] == good
+    assert find_latest(root) == good
+    assert f"{late} was written by life 1 of the run after life 2 had gone on" in caplog.text
+
+
+def test_a_run_never_starts_anew_because_all_checkpoints_are_superseded(tmp_path):
+    save(tmp_path, 1, 10)
+    record_start(tmp_path / "checkpoints", 2, 0)
+    with pytest.raises(CheckpointError, match="none of the checkpoints there is sound"):
+        candidates_together(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"start_step": "x"}', "[1]"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    save(tmp_path, 1, 10)
+    record_start(tmp_path / "checkpoints", 2, 10)
+    (tmp_path / "checkpoints" / "lives" / "000002.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"000002\.json does not say where life 2 began"):
+        candidates_together(tmp_path / "checkpoints")
