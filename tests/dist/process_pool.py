@@ -20,7 +20,7 @@ from pretrain.commands.launch import free_port
 TIMEOUT_S = 240
 # A gloo group has threads that wake up all the time. DeepSpeed's stage 3 keeps its groups alive
 # through C++, so a worker that has collected so many threads is replaced by a fresh one.
-MOST_THREADS = 200
+MOST_THREADS = 400
 
 
 class ProcessPool:
