@@ -68,7 +68,7 @@ class AdamWDistributed:
         gradients = [
             gradient
             for part in self.megatron.chained_optimizers
-            for gradient in part.get_main_grads_for_grad_norm()
+            for gradient in compat.gradients_for_norm(part)
         ]
         if gradients:
             total = torch.nn.utils.get_total_norm(gradients) ** 2

@@ -49,6 +49,18 @@ def partition_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
                     yield parameter, inside.start, inside.end
 
 
+def gradients_for_norm(optimizer: Any) -> list[Tensor]:
+    """The gradients of an optimizer that this rank counts in the norm of the whole gradient.
+
+    Left out are copies of tied weights, and all but one rank's of what tensor-parallel ranks share.
+    """
+    # 0.19 renamed it.
+    name = "get_grads_for_grad_norm"
+    if not hasattr(optimizer, name):
+        name = "get_main_grads_for_grad_norm"
+    return getattr(optimizer, name)()
+
+
 def adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """Flat fp32 `param` (master weight), `exp_avg` and `exp_avg_sq` of a parameter's partition."""
     group, index = optimizer.model_param_group_index_map[parameter]
