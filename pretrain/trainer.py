@@ -67,7 +67,7 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
     folder = Path(config.run.dir)
     with (
         nullcontext(stop) if stop else StopSignal(announce=first) as heard,
-        Lease.take(folder, take_over=take_over) if first else nullcontext() as lease,
+        _lease(folder, take_over) if first else nullcontext() as lease,
         Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
     ):
         layout = layouts.start(config)
@@ -75,6 +75,17 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
             return Trainer(config, layout, heard, lease, watchdog).train()
         finally:
             layout.close()
+
+
+def _lease(folder: Path, take_over: bool) -> Lease | nullcontext[None]:
+    """The lease of a run; none where the folder cannot be written.
+
+    All ranks say that together, before the first step. Here the others could not hear of it.
+    """
+    try:
+        return Lease.take(folder, take_over=take_over)
+    except OSError:
+        return nullcontext()
 
 
 def train_step(

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from xlstm_io.errors import ConfigError, Superseded, UserError
+from xlstm_io.errors import Superseded, UserError
 from xlstm_io.storage import write_atomic
 
 LEASE_FILE = "lease.json"
@@ -115,16 +115,13 @@ class Lease:
 
         Raises:
             LeaseHeldError: another life holds it, or took it at this very moment.
+            OSError: the folder cannot be written.
         """
-        if not take_over:
-            check_free(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            holder = Holder.here(newest_life(folder) + 1)
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir={folder} cannot be written ({error.strerror}); use another run.dir"
-            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        # The number is the next one after the life that was looked at, and no later one: of two
+        # that start at once, the second finds it taken.
+        newest = newest_life(folder) if take_over else check_free(folder)
+        holder = Holder.here(newest + 1)
         try:
             _create(_record(folder, holder.life), json.dumps(asdict(holder)).encode())
         except FileExistsError:
@@ -178,8 +175,8 @@ class Lease:
         write_atomic(self.folder / LEASE_FILE, json.dumps(sign).encode(), sync=False)
 
 
-def check_free(folder: Path) -> None:
-    """Nothing when the lease of the run in `folder` can be taken now.
+def check_free(folder: Path) -> int:
+    """The newest life of the run in `folder`, when its lease can be taken now.
 
     Raises:
         LeaseHeldError: another life holds it.
@@ -191,13 +188,14 @@ def check_free(folder: Path) -> None:
             f"run.dir={folder} is in use: {reason}; wait for its end, use another run.dir, or take "
             "it over with --take-over, which ends the other one"
         )
+    return newest
 
 
 def newest_life(folder: Path) -> int:
     """Number of the newest life that took the lease of a run folder; 0 when there was none."""
     try:
         names = os.listdir(folder / LIVES_FOLDER)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     return max((int(match[1]) for name in names if (match := _RECORD.fullmatch(name))), default=0)
 
