@@ -149,6 +149,10 @@ def become(words, environment, cwd, files, executable):
     threads = environment.get("OMP_NUM_THREADS")
     if threads and "torch" in sys.modules:  # OpenMP has read the server's
         sys.modules["torch"].set_num_threads(int(threads))
+    if words[0] == "-u":  # as torchrun starts its workers
+        words = words[1:]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)
     option, name, *arguments = words
     if option != "-m":
         raise SystemExit(f"warm Python runs python -m NAME only, not {words}")
