@@ -21,7 +21,7 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        status: "starting", "running", "stopped", "diverged", "failed" or "done".
+        status: "running", "stopped", "diverged" or "done".
         step: finished steps.
         steps: steps of the whole run.
         life: number of the life that wrote this.
