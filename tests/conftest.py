@@ -1,7 +1,9 @@
 """Options of the whole suite, and what every test finds: signals as usual, and no GPU."""
 
+import importlib
 import os
 import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -75,3 +77,16 @@ def warm_python():
     """A Python that starts `python -m NAME` within milliseconds; see tests/warm_python."""
     with start.start() as python:
         yield python
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    """Leave the process groups that a module joined, so that the next one can join its own.
+
+    Tools that run a model in this process join a group of one and keep it, as a command may. Which
+    module comes next depends on how pytest-xdist spreads them.
+    """
+    yield
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_initialized():
+        importlib.import_module("pretrain.layout").leave()

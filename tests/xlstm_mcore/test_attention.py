@@ -6,7 +6,6 @@ The equations are compared in test_model.py, layouts in tests/dist/test_parallel
 import pytest
 import torch
 
-from pretrain import layout as layouts
 from xlstm_mcore.build import make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.mixers.attention import (
@@ -21,8 +20,7 @@ from xlstm_mcore.mixers.attention import (
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
-    yield single_process_groups()
-    layouts.leave()
+    return single_process_groups()
 
 
 def make(groups, dtype=torch.float64):

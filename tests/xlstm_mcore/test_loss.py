@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import layout as layouts
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.modules import loss as loss_module
 from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
@@ -13,8 +12,7 @@ from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_
 
 @pytest.fixture(scope="module")
 def group():
-    yield single_process_groups().tp
-    layouts.leave()
+    return single_process_groups().tp
 
 
 def reference(logits, labels, cap):

@@ -6,7 +6,6 @@ from typing import get_args
 import pytest
 import torch
 
-from pretrain import layout as layouts
 from pretrain.config.schema import ParameterKind
 from tests.xlstm_mcore import reference_model
 from xlstm_mcore.build import build_model, make_config
@@ -19,8 +18,7 @@ from xlstm_mcore.sizes.parameters import count_parameters
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
-    yield single_process_groups()
-    layouts.leave()
+    return single_process_groups()
 
 
 MODELS = {

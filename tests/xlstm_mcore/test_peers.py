@@ -9,7 +9,6 @@ lies as [heads, gate * d_out, d_in].
 import pytest
 import torch
 
-from pretrain import layout as layouts
 from tests.xlstm_mcore.test_model import global_tensors
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
@@ -20,8 +19,7 @@ pytest.importorskip("xlstm", reason="pip xlstm is not installed; see tests/peers
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
-    yield single_process_groups()
-    layouts.leave()
+    return single_process_groups()
 
 
 def our_model(groups, section, weights):

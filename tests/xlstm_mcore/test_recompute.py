@@ -8,7 +8,6 @@ import torch
 from megatron.core import tensor_parallel
 
 from benchmarks.saved_memory import count_saved
-from pretrain import layout as layouts
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
@@ -28,8 +27,7 @@ SECTION = {
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
-    yield single_process_groups()
-    layouts.leave()
+    return single_process_groups()
 
 
 def make(groups, precision="fp32", **settings):

@@ -12,7 +12,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from pretrain import layout as layouts
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.gpt_specs import GPTLayer, gpt_layer_spec, prepare_gpt_model
 from xlstm_mcore.inference import single_process_groups
@@ -31,8 +30,7 @@ SECTION = {
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
-    yield single_process_groups()
-    layouts.leave()
+    return single_process_groups()
 
 
 def both(groups, **changes):
