@@ -93,6 +93,9 @@ def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from xlstm_mcore.megatron.first_import import import_megatron
+
+    import_megatron()
     from pretrain.layout import leave
 
     torch.set_num_threads(1)

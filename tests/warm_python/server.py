@@ -187,6 +187,7 @@ def _exit_code(leave):
 
 def main(path, executable):
     """Import, listen until the input ends, and be the command that was asked for in each fork."""
+    importlib.import_module("xlstm_mcore.megatron.first_import").import_megatron()
     for module in MODULES:
         importlib.import_module(module)
     gc.freeze()  # collections in the forks leave these objects alone

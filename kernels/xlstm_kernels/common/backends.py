@@ -71,7 +71,6 @@ def select_backend(kernel: str, backend: str | None, like: Tensor | None = None,
     return _select(kernel, backend, device, dtype, tuple(facts), tuple(facts.values()))
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not look inside
 def _select(
     kernel: str,
     backend: str | None,
@@ -103,6 +102,11 @@ def _select(
         f"backend={backend!r} does not exist for {kernel}; "
         f"use one of {', '.join(repr(one.name) for one in available)}, or None for the best one"
     )
+
+
+# torch.compile does not look inside. `torch.compiler.assume_constant_result` sets just this, but
+# would load the compiler in every process.
+_select._dynamo_marked_constant = True
 
 
 def _unsupported_reason(one: Backend, like: Like | None, asked: bool, facts: dict) -> str | None:
