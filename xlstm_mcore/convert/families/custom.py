@@ -1,0 +1,78 @@
+"""This project's own class, `xlstm_blocks`: every pattern and every key of the model.
+
+The class is one file, `xlstm_mcore/hf/modeling_xlstm_blocks.py`. It travels with the weights, and
+`import xlstm_mcore.hf` registers it where this package is installed. Its names are ours after the
+prefix, so converting is renaming.
+"""
+
+from typing import Any
+
+from xlstm_mcore.convert.tables import LAYER_TENSORS, Table, renames
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
+
+NAME = "xlstm_blocks"
+
+TABLE = Table(
+    embedding="model.embeddings.weight",
+    final_norm="model.norm.weight",
+    head="lm_head.weight",
+    prefix="model.layers.{n}.",
+    layers={
+        letter: renames({name: name for name in tensors})
+        for letter, tensors in LAYER_TENSORS.items()
+    },
+)
+
+NOTES: tuple[str, ...] = ()
+
+#: Keys of the model that config.json has under the same name and with the same meaning.
+SAME_KEYS = (
+    "hidden_size",
+    "num_heads",
+    "norm",
+    "norm_eps",
+    "cell_eps",
+    "gate_soft_cap",
+    "logit_soft_cap",
+    "qkv_block_size",
+    "conv_width",
+    "head_norm",
+    "mlstm_gate",
+    "mlstm_normalize",
+    "mlstm_input_gate",
+    "mlstm_forget_gate",
+    "slstm_forget_gate",
+    "rotary_base",
+    "dropout",
+)
+
+
+def unsupported_reason(model: ModelConfig) -> str | None:
+    """Why the class cannot compute a model; it can compute every one."""
+    return None
+
+
+def config(model: ModelConfig) -> dict[str, Any]:
+    """The keys of config.json that describe the model; widths stand there as they are."""
+    widths, (heads, kv_heads) = dimensions(model), attention_heads(model)
+    return {
+        "architectures": ["XLSTMBlocksForCausalLM"],
+        "model_type": NAME,
+        "auto_map": {
+            "AutoConfig": "configuration_xlstm_blocks.XLSTMBlocksConfig",
+            "AutoModel": "modeling_xlstm_blocks.XLSTMBlocksModel",
+            "AutoModelForCausalLM": "modeling_xlstm_blocks.XLSTMBlocksForCausalLM",
+        },
+        "pattern": model.pattern.replace("|", ""),
+        **{key: getattr(model, key) for key in SAME_KEYS},
+        "qk_dim": widths.qk,
+        "v_dim": widths.v,
+        "ffn_dim": widths.ffn,
+        "up_dim": widths.up,
+        "slstm_ffn_dim": widths.slstm_ffn,
+        "attention_heads": heads,
+        "attention_kv_heads": kv_heads,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }

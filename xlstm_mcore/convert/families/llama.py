@@ -1,0 +1,71 @@
+"""transformers' `llama`: models of `*` blocks alone, the papers' Transformer baseline.
+
+Both turn channel pairs `(i, i + d/2)` by the rotary angles, so converting is renaming.
+"""
+
+from typing import Any
+
+from xlstm_mcore.convert.tables import Table, renames
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
+
+NAME = "llama"
+
+TABLE = Table(
+    embedding="model.embed_tokens.weight",
+    final_norm="model.norm.weight",
+    head="lm_head.weight",
+    prefix="model.layers.{n}.",
+    layers={
+        "*": renames(
+            {
+                "mixer_norm.weight": "input_layernorm.weight",
+                "mixer.q_proj.weight": "self_attn.q_proj.weight",
+                "mixer.k_proj.weight": "self_attn.k_proj.weight",
+                "mixer.v_proj.weight": "self_attn.v_proj.weight",
+                "mixer.out_proj.weight": "self_attn.o_proj.weight",
+                "ffn_norm.weight": "post_attention_layernorm.weight",
+                "ffn.gate_proj.weight": "mlp.gate_proj.weight",
+                "ffn.up_proj.weight": "mlp.up_proj.weight",
+                "ffn.down_proj.weight": "mlp.down_proj.weight",
+            }
+        )
+    },
+)
+
+NOTES: tuple[str, ...] = ()
+
+
+def unsupported_reason(model: ModelConfig) -> str | None:
+    """Why the class cannot compute a model exactly, as a sentence without its full stop."""
+    if set(model.pattern.replace("|", "")) != {"*"}:
+        return f"llama has only * blocks, and model.pattern is {model.pattern}"
+    if model.norm != "rmsnorm":
+        return "llama always has model.norm=rmsnorm"
+    if model.logit_soft_cap is not None:
+        return "llama has no cap on the logits (model.logit_soft_cap=null)"
+    if model.dropout:
+        return "llama has no dropout of block outputs"
+    return None
+
+
+def config(model: ModelConfig) -> dict[str, Any]:
+    """The keys of config.json that describe the model."""
+    heads, kv_heads = attention_heads(model)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": NAME,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": dimensions(model).ffn,
+        "num_hidden_layers": len(model.pattern.replace("|", "")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": model.hidden_size // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_cache": True,
+    }
