@@ -10,8 +10,9 @@ import argparse
 
 import torch
 
-from pretrain.commands.generate import prompt_ids, tokenizer_of
+from pretrain.commands.generate import prompt_ids
 from xlstm_io.checkpoint.manifest import resolve
+from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_mcore.inference import load_model, model_logits
 
 

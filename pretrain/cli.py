@@ -9,12 +9,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import (
     RunConfig,
     check_world,
+    config_of_checkpoint,
     load_config,
     override_option,
     split_overrides,
@@ -39,9 +41,21 @@ def _config_help(command: str, path: str, overrides: list[str]) -> None:
     print(f"{OVERRIDES_HELP}\n\n{options_help(config)}")
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="RUN.yaml", help="run file, see pretrain/configs/")
+def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    text = "run file, see pretrain/configs/"
+    if optional:
+        text += " (default: the configuration in the checkpoint)"
+    nargs = "?" if optional else None
+    parser.add_argument("config", metavar="RUN.yaml", nargs=nargs, help=text)
     parser.epilog = OVERRIDES_HELP
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE|FOLDER",
+        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
+    )
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -120,10 +134,11 @@ def _build_parser() -> argparse.ArgumentParser:
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations"
     )
     generate.add_argument("--out", metavar="FILE", help="also write the text to this file")
+    _add_tokenizer(generate)
 
     evaluate = add("evaluate", "loss of a checkpoint on a validation split")
     evaluate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
-    _add_config(evaluate)
+    _add_config(evaluate, optional=True)
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
     report.add_argument("run_dir", metavar="RUN_DIR")
@@ -241,6 +256,7 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.seed,
         precision=options.precision,
         out=options.out,
+        tokenizer=options.tokenizer,
     )
 
 
@@ -284,6 +300,14 @@ def _positive_nproc(options: argparse.Namespace) -> int | None:
     return options.nproc
 
 
+def _saved_config(checkpoint: str, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a checkpoint, or in the newest one of a run folder."""
+    from xlstm_io.checkpoint.manifest import read_manifest, resolve
+
+    path = resolve(checkpoint)
+    return config_of_checkpoint(read_manifest(path).config, overrides, str(path))
+
+
 def _dispatch(argv: Sequence[str]) -> int:
     """Parse and run one command; errors travel up to `run`."""
     words = list(argv)
@@ -303,7 +327,10 @@ def _dispatch(argv: Sequence[str]) -> int:
     options = parser.parse_args(words)
     # Workers that this command starts read the file again, and the first of them says what is old.
     starts_workers = words[0] in ("launch", "self-test") and "WORLD_SIZE" not in os.environ
-    config = load_config(options.config, overrides, quiet=starts_workers)
+    if options.config is None:
+        config = _saved_config(options.checkpoint, overrides)
+    else:
+        config = load_config(options.config, overrides, quiet=starts_workers)
     return CONFIG_COMMANDS[options.command](options, config, flags)
 
 

@@ -18,6 +18,7 @@ from pretrain.checkpoint import CheckpointSaver, Retention
 from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
+from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
@@ -156,6 +157,7 @@ class Trainer:
             options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),
             asynchronous=options.asynchronous,
+            files=tokenizer_files(self.data.manifest) if layout.is_main else None,
             fence=self._fence,
         )
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)

@@ -101,6 +101,7 @@ class CheckpointSaver:
         folder: Where the checkpoints lie, a path or an fsspec URL.
         retention: Which checkpoints stay (default: all).
         asynchronous: Write in a thread. Otherwise `save` returns when the checkpoint is complete.
+        files: Small files that every checkpoint holds, see `save_checkpoint`.
         ranks: Who saves together (default: all, through a process group that is made here, so all
             ranks must construct one together).
         fence: Called on the first rank before a checkpoint is made complete, and before old ones
@@ -113,6 +114,7 @@ class CheckpointSaver:
         *,
         retention: Retention | None = None,
         asynchronous: bool = True,
+        files: Mapping[str, bytes] | None = None,
         ranks: Ranks | None = None,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
@@ -122,6 +124,7 @@ class CheckpointSaver:
         self.damaged: set[Location] = set()  # found while resuming; retention leaves them alone
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
+        self._files = files
         self._fence = fence
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -243,6 +246,7 @@ class CheckpointSaver:
                 state,
                 config,
                 step=step,
+                files=self._files,
                 ranks=self.ranks,
                 fence=self._fence,
             )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import xxhash
 
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
@@ -58,6 +59,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     *,
     step: int,
+    files: Mapping[str, bytes] | None = None,
     ranks: Ranks | None = None,
     keep: int | None = None,
 ) -> Location:
@@ -72,6 +74,8 @@ def save_checkpoint(
         state: The training state, as JSON; that of the first rank is stored.
         config: The configuration, likewise.
         step: Training steps done.
+        files: Small files that travel with the checkpoint, by name; those of the first rank are
+            stored. They are the tokenizer's.
         ranks: Who saves together (default: all; without torch.distributed: this process).
         keep: Afterwards all but so many of the newest complete checkpoints are deleted (None: all
             are kept).
@@ -83,7 +87,7 @@ def save_checkpoint(
     """
     ranks = ranks or Ranks()
     folder = location(root) / CHECKPOINTS_FOLDER
-    path = write_checkpoint(folder, slices, state, config, step=step, ranks=ranks)
+    path = write_checkpoint(folder, slices, state, config, step=step, files=files, ranks=ranks)
     if keep is not None and ranks.is_first:
         apply_retention(folder, Retention(keep=keep), path)
     return path
@@ -96,6 +100,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     *,
     step: int,
+    files: Mapping[str, bytes] | None = None,
     ranks: Ranks,
     fence: Callable[[], None] = lambda: None,
 ) -> Location:
@@ -107,6 +112,7 @@ def write_checkpoint(
         state: See there.
         config: See there.
         step: See there.
+        files: See there.
         ranks: See there.
         fence: Called on the first rank right before the manifest makes the checkpoint complete. It
             raises Superseded when this process may no longer write.
@@ -116,7 +122,11 @@ def write_checkpoint(
     path = ranks.first(what, lambda: _start(folder, step, state, config), remedy)
     try:
         data_files = ranks.together(what, lambda: _write_slices(path, ranks.rank, slices), remedy)
-        ranks.first(what, lambda: _finish(path, data_files, step, state, config, fence), remedy)
+        ranks.first(
+            what,
+            lambda: _finish(path, data_files, step, state, config, files or {}, fence),
+            remedy,
+        )
     except Superseded:
         raise  # a life that has been superseded deletes nothing
     except BaseException:
@@ -212,6 +222,7 @@ def _finish(
     step: int,
     state: Mapping,
     config: Mapping,
+    small_files: Mapping[str, bytes],
     fence: Callable[[], None],
 ) -> None:
     """On the first rank, when all data is stored: check, metadata, and the manifest last."""
@@ -236,6 +247,9 @@ def _finish(
     body = json.dumps({"tensors": dict(sorted(stored.items()))})
     write_atomic(metadata, body.encode(), make_parents=False)
     files = {METADATA_NAME: hash_file(metadata)}
+    for name, data in small_files.items():
+        write_atomic(path / name, data, make_parents=False)
+        files[name] = WrittenFile(len(data), xxhash.xxh3_64_hexdigest(data))
     files |= {
         data_file.file: data_file.written
         for data_file in data_files

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import CheckpointError, read_manifest, resolve
+from pretrain.checkpoint import read_manifest, resolve
 from pretrain.config import config_from_dict
-from xlstm_io.tokenizer import Tokenizer, open_tokenizer
+from xlstm_io.checkpoint.tokenizer import tokenizer_of
+from xlstm_io.storage import Location
+from xlstm_io.tokenizer import Tokenizer
 from xlstm_mcore.inference import gather_vocabulary, load_model
 from xlstm_mcore.model import XLSTMModel
 
@@ -24,6 +26,7 @@ def main(
     seed: int = 0,
     precision: str = "fp32",
     out: str | None = None,
+    tokenizer: str | None = None,
 ) -> int:
     """Continue prompts and print the texts.
 
@@ -38,6 +41,7 @@ def main(
         seed: seed of the sampling.
         precision: "fp32" or "bf16", of weights and activations.
         out: file to write the texts to as well.
+        tokenizer: a tokenizer's file or folder; by default the one in the checkpoint.
 
     Returns:
         0.
@@ -50,24 +54,24 @@ def main(
     check_split(path)
     model, _ = load_model(path, precision=precision)
     main_process = model.tp_group.rank() == 0
-    tokenizer = tokenizer_of(path)
+    words = tokenizer_of(path, tokenizer)
     rng = torch.Generator().manual_seed(seed)
     texts = []
     for start in prompt:
-        prompted = prompt_ids(tokenizer, start)
+        prompted = prompt_ids(words, start)
         added = generate(
             model,
             prompted,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
-            end=tokenizer.document_ids().eos,
-            limit=tokenizer.vocab_size,
+            end=words.document_ids().eos,
+            limit=words.vocab_size,
             rng=rng,
         )
         # Some tokenizers decode a first token without its space: decode it after the prompt.
-        known = len(tokenizer.decode(prompted))
-        texts.append(start + tokenizer.decode([*prompted, *added])[known:])
+        known = len(words.decode(prompted))
+        texts.append(start + words.decode([*prompted, *added])[known:])
         if main_process:
             print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
     if main_process and out is not None:
@@ -80,30 +84,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.document_ids().bos, *tokenizer.encode([text])[0].tolist()]
 
 
-def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizer that made the ids a checkpoint was trained on.
-
-    Raises:
-        CheckpointError: it is gone, or another one is there.
-        TokenizerFileError: it is damaged.
-    """
-    recorded = read_manifest(path).state["tokenizer"]
-    file = Path(recorded["path"])
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} was trained with the tokenizer {file}, which is gone; put the shard folder "
-            "back where it was"
-        )
-    tokenizer = open_tokenizer(file)
-    if tokenizer.sha256 != recorded["sha256"]:
-        raise CheckpointError(
-            f"{file} is not the tokenizer that {path} was trained with: sha256 "
-            f"{tokenizer.sha256[:12]}, then {recorded['sha256'][:12]}; put the shard folder back"
-        )
-    return tokenizer
-
-
-def check_split(path: Path) -> None:
+def check_split(path: Location) -> None:
     """Check that a checkpoint's model splits over the processes that torchrun started.
 
     Raises:

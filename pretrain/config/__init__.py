@@ -8,7 +8,12 @@ Nothing here imports torch.
 """
 
 from pretrain.config.checks import check_world, data_parallel_size
-from pretrain.config.load import config_from_dict, load_config, save_config
+from pretrain.config.load import (
+    config_from_dict,
+    config_of_checkpoint,
+    load_config,
+    save_config,
+)
 from pretrain.config.overrides import override_option, split_overrides
 from pretrain.config.schema import (
     CheckpointConfig,
@@ -42,6 +47,7 @@ __all__ = [
     "ScheduleConfig",
     "check_world",
     "config_from_dict",
+    "config_of_checkpoint",
     "data_parallel_size",
     "load_config",
     "override_option",

@@ -76,6 +76,32 @@ def load_config(
     Raises:
         ConfigError: every problem, in one message.
     """
+    return _with_overrides(_read_sections(path), overrides, str(path), quiet)
+
+
+def config_of_checkpoint(
+    saved: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), source: str = ""
+) -> RunConfig:
+    """The run that a checkpoint is of, with overrides on top.
+
+    Args:
+        saved: the configuration in the checkpoint's manifest.
+        overrides: see `load_config`.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: every problem, in one message.
+    """
+    return _with_overrides(dict(saved), overrides, source, quiet=False)
+
+
+def _with_overrides(
+    sections: dict[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any],
+    source: str,
+    quiet: bool,
+) -> RunConfig:
+    """Put overrides on top of a file's sections and validate the whole."""
     if not isinstance(overrides, Mapping):
         rest, overrides = split_overrides(overrides)
         if rest:
@@ -87,13 +113,13 @@ def load_config(
         section, _, leaf = key.partition(".")
         options.setdefault(section, {})[leaf] = parse_structured(key, value)
     # Each by itself, so that a new name on the command line wins over an old one in the file.
-    in_file, on_line = update_keys(_read_sections(path)), update_keys(options)
+    in_file, on_line = update_keys(sections), update_keys(options)
     values = in_file.values
     for section, keys in on_line.values.items():
         if isinstance(values.setdefault(section, {}), dict):
             values[section] = {**values[section], **keys}
     notes = list(dict.fromkeys(in_file.notes + on_line.notes))
-    config = _validated(Updated(values, notes, in_file.problems + on_line.problems), str(path))
+    config = _validated(Updated(values, notes, in_file.problems + on_line.problems), source)
     if not quiet:
         say(notes)
     return config

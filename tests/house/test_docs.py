@@ -51,6 +51,10 @@ RUN_ELSEWHERE = {
         MAKE_PRETRAIN,
         '"pretrain", "self-test", path',
     ),
+    "python -m pretrain evaluate CKPT --data.path shards": (
+        "tests/pretrain/test_hf_tokenizer.py",
+        '"evaluate", str(copy), "--data.path"',
+    ),
     "python -m benchmarks.checkpoint": (
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 
 from pretrain import cli
 from pretrain.checkpoint import read_manifest, resolve
-from pretrain.commands.generate import tokenizer_of
 from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer, write_jsonl
 from tests.dist.training_runs import tiny_run
-from xlstm_io.tokenizer import open_tokenizer
+from xlstm_io.checkpoint.manifest import MANIFEST_NAME, manifest_checksum
+from xlstm_io.checkpoint.tokenizer import tokenizer_of
+from xlstm_io.tokenizer import TOKENIZER_FILES, open_tokenizer
 from xlstm_mcore.convert import cli as convert
 
 ROOT = Path(__file__).parents[2]
@@ -91,12 +92,71 @@ def test_a_class_of_transformers_with_other_ids_is_noted(work, tmp_path, capsys)
     assert "AutoTokenizer is not the trained tokenizer" in capsys.readouterr().err
 
 
-def test_missing_changed_and_broken_tokenizers(work, tmp_path, capsys):
+def rewrite_manifest(checkpoint: Path, change) -> None:
+    """Change a manifest's body in place, and make its checksum fit."""
+    file = checkpoint / MANIFEST_NAME
+    body = json.loads(file.read_text())
+    change(body)
+    file.write_text(json.dumps(body | {"checksum": manifest_checksum(body)}))
+
+
+@pytest.fixture
+def old_checkpoint(work, tmp_path):
+    """A copy of the run's checkpoint as version 0.1 wrote it: it only names the tokenizer."""
+    folder = Path(resolve(work[0] / "run"))
+    folder = shutil.copytree(folder, tmp_path / "old" / folder.name)
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+    def forget(body):
+        body["files"] = {n: f for n, f in body["files"].items() if n not in TOKENIZER_FILES}
+
+    rewrite_manifest(folder, forget)
+    return folder
+
+
+def test_a_copy_of_the_folder_is_all_that_another_machine_needs(work, tmp_path, capsys):
+    """No shards, no run folder, no run file: text, loss (its data aside) and export come out."""
+    root, _ = work
+    folder = Path(resolve(root / "run"))
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(read_manifest(copy).files)
+    rewrite_manifest(copy, lambda body: body["state"]["tokenizer"].update(path="/gone/t.json"))
+    words = ["generate", str(copy), "--prompt", "gate", "--max-tokens", "2"]
+    assert cli.run(words) == 0
+    assert "gate" in capsys.readouterr().out
+    assert cli.run(["evaluate", str(copy), "--data.path", str(root / "shards")]) == 0
+    assert "nats per token" in capsys.readouterr().out
+    assert convert.main(["to-hf", str(copy), str(tmp_path / "out")]) == 0
+    assert open_tokenizer(tmp_path / "out").sha256 == tokenizer_of(copy).sha256
+    tokens = (copy / "tokenizer.json").read_bytes()
+    (copy / "tokenizer.json").write_bytes(tokens[:-1] + b" ")
+    assert cli.run(words) == 2
+    assert "tokenizer.json does not match its hash" in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_given_by_file_or_folder(work, old_checkpoint, tmp_path, capsys):
+    root, _ = work
+    moved = shutil.copytree(root / "tok", tmp_path / "moved")
+    rewrite_manifest(old_checkpoint, lambda body: body["state"]["tokenizer"].update(path="/gone"))
+    words = ["generate", str(old_checkpoint), "--max-tokens", "1"]
+    export = ["to-hf", str(old_checkpoint), str(tmp_path / "out")]
+    assert cli.run(words) == convert.main(export) == 2
+    assert capsys.readouterr().err.count("give it with --tokenizer FILE|FOLDER") == 2
+    for given in (moved, moved / "tokenizer.json"):
+        assert cli.run([*words, "--tokenizer", str(given)]) == 0
+        assert convert.main([*export, "--tokenizer", str(given)]) == 0
+    capsys.readouterr()
+    assert cli.run([*words, "--tokenizer", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such file or folder" in capsys.readouterr().err
+
+
+def test_missing_changed_and_broken_tokenizers(work, old_checkpoint, tmp_path, capsys):
     root, _ = work
     file = root / "shards/tokenizer/tokenizer.json"
     config = file.with_name("tokenizer_config.json")
-    generate = ["generate", str(root / "run"), "--max-tokens", "1"]
-    export = ["to-hf", str(root / "run"), str(tmp_path / "out")]
+    generate = ["generate", str(old_checkpoint), "--max-tokens", "1"]
+    export = ["to-hf", str(old_checkpoint), str(tmp_path / "out")]
     kept = file.read_bytes(), config.read_bytes()
     for changed, value, words in (
         (file, b"{}", "is not a Hugging Face tokenizer"),

@@ -2,17 +2,20 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from xlstm_io.errors import TokenizerFileError
+from xlstm_io.storage import Location
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HF_NAME, HF_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+
+TOKENIZER_FILES = (SENTENCEPIECE_NAME, HF_NAME, HF_CONFIG_NAME)
+"""The names of all files that tokenizers travel with."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class DocumentIds:
 
 class Tokenizer(ABC):
     """A tokenizer, opened from its files by `open_tokenizer`.
+
+    Args:
+        path: the file whose hash is recorded; only messages use it.
+        files: see the attribute.
 
     Attributes:
         kind: how manifests name the library.
@@ -43,8 +50,8 @@ class Tokenizer(ABC):
     eos_id: int | None
     pad_id: int | None
 
-    def __init__(self, path: Path, files: dict[str, bytes]):
-        self.path, self.files = path, files
+    def __init__(self, path: Location, files: Mapping[str, bytes]):
+        self.path, self.files = path, dict(files)
         self.sha256 = hashlib.sha256(next(iter(files.values()))).hexdigest()
 
     @property

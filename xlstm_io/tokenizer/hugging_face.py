@@ -2,38 +2,34 @@
 
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from xlstm_io.storage import read_file
+from xlstm_io.storage import Location
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME, Tokenizer, as_arrays
-from xlstm_io.untrusted import LIMITS
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer as transformers saves it.
 
     Args:
-        path: the `tokenizer.json`; its `tokenizer_config.json` lies beside it.
+        path: the `tokenizer.json`, for messages.
+        files: its bytes, and those of its `tokenizer_config.json`.
 
     Raises:
-        OSError: one of the files cannot be read, or is too large to be a tokenizer.
         Exception: a file is damaged (the library raises bare `Exception`).
     """
 
     kind = "huggingface"
 
-    def __init__(self, path: Path):
-        raw = read_file(path, LIMITS.tokenizer, links=True)
-        raw_config = read_file(path.with_name(HF_CONFIG_NAME), LIMITS.tokenizer, links=True)
-        super().__init__(path, {HF_NAME: raw, HF_CONFIG_NAME: raw_config})
-        config = json.loads(raw_config)
+    def __init__(self, path: Location, files: Mapping[str, bytes]):
+        super().__init__(path, {name: files[name] for name in (HF_NAME, HF_CONFIG_NAME)})
+        config = json.loads(files[HF_CONFIG_NAME])
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # builds run a process per core
-        self._tokenizer = FastTokenizer.from_str(raw.decode())
+        self._tokenizer = FastTokenizer.from_str(files[HF_NAME].decode())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True

@@ -1,9 +1,12 @@
-"""Opening a tokenizer by its file or folder."""
+"""Opening a tokenizer by its file or folder, or from the bytes of its files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from xlstm_io.errors import TokenizerFileError
-from xlstm_io.tokenizer.base import HF_NAME, SENTENCEPIECE_NAME, Tokenizer
+from xlstm_io.storage import Location, read_file
+from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME, SENTENCEPIECE_NAME, Tokenizer
+from xlstm_io.untrusted import LIMITS
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
@@ -19,12 +22,42 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         names = (SENTENCEPIECE_NAME, HF_NAME)
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    is_json = path.suffix == ".json"
+    return tokenizer_from_files(read_tokenizer_files(path), path)
+
+
+def read_tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The bytes of a tokenizer's files under the names with which they travel.
+
+    Args:
+        path: a SentencePiece model, or a `tokenizer.json` with its `tokenizer_config.json` beside
+            it.
+
+    Raises:
+        TokenizerFileError: one of them is not there, cannot be read, or is too large.
+    """
+    files = {SENTENCEPIECE_NAME: path}
+    if path.suffix == ".json":
+        files = {HF_NAME: path, HF_CONFIG_NAME: path.with_name(HF_CONFIG_NAME)}
     try:
-        return _open_hugging_face(path) if is_json else _open_sentencepiece(path)
+        return {name: read_file(file, LIMITS.tokenizer, links=True) for name, file in files.items()}
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise TokenizerFileError(reason) from error
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], path: Location) -> Tokenizer:
+    """The tokenizer whose files have these bytes; a `tokenizer.model` is taken before a JSON.
+
+    Args:
+        files: bytes by name, as `read_tokenizer_files` returns them.
+        path: where they come from, for messages.
+
+    Raises:
+        TokenizerFileError: they are not a tokenizer.
+    """
+    is_json = SENTENCEPIECE_NAME not in files
+    try:
+        return _open_hugging_face(path, files) if is_json else _open_sentencepiece(path, files)
     except Exception as error:  # tokenizers raises bare Exception
         kind = f"a Hugging Face tokenizer: {error}" if is_json else "a SentencePiece model"
         raise TokenizerFileError(f"{path} is not {kind}") from error
@@ -33,13 +66,13 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 # Each library takes a moment to import: only the one that is needed is.
 
 
-def _open_sentencepiece(path: Path) -> Tokenizer:
+def _open_sentencepiece(path: Location, files: Mapping[str, bytes]) -> Tokenizer:
     from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(path)
+    return SentencePieceTokenizer(path, files)
 
 
-def _open_hugging_face(path: Path) -> Tokenizer:
+def _open_hugging_face(path: Location, files: Mapping[str, bytes]) -> Tokenizer:
     from xlstm_io.tokenizer.hugging_face import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer(path)
+    return HuggingFaceTokenizer(path, files)

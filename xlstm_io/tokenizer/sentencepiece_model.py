@@ -8,18 +8,16 @@ a U+2581 is encoded as its three bytes instead. Models from elsewhere may change
 builds count the documents that do not come back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from xlstm_io.storage import read_file
+from xlstm_io.storage import Location
 from xlstm_io.tokenizer.base import SENTENCEPIECE_NAME, Tokenizer, as_arrays
 from xlstm_io.tokenizer.word_cache import CheckedWordCache, word_pattern
-from xlstm_io.untrusted import LIMITS
 
 SPACE_SYMBOL = "\u2581"
 """How SentencePiece writes a space in its pieces."""
@@ -29,17 +27,17 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file. BPE models encode through a word cache, with the same ids.
 
     Args:
-        path: the `.model` file.
+        path: the `.model` file, for messages.
+        files: its bytes, under the name `tokenizer.model`.
 
     Raises:
-        OSError: the file cannot be read, or is too large to be a tokenizer.
         RuntimeError: it is not a model.
     """
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path):
-        model = read_file(path, LIMITS.tokenizer, links=True)
+    def __init__(self, path: Location, files: Mapping[str, bytes]):
+        model = files[SENTENCEPIECE_NAME]
         super().__init__(path, {SENTENCEPIECE_NAME: model})
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self.bos_id = _id_or_none(self._processor.bos_id())

@@ -16,12 +16,12 @@ import logging
 import re
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from xlstm_io.storage import Location
 from xlstm_io.tokenizer.base import as_arrays
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,9 @@ class CheckedWordCache:
         path: of the model, for the message.
     """
 
-    def __init__(self, processor: spm.SentencePieceProcessor, pattern: re.Pattern[str], path: Path):
+    def __init__(
+        self, processor: spm.SentencePieceProcessor, pattern: re.Pattern[str], path: Location
+    ):
         self.in_use = True
         self._processor, self._path = processor, path
         self._cache = WordCache(processor, pattern)

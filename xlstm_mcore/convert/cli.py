@@ -41,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_hf.add_argument(
         "--tokenizer",
-        metavar="FILE",
+        metavar="FILE|FOLDER",
         type=Path,
-        help="the tokenizer: a SentencePiece .model file or a tokenizer.json with its "
-        "tokenizer_config.json (default: the one that the checkpoint names)",
+        help="a SentencePiece .model file, a tokenizer.json with its tokenizer_config.json beside "
+        "it, or the folder of one (default: the tokenizer in the checkpoint)",
     )
     to_hf.set_defaults(run=_to_hf)
 

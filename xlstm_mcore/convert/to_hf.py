@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, GenerationConfig, xLSTMConfig
 from xlstm_io.checkpoint.manifest import is_weight, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import TensorHeader, write_safetensors
-from xlstm_io.tokenizer import Tokenizer, open_tokenizer
+from xlstm_io.checkpoint.tokenizer import tokenizer_of
+from xlstm_io.storage import Location
+from xlstm_io.tokenizer import Tokenizer
 from xlstm_io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
@@ -64,14 +66,12 @@ def export(
         checkpoint: A checkpoint, or a run folder (then its newest complete checkpoint).
         out: The folder to write. One that exists is replaced only if it is empty or an earlier
             export.
-        tokenizer: A SentencePiece model or a Hugging Face tokenizer.json; by default the one that
-            the checkpoint names.
+        tokenizer: A tokenizer's file or folder; by default the one in the checkpoint.
         max_file_bytes: Largest file of weights.
 
     Raises:
-        ConvertError: transformers cannot compute the model, the tokenizer is missing or another
-            one, or `out` holds something else.
-        CheckpointError: The checkpoint is not sound.
+        ConvertError: transformers cannot compute the model, or `out` holds something else.
+        CheckpointError: The checkpoint is not sound, or its tokenizer is missing or another one.
         TokenizerFileError: The tokenizer cannot be opened.
     """
     out = Path(out).absolute()
@@ -84,7 +84,7 @@ def export(
         check_exportable(model)
         dimensions = _dimensions(reader, model)
         tensors = _check_tensors(reader, dimensions)
-        found = _find_tokenizer(tokenizer, manifest.state, dimensions.vocab)
+        found = _find_tokenizer(reader.path, tokenizer, dimensions.vocab)
         temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
         try:
@@ -188,23 +188,13 @@ def _check_tensors(reader: CheckpointReader, dimensions: Dimensions) -> list[Row
     return tensors
 
 
-def _find_tokenizer(given: Path | None, state: dict[str, Any], vocab: int) -> Tokenizer:
-    """The tokenizer to ship; ConvertError if it is missing or not the checkpoint's."""
-    recorded = state.get("tokenizer") or {}
-    path = given or (Path(recorded["path"]) if "path" in recorded else None)
-    if path is None:
-        raise ConvertError("the checkpoint records no tokenizer; give --tokenizer FILE")
-    if not path.is_file():
-        raise ConvertError(f"{path}: no such file; give the tokenizer with --tokenizer FILE")
-    tokenizer = open_tokenizer(path)
-    if "sha256" in recorded and tokenizer.sha256 != recorded["sha256"]:
-        raise ConvertError(
-            f"{path} is not the tokenizer of this checkpoint (its sha256 differs); give the right "
-            "one with --tokenizer FILE"
-        )
+def _find_tokenizer(path: Location, given: Path | None, vocab: int) -> Tokenizer:
+    """The tokenizer to ship; ConvertError if the model is too small for it."""
+    tokenizer = tokenizer_of(path, given)
     if tokenizer.vocab_size > vocab:
         raise ConvertError(
-            f"{path} has {tokenizer.vocab_size} ids, the model only model.vocab_size={vocab}"
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
+            f"model.vocab_size={vocab}"
         )
     return tokenizer
 
