@@ -97,9 +97,9 @@ def worker(config: RunConfig) -> int:
             clock.start_step()
             return of(*arguments)
 
-        def evaluate(metrics: MetricLogger, of: Callable = trainer._evaluate) -> None:
+        def evaluate(metrics: MetricLogger, of: Callable = trainer._evaluate) -> bool:
             clock.stop()  # validation is the model's work, and only the last step is followed by it
-            of(metrics)
+            return of(metrics)
 
         parts = {
             (trainer.engine, "forward_backward"): "forward_backward",

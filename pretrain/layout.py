@@ -72,6 +72,10 @@ class Layout:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
 
+    def any(self, value: bool) -> bool:
+        """Whether any process says so."""
+        return self.max(float(value)) > 0
+
     def gather(self, value: Any) -> list[Any]:
         """Any small picklable value of every process, by rank."""
         found: list[Any] = [None] * self.world_size

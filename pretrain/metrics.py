@@ -30,11 +30,13 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the records up to `step` finished steps."""
-    if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_atomic(path, "".join(_line(record) for record in kept).encode())
+def _drop_after(path: Path, step: int) -> dict[str, Any]:
+    """Keep the records up to `step` finished steps; the last one of them."""
+    if not path.exists():
+        return {}
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    write_atomic(path, "".join(_line(record) for record in kept).encode())
+    return kept[-1] if kept else {}
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -74,10 +76,11 @@ class MetricLogger:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        _drop_after(path, start_step)
+        # An evaluation that an earlier process did not finish adds to the record of its step.
+        self._last = _drop_after(path, start_step)
         self._file = open(path, "a", encoding="utf-8")
-        self._last: dict[str, Any] = {}
-        self._last_offset = 0
+        last = len(_line(self._last).encode()) if self._last else 0
+        self._last_offset = path.stat().st_size - last
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

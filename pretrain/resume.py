@@ -13,12 +13,14 @@ from pretrain.checkpoint import (
     candidates_together,
     check_same_run,
     load_checkpoint,
+    read_evaluation_together,
     read_manifest_together,
 )
 from pretrain.config import RunConfig
 from pretrain.data import DataCursor, DataPlan
 from pretrain.engines.base import Engine
 from pretrain.supervision.progress_file import check_nothing_is_lost
+from xlstm_io.checkpoint.evaluation import Evaluation
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
 
@@ -34,16 +36,12 @@ class TrainState:
         updates: finished steps whose update was applied (Adam's bias correction counts these).
         tokens: unmasked tokens trained on.
         seconds: wall-clock seconds spent in steps.
-        valid_loss: the last validation loss, nats per token.
-        valid_step: the step it was measured at.
     """
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    valid_loss: float | None = None
-    valid_step: int | None = None
 
     @classmethod
     def saved_in(cls, manifest: Manifest) -> "TrainState":
@@ -59,11 +57,13 @@ class Start:
         state: where the run stands.
         cursor: where it stands in its data.
         checkpoint: the checkpoint that the engine was loaded from; None for a fresh start.
+        evaluation: what was measured of that checkpoint; None if nothing was.
     """
 
     state: TrainState
     cursor: DataCursor
     checkpoint: Location | None
+    evaluation: Evaluation | None = None
 
 
 def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointSaver) -> Start:
@@ -99,7 +99,8 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
             saver.damaged.add(path)
             continue
         saver.last_good = path
-        return Start(state, DataCursor.from_dict(saved.state["cursor"]), path)
+        measured = read_evaluation_together(path, saved, ranks=ranks)
+        return Start(state, DataCursor.from_dict(saved.state["cursor"]), path, measured)
     if candidates:
         raise CheckpointError(
             f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "

@@ -43,7 +43,12 @@ def describe_start(
 
 
 def write_summary(
-    folder: Path, config: RunConfig, layout: Layout, engine: Engine, state: TrainState
+    folder: Path,
+    config: RunConfig,
+    layout: Layout,
+    engine: Engine,
+    state: TrainState,
+    valid_loss: float,
 ) -> None:
     """Write `summary.json` into a run's folder; called by all ranks.
 
@@ -53,6 +58,7 @@ def write_summary(
         layout: where this process stands.
         engine: the model with its optimizer.
         state: where the run stands.
+        valid_loss: measured at its last step, nats per token.
     """
     peak = cpu_runtime.peak_memory_bytes()
     (total,), largest = layout.sum(peak), layout.max(peak)
@@ -63,7 +69,7 @@ def write_summary(
         "steps": state.step,
         "tokens": state.tokens,
         "parameters": engine.num_parameters,
-        "valid_loss": state.valid_loss,
+        "valid_loss": valid_loss,
         "seconds": state.seconds,
         "tokens_per_second": trained / max(state.seconds, 1e-9),
         "peak_memory_bytes": {"sum": int(total), "max": int(largest)},

@@ -6,10 +6,9 @@ rate and its line in the log. Everything else in here decides what happens betwe
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pretrain import layout as layouts
 from pretrain.checkpoint import CheckpointSaver, Retention
 from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
-from pretrain.data import Batch, Quarantine, TrainLoader, ValidLoader, open_plan, open_valid
+from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
@@ -31,7 +30,8 @@ from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
-from pretrain.supervision.watchdog import CHECKPOINT, EVALUATION, STEP, Limits, Watchdog
+from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Limits, Watchdog
+from pretrain.validation import Validation
 from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, UserError
@@ -127,6 +127,7 @@ class Trainer:
 
     Attributes:
         state: where the run stands.
+        evaluation: the newest validation loss; None before the first.
         life: number of this life of the run; 0 without a lease.
     """
 
@@ -142,12 +143,8 @@ class Trainer:
         self.dir = Path(config.run.dir)
         self.watchdog = watchdog or Watchdog(self.dir, layout.rank, None)
         data, options = config.data, config.checkpoint
-        replica = {"dp_rank": layout.dp_rank, "dp_size": layout.dp_size}
         self.data = open_plan(data, config.run.seed)
-        self.valid = {
-            name: ValidLoader(dataset, micro_batch=data.micro_batch, **replica)
-            for name, dataset in open_valid(data, self.data).items()
-        }
+        self.validation = Validation(config, layout, self.data)
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device.type)
         self.engine: Engine = make_engine(config, layout)
@@ -162,7 +159,7 @@ class Trainer:
         )
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
         self.start = resume(config, self.data, self.engine, self.saver)
-        self.state = self.start.state
+        self.state, self.evaluation = self.start.state, self.start.evaluation
         self._check_writable()
         self._record_life()
         cursor = self.start.cursor
@@ -176,7 +173,8 @@ class Trainer:
             quarantine=Quarantine(
                 data.max_quarantined, layout.own_file(self.dir, "quarantine"), cursor.quarantined
             ),
-            **replica,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
         )
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
@@ -207,7 +205,11 @@ class Trainer:
         ):
             for line in describe_start(config, self.layout, self.engine, self.data, self.start):
                 metrics.message(line)
-            while self.state.step < steps:
+            # The life before this one may have ended before it had measured its last step.
+            missing = self.evaluation is None and self.validation.due(self.state.step)
+            stopping = missing and not self._evaluate(metrics)
+            self.watchdog.moved(STARTUP, self.state.step)
+            while self.state.step < steps and not stopping:
                 stopping, save_failed, superseded = self._step(metrics, until)
                 if save_failed:
                     self.saver.wait()  # raises on every rank
@@ -215,21 +217,28 @@ class Trainer:
                     self._check_lease()  # raises on every rank
                 step = self.state.step
                 last = step == steps
-                if last or (step % config.evaluation.interval == 0 and not stopping):
-                    self._evaluate(metrics)
-                if last or stopping or step % config.checkpoint.interval == 0:
+                save = last or stopping or step % config.checkpoint.interval == 0
+                if save:
                     self._save(metrics)
+                # After the save: an evaluation takes long, and nothing is lost when it is cut.
+                if not stopping and self.validation.due(step) and not self._evaluate(metrics):
+                    stopping = True
+                    if not save:
+                        self._save(metrics)
                 if last or stopping:
+                    self.watchdog.moved(CHECKPOINT, step)
                     self.saver.wait()
                 self.watchdog.moved(STEP, step)
                 self._report_finished_save(metrics)
-                if stopping and not last:
-                    if self.stop.requested:
-                        metrics.message(f"stopped after step {step}; run again to continue")
-                    self._write_progress("stopped")
-                    return ExitCode.STOPPED
+            if stopping:
+                if self.stop.requested:
+                    metrics.message(f"stopped after step {self.state.step}; run again to continue")
+                self._write_progress("stopped")
+                return ExitCode.STOPPED
         self._check_lease()
-        write_summary(self.dir, config, self.layout, self.engine, self.state)
+        assert self.evaluation is not None  # the last step is always measured
+        loss = self.evaluation.loss
+        write_summary(self.dir, config, self.layout, self.engine, self.state, loss)
         self._write_progress("done")
         return ExitCode.DONE
 
@@ -297,27 +306,17 @@ class Trainer:
             f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; {remedy}"
         )
 
-    def _evaluate(self, metrics: MetricLogger) -> None:
-        """Measure the validation loss of every validation set."""
-        config = self.config
-        losses = {}
-        for name, loader in self.valid.items():
-            batches: Any = iter(loader)
-            if config.evaluation.max_batches is not None:
-                rows = config.data.micro_batch * self.layout.dp_size
-                per_global = config.data.global_batch // rows
-                batches = islice(batches, config.evaluation.max_batches * per_global)
-            losses[name] = self.engine.evaluate(self._watched(batches)).mean
-        mean = sum(losses.values()) / len(losses)
-        self.state = replace(self.state, valid_loss=mean, valid_step=self.state.step)
-        each = {f"valid_loss/{name}": loss for name, loss in losses.items()}
-        metrics.log(self.state.step, {"valid_loss": mean, **(each if len(each) > 1 else {})})
-
-    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an evaluation; each that is asked for is a sign of progress."""
-        for batch in batches:
-            self.watchdog.moved(EVALUATION, self.state.step)
-            yield batch
+    def _evaluate(self, metrics: MetricLogger) -> bool:
+        """Measure the validation loss; False when a rank was asked to stop meanwhile."""
+        step = self.state.step
+        found = self.validation.measure(self.engine, step, self.stop, self.watchdog)
+        if found is None:
+            return False
+        self.evaluation = found
+        each = {f"valid_loss/{name}": loss for name, loss in found.sets.items()}
+        metrics.log(step, {"valid_loss": found.loss, **(each if len(each) > 1 else {})})
+        self.saver.record(found)
+        return True
 
     def _save(self, metrics: MetricLogger) -> None:
         self.watchdog.moved(CHECKPOINT, self.state.step)
@@ -364,6 +363,7 @@ class Trainer:
         return {
             **asdict(self.state),
             "life": self.life,
+            "evaluation_due": self.validation.due(self.state.step),
             "cursor": self.loader.cursor.to_dict(),
             "tokenizer": {
                 "path": str(Path(manifest.tokenizer_path).resolve()),

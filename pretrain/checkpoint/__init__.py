@@ -16,6 +16,7 @@ from pretrain.checkpoint.identity import check_same, check_same_run
 from pretrain.checkpoint.load import (
     candidates_together,
     load_checkpoint,
+    read_evaluation_together,
     read_manifest_together,
 )
 from pretrain.checkpoint.ranks import Ranks
@@ -38,6 +39,7 @@ __all__ = [
     "check_same_run",
     "find_latest",
     "load_checkpoint",
+    "read_evaluation_together",
     "read_manifest",
     "read_manifest_together",
     "resolve",

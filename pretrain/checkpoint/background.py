@@ -23,6 +23,8 @@ import torch
 from pretrain.checkpoint.ranks import Ranks, background_ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
+from xlstm_io.checkpoint.evaluation import Evaluation, write_evaluation
+from xlstm_io.checkpoint.manifest import step_of_folder
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, Superseded, UserError
 from xlstm_io.storage import Location, location, make_folder, remove_folder, write_atomic
@@ -184,6 +186,28 @@ class CheckpointSaver:
         self._thread.start()
         return stall
 
+    def record(self, evaluation: Evaluation) -> None:
+        """Write what was measured at a step beside that step's checkpoint, when it is complete.
+
+        Waits for nothing: the file is written in the background, after a save under way. Where the
+        step has no checkpoint, nothing is written. A loss that cannot be written is named in a
+        warning, and the step stays unmeasured.
+        """
+        if not self.ranks.is_first:
+            return
+        save = self._thread
+
+        def write() -> None:
+            if save is not None:
+                save.join()
+            self._record(evaluation)
+
+        if self._asynchronous:
+            self._thread = threading.Thread(target=write, name="evaluation", daemon=True)
+            self._thread.start()
+        else:
+            write()
+
     @property
     def failed(self) -> bool:
         """Whether a background save has failed, as far as this rank knows by now.
@@ -260,3 +284,17 @@ class CheckpointSaver:
                 apply_retention(self.folder, self._retention, path, self.damaged)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)
+
+    def _record(self, evaluation: Evaluation) -> None:
+        """On the first rank: `evaluation.json`, and then what stays by the new loss."""
+        path = self.last_good
+        if self._error is not None or path is None or step_of_folder(path) != evaluation.step:
+            return
+        try:
+            self._fence()
+            write_evaluation(path, evaluation)
+            apply_retention(self.folder, self._retention, path, self.damaged)
+        except Superseded:  # the next save tells all ranks
+            return
+        except (OSError, CheckpointError) as error:
+            log.warning("could not write the validation loss into %s: %s", path, error)

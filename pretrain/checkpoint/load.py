@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pretrain.checkpoint.ranks import Ranks
+from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
 from xlstm_io.checkpoint.manifest import Manifest, name_broken, newest_first, parse_manifest
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.errors import CheckpointError, UnfinishedError
@@ -72,3 +73,10 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
 def read_manifest_together(path: Location, *, ranks: Ranks) -> Manifest:
     """`read_manifest` on the first rank; every rank gets its result, or its error."""
     return ranks.first(f"reading {path}", lambda: parse_manifest(path))
+
+
+def read_evaluation_together(
+    path: Location, manifest: Manifest, *, ranks: Ranks
+) -> Evaluation | None:
+    """`read_evaluation` on the first rank; every rank gets its result, or its error."""
+    return ranks.first(f"reading {path}", lambda: read_evaluation(path, manifest))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.ranks import RANK_TIMEOUT
+from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import MANIFEST_NAME, parse_manifest, step_folders
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
@@ -26,6 +27,7 @@ class Retention:
         keep: How many of the newest checkpoints (by step, then time); None for all.
         keep_every: Checkpoints of steps that this number divides are kept for ever; None for none.
         keep_best: How many of those with the lowest validation loss, measured at their own step.
+            With it those also stay whose loss is still to be measured.
 
     Raises:
         CheckpointError: `keep` is less than 1.
@@ -51,12 +53,14 @@ class Saved:
         step: Its step.
         created: When its manifest was written, in seconds since 1970.
         valid_loss: The validation loss at its step; inf where none was measured.
+        unmeasured: Whether a loss is to be measured at its step, and is not there yet.
     """
 
     path: Location
     step: int
     created: float
     valid_loss: float = math.inf
+    unmeasured: bool = False
 
 
 def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
@@ -70,6 +74,8 @@ def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
     measured = [s for s in newest if s.valid_loss < math.inf]
     best = sorted(measured, key=lambda s: s.valid_loss)  # of equals the newest
     stay |= {s.path for s in best[: retention.keep_best]}
+    if retention.keep_best:  # the step that is being measured may be the best
+        stay |= {s.path for s in newest if s.unmeasured}
     return [s for s in newest if s.path not in stay]
 
 
@@ -118,9 +124,10 @@ def apply_retention(
 
 def _about(path: Location) -> Saved:
     manifest = parse_manifest(path)
-    state = manifest.state
-    loss = state.get("valid_loss") if state.get("valid_step") == manifest.step else None
-    return Saved(path, manifest.step, manifest.created, math.inf if loss is None else loss)
+    measured = read_evaluation(path, manifest)
+    due = bool(manifest.state.get("evaluation_due"))
+    loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
+    return Saved(path, manifest.step, manifest.created, loss, due and measured is None)
 
 
 def _last_change(path: Location) -> float:

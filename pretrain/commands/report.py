@@ -9,18 +9,21 @@ more context, so the gate is 0.3 nat below the bigram model.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD_DIR
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
-from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.checkpoint.evaluation import read_evaluation
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
+from xlstm_io.errors import CheckpointError, ExitCode, UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
 GATE_NATS = 0.3
@@ -131,7 +134,24 @@ def _places(run_dir: Path) -> list[str]:
         ("sample text", run_dir / SAMPLE_FILE),
         ("this summary", run_dir / TEXT_FILE),
     )
-    return [f"  {name:<17} {path}" for name, path in named if path.exists()]
+    lines = [f"  {name:<17} {path}" for name, path in named if path.exists()]
+    best = _best_checkpoint(run_dir)
+    if best is not None:
+        path, loss = best
+        lines.append(f"  {'best checkpoint':<17} {path} (validation loss {loss:.3f})")
+    return lines
+
+
+def _best_checkpoint(run_dir: Path) -> tuple[Path, float] | None:
+    """The checkpoint in a run folder with the lowest validation loss of its own, and that loss."""
+    losses = {}
+    for path in step_folders(run_dir):
+        with suppress(CheckpointError, OSError):
+            measured = read_evaluation(path, read_manifest(path))
+            if measured is not None and math.isfinite(measured.loss):
+                losses[path] = measured.loss
+    best = min(losses, key=lambda path: (losses[path], path.name), default=None)
+    return None if best is None else (best, losses[best])
 
 
 def program(name: str) -> str:

@@ -3,6 +3,7 @@
 import datetime
 import math
 
+from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
 from xlstm_io.checkpoint.manifest import is_weight, read_manifest, resolve
 from xlstm_io.storage import Location
 
@@ -28,7 +29,7 @@ def show(path: Location | str) -> str:
         "saved": created.isoformat(" ", "seconds"),
         "step": f"{manifest.step:,}",
         "tokens": f"{state['tokens']:,}" if "tokens" in state else "not recorded",
-        "valid loss": _valid_loss(state),
+        "valid loss": _valid_loss(read_evaluation(path, manifest)),
         "data": f"{state.get('cursor', {}).get('consumed_samples', 0):,} samples consumed",
         "model": _words(config, "model", "pattern", "hidden_size", "num_heads", "vocab_size"),
         "written on": " ".join(
@@ -51,10 +52,11 @@ def show(path: Location | str) -> str:
     return "\n".join(lines)
 
 
-def _valid_loss(state: dict) -> str:
-    if state.get("valid_loss") is None:
-        return "none yet"
-    return f"{state['valid_loss']:.4f} at step {state.get('valid_step', 'unknown')}"
+def _valid_loss(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "not measured at this step"
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in evaluation.sets.items())
+    return f"{evaluation.loss:.4f}{f' ({each})' if len(evaluation.sets) > 1 else ''}"
 
 
 def _words(config: dict, section: str, *keys: str) -> str:

@@ -23,6 +23,9 @@ from pretrain.checkpoint import background as background_module
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.background import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
+from xlstm_io.checkpoint import evaluation as evaluation_module
+from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
+from xlstm_io.checkpoint.manifest import parse_manifest
 from xlstm_io.errors import UserError
 
 WAIT_S = 20.0
@@ -188,12 +191,65 @@ def test_which_checkpoints_stay(retention, left):
 
 
 def test_the_best_is_judged_by_the_loss_of_its_own_step(tmp_path):
+    """Version 0.1.0 had the loss in the state, with the step it was measured at."""
     retention = Retention(keep=1, keep_best=1)
     with CheckpointSaver(tmp_path, retention=retention) as saver:
         for step, loss, measured in ((1, 2.0, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 3.0, 4)):
             state = {"valid_loss": loss, "valid_step": measured}
             saver.save(slices_of(step), state, {}, step=step)
-    assert sorted(int(p.name.split("-")[1]) for p in tmp_path.iterdir()) == [2, 4]
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def steps_in(folder):
+    return sorted(int(p.name.split("-")[1]) for p in folder.iterdir())
+
+
+def test_a_step_that_is_being_measured_stays_until_its_loss_is_there(tmp_path):
+    """Nobody knows yet whether it is the best."""
+    retention = Retention(keep=1, keep_best=1)
+    with CheckpointSaver(tmp_path, retention=retention) as saver:
+        for step, loss in ((1, 2.0), (2, 3.0), (3, 1.0)):
+            saver.save(slices_of(step), {"evaluation_due": True}, {}, step=step)
+            saver.record(Evaluation(step, loss))
+        saver.save(slices_of(4), {"evaluation_due": True}, {}, step=4)
+        saver.save(slices_of(5), {"evaluation_due": False}, {}, step=5)
+        saver.save(slices_of(6), {}, {}, step=6)
+        saver.wait()
+        assert steps_in(tmp_path) == [3, 4, 6]
+    assert Retention(keep=1).keep_best == 0, "without a best nobody waits for a loss"
+    with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
+        saver.save(slices_of(7), {}, {}, step=7)
+    assert steps_in(tmp_path) == [7]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_loss_is_written_when_its_checkpoint_is_complete(tmp_path, gate, asynchronous):
+    gate_later = threading.Timer(0.05, gate.set)
+    with CheckpointSaver(tmp_path, asynchronous=asynchronous) as saver:
+        if not asynchronous:
+            gate.set()
+        saver.save(slices_of(1), {}, {}, step=1)
+        saver.record(Evaluation(1, 2.5, {"a": 2.0, "b": 3.0}))
+        if asynchronous:
+            assert find_latest(tmp_path) is None, "training did not wait"
+            gate_later.start()
+        saver.record(Evaluation(2, 2.5))  # no checkpoint of that step
+        saver.wait()
+        (path,) = tmp_path.iterdir()
+        found = read_evaluation(path, parse_manifest(path))
+        assert found == Evaluation(1, 2.5, {"a": 2.0, "b": 3.0})
+
+
+def test_a_loss_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog):
+    with CheckpointSaver(tmp_path) as saver:
+        saver.save(slices_of(1), {}, {}, step=1)
+        saver.wait()
+        monkeypatch.setattr(evaluation_module, "write_atomic", lambda *a, **k: disk_full(*a))
+        saver.record(Evaluation(1, 2.5))
+        saver.wait()
+        path = find_latest(tmp_path)
+    assert "could not write the validation loss" in caplog.text
+    assert read_evaluation(path, parse_manifest(path)) is None
 
 
 def test_dead_attempts_go_and_living_ones_stay(tmp_path):

@@ -53,6 +53,18 @@ def test_resuming_drops_what_lies_beyond(tmp_path):
     ]
 
 
+def test_an_evaluation_that_a_later_life_makes_adds_to_the_record_of_its_step(tmp_path):
+    run(tmp_path, 0, 4)
+    with MetricLogger(
+        tmp_path, total_steps=10, start_step=4, tensorboard=False, stream=io.StringIO()
+    ) as metrics:
+        metrics.log(4, {"valid_loss": 2.5})
+        metrics.log(5, {"loss": 1.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert records[3] == {"step": 4, "tokens": 16, "loss": 1.0, "lr": 1e-3, "valid_loss": 2.5}
+
+
 def test_a_torn_last_line_is_forgotten(tmp_path):
     run(tmp_path, 0, 3)
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -8,6 +8,8 @@ A checkpoint is a folder `step-00000200-<attempt id>`:
                                  where the bytes of each stored slice lie, and their hash
     manifest.json                written last: sizes and hashes of the files, the global tensors,
                                  training state, config, versions, `complete: true`
+    evaluation.json              the validation loss, once it is measured; see
+                                 `xlstm_io.checkpoint.evaluation`
 
 Readers trust only a manifest that is complete, has the right checksum, and whose files have the
 sizes it says. A folder without a manifest is an attempt that was cut short, or one that is still
@@ -73,6 +75,7 @@ class Manifest:
         state: The training state, as JSON that only the trainer interprets.
         config: The run's configuration, likewise.
         versions: Versions of the programs that wrote it, by name.
+        checksum: xxh3-64 of the manifest; see `manifest_checksum`.
     """
 
     step: int
@@ -82,6 +85,7 @@ class Manifest:
     state: dict[str, Any]
     config: dict[str, Any]
     versions: dict[str, str]
+    checksum: str
 
 
 def step_folder_name(step: int, attempt: str) -> str:
@@ -161,6 +165,7 @@ def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifes
             state=dict(body["state"]),
             config=dict(body["config"]),
             versions=dict(body["versions"]),
+            checksum=body["checksum"],
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):

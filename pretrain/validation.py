@@ -1,0 +1,87 @@
+"""The validation loss of a run while it trains."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from pretrain.config import RunConfig
+from pretrain.data import Batch, DataPlan, ValidLoader, open_valid
+from pretrain.engines.base import Engine
+from pretrain.layout import Layout
+from pretrain.supervision.watchdog import EVALUATION, Watchdog
+from xlstm_io.checkpoint.evaluation import Evaluation
+from xlstm_io.signals import StopSignal
+
+
+class Validation:
+    """Measures the loss on every validation set; the same on all ranks.
+
+    Args:
+        config: the run.
+        layout: where this process stands.
+        data: the order of the run's data.
+
+    Raises:
+        UserError: a validation set cannot be opened.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, data: DataPlan) -> None:
+        self._config, self._layout = config, layout
+        self._sets = {
+            name: ValidLoader(
+                dataset,
+                micro_batch=config.data.micro_batch,
+                dp_rank=layout.dp_rank,
+                dp_size=layout.dp_size,
+            )
+            for name, dataset in open_valid(config.data, data).items()
+        }
+
+    def due(self, step: int) -> bool:
+        """Whether the loss is to be measured when `step` steps are finished."""
+        config = self._config
+        return step == config.run.steps or (step > 0 and step % config.evaluation.interval == 0)
+
+    def measure(
+        self,
+        engine: Engine,
+        step: int,
+        stop: StopSignal,
+        watchdog: Watchdog,
+    ) -> Evaluation | None:
+        """Measure the loss at a step; called by all ranks.
+
+        Args:
+            engine: holds the model.
+            step: finished steps.
+            stop: the request to stop, read before every batch. All ranks leave together at the
+                batch before which one of them has heard it.
+            watchdog: is told at every batch.
+
+        Returns:
+            What was measured, or None when a rank was asked to stop.
+        """
+        stopped = False
+
+        def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
+            nonlocal stopped
+            for batch in batches:
+                watchdog.moved(EVALUATION, step)
+                stopped = self._layout.any(stop.requested)
+                if stopped:
+                    return
+                yield batch
+
+        losses = {}
+        for name, loader in self._sets.items():
+            batches = islice(loader, self._max_batches())
+            losses[name] = engine.evaluate(until_stopped(batches)).mean
+            if stopped:
+                return None
+        return Evaluation(step, sum(losses.values()) / len(losses), losses)
+
+    def _max_batches(self) -> int | None:
+        """Batches of this replica per set; None for all."""
+        data, limit = self._config.data, self._config.evaluation.max_batches
+        if limit is None:
+            return None
+        return limit * (data.global_batch // (data.micro_batch * self._layout.dp_size))

@@ -1,0 +1,145 @@
+"""A run saves before it evaluates: a stop or a kill in an evaluation loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from pretrain import cli, layout
+from pretrain.data import ValidLoader
+from pretrain.metrics import read_metrics
+from pretrain.supervision.progress_file import read_progress
+from xlstm_io.checkpoint.evaluation import EVALUATION_NAME, read_evaluation
+from xlstm_io.checkpoint.manifest import find_latest, parse_manifest, step_of_folder
+from xlstm_io.errors import ExitCode
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
+LOSSES = json.loads((GOLDEN / "losses.json").read_text())
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of the run goes on after it."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run of six steps with its third checkpoint, as the working directory."""
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    monkeypatch.chdir(tmp_path / "golden")
+    return tmp_path / "golden" / "run"
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Counts the batches of evaluations; `batches.do[n]` is called before the n-th."""
+
+    class Batches:
+        seen, do = 0, {}
+
+    real = ValidLoader.__iter__
+
+    def iterate(self):
+        for batch in real(self):
+            Batches.seen += 1
+            Batches.do.get(Batches.seen, lambda: None)()
+            yield batch
+
+    monkeypatch.setattr(ValidLoader, "__iter__", iterate)
+    return Batches
+
+
+def train(*options):
+    layout.leave()
+    try:
+        return cli.run(["train", "run.yaml", "--data.global_batch", "8", *options])
+    finally:
+        layout.leave()
+
+
+def newest(folder):
+    path = find_latest(folder)
+    return step_of_folder(path), read_evaluation(path, parse_manifest(path))
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+def measured(folder):
+    records = read_metrics(folder / "metrics.jsonl")
+    return {r["step"]: r["valid_loss"] for r in records if "valid_loss" in r}
+
+
+def check_complete(folder):
+    """All steps, each once, with the losses of a run without a stop."""
+    steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [4, 5, 6]
+    expected = {step: LOSSES[str(step)] for step in (4, 5, 6)}
+    assert losses(folder) == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_stop_in_an_evaluation_is_obeyed_at_the_next_batch(folder, batches, capsys):
+    batches.do[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    words = ["--evaluation.interval", "5", "--evaluation.max_batches", "2"]
+    assert train(*words) == ExitCode.STOPPED
+    assert batches.seen == 2, "the batch before which it was heard"
+    assert "stopped after step 5" in capsys.readouterr().err
+    # No checkpoint was due at this step, and one was saved for the stop.
+    assert newest(folder) == (5, None) and read_progress(folder).status == "stopped"
+    assert train(*words) == ExitCode.DONE
+    check_complete(folder)
+    step, evaluation = newest(folder)
+    assert step == 6 and sorted(measured(folder)) == [5, 6]
+    assert evaluation.loss == measured(folder)[6] == summary(folder)["valid_loss"]
+
+
+def test_a_kill_in_an_evaluation_loses_no_step(folder, batches):
+    def kill():
+        raise Killed
+
+    batches.do[2] = kill
+    words = ["--evaluation.interval", "4", "--checkpoint.interval", "4"]
+    with pytest.raises(Killed):
+        train(*words, "--checkpoint.no-asynchronous", "--evaluation.max_batches", "2")
+    assert newest(folder) == (4, None)
+    assert train(*words, "--evaluation.max_batches", "2") == ExitCode.DONE
+    check_complete(folder)
+    assert sorted(measured(folder)) == [4, 6]
+
+
+def test_a_stop_in_the_last_evaluation_leaves_the_evaluation_to_the_next_life(folder, batches):
+    batches.do[1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert train() == ExitCode.STOPPED
+    assert newest(folder) == (6, None) and not (folder / "summary.json").exists()
+    assert train() == ExitCode.DONE
+    check_complete(folder)
+    assert newest(folder)[1].loss == summary(folder)["valid_loss"] == measured(folder)[6]
+    seen = batches.seen
+    assert train() == ExitCode.DONE and batches.seen == seen, "it is measured once"
+    assert newest(folder)[1].loss == summary(folder)["valid_loss"]
+
+
+def test_a_stop_in_the_evaluation_that_a_resume_begins_with(folder, batches):
+    batches.do[1] = batches.do[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    words = ["--evaluation.interval", "4"]
+    for _ in range(2):
+        assert train(*words) == ExitCode.STOPPED
+        assert newest(folder) == (4, None) and list(losses(folder)) == [4]
+    assert train(*words) == ExitCode.DONE
+    check_complete(folder)
+    assert sorted(measured(folder)) == [4, 6]
+
+
+def test_an_altered_evaluation_is_made_again(folder, batches):
+    assert train("--run.steps", "4") == ExitCode.DONE
+    before, seen = newest(folder)[1], batches.seen
+    (find_latest(folder) / EVALUATION_NAME).write_text("{}")
+    assert train("--run.steps", "4") == ExitCode.DONE
+    assert newest(folder)[1] == before and batches.seen == 2 * seen
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
