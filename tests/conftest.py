@@ -33,6 +33,13 @@ def pytest_addoption(parser):
         help="run this share of the tests that start several processes, the same ones every time",
     )
     parser.addoption(
+        "--moments",
+        type=int,
+        default=4,
+        metavar="N",
+        help="random moments of evaluation and start-up at which tests stop or kill a run",
+    )
+    parser.addoption(
         "--budget", action="store_true", help="print the minutes per folder beside what is planned"
     )
 

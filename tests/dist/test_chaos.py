@@ -1,15 +1,23 @@
-"""SIGKILL at random moments of training and saving, by the dozen: nothing is lost."""
+"""SIGKILL and SIGTERM at random moments of a run, by the dozen: nothing is lost."""
 
 import json
 import random
+import signal
 import time
 
 import pytest
 
 from pretrain.checkpoint import find_latest
 from pretrain.metrics import read_metrics
-from tests.dist.training_runs import TrainingRun, tiny_run
-from xlstm_io.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, step_folders
+from tests.dist.training_runs import Signal, TrainingRun, tiny_run
+from xlstm_io.checkpoint.evaluation import read_evaluation
+from xlstm_io.checkpoint.manifest import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    parse_manifest,
+    step_folders,
+    step_of_folder,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -77,3 +85,56 @@ def test_dozens_of_kills_change_nothing(warm_python, shards, tmp_path, record_te
     print(f"{kills} SIGKILLs, {len(unfinished)} of them while saving, {runs} runs: nothing lost")
     record_testsuite_property("sigkills", kills)
     assert kills >= KILLS and len(unfinished) >= 6
+
+
+def measured(folder):
+    return {r["step"]: r["valid_loss"] for r in log_of(folder) if "valid_loss" in r}
+
+
+def test_random_moments_of_evaluation_and_start_up_change_nothing(
+    warm_python, shards, tmp_path, request
+):
+    """30 of them: `python -m pytest tests/dist/test_chaos.py -k moments --moments 30`."""
+    rng, log = random.Random(7), tmp_path / "log.txt"
+    changes = {"run__steps": 16, "evaluation__interval": 2, "evaluation__max_batches": 3}
+    # Checkpoints are rarer than evaluations: a stop must save one of its own.
+    changes |= {"checkpoint__interval": 4, "checkpoint__asynchronous": False}
+    started = time.monotonic()
+    run = TrainingRun(warm_python, tiny_run(tmp_path / "whole", shards, **changes), RANKS, log)
+    wait_for_steps(run, tmp_path / "whole", 1)
+    start_up = time.monotonic() - started
+    assert run.wait(LIMIT_S) == [0, 0], log
+    expected = results(tmp_path / "whole"), measured(tmp_path / "whole")
+
+    moments, runs, stops = request.config.getoption("--moments"), 0, 0
+    while moments > 0:
+        folder = tmp_path / f"run-{runs}"
+        while True:
+            signals = {}
+            if moments > 0:
+                moments -= 1
+                number = (signal.SIGTERM, signal.SIGKILL)[moments % 2]
+                at = {"batch": rng.randint(1, 12)}
+                if moments % 4 >= 2:
+                    at = {"seconds": rng.uniform(0, start_up)}
+                # Both ranks, as a batch system does it, or one alone.
+                signals = dict.fromkeys(rng.choice([(0, 1), (0,), (1,)]), Signal(number, **at))
+            raw = tiny_run(folder, shards, **changes)
+            run = TrainingRun(warm_python, raw, RANKS, log, signals=signals)
+            codes = run.wait(LIMIT_S)
+            run.kill(rng)
+            if codes == [75, 75]:
+                stops += 1
+                newest = find_latest(folder)
+                done = [record["step"] for record in log_of(folder)][-1:] or [0]
+                assert newest is not None and step_of_folder(newest) == done[0], "a step is lost"
+            elif codes == [0, 0]:
+                break
+            else:
+                assert -signal.SIGKILL in codes, f"{codes}; see {log}"
+        assert (results(folder), measured(folder)) == expected, f"run {runs}; see {log}"
+        newest = find_latest(folder)
+        loss = read_evaluation(newest, parse_manifest(newest)).loss
+        assert loss == expected[1][16]
+        runs += 1
+    assert stops >= 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import pretrain.trainer
 from pretrain.checkpoint import CheckpointError, candidates_together, find_latest
 from pretrain.commands.show import show
 from pretrain.config import config_from_dict
+from pretrain.data import ValidLoader
 from pretrain.metrics import read_metrics
 from tests import fake_object_store
 from tests.dist.training_runs import tiny_run
@@ -60,6 +62,37 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(pool, shards, tm
     assert pool(2, train, last) == [0, 0]
     assert log(tmp_path) == whole
     assert newest.exists(), "left for a person"
+
+
+def stopped_in_an_evaluation(raw):
+    """As `train`, with SIGTERM to rank 1 alone in its second batch of evaluation."""
+    real, batches = ValidLoader.__iter__, []
+
+    def iterate(self):
+        for batch in real(self):
+            batches.append(batch)
+            if len(batches) == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    ValidLoader.__iter__ = iterate
+    try:
+        return train(raw), len(batches)
+    finally:
+        ValidLoader.__iter__ = real
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}], ids=["data", "tensor"])
+def test_a_stop_that_one_rank_hears_in_an_evaluation(pool, shards, tmp_path, layout):
+    """All leave at the same batch, with a checkpoint, and the next life measures first."""
+    raw = tiny_run(tmp_path, shards, run__steps=4, evaluation__interval=3)
+    raw |= {"layout": layout, "evaluation": {"interval": 3, "max_batches": 3}}
+    assert pool(2, stopped_in_an_evaluation, raw) == [(75, 2), (75, 2)]
+    assert find_latest(tmp_path).name.startswith("step-00000003")
+    assert pool(2, train, raw) == [0, 0]
+    records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl")}
+    assert sorted(records) == [1, 2, 3, 4]
+    assert {step for step, r in records.items() if "valid_loss" in r} == {3, 4}
 
 
 def test_a_stop_between_two_lines_of_the_log(pool, shards, tmp_path, whole):

@@ -9,7 +9,10 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,21 @@ def tiny_run(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
+@dataclass(frozen=True)
+class Signal:
+    """A signal that a rank sends itself.
+
+    Attributes:
+        number: of the signal.
+        batch: at this batch of evaluation; None for a time.
+        seconds: so long after its start.
+    """
+
+    number: int
+    batch: int | None = None
+    seconds: float = 0.0
+
+
 class TrainingRun:
     """The processes of one attempt at a run.
 
@@ -44,6 +62,7 @@ class TrainingRun:
         ranks: how many processes.
         log: the file to which all of them write.
         die: (rank, number): kill this rank at that write to a checkpoint's file or folder.
+        signals: what this rank does to itself, by rank.
     """
 
     def __init__(
@@ -53,6 +72,7 @@ class TrainingRun:
         ranks: int,
         log: Path,
         die: tuple[int, int] | None = None,
+        signals: dict[int, "Signal"] | None = None,
     ):
         port = free_port()
         self.processes = []
@@ -67,7 +87,9 @@ class TrainingRun:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-                words = ["-m", "tests.dist.training_runs", json.dumps([raw, die_at])]
+                own = (signals or {}).get(rank)
+                words = [raw, die_at, None if own is None else asdict(own)]
+                words = ["-m", "tests.dist.training_runs", json.dumps(words)]
                 self.processes.append(
                     WarmProcess(python.server, words, environment, output.fileno(), ROOT)
                 )
@@ -115,13 +137,39 @@ def _die_at_flush(number: int) -> None:
     storage.os.fsync = fsync
 
 
+def _send(signal: Signal) -> None:
+    from pretrain.data import ValidLoader
+
+    def send() -> None:
+        os.kill(os.getpid(), signal.number)
+
+    if signal.batch is None:
+        timer = threading.Timer(signal.seconds, send)
+        timer.daemon = True
+        timer.start()
+        return
+    real, count = ValidLoader.__iter__, 0
+
+    def iterate(self: ValidLoader) -> Iterator[Any]:
+        nonlocal count
+        for batch in real(self):
+            count += 1
+            if count == signal.batch:
+                send()
+            yield batch
+
+    ValidLoader.__iter__ = iterate
+
+
 def _main(words: str) -> int:
     from pretrain.config import config_from_dict
     from pretrain.trainer import main
 
-    raw, die_at = json.loads(words)
+    raw, die_at, own = json.loads(words)
     if die_at is not None:
         _die_at_flush(die_at)
+    if own is not None:
+        _send(Signal(**own))
     return main(config_from_dict(raw))
 
 
