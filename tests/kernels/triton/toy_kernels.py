@@ -44,6 +44,6 @@ def triton_variants(target):
     return [
         product_variant("pipelined", setting="toy"),
         product_variant("in one stage", num_stages=1),
-        product_variant("spilling", tile=(256, 256, 32), num_warps=4, setting="toy", phase="bw"),
+        product_variant("spilling", tile=(256, 256, 32), num_warps=2, setting="toy", phase="bw"),
         product_variant("in steps", tile=(16, 64, 16), num_warps=4, num_stages=1, steps=256),
     ]
