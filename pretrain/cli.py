@@ -22,6 +22,7 @@ from pretrain.config import (
     split_overrides,
 )
 from pretrain.config.reference import options_help
+from pretrain.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside
 from xlstm_io.errors import ConfigError, ExitCode, Superseded, UserError
@@ -199,6 +200,7 @@ def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.launch import launch
 
+    check_one_node("launch")
     words = [*overrides, *(["--take-over"] if options.take_over else [])]
     if not options.take_over:
         check_free(Path(config.run.dir))  # before the logs of the life in there are overwritten
@@ -215,6 +217,7 @@ def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[s
         return main(config, options.steps)
     from pretrain.commands.launch import launch
 
+    check_one_node("self-test")
     words = [*overrides, "--steps", str(options.steps)]
     return launch(options.config, config, _positive_nproc(options), words, command="self-test")
 
@@ -292,6 +295,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": _report,
     "demo": _demo,
 }
+# Commands that several processes run together, each as one rank.
+RANK_COMMANDS = ("train", "self-test", "evaluate", "generate")
 
 
 def _positive_nproc(options: argparse.Namespace) -> int | None:
@@ -311,6 +316,8 @@ def _saved_config(checkpoint: str, overrides: Mapping[str, Any]) -> RunConfig:
 def _dispatch(argv: Sequence[str]) -> int:
     """Parse and run one command; errors travel up to `run`."""
     words = list(argv)
+    if words and words[0] in RANK_COMMANDS:
+        adopt_ranks()
     parser = _build_parser()
     if not words or words[0] not in CONFIG_COMMANDS:
         options = parser.parse_args(words)

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from xlstm_io.errors import ConfigError
+
 # Modules that must have the stand-in before a model is built. Modules that megatron-core imports
 # later get it by calling activate() again, which build and engine do.
 _MODULES = (
@@ -73,8 +75,33 @@ def process_group_options() -> dict[str, Any]:
     """Options of `init_process_group` for this process's device; selects the device first."""
     if needed():
         return {"backend": "gloo"}
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed reads it for the same purpose
+    torch.cuda.set_device(index)
     return {"backend": "nccl", "device_id": device()}
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Which of the visible devices a process uses.
+
+    Args:
+        local_rank: number of the process on its node.
+        visible: how many devices the process can see.
+
+    Raises:
+        ConfigError: there are several devices, and none of that number.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1:
+        # Slurm has bound the task to a device, which is number 0 for the process.
+        print(f"LOCAL_RANK={local_rank} sees one device and uses it", file=sys.stderr, flush=True)
+        return 0
+    raise ConfigError(
+        f"LOCAL_RANK={local_rank}, but this process sees {visible} devices, numbered from 0; start "
+        "as many processes per node as it has devices, and with Slurm use --gpu-bind=none, so that "
+        "every task sees all of them"
+    )
 
 
 def device_name() -> str:
