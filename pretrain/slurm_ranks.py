@@ -11,20 +11,9 @@ import re
 from collections.abc import MutableMapping
 
 from xlstm_io.errors import ConfigError
+from xlstm_io.rendezvous import rendezvous_port
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# Below the ports that Linux gives to clients (from 32768), where any of them may be in use.
-FIRST_PORT, PORTS = 20000, 12000
-
-
-def rendezvous_port(job: int, turn: int) -> int:
-    """The port on which the ranks of a Slurm job meet, another one for every turn of the job.
-
-    Args:
-        job: Slurm's number of the job.
-        turn: counts the starts within that job.
-    """
-    return FIRST_PORT + (job + 37 * turn) % PORTS
 
 
 def first_host(nodes: str) -> str:

@@ -1,1 +1,1 @@
-"""The place of the Slurm launchers: none is built yet. `pretrain launch` serves one machine."""
+"""Slurm: jobs that start a run, and start it again until it is finished or has to be looked at."""

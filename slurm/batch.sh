@@ -1,0 +1,160 @@
+# Functions of a training job; the file that `python -m slurm render train` writes sources them from
+# RUN/slurm/job/. It sets XLSTM_RUN, XLSTM_PYTHON and XLSTM_TASKS_PER_NODE before, and defines
+# xlstm_train_step, which becomes the srun of the training step.
+# shellcheck shell=bash
+
+XLSTM_EXIT='' XLSTM_REASON='' XLSTM_ACTION='' XLSTM_MODE='' XLSTM_EXCLUDE='' XLSTM_WAIT=0
+XLSTM_LIFE='' XLSTM_LIFE_FOLDER='' XLSTM_PORT='' XLSTM_BURN=-1 XLSTM_SUCCESSOR='' XLSTM_TERM=''
+
+xlstm_say() { printf '%s xlstm: %s\n' "$(date '+%F %T')" "$*"; }
+
+xlstm_die() {
+  xlstm_say "$*"
+  exit 1
+}
+
+# The decisions, with the copies of their modules and nothing of the current folder.
+xlstm_ask() { PYTHONPATH="$XLSTM_RUN/slurm/job" "$XLSTM_PYTHON" -P -m slurm.life "$@"; }
+
+# Nodes of the list that this cluster knows: one unknown name makes Slurm refuse the whole list.
+xlstm_known() {
+  sinfo --noheader --Node --format=%N | sort -u | grep -Fx -f <(tr ',' '\n' <<<"$1") | paste -sd,
+}
+
+xlstm_begin() {
+  local nodes running said
+  # Fails loudly: without the names every node would be a world of its own.
+  nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || xlstm_die "scontrol does not answer"
+  MASTER_ADDR=${nodes%%$'\n'*}
+  running=$(squeue --noheader --user="$(id -un)" --states=RUNNING --format=%A || true)
+  said=$(xlstm_ask begin "$XLSTM_RUN" --job "$SLURM_JOB_ID" --nodes "$nodes" \
+    --restart "${SLURM_RESTART_COUNT:-0}" --running "$running") || xlstm_die "no life begins"
+  eval "$said"
+  if [ -n "$XLSTM_EXIT" ]; then
+    xlstm_say "nothing to do: $XLSTM_REASON"
+    exit "$XLSTM_EXIT"
+  fi
+  xlstm_say "life $XLSTM_LIFE on ${nodes//$'\n'/ }"
+  export MASTER_ADDR
+}
+
+# In `chain` mode the next job waits from now on, so that it is there whatever ends this one.
+xlstm_chain() {
+  [ "$1" = chain ] || return 0
+  XLSTM_SUCCESSOR=$(xlstm_submit --dependency=singleton) || xlstm_say "no next job: $XLSTM_SUCCESSOR"
+}
+
+xlstm_submit() {
+  local exclude
+  exclude=$(xlstm_known "$XLSTM_EXCLUDE")
+  sbatch --parsable ${exclude:+"--exclude=$exclude"} "$@" "$XLSTM_RUN/slurm/train.sbatch" 2>&1
+}
+
+# See slurm.life.step_id_to_reach.
+xlstm_burn() {
+  local id=-1 tries=0
+  while [ "$id" -lt "$XLSTM_BURN" ] && [ "$tries" -lt 300 ]; do
+    # The variable is that of the step.
+    # shellcheck disable=SC2016
+    id=$(srun --nodes=1 --ntasks=1 /bin/sh -c 'echo "$SLURM_STEP_ID"') || id=-1
+    tries=$((tries + 1))
+  done
+}
+
+# What this life runs on, for whoever asks later. Nothing here may end the life.
+xlstm_report() {
+  {
+    date
+    git -C "$(dirname "$0")" rev-parse HEAD 2>/dev/null
+    "$XLSTM_PYTHON" -m pip freeze 2>/dev/null
+    nvidia-smi 2>/dev/null
+    nvidia-smi topo -m 2>/dev/null
+    scontrol --oneliner show job "$SLURM_JOB_ID"
+    env | grep -E '^(SLURM|NCCL|GLOO|TORCH|OMP|MASTER)' | sort
+  } >"$XLSTM_LIFE_FOLDER/env.txt" 2>&1 || true
+}
+
+# Runs a command in the background and waits for it: a trapped signal ends `wait` early.
+xlstm_wait() {
+  local pid rc=0
+  "$@" &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    wait "$pid"
+    rc=$?
+  done
+  return "$rc"
+}
+
+xlstm_requeue() {
+  local exclude said
+  if [ -n "$XLSTM_SUCCESSOR" ]; then
+    [ "$XLSTM_WAIT" = 0 ] || scontrol update JobId="$XLSTM_SUCCESSOR" StartTime="now+$XLSTM_WAIT"
+    exclude=$(xlstm_known "$XLSTM_EXCLUDE")
+    [ -z "$exclude" ] || scontrol update JobId="$XLSTM_SUCCESSOR" ExcNodeList="$exclude"
+    exit "$XLSTM_EXIT"
+  fi
+  [ "$XLSTM_MODE" != never ] || exit "$XLSTM_EXIT"
+  if [ -n "$XLSTM_TERM" ]; then
+    xlstm_after_term
+  fi
+  trap '' TERM  # requeuehold ends this script; there are KillWait seconds for the rest
+  exclude=$(xlstm_known "$XLSTM_EXCLUDE")
+  if [ -n "$exclude" ] || [ "$XLSTM_WAIT" != 0 ]; then
+    # A running job's list of excluded nodes cannot be changed; that of a held one can.
+    if said=$(scontrol requeuehold "$SLURM_JOB_ID" 2>&1); then
+      [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
+      [ "$XLSTM_WAIT" = 0 ] || scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$XLSTM_WAIT"
+      scontrol release "$SLURM_JOB_ID"
+      exit "$XLSTM_EXIT"
+    fi
+  elif said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    exit "$XLSTM_EXIT"
+  fi
+  # The site does not allow it: a new job, which waits for the end of this one.
+  xlstm_say "no requeue ($said); submitting again: $(
+    xlstm_submit --dependency="afterany:$SLURM_JOB_ID" --begin="now+$XLSTM_WAIT")"
+  exit "$XLSTM_EXIT"
+}
+
+# Slurm is ending this job. It requeues it itself, or a person has cancelled it, or the job has met
+# its end and goes on as a new one.
+xlstm_after_term() {
+  local restarts
+  restarts=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -oE 'Restarts=[0-9]+' | cut -d= -f2)
+  if [ "$restarts" != "${SLURM_RESTART_COUNT:-0}" ]; then
+    xlstm_say "Slurm has requeued the job itself"
+    exit "$XLSTM_EXIT"
+  fi
+  # Only this line of the job's output tells a time limit or a preemption from a cancellation.
+  if ! grep -q "JOB $SLURM_JOB_ID ON .* DUE TO" "$XLSTM_RUN/slurm/$SLURM_JOB_ID.out"; then
+    xlstm_say "the job was cancelled; python -m slurm resume goes on"
+    exit "$XLSTM_EXIT"
+  fi
+}
+
+# One life, from the question whether it may begin to what follows its end.
+xlstm_life() {
+  local said tries=1
+  trap 'XLSTM_TERM=yes' TERM
+  xlstm_begin
+  xlstm_chain "$1"
+  xlstm_report
+  xlstm_burn
+  while :; do
+    export MASTER_PORT=$XLSTM_PORT
+    xlstm_wait xlstm_train_step
+    xlstm_say "the step ended with $?"
+    said=$(xlstm_ask end "$XLSTM_RUN" --life "$XLSTM_LIFE" --tries "$tries") || exit 1
+    eval "$said"
+    xlstm_say "$XLSTM_ACTION: $XLSTM_REASON"
+    [ "$XLSTM_ACTION" = retry ] || break
+    tries=$((tries + 1))
+  done
+  if [ "$XLSTM_ACTION" = requeue ]; then
+    xlstm_requeue
+  fi
+  # By its number, never by its name, which other jobs may have too.
+  [ -z "$XLSTM_SUCCESSOR" ] || scancel "$XLSTM_SUCCESSOR"
+  exit "$XLSTM_EXIT"
+}

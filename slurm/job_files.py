@@ -1,0 +1,38 @@
+"""The files that a job needs beside its run file, copied into the run folder at submission.
+
+A job waits in the queue for days, and its lives last for weeks: it must not change because somebody
+updates a checkout meanwhile. The host of a batch script may also lack the run's environment, when
+that is in a container.
+"""
+
+import shutil
+from pathlib import Path
+
+import slurm
+import xlstm_io
+from slurm.state import FOLDER
+
+MODULES = {
+    slurm: ("__init__.py", "state.py", "decide.py", "life.py", "rank.py"),
+    xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
+}
+BATCH = "batch.sh"
+
+
+def copy_job_files(run: Path) -> Path:
+    """Copy what a job needs into `RUN/slurm/job`; returns that folder."""
+    folder = run / FOLDER / "job"
+    for package, names in MODULES.items():
+        source = Path(str(package.__file__)).parent
+        (folder / package.__name__).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            _replace(source / name, folder / package.__name__ / name)
+    _replace(Path(__file__).with_name(BATCH), folder / BATCH)
+    return folder
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy at once: a running batch script may read the old file."""
+    temporary = target.with_suffix(".tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)

@@ -1,0 +1,243 @@
+"""The batch script's questions: how does a life begin, and what follows its end?
+
+    python -m slurm.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
+    python -m slurm.life end   RUN --life N --tries T
+
+Each prints shell assignments, which `batch.sh` evaluates. What is decided is written to
+`state.json` and `story.jsonl` before the batch script acts on it, so that the next life knows it
+whatever happens in between.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from slurm.decide import Action, Cause, Decision, Evidence, decide
+from slurm.state import Life, Policy, RunState, State, read_bad_nodes
+from xlstm_io.errors import ExitCode
+from xlstm_io.rendezvous import rendezvous_port
+
+# What the batch script ends with. Where nothing restarts the run, 75 keeps the job from looking
+# complete; a requeued job's code is not shown.
+EXIT_CODES = {
+    Action.DONE: ExitCode.DONE,
+    Action.LEAVE: ExitCode.DONE,
+    Action.STOP: ExitCode.DONE,
+    Action.REQUEUE: ExitCode.STOPPED,
+    Action.FAIL: ExitCode.BUG,
+}
+CODES_OF_FAILURES = {
+    Cause.BAD_INPUT: ExitCode.BAD_INPUT,
+    Cause.DIVERGED: ExitCode.DIVERGED,
+    Cause.HANG: ExitCode.HANG,
+}
+
+
+def begin(
+    files: RunState, job: str, restart: int, nodes: Sequence[str], running: Sequence[str]
+) -> dict[str, object]:
+    """Start a life, or say why none starts.
+
+    Args:
+        files: the run's.
+        job: this Slurm job.
+        restart: how often Slurm has requeued it.
+        nodes: of this life.
+        running: the user's jobs that run now.
+
+    Returns:
+        What the batch script is told: `EXIT` and `REASON`; or `LIFE`, `LIFE_FOLDER`, `PORT`, the
+        `BURN` that the step id must reach, and the nodes to `EXCLUDE`.
+    """
+    policy, state = files.policy(), files.load()
+    last = state.lives[-1] if state.lives else None
+    if last and last.ended is None and last.job != job and last.job in running:
+        return {"EXIT": 0, "REASON": f"job {last.job} is at work on this run"}
+    if files.finished(policy):
+        return _none(files, f"all {policy.steps} steps are done")
+    if last and last.ended is None:
+        # Its batch script was ended too: a lost node, or Slurm's own requeue.
+        state, decision = close(files, policy, state, last, tries=sys.maxsize)
+        if decision.action is Action.FAIL:
+            return _none(files, decision.reason)
+    if files.stop_requested:
+        return _none(files, "a stop was asked for; python -m slurm resume RUN goes on")
+    if state.verdict:
+        return _none(files, f"{state.verdict}; python -m slurm resume RUN tries again")
+    number = _take_number(files, last.number + 1 if last else 1)
+    life = Life(
+        number=number,
+        job=job,
+        restart=restart,
+        nodes=tuple(nodes),
+        began=time.time(),
+        start_step=files.newest_step(policy),
+    )
+    files.save(replace(state.with_life(life), job=job))
+    files.tell("begin", f"life {number} on {' '.join(nodes)}", life=number, job=job)
+    return {
+        "LIFE": number,
+        "LIFE_FOLDER": files.life_folder(number),
+        "PORT": rendezvous_port(int(job), number),
+        "BURN": step_id_to_reach(state, job, restart),
+        "EXCLUDE": ",".join(sorted(state.excluded)),
+    }
+
+
+def _none(files: RunState, reason: str) -> dict[str, object]:
+    files.tell("none", reason)
+    return {"EXIT": 0, "REASON": reason}
+
+
+def _take_number(files: RunState, number: int) -> int:
+    """The number of a new life, whose folder is created exclusively: no two lives share one."""
+    files.folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            files.life_folder(number).mkdir()
+            return number
+        except FileExistsError:
+            number += 1
+
+
+def step_id_to_reach(state: State, job: str, restart: int) -> int:
+    """The step id that this life has to use up before its training step; -1 for none.
+
+    A requeued job counts its steps from 0 again. When a node that was cut off comes back, its old
+    `srun` tells Slurm to end its step by number, and without this it would end the new life's.
+    """
+    used = [life.step_id for life in state.lives if life.job == job]
+    return max([*used, restart - 1])
+
+
+def end(files: RunState, number: int, tries: int) -> dict[str, object]:
+    """Close a life.
+
+    Args:
+        files: the run's.
+        number: of the life.
+        tries: how many ports it has tried.
+
+    Returns:
+        What the batch script is told: `ACTION`, `REASON`, `EXIT`, the nodes to `EXCLUDE`, the
+        seconds to `WAIT`, and the next `PORT`.
+    """
+    policy, state = files.policy(), files.load()
+    life = next(one for one in state.lives if one.number == number)
+    state, decision = close(files, policy, state, life, tries)
+    code = EXIT_CODES.get(decision.action, ExitCode.DONE)
+    if decision.action is Action.FAIL:
+        code = CODES_OF_FAILURES.get(decision.cause, code)
+    return {
+        "ACTION": decision.action,
+        "REASON": decision.reason,
+        "EXIT": int(code),
+        "MODE": policy.mode,
+        "EXCLUDE": ",".join(sorted(state.excluded)),
+        "WAIT": decision.wait_s,
+        "PORT": rendezvous_port(int(life.job), number + 1000 * tries),
+    }
+
+
+def close(
+    files: RunState, policy: Policy, state: State, life: Life, tries: int
+) -> tuple[State, Decision]:
+    """Decide what follows a life, and write it down.
+
+    Args:
+        files: the run's.
+        policy: the limits.
+        state: before.
+        life: the one that ended.
+        tries: how many ports it has tried.
+
+    Returns:
+        The state afterwards, and the decision.
+    """
+    records = files.records(life.number)
+    progress = files.progress()
+    life = replace(
+        life,
+        checkpoint_step=files.newest_step(policy),
+        last_step=int(progress.get("step") or 0),
+        step_id=max([life.step_id, *(record.step_id for record in records)]),
+        ended=time.time(),
+    )
+    evidence = Evidence(
+        records,
+        finished=files.finished(policy),
+        stop_requested=files.stop_requested,
+        bad_nodes=read_bad_nodes(files.life_folder(life.number)),
+        tries=tries,
+    )
+    past = [one for one in state.lives if one.number < life.number]
+    decision = decide(life, evidence, past, policy, tuple(state.excluded))
+    if decision.action is Action.RETRY:
+        _set_records_aside(files.life_folder(life.number), tries)
+        life = replace(life, ended=None)
+    else:
+        life = replace(
+            life,
+            cause=str(decision.cause),
+            reason=decision.reason,
+            node=decision.node,
+            last_line=decision.last_line,
+            action=str(decision.action),
+        )
+    verdict = decision.reason if decision.action is Action.FAIL else ""
+    state = replace(
+        state.with_life(life), excluded=state.excluded | dict(decision.exclude), verdict=verdict
+    )
+    files.save(state)
+    files.tell(
+        str(decision.action),
+        f"life {life.number}: {decision.reason}",
+        life=life.number,
+        job=life.job,
+        step=life.checkpoint_step,
+        left_out=[node for node, _ in decision.exclude],
+    )
+    return state, decision
+
+
+def _set_records_aside(folder: Path, tries: int) -> None:
+    """Keep the records of a start on a port that was taken, out of the way of the next start."""
+    old = folder / f"try-{tries}"
+    old.mkdir(exist_ok=True)
+    for path in [*folder.glob("rank-*.json"), *folder.glob("rank-*.log")]:
+        path.rename(old / path.name)
+
+
+def shell(values: dict[str, object]) -> str:
+    """Assignments of `XLSTM_...` variables that a shell can evaluate."""
+    return "\n".join(f"XLSTM_{name}={shlex.quote(str(text))}" for name, text in values.items())
+
+
+def main(words: Sequence[str]) -> int:
+    """The command line that `batch.sh` calls."""
+    parser = argparse.ArgumentParser(prog="python -m slurm.life", description=__doc__)
+    parser.add_argument("event", choices=("begin", "end"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--job", default="")
+    parser.add_argument("--restart", type=int, default=0)
+    parser.add_argument("--nodes", default="")
+    parser.add_argument("--running", default="")
+    parser.add_argument("--life", type=int, default=0)
+    parser.add_argument("--tries", type=int, default=1)
+    options = parser.parse_args(words)
+    files = RunState(options.run)
+    if options.event == "begin":
+        nodes, running = options.nodes.split(), options.running.split()
+        values = begin(files, options.job, options.restart, nodes, running)
+    else:
+        values = end(files, options.life, options.tries)
+    print(shell(values))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,280 @@
+"""What the Slurm jobs of a run leave for the next one, in `RUN/slurm`.
+
+    state.json      every life of the run, and the nodes that are left out; replaced as a whole
+    story.jsonl     what happened, one line each; only appended to
+    policy.json     the limits of restarting; written by `submit`, may be edited
+    STOP            asks for a stop without a restart
+    job/            the files that the batch script needs, copied at submission
+    life-000007/    logs and records of the ranks of a life
+
+A *life* is here one start of the batch script that reached the training step. The job's side of
+this package imports the standard library alone, so that it also runs on a host whose Python has
+nothing of the run's environment.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FOLDER = "slurm"
+STOP_FILE = "STOP"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The limits of restarting a run.
+
+    Attributes:
+        steps: of the whole run.
+        checkpoints: folder of its checkpoints; None when they lie on an object store.
+        mode: "requeue", "chain" (a new job that waits for this one), or "never".
+        without_progress: lives in a row that end without a newer checkpoint, at most.
+        total: lives at most.
+        waits: seconds before the next life after one, two, ... lives without progress.
+        max_excluded: nodes that may be left out.
+    """
+
+    steps: int
+    checkpoints: str | None = None
+    mode: str = "requeue"
+    without_progress: int = 3
+    total: int = 100
+    waits: tuple[int, ...] = (0, 60, 300)
+    max_excluded: int = 2
+
+
+@dataclass(frozen=True)
+class Life:
+    """One life of a run.
+
+    Attributes:
+        number: counts from 1 over all jobs of the run.
+        job: Slurm job.
+        restart: how often Slurm had requeued that job.
+        nodes: names.
+        began, ended: seconds since 1970; `ended` is None while the life is at work.
+        start_step: step of the newest complete checkpoint when it began.
+        checkpoint_step: the same when it ended.
+        last_step: steps done when it ended, saved or not.
+        cause: why it ended, a value of `slurm.decide.Cause`.
+        reason: the same in a sentence.
+        node: the node that is to blame, or "".
+        last_line: the last line of the first rank that failed, or "".
+        action: what was decided, a value of `slurm.decide.Action`.
+        step_id: the highest Slurm step id in which ranks ran; -1 when that is not known.
+    """
+
+    number: int
+    job: str
+    restart: int
+    nodes: tuple[str, ...]
+    began: float
+    start_step: int
+    ended: float | None = None
+    checkpoint_step: int = 0
+    last_step: int = 0
+    cause: str = ""
+    reason: str = ""
+    node: str = ""
+    last_line: str = ""
+    action: str = ""
+    step_id: int = -1
+
+    @property
+    def progressed(self) -> bool:
+        """Whether it left a newer checkpoint."""
+        return self.checkpoint_step > self.start_step
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasted; 0 while it is at work."""
+        return 0.0 if self.ended is None else self.ended - self.began
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that is known about the Slurm side of a run.
+
+    Attributes:
+        lives: in order.
+        excluded: nodes that are left out, with the reason.
+        verdict: why no further life is to start, or "".
+        job: the job that was submitted last, or "".
+    """
+
+    lives: tuple[Life, ...] = ()
+    excluded: dict[str, str] = field(default_factory=dict)
+    verdict: str = ""
+    job: str = ""
+
+    def with_life(self, life: Life) -> "State":
+        """This state with a life added, or replaced when its number is known."""
+        others = tuple(other for other in self.lives if other.number != life.number)
+        return replace(self, lives=(*others, life))
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """How a rank ended, as `slurm/rank.py` wrote it.
+
+    Attributes:
+        rank: its number.
+        host: its node.
+        step_id: Slurm's number of the step.
+        code: exit code, negative for the signal that ended it; None when it never ended by itself.
+        began, time: when it began, and when it ended, in seconds since 1970.
+        tail: the last lines of its log.
+        xids: numbers of the GPU driver's Xid messages since it began.
+        out_of_memory: whether the kernel ended a process of the job for lack of memory.
+    """
+
+    rank: int
+    host: str
+    step_id: int
+    code: int | None = None
+    began: float = 0.0
+    time: float = 0.0
+    tail: tuple[str, ...] = ()
+    xids: tuple[int, ...] = ()
+    out_of_memory: bool = False
+
+    @property
+    def last_line(self) -> str:
+        """The last line of the log that is not empty, or ""."""
+        return next((line for line in reversed(self.tail) if line.strip()), "")
+
+
+class RunState:
+    """The files of this module in one run folder.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.folder = run, run / FOLDER
+
+    def load(self) -> State:
+        """The state; an empty one before the first life.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        try:
+            raw = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return State()
+        try:
+            lives = tuple(Life(**{**life, "nodes": tuple(life["nodes"])}) for life in raw["lives"])
+            return State(lives, dict(raw["excluded"]), raw["verdict"], raw["job"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / 'state.json'} is damaged: {error!r}") from error
+
+    def save(self, state: State) -> None:
+        """Replace the state."""
+        write(self.folder / "state.json", asdict(state))
+
+    def tell(self, event: str, text: str, **more: Any) -> None:
+        """Append to the story."""
+        line = {"time": round(time.time(), 1), "event": event, "text": text, **more}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "story.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def story(self) -> Iterator[dict[str, Any]]:
+        """The lines of the story; a last one that was cut short is left out."""
+        path = self.folder / "story.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def policy(self) -> Policy:
+        """The limits; ValueError or OSError when there is no readable file of them."""
+        raw = json.loads((self.folder / "policy.json").read_text(encoding="utf-8"))
+        return Policy(**{**raw, "waits": tuple(raw["waits"])})
+
+    def save_policy(self, policy: Policy) -> None:
+        """Write the limits."""
+        write(self.folder / "policy.json", asdict(policy))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked for a stop without a restart."""
+        return (self.folder / STOP_FILE).exists()
+
+    def life_folder(self, number: int) -> Path:
+        """Where the records of a life lie."""
+        return self.folder / f"life-{number:06d}"
+
+    def records(self, number: int) -> list[RankRecord]:
+        """The records of a life's ranks, by rank; one that is damaged counts as missing."""
+        found = []
+        for path in sorted(self.life_folder(number).glob("rank-*.json")):
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+                raw |= {"tail": tuple(raw["tail"]), "xids": tuple(raw["xids"])}
+                found.append(RankRecord(**raw))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def newest_step(self, policy: Policy) -> int:
+        """The step of the newest complete checkpoint; 0 when there is none."""
+        if policy.checkpoints is None:
+            return int(self.progress().get("checkpoint_step") or 0)
+        folder = Path(policy.checkpoints)
+        names = [name for name in _names(folder) if name.startswith("step-")]
+        for name in sorted(names, reverse=True):
+            try:
+                manifest = json.loads((folder / name / "manifest.json").read_bytes())
+                if manifest["complete"] is True:
+                    return int(manifest["step"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # an attempt that was cut short
+        return 0
+
+    def progress(self) -> dict[str, Any]:
+        """What the trainer's `progress.json` says; empty when there is none."""
+        return _read(self.run / "progress.json")
+
+    def finished(self, policy: Policy) -> bool:
+        """Whether all steps of the run are done."""
+        return int(_read(self.run / "summary.json").get("steps", -1)) >= policy.steps
+
+
+def read_bad_nodes(life_folder: Path) -> dict[str, str]:
+    """What a life's preflight found wrong, by node; empty without a preflight."""
+    found = _read(life_folder / "preflight.json").get("bad_nodes", {})
+    return {str(node): str(why) for node, why in found.items()}
+
+
+def write(path: Path, value: Any) -> None:
+    """Replace a JSON file at once, so that no reader and no crash finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.uname().nodename}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
