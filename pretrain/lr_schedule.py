@@ -1,7 +1,8 @@
 """The learning rate as a pure function of the step.
 
-There is no state: a resumed run, or a run at another layout, asks the same question and gets the
-same answer. `step` counts from 0 and is the number of optimizer steps already done.
+A resumed run, or a run at another layout, asks the same question and gets the same answer. `step`
+counts from 0 and is the number of optimizer steps already done. When `run.steps` changes in the
+middle of a run, `schedule.extend` says how the curve goes on (`pretrain.lr_curve`).
 
     warmup      lr (step + 1) / warmup_steps              for step < warmup_steps
     main part   lr ratio(t), t = (step - warmup_steps) / decay_steps
@@ -27,7 +28,6 @@ Linear and cosine stay at m beyond t = 1; exponential keeps falling at its rate,
 """
 
 import math
-from collections.abc import Callable
 
 from pretrain.config import ScheduleConfig
 
@@ -59,11 +59,12 @@ def _cooldown(shape: str, start: float, end: float, done: float) -> float:
     raise AssertionError(f"unknown cooldown {shape!r}: the schema lets no other through")
 
 
-def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, steps: int) -> float:
+def learning_rate(step: float, *, peak: float, schedule: ScheduleConfig, steps: int) -> float:
     """Learning rate of the step after `step` finished ones.
 
     Args:
-        step: optimizer steps already done. Steps beyond `steps` stay where the cooldown ended.
+        step: optimizer steps already done, or a place between two steps of a stretched curve. Steps
+            beyond `steps` stay where the cooldown ended.
         peak: the rate after the warmup.
         schedule: the shape. `decay_steps=None` means all steps between warmup and cooldown.
         steps: optimizer steps in the whole run.
@@ -73,7 +74,7 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, steps: in
     main_steps = steps - schedule.warmup_steps - schedule.cooldown_steps
     decay_steps = max(1, main_steps if schedule.decay_steps is None else schedule.decay_steps)
 
-    def main(at: int) -> float:
+    def main(at: float) -> float:
         progress = (at - schedule.warmup_steps) / decay_steps
         return peak * _ratio(schedule.name, progress, schedule.min_lr_ratio)
 
@@ -83,8 +84,3 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, steps: in
         end = peak * schedule.cooldown_min_lr_ratio
         return _cooldown(schedule.cooldown_shape, main(cooldown_start), end, done)
     return main(step)
-
-
-def make_schedule(peak: float, schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """`learning_rate` with everything but the step filled in."""
-    return lambda step: learning_rate(step, peak=peak, schedule=schedule, steps=steps)

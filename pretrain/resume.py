@@ -1,7 +1,7 @@
 """Where a run stands, and how it continues from its newest checkpoint."""
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from pretrain.checkpoint import (
     read_manifest_together,
 )
 from pretrain.config import RunConfig
+from pretrain.config.changes import Change
 from pretrain.data import DataCursor, DataPlan
 from pretrain.engines.base import Engine
+from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.evaluation import Evaluation
 from xlstm_io.errors import ConfigError
@@ -57,12 +59,18 @@ class Start:
         state: where the run stands.
         cursor: where it stands in its data.
         checkpoint: the checkpoint that the engine was loaded from; None for a fresh start.
+        curve: the learning-rate curve.
+        changes: what differs from the checkpoint's configuration and alters the result.
+        notes: what else a person is told about the resume.
         evaluation: what was measured of that checkpoint; None if nothing was.
     """
 
     state: TrainState
     cursor: DataCursor
     checkpoint: Location | None
+    curve: Curve
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     evaluation: Evaluation | None = None
 
 
@@ -88,8 +96,9 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
     for path in candidates:
         try:
             saved = read_manifest_together(path, ranks=ranks)
-            check_is_same_run(config, data, path, saved)
+            changes = check_is_same_run(config, data, path, saved)
             state = TrainState.saved_in(saved)
+            curve, notes = curve_of(config, saved, changes)
             engine.load_sharded_state(
                 lambda slices, path=path: load_checkpoint(path, slices, ranks=ranks), state.updates
             )
@@ -100,7 +109,8 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
             continue
         saver.last_good = path
         measured = read_evaluation_together(path, saved, ranks=ranks)
-        return Start(state, DataCursor.from_dict(saved.state["cursor"]), path, measured)
+        cursor = DataCursor.from_dict(saved.state["cursor"])
+        return Start(state, cursor, path, curve, changes, notes, measured)
     if candidates:
         raise CheckpointError(
             f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "
@@ -110,11 +120,16 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
     ranks.first(
         "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
     )
-    return Start(TrainState(), DataCursor(0), None)
+    return Start(TrainState(), DataCursor(0), None, Curve(config.run.steps))
 
 
-def check_is_same_run(config: RunConfig, data: DataPlan, path: Location, saved: Manifest) -> None:
+def check_is_same_run(
+    config: RunConfig, data: DataPlan, path: Location, saved: Manifest
+) -> list[Change]:
     """Check that a checkpoint is of this run's model, data and tokenizer, and not of a longer run.
+
+    Returns:
+        What differs and alters the result.
 
     Raises:
         CheckpointError: it is of another model, data or tokenizer.
@@ -127,9 +142,32 @@ def check_is_same_run(config: RunConfig, data: DataPlan, path: Location, saved: 
         "cursor": {"plan": data.describe(consumed)},
     }
     accept = config.checkpoint.accept_changes
-    check_same_run({**saved.config, **saved.state}, now, path=path, accept=accept)
+    changes = check_same_run({**saved.config, **saved.state}, now, path=path, accept=accept)
     if saved.step > config.run.steps:
         raise ConfigError(
             f"run.steps={config.run.steps}, but {path} has done {saved.step} steps already; set "
             f"run.steps to at least {saved.step}, or use another run.dir"
         )
+    return changes
+
+
+def curve_of(config: RunConfig, saved: Manifest, changes: list[Change]) -> tuple[Curve, list[str]]:
+    """The learning-rate curve of a run that continues, and what is said about it.
+
+    Raises:
+        ConfigError: the rate would be 0 from here on.
+    """
+    changed = {change.name for change in changes}
+    steps = config.run.steps
+    if any(name.startswith("schedule.") for name in changed):
+        return Curve(steps), ["the section schedule has changed: its curve is computed anew"]
+    before = int(saved.config.get("run", {}).get("steps", steps))
+    # Checkpoints of version 0.1 do not know of curves; no run of that version had a turn in it.
+    known = saved.state.get("curve")
+    curve = Curve(before) if known is None else Curve.from_dict(known)
+    if steps == before:
+        return curve, []
+    curve, note = continued(
+        curve, config.optimizer, config.schedule, done=saved.step, before=before, steps=steps
+    )
+    return curve, [note]

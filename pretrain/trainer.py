@@ -18,11 +18,12 @@ from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
+from pretrain.divergence import DivergedError, diverged
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
+from pretrain.history import record_start
 from pretrain.layout import Layout
-from pretrain.lr_schedule import make_schedule
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
 from pretrain.run_folder import CONFIG_FILE, LOGS_FOLDER
@@ -32,16 +33,10 @@ from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Limits, Watchdog
 from pretrain.validation import Validation
-from xlstm_io.checkpoint.lives import record_start
+from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
-from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.errors import ExitCode
 from xlstm_io.signals import StopSignal
-
-
-class DivergedError(UserError):
-    """Loss or gradient stopped being finite, and the run is configured to stop then."""
-
-    exit_code = ExitCode.DIVERGED
 
 
 def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool = False) -> int:
@@ -148,7 +143,6 @@ class Trainer:
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device.type)
         self.engine: Engine = make_engine(config, layout)
-        self.learning_rate = make_schedule(config.optimizer.lr, config.schedule, config.run.steps)
         self.guard = FINITE
         self.saver = CheckpointSaver(
             options.dir or self.dir / CHECKPOINTS_FOLDER,
@@ -160,6 +154,7 @@ class Trainer:
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
         self.start = resume(config, self.data, self.engine, self.saver)
         self.state, self.evaluation = self.start.state, self.start.evaluation
+        self.learning_rate = self.start.curve.rates(config.optimizer.lr, config.schedule)
         self._check_writable()
         self._record_life()
         cursor = self.start.cursor
@@ -264,7 +259,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         if not result.accepted and config.guard.stop_on_nonfinite:
             self._write_progress("diverged")
-            raise DivergedError(self._diverged(result))
+            raise DivergedError(diverged(config, step + 1, result, self.saver.last_good))
         self._speed.add(config.data.ramp.size(step) * config.data.seq_len, seconds)
         self.state = replace(
             self.state,
@@ -292,19 +287,6 @@ class Trainer:
                 },
             )
         return result.votes
-
-    def _diverged(self, result: StepResult) -> str:
-        """What to tell the user when a step's update was rejected."""
-        options, good = self.config.optimizer, self.saver.last_good
-        remedy = f"lower optimizer.lr={options.lr}"
-        if options.clip_grad == 0:
-            remedy += ", or clip gradients: optimizer.clip_grad=0 never does"
-        return (
-            f"step {self.state.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
-            "not finite, so the update was not applied and the run stops "
-            "(guard.stop_on_nonfinite=true); "
-            f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; {remedy}"
-        )
 
     def _evaluate(self, metrics: MetricLogger) -> bool:
         """Measure the validation loss; False when a rank was asked to stop meanwhile."""
@@ -364,6 +346,7 @@ class Trainer:
             **asdict(self.state),
             "life": self.life,
             "evaluation_due": self.validation.due(self.state.step),
+            "curve": self.start.curve.to_dict(),
             "cursor": self.loader.cursor.to_dict(),
             "tokenizer": {
                 "path": str(Path(manifest.tokenizer_path).resolve()),
@@ -381,11 +364,19 @@ class Trainer:
         self.saver.ranks.first("looking at the lease", self._fence)
 
     def _record_life(self) -> None:
-        """Note the step from which this life goes on, so that older lives cannot go beyond it."""
+        """Note from where this life goes on, in the run's history and among its checkpoints.
+
+        Older lives cannot go beyond the step that is noted there.
+        """
+        ranks, folder, processes = self.saver.ranks, self.saver.folder, self.layout.world_size
         if self.life:
-            self.saver.ranks.first(
-                f"writing to {self.saver.folder}",
-                lambda: record_start(self.saver.folder, self.life, self.state.step),
+            ranks.first(
+                f"writing to run.dir={self.dir}",
+                lambda: record_start(self.dir, self.life, self.config, self.start, processes),
+            )
+            ranks.first(
+                f"writing to {folder}",
+                lambda: lives.record_start(folder, self.life, self.state.step),
             )
 
     def _check_writable(self) -> None:

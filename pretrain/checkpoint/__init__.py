@@ -12,7 +12,7 @@ All ranks call both.
 """
 
 from pretrain.checkpoint.background import CheckpointSaver
-from pretrain.checkpoint.identity import check_same, check_same_run
+from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.load import (
     candidates_together,
     load_checkpoint,
@@ -35,7 +35,6 @@ __all__ = [
     "Retention",
     "TensorSlice",
     "candidates_together",
-    "check_same",
     "check_same_run",
     "find_latest",
     "load_checkpoint",

@@ -3,17 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.changes import Change, Rule, resume_changes, rules_of
 from xlstm_io.errors import CheckpointError
-from xlstm_mcore.old_keys import current_keys
-
-#: Keys of `model` that do not change what the weights mean: how it is computed, not what.
-NOT_IDENTITY = frozenset({"model.chunk_size", "model.kernel_backend", "model.dropout"})
-
-#: What decides which model, which order of data and which tokenizer it is.
-SAME_RUN = ("model", "data.seq_len", "run.seed", "tokenizer.sha256", "cursor.plan")
-
-_ABSENT = object()
 
 
 def check_same_run(
@@ -22,92 +13,60 @@ def check_same_run(
     *,
     path: object = "",
     accept: Sequence[str] = (),
-) -> None:
+) -> list[Change]:
     """Refuse a checkpoint of another model, data or tokenizer, showing each key that differs.
 
-    The pipeline cuts (`|`) of a pattern belong to the layout and are ignored, as is `NOT_IDENTITY`.
-    A model key that an older version of this program did not have counts as its default.
+    Which keys may differ is one table, `pretrain.config.changes.RULES`.
 
     Args:
         saved: The resolved configuration of the checkpoint's run (nested mappings with a `model`
             section), together with `tokenizer` and `cursor` of its training state.
         run: The same of the run that wants to continue.
         path: The checkpoint, for the message.
-        accept: Keys and sections that may differ.
+        accept: Keys and sections that may differ: the run says that the change is meant.
+
+    Returns:
+        The changes that alter the result; the run says and records them.
 
     Raises:
         CheckpointError: Something else differs.
     """
-    saved = current_keys(saved)
-    defaults = {k: f.default for k, f in ModelConfig.model_fields.items() if not f.is_required()}
-    saved, run = (
-        {**whole, "model": {**defaults, **whole.get("model", {})}} for whole in (saved, run)
-    )
-    check_same(saved, run, SAME_RUN, path=path, accept=accept)
-
-
-def check_same(
-    saved: Mapping[str, Any],
-    run: Mapping[str, Any],
-    keys: Sequence[str],
-    *,
-    path: object = "",
-    accept: Sequence[str] = (),
-) -> None:
-    """Compare some values or sections of two nested mappings.
-
-    It serves the configuration and the training state alike, for example
-    `check_same(manifest.state, state, ("tokenizer.sha256", "cursor.plan"))`.
-
-    Args:
-        saved: The checkpoint's values.
-        run: The run's values.
-        keys: Dotted keys of what must be the same.
-        path: The checkpoint, for the message.
-        accept: Keys and sections that may differ: the run says that the change is meant.
-
-    Raises:
-        CheckpointError: It lists every difference as `key: checkpoint A, run B`.
-    """
-    before, now = _flat(saved), _flat(run)
-    wanted = [
-        name
-        for name in dict.fromkeys([*before, *now])
-        if _is_in(name, keys) and name not in NOT_IDENTITY and not _is_in(name, accept)
+    changes = resume_changes(saved, run)
+    fixed = [change for change in changes if change.rule is Rule.FIXED]
+    asked = [
+        change
+        for change in changes
+        if change.rule is Rule.ASKED and not _is_in(change.name, accept)
     ]
-    differing = {
-        name: f"{name}: checkpoint {_text(before, name)}, run {_text(now, name)}"
-        for name in wanted
-        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
-    }
-    if differing:
-        which = f"the checkpoint {path}" if path else "the checkpoint"
-        raise CheckpointError(
-            f"{which} belongs to another run; use another run.dir, set what differs back, or, "
-            "where the change is meant, continue with checkpoint.accept_changes="
-            f"{','.join(differing)}\n  " + "\n  ".join(differing.values())
+    if fixed or asked:
+        raise CheckpointError(_message(fixed, asked, path))
+    return [change for change in changes if change.rule is not Rule.FREE]
+
+
+def _message(fixed: list[Change], asked: list[Change], path: object) -> str:
+    """What is said about differences that a resume does not allow, and the remedies that exist."""
+    which = f"the checkpoint {path}" if path else "the checkpoint"
+    lines = [f"  {change}" for change in (*fixed, *asked)]
+    if not fixed:
+        names = ",".join(change.name for change in asked)
+        return "\n".join(
+            [
+                f"{which} belongs to another run; use another run.dir, set what differs back, or, "
+                f"where the change is meant, continue with checkpoint.accept_changes={names}",
+                *lines,
+            ]
         )
+    names = ", ".join(change.name for change in fixed)
+    reasons = dict.fromkeys(rules.reason for c in fixed if (rules := rules_of(c.name)) is not None)
+    return "\n".join(
+        [
+            f"{which} belongs to another run and cannot be loaded into this one: {names} "
+            f"({'; '.join(reasons)}); use another run.dir, or set back what differs",
+            *lines,
+        ]
+    )
 
 
 def _is_in(name: str, keys: Sequence[str]) -> bool:
     """Whether a dotted name is one of `keys` or lies in a section that is."""
     return any(name == key or name.startswith(key + ".") for key in keys)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; the pattern without its pipeline cuts."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
-        elif isinstance(value, tuple):
-            flat[name] = list(value)
-        else:
-            cut = name == "model.pattern" and isinstance(value, str)
-            flat[name] = value.replace("|", "") if cut else value
-    return flat
-
-
-def _text(flat: Mapping[str, Any], name: str) -> str:
-    return str(flat[name]) if name in flat else "(none)"

@@ -23,6 +23,7 @@ from types import FrameType
 
 from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
 from pretrain.config import load_config
+from pretrain.supervision.progress_file import read_progress
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.signals import install, restore
 
@@ -145,6 +146,14 @@ def result_commands(places: Places, model: str, data: str | None) -> list[list[s
     return commands
 
 
+def make_command(model: str, steps: int, data: str | None, work: str, nproc: int) -> str:
+    """The call of make that runs this demo with another number of steps."""
+    given = {"MODEL": (model, "large"), "DATA": (data, None), "WORK": (work, "runs/demo")}
+    words = [f"{k}={shlex.quote(v)}" for k, (v, usual) in given.items() if v and v != usual]
+    words += [f"NPROC={nproc}"] * (nproc != 2)
+    return " ".join(["make pretrain", *words, f"STEPS={steps}"])
+
+
 def shown(command: list[str]) -> str:
     """A command as a person would type it."""
     words = [f"$'{w[:-1]}\\n'" if w.endswith("\n") else shlex.quote(w) for w in command]
@@ -247,7 +256,8 @@ def main(
         The exit code of the first stage that does not end with 0, or 0.
 
     Raises:
-        ConfigError: `steps` or `nproc` is below 1, or `data` is empty.
+        ConfigError: `steps` or `nproc` is below 1, `data` is empty, or the run that is there has
+            done more steps.
     """
     for name, value in (("--steps", steps), ("--nproc", nproc)):
         if value < 1:
@@ -256,6 +266,13 @@ def main(
         raise ConfigError("--data is empty; give a file, a folder or a glob, or leave it out")
     config = load_config(config_path(model))
     places = Places.of(Path(work), model, data)
+    progress = read_progress(places.run)
+    if progress is not None and (progress.checkpoint_step or 0) > steps:
+        done = progress.checkpoint_step or 0
+        raise ConfigError(
+            f"--steps={steps} (STEPS of make), but the run in {places.run} has done {done} steps "
+            f"already; use {make_command(model, done, data, work, nproc)} or more, or another WORK"
+        )
     started = time.monotonic()
     with Runner() as runner:
         commands = data_commands(places, data, config.model.vocab_size, config.data.seq_len)
@@ -269,4 +286,5 @@ def main(
     if code == ExitCode.DONE:
         minutes = (time.monotonic() - started) / 60
         _say(f"\nall done in {minutes:.1f} minutes; the summary is in {places.run}/summary.txt")
+        _say(f"to train further: {make_command(model, 2 * steps, data, work, nproc)}")
     return code

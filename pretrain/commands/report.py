@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
+from pretrain.lr_curve import Curve, continued
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD_DIR
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
-from xlstm_io.errors import CheckpointError, ExitCode, UserError
+from xlstm_io.errors import CheckpointError, ConfigError, ExitCode, UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
 GATE_NATS = 0.3
@@ -172,9 +173,11 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
     config_path = run_dir / CONFIG_FILE
     steps = config.run.steps if not finished else 2 * config.run.steps
     ours = f"{program('python')} -m pretrain"
+    words, note = _longer(config, steps) if finished else ("", None)
     lines = [
         f"  {'train longer' if finished else 'go on':<17} "
-        f"{ours} launch {config_path} --run.steps {steps}",
+        f"{ours} launch {config_path} --run.steps {steps}{words}",
+        *([f"  {'':<17} {note}"] if note else []),
         f"  {'write more text':<17} {ours} generate {run_dir} --prompt 'import ' --max-tokens 300",
         f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
         f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml",
@@ -182,6 +185,18 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
     if finished and not gate_met:
         lines.insert(0, "  the gate asks for more steps: a model of this size needs a few hundred")
     return lines
+
+
+def _longer(config: RunConfig, steps: int) -> tuple[str, str]:
+    """What a longer run needs besides its steps, and what its learning rate will do."""
+    options, before = config.schedule, config.run.steps
+    extended = {"done": before, "before": before, "steps": steps}
+    curve, optimizer = Curve(before), config.optimizer
+    try:
+        return "", continued(curve, optimizer, options, **extended)[1]
+    except ConfigError:  # the curve ends at a rate of 0
+        anew = options.model_copy(update={"extend": "recompute"})
+        return " --schedule.extend recompute", continued(curve, optimizer, anew, **extended)[1]
 
 
 def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config.changes import rules_table
 from pretrain.config.messages import choices
 from pretrain.config.schema import RunConfig
 from xlstm_mcore.old_keys import OLD_KEYS
@@ -122,6 +123,18 @@ def markdown() -> str:
         for key in keys:
             default = "**required**" if key.default is None else f"`{key.default}`"
             lines.append(_row(f"`{key.name}`", f"`{key.type}`", default, key.help))
+    lines += ["", "## What may change", ""]
+    lines += [
+        "On a resume: the same run continues from its newest checkpoint. On an init_from: another",
+        "run starts from a checkpoint's weights. What is said is printed when the run starts, and",
+        "stands in the run folder's `history.jsonl`. What must be accepted is listed when the run",
+        "stops for it; `checkpoint.accept_changes` names it. `section.*` stands for the other keys",
+        "of a section.",
+        "",
+        _row("key", "on a resume", "on an init_from", "why"),
+        "|---|---|---|---|",
+        *(_row(*row) for row in rules_table()),
+    ]
     lines += ["", "## Keys of earlier versions", ""]
     lines += [
         "A renamed key is still read, and one line says so. A removed key is read where it has the",

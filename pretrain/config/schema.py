@@ -209,6 +209,8 @@ class ScheduleConfig(Section):
     """learning rate at the end of the cooldown over optimizer.lr"""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """learning rate at the end of the decay over optimizer.lr"""
+    extend: Literal["stretch", "hold", "recompute"] = "stretch"
+    """if run.steps changes in mid-run: stretch the rest, hold the last rate, or compute it anew"""
 
 
 class CheckpointConfig(Section):

@@ -135,7 +135,16 @@ def test_resume_from_one_process_of_an_object_store(pool, shards, tmp_path, whol
     assert pool(2, train, raw | {"run": raw["run"] | {"steps": 10}}) == [0, 0]
     assert pool(2, train, raw) == [0, 0]
     assert log(tmp_path / "run") == whole
-    local = {"config.yaml", "lease.json", "lives", "logs", "metrics.jsonl", "progress.json"}
+    local = {
+        "config.yaml",
+        "history.jsonl",
+        "starts",
+        "lease.json",
+        "lives",
+        "logs",
+        "metrics.jsonl",
+        "progress.json",
+    }
     assert set(os.listdir(tmp_path / "run")) == {*local, "summary.json"}
     fake_object_store.register()
     assert f"{url}/step-00000024" in show(url) and "written on  name=megatron" in show(url)

@@ -12,6 +12,8 @@ import pytest
 
 from pretrain.commands import demo
 from pretrain.commands.demo import CONFIGS, Places, main, shown
+from pretrain.supervision.progress_file import Progress
+from xlstm_io.errors import ConfigError
 
 # `python -m NAME` finds these in the current folder before the real packages.
 STAGE = """
@@ -120,11 +122,20 @@ def test_the_exit_code_of_a_stage_ends_the_demo(stages, monkeypatch, stage, code
     "keys", [{"steps": 0}, {"nproc": 0}, {"data": "  "}], ids=["steps", "nproc", "data"]
 )
 def test_bad_arguments(stages, keys):
-    from xlstm_io.errors import ConfigError
-
     with pytest.raises(ConfigError):
         main(work="w", **keys)
     assert stages() == []
+
+
+def test_fewer_steps_than_the_run_has_done_are_refused_before_any_stage(stages):
+    run = Places.of(Path("w"), "classic", None).run
+    run.mkdir(parents=True)
+    Progress("done", 40, 40, 1, "c", 40).write(run)
+    with pytest.raises(ConfigError, match="has done 40 steps already") as caught:
+        main(model="classic", steps=20, work="w")
+    assert "use make pretrain MODEL=classic WORK=w STEPS=40 or more" in str(caught.value)
+    assert stages() == []
+    assert main(model="classic", steps=40, work="w") == 0
 
 
 def wait_for(path: str) -> None:

@@ -70,7 +70,8 @@ def test_a_good_run(make_run, baselines, capsys):
     assert f"loss curve        {folder / 'loss.png'}" in text
     assert f"this summary      {folder / 'summary.txt'}" in text
     assert "Hugging Face" not in text, "there is no export here"
-    assert f"launch {folder / 'config.yaml'} --run.steps 400" in text
+    assert f"launch {folder / 'config.yaml'} --run.steps 400\n" in text
+    assert "the curve has ended, and its last rate is held (schedule.extend=stretch)" in text
     assert (folder / "summary.txt").read_text() == text
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 

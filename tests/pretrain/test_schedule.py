@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from pretrain.config import ScheduleConfig
-from pretrain.lr_schedule import learning_rate, make_schedule
+from pretrain.config import ConfigError, OptimizerConfig, ScheduleConfig
+from pretrain.lr_curve import Curve, continued
+from pretrain.lr_schedule import learning_rate
 
 PEAK, STEPS = 2.0, 100
 
@@ -106,7 +107,7 @@ def test_the_7b_schedule():
         cooldown_min_lr_ratio=0.0,
         min_lr_ratio=0.1,
     )
-    at = make_schedule(5e-4, schedule, 550_000)
+    at = Curve(550_000).rates(5e-4, schedule)
     assert at(2999) == pytest.approx(5e-4)
     assert at(500_000) == pytest.approx(5e-5)
     assert at(543_000) == pytest.approx(5e-4 * 0.1 ** (540 / 497))
@@ -122,3 +123,75 @@ def test_unknown_name_is_a_bug():
     unknown = ScheduleConfig().model_copy(update={"name": "sine"})
     with pytest.raises(AssertionError, match="sine"):
         learning_rate(20, peak=PEAK, schedule=unknown, steps=STEPS)
+
+
+def extended(done, before, steps, curve=None, **keys):
+    """The rate as a function of the step, before and after a change of the run's length."""
+    schedule = ScheduleConfig(**{"warmup_steps": 10, **keys})
+    old = curve or Curve(before)
+    new, said = continued(
+        old, OptimizerConfig(lr=PEAK), schedule, done=done, before=before, steps=steps
+    )
+    return new, old.rates(PEAK, schedule), new.rates(PEAK, schedule), said
+
+
+def largest_jump(rate, steps):
+    return max(abs(rate(step + 1) - rate(step)) for step in range(9, steps - 1))
+
+
+@pytest.mark.parametrize("extend", ["stretch", "hold"])
+def test_a_finished_cosine_that_is_extended_stays_at_its_end(extend):
+    _, old, new, said = extended(100, 100, 102, extend=extend)
+    assert [new(step) for step in range(99)] == [old(step) for step in range(99)]
+    assert new(100) == new(101) == pytest.approx(PEAK * 0.1)
+    assert "its last rate is held" in said and f"schedule.extend={extend}" in said
+
+
+def test_recompute_lets_the_rate_jump_as_the_new_curve_says():
+    new, _, rate, said = extended(100, 100, 200, extend="recompute")
+    assert new == Curve(200) and rate(100) == pytest.approx(PEAK * 0.55, rel=0.1)
+    assert "0.201 in the last step, 1.17 in the next" in said
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("steps", [70, 101, 150, 400])
+def test_what_is_left_is_stretched_or_shrunk_without_a_jump(name, steps):
+    _, old, new, said = extended(60, 100, steps, name=name)
+    assert [new(step) for step in range(61)] == [old(step) for step in range(61)]
+    assert new(steps) == pytest.approx(PEAK * 0.1)
+    assert largest_jump(new, steps) <= largest_jump(old, 100) * max(1, 40 / (steps - 60)) * 1.01
+    assert "stretched" in said
+
+
+def test_a_curve_that_does_not_depend_on_the_length_so_far_is_used_as_it_is():
+    """Stretching would make a cooldown of 20 steps longer than it is to be."""
+    wsd = {"name": "wsd", "cooldown_steps": 20}
+    for done, keys in (
+        (5, {}),
+        (60, {"name": "wsd", "cooldown_steps": 20}),
+        (90, {"decay_steps": 80}),
+    ):
+        new, *_ = extended(done, 100, 200, **keys)
+        assert new == Curve(200)
+    new, old, rate, _ = extended(90, 100, 200, **wsd)
+    assert new != Curve(200) and rate(90) == old(90) and rate(145) == pytest.approx(old(95))
+
+
+def test_hold_keeps_every_rate_that_was_planned():
+    _, old, new, _ = extended(60, 100, 150, extend="hold")
+    assert [new(step) for step in range(101)] == [old(step) for step in range(101)]
+    assert new(149) == old(100)
+
+
+def test_a_run_may_be_extended_again_and_its_checkpoint_knows():
+    once, *_ = extended(60, 100, 150)
+    twice, old, new, _ = extended(120, 150, 300, curve=once)
+    assert Curve.from_dict(twice.to_dict()) == twice
+    assert [new(step) for step in range(121)] == [old(step) for step in range(121)]
+    assert new(300) == pytest.approx(PEAK * 0.1)
+    assert new(60) == lr(60)
+
+
+def test_steps_at_a_rate_of_nothing_are_refused():
+    with pytest.raises(ConfigError, match="50 steps after step 100 would change nothing"):
+        extended(100, 100, 150, name="wsd", cooldown_steps=20)

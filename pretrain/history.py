@@ -1,0 +1,87 @@
+"""The history of a run: one line for each start, and the configuration of each, never overwritten.
+
+    RUN/history.jsonl             one JSON object per start, in order
+    RUN/starts/000003/config.yaml the configuration of the start of life 3
+
+A line says which life it was, when and from where it went on, and what differed from the
+checkpoint's configuration and alters the result.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import RunConfig, save_config
+from pretrain.resume import Start
+from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, STARTS_FOLDER
+
+
+def start_folder(run: Path, life: int) -> Path:
+    """The folder of one start of a run."""
+    return run / STARTS_FOLDER / f"{life:06d}"
+
+
+def record_start(run: Path, life: int, config: RunConfig, start: Start, processes: int) -> None:
+    """Keep the configuration of a start, and add its line to the history.
+
+    Args:
+        run: the run folder.
+        life: number of the life that starts.
+        config: its configuration.
+        start: what it starts from.
+        processes: how many processes it has.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = start_folder(run, life)
+    folder.mkdir(parents=True)  # a life has one start
+    save_config(config, folder / CONFIG_FILE)
+    append(
+        run,
+        {
+            "life": life,
+            "event": "start",
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": start.state.step,
+            "checkpoint": None if start.checkpoint is None else str(start.checkpoint),
+            "processes": processes,
+            "configuration": f"{STARTS_FOLDER}/{folder.name}/{CONFIG_FILE}",
+            "changes": [
+                {"key": change.name, "before": change.before, "now": change.now}
+                for change in start.changes
+            ],
+            "notes": start.notes,
+        },
+    )
+
+
+def append(run: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to the history of a run, and flush it to the disk.
+
+    A line that a killed process began is left as it is; the new one does not join it.
+    """
+    path = run / HISTORY_FILE
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as history:
+        history.write("\n" * torn + json.dumps(line, default=str) + "\n")
+        history.flush()
+        os.fsync(history.fileno())
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's history, in order, without torn ones; none where there is no history.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = run / HISTORY_FILE
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
