@@ -60,7 +60,7 @@ _SHAPED = Rules(Rule.FIXED, Rule.FIXED, _SHAPE)
 _COMPUTED = Rules(Rule.ASKED, Rule.SAID, _FUNCTION)
 
 #: By dotted key; `section.*` stands for the keys of a section that have no line of their own. The
-#: last two are no keys of a run file, but what a checkpoint knows about its tokenizer and data.
+#: last two are not in a run file: a checkpoint knows them of its tokenizer and data.
 RULES: dict[str, Rules] = {
     "run.dir": _free(),
     "run.steps": _said("moves the end of the learning-rate curve; see `schedule.extend`"),
