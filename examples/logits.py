@@ -10,9 +10,6 @@ import argparse
 
 import torch
 
-from pretrain.commands.generate import prompt_ids
-from xlstm_io.checkpoint.manifest import resolve
-from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_mcore.inference import load_model, model_logits
 
 
@@ -24,12 +21,10 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="tokens to print")
     options = parser.parse_args()
 
-    path = resolve(options.checkpoint)
-    model, config = load_model(path)
-    tokenizer = tokenizer_of(path)
-    tokens = torch.tensor([prompt_ids(tokenizer, options.prompt)])  # [batch, sequence]
+    model, tokenizer = load_model(options.checkpoint)
+    tokens = torch.tensor([tokenizer.prompt_ids(options.prompt)])  # [batch, sequence]
     logits = model_logits(model, tokens)  # [batch, sequence, vocabulary], fp32
-    print(f"pattern {config.pattern}, logits {tuple(logits.shape)}")
+    print(f"pattern {model.config.pattern}, logits {tuple(logits.shape)}")
     probabilities = logits[0, -1, : tokenizer.vocab_size].softmax(-1)
     for probability, token in zip(*probabilities.topk(options.top), strict=True):
         print(f"{probability.item():7.4f}  {tokenizer.decode([token.item()])!r}")

@@ -22,6 +22,7 @@ from pretrain.config import (
     split_overrides,
 )
 from pretrain.config.reference import options_help
+from pretrain.options import add_checkpoint, add_generation
 from pretrain.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside
@@ -49,14 +50,6 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     nargs = "?" if optional else None
     parser.add_argument("config", metavar="RUN.yaml", nargs=nargs, help=text)
     parser.epilog = OVERRIDES_HELP
-
-
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE|FOLDER",
-        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
-    )
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -109,36 +102,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     show = add("show", "print what a checkpoint holds")
-    show.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder")
+    add_checkpoint(show)
 
-    generate = add(
-        "generate", "continue a text with a trained model; under torchrun, tensor parallel"
-    )
-    generate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
-    generate.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to continue; may be given several times (default: start a document)",
-    )
-    generate.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="tokens to add at most"
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token"
-    )
-    generate.add_argument(
-        "--top-k", type=int, default=50, metavar="K", help="sample among K tokens; 0 for all"
-    )
-    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    generate.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations"
-    )
-    generate.add_argument("--out", metavar="FILE", help="also write the text to this file")
-    _add_tokenizer(generate)
+    generate = add("generate", "continue texts with a trained model")
+    add_checkpoint(generate)
+    add_generation(generate)
 
     evaluate = add("evaluate", "loss of a checkpoint on a validation split")
-    evaluate.add_argument("checkpoint", metavar="CKPT", help="checkpoint or run folder")
+    add_checkpoint(evaluate)
     _add_config(evaluate, optional=True)
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
@@ -236,30 +207,42 @@ def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[st
     _import_megatron()
     from pretrain.commands.evaluate import main
 
-    return main(options.checkpoint, config)
+    return main(options.checkpoint, config, which=options.which)
 
 
 def _show(options: argparse.Namespace) -> int:
     from pretrain.commands.show import show
 
-    print(show(options.checkpoint))
+    print(show(options.checkpoint, options.which))
     return ExitCode.DONE
 
 
 def _generate(options: argparse.Namespace) -> int:
-    _import_megatron()
+    from xlstm_mcore.generation.settings import Sampling
+
+    # Before torch is loaded, which takes seconds: it says what is wrong with the options.
+    sampling = Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=tuple(options.stop),
+        seed=options.seed,
+        num_samples=options.num_samples,
+    )
     from pretrain.commands.generate import main
 
     return main(
         options.checkpoint,
-        prompt=options.prompt or [""],
-        max_new_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
+        sampling,
+        which=options.which,
+        prompt=options.prompt,
+        prompts=options.prompts,
+        batch=options.batch,
         precision=options.precision,
-        out=options.out,
         tokenizer=options.tokenizer,
+        as_json=options.json,
+        out=options.out,
     )
 
 
@@ -305,11 +288,12 @@ def _positive_nproc(options: argparse.Namespace) -> int | None:
     return options.nproc
 
 
-def _saved_config(checkpoint: str, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a checkpoint, or in the newest one of a run folder."""
-    from xlstm_io.checkpoint.manifest import read_manifest, resolve
+def _saved_config(checkpoint: str, which: str | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a checkpoint; see `xlstm_io.checkpoint.choose` for which one."""
+    from xlstm_io.checkpoint.choose import choose
+    from xlstm_io.checkpoint.manifest import read_manifest
 
-    path = resolve(checkpoint)
+    path = choose(checkpoint, which)
     return config_of_checkpoint(read_manifest(path).config, overrides, str(path))
 
 
@@ -335,7 +319,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     # Workers that this command starts read the file again, and the first of them says what is old.
     starts_workers = words[0] in ("launch", "self-test") and "WORLD_SIZE" not in os.environ
     if options.config is None:
-        config = _saved_config(options.checkpoint, overrides)
+        config = _saved_config(options.checkpoint, options.which, overrides)
     else:
         config = load_config(options.config, overrides, quiet=starts_workers)
     return CONFIG_COMMANDS[options.command](options, config, flags)

@@ -8,10 +8,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from xlstm_io.checkpoint.choose import choose
 from xlstm_io.checkpoint.manifest import resolve
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
+from xlstm_io.checkpoint.tokenizer import tokenizer_of
+from xlstm_io.errors import CheckpointError
+from xlstm_io.storage import Location
+from xlstm_io.tokenizer.base import Tokenizer
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
 from xlstm_mcore.old_keys import current_keys
@@ -50,7 +54,46 @@ def inference_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel, XLSTMConfig]:
+def load_model(
+    path: Location | str,
+    *,
+    which: str | None = None,
+    tokenizer: Path | str | None = None,
+    precision: str = "fp32",
+) -> tuple[XLSTMModel, Tokenizer]:
+    """The model of a checkpoint with its tokenizer; see `open_model`.
+
+    Args:
+        path: A checkpoint or a run folder, local or an fsspec URL.
+        which: Which one of a run; see `xlstm_io.checkpoint.choose`.
+        tokenizer: Its tokenizer's file or folder; by default the one in the checkpoint.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        CheckpointError: There is no complete checkpoint, or its tokenizer is missing or another.
+        TokenizerFileError: The tokenizer cannot be opened.
+    """
+    chosen = choose(path, which)
+    opened = tokenizer_of(chosen, tokenizer)
+    model = open_model(chosen, precision=precision)
+    check_vocabulary(opened, model.config.vocab_size)
+    return model, opened
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a model has a row for every id of a tokenizer.
+
+    Raises:
+        CheckpointError: It has fewer.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
+            f"model.vocab_size={vocab_size}; give its own tokenizer"
+        )
+
+
+def open_model(path: Location | str, *, precision: str = "fp32") -> XLSTMModel:
     """The model of a checkpoint, weights only, in evaluation mode.
 
     The model lies in this process, or is split over all processes of a launcher (see
@@ -59,9 +102,6 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
     Args:
         path: A checkpoint, or a run folder (then its newest complete checkpoint).
         precision: "fp32" or "bf16".
-
-    Returns:
-        The model and its configuration.
 
     Raises:
         CheckpointError: There is no complete checkpoint, or it holds another model.
@@ -78,7 +118,7 @@ def load_model(path: Path | str, *, precision: str = "fp32") -> tuple[XLSTMModel
                 reader.read_into(
                     TensorSlice(part.name, part.global_shape, part.global_offset, view)
                 )
-    return model.eval(), config
+    return model.eval()
 
 
 @torch.no_grad()

@@ -8,20 +8,23 @@ import os
 
 import torch
 
-from pretrain.checkpoint import read_manifest, resolve
+from pretrain.checkpoint import read_manifest
 from pretrain.commands.generate import check_split
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader, open_valid
+from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import ConfigError
-from xlstm_mcore.inference import load_model
+from xlstm_io.storage import Location
+from xlstm_mcore.inference import open_model
 from xlstm_mcore.megatron import cpu_runtime
 
 
-def main(checkpoint: str, config: RunConfig) -> int:
+def main(checkpoint: str, config: RunConfig, *, which: str | None = None) -> int:
     """Print the loss of `checkpoint` on the validation split of `config.data`.
 
     Args:
         checkpoint: a checkpoint or a run folder.
+        which: which checkpoint of a run; see `xlstm_io.checkpoint.choose`.
         config: the run file whose data and batch to use; the model is the checkpoint's.
 
     Returns:
@@ -30,12 +33,13 @@ def main(checkpoint: str, config: RunConfig) -> int:
     Raises:
         UserError: no checkpoint, no data, or the data were made with another tokenizer.
     """
-    found = evaluate(checkpoint, config)
+    path = choose(checkpoint, which)
+    found = evaluate(path, config)
     if os.environ.get("RANK", "0") != "0":
         return 0
     for name, (loss, tokens) in found.items():
         print(
-            f"{resolve(checkpoint)}{f', {name}' if name else ''}: {loss:.4f} nats per token, "
+            f"{path}{f', {name}' if name else ''}: {loss:.4f} nats per token, "
             f"perplexity {math.exp(loss):.2f}, over {tokens:,} tokens"
         )
     if len(found) > 1:
@@ -45,9 +49,8 @@ def main(checkpoint: str, config: RunConfig) -> int:
 
 
 @torch.no_grad()
-def evaluate(checkpoint: str, config: RunConfig) -> dict[str, tuple[float, int]]:
+def evaluate(path: Location | str, config: RunConfig) -> dict[str, tuple[float, int]]:
     """By validation set: mean loss (nats per unmasked token) and number of tokens."""
-    path = resolve(checkpoint)
     sets = open_valid(config.data)
     trained_with = read_manifest(path).state.get("tokenizer", {}).get("sha256")
     for dataset in sets.values():
@@ -58,7 +61,7 @@ def evaluate(checkpoint: str, config: RunConfig) -> dict[str, tuple[float, int]]
                 f"{trained_with}), so its ids mean other text; build the data with that tokenizer"
             )
     check_split(path)
-    model, _ = load_model(path)
+    model = open_model(path)
     return {name: _loss(model, dataset, config) for name, dataset in sets.items()}
 
 

@@ -1,87 +1,157 @@
-"""Text from a checkpoint, with the state of every layer carried from token to token."""
+"""Continue texts with a trained model, in one process or tensor parallel over those of torchrun."""
 
 import json
 import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from pretrain.checkpoint import read_manifest, resolve
+from pretrain.checkpoint import read_manifest
 from pretrain.config import config_from_dict
-from xlstm_io.checkpoint.tokenizer import tokenizer_of
-from xlstm_io.storage import Location
-from xlstm_io.tokenizer import Tokenizer
-from xlstm_mcore.inference import gather_vocabulary, load_model
-from xlstm_mcore.model import XLSTMModel
+from xlstm_io.checkpoint.choose import choose
+from xlstm_io.errors import UserError
+from xlstm_io.storage import Location, replacing
+from xlstm_mcore.generation.generate import Completion, generate
+from xlstm_mcore.generation.settings import Sampling
+from xlstm_mcore.inference import load_model
+
+STDIN = "-"
+
+
+class Prompt(NamedTuple):
+    """A text to continue, and the number that decides its random numbers."""
+
+    text: str
+    number: int
 
 
 def main(
     checkpoint: str,
+    sampling: Sampling,
     *,
-    prompt: list[str],
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
+    which: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
+    batch: int = 16,
     precision: str = "fp32",
-    out: str | None = None,
     tokenizer: str | None = None,
+    as_json: bool = False,
+    out: str | None = None,
 ) -> int:
-    """Continue prompts and print the texts.
-
-    In one process, or tensor parallel over all processes of torchrun; the texts are the same.
+    """Continue prompts, and print or write the texts.
 
     Args:
         checkpoint: a checkpoint or a run folder.
-        prompt: texts to continue; an empty one starts a document.
-        max_new_tokens: tokens to add at most; the end of a document stops earlier.
-        temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-        top_k: sample among the k likeliest tokens; 0 for all.
-        seed: seed of the sampling.
+        sampling: how tokens are drawn.
+        which: which checkpoint of a run; see `xlstm_io.checkpoint.choose`.
+        prompt: texts to continue; `-` is the whole of stdin, an empty one starts a document.
+        prompts: a JSONL file of prompts, or `-` for stdin; see `read_prompts`.
+        batch: completions that are computed together at most.
         precision: "fp32" or "bf16", of weights and activations.
-        out: file to write the texts to as well.
         tokenizer: a tokenizer's file or folder; by default the one in the checkpoint.
+        as_json: print a line of JSON for each completion.
+        out: file to write: JSON lines if it ends in `.jsonl`, else the texts.
 
     Returns:
         0.
 
     Raises:
-        UserError: no checkpoint, its model does not split over the processes, or its tokenizer is
-            gone or another one.
+        UserError: no checkpoint, its model does not split over the processes, its tokenizer is
+            gone or another one, or the prompts cannot be read.
     """
-    path = resolve(checkpoint)
+    if batch < 1:
+        raise UserError(f"--batch={batch} computes nothing; use 1 or more")
+    path = choose(checkpoint, which)
     check_split(path)
-    model, _ = load_model(path, precision=precision)
+    asked = gather_prompts(prompt, prompts)
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out={out}: there is no such folder to write to")
+    model, words = load_model(path, tokenizer=tokenizer, precision=precision)
     main_process = model.tp_group.rank() == 0
-    words = tokenizer_of(path, tokenizer)
-    rng = torch.Generator().manual_seed(seed)
-    texts = []
-    for start in prompt:
-        prompted = prompt_ids(words, start)
-        added = generate(
+    rows = len(asked) * sampling.num_samples
+    streams = main_process and rows == 1 and not as_json and out is None and sys.stdout.isatty()
+    if streams:
+        _print(asked[0].text, end="")
+    with tqdm(total=rows, unit="text", disable=None if main_process and rows > 1 else True) as bar:
+        completions = generate(
             model,
-            prompted,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            end=words.document_ids().eos,
-            limit=words.vocab_size,
-            rng=rng,
+            words,
+            [one.text for one in asked],
+            sampling,
+            numbers=[one.number for one in asked],
+            batch=batch,
+            on_text=(lambda text: _print(text, end="")) if streams else (lambda text: None),
+            on_done=lambda completion: bar.update(),
         )
-        # Some tokenizers decode a first token without its space: decode it after the prompt.
-        known = len(words.decode(prompted))
-        texts.append(start + words.decode([*prompted, *added])[known:])
-        if main_process:
-            print(f"--- prompt {json.dumps(start)}\n{texts[-1]}\n", flush=True)
-    if main_process and out is not None:
-        Path(out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+    if not main_process:
+        return 0
+    if streams:
+        _print("")
+    elif out is None or not out.endswith(".jsonl"):
+        for completion in completions:
+            _print(as_line(completion) if as_json else as_text(completion, sampling))
+    if out is not None:
+        _write(Path(out), completions)
     return 0
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt: those of a training document that begins with it, bos included."""
-    return [tokenizer.document_ids().bos, *tokenizer.encode([text])[0].tolist()]
+def gather_prompts(prompt: list[str] | None, prompts: str | None) -> list[Prompt]:
+    """The prompts of the command line and those of a file, numbered in this order.
+
+    Raises:
+        UserError: the file cannot be read, or stdin is asked for twice or by several processes.
+    """
+    texts = list(prompt or [])
+    readers = texts.count(STDIN) + (prompts == STDIN)
+    if readers > 1:
+        raise UserError("stdin (-) can be read once; give it to one --prompt or to --prompts")
+    if readers and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("stdin (-) reaches one of several processes; write the prompts to a file")
+    texts = [sys.stdin.read() if text == STDIN else text for text in texts]
+    asked = [Prompt(text, number) for number, text in enumerate(texts)]
+    if prompts is not None:
+        asked += read_prompts(prompts, first=len(asked))
+        if not asked:
+            raise UserError(f"{prompts} holds no prompt")
+    return asked or [Prompt("", 0)]
+
+
+def read_prompts(path: str, first: int = 0) -> Iterator[Prompt]:
+    """Prompts of a JSONL file, one a line: `{"prompt": TEXT}`, or the text as a JSON string.
+
+    A line may have a `number`, by which the prompt keeps its random numbers when the file is cut or
+    put into another order. Other keys are passed over.
+
+    Args:
+        path: the file, or `-` for stdin.
+        first: number of the first line's prompt.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    try:
+        text = sys.stdin.read() if path == STDIN else Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={path} is not UTF-8: {error}") from error
+    lines = [(place, line) for place, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, (place, line) in enumerate(lines, first):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {place}: not JSON ({error})") from error
+        value = {"prompt": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            raise UserError(f'{path}, line {place}: wanted {{"prompt": TEXT}}')
+        own = value.get("number", number)
+        if type(own) is not int or own < 0:
+            raise UserError(f"{path}, line {place}: number={own!r} must be 0, 1, 2, ...")
+        yield Prompt(value["prompt"], own)
 
 
 def check_split(path: Location) -> None:
@@ -98,54 +168,30 @@ def check_split(path: Location) -> None:
         config_from_dict({**saved, "model": model, "layout": layout}, f"{tensor} processes")
 
 
-@torch.no_grad()
-def generate(
-    model: XLSTMModel,
-    tokens: list[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    end: int,
-    limit: int,
-    rng: torch.Generator,
-) -> list[int]:
-    """Tokens that follow `tokens`.
-
-    The prompt is read in one pass. Every further token costs one step, however long the text before
-    it, because a layer's state holds all it needs of the past.
-
-    Args:
-        model: a whole model, in one process or tensor parallel; all ranks return the same.
-        tokens: the prompt, at least one token.
-        max_new_tokens: how many to add at most.
-        temperature: 0 for the likeliest token.
-        top_k: candidates to sample among; 0 for all.
-        end: token that ends a document; not returned.
-        limit: tokens of the tokenizer; rows of the head beyond it are padding.
-        rng: source of the samples.
-    """
-    device = next(model.parameters()).device
-    cache: dict = {}
-    added: list[int] = []
-    window = torch.tensor([tokens], device=device)
-    for _ in range(max_new_tokens):
-        last = model(window, cache=cache, last_only=True)[0, -1]
-        logits = gather_vocabulary(model, last)[:limit].float().cpu()
-        token = _pick(logits, temperature, top_k, rng)
-        if token == end:
-            break
-        added.append(token)
-        window = torch.tensor([[token]], device=device)
-    return added
+def as_line(completion: Completion) -> str:
+    """A completion as one line of JSON."""
+    return json.dumps(asdict(completion), ensure_ascii=False)
 
 
-def _pick(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < logits.numel():
-        logits, choices = logits.topk(top_k)
+def as_text(completion: Completion, sampling: Sampling) -> str:
+    """A completion for a person."""
+    sample = f", sample {completion.sample}" if sampling.num_samples > 1 else ""
+    return f"--- prompt {json.dumps(completion.prompt)}{sample}\n{_whole(completion)}\n"
+
+
+def _whole(completion: Completion) -> str:
+    return completion.prompt + completion.text
+
+
+def _print(text: str, end: str = "\n") -> None:
+    print(text, end=end, flush=True)
+
+
+def _write(path: Path, completions: list[Completion]) -> None:
+    """Write all completions, or leave what was there."""
+    if path.suffix == ".jsonl":
+        text = "".join(f"{as_line(one)}\n" for one in completions)
     else:
-        choices = torch.arange(logits.numel())
-    chance = torch.softmax(logits / temperature, dim=-1)
-    return int(choices[torch.multinomial(chance, 1, generator=rng)])
+        text = "\n----\n".join(map(_whole, completions)) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", errors="surrogatepass"))

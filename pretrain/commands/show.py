@@ -3,21 +3,23 @@
 import datetime
 import math
 
+from xlstm_io.checkpoint.choose import choose
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
-from xlstm_io.checkpoint.manifest import is_weight, read_manifest, resolve
+from xlstm_io.checkpoint.manifest import is_weight, read_manifest
 from xlstm_io.storage import Location
 
 
-def show(path: Location | str) -> str:
+def show(path: Location | str, which: str | None = None) -> str:
     """What a checkpoint contains, as text.
 
     Args:
-        path: a checkpoint, or a run folder for its newest one.
+        path: a checkpoint, or a run folder.
+        which: which checkpoint of a run; see `xlstm_io.checkpoint.choose`.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    path = resolve(path)
+    path = choose(path, which)
     manifest = read_manifest(path)
     state, config = manifest.state, manifest.config
     weights = {n: t for n, t in manifest.tensors.items() if is_weight(n)}

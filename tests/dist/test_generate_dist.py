@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.dist import work
+from xlstm_mcore.generation.settings import Sampling
 
-PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+PROMPTS = ["3 1 4 1 5 9 2 6 5", "7", "2 7 1 8 2 8 1 8 2 8 4 5 9 0 4 5"]
 
 
 @pytest.fixture(scope="module", params=["large", "classic", "mixed"])
@@ -20,10 +21,12 @@ def checkpoint(request, pool, tmp_path_factory):
 @pytest.mark.dist
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_same_tokens_on_every_number_of_processes(pool, checkpoint, temperature):
-    ((alone, true_logits),) = pool(1, work.generate_tokens, checkpoint, PROMPT, temperature)
-    assert len(alone) == 24 and len(set(alone)) > 1
+    sampling = Sampling(max_tokens=24, temperature=temperature, top_k=10, num_samples=2, seed=5)
+    ((alone, true_logits),) = pool(1, work.generate_tokens, checkpoint, PROMPTS, sampling)
+    assert len(alone) == 6 and all(len(tokens) == 24 for tokens in alone)
+    assert len(set(alone)) == (6 if temperature else 3)
     for ranks in (2, 4):
-        for tokens, logits in pool(ranks, work.generate_tokens, checkpoint, PROMPT, temperature):
+        for tokens, logits in pool(ranks, work.generate_tokens, checkpoint, PROMPTS, sampling):
             assert tokens == alone
             assert torch.allclose(logits, true_logits, rtol=0, atol=2e-5)
 

@@ -14,8 +14,10 @@ from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
 from pretrain.trainer import train_step
+from xlstm_io.tokenizer import DocumentIds
 from xlstm_mcore import build
 from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.generation.settings import Sampling
 from xlstm_mcore.parameters.slices import is_shared, named_slices
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
@@ -237,24 +239,33 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
     return loss.item(), mine
 
 
-def generate_tokens(path: str, prompt: list[int], temperature: float) -> tuple[list[int], Any]:
-    """Continue a prompt with the model of a checkpoint, tensor parallel over this call's ranks."""
-    from pretrain.commands.generate import generate
-    from xlstm_mcore.inference import load_model, model_logits
+class PlainTokenizer:
+    """Stands in for a tokenizer: the ids of a prompt are its numbers, and so is the text of ids."""
 
-    model, config = load_model(path)
-    logits = model_logits(model, torch.tensor([prompt]))
-    tokens = generate(
-        model,
-        prompt,
-        max_new_tokens=24,
-        temperature=temperature,
-        top_k=10,
-        end=-1,
-        limit=config.vocab_size,
-        rng=torch.Generator().manual_seed(5),
-    )
-    return tokens, logits
+    vocab_size = 96
+
+    @staticmethod
+    def prompt_ids(text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    @staticmethod
+    def document_ids() -> DocumentIds:
+        return DocumentIds(bos=0, eos=-1, pad=-1)
+
+    @staticmethod
+    def decode(ids) -> str:
+        return "".join(f"{token} " for token in ids)
+
+
+def generate_tokens(path: str, prompts: list[str], sampling: Sampling) -> tuple[list, Any]:
+    """Continue prompts with the model of a checkpoint, tensor parallel over this call's ranks."""
+    from xlstm_mcore.generation.generate import generate
+    from xlstm_mcore.inference import model_logits, open_model
+
+    model = open_model(path)
+    tokenizer: Any = PlainTokenizer()
+    logits = model_logits(model, torch.tensor([tokenizer.prompt_ids(prompts[0])]))
+    return [one.tokens for one in generate(model, tokenizer, prompts, sampling)], logits
 
 
 def refused_split(path: str) -> str:

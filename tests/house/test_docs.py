@@ -51,6 +51,10 @@ RUN_ELSEWHERE = {
         MAKE_PRETRAIN,
         '"pretrain", "self-test", path',
     ),
+    'python -m pretrain generate runs/first --prompt "Once upon a time" --max-tokens 32': (
+        "docs/tutorial.md",  # whose commands test_tutorial.py runs
+        'generate runs/first --prompt "Once upon a time"',
+    ),
     "python -m pretrain evaluate CKPT --data.path shards": (
         "tests/pretrain/test_hf_tokenizer.py",
         '"evaluate", str(copy), "--data.path"',

@@ -9,6 +9,7 @@ import yaml
 
 from pretrain import cli
 from xlstm_io.errors import UserError
+from xlstm_mcore.generation.settings import Sampling
 
 CONFIG = {
     "run": {"dir": "runs/x", "steps": 3},
@@ -161,13 +162,34 @@ def test_ctrl_c_outside_of_training(run_file, fake, capsys):
 def test_generate_arguments(fake):
     calls = fake("pretrain.commands.generate")
     words = ["generate", "ckpt", "--prompt", "a", "--prompt", "b", "--max-tokens", "5"]
-    assert cli.run([*words, "--out", "x.txt"]) == 0
+    assert cli.run([*words, "--stop", "x", "--stop", "y", "--out", "x.txt"]) == 0
     args, keys = calls[0]
-    assert args == ("ckpt",)
-    assert keys["prompt"] == ["a", "b"]
-    assert (keys["max_new_tokens"], keys["out"]) == (5, "x.txt")
-    assert cli.run(["generate", "ckpt"]) == 0
-    assert calls[1][1]["prompt"] == [""]
+    assert args == ("ckpt", Sampling(max_tokens=5, stop=("x", "y")))
+    assert (keys["prompt"], keys["out"], keys["which"]) == (["a", "b"], "x.txt", None)
+    assert cli.run(["generate", "ckpt", "--checkpoint", "best"]) == 0
+    args, keys = calls[1]
+    assert args == ("ckpt", Sampling()), "the defaults of the options are those of the class"
+    assert (keys["prompt"], keys["prompts"], keys["which"]) == (None, None, "best")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-1"], "--temperature=-1.0 must be 0 (the likeliest token) or above"),
+        (["--temperature", "nan"], "--temperature=nan must be 0"),
+        (["--top-k", "-3"], "--top-k=-3 must be 0 (all tokens) or above"),
+        (["--top-p", "0"], "--top-p=0.0 must be above 0 and at most 1"),
+        (["--top-p", "1.5", "--seed", "-1"], "at most 1 (all tokens); --seed=-1 must be 0"),
+        (["--max-tokens", "0"], "--max-tokens=0 must be at least 1"),
+        (["--num-samples", "0"], "--num-samples=0 must be at least 1"),
+        (["--stop", ""], "--stop=('',) must not be empty"),
+    ],
+)
+def test_sampling_without_sense_is_refused(words, message, fake, capsys):
+    calls = fake("pretrain.commands.generate")
+    assert cli.run(["generate", "ckpt", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not calls
 
 
 def test_generate_main_takes_what_the_command_passes(fake):

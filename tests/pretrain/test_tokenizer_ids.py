@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.tools.repack import stored_documents
-from pretrain.commands.generate import prompt_ids
 from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.tokenizer import open_tokenizer
@@ -67,7 +66,7 @@ def test_prompts_have_the_ids_of_the_shards(shards):
     tokenizer = open_tokenizer(load_manifest(shards).tokenizer_path)
     eos = tokenizer.document_ids().eos
     for text, stored in zip(TEXTS, ids_of_shards(shards), strict=True):
-        assert [*prompt_ids(tokenizer, text), eos] == stored, text
+        assert [*tokenizer.prompt_ids(text), eos] == stored, text
         assert tokenizer.decode(stored) == text
 
 

@@ -93,7 +93,21 @@ def test_a_cache_may_be_fed_in_any_portions_with_boundaries(groups, steps):
             parts.append(mixer(x[done : done + n], here if here.any() else None, cache))
             done += n
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-13)
-    assert cache["k"].shape == (2, 2, 20, 6)
+    assert cache["k"][:, :, : cache["length"]].shape == (2, 2, 20, 6)
+
+
+def test_a_cache_of_known_capacity_is_never_moved(groups):
+    mixer = make(groups)
+    cache = {"capacity": 20}
+    with torch.no_grad():
+        mixer(torch.randn(7, 2, 24, dtype=torch.float64), None, cache)
+        places = cache["k"].data_ptr(), cache["v"].data_ptr()
+        for _ in range(13):
+            mixer(torch.randn(1, 2, 24, dtype=torch.float64), None, cache)
+        assert (cache["k"].data_ptr(), cache["v"].data_ptr()) == places
+        assert cache["k"].shape == (2, 2, 20, 6)
+        mixer(torch.randn(1, 2, 24, dtype=torch.float64), None, cache)
+    assert cache["length"] == 21 and cache["k"].shape[2] == 40, "then it doubles"
 
 
 def test_no_square_matrix_is_kept_or_made(groups):

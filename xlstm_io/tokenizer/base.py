@@ -70,6 +70,14 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; special ids give nothing."""
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt: those of a document that begins with it, bos included.
+
+        Raises:
+            TokenizerFileError: bos or eos is not defined.
+        """
+        return [self.document_ids().bos, *self.encode([text])[0].tolist()]
+
     def document_ids(self) -> DocumentIds:
         """The ids around documents. Padding takes eos where there is no pad: the loss masks it.
 

@@ -43,9 +43,9 @@ class Parity:
 
 def own_logits(checkpoint: Path | str) -> Callable[[Tensor], Tensor]:
     """Logits `[b, s, vocab]` of tokens `[b, s]` by this project's model of a checkpoint, fp32."""
-    from xlstm_mcore.inference import load_model, model_logits
+    from xlstm_mcore.inference import model_logits, open_model
 
-    model, _ = load_model(checkpoint)
+    model = open_model(checkpoint)
     return lambda tokens: model_logits(model, tokens)
 
 

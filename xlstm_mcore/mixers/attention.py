@@ -24,9 +24,11 @@ from xlstm_mcore.sizes.dimensions import attention_heads
 class AttentionMixer(Mixer):
     """Causal attention with rotary positions that restart with every document.
 
-    See `Mixer` for the arguments. The cache holds this layer's past: `k` and `v`
-    `[b, kv_heads, n, head_dim]` (k rotated), and `start [b]`, the first of the n tokens that
-    belongs to the current document of each row.
+    See `Mixer` for the arguments. The cache holds this layer's past: `length`, a number n of
+    tokens, `k` and `v` `[b, kv_heads, room, head_dim]`, of which the first n places are filled
+    (k rotated), and `start [b]`, the first of the n tokens that belongs to the current document of
+    each row. Whoever knows how long the text may become puts `capacity` there before the first
+    call, and nothing is copied afterwards; without it the room doubles whenever it is full.
     """
 
     def __init__(
@@ -53,42 +55,52 @@ class AttentionMixer(Mixer):
             self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))
             for t in qkv.split(widths, dim=-1)
         )  # [b, s, heads/cp, d]
-        past = cache["k"].shape[2] if cache else 0
-        start = document_starts(q, boundaries, past, cache.get("start") if cache else None)
+        past = cache.get("length", 0) if cache is not None else 0
+        start = document_starts(q, boundaries, past, cache.get("start") if past else None)
         positions = past + torch.arange(q.shape[1], device=q.device) - start
         angles = rotary_angles(positions, self.head_dim, self.rotary_base)
         q, k = rotate(q, angles), rotate(k, angles)
-        if past:
-            out = self._attend_to_cache(q, k, v, start, cache)
-        else:
-            out = attend(q, k, v, boundaries)
-            if cache is not None:
-                cache["k"], cache["v"] = k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            extend_cache(cache, k, v)
+        out = self._attend_to_cache(q, start, cache) if past else attend(q, k, v, boundaries)
         if cache is not None:
             cache["start"] = start[:, -1].expand(q.shape[0])
         return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
 
-    def _attend_to_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, cache: dict
-    ) -> Tensor:
-        """Attention of `s` new tokens to themselves and the past, `[b, s, heads, d]`.
+    def _attend_to_cache(self, q: Tensor, start: Tensor, cache: dict) -> Tensor:
+        """Attention of the last `s` cached tokens to themselves and the past, `[b, s, heads, d]`.
 
         The mask takes `[b, s, n + s]`, which is small because decoding adds one token at a time.
         """
-        past, new = cache["k"].shape[2], q.shape[1]
-        cache["k"] = torch.cat((cache["k"], k.transpose(1, 2)), dim=2)
-        cache["v"] = torch.cat((cache["v"], v.transpose(1, 2)), dim=2)
-        key = torch.arange(past + new, device=q.device)
-        query = key[past:, None]
+        length, new = cache["length"], q.shape[1]
+        key = torch.arange(length, device=q.device)
+        query = key[length - new :, None]
         seen = (key <= query) & (key >= start[..., None])  # [b, s, n + s]
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            cache["k"],
-            cache["v"],
+            cache["k"][:, :, :length],
+            cache["v"][:, :, :length],
             attn_mask=seen.unsqueeze(1),
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return out.transpose(1, 2)
+
+
+def extend_cache(cache: dict, k: Tensor, v: Tensor) -> None:
+    """Put new keys and values `[b, s, kv_heads, d]` behind those in a layer's cache."""
+    past = cache.get("length", 0)
+    length = past + k.shape[1]
+    for name, new in (("k", k), ("v", v)):
+        room = cache[name].shape[2] if past else 0
+        if length > room:
+            b, _, kv_heads, d = new.shape
+            size = max(length, 2 * room, cache.get("capacity", 0))
+            larger = new.new_empty(b, kv_heads, size, d)
+            if past:
+                larger[:, :, :past] = cache[name][:, :, :past]
+            cache[name] = larger
+        cache[name][:, :, past:length] = new.transpose(1, 2)
+    cache["length"] = length
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> Tensor:

@@ -1,0 +1,101 @@
+"""Options of commands about a checkpoint, and those of `generate`."""
+
+import argparse
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint a command is about."""
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="checkpoint or run folder, or a URL of one"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        dest="which",
+        metavar="best|STEP|PATH",
+        help="which checkpoint of the run folder: the lowest validation loss, that of a step, or "
+        "one by name (default: the newest)",
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Options of `generate`; their defaults are those of `xlstm_mcore.generation.settings`."""
+    add = parser.add_argument
+    parser.epilog = (
+        "What is written is a function of the seed, the prompt's number and the sample's number. "
+        "Under torchrun all processes share the heads (tensor parallel)."
+    )
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, - for stdin; may be given several times (default: start a "
+        "document)",
+    )
+    add(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='file with a line {"prompt": TEXT} for each text to continue, - for stdin',
+    )
+    default = "(default: %(default)s)"
+    add("--max-tokens", type=int, default=128, metavar="N", help=f"tokens to add at most {default}")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help=f"0 takes the likeliest token {default}",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="K",
+        help=f"sample among the K likeliest tokens; 0 for all {default}",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample among the likeliest tokens that together have probability P; 1 for all "
+        f"{default}",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a completion before this text; may be given several times",
+    )
+    add("--seed", type=int, default=0, metavar="S", help=f"seed of the samples {default}")
+    add(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"completions of each prompt {default}",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help=f"completions that are computed together at most {default}",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help=f"of weights and activations {default}",
+    )
+    add(
+        "--tokenizer",
+        metavar="FILE|FOLDER",
+        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
+    )
+    add("--json", action="store_true", help="print a line of JSON for each completion")
+    add(
+        "--out",
+        metavar="FILE",
+        help="write the completions: JSON lines if FILE ends in .jsonl, else the texts",
+    )
