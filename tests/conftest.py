@@ -40,6 +40,11 @@ def pytest_addoption(parser):
         help="random moments of evaluation and start-up at which tests stop or kill a run",
     )
     parser.addoption(
+        "--all-layouts",
+        action="store_true",
+        help="tests/dist/test_layouts_end_to_end.py: every layout of the matrix, not a sample",
+    )
+    parser.addoption(
         "--budget", action="store_true", help="print the minutes per folder beside what is planned"
     )
 

@@ -106,6 +106,7 @@ class DeepSpeedEngine(ModelEngine):
             lambda micro_batches: self._run(micro_batches, forward_only=True),
             self.model_chunks,
             batches,
+            self.layout.groups.pp.size(),
         )
 
     def sharded_state(self) -> list[TensorSlice]:

@@ -95,6 +95,7 @@ class MegatronEngine(ModelEngine):
             lambda micro_batches: self._run(micro_batches, forward_only=True),
             self.model_chunks,
             batches,
+            self.layout.groups.pp.size(),
         )
 
     def sharded_state(self) -> list[TensorSlice]:

@@ -1,6 +1,8 @@
 """How the micro-batches of a global batch go through the model, and how their losses add up."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,6 +104,7 @@ def evaluate(
     run: Callable[[list[Batch]], Tensor],
     model_chunks: Sequence[nn.Module],
     batches: Iterable[Batch],
+    stages: int,
 ) -> LossSum:
     """Loss over this replica's batches without gradients, summed over all replicas.
 
@@ -109,11 +112,21 @@ def evaluate(
         run: runs micro-batches forward only; returns what `sum_losses` does.
         model_chunks: this rank's model chunks.
         batches: the micro-batches, as many on every replica.
+        stages: pipeline-parallel size. So many micro-batches go through the model together, which
+            keeps every stage at work.
     """
     for model_chunk in model_chunks:
         model_chunk.eval()
     sums: Tensor | float = 0.0
-    for batch in batches:
-        sums = sums + run([batch])
+    rest = iter(batches)
+    while group := list(islice(rest, stages)):
+        if len(model_chunks) > 1:
+            # The interleaved schedule takes whole groups only. What fills one up has no loss.
+            group += [_without_loss(group[-1])] * (stages - len(group))
+        sums = sums + run(group)
     total, tokens = sums.tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
     return LossSum(total, int(tokens))
+
+
+def _without_loss(batch: Batch) -> Batch:
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))

@@ -1,14 +1,13 @@
 """Cells of the support matrix equal one process: drawn from it until every two values met."""
 
 import importlib.util
-import itertools
-import random
 from unittest import mock
 
 import pytest
 
 from pretrain.config import support
 from tests.dist import work
+from tests.dist.matrix import covering, name, ranks_and_changes
 
 pytestmark = [
     pytest.mark.dist,
@@ -19,33 +18,6 @@ pytestmark = [
 
 MODEL = "mixed"
 TIED = {"model__tie_embeddings": True}
-LAYOUT_SIZES = {"tensor": 2, "pipeline": 2, "virtual": 2, "context": 2}
-
-
-def ranks_and_changes(cell):
-    """(processes, changes to the configuration): two data-parallel replicas where 4 ranks do."""
-    changes = {
-        "engine__name": cell.engine,
-        "engine__zero_stage": cell.zero_stage,
-        "engine__offload": cell.offload,
-        "engine__precision": cell.precision,
-        "engine__overlap_grad_reduce": cell.overlap_grad_reduce,
-        "layout__sequence": cell.sequence,
-    }
-    replica = 1
-    for axis, size in LAYOUT_SIZES.items():
-        if getattr(cell, axis):
-            changes[f"layout__{axis}"] = size
-            replica *= size if axis != "virtual" else 1
-    return min(4, 2 * replica), changes
-
-
-def name(cell):
-    words = [cell.engine, str(cell.zero_stage), cell.precision]
-    words += [cell.offload] if cell.offload != "none" else []
-    words += [text for axis, text in support.LAYOUT_AXES.items() if getattr(cell, axis)]
-    words += [text for axis, text in support.OVERLAP_AXES.items() if getattr(cell, axis)]
-    return "-".join(words)
 
 
 # Megatron's engine has tests of its own, on more models (test_parallel.py).
@@ -54,21 +26,13 @@ FP32 = [c for c in CELLS if c.precision == "fp32"]
 SEED = 2
 
 
-def covering(cells):
-    """Of the cells in the seed's order, those that bring two values together for the first time.
+def axes(cell):
+    """Tensor with sequence is one axis and so is pipeline with virtual.
 
-    Tensor with sequence is one axis and so is pipeline with virtual: every stage meets TP alone,
-    TP with SP and neither.
+    So every stage meets TP alone, TP with SP and neither.
     """
-    kept, met = [], set()
-    for cell in random.Random(SEED).sample(cells, len(cells)):
-        tensor, pipeline = (cell.tensor, cell.sequence), (cell.pipeline, cell.virtual)
-        values = (cell.zero_stage, cell.offload, tensor, pipeline, cell.overlap_grad_reduce)
-        pairs = set(itertools.combinations(enumerate(values), 2))
-        if not pairs <= met:
-            kept.append(cell)
-            met |= pairs
-    return kept
+    tensor, pipeline = (cell.tensor, cell.sequence), (cell.pipeline, cell.virtual)
+    return cell.zero_stage, cell.offload, tensor, pipeline, cell.overlap_grad_reduce
 
 
 BF16 = [c for c in CELLS if c.precision == "bf16" and not c.tensor and not c.overlap_grad_reduce]
@@ -81,7 +45,7 @@ def one_process(pool):
     return steps, work.assemble([chunks])
 
 
-@pytest.mark.parametrize("cell", covering(FP32), ids=name)
+@pytest.mark.parametrize("cell", covering(FP32, axes, SEED), ids=name)
 def test_cell_equals_one_process(pool, one_process, cell):
     expected, state = one_process
     ranks, changes = ranks_and_changes(cell)
