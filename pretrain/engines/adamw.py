@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
+from pretrain.engines.gradients import clip_gradients, sum_of_squares
 from pretrain.engines.state import OPTIMIZER_STATE, optimizer_prefix, partition_slices
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
@@ -63,19 +64,17 @@ class AdamWDistributed:
             compat.create_adam_state(adam)
 
     def gradient_norm(self) -> Tensor:
-        """Take the gradients from the buffers; their 2-norm over all ranks, a scalar."""
+        """Take the gradients from the buffers; their 2-norm over all ranks, fp64."""
         self.megatron.prepare_grads()
         gradients = [
             gradient
             for part in self.megatron.chained_optimizers
             for gradient in compat.gradients_for_norm(part)
         ]
-        if gradients:
-            total = torch.nn.utils.get_total_norm(gradients) ** 2
-        else:  # a stage may hold nothing but its copy of a tied embedding
-            total = torch.zeros((), device=self._layout.device)
+        # A stage may hold nothing but its copy of a tied embedding: then there are none.
+        total = sum_of_squares(gradients, self._layout.device)
         torch.distributed.all_reduce(total, group=self.megatron.get_grad_stats_parallel_group())
-        return total.double().sqrt()
+        return total.sqrt()
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it."""
@@ -136,18 +135,3 @@ def mask_on_device(adam: torch.optim.Optimizer, device: torch.device) -> bool:
     for group in adam.param_groups:
         group["fused"] = True
     return True
-
-
-def clip_gradients(parameters: list[Tensor], limit: float, norm: Tensor) -> None:
-    """Scale gradients down to a norm of at most `limit`, without waiting for the device.
-
-    Args:
-        parameters: whose `grad` to scale; those without one are left out.
-        limit: largest norm; 0 means no clipping.
-        norm: the norm of the whole gradient, a scalar. If it is not finite, neither are the
-            gradients afterwards.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if limit > 0 and gradients:
-        factor = (limit / (norm.double() + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor.float())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.engines.gradients import sum_of_squares
 from pretrain.layout import Layout
 from xlstm_io.errors import ConfigError
 
@@ -234,8 +235,11 @@ def gradient_norm(optimizer: Any) -> Tensor:
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        # DeepSpeed adds these up in fp32, and those of its other optimizers in fp64.
         gradients, _ = optimizer.get_grads_for_norm()
-        norms = [bf16_optimizer.get_global_norm_of_tensors(gradients, mpu=optimizer.mpu)]
+        total = sum_of_squares(gradients, gradients[0].device)
+        torch.distributed.all_reduce(total, group=optimizer.mpu.get_model_parallel_group())
+        norms = [total.sqrt()]
     elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
         optimizer._wait_for_offload_copies()
         norms = [optimizer.scaled_global_norm()]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
-from pretrain.engines.adamw import clip_gradients, mask_on_device
+from pretrain.engines.adamw import mask_on_device
+from pretrain.engines.gradients import clip_gradients, sum_of_squares
 from pretrain.engines.state import is_owner, optimizer_prefix
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
@@ -114,16 +115,15 @@ class MuonWithAdamW:
         return {"params": [master.weight for master in masters], "weight_decay": decay}
 
     def gradient_norm(self) -> Tensor:
-        """Take the gradients from the buffers; their 2-norm over all ranks, a scalar.
+        """Take the gradients from the buffers; their 2-norm over all ranks, fp64.
 
         Replicated and tied tensors count once.
         """
-        total = torch.zeros((), dtype=torch.float32, device=self._layout.device)
         for master in self._masters:
-            gradient = master.part.local(master.parameter.main_grad).float().contiguous()
-            master.weight.grad = gradient
-            if master.owned:
-                total += gradient.square().sum()
+            gradient = master.part.local(master.parameter.main_grad)
+            master.weight.grad = gradient.float().contiguous()
+        counted = [master.weight.grad for master in self._masters if master.owned]
+        total = sum_of_squares(counted, self._layout.device)
         torch.distributed.all_reduce(total, group=self._layout.groups.mp)
         return total.sqrt()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import kernels_gpu
+from pretrain.engines.gradients import sum_of_squares
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
 
 
@@ -140,3 +141,10 @@ def test_without_a_gpu_the_benchmark_says_so(capsys, tmp_path):
     assert kernels_gpu.main(["--json", str(tmp_path / "x.json")]) == 0
     assert "no GPU here" in capsys.readouterr().out
     assert not (tmp_path / "x.json").exists()
+
+
+def test_the_gradient_norm_is_added_in_fp64(gpu):
+    tensors = [torch.randn(3_000_000, device=gpu), torch.randn(5, 7, device=gpu).bfloat16()]
+    expected = sum(tensor.double().square().sum() for tensor in tensors)
+    got = sum_of_squares(tensors, torch.device(gpu))
+    assert got.dtype == torch.float64 and abs(got / expected - 1) < 1e-12
