@@ -9,6 +9,7 @@ labels, loss mask and position ids, one row at a time, not yet collated, its att
 """
 
 import argparse
+import gc
 import resource
 import statistics
 import subprocess
@@ -172,6 +173,9 @@ def main() -> None:
         )
         print(f"with 2 worker processes, theirs and ours together   {speed:7.1f} Mtok/s")
         print("CPU ms from a loader to its first batch, by sample number:")
+        # Python's full collection walks all that torch and the peer have imported, 0.2 s, and would
+        # fall into the same one of these numbers every time.
+        gc.freeze()
         for shuffle in ("row", "window"):
             found = []
             for sample in (0, 10**6, 10**9, 10**13):

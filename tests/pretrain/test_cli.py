@@ -1,5 +1,6 @@
 """The command line: exit codes, one message per mistake, help, and what reaches the modules."""
 
+import gc
 import subprocess
 import sys
 import types
@@ -51,6 +52,16 @@ def test_train_gets_the_config_with_overrides(run_file, fake):
     ((config, stop), options) = calls[0]
     assert config.run.steps == 7 and not stop.requested and options == {"take_over": False}
     assert config.logging.tensorboard is False
+
+
+def test_collections_in_training_leave_out_what_was_imported(run_file, fake):
+    fake("pretrain.trainer")
+    gc.unfreeze()
+    try:
+        assert cli.run(["train", run_file]) == 0
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch, capsys):
