@@ -219,7 +219,7 @@ def _word(word: str) -> Any:
     if word in _WORDS:
         return _WORDS[word]
     if not _NUMBER.fullmatch(word):
-        raise ValueError(f"{word[:20]!r} is no value of JSON")
+        raise ValueError(f"{word[:20]!r} is not a value of JSON")
     if len(word) <= _LONGEST_INTEGER and word.lstrip("-").isdecimal():
         return int(word)
     return float(word)
