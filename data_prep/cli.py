@@ -20,8 +20,7 @@ from pydantic_core import ErrorDetails
 from data_prep.build.build import build
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
-from data_prep.sources.documents import Fields, TextSplit
-from data_prep.sources.malformed import MAX_BAD_SHARE
+from data_prep.sources.readers import Fields, TextSplit
 from data_prep.tools.collect import collect
 from data_prep.tools.inspect_shards import describe, show_row
 from data_prep.tools.merge import merge
@@ -29,7 +28,14 @@ from data_prep.tools.ngram_baselines import baselines
 from data_prep.tools.repack import repack
 from data_prep.tools.train_tokenizer import adopt_tokenizer, train_tokenizer
 from data_prep.tools.verify import verify
-from xlstm_io.errors import ExitCode, Interrupted, PrepError, UserError
+from xlstm_io.errors import (
+    ExitCode,
+    Interrupted,
+    MachineFailed,
+    PrepError,
+    UserError,
+    is_machine_failure,
+)
 from xlstm_io.signals import stop_signals_raise
 from xlstm_io.yaml_file import read_yaml
 
@@ -50,21 +56,11 @@ class Collect:
     """Field (jsonl) or column (parquet, arrow) of the text."""
     text_split: TextSplit = "file"
     """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of malformed records, or of their bytes, above which the corpus is refused. Of a single
-    file more than half is refused, unless this is larger."""
 
     def run(self) -> None:
         """Do it."""
         fields = Fields(self.text_field, split=self.text_split)
-        _check_share(self.max_bad_share)
-        collect(
-            self.out,
-            self.input,
-            min_mb=self.min_mb,
-            fields=fields,
-            max_bad_share=self.max_bad_share,
-        )
+        collect(self.out, self.input, min_mb=self.min_mb, fields=fields)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +70,7 @@ class TrainTokenizer:
     out: Path
     """Folder for the tokenizer."""
     input: list[str] = field(default_factory=list)
-    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also compressed."""
+    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
     from_hf: Path | None = None
     """Adopt the Hugging Face tokenizer of this folder (tokenizer.json) instead of training."""
     from_model: Path | None = None
@@ -95,9 +91,6 @@ class TrainTokenizer:
     """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
     sample_mb: float = 200.0
     """Train on a sample of at most this much text, in megabytes."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of malformed records, or of their bytes, above which the corpus is refused. Of a single
-    file more than half is refused, unless this is larger."""
 
     def run(self) -> None:
         """Do it."""
@@ -112,7 +105,6 @@ class TrainTokenizer:
             raise PrepError(
                 f"--vocab-size {self.vocab_size}, --sample-mb {self.sample_mb}: must be positive"
             )
-        _check_share(self.max_bad_share)
         train_tokenizer(
             self.input,
             self.out,
@@ -121,13 +113,7 @@ class TrainTokenizer:
             sample_mb=self.sample_mb,
             special_tokens=tuple(self.special_tokens),
             fields=Fields(self.text_field, split=self.text_split),
-            max_bad_share=self.max_bad_share,
         )
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise PrepError(f"--max-bad-share {share}: must lie between 0 and 1")
 
 
 @dataclass
@@ -351,7 +337,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # disk full, no permission, a file in place of a folder
         where = f": {error.filename}" if error.filename else ""
         _tell(name, os.strerror(error.errno or 0) + where)
-        return ExitCode.BAD_INPUT
+        return ExitCode.MACHINE_FAILED if is_machine_failure(error) else ExitCode.BAD_INPUT
+    except MachineFailed as error:
+        _tell(name, str(error))
+        return ExitCode.MACHINE_FAILED
     except (Interrupted, KeyboardInterrupt):
         _tell(name, "interrupted; what is finished is kept, run it again to continue")
         return ExitCode.STOPPED

@@ -23,11 +23,20 @@ from pretrain.config import (
     split_overrides,
 )
 from pretrain.config.reference import options_help
+from pretrain.environment import read_place
 from pretrain.options import add_checkpoint, add_generation
 from pretrain.slurm_ranks import adopt_ranks, check_one_node
+from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside
-from xlstm_io.errors import ConfigError, ExitCode, Superseded, UserError
+from xlstm_io.errors import (
+    ConfigError,
+    ExitCode,
+    Interrupted,
+    MachineFailed,
+    Superseded,
+    UserError,
+)
 from xlstm_io.signals import STOP_SIGNALS, StopSignal
 
 OVERRIDES_HELP = (
@@ -142,11 +151,12 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
     # may have blocked the signals until somebody listens.
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-        if int(os.environ.get("RANK", "0")) == 0:
+        place = read_place()
+        check_world(config, 1 if place is None else place.world_size)
+        if place is None or place.rank == 0:
             _start_anew(options, config)
         _import_megatron()
-        from pretrain.trainer import main
+        from pretrain.commands.train import main
 
         # Python's full collections walk all objects, and torch's imports are 400,000 of them: one
         # would hold up a step for 0.2 s, and with it all ranks. These stay until the end.
@@ -343,6 +353,12 @@ def run(argv: Sequence[str]) -> int:
     except Superseded as error:
         print(f"superseded: {error}", file=sys.stderr)
         return ExitCode.SUPERSEDED
+    except MachineFailed as error:
+        print(f"error: {error}; the same command may be repeated", file=sys.stderr)
+        return ExitCode.MACHINE_FAILED
+    except Interrupted:
+        print("stopped before all ranks had come; run again to continue", file=sys.stderr)
+        return ExitCode.STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.SECOND_INTERRUPT
@@ -350,4 +366,4 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    end_with(lambda: run(sys.argv[1:]))

@@ -12,6 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.config import RunConfig, check_world
+from pretrain.environment import read_place
+from pretrain.rendezvous import meet
+from xlstm_io.signals import StopSignal
 from xlstm_mcore.megatron import compat, cpu_runtime
 
 
@@ -113,17 +116,22 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
 
 
-def start(config: RunConfig) -> Layout:
+def start(config: RunConfig, stop: StopSignal | None = None) -> Layout:
     """Join the run's process groups as its configuration lays them out.
 
     Args:
         config: the run. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR come from the launcher;
             without them the run has one process.
+        stop: the request to stop, heard while other ranks are waited for.
 
     Raises:
-        ConfigError: the number of processes does not fit the layout.
+        ConfigError: the number of processes does not fit the layout, or the launcher's variables
+            are wrong.
+        MachineFailed: not all ranks came within `guard.rendezvous_timeout`.
+        Interrupted: a rank was asked to stop before all had come.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = read_place()
+    world_size = 1 if place is None else place.world_size
     check_world(config, world_size)
     # One queue of work per device, so that tensor-parallel messages start before the products they
     # should hide behind, as megatron-core assumes; read when CUDA starts.
@@ -132,8 +140,11 @@ def start(config: RunConfig) -> Layout:
     if config.run.deterministic:
         make_deterministic()
     options = cpu_runtime.process_group_options()
-    if "WORLD_SIZE" not in os.environ:
+    if place is None:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        store = meet(place, config.guard.rendezvous_timeout, stop)
+        options |= {"store": store, "rank": place.rank, "world_size": world_size}
     # Longer than any checkpoint: a rank that waits for another's disk must not give up first.
     dist.init_process_group(timeout=datetime.timedelta(minutes=30), **options)
     shape = config.layout

@@ -4,15 +4,12 @@
 rate and its line in the log. Everything else in here decides what happens between two steps.
 """
 
-import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain import layout as layouts
 from pretrain.checkpoint import CheckpointSaver, Retention
 from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
@@ -23,65 +20,20 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.history import record_start
-from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
-from pretrain.run_folder import CONFIG_FILE, LOGS_FOLDER
+from pretrain.run_folder import CONFIG_FILE
+from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
-from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Limits, Watchdog
+from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
 from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode
 from xlstm_io.signals import StopSignal
-
-
-def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool = False) -> int:
-    """Train as `config` says, from the newest complete checkpoint of its run folder.
-
-    Called by every process of the run (see `pretrain.commands.launch`). Rank 0 takes the run's
-    lease before it meets the others, so that a folder in use is refused at once.
-
-    Args:
-        config: the run.
-        stop: the request to stop, heard since before this module was imported; None hears it from
-            here on.
-        take_over: take the lease from a life that may be at work.
-
-    Returns:
-        0 when the run is complete, 75 when it was asked to stop and has saved.
-
-    Raises:
-        UserError: bad configuration, data, checkpoint, or a diverged loss.
-        Superseded: a newer life of the run has taken over.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    first = rank == 0
-    folder = Path(config.run.dir)
-    with (
-        nullcontext(stop) if stop else StopSignal(announce=first) as heard,
-        _lease(folder, take_over) if first else nullcontext() as lease,
-        Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
-    ):
-        layout = layouts.start(config)
-        try:
-            return Trainer(config, layout, heard, lease, watchdog).train()
-        finally:
-            layout.close()
-
-
-def _lease(folder: Path, take_over: bool) -> Lease | nullcontext[None]:
-    """The lease of a run; none where the folder cannot be written.
-
-    All ranks say that together, before the first step. Here the others could not hear of it.
-    """
-    try:
-        return Lease.take(folder, take_over=take_over)
-    except OSError:
-        return nullcontext()
 
 
 def train_step(
@@ -174,7 +126,8 @@ class Trainer:
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
         self._write_progress("running")
-        self._interval = Interval(config, layout)
+        self._speed = Speed()
+        self._efficiency = Efficiency(config, layout)
 
     def train(self, until: int | None = None) -> int:
         """Train to the last step of the run.
@@ -248,7 +201,6 @@ class Trainer:
         self.layout.seed_step(config.run.seed, step)
         started = time.perf_counter()
         batches = next(self.loader)
-        data_wait = time.perf_counter() - started
         # Ranks hear of both at different times, and must leave the loop together.
         votes = (
             self.stop.requested or step + 1 == until,
@@ -260,16 +212,32 @@ class Trainer:
         if not result.accepted and config.guard.stop_on_nonfinite:
             self._write_progress("diverged")
             raise DivergedError(diverged(config, step + 1, result, self.saver.last_good))
-        self._interval.add(step, seconds, data_wait)
-        self.state = self.state.after(result, seconds)
+        self._speed.add(config.data.ramp.size(step) * config.data.seq_len, seconds)
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            updates=self.state.updates + result.accepted,
+            tokens=self.state.tokens + result.tokens,
+            seconds=self.state.seconds + seconds,
+        )
         self._step_seconds = seconds
         done = self.state.step
         self.watchdog.moved(STEP, done)  # the first step of a life still counts as start-up
         metrics.advance(done)
         if done % config.logging.interval == 0 or done in (1, config.run.steps):
             self._write_progress("running")
-            metrics.log(done, self._interval.take(self.state, result, lr))
-            self.state = self.state.logged()
+            speed = self._speed.take()
+            metrics.log(
+                done,
+                {
+                    "tokens": self.state.tokens,
+                    "loss": result.loss,
+                    "lr": lr,
+                    "grad_norm": result.grad_norm,
+                    "tokens_per_second": speed,
+                    **self._efficiency.of(speed),
+                },
+            )
         return result.votes
 
     def _evaluate(self, metrics: MetricLogger) -> bool:

@@ -8,6 +8,7 @@ ours: it keeps its traceback, and Python exits with 1.
 An error may be defined in the module that raises it, as long as it derives from this family.
 """
 
+import errno
 from enum import IntEnum
 from typing import ClassVar
 
@@ -37,8 +38,7 @@ class ExitCode(IntEnum):
     # 70 and 75 follow sysexits.h: EX_SOFTWARE (here: what we run on) and EX_TEMPFAIL.
     MACHINE_FAILED = (
         70,
-        "the machine failed (lost peer, killed worker, full disk); repeat the same command",
-        True,
+        "the machine failed (lost rank, killed worker, full disk); repeat the same command",
     )
     DIVERGED = 71, "the run diverged"
     HANG = 74, "the run hung; the stacks of its processes were written"
@@ -83,6 +83,12 @@ class CheckpointDamagedError(CheckpointError):
     """A checkpoint is not what was written: cut short, altered, or never completed."""
 
 
+class CheckpointStorageError(CheckpointError):
+    """The storage of checkpoints is full, or it fails; nothing is wrong with the run."""
+
+    exit_code = ExitCode.MACHINE_FAILED
+
+
 class UnfinishedError(CheckpointDamagedError):
     """A folder without a manifest: an attempt that was cut short, or is still being written."""
 
@@ -93,6 +99,32 @@ class ShardFormatError(UserError):
 
 class TokenizerFileError(UserError):
     """A file is not a tokenizer; the message names it."""
+
+
+#: A disk or quota is full, a device fails, a network file system lost a file.
+MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+
+
+def is_machine_failure(error: BaseException) -> bool:
+    """Whether an error, or its cause, says that storage is full or failing, or a connection broke.
+
+    Nothing is wrong with what the user asked for then, and the same command may be repeated.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, ConnectionError | TimeoutError):
+            return True
+        if isinstance(found, OSError) and found.errno in MACHINE_ERRNOS:
+            return True
+        found = found.__cause__
+    return False
+
+
+class MachineFailed(Exception):
+    """What we run on failed: a rank, a worker, a disk; `ExitCode.MACHINE_FAILED`.
+
+    The message names the rank and the cause.
+    """
 
 
 class Superseded(Exception):

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from data_prep.jobs.progress import Progress
-from xlstm_io.errors import Interrupted, PrepError
+from xlstm_io.errors import Interrupted, MachineFailed
 from xlstm_io.signals import stop_signals_blocked
 
 _POLL_SECONDS = 0.2
@@ -69,6 +69,10 @@ def run_tasks(
         tasks: picklable arguments.
         workers: processes; 1 (or a single task) runs here without starting any.
         progress: told the sum of all ticks.
+
+    Raises:
+        Interrupted: the work is to stop.
+        MachineFailed: a worker process was killed.
     """
     if workers <= 1 or len(tasks) <= 1:
         done = 0
@@ -83,12 +87,14 @@ def run_tasks(
         return
 
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside tqdm's monitor thread
-    counter, stop = context.Value("q", 0), context.Event()
+    # Ctrl-C and Slurm reach every process, but the parent acts. That holds for the process which
+    # multiprocessing starts for its locks, too.
+    with stop_signals_blocked():
+        counter, stop = context.Value("q", 0), context.Event()
     executor = ProcessPoolExecutor(
         min(workers, len(tasks)), context, initializer=_start_worker, initargs=(counter, stop)
     )
     try:
-        # Ctrl-C and Slurm reach every process, but the parent acts.
         with stop_signals_blocked():
             numbers = {executor.submit(_in_worker, function, t): n for n, t in enumerate(tasks)}
         pending = set(numbers)
@@ -98,9 +104,9 @@ def run_tasks(
             for future in finished:
                 yield numbers[future], future.result()
     except BrokenProcessPool:
-        raise PrepError(
-            f"a worker process died (out of memory?); finished shards are kept: run again with "
-            f"fewer than --workers {workers} or a smaller --shard-mb"
+        raise MachineFailed(
+            "a worker process was killed (out of memory?); finished shards are kept: run again, if "
+            f"it happens again with fewer than --workers {workers} or a smaller --shard-mb"
         ) from None
     finally:
         stop.set()

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from xlstm_io.errors import CheckpointDamagedError, CheckpointError, Superseded
+from xlstm_io.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointStorageError,
+    Superseded,
+    is_machine_failure,
+)
 
 #: How long a rank waits for the slowest one to write its file.
 RANK_TIMEOUT = datetime.timedelta(hours=1)
@@ -69,6 +75,7 @@ class Ranks:
         Raises:
             CheckpointDamagedError: The checkpoint is damaged, as some rank found.
             CheckpointError: The cause is the file system or the checkpoint.
+            CheckpointStorageError: The storage is full or fails, and the run may be repeated.
             Superseded: A newer life of the run has taken over.
             KeyboardInterrupt: Someone pressed Ctrl-C.
             RuntimeError: Anything else, which is a bug; the message holds the traceback.
@@ -96,7 +103,11 @@ class Ranks:
         if self.size > 1:
             several = f" on {len(failures)} ranks, first {rank}"
             where = f" on rank {rank}" if len(failures) == 1 else several
-        kind = CheckpointDamagedError if "damaged" in kinds else CheckpointError
+        kind = CheckpointError
+        if "machine" in kinds:
+            kind = CheckpointStorageError
+        elif "damaged" in kinds:
+            kind = CheckpointDamagedError
         raise kind(f"{what} failed{where}: {text}{remedy}")
 
     def first(self, what: str, function: Callable[[], T], remedy: str = "") -> T:
@@ -126,6 +137,8 @@ def _kind(error: BaseException) -> str:
         return "superseded"
     if isinstance(error, CheckpointDamagedError):
         return "damaged"
+    if isinstance(error, OSError) and is_machine_failure(error):
+        return "machine"
     return "user" if isinstance(error, OSError | CheckpointError) else "bug"
 
 

@@ -40,7 +40,7 @@ from typing import Any
 from pretrain.config import RunConfig, check_world
 from pretrain.run_folder import LOGS_FOLDER
 from pretrain.supervision.watchdog import last_phases
-from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.errors import ConfigError, ExitCode, MachineFailed, is_machine_failure
 from xlstm_io.remote import is_remote
 from xlstm_io.signals import (
     STOP_SIGNALS,
@@ -57,6 +57,8 @@ INTERRUPT_GRACE_S = 3.0  # between the second Ctrl-C and SIGKILL
 STOP_LIMIT_S = 600.0  # after the first worker ended well; longer than a checkpoint takes
 TAIL_LINES = 30
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What ends a worker from outside: the kernel out of memory, a failing page, a person, a scheduler.
+KILLS = (signal.SIGKILL, signal.SIGBUS, *STOP_SIGNALS)
 
 
 def free_port() -> int:
@@ -164,6 +166,7 @@ def start_workers(command: Sequence[str], nproc: int, log_dir: Path) -> Workers:
 
     Raises:
         ConfigError: that folder cannot be written.
+        MachineFailed: its disk is full.
     """
     port, parent = free_port(), os.getpid()
     workers = Workers([], [])
@@ -176,6 +179,8 @@ def start_workers(command: Sequence[str], nproc: int, log_dir: Path) -> Workers:
                 output = open(path, "wb")
             except OSError as error:
                 workers.send(signal.SIGKILL)
+                if is_machine_failure(error):
+                    raise MachineFailed(f"rank {rank}: {error}") from error
                 raise ConfigError(
                     f"{path} cannot be written ({error.strerror}); choose another run.dir"
                 ) from error
@@ -246,6 +251,23 @@ def _explain(rank: int, workers: Workers) -> None:
         print(f"[rank {rank}] {line}", file=sys.stderr)
 
 
+def _cause(workers: Workers) -> tuple[int, ExitCode]:
+    """The rank that the others followed, and what its end means for the run."""
+    codes, failed = workers.codes, workers.failed
+    # A worker says 2 only on purpose. A kill from outside, or a bug, makes the others lose it, and
+    # they say 70 then, or 1 where they do not understand what happened to them.
+    for wanted, meaning in (
+        (lambda code: code == ExitCode.BAD_INPUT, ExitCode.BAD_INPUT),
+        (lambda code: -code in KILLS, ExitCode.MACHINE_FAILED),
+        (lambda code: code != ExitCode.MACHINE_FAILED, ExitCode.BUG),
+        (lambda code: True, ExitCode.MACHINE_FAILED),
+    ):
+        found = [rank for rank in failed if wanted(codes[rank])]
+        if found:
+            return found[0], meaning
+    raise AssertionError("no worker has failed")
+
+
 def _exit_code(workers: Workers, log_dir: Path) -> int:
     """The run's exit code from those of its workers; explains a failure on stderr."""
     if workers.interrupted:
@@ -260,11 +282,9 @@ def _exit_code(workers: Workers, log_dir: Path) -> int:
             print(line, file=sys.stderr)
         return ExitCode.HANG
     if failed:
-        # A worker says 2 only on purpose; another's 1 may be the consequence of losing it.
-        bad_input = [rank for rank in failed if workers.codes[rank] == ExitCode.BAD_INPUT]
-        rank = (bad_input or failed)[0]
+        rank, code = _cause(workers)
         _explain(rank, workers)
-        return ExitCode.BAD_INPUT if bad_input else ExitCode.BUG
+        return code
     if workers.terminated:
         late = [rank for rank in workers.codes if rank not in workers.own]
         print(
@@ -285,8 +305,9 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
 
     Returns:
         0 if all ended with 0; 2 if one ended with 2, for bad input; 75 if they were interrupted
-        and can resume; 130 after a second Ctrl-C; 71 if the run diverged; 74 if it hung; 76 if a
-        newer life of it has taken over; 1 for everything else.
+        and can resume; 130 after a second Ctrl-C; 70 if one was killed from outside or the machine
+        failed; 71 if the run diverged; 74 if it hung; 76 if a newer life of it has taken over; 1
+        for everything else.
     """
     previous: dict[int, Any] = {}
     try:

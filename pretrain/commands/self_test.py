@@ -53,11 +53,10 @@ def main(config: RunConfig, steps: int) -> int:
             f"--steps={steps} must be at least 2 and less than run.steps={config.run.steps}"
         )
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
-        layout = layouts.start(config)
-        try:
-            return _test(config, steps, layout, stop)
-        finally:
-            layout.close()
+        layout = layouts.start(config, stop)
+        code = _test(config, steps, layout, stop)
+        layout.close()  # not after an error: another rank may be gone, and this would wait for it
+        return code
 
 
 def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> int:

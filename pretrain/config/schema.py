@@ -250,6 +250,8 @@ class GuardConfig(Section):
     """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
     startup_timeout: PositiveFloat = 1800.0
     """the same, from the start of the process to its first step"""
+    rendezvous_timeout: PositiveFloat = 600.0
+    """seconds in which all ranks must have come; those that are missing are named, exit code 70"""
     checkpoint_timeout: PositiveFloat = 3900.0
     """the same, while training waits for a checkpoint that must be complete"""
 

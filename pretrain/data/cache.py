@@ -11,6 +11,7 @@ the same URL has other copies.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import posixpath
@@ -105,6 +106,7 @@ class ShardCache:
         Raises:
             CorruptShardError: missing there, or other bytes than were written.
             ShardFormatError: it cannot be read, or is larger than the whole cache.
+            OSError: the disk of the cache is full.
         """
         tar = place_of(self.root, entry.path)
         with _lock(self._lock_file(tar)):
@@ -170,6 +172,8 @@ class ShardCache:
             except CorruptShardError as error:
                 problem: ShardFormatError = error
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # here, not there
+                    raise
                 problem = ShardFormatError(f"{self._name(path)} cannot be copied: {error}")
         raise problem
 

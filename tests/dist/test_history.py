@@ -2,7 +2,7 @@
 
 import pytest
 
-import pretrain.trainer
+import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import ConfigError, config_from_dict, load_config
 from pretrain.history import append, read_history
@@ -20,7 +20,7 @@ def train(raw, tmp_path):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return pretrain.trainer.main(config_from_dict(raw)), said.getvalue()
+            return pretrain.commands.train.main(config_from_dict(raw)), said.getvalue()
     except ConfigError as error:
         return str(error), ""
 

@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 
 import pretrain.commands.self_test
-import pretrain.trainer
+import pretrain.commands.train
 from pretrain import cli
 from pretrain.checkpoint import find_latest
 from pretrain.commands.evaluate import evaluate
@@ -67,7 +67,7 @@ def run_config(shards, folder, model, **changes):
 
 
 def train(raw):
-    return pretrain.trainer.main(config_from_dict(raw))
+    return pretrain.commands.train.main(config_from_dict(raw))
 
 
 def self_test(raw):

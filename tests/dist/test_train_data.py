@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 
 def train(config):
-    from pretrain.trainer import main
+    from pretrain.commands.train import main
 
     return main(config)
 

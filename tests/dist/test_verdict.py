@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pretrain.trainer
+import pretrain.commands.train
 from pretrain import layout as layouts
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
@@ -177,7 +177,7 @@ def train_with_a_bad_loss(raw, bad_step):
 
     with mock.patch.object(MegatronEngine, "forward_backward", forward_backward):
         try:
-            return pretrain.trainer.main(config_from_dict(raw))
+            return pretrain.commands.train.main(config_from_dict(raw))
         except DivergedError as error:
             return str(error)
 

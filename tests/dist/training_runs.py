@@ -162,8 +162,8 @@ def _send(signal: Signal) -> None:
 
 
 def _main(words: str) -> int:
+    from pretrain.commands.train import main
     from pretrain.config import config_from_dict
-    from pretrain.trainer import main
 
     raw, die_at, own = json.loads(words)
     if die_at is not None:

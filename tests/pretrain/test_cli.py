@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pretrain import cli
-from xlstm_io.errors import UserError
+from xlstm_io.errors import Interrupted, MachineFailed, UserError
 from xlstm_mcore.generation.settings import Sampling
 
 CONFIG = {
@@ -47,7 +47,7 @@ def fake(monkeypatch):
 
 
 def test_train_gets_the_config_with_overrides(run_file, fake):
-    calls = fake("pretrain.trainer", result=75)
+    calls = fake("pretrain.commands.train", result=75)
     assert cli.run(["train", run_file, "--run.steps", "7", "--logging.no-tensorboard"]) == 75
     ((config, stop), options) = calls[0]
     assert config.run.steps == 7 and not stop.requested and options == {"take_over": False}
@@ -55,7 +55,7 @@ def test_train_gets_the_config_with_overrides(run_file, fake):
 
 
 def test_collections_in_training_leave_out_what_was_imported(run_file, fake):
-    fake("pretrain.trainer")
+    fake("pretrain.commands.train")
     gc.unfreeze()
     try:
         assert cli.run(["train", run_file]) == 0
@@ -65,15 +65,17 @@ def test_collections_in_training_leave_out_what_was_imported(run_file, fake):
 
 
 def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch, capsys):
-    calls = fake("pretrain.trainer")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    calls = fake("pretrain.commands.train")
+    place = {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     assert cli.run(["train", run_file, "--layout.tensor", "2"]) == 2
     assert "3 processes cannot hold layout.tensor=2" in capsys.readouterr().err
     assert calls == []
 
 
 def test_a_run_is_taken_over_only_where_it_is_asked_for(run_file, fake):
-    calls = fake("pretrain.trainer", result=0)
+    calls = fake("pretrain.commands.train", result=0)
     assert cli.run(["train", run_file, "--take-over"]) == 0
     assert calls[0][1] == {"take_over": True}
     workers = fake("pretrain.commands.launch", "launch", result=0)
@@ -139,7 +141,7 @@ def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
     from xlstm_io.errors import CheckpointError, ShardFormatError
 
     for error in (UserError("bad"), ShardFormatError("bad"), CheckpointError("bad")):
-        fake("pretrain.trainer", result=error)
+        fake("pretrain.commands.train", result=error)
         assert cli.run(["train", run_file]) == 2
         assert capsys.readouterr().err == "error: bad\n"
 
@@ -148,7 +150,7 @@ def test_an_old_key_is_named_once_by_whoever_reads_it_last(run_file, fake, caplo
     """`launch` starts workers, and the first of them names it."""
     monkeypatch.setattr("xlstm_mcore.old_keys._said", set())
     fake("pretrain.commands.launch", "launch")
-    fake("pretrain.trainer")
+    fake("pretrain.commands.train")
     assert cli.run(["launch", run_file, "--model.rope_base", "5"]) == 0
     assert not caplog.records
     for rank in ("1", "0"):
@@ -158,14 +160,38 @@ def test_an_old_key_is_named_once_by_whoever_reads_it_last(run_file, fake, caplo
     assert "model.rope_base is read as model.rotary_base" in record.getMessage()
 
 
+def test_what_a_launcher_says_wrongly_is_found_before_torch_is_imported(
+    run_file, fake, monkeypatch, capsys
+):
+    calls = fake("pretrain.commands.train")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    assert cli.run(["train", run_file]) == 2
+    assert "RANK='2' must be a whole number from 0 to 1" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_a_failing_machine_is_one_message_and_70(run_file, fake, capsys):
+    fake("pretrain.commands.train", result=MachineFailed("rank 3: the disk is full"))
+    assert cli.run(["train", run_file]) == 70
+    expected = "error: rank 3: the disk is full; the same command may be repeated\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_stop_before_all_ranks_have_come(run_file, fake, capsys):
+    fake("pretrain.commands.train", result=Interrupted())
+    assert cli.run(["train", run_file]) == 75
+    assert "run again to continue" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(run_file, fake):
-    fake("pretrain.trainer", result=ValueError("ours"))
+    fake("pretrain.commands.train", result=ValueError("ours"))
     with pytest.raises(ValueError, match="ours"):
         cli.run(["train", run_file])
 
 
 def test_ctrl_c_outside_of_training(run_file, fake, capsys):
-    fake("pretrain.trainer", result=KeyboardInterrupt())
+    fake("pretrain.commands.train", result=KeyboardInterrupt())
     assert cli.run(["train", run_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

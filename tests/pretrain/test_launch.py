@@ -84,7 +84,10 @@ def wait_for(*paths: Path, seconds: float = 10) -> None:
         ("sys.exit(2)", 2),
         ("raise RuntimeError('a bug')", 1),
         ("sys.exit(9)", 1),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 70),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 70),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 1),
+        ("sys.exit(70)", 70),
         ("sys.exit(1 if rank else 75)", 1),
     ],
 )
@@ -96,6 +99,17 @@ def test_refused_input_outranks_the_error_it_causes_elsewhere(tmp_path):
     assert (
         run(tmp_path, "time.sleep(0 if rank == 0 else 0.3); sys.exit(1 if rank == 0 else 2)") == 2
     )
+
+
+@pytest.mark.parametrize("late", [70, 1])
+def test_a_kill_outranks_the_errors_it_causes_elsewhere(tmp_path, capfd, late):
+    body = f"os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(0.3); sys.exit({late})"
+    assert run(tmp_path, body) == 70
+    assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_a_bug_outranks_the_lost_connection_it_causes_elsewhere(tmp_path, capfd):
+    assert run(tmp_path, "sys.exit(70) if rank else time.sleep(0.3); sys.exit(1)") == 1
 
 
 def test_only_rank_0_prints(tmp_path, capfd):
@@ -122,7 +136,7 @@ def test_the_same_refusal_of_all_ranks_is_shown_once(tmp_path, capfd):
 
 
 def test_a_killed_worker_is_named_with_a_likely_cause(tmp_path, capfd):
-    assert run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else None") == 1
+    assert run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else None") == 70
     assert "rank 0 was killed by SIGKILL (often the machine ran out of memory" in "".join(
         capfd.readouterr()
     )

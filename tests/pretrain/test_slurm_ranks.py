@@ -121,7 +121,7 @@ def stand_in(monkeypatch, name, function="main"):
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("pretrain.trainer", ["train", "RUN"]),
+        ("pretrain.commands.train", ["train", "RUN"]),
         ("pretrain.commands.evaluate", ["evaluate", "CKPT", "RUN"]),
         ("pretrain.commands.generate", ["generate", "CKPT"]),
         ("pretrain.commands.self_test", ["self-test", "RUN"]),

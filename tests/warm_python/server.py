@@ -35,7 +35,7 @@ MODULES = (
     "pretrain.commands.report",
     "pretrain.commands.self_test",
     "pretrain.commands.show",
-    "pretrain.trainer",
+    "pretrain.commands.train",
     "torch.utils.tensorboard",
     "transformers.models.xlstm",
     "xlstm_mcore.convert.cli",

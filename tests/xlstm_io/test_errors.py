@@ -17,6 +17,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 OTHERS = {
     "Interrupted": "a request to stop",
     "Superseded": "another process does the work",
+    "MachineFailed": "a rank, a worker or a disk failed",
 }
 
 

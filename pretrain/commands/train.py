@@ -1,0 +1,73 @@
+"""One process of a run, from its command line to its exit code.
+
+What a life of the run needs around the training loop is taken here, in this order: the request to
+stop, the lease of the run folder, the watchdog, the other ranks.
+"""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from pretrain import layout as layouts
+from pretrain.config import RunConfig
+from pretrain.run_folder import LOGS_FOLDER
+from pretrain.supervision.failures import machine_failure
+from pretrain.supervision.lease import Lease
+from pretrain.supervision.watchdog import Limits, Watchdog
+from pretrain.trainer import Trainer
+from xlstm_io.signals import StopSignal
+
+
+def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool = False) -> int:
+    """Train as `config` says, from the newest complete checkpoint of its run folder.
+
+    Called by every process of the run (see `pretrain.commands.launch`). Rank 0 takes the run's
+    lease before it meets the others, so that a folder in use is refused at once.
+
+    After an error the process groups are left as they are: another rank may be gone, and to destroy
+    them would wait for it. `pretrain.cli.main` ends the process then.
+
+    Args:
+        config: the run.
+        stop: the request to stop, heard since before this module was imported; None hears it from
+            here on.
+        take_over: take the lease from a life that may be at work.
+
+    Returns:
+        0 when the run is complete, 75 when it was asked to stop and has saved.
+
+    Raises:
+        UserError: bad configuration, data, checkpoint, or a diverged loss.
+        Superseded: a newer life of the run has taken over.
+        MachineFailed: another rank, a worker or a disk failed.
+        Interrupted: the request to stop came before all ranks had.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
+    folder = Path(config.run.dir)
+    with (
+        nullcontext(stop) if stop else StopSignal(announce=first) as heard,
+        _lease(folder, take_over) if first else nullcontext() as lease,
+        Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
+    ):
+        try:
+            layout = layouts.start(config, heard)
+            code = Trainer(config, layout, heard, lease, watchdog).train()
+        except Exception as error:
+            failure = machine_failure(error, rank)
+            if failure is None:
+                raise
+            raise failure from error
+        layout.close()
+        return code
+
+
+def _lease(folder: Path, take_over: bool) -> Lease | nullcontext[None]:
+    """The lease of a run; none where the folder cannot be written.
+
+    All ranks say that together, before the first step. Here the others could not hear of it.
+    """
+    try:
+        return Lease.take(folder, take_over=take_over)
+    except OSError:
+        return nullcontext()

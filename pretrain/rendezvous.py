@@ -1,0 +1,153 @@
+"""How the ranks of a run meet: within a limit, ready to stop, and with the missing ones named.
+
+torch's own rendezvous waits in C++, where no Python handler hears a signal, and says how many ranks
+are missing, but not which. Here every rank registers in the store of rank 0 and looks there again
+until all have come. One rank decides for all, by whoever is first to write the decision: to go on,
+to stop because one was asked to, or to end because the time is over.
+"""
+
+import datetime
+import os
+import socket
+import time
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from pretrain.environment import Place
+from xlstm_io.errors import Interrupted, MachineFailed
+from xlstm_io.signals import StopSignal
+
+POLL_S = 0.1
+CONNECT_S = 5.0  # for one try to reach rank 0
+LINGER_S = 5.0  # for the others to read a decision that ends rank 0, and the store with it
+GO, STOP = "go", "stop"
+
+
+def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Store:
+    """Wait until all ranks of a run have come.
+
+    Args:
+        place: where this process stands.
+        limit: seconds to wait.
+        stop: the request to stop; None hears none.
+
+    Returns:
+        A store that all of them share.
+
+    Raises:
+        MachineFailed: not all came in time, rank 0 cannot be reached, or its port is taken.
+        Interrupted: a rank was asked to stop before all had come.
+    """
+    deadline = time.monotonic() + limit
+    try:
+        store = _connect(place, deadline, limit, stop)
+        # torchrun keeps its store when it starts the processes again.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set(f"arrived/{place.rank}", "")
+        decision = _decide(store, place, deadline, stop)
+    except dist.DistError as error:
+        if stop is not None and stop.requested:
+            raise Interrupted from None
+        raise MachineFailed(
+            f"rank {place.rank} lost rank 0 at {place.host}:{place.port} before all had come: "
+            f"{_first_line(error)}"
+        ) from error
+    if decision == GO:
+        return store
+    if decision == STOP:
+        raise Interrupted
+    raise MachineFailed(
+        f"rank {place.rank}: {decision} had not come after {limit:.0f} s "
+        "(guard.rendezvous_timeout); look at their output, and at their machines"
+    )
+
+
+def _connect(place: Place, deadline: float, limit: float, stop: StopSignal | None) -> dist.TCPStore:
+    """The store of rank 0, or that of the torchrun that started this process."""
+    hosts_it = place.rank == 0 and not _store_of_torchrun()
+    if not hosts_it:
+        _wait_for_rank_0(place, deadline, limit, stop)
+    try:
+        return dist.TCPStore(
+            place.host,
+            place.port,
+            place.world_size,
+            is_master=hosts_it,
+            timeout=datetime.timedelta(seconds=max(CONNECT_S, limit)),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise MachineFailed(
+            f"rank 0: MASTER_PORT={place.port} is taken on {socket.gethostname()}; if it stays "
+            "taken, give another"
+        ) from error
+
+
+def _wait_for_rank_0(place: Place, deadline: float, limit: float, stop: StopSignal | None) -> None:
+    """Until somebody listens at rank 0's address; in Python, which hears signals."""
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), CONNECT_S).close()
+            return
+        except OSError as error:
+            if stop is not None and stop.requested:
+                raise Interrupted from None
+            if time.monotonic() > deadline:
+                raise MachineFailed(
+                    f"rank {place.rank} could not reach rank 0 at {place.host}:{place.port} for "
+                    f"{limit:.0f} s (guard.rendezvous_timeout): {error.strerror or error}"
+                ) from error
+        time.sleep(POLL_S)
+
+
+def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal | None) -> str:
+    """`GO`, `STOP`, or the ranks that are missing; the same on every rank that has come."""
+    come = store.add("come", 1)
+    while True:
+        if come >= place.world_size:
+            wish = GO
+        elif stop is not None and stop.requested:
+            wish = STOP
+        elif time.monotonic() > deadline:
+            wish = _missing(store, place)
+        elif store.check(["decision"]):
+            wish = ""  # another one was first
+        else:
+            time.sleep(POLL_S)
+            come = store.add("come", 0)
+            continue
+        break
+    decision = (store.compare_set("decision", "", wish) if wish else store.get("decision")).decode()
+    read = store.add("read", 1)
+    if decision != GO and place.rank == 0 and not _store_of_torchrun():
+        end = time.monotonic() + LINGER_S
+        while read < store.add("come", 0) and time.monotonic() < end:
+            time.sleep(POLL_S)
+            with suppress(dist.DistError):
+                read = store.add("read", 0)
+    return decision
+
+
+def _missing(store: dist.Store, place: Place) -> str:
+    """The ranks that have not come, in words: "ranks 3, 5 to 7 of 8"."""
+    missing = [r for r in range(place.world_size) if not store.check([f"arrived/{r}"])]
+    spans: list[list[int]] = []
+    for rank in missing:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    names = ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in spans)
+    return f"rank{'s' if len(missing) > 1 else ''} {names} of {place.world_size}"
+
+
+def _store_of_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

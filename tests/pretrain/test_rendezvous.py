@@ -1,0 +1,148 @@
+"""Ranks meet within a limit; what is wrong is told by name, and a stop is heard meanwhile."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from pretrain.environment import Place, read_place
+from pretrain.rendezvous import _missing, meet
+from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
+from xlstm_io.signals import StopSignal
+
+HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert read_place({}) is None
+    place = read_place({"WORLD_SIZE": "8", "RANK": "7", **HERE})
+    assert place == Place(7, 8, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK='4' must be a whole number from 0 to 3, as WORLD"),
+        ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK='-1' must be"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0' must be"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000' must be"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set but RANK is not"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host.invalid"},
+            "MASTER_ADDR='no.such.host.invalid' cannot be resolved on",
+        ),
+    ],
+)
+def test_what_a_launcher_says_is_checked_first(variables, words):
+    with pytest.raises(ConfigError) as caught:
+        read_place(HERE | variables)
+    assert words in str(caught.value)
+
+
+def in_threads(places, limit=20.0, stops=None):
+    """What each rank gets: "store", or the error."""
+    found = [None] * len(places)
+    stores = []  # that of rank 0 must outlive the others' last look
+
+    def one(number):
+        try:
+            stores.append(meet(places[number], limit, (stops or {}).get(number)))
+            found[number] = "store"
+        except (MachineFailed, Interrupted) as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def places(port, *ranks, world):
+    return [Place(rank, world, "127.0.0.1", port) for rank in ranks]
+
+
+def test_all_ranks_meet(port):
+    assert in_threads(places(port, 2, 0, 1, world=3)) == ["store"] * 3
+
+
+def test_missing_ranks_are_named_by_all_that_came(port):
+    found = in_threads(places(port, 0, 3, world=8), limit=1.0)
+    for rank, error in zip((0, 3), found, strict=True):
+        assert isinstance(error, MachineFailed)
+        assert f"rank {rank}: ranks 1 to 2, 4 to 7 of 8 had not come after 1 s" in str(error)
+        assert "guard.rendezvous_timeout" in str(error)
+
+
+def test_a_single_missing_rank_is_named():
+    class Store:
+        def check(self, keys):
+            return keys != ["arrived/2"]
+
+    assert _missing(Store(), Place(0, 4, "", 1)) == "rank 2 of 4"
+
+
+def test_a_rank_0_that_never_comes_is_named(port):
+    (error,) = in_threads(places(port, 1, world=2), limit=0.5)
+    assert f"rank 1 could not reach rank 0 at 127.0.0.1:{port} for 0 s" in str(error)
+    assert "Connection refused" in str(error)
+
+
+def test_a_taken_port_is_named(port):
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        (error,) = in_threads(places(port, 0, world=2))
+    assert isinstance(error, MachineFailed)
+    assert f"MASTER_PORT={port} is taken on {socket.gethostname()}" in str(error)
+
+
+def test_a_stop_is_heard_while_ranks_are_missing_and_ends_those_that_come_later(port):
+    class Asked:
+        requested = True
+
+    started = time.monotonic()
+    found = in_threads(places(port, 0, 1, world=3), stops={1: Asked()})
+    assert [type(answer) for answer in found] == [Interrupted, Interrupted]
+    assert time.monotonic() - started < 15
+
+
+def test_a_stop_after_all_have_come_is_left_to_the_training_loop(port):
+    class Asked:
+        requested = True
+
+    assert in_threads(places(port, 0, world=1), stops={0: Asked()}) == ["store"]
+
+
+def _wait_for_others(port, ready):
+    with StopSignal(announce=False) as stop:
+        ready.set()
+        with contextlib.suppress(Interrupted):
+            meet(Place(1, 2, "127.0.0.1", port), 60, stop)
+            os._exit(1)
+        os._exit(75)
+
+
+def test_a_real_signal_ends_the_wait_for_rank_0(port):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=_wait_for_others, args=(port, ready))
+    child.start()
+    assert ready.wait(20)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(20)
+    assert child.exitcode == 75
