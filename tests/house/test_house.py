@@ -29,6 +29,8 @@ ALLOWED = {
     "data_prep": {"xlstm_io"},
 }
 PEERS = {"xlstm", "mlstm_kernels", "flashrnn", "fla"}
+# It travels with exports as one file.
+LONG_FILES = {"xlstm_mcore/hf/modeling_xlstm_blocks.py": 800}
 # Where the word may stand: what makes megatron-core run without it, and what asks for the device.
 CUDA_FILES = {
     "xlstm_mcore/megatron/cpu_runtime.py",
@@ -90,7 +92,8 @@ def test_files_have_one_purpose_and_say_it(package, path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert (ast.get_docstring(tree) or "").strip(), f"{path} has no module docstring"
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= 400, f"{path} has {lines} lines: has it more than one purpose?"
+    limit = LONG_FILES.get(str(path.relative_to(ROOT)), 400)
+    assert lines <= limit, f"{path} has {lines} lines: has it more than one purpose?"
 
 
 def test_kernels_is_no_package():
