@@ -1,7 +1,10 @@
 """The model card of an export."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
+
+from xlstm_mcore.convert.tokenizer import WrittenTokenizer
 
 TEMPLATE = """---
 library_name: transformers
@@ -13,7 +16,7 @@ tags:
 # xLSTM language model
 
 {parameters:,} parameters, pretrained for {step:,} steps{tokens}. Exported from a checkpoint of
-xlstm-pretrain; the architecture is the one of xLSTM 7B (arXiv 2503.13427).
+xlstm-pretrain as `{family}`; {architecture}
 
 | | |
 |---|---|
@@ -22,47 +25,100 @@ xlstm-pretrain; the architecture is the one of xLSTM 7B (arXiv 2503.13427).
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
+{snippet}```
 
 Good to know:
 
 {notes}
 """
 
+_ARCHITECTURES = {
+    "xlstm": "the architecture is the one of xLSTM 7B (arXiv 2503.13427).",
+    "llama": "the architecture is a Transformer with rotary positions, as baselines have it.",
+    "xlstm_blocks": (
+        "the architecture is written out in `modeling_xlstm_blocks.py` (arXiv 2405.04517, "
+        "2503.13427)."
+    ),
+}
+
+_AUTO = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust_tokenizer})
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust_model})
+"""
+_PLAIN = """import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+tokenizer = Tokenizer.from_file(f"{{FOLDER}}/tokenizer.json")
+tokenizer.encode_special_tokens = True
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust_model})
+ids = [{bos}, *tokenizer.encode("Once", add_special_tokens=False).ids]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=50)[0].tolist()))
+"""
+_BOS_FIRST = """inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+"""
+_BOS_BY_HAND = """ids = [tokenizer.bos_token_id, *tokenizer("Once")["input_ids"]]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=50)[0]))
+"""
+
 #: Whether the exported tokenizer puts the bos token in front, as in training.
 BOS = "Every training document began with the bos token; the tokenizer puts it in front."
 NO_BOS = "Every training document began with the bos token, which the tokenizer does not put there."
 
-#: What holds for every export, because of transformers' xlstm class.
-GENERAL = (
-    "Weights are fp32: transformers' native xLSTM kernels are exact only then.",
-    "The class ignores the attention mask: do not pad on the left; generate with batch size 1.",
-    "For training or plain logits pass `use_cache=False`.",
+REGISTERED = (
+    "Without remote code: install xlstm-pretrain, `import xlstm_mcore.hf`, and leave "
+    "`trust_remote_code` out."
 )
 
 
-def model_card(provenance: dict[str, Any], notes: Sequence[str]) -> str:
+def snippet(remote_model: bool, tokenizer: WrittenTokenizer, bos_id: int | None) -> str:
+    """Python that continues a text, with the ids that training had.
+
+    Args:
+        remote_model: Whether the model's class travels with the export.
+        tokenizer: How its tokenizer is used.
+        bos_id: The token that begins a document.
+    """
+    trust = ", trust_remote_code=True"
+    fields = {
+        "trust_model": trust if remote_model else "",
+        "trust_tokenizer": trust if tokenizer.remote_code else "",
+        "bos": bos_id,
+    }
+    if not tokenizer.auto:
+        return _PLAIN.format(**fields)
+    if tokenizer.bos_first or bos_id is None:
+        return _AUTO.format(**fields) + _BOS_FIRST
+    return "import torch\n" + _AUTO.format(**fields) + _BOS_BY_HAND
+
+
+def model_card(
+    provenance: dict[str, Any],
+    family: ModuleType,
+    tokenizer: WrittenTokenizer,
+    notes: Sequence[str],
+) -> str:
     """The text of an export's README.md.
 
     Args:
         provenance: Where the export comes from (see `to_hf.export`).
-        notes: What holds for this export alone.
+        family: Its format.
+        tokenizer: How its tokenizer is used.
+        notes: What holds for this export.
     """
     model = provenance["model"]
-    bos = () if NO_BOS in notes else (BOS,)
+    remote_model = family.NAME == "xlstm_blocks"
+    notes = [*notes, BOS if tokenizer.bos_first else NO_BOS]
+    if remote_model or tokenizer.remote_code:
+        notes.append(REGISTERED)
+    shown = ("pattern", "hidden_size", "num_heads", "tie_embeddings")
     facts = {
         "checkpoint": f"`{provenance['checkpoint']}`",
-        **{
-            key: str(model[key]).replace("|", "")  # a pattern's pipeline cuts mean nothing here
-            for key in ("pattern", "hidden_size", "num_heads", "vocab_size", "tie_embeddings")
-            if key in model
-        },
+        **{key: str(model[key]) for key in shown},
+        "vocabulary": provenance["vocab_size"],
+        "weights": provenance["dtype"],
         "tokenizer sha256": f"`{provenance['tokenizer_sha256']}`",
         **{f"{name} version": text for name, text in provenance["written_by"].items()},
     }
@@ -71,6 +127,9 @@ def model_card(provenance: dict[str, Any], notes: Sequence[str]) -> str:
         parameters=provenance["parameters"],
         step=provenance["step"],
         tokens=f" on {tokens:,} tokens" if isinstance(tokens, int) else "",
+        family=family.NAME,
+        architecture=_ARCHITECTURES[family.NAME],
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        notes="\n".join(f"- {note}" for note in (*notes, *bos, *GENERAL)),
+        snippet=snippet(remote_model, tokenizer, provenance["bos_id"]),
+        notes="\n".join(f"- {note}" for note in notes),
     )

@@ -1,15 +1,22 @@
 """Command line of the conversion: `to-hf` and `verify`."""
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.storage import location
+
+#: Names that `--family` and `--dtype` know; the modules that define them take seconds to import.
+FAMILY_NAMES = ("xlstm", "llama", "xlstm_blocks")
+DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code, `ExitCode.BUG` where a comparison failed."""
+    """Run a command; returns its exit code, `ExitCode.REFUTED` where a comparison failed."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -25,40 +32,80 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ckpt_help = "a checkpoint, or a run folder (then its newest complete checkpoint)"
+    tokenizer_help = (
+        "a SentencePiece .model file, a tokenizer.json with its tokenizer_config.json beside it, "
+        "or the folder of one (default: the tokenizer in the checkpoint)"
+    )
 
     to_hf = commands.add_parser(
         "to-hf",
         help="write a checkpoint as a Hugging Face folder",
-        description="Write a checkpoint of a 7B-style model (pattern of M) as a Hugging Face "
-        "folder that transformers loads as `xlstm`, without further packages.",
+        description="Write a checkpoint as a Hugging Face folder and compare the two. Models of M "
+        "become transformers' xlstm, models of * llama, and all others a class whose code travels "
+        "with the weights. A conversion that was stopped goes on when it is repeated. Exit code 3 "
+        "if the comparison fails.",
     )
     to_hf.add_argument("checkpoint", metavar="CKPT", help=ckpt_help)
     to_hf.add_argument(
         "out",
         metavar="OUT",
-        type=Path,
-        help="the folder to write; an earlier export there is replaced, anything else is refused",
+        help="the folder or URL to write; an earlier export there is replaced, anything else is "
+        "refused",
+    )
+    to_hf.add_argument("--tokenizer", metavar="FILE|FOLDER", type=Path, help=tokenizer_help)
+    to_hf.add_argument(
+        "--family",
+        choices=FAMILY_NAMES,
+        help="the format to write (default: the first of these that can express the model)",
     )
     to_hf.add_argument(
-        "--tokenizer",
-        metavar="FILE|FOLDER",
-        type=Path,
-        help="a SentencePiece .model file, a tokenizer.json with its tokenizer_config.json beside "
-        "it, or the folder of one (default: the tokenizer in the checkpoint)",
+        "--dtype", choices=DTYPE_NAMES, default="fp32", help="type of the weights (default: fp32)"
     )
+    to_hf.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        type=_size,
+        default=_size("5GB"),
+        help="largest file of weights, such as 500MB (default: 5GB)",
+    )
+    to_hf.add_argument(
+        "--keep-padding",
+        action="store_true",
+        help="keep the rows of the vocabulary that have no token",
+    )
+    to_hf.add_argument(
+        "--dry-run", action="store_true", help="print the table of tensors and write nothing"
+    )
+    to_hf.add_argument("--no-verify", action="store_true", help="do not compare the two models")
+    to_hf.add_argument("--json", action="store_true", help="print what was done as JSON")
     to_hf.set_defaults(run=_to_hf)
 
     verify = commands.add_parser(
         "verify",
         help="compare an exported folder with its checkpoint",
-        description="Load HF_DIR with transformers, compare its logits with those of the "
-        "checkpoint's model, write parity.json, and generate a few lines. Exit code 1 if they "
-        "differ by more than 1e-3 of the largest logit.",
+        description="Compare HF_DIR with its checkpoint: every tensor, the logits by transformers, "
+        "generation, padding and the tokenizer. Write parity.json and parity.md there, and "
+        "generate a few lines. Exit code 3 if anything differs.",
     )
     verify.add_argument("checkpoint", metavar="CKPT", help=ckpt_help)
     verify.add_argument("folder", metavar="HF_DIR", type=Path, help="what `to-hf` wrote")
+    verify.add_argument("--tokenizer", metavar="FILE|FOLDER", type=Path, help=tokenizer_help)
+    verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.set_defaults(run=_verify)
     return parser
+
+
+def _size(text: str) -> int:
+    """Bytes of a size such as 5GB or 500MB.
+
+    Raises:
+        ArgumentTypeError: It is not a size.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)(MB|GB|MiB|GiB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 5GB or 500MB")
+    unit = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[match[2]]
+    return int(match[1]) * unit
 
 
 # transformers takes seconds to import: the commands import it, `--help` and errors do not wait.
@@ -67,32 +114,80 @@ def _parser() -> argparse.ArgumentParser:
 def _to_hf(arguments: argparse.Namespace) -> int:
     from xlstm_mcore.convert.to_hf import export
 
-    done = export(arguments.checkpoint, arguments.out, tokenizer=arguments.tokenizer)
+    done = export(
+        arguments.checkpoint,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        family=arguments.family,
+        dtype=arguments.dtype,
+        shard_bytes=arguments.shard_size,
+        keep_padding=arguments.keep_padding,
+        dry_run=arguments.dry_run,
+    )
+    table = [
+        {"ours": row.ours, "theirs": row.theirs, "shape": done.plan.shape(row), "file": name}
+        for name, rows in done.plan.files.items()
+        for row in rows
+    ]
+    if arguments.dry_run:
+        if arguments.json:
+            print(json.dumps({"family": done.family, "tensors": table}))
+            return ExitCode.DONE
+        for line in table:
+            print(f"{' + '.join(line['ours'])} -> {line['theirs']} {list(line['shape'])}")
+        print(f"{len(table)} tensors as {done.family}, none missing and none left over")
+        return ExitCode.DONE
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {done.path}: {done.parameters:,} parameters, fp32")
-    return ExitCode.DONE
+    whole = f", {done.parameters + done.padding:,} with rows of padding" if done.padding else ""
+    text = f"wrote {done.path}: {done.parameters:,} parameters{whole}, {done.plan.dtype}, "
+    text += f"as {done.family}"
+    if arguments.json:
+        keys = {"path": str(done.path), "family": done.family, "parameters": done.parameters}
+        text = json.dumps({**keys, "padding": done.padding, "notes": done.notes})
+    print(text)
+    if arguments.no_verify:
+        return ExitCode.DONE
+    if not isinstance(location(arguments.out), Path):
+        print("not compared: transformers loads local folders", file=sys.stderr)
+        return ExitCode.DONE
+    return _compare(arguments.checkpoint, Path(done.path), arguments.tokenizer, silent=True)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder
+    code = _compare(
+        arguments.checkpoint, folder, arguments.tokenizer, silent=False, as_json=arguments.json
+    )
+    if code == ExitCode.DONE and not arguments.json:
+        from xlstm_mcore.convert import verify
+
+        about = json.loads((folder / "xlstm_export.json").read_text(encoding="utf-8"))
+        if about["parameters"] <= verify.SMALL:
+            print("generated by transformers:")
+            for text in verify.samples(verify.load_exported(folder), folder):
+                print(f"  {text!r}")
+    return code
+
+
+def _compare(
+    checkpoint: str, folder: Path, tokenizer: Path | None, *, silent: bool, as_json: bool = False
+) -> int:
+    """Compare a folder with its checkpoint; `silent` prints a line alone where all is well."""
     from xlstm_mcore.convert import verify
 
-    exported = verify.load_exported(arguments.folder)
-    results = verify.compare(verify.own_logits(arguments.checkpoint), exported)
-    for result in results:
-        print(
-            f"length {result.length:>4}: largest difference {result.max_abs_difference:.2e} "
-            f"(logits up to {result.scale:.2f})"
-        )
-    report = verify.write_report(arguments.checkpoint, arguments.folder, results)
-    if not verify.passed(results):
-        print(
-            f"error: the logits differ by more than {verify.TOLERANCE:g} of their scale; see "
-            f"{report}",
-            file=sys.stderr,
-        )
-        return ExitCode.BUG
-    print(f"logits agree; wrote {report}\ngenerated by transformers:")
-    for text in verify.samples(exported, arguments.folder):
-        print(f"  {text!r}")
+    checks = verify.verify(checkpoint, folder, tokenizer=tokenizer)
+    good = verify.passed(checks)
+    if as_json:
+        print((folder / verify.REPORT).read_text(encoding="utf-8"))
+    elif not (silent and good):
+        words = {True: "equal", False: "DIFFERENT", None: "not compared"}
+        for check in checks:
+            print(f"{check.name}: {words[check.passed]}; {check.detail}")
+    report = folder / verify.PAGE
+    if not good:
+        print(f"error: the export is not the checkpoint's model; see {report}", file=sys.stderr)
+        return ExitCode.REFUTED
+    if not as_json:
+        print(f"tensors and logits agree; wrote {report}", file=sys.stderr if silent else None)
     return ExitCode.DONE

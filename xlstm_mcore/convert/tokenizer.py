@@ -1,160 +1,159 @@
-"""A SentencePiece BPE model as a fast (tokenizers) tokenizer, with the ids of the shards.
+"""The tokenizer of an export: its own files, and what makes `AutoTokenizer` give the same ids.
 
-transformers' own reading of a bare `tokenizer.model` differs from SentencePiece on ordinary text
-(it sets no normaliser and takes every model for BPE). So the conversion follows the model's own
-protocol buffer, and is then checked: ids and decoded text must equal those of training on samples.
-
-One character is left out of the check. Training encodes a U+2581 of a text as its three bytes; the
-fast form reads it as a space, as SentencePiece does. `SPACE_SYMBOL_NOTE` tells the user.
+Each way is tried on the texts of `tokenizer_corpus`, best first, and the first that is exact is
+taken. So no export has a tokenizer that gives other ids than training.
 """
 
-import random
-from collections.abc import Sequence
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
+import xlstm_mcore.hf
+from xlstm_io.tokenizer import Tokenizer
+from xlstm_io.tokenizer.base import HF_CONFIG_NAME
 from xlstm_io.tokenizer.sentencepiece_model import SPACE_SYMBOL, SentencePieceTokenizer
+from xlstm_mcore.convert import tokenizer_corpus
 from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.sentencepiece_fast import fast_tokenizer
 
-Piece = model_pb2.ModelProto.SentencePiece
+WRAPPER = "tokenization_xlstm_blocks.py"
+_WRAPPER_CLASS = "XLSTMSentencePieceTokenizer"
 
-SPACE_SYMBOL_NOTE = (
-    "The fast tokenizer reads the character U+2581 as a space; training kept it as it is."
-)
-
-SAMPLES = (
-    "",
-    " ",
-    "a",
-    "  two  spaces and a trailing one ",
-    "Hello, world!\nSecond line\r\n\ttabbed\n\n\n",
-    "def f(x):\n    return {'k': [1, 2.5e-3, 0xFF], \"s\": f'{x!r}'}  # 0123456789\n",
-    "Grüße, naïve façade, señor, Ωμέγα, Привет, 你好世界, こんにちは, 안녕, العربية, עברית",
-    "e\u0301 vs \u00e9, \ufb01 ligature, \u00a0nbsp, \u200bzero width, \u3000wide, \ufeffbom",
-    "👩‍👩‍👧‍👦 🇩🇪 🤖 \U0001d54f \U0010ffff",
-    "\x01\x02 control \x7f",
-    "<s> </s> <unk> <pad> <0x41> are text here; so is",
-    f"a{SPACE_SYMBOL} {SPACE_SYMBOL}{SPACE_SYMBOL}b",
-    "a" * 500 + " " * 70 + "ab" * 100,
+SPELLED_OUT = (
+    "Special tokens that a text spells out are text, as in training "
+    "(`split_special_tokens=False` finds them)."
 )
 
 
-def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> PreTrainedTokenizerFast:
-    """The fast form of a SentencePiece model.
+@dataclass(frozen=True)
+class WrittenTokenizer:
+    """How the tokenizer of an export is used.
 
-    Control symbols written in a text are text, and `[bos]` is put in front, as in training.
+    Attributes:
+        auto: Whether AutoTokenizer gives the ids of training.
+        remote_code: Whether AutoTokenizer needs a class that travels with the export.
+        bos_first: Whether it puts the bos token in front, as training documents begin.
+        notes: What a user should know, one sentence each.
+    """
+
+    auto: bool
+    remote_code: bool
+    bos_first: bool
+    notes: tuple[str, ...]
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> WrittenTokenizer:
+    """Write the tokenizer's files as they are, and what AutoTokenizer needs beside them."""
+    for name, data in tokenizer.files.items():
+        (folder / name).write_bytes(data)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _write_sentencepiece(tokenizer, folder)
+    return _write_hugging_face(tokenizer, folder)
+
+
+def texts_for(tokenizer: Tokenizer) -> list[str]:
+    """The texts that a tokenizer's exports are compared on."""
+    special: list[str] = []
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        kinds = model_pb2.ModelProto.SentencePiece
+        ordinary = (kinds.NORMAL, kinds.USER_DEFINED)
+        pieces = [p.piece for p in tokenizer.proto.pieces if p.type in ordinary]
+        pieces = [piece.replace(SPACE_SYMBOL, " ") for piece in pieces]
+        special = [p.piece for p in tokenizer.proto.pieces if p.type not in ordinary]
+    else:
+        pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
+        added = json.loads(next(iter(tokenizer.files.values()))).get("added_tokens", ())
+        special = [token["content"] for token in added]
+    return tokenizer_corpus.corpus(pieces, special, tokenizer_corpus.TEXTS)
+
+
+def check_folder(folder: Path, tokenizer: Tokenizer, *, remote_code: bool) -> bool:
+    """Compare what AutoTokenizer makes of a folder with the tokenizer of training.
+
+    Args:
+        folder: The export.
+        tokenizer: The tokenizer of training.
+        remote_code: Whether the class that travels with the export is needed.
+
+    Returns:
+        Whether it puts the bos token in front.
 
     Raises:
-        ConvertError: the model has features that cannot be converted exactly, or the result gives
-            other ids than `tokenizer` on the samples.
+        ConvertError: It gives other ids, or transformers cannot load it.
     """
-    model = tokenizer.proto
-    _check_convertible(model)
-    pieces = list(model.pieces)
-    fast = Tokenizer(
-        models.BPE(
-            vocab={piece.piece: index for index, piece in enumerate(pieces)},
-            merges=_merges(pieces),
-            unk_token=pieces[model.trainer_spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=model.trainer_spec.byte_fallback,
-        )
-    )
-    fast.normalizer = normalizers.Replace(" ", SPACE_SYMBOL)
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    # User-defined symbols are matched in the normalised text, on both sides. One that was given
-    # with a plain space is never found there (spaces are escaped by then): it gets no match here.
-    fast.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=True, special=False)
-            for piece in pieces
-            if piece.type == Piece.USER_DEFINED and " " not in piece.piece
-        ]
-    )
-    spec = model.trainer_spec
-    named = {
-        f"{role}_token": pieces[index].piece
-        for role, index in (("bos", spec.bos_id), ("eos", spec.eos_id), ("pad", spec.pad_id))
-        if index >= 0
+    with tempfile.TemporaryDirectory() as alone:  # a config.json would suggest another class
+        for name in (*tokenizer.files, "tokenizer.json", "special_tokens_map.json", HF_CONFIG_NAME):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(alone) / name)
+        if (folder / "config.json").is_file():
+            shutil.copyfile(folder / "config.json", Path(alone) / "config.json")
+        try:
+            if remote_code:  # the same file as the one that travels, already imported
+                found = xlstm_mcore.hf.XLSTMSentencePieceTokenizer.from_pretrained(alone)
+            else:
+                found = AutoTokenizer.from_pretrained(alone)
+            return tokenizer_corpus.check_equal(found, tokenizer, texts_for(tokenizer))
+        except ConvertError:
+            raise
+        except Exception as error:  # whatever a class of transformers may raise
+            raise ConvertError(f"transformers cannot load it: {error}") from error
+
+
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> WrittenTokenizer:
+    """The fast form of a SentencePiece model where it is exact, else the class that wraps it."""
+    try:
+        fast_tokenizer(tokenizer).save_pretrained(folder)
+        bos_first = check_folder(folder, tokenizer, remote_code=False)
+        return WrittenTokenizer(True, False, bos_first, (SPELLED_OUT,))
+    except ConvertError as error:
+        reason = str(error)
+    for name in ("tokenizer.json", "special_tokens_map.json", HF_CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+    module = WRAPPER.removesuffix(".py")
+    names = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    config = {
+        "tokenizer_class": _WRAPPER_CLASS,
+        "auto_map": {"AutoTokenizer": [f"{module}.{_WRAPPER_CLASS}", None]},
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        **{
+            f"{name}_token": tokenizer.proto.pieces[index].piece
+            for name, index in names.items()
+            if index is not None
+        },
     }
-    if spec.bos_id >= 0:
-        bos = pieces[spec.bos_id].piece
-        fast.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, spec.bos_id)]
-        )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        unk_token=pieces[spec.unk_id].piece,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        **named,
+    (folder / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.copyfile(Path(xlstm_mcore.hf.__file__).parent / WRAPPER, folder / WRAPPER)
+    bos_first = check_folder(folder, tokenizer, remote_code=True)
+    note = (
+        f"The tokenizer is SentencePiece itself, behind a class in this folder ({reason}, so it "
+        "has no exact fast form)."
     )
-    check_equal(wrapped, tokenizer)
-    return wrapped
+    return WrittenTokenizer(True, True, bos_first, (note, SPELLED_OUT))
 
 
-def check_equal(fast: PreTrainedTokenizerFast, exact: SentencePieceTokenizer) -> None:
-    """Check that both give the same ids and decode them to the same text, except for U+2581.
+def _write_hugging_face(tokenizer: Tokenizer, folder: Path) -> WrittenTokenizer:
+    """A Hugging Face tokenizer with what makes AutoTokenizer split special tokens, as training did.
 
-    Raises:
-        ConvertError: they differ.
+    A class of transformers may change what tokenizer.json says. Then the plain class is named.
     """
-    bos = [] if exact.bos_id is None else [exact.bos_id]
-    texts = [text for text in SAMPLES if SPACE_SYMBOL not in text] + _random_texts(exact, 300)
-    for text, ids in zip(texts, exact.encode(texts), strict=True):
-        expected = ids.tolist()
-        found = fast.encode(text, add_special_tokens=False)
-        if found != expected:
-            raise ConvertError(
-                f"the converted tokenizer gives other ids than SentencePiece for {text[:60]!r}"
-            )
-        if fast.encode(text) != bos + expected:
-            raise ConvertError(f"the converted tokenizer puts no bos before {text[:60]!r}")
-        if fast.decode(expected, skip_special_tokens=True) != exact.decode(expected):
-            raise ConvertError(
-                f"the converted tokenizer decodes the ids of {text[:60]!r} to another text"
-            )
-
-
-def _check_convertible(model: model_pb2.ModelProto) -> None:
-    """Raise a ConvertError that names each feature that has no exact counterpart here."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    problems = {
-        "it is not BPE": trainer.model_type != model_pb2.TrainerSpec.BPE,
-        "it has a normalisation rule": bool(normalizer.precompiled_charsmap),
-        "it adds a dummy prefix": normalizer.add_dummy_prefix,
-        "it removes extra whitespaces": normalizer.remove_extra_whitespaces,
-        "it does not escape whitespaces": not normalizer.escape_whitespaces,
-        "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
-        "it has unused pieces": any(piece.type == Piece.UNUSED for piece in model.pieces),
-    }
-    found = [text for text, there in problems.items() if there]
-    if found:
-        raise ConvertError(
-            f"this SentencePiece model has no exact fast tokenizer: {', '.join(found)}"
-        )
-
-
-def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """Merges in the order in which SentencePiece prefers them: by the score of the result."""
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == Piece.NORMAL}
-    merges = [
-        (-score, len(merged[:cut]), merged[:cut], merged[cut:])
-        for merged, score in scores.items()
-        for cut in range(1, len(merged))
-        if merged[:cut] in scores and merged[cut:] in scores
-    ]
-    return [(left, right) for *_, left, right in sorted(merges)]
-
-
-def _random_texts(exact: SentencePieceTokenizer, count: int) -> list[str]:
-    """Texts made of random pieces of the vocabulary: its rarest merges occur as well."""
-    rng = random.Random(0)
-    text_kinds = (Piece.NORMAL, Piece.USER_DEFINED)
-    pieces = [piece.piece for piece in exact.proto.pieces if piece.type in text_kinds]
-    ordinary = [piece.replace(SPACE_SYMBOL, " ") for piece in pieces]
-    return ["".join(rng.choices(ordinary, k=rng.randrange(1, 60))) for _ in range(count)]
+    config = json.loads((folder / HF_CONFIG_NAME).read_text(encoding="utf-8"))
+    reason = ""
+    for changes in ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
+        changed = {**config, "split_special_tokens": True, **changes}
+        if changes:
+            changed.pop("add_prefix_space", None)
+        (folder / HF_CONFIG_NAME).write_text(json.dumps(changed, indent=2), encoding="utf-8")
+        try:
+            bos_first = check_folder(folder, tokenizer, remote_code=False)
+            return WrittenTokenizer(True, False, bos_first, (SPELLED_OUT,))
+        except ConvertError as error:
+            reason = reason or str(error)
+    (folder / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    note = f"AutoTokenizer is not the trained tokenizer ({reason}); use tokenizers' own, as above."
+    return WrittenTokenizer(False, False, False, (note,))

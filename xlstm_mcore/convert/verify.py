@@ -1,100 +1,172 @@
-"""Compare an exported folder, loaded by transformers, with the model it was exported from."""
+"""Compare an exported folder, loaded by transformers, with the checkpoint it was made from.
+
+Every tensor is compared by its hash. Logits are compared with one layer of each model in memory, so
+the size of the model does not matter. What needs the whole model (generation, padding) is done
+where it is small, and otherwise named as not done.
+"""
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+import xlstm_mcore.hf
 from xlstm_io.checkpoint.manifest import resolve
-from xlstm_io.tokenizer import open_tokenizer
+from xlstm_io.checkpoint.reader import CheckpointReader
+from xlstm_io.checkpoint.safetensors_stream import bytes_of
+from xlstm_io.storage import Location
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
+from xlstm_io.tokenizer.base import HF_CONFIG_NAME
+from xlstm_io.untrusted import inside
 from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.families import FAMILIES
+from xlstm_mcore.convert.folder import MARKER
+from xlstm_mcore.convert.streamed import our_logits, their_model
+from xlstm_mcore.convert.to_hf import check_tensors, model_of
+from xlstm_mcore.convert.tokenizer import check_folder
+from xlstm_mcore.convert.weights import DTYPES, INDEX, Plan, plan_files, read_row
 
-#: Lengths to compare: 1, less than a chunk, a chunk of 64, and more than a chunk. Both
-#: implementations take another path for each.
-LENGTHS = (1, 15, 64, 100)
-TOLERANCE = 1e-3
-REPORT = "parity.json"
+Logits = Callable[[Tensor], Tensor]
+
+#: (rows, length) of the compared batches: a token, less than a chunk of 64, one, and several.
+BATCHES = ((3, 1), (2, 15), (2, 64), (1, 300))
+#: Largest difference of logits whose largest is 5 or less; of larger ones, in proportion.
+TOLERANCE = 1e-4
+#: Parameters up to which the whole model is loaded for what needs it.
+SMALL = 500_000_000
+REPORT, PAGE = "parity.json", "parity.md"
 
 
 @dataclass(frozen=True)
-class Parity:
-    """The result of a comparison at one length.
+class Check:
+    """The result of one comparison.
 
     Attributes:
-        length: Tokens per row.
-        max_abs_difference: Largest difference of logits.
-        scale: The largest logit.
+        name: What was compared.
+        passed: Whether it agreed; None if it was not done.
+        detail: What was found, or why it was not done.
     """
 
-    length: int
-    max_abs_difference: float
-    scale: float
-
-    @property
-    def relative(self) -> float:
-        """Difference relative to the scale of the logits."""
-        return self.max_abs_difference / self.scale
+    name: str
+    passed: bool | None
+    detail: str
 
 
-def own_logits(checkpoint: Path | str) -> Callable[[Tensor], Tensor]:
-    """Logits `[b, s, vocab]` of tokens `[b, s]` by this project's model of a checkpoint, fp32."""
-    from xlstm_mcore.inference import model_logits, open_model
-
-    model = open_model(checkpoint)
-    return lambda tokens: model_logits(model, tokens)
-
-
-def compare(
-    logits_of: Callable[[Tensor], Tensor], exported: PreTrainedModel, lengths=LENGTHS
-) -> list[Parity]:
-    """Compare the logits of two models on random tokens.
+def verify(
+    checkpoint: Location | str, folder: Path | str, *, tokenizer: Path | None = None
+) -> list[Check]:
+    """Compare a folder with its checkpoint and write `parity.json` and `parity.md` into it.
 
     Args:
-        logits_of: Logits `[b, s, vocab]` of tokens `[b, s]` by the one.
-        exported: The other.
-        lengths: Lengths of the rows.
+        checkpoint: A checkpoint, or a run folder (then its newest complete checkpoint).
+        folder: What `to_hf.export` wrote.
+        tokenizer: The tokenizer of training; by default the one in the folder.
 
     Raises:
-        ConvertError: The two have different vocabularies.
+        ConvertError: The folder is not an export of this checkpoint's model.
     """
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for length in lengths:
-        tokens = torch.randint(exported.config.vocab_size, (2, length), generator=generator)
-        ours = logits_of(tokens).detach().cpu().double()
-        with torch.no_grad():
-            theirs = exported(tokens, use_cache=False).logits.double()
-        if ours.shape != theirs.shape:
-            raise ConvertError(
-                f"not an export of this checkpoint: its logits have shape {list(theirs.shape)}, "
-                f"the checkpoint's {list(ours.shape)}"
+    folder = Path(folder)
+    about = _read_marker(folder)
+    with CheckpointReader(resolve(checkpoint)) as reader:
+        model = model_of(reader)
+        family = FAMILIES[about["family"]]
+        rows = check_tensors(reader, family, model)
+        plan = plan_files(rows, about["vocab_size"], about["dtype"], 1 << 62)
+        files = weight_files(folder)
+        checks = [_tensors(reader, plan, files)]
+        if checks[0].passed is not False or not _missing(plan, files):
+            ours, nudged = (
+                our_logits(reader, model, DTYPES[plan.dtype], nudged=n) for n in (False, True)
             )
-        difference, scale = (ours - theirs).abs().max().item(), ours.abs().max().item()
-        results.append(Parity(length, difference, scale))
-    return results
+            checks += _logits(ours, nudged, their_model(folder, files), plan.vocab)
+    exact = open_tokenizer(folder if tokenizer is None else tokenizer)
+    checks += [
+        _code(folder, family.NAME),
+        _tokenizer(folder, exact, about),
+        _generation_config(folder, exact),
+    ]
+    if about["parameters"] <= SMALL:
+        checks += whole_model_checks(load_exported(folder), family.NAME)
+    else:
+        why = f"the model has more than {SMALL:,} parameters, and they would all be in memory"
+        checks += [Check(name, None, why) for name in ("generation with a cache", "padding")]
+    _write_report(reader.path.name, folder, checks)
+    return checks
 
 
-def passed(results: list[Parity]) -> bool:
-    """Whether all differences are within TOLERANCE of the logits' scale (NaN is not)."""
-    return all(result.relative <= TOLERANCE for result in results)
+def passed(checks: list[Check]) -> bool:
+    """Whether nothing differed."""
+    return all(check.passed is not False for check in checks)
 
 
-def write_report(checkpoint: Path | str, folder: Path | str, results: list[Parity]) -> Path:
-    """Write parity.json into the exported folder."""
-    report = {
-        "checkpoint": resolve(checkpoint).name,
-        "tolerance_relative": TOLERANCE,
-        "passed": passed(results),
-        "lengths": [asdict(r) | {"relative": r.relative} for r in results],
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file of weights in which each tensor of an export lies.
+
+    Raises:
+        ConvertError: There are none, or the index is damaged or names a file outside the folder.
+    """
+    if not (folder / INDEX).is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise ConvertError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    try:
+        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = {str(key): name for key, name in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConvertError(f"{folder / INDEX} is damaged: {error!r}") from error
+    return {
+        key: inside(folder, name, named_in=folder / INDEX, error=ConvertError)
+        for key, name in names.items()
     }
-    path = Path(folder) / REPORT
-    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    return path
+
+
+def load_exported(folder: Path | str) -> PreTrainedModel:
+    """The exported model by transformers, fp32, evaluation mode."""
+    disable_progress_bar()  # loading takes a moment, and the bar would litter a log
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def whole_model_checks(model: PreTrainedModel, family: str) -> list[Check]:
+    """What needs the whole exported model in memory."""
+    vocab = model.config.vocab_size
+    tokens = torch.randint(vocab, (2, 9), generator=torch.Generator().manual_seed(1))
+    ones = torch.ones_like(tokens)
+    options = {"attention_mask": ones, "do_sample": False, "max_new_tokens": 12}
+    with torch.no_grad():
+        # Compared by logits: of two equal ones, either may be taken.
+        written = model.generate(tokens, use_cache=True, eos_token_id=None, **options)
+        logits = model(written, use_cache=False).logits[:, tokens.shape[1] - 1 : -1]
+        chosen = logits.gather(-1, written[:, tokens.shape[1] :, None]).squeeze(-1)
+        worst = (logits.amax(-1) - chosen).max().item()
+        limit = _limit(logits)
+        checks = [
+            Check(
+                "generation with a cache",
+                worst <= limit,
+                f"greedy tokens are within {worst:.1e} of the largest logit without a cache",
+            )
+        ]
+        if family == "xlstm":
+            why = "transformers' xlstm ignores the attention mask: do not pad"
+            return [*checks, Check("padding", None, why)]
+        padded = torch.cat((torch.zeros_like(tokens[:1, :4]), tokens[:1, :5]), dim=1)
+        mask = ones.clone()
+        mask[0, :4] = 0
+        together = model(torch.cat((padded, tokens[1:])), attention_mask=mask, use_cache=False)
+        alone = model(tokens[:1, :5], use_cache=False).logits
+        worst = (together.logits[:1, 4:] - alone).abs().max().item()
+        detail = f"a row padded on the left differs by {worst:.1e} from the row alone"
+        return [*checks, Check("padding", worst <= _limit(alone), detail)]
 
 
 def samples(
@@ -106,15 +178,123 @@ def samples(
     torch.manual_seed(0)
     texts = []
     for _ in range(count):
-        ids = exported.generate(prompt, max_new_tokens=new_tokens)[0, 1:].tolist()
-        # A model's vocabulary may be padded beyond the tokenizer's.
-        texts.append(tokenizer.decode([i for i in ids if i < tokenizer.vocab_size]))
+        ids = exported.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
+        )
+        texts.append(tokenizer.decode([i for i in ids[0, 1:].tolist() if i < tokenizer.vocab_size]))
     return texts
 
 
-def load_exported(folder: Path | str) -> PreTrainedModel:
-    """The exported model by transformers, fp32, evaluation mode; ConvertError if it is none."""
-    if not (Path(folder) / "config.json").is_file():
+def _read_marker(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
         raise ConvertError(f"{folder} is not an exported folder: it has no config.json")
-    disable_progress_bar()  # loading takes a moment, and the bar would litter a log
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        about = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        assert about["family"] in FAMILIES and about["dtype"] in DTYPES
+        return about
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ConvertError(
+            f"{folder} is not an export of this version: {MARKER} is missing or damaged; export "
+            "the checkpoint again"
+        ) from error
+
+
+def _missing(plan: Plan, files: dict[str, Path]) -> bool:
+    return {row.theirs for row in plan.rows} != files.keys()
+
+
+def _tensors(reader: CheckpointReader, plan: Plan, files: dict[str, Path]) -> Check:
+    """Every tensor, by the hash of its bytes."""
+    wrong = sorted({row.theirs for row in plan.rows} ^ files.keys())
+    if wrong:
+        return Check("tensors", False, f"missing or too many: {', '.join(wrong[:5])}")
+    for row in plan.rows:
+        with safe_open(files[row.theirs], framework="pt") as file:
+            theirs = file.get_tensor(row.theirs)
+        ours = read_row(reader, row, plan)
+        same = theirs.dtype == ours.dtype and theirs.shape == ours.shape
+        if not (same and _hash(theirs) == _hash(ours)):
+            wrong.append(row.theirs)
+    if wrong:
+        return Check("tensors", False, f"{len(wrong)} differ, such as {', '.join(wrong[:5])}")
+    return Check("tensors", True, f"{len(plan.rows)} tensors have the same bytes")
+
+
+def _hash(tensor: Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(bytes_of(tensor.contiguous()))
+
+
+def _logits(ours: Logits, nudged: Logits, theirs: PreTrainedModel, vocab: int) -> list[Check]:
+    """Logits of random tokens, for every shape of `BATCHES`.
+
+    There are models whose logits fp32 does not define as exactly as the limit: rounding the output
+    of the embedding another way changes them more. Then that change, four times, is the limit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    checks = []
+    for batch, length in BATCHES:
+        tokens = torch.randint(vocab, (batch, length), generator=generator)
+        wanted = ours(tokens).detach().cpu()[..., :vocab]
+        with torch.no_grad():
+            found = theirs(tokens, use_cache=False).logits
+        worst = (wanted.double() - found.double()).abs().max().item()
+        limit, scale = _limit(wanted), wanted.abs().max().item()
+        if worst > limit:
+            change = (nudged(tokens).cpu()[..., :vocab] - wanted).abs().max().item()
+            limit = max(limit, 4 * change)
+        detail = f"they differ by at most {worst:.1e} (limit {limit:.1e}, largest {scale:.2f})"
+        # The comparison is false for NaN.
+        checks.append(Check(f"logits of {batch} x {length} tokens", worst <= limit, detail))
+    return checks
+
+
+def _limit(logits: Tensor) -> float:
+    return TOLERANCE * max(1.0, logits.abs().max().item() / 5)
+
+
+def _code(folder: Path, family: str) -> Check:
+    """Whether code in the folder is the code of this installation, which was run here."""
+    source = Path(xlstm_mcore.hf.__file__).parent
+    found = sorted(path.name for path in folder.glob("*.py"))
+    other = [
+        name
+        for name in found
+        if not (source / name).is_file()
+        or (source / name).read_bytes() != (folder / name).read_bytes()
+    ]
+    if other:
+        return Check("code", False, f"not the code of this version: {', '.join(other)}")
+    return Check("code", True, ", ".join(found) or f"none is needed, the model is a {family}")
+
+
+def _tokenizer(folder: Path, exact: Tokenizer, about: dict[str, Any]) -> Check:
+    """AutoTokenizer against the tokenizer of training, on the corpus of texts."""
+    if not about["auto_tokenizer"]:
+        return Check("tokenizer", None, "AutoTokenizer is not to be used; see README.md")
+    config = json.loads((folder / HF_CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        check_folder(folder, exact, remote_code="auto_map" in config)
+    except ConvertError as error:
+        return Check("tokenizer", False, f"AutoTokenizer is not the trained one: {error}")
+    return Check("tokenizer", True, "AutoTokenizer gives the ids of training")
+
+
+def _generation_config(folder: Path, exact: Tokenizer) -> Check:
+    config = GenerationConfig.from_pretrained(folder)
+    found = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    wanted = (exact.bos_id, exact.eos_id, exact.pad_id)
+    return Check("generation config", found == wanted, f"bos, eos and pad are {found}")
+
+
+def _write_report(checkpoint: str, folder: Path, checks: list[Check]) -> None:
+    body = {
+        "checkpoint": checkpoint,
+        "passed": passed(checks),
+        "checks": [asdict(check) for check in checks],
+    }
+    (folder / REPORT).write_text(json.dumps(body, indent=2), encoding="utf-8")
+    words = {True: "equal", False: "**different**", None: "not compared"}
+    lines = [f"# This export beside the checkpoint {checkpoint}", "", "| what | result | detail |"]
+    lines += ["|---|---|---|"]
+    lines += [f"| {c.name} | {words[c.passed]} | {c.detail} |" for c in checks]
+    (folder / PAGE).write_text("\n".join(lines) + "\n", encoding="utf-8")
