@@ -128,15 +128,13 @@ def train_command(places: Places, model: str, steps: int, nproc: int) -> list[st
     return command
 
 
-def result_commands(places: Places, model: str, data: str | None) -> list[list[str]]:
+def result_commands(places: Places, data: str | None) -> list[list[str]]:
     """What is done with the newest checkpoint of the run."""
     run, export = str(places.run), str(places.run / EXPORT_DIR)
-    commands = []
-    if model == "large":
-        commands += [
-            ["xlstm_mcore.convert", "to-hf", run, export],
-            ["xlstm_mcore.convert", "verify", run, export],
-        ]
+    commands = [
+        ["xlstm_mcore.convert", "to-hf", run, export, "--no-verify"],
+        ["xlstm_mcore.convert", "verify", run, export],
+    ]
     prompts = PYTHON_PROMPTS if data is None else ("",)
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     commands += [
@@ -280,9 +278,7 @@ def main(
         code = run_all(runner, commands)
         if code != ExitCode.DONE:
             return code
-        if model == "classic":
-            _say("\n(no Hugging Face export: that of classic blocks comes with a later release)")
-        code = run_all(runner, result_commands(places, model, data))
+        code = run_all(runner, result_commands(places, data))
     if code == ExitCode.DONE:
         minutes = (time.monotonic() - started) / 60
         _say(f"\nall done in {minutes:.1f} minutes; the summary is in {places.run}/summary.txt")

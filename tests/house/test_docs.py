@@ -59,6 +59,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/test_hf_tokenizer.py",
         '"evaluate", str(copy), "--data.path"',
     ),
+    **{
+        f"python -m xlstm_mcore.convert {command} runs/first hf": ("docs/tutorial.md", command)
+        for command in ("to-hf", "verify")
+    },
     "python -m benchmarks.checkpoint": (
         "tests/pretrain/test_checkpoint_benchmark.py",
         "from benchmarks import checkpoint",

@@ -39,3 +39,11 @@ def test_transformers_continues_the_text(tutorial):
     with contextlib.chdir(tutorial.folder), contextlib.redirect_stdout(output):
         exec(compile(program, TUTORIAL, "exec"), {})
     assert "Once upon a time" in output.getvalue()
+
+
+def test_the_registered_class_loads_the_export(tutorial):
+    (program,) = fenced("docs/huggingface.md", "python")
+    names = {}
+    with contextlib.chdir(tutorial.folder):
+        exec(compile(program, "docs/huggingface.md", "exec"), names)
+    assert names["model"].num_parameters() > 0

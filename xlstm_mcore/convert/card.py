@@ -110,7 +110,7 @@ def model_card(
     """
     model = provenance["model"]
     remote_model = family.NAME == "xlstm_blocks"
-    notes = [*notes, BOS if tokenizer.bos_first else NO_BOS]
+    notes = [*notes, BOS] if tokenizer.bos_first else [*notes]
     if remote_model or tokenizer.remote_code:
         notes.append(REGISTERED)
     shown = ("pattern", "hidden_size", "num_heads", "tie_embeddings")

@@ -89,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("checkpoint", metavar="CKPT", help=ckpt_help)
     verify.add_argument("folder", metavar="HF_DIR", type=Path, help="what `to-hf` wrote")
-    verify.add_argument("--tokenizer", metavar="FILE|FOLDER", type=Path, help=tokenizer_help)
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.set_defaults(run=_verify)
     return parser
@@ -151,14 +150,12 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     if not isinstance(location(arguments.out), Path):
         print("not compared: transformers loads local folders", file=sys.stderr)
         return ExitCode.DONE
-    return _compare(arguments.checkpoint, Path(done.path), arguments.tokenizer, silent=True)
+    return _compare(arguments.checkpoint, Path(done.path), silent=True)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     folder = arguments.folder
-    code = _compare(
-        arguments.checkpoint, folder, arguments.tokenizer, silent=False, as_json=arguments.json
-    )
+    code = _compare(arguments.checkpoint, folder, silent=False, as_json=arguments.json)
     if code == ExitCode.DONE and not arguments.json:
         from xlstm_mcore.convert import verify
 
@@ -170,13 +167,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _compare(
-    checkpoint: str, folder: Path, tokenizer: Path | None, *, silent: bool, as_json: bool = False
-) -> int:
+def _compare(checkpoint: str, folder: Path, *, silent: bool, as_json: bool = False) -> int:
     """Compare a folder with its checkpoint; `silent` prints a line alone where all is well."""
     from xlstm_mcore.convert import verify
 
-    checks = verify.verify(checkpoint, folder, tokenizer=tokenizer)
+    checks = verify.verify(checkpoint, folder)
     good = verify.passed(checks)
     if as_json:
         print((folder / verify.REPORT).read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from pydantic import ValidationError
 from transformers import GenerationConfig
@@ -23,7 +22,7 @@ from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_io.storage import Location, location
 from xlstm_io.tokenizer import Tokenizer
-from xlstm_mcore.convert.card import model_card
+from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.families import choose, custom
 from xlstm_mcore.convert.folder import MARKER, building, check_replaceable, put_files
@@ -207,7 +206,7 @@ def _write_small_files(
         "written_by": manifest.versions,
     }
     (folder / MARKER).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
-    notes = [*written.notes]
+    notes = [*written.notes] if written.bos_first else [*written.notes, NO_BOS]
     if done.padding:
         notes.append(
             f"The last {model.vocab_size - done.plan.vocab} rows of the model's vocabulary have no "

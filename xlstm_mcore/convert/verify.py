@@ -60,15 +60,12 @@ class Check:
     detail: str
 
 
-def verify(
-    checkpoint: Location | str, folder: Path | str, *, tokenizer: Path | None = None
-) -> list[Check]:
+def verify(checkpoint: Location | str, folder: Path | str) -> list[Check]:
     """Compare a folder with its checkpoint and write `parity.json` and `parity.md` into it.
 
     Args:
         checkpoint: A checkpoint, or a run folder (then its newest complete checkpoint).
         folder: What `to_hf.export` wrote.
-        tokenizer: The tokenizer of training; by default the one in the folder.
 
     Raises:
         ConvertError: The folder is not an export of this checkpoint's model.
@@ -87,10 +84,11 @@ def verify(
                 our_logits(reader, model, DTYPES[plan.dtype], nudged=n) for n in (False, True)
             )
             checks += _logits(ours, nudged, their_model(folder, files), plan.vocab)
-    exact = open_tokenizer(folder if tokenizer is None else tokenizer)
+        trained = (reader.manifest.state.get("tokenizer") or {}).get("sha256")
+    exact = open_tokenizer(folder)
     checks += [
         _code(folder, family.NAME),
-        _tokenizer(folder, exact, about),
+        _tokenizer(folder, exact, trained, about),
         _generation_config(folder, exact),
     ]
     if about["parameters"] <= SMALL:
@@ -267,8 +265,10 @@ def _code(folder: Path, family: str) -> Check:
     return Check("code", True, ", ".join(found) or f"none is needed, the model is a {family}")
 
 
-def _tokenizer(folder: Path, exact: Tokenizer, about: dict[str, Any]) -> Check:
+def _tokenizer(folder: Path, exact: Tokenizer, trained: str | None, about: dict[str, Any]) -> Check:
     """AutoTokenizer against the tokenizer of training, on the corpus of texts."""
+    if trained not in (None, exact.sha256):
+        return Check("tokenizer", False, f"{exact.path.name} is not the file of training")
     if not about["auto_tokenizer"]:
         return Check("tokenizer", None, "AutoTokenizer is not to be used; see README.md")
     config = json.loads((folder / HF_CONFIG_NAME).read_text(encoding="utf-8"))
