@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 from data_prep.build.build import build
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
-from data_prep.sources.readers import Fields, TextSplit
+from data_prep.sources.documents import Fields, TextSplit
+from data_prep.sources.malformed import MAX_BAD_SHARE
 from data_prep.tools.collect import collect
 from data_prep.tools.inspect_shards import describe, show_row
 from data_prep.tools.merge import merge
@@ -56,11 +57,21 @@ class Collect:
     """Field (jsonl) or column (parquet, arrow) of the text."""
     text_split: TextSplit = "file"
     """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
+    max_bad_share: float = MAX_BAD_SHARE
+    """Share of malformed records, or of their bytes, above which the corpus is refused. Of a single
+    file more than half is refused, unless this is larger."""
 
     def run(self) -> None:
         """Do it."""
         fields = Fields(self.text_field, split=self.text_split)
-        collect(self.out, self.input, min_mb=self.min_mb, fields=fields)
+        _check_share(self.max_bad_share)
+        collect(
+            self.out,
+            self.input,
+            min_mb=self.min_mb,
+            fields=fields,
+            max_bad_share=self.max_bad_share,
+        )
 
 
 @dataclass(kw_only=True)
@@ -70,7 +81,7 @@ class TrainTokenizer:
     out: Path
     """Folder for the tokenizer."""
     input: list[str] = field(default_factory=list)
-    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
+    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also compressed."""
     from_hf: Path | None = None
     """Adopt the Hugging Face tokenizer of this folder (tokenizer.json) instead of training."""
     from_model: Path | None = None
@@ -91,6 +102,9 @@ class TrainTokenizer:
     """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
     sample_mb: float = 200.0
     """Train on a sample of at most this much text, in megabytes."""
+    max_bad_share: float = MAX_BAD_SHARE
+    """Share of malformed records, or of their bytes, above which the corpus is refused. Of a single
+    file more than half is refused, unless this is larger."""
 
     def run(self) -> None:
         """Do it."""
@@ -105,6 +119,7 @@ class TrainTokenizer:
             raise PrepError(
                 f"--vocab-size {self.vocab_size}, --sample-mb {self.sample_mb}: must be positive"
             )
+        _check_share(self.max_bad_share)
         train_tokenizer(
             self.input,
             self.out,
@@ -113,7 +128,13 @@ class TrainTokenizer:
             sample_mb=self.sample_mb,
             special_tokens=tuple(self.special_tokens),
             fields=Fields(self.text_field, split=self.text_split),
+            max_bad_share=self.max_bad_share,
         )
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise PrepError(f"--max-bad-share {share}: must lie between 0 and 1")
 
 
 @dataclass

@@ -14,8 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from data_prep.sources.documents import Fields, TextSplit
 from data_prep.sources.filters import TextFilters
-from data_prep.sources.readers import Fields, TextSplit
+from data_prep.sources.malformed import MAX_BAD_SHARE
 
 
 def _one_is_a_list(value: Any) -> Any:
@@ -85,7 +86,7 @@ class BuildConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     input: Inputs = Field(default_factory=list)
-    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also .gz and .zst."""
+    """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also compressed."""
     tokenizer: str
     """Folder of a tokenizer (`python -m data_prep tokenizer`), or a SentencePiece .model file."""
     out: str
@@ -122,8 +123,9 @@ class BuildConfig(BaseModel):
     shard_mb: float = Field(64.0, gt=0)
     """Megabytes of text per shard. A shard is what one worker writes, and what is redone after a
     kill."""
-    max_bad_share: float = Field(0.1, ge=0.0, le=1.0)
-    """Share of malformed records above which the build refuses the corpus."""
+    max_bad_share: float = Field(MAX_BAD_SHARE, ge=0.0, le=1.0)
+    """Share of malformed records, or of their bytes, above which the build refuses the corpus. Of
+    a single file more than half is refused, unless this is larger."""
     workers: int = Field(0, ge=0)
     """Processes; 0 takes every core that the job may use. Does not change the output."""
     task: int | None = None

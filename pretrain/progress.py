@@ -11,6 +11,18 @@ BAR_WIDTH = 160
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
+def duration(seconds: float) -> str:
+    """A time in its two largest units, such as `3 d 04 h`, `2 h 05 min` or `41 s`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02d} h"
+    if hours:
+        return f"{hours} h {minute:02d} min"
+    return f"{minutes} min {second:02d} s" if minutes else f"{second} s"
+
+
 class SafeStream:
     """A stream that never fails: a run must reach its checkpoint when its terminal is closed."""
 
@@ -32,13 +44,32 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
+# Not in the line: what stands in it in another form, and what a message says.
+_LEFT_OUT = (
+    "step",
+    "tokens",
+    "time",
+    "step_seconds",
+    "memory_bytes",
+    "checkpoint_stall_seconds",
+)
+
+
 def describe(values: Mapping[str, Any]) -> str:
     """Metrics as one short readable line: `loss 4.31  valid_loss 4.40  lr 1.0e-03 ...`."""
     words = []
     for key, value in values.items():
-        if key in ("step", "tokens", "checkpoint_stall_seconds"):  # a message says the last
+        if key in _LEFT_OUT or (key == "skipped" and not value):
             continue
-        if not isinstance(value, float):
+        if key == "data_wait_seconds":
+            share = value / max(values.get("step_seconds", value), 1e-9)
+            if share >= 0.01:
+                words.append(f"data wait {share:.0%}")
+        elif key == "peak_memory_bytes":
+            words.append(f"memory {value / 2**30:.2f} GiB")
+        elif key == "eta_seconds":
+            words.append(f"eta {duration(value)}")
+        elif not isinstance(value, float):
             words.append(f"{key} {value}")
         elif key == "lr":
             words.append(f"{key} {value:.2e}")

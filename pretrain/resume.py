@@ -1,7 +1,7 @@
 """Where a run stands, and how it continues from its newest checkpoint."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.config.changes import Change
 from pretrain.data import DataCursor, DataPlan
 from pretrain.engines.base import Engine
+from pretrain.engines.verdict import StepResult
 from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.evaluation import Evaluation
@@ -38,17 +39,42 @@ class TrainState:
         updates: finished steps whose update was applied (Adam's bias correction counts these).
         tokens: unmasked tokens trained on.
         seconds: wall-clock seconds spent in steps.
+        interval_loss: mean loss of the applied steps since the last log line, nats per token.
+        interval_tokens: how many tokens that is the mean of.
     """
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    interval_loss: float = 0.0
+    interval_tokens: int = 0
 
     @classmethod
     def saved_in(cls, manifest: Manifest) -> "TrainState":
-        """The state that a checkpoint was saved with."""
-        return cls(**{field.name: manifest.state[field.name] for field in fields(cls)})
+        """The state that a checkpoint was saved with; those of 0.1.0 have no interval."""
+        saved = {"interval_loss": 0.0, "interval_tokens": 0} | manifest.state
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+
+    def after(self, result: StepResult, seconds: float) -> "TrainState":
+        """The state after one more step, which took `seconds`."""
+        mean, tokens = self.interval_loss, self.interval_tokens
+        if result.accepted:
+            tokens += result.tokens
+            # So that the mean of one step is its loss to the last digit.
+            mean += (result.loss - mean) * (result.tokens / max(tokens, 1))
+        return TrainState(
+            step=self.step + 1,
+            updates=self.updates + result.accepted,
+            tokens=self.tokens + result.tokens,
+            seconds=self.seconds + seconds,
+            interval_loss=mean,
+            interval_tokens=tokens,
+        )
+
+    def logged(self) -> "TrainState":
+        """The state after a log line: the mean loss begins anew."""
+        return replace(self, interval_loss=0.0, interval_tokens=0)
 
 
 @dataclass(frozen=True)

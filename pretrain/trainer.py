@@ -6,7 +6,7 @@ rate and its line in the log. Everything else in here decides what happens betwe
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.history import record_start
+from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume
 from pretrain.run_folder import CONFIG_FILE
-from pretrain.speed import Efficiency, Speed
 from pretrain.summary import describe_start, write_summary
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
@@ -126,8 +126,7 @@ class Trainer:
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
         self._write_progress("running")
-        self._speed = Speed()
-        self._efficiency = Efficiency(config, layout)
+        self._interval = Interval(config, layout)
 
     def train(self, until: int | None = None) -> int:
         """Train to the last step of the run.
@@ -201,6 +200,7 @@ class Trainer:
         self.layout.seed_step(config.run.seed, step)
         started = time.perf_counter()
         batches = next(self.loader)
+        data_wait = time.perf_counter() - started
         # Ranks hear of both at different times, and must leave the loop together.
         votes = (
             self.stop.requested or step + 1 == until,
@@ -212,32 +212,16 @@ class Trainer:
         if not result.accepted and config.guard.stop_on_nonfinite:
             self._write_progress("diverged")
             raise DivergedError(diverged(config, step + 1, result, self.saver.last_good))
-        self._speed.add(config.data.ramp.size(step) * config.data.seq_len, seconds)
-        self.state = replace(
-            self.state,
-            step=step + 1,
-            updates=self.state.updates + result.accepted,
-            tokens=self.state.tokens + result.tokens,
-            seconds=self.state.seconds + seconds,
-        )
+        self._interval.add(step, seconds, data_wait)
+        self.state = self.state.after(result, seconds)
         self._step_seconds = seconds
         done = self.state.step
         self.watchdog.moved(STEP, done)  # the first step of a life still counts as start-up
         metrics.advance(done)
         if done % config.logging.interval == 0 or done in (1, config.run.steps):
             self._write_progress("running")
-            speed = self._speed.take()
-            metrics.log(
-                done,
-                {
-                    "tokens": self.state.tokens,
-                    "loss": result.loss,
-                    "lr": lr,
-                    "grad_norm": result.grad_norm,
-                    "tokens_per_second": speed,
-                    **self._efficiency.of(speed),
-                },
-            )
+            metrics.log(done, self._interval.take(self.state, result, lr))
+            self.state = self.state.logged()
         return result.votes
 
     def _evaluate(self, metrics: MetricLogger) -> bool:

@@ -108,7 +108,7 @@ def read_yaml(
             holds no keys.
     """
     try:
-        text = read_file(Path(path), LIMITS.yaml, links=True).decode()
+        text = read_file(Path(path), LIMITS.yaml, links=True).decode("utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path} does not exist; give the path of a {of}") from None
     except (OSError, UnicodeDecodeError) as problem:

@@ -23,6 +23,7 @@ from data_prep.config import BuildConfig, JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import available_cpus, run_tasks
 from data_prep.sources.files import expand_inputs, file_fingerprint
+from data_prep.sources.malformed import report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
 from xlstm_io.storage import write_atomic
@@ -60,6 +61,8 @@ def build(config: BuildConfig) -> Manifest | None:
         )
 
     scans = scan_files(files, config.filters(), out / "_work", workers, share)
+    tallies = [scan.tally(file.path) for file, scan in zip(files, scans, strict=True)]
+    report_malformed(tallies, config.max_bad_share, out / "_work" / "malformed.log")
     corpus = plan_build(out, config, files, fingerprints, scans)
     check_splits(corpus.plan, config)
     if state is not None and state.corpus != corpus.digest:

@@ -13,7 +13,8 @@ from data_prep.build.plan import SPLITS, Corpus, ShardPlan
 from data_prep.build.scan import FileScan, InputFile
 from data_prep.config import BuildConfig
 from data_prep.jobs.workers import Tick
-from data_prep.sources.readers import Document, read_documents, text_hash
+from data_prep.sources.documents import Document, text_hash
+from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import ShardEntry
 from xlstm_io.shards.rows import token_dtype

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.scan import FileScan, InputFile, report_malformed
+from data_prep.build.scan import FileScan, InputFile
 from data_prep.config import BuildConfig
 from data_prep.sources.filters import KEPT, TextFilters
 from xlstm_io.errors import PrepError
@@ -100,7 +100,7 @@ def plan_build(
     fingerprints: list[list],
     scans: list[FileScan],
 ) -> Corpus:
-    """Decide from the scans what goes into which shard, and log what was malformed.
+    """Decide from the scans what goes into which shard.
 
     Args:
         out: folder of the build.
@@ -108,12 +108,8 @@ def plan_build(
         files: the input files.
         fingerprints: of each file.
         scans: of each file.
-
-    Raises:
-        PrepError: there are too many malformed records.
     """
     work = out / "_work"
-    report_malformed(scans, config.max_bad_share, work / "malformed.log")
     shard_bytes = max(1, int(config.shard_mb * 1e6))
     plan = plan_corpus(files, scans, config.filters(), config.valid_fraction, shard_bytes, work)
     return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans))

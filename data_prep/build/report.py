@@ -142,8 +142,12 @@ def _report(out: Path, manifest: Manifest, finished: Finished) -> None:
             )
     say(f"tokens      {tokens} ({text / tokens:.2f} bytes/token)")
     octaves = histogram.reshape(-1, BINS_PER_OCTAVE).sum(axis=1)
-    lengths = [f"{1 << power}: {count}" for power, count in enumerate(octaves) if count]
-    say(f"lengths     documents of at least so many tokens (powers of 2): {', '.join(lengths)}")
+    lengths = [
+        f"{count} of {1 << power}-{(2 << power) - 1}"
+        for power, count in enumerate(octaves)
+        if count
+    ]
+    say(f"lengths     documents by their tokens, with bos and eos: {', '.join(lengths)}")
     say(f"round trip  {checked - lossy} of {checked} checked documents come back unchanged")
     rate = finished.bytes_done / 1e6 / seconds["tokenize"] if finished.bytes_done else 0.0
     if seconds:

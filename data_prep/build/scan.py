@@ -13,22 +13,16 @@ import numpy as np
 import xxhash
 
 from data_prep.config import JobShare
-from data_prep.jobs.progress import Progress, say
+from data_prep.jobs.progress import Progress
 from data_prep.jobs.workers import Tick, run_tasks
+from data_prep.sources.documents import Document, Fields, text_hash
 from data_prep.sources.files import file_fingerprint, file_size
 from data_prep.sources.filters import TextFilters
-from data_prep.sources.readers import (
-    QUOTED_MALFORMED,
-    Document,
-    Fields,
-    Malformed,
-    read_documents,
-    text_hash,
-)
+from data_prep.sources.malformed import Tally
+from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import temporary_path, write_atomic
 
-_LOGGED = 1_000  # malformed records of a file that are logged
 _CHUNK_ROWS = 1 << 14
 _TICK_BYTES = 1 << 20
 
@@ -62,6 +56,8 @@ class FileScan:
         malformed: records that are not documents.
         examples: the first malformed records, as "file:line: reason".
         digest: xxh3-128 over the hashes and verdicts in order.
+        stored_bytes: bytes of the good records in the file; 0 in scans of version 0.1.
+        malformed_bytes: bytes of the malformed ones; likewise.
     """
 
     table: str
@@ -69,6 +65,19 @@ class FileScan:
     malformed: int
     examples: list[str]
     digest: str
+    stored_bytes: int = 0
+    malformed_bytes: int = 0
+
+    def tally(self, path: str) -> Tally:
+        """The counts of good and malformed records in the file `path`."""
+        return Tally(
+            path,
+            self.documents,
+            self.stored_bytes,
+            self.malformed,
+            self.malformed_bytes,
+            self.examples,
+        )
 
     def rows(self) -> np.ndarray:
         """SCAN_ROW per good record, mapped from disk."""
@@ -101,9 +110,9 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     table.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(table)
     digest = xxhash.xxh3_128()
-    examples: list[str] = []
+    tally = Tally(task.file.path)
     held: list[tuple] = []  # rows that are not written yet
-    documents = malformed = unticked = 0
+    unticked = 0
     try:
         with open(temporary, "wb") as file:
 
@@ -113,16 +122,10 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
                 file.write(rows.tobytes())
                 held.clear()
 
-            for item in read_documents(task.file.path, task.file.fields):
-                if isinstance(item, Malformed):
-                    malformed += 1
-                    if len(examples) < _LOGGED:
-                        examples.append(f"{item.where}: {item.reason}")
-                    continue
-                data = item.text.encode("utf-8", "surrogatepass")
+            for item in tally.documents(read_documents(task.file.path, task.file.fields)):
+                data = item.text.encode("utf-8")
                 verdict = _judge(task.filters, task.file.path, item)
                 held.append((text_hash(data), len(data), item.record, item.offset, verdict))
-                documents += 1
                 if len(held) >= _CHUNK_ROWS:
                     flush()
                 unticked += len(data)
@@ -134,7 +137,15 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     finally:
         temporary.unlink(missing_ok=True)
     tick(unticked)
-    scan = FileScan(str(table), documents, malformed, examples, digest.hexdigest())
+    scan = FileScan(
+        str(table),
+        tally.good,
+        tally.bad,
+        tally.examples,
+        digest.hexdigest(),
+        tally.good_bytes,
+        tally.bad_bytes,
+    )
     fields = {key: value for key, value in asdict(scan).items() if key != "table"}
     write_atomic(task.path, json.dumps(fields).encode() + b"\n", sync=False)
     return scan
@@ -216,33 +227,3 @@ def _order(count: int, share: JobShare) -> list[int]:
     others = [number for number in range(count - 1, -1, -1) if number % share.jobs != share.job]
     turn = len(others) * share.job // share.jobs
     return [*range(share.job, count, share.jobs), *others[turn:], *others[:turn]]
-
-
-def report_malformed(scans: list[FileScan], max_share: float, log: Path) -> None:
-    """Log malformed records and print the first ones.
-
-    Args:
-        scans: of all files.
-        max_share: largest share of malformed records that is accepted.
-        log: file for the malformed records.
-
-    Raises:
-        PrepError: more than `max_share` of the records are malformed, or there is no good one.
-    """
-    bad = sum(scan.malformed for scan in scans)
-    good = sum(scan.documents for scan in scans)
-    examples = [example for scan in scans for example in scan.examples]
-    if not good and not bad:
-        raise PrepError("--input: no document in these files")
-    if examples:
-        write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
-    if bad > max_share * (good + bad):
-        quoted = "; ".join(examples[:QUOTED_MALFORMED])
-        raise PrepError(
-            f"{bad} of {good + bad} records are malformed, more than --max-bad-share {max_share}: "
-            f"{quoted}; repair them, set --text-field, or raise --max-bad-share"
-        )
-    for example in examples[:QUOTED_MALFORMED]:
-        say(f"malformed, skipped: {example}")
-    if bad > QUOTED_MALFORMED:
-        say(f"malformed, skipped: {bad - QUOTED_MALFORMED} more; see {log}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.build.scan import FileScan, InputFile, load_scan, scan_path
 from data_prep.config import BuildConfig
-from data_prep.sources.files import absolute
+from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, ShardFormatError
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.shard import check_size

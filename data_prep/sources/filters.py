@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.documents import is_empty
 from xlstm_io.errors import PrepError
 
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -57,7 +58,7 @@ class TextFilters:
 
     def judge(self, text: str) -> int:
         """0 to keep a text, else the number of the reason why not."""
-        if not text:
+        if is_empty(text):
             return EMPTY
         verdicts = (
             len(text) < self.min_chars,

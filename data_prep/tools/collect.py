@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +12,9 @@ import xxhash
 import zstandard
 
 from data_prep.jobs.progress import Progress, say
+from data_prep.sources.documents import DEFAULT_FIELDS, Fields, is_empty
 from data_prep.sources.files import PROVENANCE_NAME, expand_inputs, file_fingerprint, file_size
-from data_prep.sources.readers import (
-    DEFAULT_FIELDS,
-    QUOTED_MALFORMED,
-    Fields,
-    Malformed,
-    read_documents,
-)
+from data_prep.sources.malformed import MAX_BAD_SHARE, Tally, read_counted, report_malformed
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import replacing, write_atomic
 
@@ -32,7 +26,6 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 @dataclass
 class _Counts:
     documents: int = 0
-    skipped: int = 0
     bytes: int = 0
 
 
@@ -55,7 +48,12 @@ def library_files(root: Path) -> list[Path]:
 
 
 def collect(
-    out: Path, inputs: list[str], *, min_mb: float = 8.0, fields: Fields = DEFAULT_FIELDS
+    out: Path,
+    inputs: list[str],
+    *,
+    min_mb: float = 8.0,
+    fields: Fields = DEFAULT_FIELDS,
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> Path:
     """Write the corpus file to the folder `out` and return its path.
 
@@ -63,16 +61,16 @@ def collect(
     the same inputs is left as it is.
 
     Raises:
-        PrepError: bad inputs, less than `min_mb` megabytes of text, or a folder that holds
-            another corpus.
+        PrepError: bad inputs, too many malformed records (`max_bad_share`), less than `min_mb`
+            megabytes of text, or a folder that holds another corpus.
     """
     corpus, record = out / CORPUS_NAME, out / _RECORD_NAME
+    root: Path | None = None
     if inputs:
         paths = expand_inputs(inputs)
         identity = repr([fields, [file_fingerprint(path) for path in paths]]).encode()
         settings = {"input": "files", "digest": xxhash.xxh3_128_hexdigest(identity)}
         provenance = {"origin": "files given by --input", "licence": "as stated by their owner"}
-        documents = _from_files(paths, fields)
     else:
         root = Path(sysconfig.get_path("stdlib"))
         paths = list(map(str, library_files(root)))
@@ -82,29 +80,25 @@ def collect(
             "licence": "PSF-2.0 (Python Software Foundation License Version 2)",
             "url": "https://docs.python.org/3/license.html",
         }
-        documents = _from_library(root, paths)
     if _finished(record, corpus, settings):
         say(f"{corpus} is finished and its inputs are unchanged: nothing to do")
         return corpus
 
-    counts = _Counts()
+    counts, tallies = _Counts(), list[Tally]()
     out.mkdir(parents=True, exist_ok=True)
     total = sum(map(file_size, paths))
     with replacing(corpus) as file:
         with Progress("collect", total) as progress:
             with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
-                for item in documents:
-                    if isinstance(item, Malformed):
-                        counts.skipped += 1
-                        if counts.skipped <= QUOTED_MALFORMED:
-                            say(f"malformed, skipped: {item.where}: {item.reason}")
+                for document in read_counted(paths, fields, tallies):
+                    if is_empty(document.text):
                         continue
-                    if not item[1]:
-                        continue
+                    name = _library_name(root, tallies[-1]) if root else document.id
                     counts.documents += 1
-                    counts.bytes += len(item[1].encode("utf-8"))
-                    stream.write(orjson.dumps({"id": item[0], "text": item[1]}) + b"\n")
+                    counts.bytes += len(document.text.encode("utf-8"))
+                    stream.write(orjson.dumps({"id": name, "text": document.text}) + b"\n")
                     progress.set(counts.bytes)
+        report_malformed(tallies, max_bad_share)
         if counts.bytes < min_mb * 1e6:
             raise PrepError(
                 f"only {counts.bytes / 1e6:.2f} MB of text in {counts.documents} documents, "
@@ -116,11 +110,10 @@ def collect(
         # never overwritten.
         done = {"settings": settings, "size": file.tell()}
         write_atomic(record, json.dumps(done).encode() + b"\n")
-    if counts.skipped > QUOTED_MALFORMED:
-        say(f"malformed, skipped: {counts.skipped - QUOTED_MALFORMED} more")
+    skipped = sum(tally.bad for tally in tallies)
     say(
         f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
-        f"{counts.skipped} skipped"
+        f"{skipped} skipped"
     )
     say(f"origin: {provenance['origin']}; licence: {provenance['licence']}")
     return corpus
@@ -155,14 +148,5 @@ def _finished(record: Path, corpus: Path, settings: dict) -> bool:
     return True
 
 
-def _from_library(root: Path, paths: list[str]) -> Iterator[tuple[str, str] | Malformed]:
-    for path in paths:
-        name = Path(path).relative_to(root).as_posix()
-        for item in read_documents(path):
-            yield item if isinstance(item, Malformed) else (name, item.text)
-
-
-def _from_files(paths: list[str], fields: Fields) -> Iterator[tuple[str, str] | Malformed]:
-    for path in paths:
-        for item in read_documents(path, fields):
-            yield item if isinstance(item, Malformed) else (item.id, item.text)
+def _library_name(root: Path, tally: Tally) -> str:
+    return Path(tally.path).relative_to(root).as_posix()

@@ -11,14 +11,9 @@ from pathlib import Path
 import sentencepiece as spm
 
 from data_prep.jobs.progress import Progress, say
+from data_prep.sources.documents import DEFAULT_FIELDS, Fields, is_empty, text_hash
 from data_prep.sources.files import expand_inputs, file_fingerprint, file_size
-from data_prep.sources.readers import (
-    DEFAULT_FIELDS,
-    Fields,
-    Malformed,
-    read_documents,
-    text_hash,
-)
+from data_prep.sources.malformed import MAX_BAD_SHARE, Tally, read_counted, report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.storage import write_atomic
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
@@ -30,10 +25,16 @@ INFO_NAME = "tokenizer_info.json"
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _TRAINER_THREADS = 2  # fixed: the sums of unigram training depend on the number of threads
 _ROUND_TRIPS = 200
+_LONGEST_LINE = 1 << 20  # bytes; the trainer skips longer ones
+_MOST_BYTES = 4  # of a character
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_CPP_ASSERTION = re.compile(r"INTERNAL: |\S+\.cc\(\d+\) \[.*\]")
 _LINE_BREAKS = re.compile("[\n\t]")  # the trainer skips whole lines that contain a tab
 
 
-def sample_texts(paths: list[str], fields: Fields, max_bytes: int) -> tuple[list[str], int, int]:
+def sample_texts(
+    paths: list[str], fields: Fields, max_bytes: int, max_bad_share: float = MAX_BAD_SHARE
+) -> tuple[list[str], int, int]:
     """A sample of the documents of at most `max_bytes` that depends on their texts alone.
 
     Documents with the smallest hashes are kept: a uniform sample in one pass and bounded memory.
@@ -41,34 +42,51 @@ def sample_texts(paths: list[str], fields: Fields, max_bytes: int) -> tuple[list
 
     Returns:
         Texts in order of their hashes, documents read, bytes read.
+
+    Raises:
+        PrepError: too many records are malformed.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top: hashes are stored negated
     limit = 1 << 64  # hashes from here on do not fit
     held = documents = total = 0
+    tallies = list[Tally]()
     with Progress("read", sum(file_size(path) for path in paths)) as progress:
-        for path in paths:
-            for item in read_documents(path, fields):
-                if isinstance(item, Malformed) or not item.text:
-                    continue
-                data = item.text.encode("utf-8")
-                documents, total = documents + 1, total + len(data)
-                progress.set(total)
-                key = text_hash(data)[0]
-                if key >= limit:
-                    continue
-                heapq.heappush(heap, (-key, item.text))
-                held += len(data)
-                while held > max_bytes and len(heap) > 1:
-                    key, text = heapq.heappop(heap)
-                    limit, held = -key, held - len(text.encode("utf-8"))
+        for document in read_counted(paths, fields, tallies):
+            if is_empty(document.text):
+                continue
+            data = document.text.encode("utf-8")
+            documents, total = documents + 1, total + len(data)
+            progress.set(total)
+            key = text_hash(data)[0]
+            if key >= limit:
+                continue
+            heapq.heappush(heap, (-key, document.text))
+            held += len(data)
+            while held > max_bytes and len(heap) > 1:
+                key, text = heapq.heappop(heap)
+                limit, held = -key, held - len(text.encode("utf-8"))
+    report_malformed(tallies, max_bad_share)
     return [text for _, text in sorted(heap, reverse=True)], documents, total
 
 
 def _lines(texts: list[str]) -> Iterator[str]:
     for text in texts:
         for line in _LINE_BREAKS.split(text):
-            if line:
-                yield line
+            if len(line) * _MOST_BYTES <= _LONGEST_LINE or len(line.encode()) <= _LONGEST_LINE:
+                if line:
+                    yield line
+            else:
+                yield from _cut(line)
+
+
+def _cut(line: str) -> Iterator[str]:
+    """A line that the trainer would skip, in parts that begin with a space where there is one."""
+    most = _LONGEST_LINE // _MOST_BYTES
+    while line:
+        end = line.rfind(" ", 1, most) if len(line) > most else len(line)
+        end = end if end > 0 else most
+        yield line[:end]
+        line = line[end:]
 
 
 def train_tokenizer(
@@ -80,6 +98,7 @@ def train_tokenizer(
     sample_mb: float = 200.0,
     special_tokens: tuple[str, ...] = (),
     fields: Fields = DEFAULT_FIELDS,
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> Tokenizer:
     """Train a model on `inputs` and write it with its settings to the folder `out`.
 
@@ -94,11 +113,13 @@ def train_tokenizer(
         sample_mb: largest sample to train on, in megabytes.
         special_tokens: get ids of their own that no text yields.
         fields: where the documents are within a file.
+        max_bad_share: largest share of malformed records, or bytes, that is accepted.
 
     Raises:
-        PrepError: bad inputs, a corpus too small for the vocabulary, or a folder that holds
-            another tokenizer.
+        PrepError: bad inputs, too many malformed records, a corpus too small for the vocabulary,
+            or a folder that holds another tokenizer.
     """
+    _check_special_tokens(special_tokens)
     paths = expand_inputs(inputs)
     settings = {
         "type": "sentencepiece",
@@ -115,7 +136,7 @@ def train_tokenizer(
         say(f"{out / MODEL_NAME} is finished and its inputs are unchanged: nothing to do")
         return open_tokenizer(out / MODEL_NAME)
 
-    texts, documents, total = sample_texts(paths, fields, int(sample_mb * 1e6))
+    texts, documents, total = sample_texts(paths, fields, int(sample_mb * 1e6), max_bad_share)
     if not texts:
         raise PrepError(f"no text in the field {fields.text!r} of --input; set --text-field")
     digest = hashlib.sha256(repr([text_hash(t.encode("utf-8")) for t in texts]).encode())
@@ -206,7 +227,7 @@ def _train(
             pad_id=PAD_ID,
             eos_id=EOS_ID,
             unk_id=UNK_ID,
-            max_sentence_length=1 << 20,
+            max_sentence_length=_LONGEST_LINE,
             num_threads=_TRAINER_THREADS,
             minloglevel=2,
         )
@@ -228,7 +249,26 @@ def _explain(message: str, vocab_size: int, sampled: int) -> str:
             f"--vocab-size {vocab_size} is too small: bytes, characters and special symbols of "
             f"this text need {found[1]} pieces; use --vocab-size {found[1]} or more"
         )
-    return f"SentencePiece cannot train on {size} with --vocab-size {vocab_size}: {message}"
+    reason = _CPP_ASSERTION.sub("", message).strip() or "it does not say why"
+    return f"SentencePiece cannot train on {size} with --vocab-size {vocab_size}: {reason}"
+
+
+def _check_special_tokens(tokens: tuple[str, ...]) -> None:
+    """Check that each can get an id of its own.
+
+    Raises:
+        PrepError: one is empty, given twice, or has an id already.
+    """
+    for number, token in enumerate(tokens):
+        problem = ""
+        if not token:
+            problem = "a token is a text that is not empty"
+        elif token in tokens[:number]:
+            problem = "it is given twice"
+        elif token in ("<unk>", "\n") or _BYTE.fullmatch(token):
+            problem = "every tokenizer has this one"
+        if problem:
+            raise PrepError(f"--special-tokens {token!r}: {problem}; leave it out")
 
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_prep.sources.documents import Document, Fields, Malformed
 from data_prep.sources.files import expand_inputs, file_fingerprint
-from data_prep.sources.readers import Document, Fields, Malformed, read_documents
+from data_prep.sources.readers import read_documents
 from tests.data_prep.small_corpus import (
     documents_of,
     run,
@@ -86,7 +87,10 @@ def test_local_names_with_the_marks_of_urls(tmp_path, monkeypatch, texts):
 def test_collecting_what_is_no_jsonl_prints_a_few_lines(tmp_path, texts, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "package.json").write_text("{\n" * 100)
-    assert run("collect", "--input", tmp_path, "--min-mb", 0, "--out", tmp_path / "out") == 0
+    flags = ["--input", tmp_path, "--min-mb", 0, "--out", tmp_path / "out"]
+    assert run("collect", *flags) == 2
+    assert "package.json: 100 of 100 records are malformed" in capsys.readouterr().err
+    assert run("collect", *flags, "--max-bad-share", 1) == 0
     shown = capsys.readouterr().out
     assert shown.count("not JSON") == 5 and "skipped: 95 more" in shown and "100 skipped" in shown
 
@@ -114,7 +118,7 @@ def test_hugging_face_dataset_on_disk(tmp_path, capsys):
     assert [file.split("/")[-1][:10] for file in files] == ["data-00000", "data-00001"]
     fields = Fields("body")
     items = [item for file in files for item in read_documents(file, fields)]
-    assert [item.text for item in items[:-1]] == texts[:-1] and isinstance(items[-1], Malformed)
+    assert [item.text for item in items] == [*texts[:-1], ""]
     wanted = list(read_documents(files[0], fields, np.array([1, 7])))
     assert [(item.record, item.text) for item in wanted] == [(1, "text 1"), (7, "text 7")]
     with pytest.raises(PrepError, match=r"no column 'text'.*body, id"):

@@ -1,6 +1,6 @@
 import pytest
 
-from data_prep.sources.readers import Fields
+from data_prep.sources.documents import Fields
 from data_prep.tools.train_tokenizer import sample_texts
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
 from xlstm_io.errors import TokenizerFileError

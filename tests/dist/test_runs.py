@@ -33,7 +33,9 @@ def train(raw):
 
 def log(folder):
     records = read_metrics(folder / "metrics.jsonl")
-    return {r["step"]: (r["loss"], r["grad_norm"], r["lr"]) for r in records if "loss" in r}
+    return {
+        r["step"]: (r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in records if "loss" in r
+    }
 
 
 def flip_a_bit(path):
@@ -95,12 +97,34 @@ def test_a_stop_that_one_rank_hears_in_an_evaluation(pool, shards, tmp_path, lay
     assert {step for step, r in records.items() if "valid_loss" in r} == {3, 4}
 
 
+def lines(whole, steps):
+    """The log of a run without a stop that has lines at `steps` only: means since the last one."""
+    found, last = {}, 0
+    tokens = {0: 0} | {step: record[3] for step, record in whole.items()}
+    for step in steps:
+        parts = [(whole[s][0], tokens[s] - tokens[s - 1]) for s in range(last + 1, step + 1)]
+        mean = sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
+        found[step], last = (pytest.approx(mean, rel=1e-14), *whole[step][1:]), step
+    return found
+
+
 def test_a_stop_between_two_lines_of_the_log(pool, shards, tmp_path, whole):
     raw = tiny_run(tmp_path, shards, logging__interval=5, checkpoint__asynchronous=False)
     raw["schedule"]["decay_steps"] = 22
     assert pool(2, train, raw | {"run": raw["run"] | {"steps": 8}}) == [0, 0]
     assert pool(2, train, raw) == [0, 0]
-    assert log(tmp_path) == {step: whole[step] for step in (1, 5, 8, 10, 15, 20, 24)}
+    assert log(tmp_path) == lines(whole, (1, 5, 8, 10, 15, 20, 24))
+
+
+def test_a_checkpoint_between_two_lines_holds_the_mean_of_the_interval(
+    pool, shards, tmp_path, whole
+):
+    raw = tiny_run(tmp_path, shards, logging__interval=5)
+    raw["schedule"]["decay_steps"] = 22
+    assert pool(2, train, raw | {"run": raw["run"] | {"steps": 13}}) == [0, 0]
+    flip_a_bit(candidates_together(tmp_path)[0])  # so that the next life begins after step 12
+    assert pool(2, train, raw) == [0, 0]
+    assert log(tmp_path) == lines(whole, (1, 5, 10, 15, 20, 24))
 
 
 @pytest.mark.parametrize("key", ["run", "checkpoint"])

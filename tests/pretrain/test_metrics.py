@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.commands.report import plot_loss
 from pretrain.metrics import MetricLogger, read_metrics
-from pretrain.progress import describe
+from pretrain.progress import describe, duration
 
 
 def run(folder, first, last, loss=1.0, **keys):
@@ -134,6 +134,22 @@ def test_tensorboard_events_of_a_resumed_run(tmp_path):
 def test_describe_is_short():
     text = describe({"step": 3, "tokens": 9, "loss": 4.0, "lr": 1e-3, "tokens_per_second": 2500.0})
     assert text == "loss 4.000  lr 1.00e-03  tokens/s 2,500"
+
+
+def test_describe_says_what_is_left_and_what_is_short():
+    values = {"step_seconds": 2.0, "data_wait_seconds": 0.5, "skipped": 3, "time": 1.7e9}
+    text = describe(values | {"peak_memory_bytes": 3 * 2**30, "eta_seconds": 7500.0})
+    assert text == "data wait 25%  skipped 3  memory 3.00 GiB  eta 2 h 05 min"
+    assert describe(values | {"data_wait_seconds": 0.001, "skipped": 0}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (86399, "23 h 59 min"),
+     (4 * 86400 + 3 * 3600, "4 d 03 h")],
+)  # fmt: skip
+def test_durations_have_two_units(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_plot_draws_losses_and_baselines(tmp_path):

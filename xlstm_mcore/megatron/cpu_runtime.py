@@ -116,6 +116,14 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def memory_bytes() -> int:
+    """The memory this process uses now, counted as in `peak_memory_bytes`."""
+    if needed():
+        with open("/proc/self/statm", encoding="ascii") as pages:
+            return int(pages.read().split()[1]) * resource.getpagesize()
+    return torch.cuda.memory_allocated()
+
+
 def activate() -> bool:
     """Make megatron-core run on the CPU. Does nothing where CUDA is present; may be called again.
 

@@ -1,0 +1,103 @@
+"""What readers give: documents, and records that are none; and where both lie in a file."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import xxhash
+
+TextSplit = Literal["file", "lines", "paragraphs"]
+
+LARGEST_TEXT = 64 << 20
+"""Bytes of the largest document that is read. Memory follows the largest document, so there is one
+bound for all readers; the largest books have a tenth of it."""
+
+LARGEST_LINE = 4 * LARGEST_TEXT
+"""Bytes of the longest line of JSON that is read: the text with its escapes, and other fields."""
+
+SPLIT_IT = "set --text-split, or cut it into several documents"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where the documents are within a file.
+
+    Attributes:
+        text: key (jsonl) or column (parquet, arrow) of the text; `content.text` is the field `text`
+            within the field `content`.
+        id: key or column of the document's name; file and record where there is none.
+        split: what of a text file is a document: all of it, each line, or what blank lines
+            separate.
+    """
+
+    text: str = "text"
+    id: str = "id"
+    split: TextSplit = "file"
+
+
+DEFAULT_FIELDS = Fields()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its place.
+
+    Attributes:
+        record: its number in the file, from 0.
+        id: its name, for messages.
+        text: the text.
+        offset: byte at which it starts in an uncompressed file of lines, else 0; reading may begin
+            there, see `read_documents`.
+        stored: bytes of its record in the file.
+    """
+
+    record: int
+    id: str
+    text: str
+    offset: int = 0
+    stored: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that is not a document.
+
+    Attributes:
+        record: its number in the file, from 0.
+        where: file:line or file:row, counted from 1.
+        reason: why it is not a document.
+        stored: bytes of the record in the file.
+    """
+
+    record: int
+    where: str
+    reason: str
+    stored: int = field(default=0, compare=False)
+
+
+Item = Document | Malformed
+
+
+def text_hash(data: bytes) -> tuple[int, int]:
+    """xxh3-128 of a text (its UTF-8 bytes) as two 64-bit halves: high, low."""
+    value = xxhash.xxh3_128_intdigest(data)
+    return value >> 64, value & (1 << 64) - 1
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text says nothing: it has no character, or only white space."""
+    return not text or text.isspace()
+
+
+def printable(name: object) -> str:
+    """A stranger's word for a message: no line break and no escape code reaches a terminal."""
+    text = str(name)
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def too_large(size: int, *, at_least: bool = False) -> str:
+    """Why a document of `size` bytes is not read."""
+    return (
+        f"a document of {size >> 20} MiB{' or more' if at_least else ''}; the largest that is read "
+        f"has {LARGEST_TEXT >> 20} MiB: {SPLIT_IT}"
+    )
