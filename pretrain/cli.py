@@ -37,7 +37,7 @@ from xlstm_io.errors import (
     Superseded,
     UserError,
 )
-from xlstm_io.signals import STOP_SIGNALS, StopSignal
+from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
 
 OVERRIDES_HELP = (
     "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
@@ -151,6 +151,8 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
     # may have blocked the signals until somebody listens.
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun leaves its workers behind
+            signal_at_parents_death(signal.SIGTERM)
         place = read_place()
         check_world(config, 1 if place is None else place.world_size)
         if place is None or place.rank == 0:

@@ -178,7 +178,8 @@ class Trainer:
                 self._report_finished_save(metrics)
             if stopping:
                 if self.stop.requested:
-                    metrics.message(f"stopped after step {self.state.step}; run again to continue")
+                    why, step = self.stop.reason, self.state.step
+                    metrics.message(f"stopped after step {step}: {why}; run again to continue")
                 self._write_progress("stopped")
                 return ExitCode.STOPPED
         self._check_lease()

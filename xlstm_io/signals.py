@@ -14,6 +14,7 @@ Only a later SIGINT, a person pressing Ctrl-C again, stops at once. Other repeat
 Signals that a parent has ignored stay ignored where `nohup` and the shell's `&` mean them to be.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 from xlstm_io.errors import ExitCode, Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPEAT_WINDOW_S = 0.5  # the copies of one Ctrl-C arrive within milliseconds; a second press later
 STOPPING = (
     "stopping after this step; a checkpoint will be saved; press Ctrl-C again to stop at once"
@@ -96,6 +98,16 @@ def stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def signal_at_parents_death(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends (Linux; elsewhere nothing).
+
+    Not for what a shell may start in the background: there the parent's end means nothing. A
+    process that this one starts does not inherit it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
     """Within the block the stop signals raise `Interrupted`, and Ctrl-C KeyboardInterrupt.
@@ -129,14 +141,34 @@ class StopSignal:
         announce: print one line at the first signal; only one rank should.
 
     Attributes:
-        requested: whether a signal has arrived.
+        started: when this was made, in seconds of `time.monotonic`.
     """
 
     def __init__(self, announce: bool = True) -> None:
-        self.requested = False
+        self.started = time.monotonic()
+        self._heard = False
+        self._end: float | None = None
         self._announce = announce
         self._interrupts = RepeatedInterrupt()
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived, or the time is over."""
+        return self._heard or self._time_is_over
+
+    @property
+    def reason(self) -> str:
+        """Why a stop is requested, in words for a person."""
+        return "on request" if self._heard or not self._time_is_over else "its time is over"
+
+    def end_after(self, seconds: float) -> None:
+        """Count as a request to stop so many seconds after this was made."""
+        self._end = self.started + seconds
+
+    @property
+    def _time_is_over(self) -> bool:
+        return self._end is not None and time.monotonic() >= self._end
 
     def __enter__(self) -> "StopSignal":
         # Ranks are started in the background, where a shell has SIGINT ignored.
@@ -156,8 +188,8 @@ class StopSignal:
         if self._interrupts.again(number):
             # Not sys.exit: that would run cleanup that may wait for other ranks.
             os._exit(ExitCode.SECOND_INTERRUPT)
-        if not self.requested:
-            self.requested = True
+        if not self._heard:
+            self._heard = True
             if self._announce:
                 # os.write, because a print in a handler may re-enter a half-done print.
                 with suppress(OSError):  # a terminal that is gone

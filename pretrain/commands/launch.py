@@ -24,7 +24,6 @@ peer and usually do), then SIGTERM, then SIGKILL. If the launcher itself is kill
 sends the workers SIGTERM (Linux).
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -47,6 +46,7 @@ from xlstm_io.signals import (
     RepeatedInterrupt,
     install,
     restore,
+    signal_at_parents_death,
     stop_signals_blocked,
 )
 
@@ -56,7 +56,6 @@ TERMINATE_GRACE_S = 3.0  # between SIGTERM and SIGKILL after a failure
 INTERRUPT_GRACE_S = 3.0  # between the second Ctrl-C and SIGKILL
 STOP_LIMIT_S = 600.0  # after the first worker ended well; longer than a checkpoint takes
 TAIL_LINES = 30
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What ends a worker from outside: the kernel out of memory, a failing page, a person, a scheduler.
 KILLS = (signal.SIGKILL, signal.SIGBUS, *STOP_SIGNALS)
 
@@ -96,10 +95,9 @@ def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 def _die_with_parent(parent: int) -> None:
     """In the child, before exec: get SIGTERM when the launcher is gone (Linux only)."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the mask would survive exec
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the request above
-            os._exit(ExitCode.STOPPED)
+    signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the request above
+        os._exit(ExitCode.STOPPED)
 
 
 @dataclass

@@ -50,6 +50,8 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
         _lease(folder, take_over) if first else nullcontext() as lease,
         Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
     ):
+        if config.run.max_minutes is not None:
+            heard.end_after(60 * config.run.max_minutes)
         try:
             layout = layouts.start(config, heard)
             code = Trainer(config, layout, heard, lease, watchdog).train()

@@ -40,6 +40,8 @@ class RunSection(Section):
     """optimizer steps in the whole run"""
     seed: NonNegativeInt = 0
     """seed of the initial weights, the data order and dropout"""
+    max_minutes: PositiveFloat | None = None
+    """minutes after which a start saves and ends with exit code 75; null for no limit"""
     deterministic: bool = False
     """on GPUs: only operations that give the same bits every time, where there is a choice"""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from pretrain.data.batch import Batch, DataCursor
 from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
-from xlstm_io.signals import stop_signals_blocked
+from xlstm_io.signals import signal_at_parents_death, stop_signals_blocked
 
 _PREFETCH_STEPS = 2  # of the thread, or of each worker process
 _POLL_SECONDS = 0.1  # how long a thread may outlive the loader that it works for
@@ -259,7 +260,8 @@ class _Processes:
 
     Slurm and terminals signal every process, but the trainer alone handles a request to stop, so
     the workers are forked with those signals blocked. DataLoader would send SIGTERM to end a
-    worker, which is one of them, so workers that are left are ended by SIGKILL.
+    worker, which is one of them, so workers that are left are ended by SIGKILL. The kernel does
+    that too when the trainer itself is killed.
     """
 
     def __init__(self, pipeline: wds.DataPipeline, workers: int) -> None:
@@ -269,6 +271,7 @@ class _Processes:
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=_PREFETCH_STEPS,
+            worker_init_fn=_end_with_the_trainer,
         )
         self._iterator: Iterator | None = None
         self._workers: list[BaseProcess] = []
@@ -295,6 +298,11 @@ class _Processes:
         self._closed = True
         self._iterator = None  # DataLoader's iterator tells its workers to end when it goes
         self._finalizer()
+
+
+def _end_with_the_trainer(worker: int) -> None:
+    """In a worker process, when it starts."""
+    signal_at_parents_death(signal.SIGKILL)
 
 
 def _as_it_is(item: Item) -> Item:

@@ -106,6 +106,36 @@ def test_killed_process_then_rerun_is_bit_equal(tmp_path, tokenizer_dir, number)
     assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
 
 
+def test_signals_to_every_process_stop_a_build_that_then_goes_on(tmp_path, tokenizer_dir):
+    """As Slurm sends them before the end of a job: the parent acts on them, the workers do not."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", make_texts(3000))
+    flags = ["--input", corpus, "--tokenizer", tokenizer_dir, "--seq-len", 16]
+    flags = [str(f) for f in [*flags, "--shard-mb", 0.02, "--valid-fraction", 0.1]]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data_prep", "build", *flags, "--workers", "2"]
+    done = 0
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        process = subprocess.Popen(
+            [*command, "--out", str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while process.poll() is None and len(list(out.glob("_work/done/*.json"))) <= done:
+            time.sleep(0.002)
+        os.killpg(process.pid, number)
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == 75, message
+        expected = "python -m data_prep build: interrupted; what is finished is kept"
+        assert message.startswith(expected) and message.count("\n") == 1
+        done = len(list(out.glob("_work/done/*.json")))
+    assert run("build", *flags, "--workers", 1, "--out", out) == 0
+    assert run("build", *flags, "--workers", 1, "--out", tmp_path / "fresh") == 0
+    assert tree_bytes(out) == tree_bytes(tmp_path / "fresh")
+
+
 def test_deleted_or_truncated_shard_alone_is_made_again(build_flags, shards, tmp_path):
     out = shutil.copytree(shards, tmp_path / "out")
     first, second, third, *others = sorted(out.rglob("*.tar"))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,53 @@ def test_ctrl_c_after_sigterm_is_a_first_press():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 75
+
+
+def test_a_time_limit_is_a_request():
+    with StopSignal(announce=False) as stop:
+        assert not stop.requested
+        stop.end_after(60)
+        assert not stop.requested and stop.reason == "on request"
+        stop.end_after(time.monotonic() - stop.started)
+        assert stop.requested and stop.reason == "its time is over"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "on request", "what a person or a scheduler asks for comes first"
+
+
+# The parent of a worker, as torchrun is one. It starts the worker and is killed.
+TORCHRUN = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(60)
+"""
+WORKER = """
+import signal, time
+from pathlib import Path
+from xlstm_io.signals import StopSignal, signal_at_parents_death
+with StopSignal(announce=False) as stop:
+    signal_at_parents_death(signal.SIGTERM)
+    Path("ready").touch()
+    limit = time.monotonic() + 30
+    while not stop.requested and time.monotonic() < limit:
+        time.sleep(0.01)
+Path("stopped" if stop.requested else "alone").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_worker_whose_parent_was_killed_is_asked_to_stop(tmp_path):
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", TORCHRUN, WORKER],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    for name, action in (("ready", parent.kill), ("stopped", parent.wait)):
+        limit = time.monotonic() + 20
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < limit, name
+            time.sleep(0.01)
+        action()
 
 
 def test_nohup_stays_nohup():

@@ -2,9 +2,9 @@ import gc
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from pretrain.data import (
     ValidLoader,
 )
 from pretrain.data import loader as loader_module
+from xlstm_io.signals import STOP_SIGNALS
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +169,44 @@ def test_error_while_reading_reaches_the_consumer_at_its_step(plan, monkeypatch,
             assert caught.value.expected == "xxh3 1"
 
 
+def _train(plan, pipe):
+    with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=2) as loader:
+        next(loader)
+        pipe.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(60)
+
+
+def test_worker_processes_end_with_a_trainer_that_is_killed(plan):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    trainer = context.Process(target=_train, args=(plan, there))
+    trainer.start()
+    assert here.poll(60)
+    workers = here.recv()
+    assert len(workers) == 2
+    trainer.kill()
+    trainer.join()
+    deadline = time.monotonic() + 3  # DataLoader's own look at its parent is every 5 s
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 def test_worker_processes_ignore_signals_and_end_with_the_loader(plan):
     loader = TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=2)
     next(loader)
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)  # Slurm signals every process of a step
+    for worker, number in itertools.product(workers, STOP_SIGNALS):
+        os.kill(worker.pid, number)  # Slurm signals every process of a step
     expected = steps(plan, 6, micro_batch=8)
     assert all(same(next(loader)[0], step[0]) for step in expected[1:])
     loader.close()
