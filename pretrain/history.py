@@ -15,14 +15,45 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint import CheckpointSaver
 from pretrain.config import RunConfig, save_config
 from pretrain.resume import Start
 from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, STARTS_FOLDER
+from xlstm_io.checkpoint import lives
 
 
 def start_folder(run: Path, life: int) -> Path:
     """The folder of one start of a run."""
     return run / STARTS_FOLDER / f"{life:06d}"
+
+
+def record_life(
+    life: int, config: RunConfig, start: Start, processes: int, saver: CheckpointSaver
+) -> None:
+    """Note that a life begins: in the run's history, and among its checkpoints.
+
+    Called by all ranks. Older lives cannot go beyond the step that is noted among the checkpoints.
+
+    Args:
+        life: its number; 0 for a tool that trains in a folder of its own, and leaves no note.
+        config: its configuration.
+        start: what it starts from.
+        processes: how many processes it has.
+        saver: of the run's checkpoint folder.
+
+    Raises:
+        CheckpointError: one of the two folders cannot be written.
+    """
+    if not life:
+        return
+    run, ranks = Path(config.run.dir), saver.ranks
+    ranks.first(
+        f"writing to run.dir={run}", lambda: record_start(run, life, config, start, processes)
+    )
+    ranks.first(
+        f"writing to {saver.folder}",
+        lambda: lives.record_start(saver.folder, life, start.state.step),
+    )
 
 
 def record_start(run: Path, life: int, config: RunConfig, start: Start, processes: int) -> None:

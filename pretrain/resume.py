@@ -1,6 +1,7 @@
 """Where a run stands, and how it continues from its newest checkpoint."""
 
 import logging
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pretrain.checkpoint import (
 from pretrain.config import RunConfig
 from pretrain.config.changes import Change
 from pretrain.data import DataCursor, DataPlan
+from pretrain.divergence import Divergence
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import StepResult
 from pretrain.lr_curve import Curve, continued
@@ -39,6 +41,7 @@ class TrainState:
         updates: finished steps whose update was applied (Adam's bias correction counts these).
         tokens: unmasked tokens trained on.
         seconds: wall-clock seconds spent in steps.
+        loss: of the last step, nats per token; None where it was not finite, or not known.
         interval_loss: mean loss of the applied steps since the last log line, nats per token.
         interval_tokens: how many tokens that is the mean of.
     """
@@ -47,14 +50,14 @@ class TrainState:
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    loss: float | None = None
     interval_loss: float = 0.0
     interval_tokens: int = 0
 
     @classmethod
     def saved_in(cls, manifest: Manifest) -> "TrainState":
-        """The state that a checkpoint was saved with; those of 0.1.0 have no interval."""
-        saved = {"interval_loss": 0.0, "interval_tokens": 0} | manifest.state
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        """The state that a checkpoint was saved with; those of 0.1.0 have no losses."""
+        return cls(**{f.name: manifest.state.get(f.name, f.default) for f in fields(cls)})
 
     def after(self, result: StepResult, seconds: float) -> "TrainState":
         """The state after one more step, which took `seconds`."""
@@ -68,6 +71,7 @@ class TrainState:
             updates=self.updates + result.accepted,
             tokens=self.tokens + result.tokens,
             seconds=self.seconds + seconds,
+            loss=result.loss if math.isfinite(result.loss) else None,
             interval_loss=mean,
             interval_tokens=tokens,
         )
@@ -86,6 +90,7 @@ class Start:
         cursor: where it stands in its data.
         checkpoint: the checkpoint that the engine was loaded from; None for a fresh start.
         curve: the learning-rate curve.
+        divergence: what is known of the steps before.
         changes: what differs from the checkpoint's configuration and alters the result.
         notes: what else a person is told about the resume.
         evaluation: what was measured of that checkpoint; None if nothing was.
@@ -95,6 +100,7 @@ class Start:
     cursor: DataCursor
     checkpoint: Location | None
     curve: Curve
+    divergence: Divergence
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     evaluation: Evaluation | None = None
@@ -136,7 +142,8 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         saver.last_good = path
         measured = read_evaluation_together(path, saved, ranks=ranks)
         cursor = DataCursor.from_dict(saved.state["cursor"])
-        return Start(state, cursor, path, curve, changes, notes, measured)
+        divergence = Divergence(config, saved.state.get("divergence"))
+        return Start(state, cursor, path, curve, divergence, changes, notes, measured)
     if candidates:
         raise CheckpointError(
             f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "
@@ -146,7 +153,7 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
     ranks.first(
         "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
     )
-    return Start(TrainState(), DataCursor(0), None, Curve(config.run.steps))
+    return Start(TrainState(), DataCursor(0), None, Curve(config.run.steps), Divergence(config))
 
 
 def check_is_same_run(

@@ -1,6 +1,7 @@
 """The names of what a run keeps in its folder, `run.dir`, beside its checkpoints."""
 
 CONFIG_FILE = "config.yaml"
+EVIDENCE_FOLDER = "evidence"
 HISTORY_FILE = "history.jsonl"
 LOGS_FOLDER = "logs"
 METRICS_FILE = "metrics.jsonl"

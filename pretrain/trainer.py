@@ -15,11 +15,11 @@ from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
-from pretrain.divergence import DivergedError, diverged
+from pretrain.divergence import DivergedError, RejectedStep, diverged, keep_evidence
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
-from pretrain.history import record_start
+from pretrain.history import record_life
 from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
@@ -30,7 +30,6 @@ from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
-from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode
 from xlstm_io.signals import StopSignal
@@ -95,7 +94,6 @@ class Trainer:
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device.type)
         self.engine: Engine = make_engine(config, layout)
-        self.guard = FINITE
         self.saver = CheckpointSaver(
             options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),
@@ -106,9 +104,11 @@ class Trainer:
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
         self.start = resume(config, self.data, self.engine, self.saver)
         self.state, self.evaluation = self.start.state, self.start.evaluation
+        self.divergence = self.start.divergence
+        self.saver.onset = self.divergence.onset
         self.learning_rate = self.start.curve.rates(config.optimizer.lr, config.schedule)
         self._check_writable()
-        self._record_life()
+        record_life(self.life, config, self.start, layout.world_size, self.saver)
         cursor = self.start.cursor
         self.loader = TrainLoader(
             self.data,
@@ -208,11 +208,13 @@ class Trainer:
             self.saver.failed,
             self.lease is not None and self.lease.lost,
         )
-        result = train_step(self.engine, batches, lr, self.guard, votes)
+        limits = self.divergence.limits()
+        result = train_step(self.engine, batches, lr, limits, votes)
         seconds = time.perf_counter() - started
-        if not result.accepted and config.guard.stop_on_nonfinite:
-            self._write_progress("diverged")
-            raise DivergedError(diverged(config, step + 1, result, self.saver.last_good))
+        self.divergence.note(step + 1, result)
+        if not result.accepted:
+            first = self.loader.consumed_samples - config.data.ramp.size(step)
+            self._reject(RejectedStep(step + 1, result, limits, lr, first), metrics)
         self._interval.add(step, seconds, data_wait)
         self.state = self.state.after(result, seconds)
         self._step_seconds = seconds
@@ -224,6 +226,20 @@ class Trainer:
             metrics.log(done, self._interval.take(self.state, result, lr))
             self.state = self.state.logged()
         return result.votes
+
+    def _reject(self, rejected: RejectedStep, metrics: MetricLogger) -> None:
+        """Keep the evidence of a step whose update was not applied; raise if the run stops there.
+
+        Called by all ranks.
+        """
+        config, rows = self.config, self.config.data.micro_batch
+        self.saver.onset = self.divergence.onset
+        keep_evidence(self.dir, self.life, rejected, self.engine.own_losses, self.layout, rows)
+        key = self.divergence.must_stop(rejected.result)
+        if key is not None:
+            self._write_progress("diverged")
+            raise DivergedError(diverged(config, rejected, key, self.saver.last_good))
+        metrics.message(f"{rejected}; the update was not applied")
 
     def _evaluate(self, metrics: MetricLogger) -> bool:
         """Measure the validation loss; False when a rank was asked to stop meanwhile."""
@@ -284,6 +300,7 @@ class Trainer:
             "life": self.life,
             "evaluation_due": self.validation.due(self.state.step),
             "curve": self.start.curve.to_dict(),
+            "divergence": self.divergence.to_dict(),
             "cursor": self.loader.cursor.to_dict(),
             "tokenizer": {
                 "path": str(Path(manifest.tokenizer_path).resolve()),
@@ -299,22 +316,6 @@ class Trainer:
     def _check_lease(self) -> None:
         """Raise Superseded on all ranks when a newer life has the run."""
         self.saver.ranks.first("looking at the lease", self._fence)
-
-    def _record_life(self) -> None:
-        """Note from where this life goes on, in the run's history and among its checkpoints.
-
-        Older lives cannot go beyond the step that is noted there.
-        """
-        ranks, folder, processes = self.saver.ranks, self.saver.folder, self.layout.world_size
-        if self.life:
-            ranks.first(
-                f"writing to run.dir={self.dir}",
-                lambda: record_start(self.dir, self.life, self.config, self.start, processes),
-            )
-            ranks.first(
-                f"writing to {folder}",
-                lambda: lives.record_start(folder, self.life, self.state.step),
-            )
 
     def _check_writable(self) -> None:
         """Write the configuration and try out the checkpoint folder, before any step is done."""

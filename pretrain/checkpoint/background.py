@@ -108,6 +108,11 @@ class CheckpointSaver:
             ranks must construct one together).
         fence: Called on the first rank before a checkpoint is made complete, and before old ones
             are deleted. It raises Superseded when this process may no longer write.
+
+    Attributes:
+        last_good: The newest complete checkpoint that this process knows.
+        damaged: Checkpoints found damaged while resuming; retention leaves them alone.
+        onset: Step at which the loss began to spike; retention keeps a checkpoint from before.
     """
 
     def __init__(
@@ -123,7 +128,8 @@ class CheckpointSaver:
         self.folder = location(folder)
         self.ranks = ranks or background_ranks()
         self.last_good: Location | None = None
-        self.damaged: set[Location] = set()  # found while resuming; retention leaves them alone
+        self.damaged: set[Location] = set()
+        self.onset: int | None = None
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
         self._files = files
@@ -281,7 +287,7 @@ class CheckpointSaver:
         if self.ranks.is_first:
             with suppress(Superseded):  # the next save tells all ranks
                 self._fence()
-                apply_retention(self.folder, self._retention, path, self.damaged)
+                apply_retention(self.folder, self._retention, path, self.damaged, self.onset)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)
 
@@ -293,7 +299,7 @@ class CheckpointSaver:
         try:
             self._fence()
             write_evaluation(path, evaluation)
-            apply_retention(self.folder, self._retention, path, self.damaged)
+            apply_retention(self.folder, self._retention, path, self.damaged, self.onset)
         except Superseded:  # the next save tells all ranks
             return
         except (OSError, CheckpointError) as error:

@@ -54,6 +54,7 @@ class Saved:
         created: When its manifest was written, in seconds since 1970.
         valid_loss: The validation loss at its step; inf where none was measured.
         unmeasured: Whether a loss is to be measured at its step, and is not there yet.
+        finite: Whether the loss of its last step was finite.
     """
 
     path: Location
@@ -61,10 +62,22 @@ class Saved:
     created: float
     valid_loss: float = math.inf
     unmeasured: bool = False
+    finite: bool = True
 
 
-def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
-    """The complete checkpoints that are to be deleted."""
+def to_delete(
+    saved: Sequence[Saved], retention: Retention, onset: int | None = None
+) -> list[Saved]:
+    """The complete checkpoints that are to be deleted.
+
+    Whatever the retention says, two stay: the newest one whose last loss was finite, and the newest
+    one from before `onset`.
+
+    Args:
+        saved: All complete checkpoints.
+        retention: Which ones stay.
+        onset: Step at which the loss began to spike, from 1; None where it did not.
+    """
     if retention.keep is None:
         return []
     newest = sorted(saved, key=lambda s: (s.step, s.created), reverse=True)
@@ -76,6 +89,9 @@ def to_delete(saved: Sequence[Saved], retention: Retention) -> list[Saved]:
     stay |= {s.path for s in best[: retention.keep_best]}
     if retention.keep_best:  # the step that is being measured may be the best
         stay |= {s.path for s in newest if s.unmeasured}
+    stay |= {s.path for s in [s for s in newest if s.finite][:1]}
+    if onset is not None:
+        stay |= {s.path for s in [s for s in newest if s.step < onset][:1]}
     return [s for s in newest if s.path not in stay]
 
 
@@ -84,6 +100,7 @@ def apply_retention(
     retention: Retention,
     just_saved: Location,
     damaged: Collection[Location] = (),
+    onset: int | None = None,
 ) -> None:
     """Delete what `to_delete` says, and then dead attempts. One process calls it.
 
@@ -98,6 +115,7 @@ def apply_retention(
         just_saved: A checkpoint that is never deleted.
         damaged: Checkpoints that the caller knows to be damaged. Those with a file of the wrong
             size are found here.
+        onset: See `to_delete`.
     """
     try:
         saved, attempts = [], []
@@ -109,7 +127,7 @@ def apply_retention(
             except CheckpointDamagedError:
                 if not exists(path / MANIFEST_NAME):
                     attempts.append(path)
-        for old in to_delete(saved, retention):
+        for old in to_delete(saved, retention, onset):
             # If the run went back to an earlier step, that is what it wants now.
             if old.path != just_saved:
                 _delete(old.path)
@@ -127,7 +145,8 @@ def _about(path: Location) -> Saved:
     measured = read_evaluation(path, manifest)
     due = bool(manifest.state.get("evaluation_due"))
     loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
-    return Saved(path, manifest.step, manifest.created, loss, due and measured is None)
+    finite = manifest.state.get("loss", 0.0) is not None
+    return Saved(path, manifest.step, manifest.created, loss, due and measured is None, finite)
 
 
 def _last_change(path: Location) -> float:

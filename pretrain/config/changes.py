@@ -110,6 +110,7 @@ RULES: dict[str, Rules] = {
     "evaluation.max_batches": _said(_MEASURED),
     "evaluation.interval": _free(_MEASURED),
     "guard.stop_on_nonfinite": _said(_MEASURED),
+    "guard.spikes": _said(),
     "guard.*": _free(_MEASURED),
     "logging.*": _free(_MEASURED),
     "tokenizer.sha256": Rules(Rule.ASKED, Rule.ASKED, "the ids would mean other text"),

@@ -80,6 +80,8 @@ def _rule(error: Mapping[str, Any]) -> str:
     kind = error["type"]
     if kind == "too_long":
         return f"must have {error['ctx']['max_length']} values"
+    if kind == "less_than_equal":
+        return f"must be less than or equal to {error['ctx']['le']:g}"
     return _RULES.get(kind) or error["msg"].replace("Input should", "must")
 
 
@@ -114,7 +116,7 @@ def _place(location: list[str]) -> str:
 
 
 def _item_model(key: str) -> type[Section] | None:
-    """The section that the items of a list key are; None where they are something else."""
-    items = get_args(FIELDS[key].annotation) if key in FIELDS else ()
-    item = items[0] if items else None
+    """The section that a key, or the items of a list key, are; None for something else."""
+    kind = FIELDS[key].annotation if key in FIELDS else None
+    item = next(iter(get_args(kind)), kind)
     return item if isinstance(item, type) and issubclass(item, Section) else None

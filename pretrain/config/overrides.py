@@ -9,6 +9,7 @@ from pretrain.config.schema import FIELDS
 from xlstm_io.errors import ConfigError
 from xlstm_io.yaml_file import YAMLSyntaxError, YAMLTextError, parse_yaml
 from xlstm_mcore.old_keys import OLD_KEYS
+from xlstm_mcore.settings import Section
 
 _SWITCH_WORDS = ("true", "false", "yes", "no", "1", "0", "null", "none")
 
@@ -28,7 +29,12 @@ def _values_taken(key: str) -> int | None:
 
 def is_structured(key: str) -> bool:
     """Whether a key holds a list or a mapping: as an option it is written like in the file."""
-    return key in FIELDS and get_origin(FIELDS[key].annotation) in (list, dict)
+    if key not in FIELDS:
+        return False
+    kind = FIELDS[key].annotation
+    return get_origin(kind) in (list, dict) or (
+        isinstance(kind, type) and issubclass(kind, Section)
+    )
 
 
 def parse_structured(key: str, value: Any) -> Any:

@@ -84,13 +84,16 @@ def _keys(schema: dict[str, Any], items: dict[str, Any]) -> list[Key]:
 
 
 def sections() -> Iterator[tuple[str, str, list[Key]]]:
-    """Name, purpose and keys of every section, and of the items of every list of sections."""
+    """Name, purpose and keys of every section, of sections in them, and of items of their lists."""
     whole = RunConfig.model_json_schema()
     definitions = whole["$defs"]
     for name, prop in whole["properties"].items():
         section = definitions[prop["$ref"].rsplit("/", 1)[-1]]
         yield name, section["description"], _keys(section, definitions)
         for key, inner in section["properties"].items():
+            if "$ref" in inner:
+                item = definitions[inner["$ref"].rsplit("/", 1)[-1]]
+                yield f"{name}.{key}", item["description"], _keys(item, definitions)
             if "$ref" in inner.get("items", {}):
                 item = definitions[inner["items"]["$ref"].rsplit("/", 1)[-1]]
                 yield f"{name}.{key}[]", item["description"], _keys(item, definitions)
@@ -117,7 +120,9 @@ def markdown() -> str:
         "`python -m pretrain check RUN.yaml --help` lists every key with its value.",
     ]
     for name, purpose, keys in sections():
-        title = f"### An item of `{name[:-2]}`" if name.endswith("[]") else f"## `{name}:`"
+        title = f"## `{name}:`"
+        if "." in name:
+            title = f"### An item of `{name[:-2]}`" if name.endswith("[]") else f"### `{name}`"
         lines += ["", title, "", purpose, "", _row("key", "type", "default", "meaning")]
         lines.append("|---|---|---|---|")
         for key in keys:
@@ -155,7 +160,7 @@ def options_help(config: RunConfig | None = None) -> str:
     values = {} if config is None else config.model_dump(mode="json")
     lines = []
     for name, purpose, keys in sections():
-        if name.endswith("[]"):
+        if "." in name:
             continue
         lines += ["", f"{name}: {purpose}"]
         for key in keys:

@@ -178,7 +178,8 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the update of hidden matrices; all else gets adamw"""
-    lr: PositiveFloat = 1e-3
+    # Adam divides it by its bias correction, in fp32 on the host; beyond this that may overflow.
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 1e-3
     """peak learning rate"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """decay of the running mean and square of the gradient"""
@@ -186,7 +187,7 @@ class OptimizerConfig(Section):
     """added to the root of the running square"""
     muon_momentum: Fraction = 0.95
     """muon: decay of the momentum (Nesterov's)"""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     """decoupled weight decay"""
     decay: dict[ParameterKind, bool] = Field(default_factory=dict)
     """which kinds of parameters decay, where it differs from the papers' choice"""
@@ -243,11 +244,33 @@ class EvaluationConfig(Section):
     """global batches per evaluation; null for the whole split"""
 
 
+def _not_a_switch(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+class SpikesConfig(Section):
+    """Finite steps that do not fit the steps before them."""
+
+    policy: Annotated[Literal["off", "skip", "stop"], BeforeValidator(_not_a_switch)] = "off"
+    """what is done about a spike: nothing, its update is not applied, or the run stops"""
+    window: Annotated[int, Field(ge=4)] = 128
+    """applied steps that a step is compared with; the first so many steps are not judged"""
+    z_loss: PositiveFloat = 10.0
+    """robust z-score of the loss from which on it is a spike"""
+    z_norm: PositiveFloat = 20.0
+    """the same for the gradient norm before clipping"""
+
+
 class GuardConfig(Section):
     """When a run stops itself."""
 
     stop_on_nonfinite: bool = True
     """stop when loss or gradient is not finite; false skips that step and goes on"""
+    spikes: SpikesConfig = SpikesConfig()
+    """finite steps that do not fit the steps before them"""
+    max_skipped: PositiveInt = 50
+    """steps in a row without an update that stop a run, whatever the reason of each"""
     hang_timeout: NonNegativeFloat | None = None
     """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
     startup_timeout: PositiveFloat = 1800.0

@@ -34,9 +34,13 @@ class Engine(Protocol):
 
     Attributes:
         num_parameters: parameters of the whole model.
+        own_losses: this rank's losses of the last micro-batches that ran, before they were summed
+            over ranks: fp64 `[2]` each, the sum of the unmasked tokens' losses and their number.
+            Only ranks of the last pipeline stage have any.
     """
 
     num_parameters: int
+    own_losses: list[Tensor]
 
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of one global batch, given this replica's micro-batches.

@@ -30,7 +30,7 @@ from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines import deepspeed_compat as compat
 from pretrain.engines.base import LossSum
-from pretrain.engines.microbatches import evaluate, forward, run_microbatches, sum_losses
+from pretrain.engines.microbatches import evaluate, forward, run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.state import (
     OPTIMIZER_STATE,
@@ -239,7 +239,7 @@ class DeepSpeedEngine(ModelEngine):
     ) -> Tensor:
         """Run micro-batches; stages 2 and 3 call DeepSpeed for each of them."""
         if self.stage == 1:
-            return run_microbatches(
+            losses = run_microbatches(
                 self.model_chunks,
                 batches,
                 self.layout,
@@ -247,6 +247,7 @@ class DeepSpeedEngine(ModelEngine):
                 forward_only=forward_only,
                 loss_scale=loss_scale,
             )
+            return self._sum(losses)
         sums = []
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
@@ -255,7 +256,7 @@ class DeepSpeedEngine(ModelEngine):
             sums.append(reported["sums"])
             if not forward_only:
                 self.engine.backward(loss, scale_wrt_gas=False)
-        return sum_losses(sums, self.layout)
+        return self._sum(sums)
 
     def _weights(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Each parameter with the slices of the weights in compute precision that this rank has."""

@@ -127,8 +127,10 @@ class MegatronEngine(ModelEngine):
             compat.release_hooks(model_chunk)
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
-        return run_microbatches(
-            self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
+        return self._sum(
+            run_microbatches(
+                self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
+            )
         )
 
     def _gather_weights(self) -> None:

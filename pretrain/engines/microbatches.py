@@ -23,7 +23,7 @@ def run_microbatches(
     *,
     forward_only: bool,
     loss_scale: float | Tensor = 1.0,
-) -> Tensor:
+) -> list[Tensor]:
     """Run this replica's micro-batches under Megatron's pipeline schedule.
 
     Args:
@@ -35,7 +35,7 @@ def run_microbatches(
         loss_scale: what the sum of token losses is multiplied by before the backward pass.
 
     Returns:
-        The loss over all replicas, see `sum_losses`.
+        The loss of each micro-batch, see `sum_losses`; none where this rank has no last stage.
     """
 
     def forward_step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
@@ -53,7 +53,7 @@ def run_microbatches(
         forward_only=forward_only,
         pg_collection=None,
     )
-    return sum_losses([loss["sums"] for loss in losses], layout)
+    return [loss["sums"] for loss in losses]
 
 
 def forward(

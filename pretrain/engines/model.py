@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
+from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.state import is_owner, weight_slices
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
@@ -26,6 +27,7 @@ class ModelEngine:
         models: this rank's model chunks (several with interleaved stages).
         model_chunks: what is called for each of them: the models, or an engine's wrappers.
         num_parameters: parameters of the whole model.
+        own_losses: see `pretrain.engines.base.Engine`.
     """
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
@@ -45,6 +47,7 @@ class ModelEngine:
             parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
         self.model_chunks: list[nn.Module] = list(self.models)
         self.num_parameters = self._count_parameters()
+        self.own_losses: list[Tensor] = []
 
     def _finish_part(self, part: nn.Module) -> None:
         """Called with an embedding, layer or head that has its initial values; see build_model."""
@@ -59,6 +62,11 @@ class ModelEngine:
         for _, parameter, slices in self._parameters():
             for part in weight_slices(parameter, slices):
                 yield parameter, part
+
+    def _sum(self, losses: list[Tensor]) -> Tensor:
+        """Add up the losses of micro-batches over the whole layout, and keep this rank's."""
+        self.own_losses = losses
+        return sum_losses(losses, self.layout)
 
     def _count_parameters(self) -> int:
         """Parameters of the whole model, counted from what all ranks hold."""

@@ -26,6 +26,7 @@ class StepResult:
         tokens: unmasked tokens of the global batch.
         grad_norm: 2-norm of the whole gradient before clipping.
         accepted: whether the update was applied; if not, weights and optimizer are as before.
+        finite: whether loss and gradient were finite on every rank.
         votes: for each vote, whether any rank gave it.
     """
 
@@ -33,6 +34,7 @@ class StepResult:
     tokens: int
     grad_norm: float
     accepted: bool
+    finite: bool = True
     votes: tuple[bool, ...] = ()
 
 
@@ -54,12 +56,13 @@ class Verdict:
     def read(self) -> StepResult:
         """Wait for the device and return what it found; the step's only such wait."""
         if self._result is None:
-            total, tokens, norm, rejected, *votes = self._packed.tolist()
+            total, tokens, norm, rejected, infinite, *votes = self._packed.tolist()
             self._result = StepResult(
                 loss=total / max(1.0, tokens),
                 tokens=int(tokens),
                 grad_norm=norm,
                 accepted=not rejected,
+                finite=not infinite,
                 votes=tuple(map(bool, votes)),
             )
         return self._result
@@ -86,11 +89,11 @@ class Guard:
             votes: what this rank votes for; a vote counts if any rank gives it.
         """
         mean = loss[0] / loss[1].clamp(min=1.0)
-        accepted = mean.isfinite() & grad_norm.isfinite()
-        accepted &= (mean <= self.max_loss) & (grad_norm <= self.max_grad_norm)
+        finite = mean.isfinite() & grad_norm.isfinite()
+        accepted = finite & (mean <= self.max_loss) & (grad_norm <= self.max_grad_norm)
         # Filled on the device: a copy from the host's memory would wait for the queue of work.
         given = [torch.full_like(mean, float(vote)) for vote in votes]
-        flags = torch.stack([(~accepted).to(mean.dtype), *given])
+        flags = torch.stack([(~accepted).to(mean.dtype), (~finite).to(mean.dtype), *given])
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         return Verdict(loss, grad_norm, flags)
 

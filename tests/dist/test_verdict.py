@@ -13,10 +13,11 @@ import pretrain.commands.train
 from pretrain import layout as layouts
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
+from pretrain.divergence import DivergedError
 from pretrain.engines import adamw, muon
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
-from pretrain.trainer import DivergedError, train_step
+from pretrain.trainer import train_step
 from tests.dist import work
 from tests.dist.training_runs import tiny_run
 
@@ -159,6 +160,7 @@ def test_all_ranks_come_to_one_verdict(pool, losses, norms, guard, accepted):
     votes = ((False, True, False), (False, False, True))
     for rank, result in enumerate(pool(2, judge, losses, norms, guard, votes)):
         assert result.accepted is accepted
+        assert result.finite is all(map(math.isfinite, (*losses, *norms)))
         assert result.votes == (False, True, True)
         assert result.tokens == 2
         assert result.grad_norm == norms[rank]
