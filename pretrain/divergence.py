@@ -28,7 +28,7 @@ from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
 
 NORMAL = 1.4826  # standard deviation over median distance, of a normal distribution
-# Least unit of the z-score, over the median. Where values hardly differ, a small step is no spike.
+# Least unit of the z-score, over the median. Where values hardly differ, a small rise is not a spike.
 LEAST_UNIT = 0.01
 
 
