@@ -28,7 +28,8 @@ from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
 
 NORMAL = 1.4826  # standard deviation over median distance, of a normal distribution
-# Least unit of the z-score, over the median. Where values hardly differ, a small rise is not a spike.
+# Least unit of the z-score, over the median: a small rise above values that hardly differ is not a
+# spike.
 LEAST_UNIT = 0.01
 
 
