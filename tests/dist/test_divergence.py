@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-import pretrain.trainer
 from pretrain.checkpoint import find_latest, read_manifest
+from pretrain.commands import train as train_command
 from pretrain.config import config_from_dict
 from pretrain.divergence import DivergedError
 from pretrain.engines.megatron import MegatronEngine
@@ -42,7 +42,7 @@ def train(raw, factors):
     start = 0 if latest is None else read_manifest(latest).step
     with mock.patch.object(MegatronEngine, "forward_backward", forward_backward):
         try:
-            return pretrain.trainer.main(config_from_dict(raw))
+            return train_command.main(config_from_dict(raw))
         except DivergedError as error:
             return str(error)
 
