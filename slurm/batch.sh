@@ -41,13 +41,21 @@ xlstm_begin() {
 # In `chain` mode the next job waits from now on, so that it is there whatever ends this one.
 xlstm_chain() {
   [ "$1" = chain ] || return 0
-  XLSTM_SUCCESSOR=$(xlstm_submit --dependency=singleton) || xlstm_say "no next job: $XLSTM_SUCCESSOR"
+  xlstm_submit --dependency=singleton
 }
 
+# Submits the run's file again, and notes the number of the job.
 xlstm_submit() {
-  local exclude
+  local exclude said
   exclude=$(xlstm_known "$XLSTM_EXCLUDE")
-  sbatch --parsable ${exclude:+"--exclude=$exclude"} "$@" "$XLSTM_RUN/slurm/train.sbatch" 2>&1
+  said=$(sbatch --parsable ${exclude:+"--exclude=$exclude"} "$@" "$XLSTM_RUN/slurm/train.sbatch" 2>&1)
+  if [[ $said =~ ^[0-9]+ ]]; then
+    XLSTM_SUCCESSOR=${BASH_REMATCH[0]}
+    xlstm_ask submitted "$XLSTM_RUN" --job "$XLSTM_SUCCESSOR"
+    xlstm_say "the next job is $XLSTM_SUCCESSOR"
+  else
+    xlstm_say "no next job: $said"
+  fi
 }
 
 # See slurm.life.step_id_to_reach.
@@ -61,7 +69,7 @@ xlstm_burn() {
   done
 }
 
-# What this life runs on, for whoever asks later. Nothing here may end the life.
+# What this life runs on, for whoever asks later; written beside the life, which it cannot end.
 xlstm_report() {
   {
     date
@@ -88,6 +96,9 @@ xlstm_wait() {
 
 xlstm_requeue() {
   local exclude said
+  if [ -n "$XLSTM_TERM" ]; then
+    xlstm_after_term
+  fi
   if [ -n "$XLSTM_SUCCESSOR" ]; then
     [ "$XLSTM_WAIT" = 0 ] || scontrol update JobId="$XLSTM_SUCCESSOR" StartTime="now+$XLSTM_WAIT"
     exclude=$(xlstm_known "$XLSTM_EXCLUDE")
@@ -95,9 +106,6 @@ xlstm_requeue() {
     exit "$XLSTM_EXIT"
   fi
   [ "$XLSTM_MODE" != never ] || exit "$XLSTM_EXIT"
-  if [ -n "$XLSTM_TERM" ]; then
-    xlstm_after_term
-  fi
   trap '' TERM  # requeuehold ends this script; there are KillWait seconds for the rest
   exclude=$(xlstm_known "$XLSTM_EXCLUDE")
   if [ -n "$exclude" ] || [ "$XLSTM_WAIT" != 0 ]; then
@@ -112,8 +120,8 @@ xlstm_requeue() {
     exit "$XLSTM_EXIT"
   fi
   # The site does not allow it: a new job, which waits for the end of this one.
-  xlstm_say "no requeue ($said); submitting again: $(
-    xlstm_submit --dependency="afterany:$SLURM_JOB_ID" --begin="now+$XLSTM_WAIT")"
+  xlstm_say "no requeue: $said"
+  xlstm_submit --dependency="afterany:$SLURM_JOB_ID" --begin="now+$XLSTM_WAIT"
   exit "$XLSTM_EXIT"
 }
 
@@ -129,8 +137,15 @@ xlstm_after_term() {
   # Only this line of the job's output tells a time limit or a preemption from a cancellation.
   if ! grep -q "JOB $SLURM_JOB_ID ON .* DUE TO" "$XLSTM_RUN/slurm/$SLURM_JOB_ID.out"; then
     xlstm_say "the job was cancelled; python -m slurm resume goes on"
+    [ -z "$XLSTM_SUCCESSOR" ] || scancel "$XLSTM_SUCCESSOR"
     exit "$XLSTM_EXIT"
   fi
+}
+
+# The nodes' own folder of this job. Not when Slurm is ending the job: no new step starts then.
+xlstm_clear_scratch() {
+  [ -n "${XLSTM_SCRATCH:-}" ] && [ -z "$XLSTM_TERM" ] || return 0
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf -- "$XLSTM_SCRATCH" || true
 }
 
 # One life, from the question whether it may begin to what follows its end.
@@ -139,18 +154,22 @@ xlstm_life() {
   trap 'XLSTM_TERM=yes' TERM
   xlstm_begin
   xlstm_chain "$1"
-  xlstm_report
+  xlstm_report &
   xlstm_burn
   while :; do
     export MASTER_PORT=$XLSTM_PORT
-    xlstm_wait xlstm_train_step
-    xlstm_say "the step ended with $?"
+    if [ ! -e "$XLSTM_RUN/slurm/STOP" ]; then  # its signal reaches steps only
+      xlstm_wait xlstm_train_step
+      xlstm_say "the step ended with $?"
+    fi
     said=$(xlstm_ask end "$XLSTM_RUN" --life "$XLSTM_LIFE" --tries "$tries") || exit 1
     eval "$said"
     xlstm_say "$XLSTM_ACTION: $XLSTM_REASON"
     [ "$XLSTM_ACTION" = retry ] || break
     tries=$((tries + 1))
   done
+  [ "$XLSTM_ACTION" != leave ] || exit "$XLSTM_EXIT"  # all the rest belongs to the other life
+  xlstm_clear_scratch
   if [ "$XLSTM_ACTION" = requeue ]; then
     xlstm_requeue
   fi

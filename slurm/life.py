@@ -2,8 +2,9 @@
 
     python -m slurm.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
     python -m slurm.life end   RUN --life N --tries T
+    python -m slurm.life submitted RUN --job J
 
-Each prints shell assignments, which `batch.sh` evaluates. What is decided is written to
+The first two print shell assignments, which `batch.sh` evaluates. What is decided is written to
 `state.json` and `story.jsonl` before the batch script acts on it, so that the next life knows it
 whatever happens in between.
 """
@@ -128,6 +129,10 @@ def end(files: RunState, number: int, tries: int) -> dict[str, object]:
     """
     policy, state = files.policy(), files.load()
     life = next(one for one in state.lives if one.number == number)
+    if state.lives[-1].number > number:
+        # Its node was cut off, and the job has gone on elsewhere: what this one says is out of
+        # date, and a requeue by it would end the new life.
+        return {"ACTION": Action.LEAVE, "REASON": "a newer life has the run", "EXIT": 0}
     state, decision = close(files, policy, state, life, tries)
     code = EXIT_CODES.get(decision.action, ExitCode.DONE)
     if decision.action is Action.FAIL:
@@ -220,7 +225,7 @@ def shell(values: dict[str, object]) -> str:
 def main(words: Sequence[str]) -> int:
     """The command line that `batch.sh` calls."""
     parser = argparse.ArgumentParser(prog="python -m slurm.life", description=__doc__)
-    parser.add_argument("event", choices=("begin", "end"))
+    parser.add_argument("event", choices=("begin", "end", "submitted"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--job", default="")
     parser.add_argument("--restart", type=int, default=0)
@@ -230,6 +235,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--tries", type=int, default=1)
     options = parser.parse_args(words)
     files = RunState(options.run)
+    if options.event == "submitted":
+        files.save(replace(files.load(), job=options.job))
+        files.tell("submit", f"job {options.job}, by the job before it", job=options.job)
+        return 0
     if options.event == "begin":
         nodes, running = options.nodes.split(), options.running.split()
         values = begin(files, options.job, options.restart, nodes, running)

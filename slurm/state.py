@@ -103,7 +103,7 @@ class State:
         lives: in order.
         excluded: nodes that are left out, with the reason.
         verdict: why no further life is to start, or "".
-        job: the job that was submitted last, or "".
+        job: the job that was submitted last, or "". In a chain this is the one that waits.
     """
 
     lives: tuple[Life, ...] = ()
@@ -111,10 +111,16 @@ class State:
     verdict: str = ""
     job: str = ""
 
+    @property
+    def jobs(self) -> list[str]:
+        """The jobs that may have the run: that of the last life, and the last one submitted."""
+        last = [life.job for life in self.lives[-1:]]
+        return list(dict.fromkeys([*last, *([self.job] if self.job else [])]))
+
     def with_life(self, life: Life) -> "State":
         """This state with a life added, or replaced when its number is known."""
-        others = tuple(other for other in self.lives if other.number != life.number)
-        return replace(self, lives=(*others, life))
+        lives = {one.number: one for one in (*self.lives, life)}
+        return replace(self, lives=tuple(lives[number] for number in sorted(lives)))
 
 
 @dataclass(frozen=True)

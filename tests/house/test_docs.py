@@ -82,6 +82,17 @@ RUN_ELSEWHERE = {
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',
     ),
+    **{
+        f"python -m slurm {words}": (f"tests/slurm/{file}", evidence)
+        for words, file, evidence in (
+            ("render train my.yaml --nodes 4", "test_render.py", '"render", "train"'),
+            ("submit train my.yaml --nodes 4", "conftest.py", '"submit", "train"'),
+            ("submit train my.yaml --nodes 4 --dry-run", "test_policy.py", '"--dry-run"'),
+            ("status RUN", "test_policy.py", '"status", run.run'),
+            ("stop RUN", "test_policy.py", '"stop", run.run'),
+            ("resume RUN", "test_policy.py", '"resume", run.run'),
+        )
+    },
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
@@ -147,7 +158,8 @@ def test_links_and_paths_lead_somewhere(name):
         assert file.exists(), f"{name} links to {target}"
         if anchor:
             assert anchor in anchors(str(file.resolve().relative_to(ROOT))), f"{name}: {target}"
-    rooms = "tests|pretrain|xlstm_mcore|xlstm_io|data_prep|constraints|kernels|benchmarks|examples"
+    rooms = "tests|slurm|pretrain|xlstm_mcore|xlstm_io|data_prep|constraints|kernels|benchmarks"
+    rooms += "|examples"
     for path in re.findall(rf"`((?:{rooms}|docs)/[\w./]*)`", prose(name)):
         assert (ROOT / path).exists(), f"{name} names {path}"
 

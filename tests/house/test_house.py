@@ -158,7 +158,7 @@ def test_no_machine_of_ours_is_named():
 
 def test_console_scripts_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert set(scripts) == {"xlstm-data", "xlstm-pretrain", "xlstm-convert"}
+    assert set(scripts) == {"xlstm-data", "xlstm-pretrain", "xlstm-convert", "xlstm-slurm"}
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), target

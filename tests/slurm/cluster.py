@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,10 +85,10 @@ class Cluster:
         environment: what its commands need.
     """
 
-    def __init__(self, root, nodes=8, cpus=4, gpus=0):
+    def __init__(self, root, cpus=32, gpus=0):
         self.root = Path(root)
         self.netns = os.geteuid() == 0 and program("unshare") is not None and self._has_network()
-        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.nodes = [f"n{number}" for number in range(1, 9)]
         self.cpus, self.gpus = cpus, gpus
         self.environment = {
             **{name: text for name, text in os.environ.items() if not name.startswith("SLURM")},
@@ -96,6 +97,8 @@ class Cluster:
             "SLURMD": program("slurmd") or "",
         }
         self.daemons = {}
+        # A daemon dies with the thread that started it, so that is one that lives to the end.
+        self._starter = ThreadPoolExecutor(1)
         self._bridge = f"xs{os.getpid()}"
         self._subnet = f"10.{77 + os.getpid() % 100}.{os.getpid() % 251}"
 
@@ -127,7 +130,10 @@ class Cluster:
         self.start_controller()
         for name in self.nodes:
             self.start_node(name)
-        self.wait_until_idle(20)
+        try:
+            self.wait_until_idle(20)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from None
         return self
 
     def start_controller(self):
@@ -202,7 +208,7 @@ class Cluster:
         """Wait until `condition()` is true and return it; tells what did not happen otherwise."""
         return self._until(condition, seconds, what)
 
-    def wait_for_end(self, *jobs, seconds=60):
+    def wait_for_end(self, *jobs, seconds=120):
         """Wait until jobs have left the queue for good; their final states by job."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -226,6 +232,7 @@ class Cluster:
         for name in ("slurmctld", "munged"):
             if name in self.daemons:
                 self.daemons.pop(name).stop()
+        self._starter.shutdown()
         if self.netns:
             ip("link", "del", self._bridge, check=False)
 
@@ -233,14 +240,15 @@ class Cluster:
 
     def _start(self, name, words):
         log = self.root / "log" / f"{name}.out"
-        self.daemons[name] = Daemon(words, log, self.environment)
+        started = self._starter.submit(Daemon, words, log, self.environment)
+        self.daemons[name] = started.result()
         return self.daemons[name]
 
     def _until(self, condition, seconds, what):
         limit = time.monotonic() + seconds
         while not (found := condition()):
             if time.monotonic() > limit:
-                raise AssertionError(f"{what} within {seconds} s\n{self.logs()}")
+                raise AssertionError(f"{what} within {seconds} s")
             time.sleep(0.2)
         return found
 
@@ -290,25 +298,34 @@ class Cluster:
             where = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[number]}"
             if self.netns:
                 where = f"NodeHostname={name} NodeAddr={self._subnet}.{number} Port=17001"
-            lines.append(
-                f"NodeName={name} {where} CPUs={self.cpus} RealMemory={memory} State=UNKNOWN{gres}"
-            )
+            size = f"CPUs={self.cpus} RealMemory={memory}"
+            lines.append(f"NodeName={name} {where} {size} Weight={number}{gres}")
             (root / "spool" / name).mkdir(exist_ok=True)
-        nodes = f"Nodes={self.nodes[0]},{','.join(self.nodes[1:])} MaxTime=INFINITE State=UP"
         return CONFIGURATION.format(
             host=host, address=address, user=user, root=root, port=self._ports[0]
         ) + "\n".join(
             [
                 *lines,
-                f"PartitionName=main {nodes} Default=YES PriorityTier=10 PreemptMode=REQUEUE",
-                f"PartitionName=low {nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=10",
-                f"PartitionName=harsh {nodes} PriorityTier=1 PreemptMode=REQUEUE",
-                f"PartitionName=high {nodes} PriorityTier=100 PreemptMode=OFF",
+                *[
+                    f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE State=UP {rest}"
+                    for name, nodes, rest in PARTITIONS
+                ],
                 "",
             ]
         )
 
 
+# Faults of a node meet no job of another test: `crash` and `cut` have their own nodes, and so have
+# the partitions that preempt.
+PARTITIONS = (
+    ("main", "n1,n2", "Default=YES PriorityTier=10 PreemptMode=OFF"),
+    ("low", "n3", "PriorityTier=1 PreemptMode=REQUEUE GraceTime=10"),
+    ("harsh", "n3", "PriorityTier=1 PreemptMode=REQUEUE"),
+    ("high", "n3", "PriorityTier=100 PreemptMode=OFF"),
+    ("crash", "n4,n5,n6", "PriorityTier=10 PreemptMode=OFF"),
+    ("cut", "n7,n8", "PriorityTier=10 PreemptMode=OFF"),
+    ("three", "n1,n2,n6", "PriorityTier=10 PreemptMode=OFF"),
+)
 # cred_expire: a requeued job waits for its old credential to expire, 120 s by default; 5 is the
 # least that is accepted. SlurmdTimeout: 300 s by default until a lost node is noticed.
 CONFIGURATION = """\

@@ -121,6 +121,20 @@ def test_a_port_in_use_is_tried_again_in_the_same_life(files):
     assert (files.life_folder(1) / "try-1/rank-00000.json").exists()
 
 
+def test_the_batch_script_of_a_node_that_was_cut_off_changes_nothing(files):
+    begin(files)
+    begin(files, restart=1, nodes=("n3", "n4"))
+    before = files.load()
+    assert lives.end(files, 1, tries=1)["ACTION"] == "leave"
+    assert files.load() == before and before.lives[-1].number == 2
+
+
+def test_a_job_that_the_batch_script_submits_is_written_down(files):
+    begin(files)
+    lives.main(["submitted", str(files.run), "--job", "4712"])
+    assert files.load().jobs == [JOB, "4712"]
+
+
 def test_step_ids_of_the_same_job_are_used_up(files):
     begin(files)
     put_record(files, 1, step_id=3)

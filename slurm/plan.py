@@ -1,0 +1,304 @@
+"""A run file and a site as a plan of a job: all arithmetic, and everything that cannot work.
+
+Nothing here asks Slurm or writes a file.
+"""
+
+import hashlib
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config import RunConfig, check_world
+from slurm.site import Site, SiteError, time_limit_seconds
+from slurm.state import FOLDER, Policy
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
+from xlstm_io.errors import ConfigError
+from xlstm_io.remote import is_remote
+
+RUN_FILE = "run.yaml"
+# Folders that every node has for itself, where no other node finds a run.
+OWN_OF_A_NODE = ("/tmp", "/dev/shm")
+LEAST_SIGNAL_S = 120
+MOST_NODES_TRIED = 1024
+# Options that a key of the site file or the plan sets.
+_OPTION_KEYS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "reservation": "reservation",
+    "constraint": "constraint",
+    "time": "time",
+    "mail-user": "mail",
+    "mail-type": "mail",
+    "nice": "nice",
+    "gpus-per-node": "gpus_per_node",
+    "gres": "gres",
+    "mem": "mem",
+    "cpus-per-task": "cpus_per_task",
+    "ntasks-per-node": "tasks_per_node",
+    "exclusive": "exclusive",
+    "signal": "signal",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "nodes": "--nodes",
+    "job-name": "run.dir",
+    "output": "run.dir",
+    "open-mode": "the policy of restarts",
+    "export": "env",
+    "exclude": "the policy of restarts",
+    "nodelist": "nothing: a job pinned to nodes waits for ever for one that is gone",
+}
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a template prints.
+
+    Attributes:
+        template: its name.
+        run: the run folder.
+        folder: where the job works.
+        options: of `#SBATCH`, as they stand there.
+        step: options of `srun`.
+        container: what stands before the command of a rank.
+        words: the run file and options for the command.
+        python: interpreter of the batch script.
+        rank_python: interpreter of the ranks.
+        tasks_per_node: ranks of a node.
+        modules, setup, env, scratch, requeue: of the site.
+        policy: the limits of restarting.
+        signal_s: seconds between the signal and the time limit.
+    """
+
+    template: str
+    run: Path
+    folder: Path
+    options: tuple[str, ...]
+    step: tuple[str, ...]
+    container: tuple[str, ...]
+    words: tuple[str, ...]
+    python: str
+    rank_python: str
+    tasks_per_node: int
+    modules: tuple[str, ...]
+    setup: tuple[str, ...]
+    env: dict[str, str]
+    scratch: str | None
+    requeue: str
+    policy: Policy
+    signal_s: int
+
+
+def plan_training(
+    config: RunConfig,
+    site: Site,
+    nodes: int,
+    *,
+    folder: Path | None = None,
+    save_s: float = 0.0,
+    step_s: float = 0.0,
+) -> JobPlan:
+    """The job of a training run.
+
+    Args:
+        config: the run.
+        site: the cluster.
+        nodes: of the job.
+        folder: where the job works; the current folder if None.
+        save_s: seconds of the last save, where the run has saved already.
+        step_s: seconds of a step, where they are known.
+
+    Raises:
+        SiteError: the site does not go with the job.
+        ConfigError: the ranks do not fit the layout, or the run folder cannot be used by a job.
+    """
+    folder = folder or Path.cwd()
+    run = folder / config.run.dir
+    problems = [*_folder_problems(run, site), *_option_problems(site)]
+    if problems:
+        raise SiteError("\n".join(problems))
+    if nodes < 1:
+        raise SiteError(f"--nodes {nodes} is not a job; use 1 or more")
+    tasks = tasks_per_node(site)
+    _check_layout(config, nodes, tasks)
+    signal_s = _signal_seconds(site, save_s, step_s)
+    if time_limit_seconds(site.time) <= signal_s + 2 * save_s:
+        raise SiteError(
+            f"time={site.time} ends before a run can stop: the signal comes {signal_s} s before the"
+            f" limit, and a save takes {save_s:.0f} s; use a longer time"
+        )
+    checkpoints = str(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
+    most = site.restarts.max_excluded or max(2, math.ceil(nodes / 10))
+    return JobPlan(
+        template="train.sbatch.j2",
+        run=run,
+        folder=folder,
+        options=tuple(_options(site, run, nodes, tasks, signal_s)),
+        step=tuple(_step(site, nodes, tasks)),
+        container=tuple(_container(site, run, folder)),
+        words=(str(run / FOLDER / RUN_FILE),),
+        python=_python(site),
+        rank_python=_python(site) if site.container.kind == "none" else site.container.python,
+        tasks_per_node=tasks,
+        modules=tuple(site.modules),
+        setup=tuple(site.setup),
+        env=_environment(site),
+        scratch=site.scratch,
+        requeue=site.requeue,
+        policy=Policy(
+            steps=config.run.steps,
+            checkpoints=None if is_remote(checkpoints) else str(folder / checkpoints),
+            mode=site.requeue,
+            without_progress=site.restarts.without_progress,
+            total=site.restarts.total,
+            waits=tuple(60 * minutes for minutes in site.restarts.wait_minutes),
+            max_excluded=most,
+        ),
+        signal_s=signal_s,
+    )
+
+
+def tasks_per_node(site: Site) -> int:
+    """Ranks of a node."""
+    return site.tasks_per_node or max(1, site.gpus_per_node)
+
+
+def job_name(run: Path) -> str:
+    """The name of a run's jobs; no other run of the user has it, which `chain` relies on."""
+    readable = re.sub(r"[^A-Za-z0-9._-]", "_", run.name)[:40]
+    return f"xlstm-{readable}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+
+
+def _check_layout(config: RunConfig, nodes: int, tasks: int) -> None:
+    try:
+        check_world(config, nodes * tasks)
+    except ConfigError as error:
+        fitting = []
+        for count in range(1, MOST_NODES_TRIED + 1):
+            try:
+                check_world(config, count * tasks)
+                fitting.append(count)
+            except ConfigError:
+                continue
+        good = ", ".join(map(str, sorted(fitting, key=lambda n: abs(n - nodes))[:6]))
+        remedy = f"numbers of nodes that fit: {good}" if good else "no number of nodes fits"
+        raise ConfigError(f"{nodes} nodes with {tasks} ranks each: {error}; {remedy}") from None
+
+
+def _folder_problems(run: Path, site: Site) -> list[str]:
+    """Why a job cannot use this run folder."""
+    if "%" in str(run) or "\n" in str(run):
+        return [f"run.dir={str(run)!r} has a % or a line break, which Slurm replaces; rename it"]
+    own = (*OWN_OF_A_NODE, *([site.scratch] if site.scratch else []))
+    return [
+        f"run.dir={run} is on a disk of each node's own ({place}); use a folder that all nodes see"
+        for place in own
+        if run.is_relative_to(place)
+    ]
+
+
+def _option_problems(site: Site) -> list[str]:
+    """What is said twice, or belongs into another key."""
+    problems = []
+    for option in site.extra_sbatch:
+        key = _OPTION_KEYS.get(option.removeprefix("--").partition("=")[0].split()[0])
+        if key is not None:
+            problems.append(f"extra_sbatch has {option}, which is set by {key}; remove it there")
+    if site.gres and site.gpus_per_node == 0:
+        problems.append(f"gres={site.gres} asks for GPUs, and gpus_per_node=0; set both")
+    container = site.container
+    if container.kind == "none":
+        given = sorted(container.model_fields_set - {"kind"})
+        if given:
+            problems.append(f"container.{given[0]} is set, and container.kind=none; set the kind")
+    elif container.image is None:
+        problems.append(f"container.kind={container.kind} needs container.image")
+    return problems
+
+
+def _signal_seconds(site: Site, save_s: float, step_s: float) -> int:
+    if site.signal.seconds != "auto":
+        return site.signal.seconds
+    return max(LEAST_SIGNAL_S, math.ceil(2 * (save_s + step_s)) + 60)
+
+
+def _options(site: Site, run: Path, nodes: int, tasks: int, signal_s: int) -> list[str]:
+    """Options of `#SBATCH`."""
+    gpus: list[str | None] = []
+    if site.gpus_per_node:
+        gpus = [f"gres={site.gres}" if site.gres else f"gpus-per-node={site.gpus_per_node}"]
+    found = [
+        f"job-name={job_name(run)}",
+        f"partition={site.partition}",
+        *[
+            f"{name}={value}" if value is not None else None
+            for name, value in (
+                ("account", site.account),
+                ("qos", site.qos),
+                ("reservation", site.reservation),
+                ("constraint", site.constraint),
+                ("nice", site.nice),
+                ("mail-user", site.mail),
+                ("mail-type", "END,FAIL" if site.mail else None),
+            )
+        ],
+        f"nodes={nodes}",
+        f"ntasks-per-node={tasks}",
+        *gpus,
+        f"cpus-per-task={site.cpus_per_task}" if site.cpus_per_task else None,
+        f"mem={site.mem}" if site.mem else None,
+        "exclusive" if site.exclusive else None,
+        f"time={site.time}",
+        "requeue" if site.requeue == "requeue" else "no-requeue",
+        "open-mode=append",
+        f"output={run}/{FOLDER}/%j.out",
+        f"signal={site.signal.name}@{signal_s}",
+        "export=NONE",
+        "wait-all-nodes=1",
+    ]
+    extra = [option.removeprefix("--") for option in site.extra_sbatch]
+    return [f"--{text}" for text in [*found, *extra] if text is not None]
+
+
+def _step(site: Site, nodes: int, tasks: int) -> list[str]:
+    """Options of the `srun` of the ranks; it takes over the job's only in part."""
+    words = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
+    if site.cpus_per_task:
+        words.append(f"--cpus-per-task={site.cpus_per_task}")
+    if site.gpus_per_node:
+        # Bound to one GPU each, the ranks could not reach each other's, and none had its number.
+        words.append("--gpu-bind=none")
+    container = site.container
+    if container.kind == "pyxis":
+        words.append(f"--container-image={container.image}")
+        words += container.flags
+    return words
+
+
+def _container(site: Site, run: Path, folder: Path) -> list[str]:
+    """What stands before the command of a rank, and for pyxis what belongs to `srun`."""
+    container = site.container
+    if container.kind == "none":
+        return []
+    mounts = ",".join(dict.fromkeys([*container.mounts, f"{folder}:{folder}", f"{run}:{run}"]))
+    workdir = container.workdir or str(folder)
+    if container.kind == "pyxis":
+        return [f"--container-mounts={mounts}", f"--container-workdir={workdir}"]
+    gpu = ["--nv"] if site.gpus_per_node else []
+    words = ["apptainer", "exec", *gpu, "--bind", mounts, "--pwd", workdir, *container.flags]
+    return [*words, str(container.image)]
+
+
+def _environment(site: Site) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if site.cpus_per_task:
+        found["OMP_NUM_THREADS"] = str(site.cpus_per_task)
+    if site.network.interface:
+        found["GLOO_SOCKET_IFNAME"] = found["NCCL_SOCKET_IFNAME"] = site.network.interface
+    return {**found, **site.network.env, **site.env}
+
+
+def _python(site: Site) -> str:
+    return site.python or sys.executable

@@ -1,0 +1,127 @@
+"""What is asked of Slurm's own commands, once per call and never in a loop."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xlstm_io.errors import UserError
+
+TIMEOUT_S = 60
+
+
+class SlurmError(UserError):
+    """Slurm refuses something, or cannot be asked; the message has its own words."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue.
+
+    Attributes:
+        job: its number.
+        state: as Slurm says it, such as RUNNING.
+        reason: why it waits.
+        start: when Slurm expects it to start, or "N/A".
+    """
+
+    job: str
+    state: str
+    reason: str
+    start: str
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for `scontrol release`."""
+        return self.state != "RUNNING" and "held" in self.reason.lower()
+
+
+def ask(*words: str) -> str:
+    """The output of one of Slurm's commands.
+
+    Raises:
+        SlurmError: it is not on this machine, does not answer, or refuses; in its own words.
+    """
+    done = _run(*words)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise SlurmError(f"{words[0]}: {said or f'exit code {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which(words[0]) is None:
+        raise SlurmError(
+            f"{words[0]} is not on this machine; run this where jobs are submitted, or use "
+            "python -m slurm render, which needs no Slurm"
+        )
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]} does not answer within {TIMEOUT_S} s") from None
+
+
+def test_only(file: Path, options: Iterable[str]) -> str:
+    """When Slurm would start a job; SlurmError with its words where it would refuse the job."""
+    done = _run("sbatch", "--test-only", *options, str(file))
+    said = (done.stderr + done.stdout).strip()
+    if done.returncode != 0:
+        raise SlurmError(f"Slurm refuses {file}: {said}")
+    return said.removeprefix("sbatch: ")
+
+
+def submit(file: Path, options: Iterable[str]) -> str:
+    """Submit a file; the number of the job."""
+    return ask("sbatch", "--parsable", *options, str(file)).split(";")[0]
+
+
+def queued(job: str) -> QueuedJob | None:
+    """A job of the queue; None when it has left the queue."""
+    done = _run("squeue", "--noheader", f"--jobs={job}", "--format=%A|%T|%r|%S")
+    if done.returncode != 0 and "Invalid job id" in done.stderr:
+        return None
+    if done.returncode != 0:
+        raise SlurmError(f"squeue: {done.stderr.strip()}")
+    lines = done.stdout.strip().splitlines()
+    return QueuedJob(*lines[0].split("|", 3)) if lines else None
+
+
+def first_queued(jobs: Iterable[str]) -> QueuedJob | None:
+    """The first of several jobs that is in the queue."""
+    return next((found for job in jobs if (found := queued(job)) is not None), None)
+
+
+def known_nodes(partition: str) -> list[str]:
+    """Names of the nodes of a partition; empty when there is no such partition."""
+    found = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N")
+    return sorted(set(found.split()))
+
+
+def gpus_of_nodes(partition: str) -> int:
+    """The most GPUs that a node of a partition has."""
+    told = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%G")
+    counts = [0]
+    for line in told.splitlines():
+        counts.append(sum(int(n) for n in re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", line)))
+    return max(counts)
+
+
+def facts(partition: str) -> dict[str, str]:
+    """What the configuration says about restarts: KillWait, GraceTime and the like."""
+    wanted = ("KillWait", "SlurmdTimeout", "JobRequeue", "PreemptMode", "MaxArraySize")
+    told = dict(re.findall(r"(?m)^(\w+)\s*= (.*?)\s*$", ask("scontrol", "show", "config")))
+    found = {name: told.get(name, "unknown") for name in wanted}
+    of_partition = ask("scontrol", "--oneliner", "show", "partition", partition)
+    for name in ("GraceTime", "PreemptMode"):
+        match = re.search(rf"\b{name}=(\S+)", of_partition)
+        if match:
+            found[name] = match[1]
+    return found
+
+
+def seconds_of(value: str) -> int:
+    """The number in a value such as `30 sec`; 0 when there is none."""
+    match = re.match(r"\d+", value)
+    return int(match[0]) if match else 0

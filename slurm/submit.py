@@ -1,0 +1,187 @@
+"""Submit a training run: check everything, write the files, hand them to Slurm."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain.config import RunConfig, save_config
+from pretrain.supervision.lease import check_free
+from pretrain.supervision.progress_file import read_progress
+from slurm import scheduler
+from slurm.job_files import copy_job_files
+from slurm.plan import RUN_FILE, JobPlan, plan_training
+from slurm.render import render
+from slurm.site import Site
+from slurm.state import STOP_FILE, RunState
+from xlstm_io.errors import ConfigError, UserError
+from xlstm_io.remote import is_remote
+from xlstm_io.storage import write_atomic
+
+BATCH_FILE = "train.sbatch"
+
+
+def make_plan(config: RunConfig, site: Site, nodes: int) -> JobPlan:
+    """The plan of a run, with what is known of its speed when it has run before."""
+    progress = read_progress(Path(config.run.dir))
+    return plan_training(
+        config,
+        site,
+        nodes,
+        save_s=(progress and progress.save_seconds) or 0.0,
+        step_s=(progress and progress.step_seconds) or 0.0,
+    )
+
+
+def submit_training(
+    config: RunConfig, site: Site, nodes: int, *, dry_run: bool = False, after: str | None = None
+) -> int:
+    """Submit a run, and print the number of the job.
+
+    Args:
+        config: the run.
+        site: the cluster.
+        nodes: of the job.
+        dry_run: check and write the files, print them and what the cluster is like, and stop there.
+        after: a job that has to end well first.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: it cannot work; nothing was submitted.
+    """
+    plan = make_plan(config, site, nodes)
+    files = RunState(plan.run)
+    _check_data(config)
+    _check_run(files, plan)
+    known = scheduler.known_nodes(site.partition)
+    _check_nodes(files, site, nodes, known)
+    state = files.load()
+    text = render(plan)
+    write_files(plan, config, text)
+    file = files.folder / BATCH_FILE
+    options = exclude_option(state.excluded, known)
+    when = scheduler.test_only(file, options)
+    if after is not None:
+        options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    if dry_run:
+        print(text)
+        for line in (when, *describe_cluster(site, plan)):
+            print(f"# {line}")
+        return 0
+    job = scheduler.submit(file, options)
+    note_submission(files, job)
+    print(job)
+    return 0
+
+
+def write_files(plan: JobPlan, config: RunConfig, text: str) -> None:
+    """Write what a job needs into the run folder; ConfigError when that cannot be done."""
+    files = RunState(plan.run)
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        copy_job_files(plan.run)
+        save_config(config, files.folder / RUN_FILE)
+        files.save_policy(plan.policy)
+        write_atomic(files.folder / BATCH_FILE, text.encode())
+    except OSError as error:
+        raise ConfigError(f"run.dir={plan.run} cannot be written ({error.strerror})") from error
+
+
+def exclude_option(excluded: Sequence[str] | dict[str, str], known: Sequence[str]) -> list[str]:
+    """`--exclude` with those nodes that this cluster knows: one unknown name and Slurm refuses."""
+    names = sorted(set(excluded) & set(known))
+    return [f"--exclude={','.join(names)}"] if names else []
+
+
+def note_submission(files: RunState, job: str) -> None:
+    """Write down that a job has the run from now on; what stopped the last one is answered."""
+    files.save(replace(files.load(), job=job, verdict=""))
+    (files.folder / STOP_FILE).unlink(missing_ok=True)
+    files.tell("submit", f"job {job}", job=job)
+
+
+def check_not_held(files: RunState) -> None:
+    """Nothing while no living job has the run; UserError names the job that has it."""
+    job = scheduler.first_queued(files.load().jobs)
+    if job is not None:
+        raise UserError(
+            f"job {job.job} has the run {files.run} ({job.state}); python -m slurm status "
+            f"{files.run} shows it, python -m slurm stop {files.run} ends it"
+        )
+    check_free(files.run)
+
+
+def _check_data(config: RunConfig) -> None:
+    for key, path in config.data.folders:
+        if not is_remote(path) and not Path(path).is_dir():
+            raise ConfigError(f"{key}={path!r} is not a folder; build one, or give another")
+
+
+def _check_run(files: RunState, plan: JobPlan) -> None:
+    if files.finished(plan.policy):
+        raise ConfigError(
+            f"run.dir={plan.run}: all {plan.policy.steps} steps are done; set run.steps higher to "
+            "train on, or use another run.dir"
+        )
+    check_not_held(files)
+
+
+def _check_nodes(files: RunState, site: Site, nodes: int, known: Sequence[str]) -> None:
+    if site.gpus_per_node and known:
+        most = scheduler.gpus_of_nodes(site.partition)
+        if site.gpus_per_node > most:
+            raise ConfigError(
+                f"gpus_per_node={site.gpus_per_node}, and no node of partition {site.partition} "
+                f"has more than {most}"
+            )
+    left = len(set(known) - set(files.load().excluded))
+    if known and left < nodes:
+        raise ConfigError(
+            f"--nodes {nodes}: partition {site.partition} has {len(known)} nodes, and "
+            f"{len(known) - left} of them are left out (RUN/slurm/state.json); use fewer nodes"
+        )
+
+
+def describe_cluster(site: Site, plan: JobPlan) -> list[str]:
+    """What the cluster is like, and what of it hurts this run."""
+    facts = scheduler.facts(site.partition)
+    lines = [", ".join(f"{name}={value}" for name, value in facts.items())]
+    progress = read_progress(plan.run)
+    save = (progress and progress.save_seconds) or 0.0
+    kill_wait = scheduler.seconds_of(facts["KillWait"])
+    if not save:
+        lines.append("how long a save takes is known after the first one")
+    elif save > kill_wait:
+        lines.append(
+            f"a save takes {save:.0f} s and KillWait is {kill_wait} s: `scontrol requeue` and a "
+            "preemption without grace lose the steps since the last checkpoint"
+        )
+    if facts["JobRequeue"] == "0" and site.requeue == "requeue":
+        lines.append("JobRequeue=0: where the site forbids --requeue too, a new job is submitted")
+    if "CANCEL" in facts["PreemptMode"] and site.requeue != "chain":
+        lines.append("PreemptMode=CANCEL: a preempted job does not come back; use requeue: chain")
+    timeout = scheduler.seconds_of(facts["SlurmdTimeout"])
+    if timeout > 60:
+        lines.append(f"a lost node is noticed after SlurmdTimeout={timeout} s")
+    return lines
+
+
+def resubmit(files: RunState) -> str:
+    """Submit the files of a run again; the number of the job.
+
+    Raises:
+        UserError: there are no files, or Slurm refuses them.
+    """
+    file = files.folder / BATCH_FILE
+    if not file.is_file():
+        raise UserError(f"{files.run} was never submitted; use python -m slurm submit train")
+    known = ask_all_nodes()
+    job = scheduler.submit(file, exclude_option(files.load().excluded, known))
+    note_submission(files, job)
+    return job
+
+
+def ask_all_nodes() -> list[str]:
+    """Names of all nodes of the cluster."""
+    return sorted(set(scheduler.ask("sinfo", "--noheader", "--Node", "--format=%N").split()))
