@@ -124,3 +124,13 @@ def _documents_of_parts(manifest, entry) -> list[list[int]]:
                 assert not known or known[-1] == tokens[start]
                 known += tokens[start + bool(known) : end]
     return [parts[number] for number in sorted(parts)]
+
+
+def make_shards(root: Path) -> Path:
+    """Tiny shards in a folder, for runs: 16 tokens per row, 330 words."""
+    corpus = write_jsonl(root / "corpus.jsonl", make_texts(90))
+    assert run("tokenizer", "--input", corpus, "--vocab-size", 330, "--out", root / "tok") == 0
+    flags = ["--input", corpus, "--tokenizer", root / "tok", "--out", root / "shards"]
+    flags += ["--seq-len", 16, "--valid-fraction", 0.2, "--shard-mb", 0.004, "--workers", 1]
+    assert run("build", *flags) == 0
+    return root / "shards"

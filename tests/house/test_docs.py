@@ -86,11 +86,11 @@ RUN_ELSEWHERE = {
         f"python -m slurm {words}": (f"tests/slurm/{file}", evidence)
         for words, file, evidence in (
             ("render train my.yaml --nodes 4", "test_render.py", '"render", "train"'),
-            ("submit train my.yaml --nodes 4", "conftest.py", '"submit", "train"'),
-            ("submit train my.yaml --nodes 4 --dry-run", "test_policy.py", '"--dry-run"'),
-            ("status RUN", "test_policy.py", '"status", run.run'),
-            ("stop RUN", "test_policy.py", '"stop", run.run'),
-            ("resume RUN", "test_policy.py", '"resume", run.run'),
+            ("submit train my.yaml --nodes 4", "runs.py", '"submit", "train"'),
+            ("submit train my.yaml --nodes 4 --dry-run", "policy.py", '"--dry-run"'),
+            ("status RUN", "policy.py", '"status", run.run'),
+            ("stop RUN", "policy.py", '"stop", run.run'),
+            ("resume RUN", "policy.py", '"resume", run.run'),
         )
     },
     "make setup": (".ci/run", "make --no-print-directory setup"),

@@ -1,70 +1,13 @@
-"""The policy on a real cluster, with a stub as the trainer: every way for a life to end.
-
-A life of the stub costs no CPU but seconds of waiting for Slurm, so all scenarios run side by side
-in threads, and each test waits for its own.
-"""
+"""Scenarios of the policy: every way for a life of the stub to end."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pytest
+from tests.slurm.runs import by_hand, needs_root, said, scenario, site
 
-from tests.slurm.conftest import REQUIRED, StubRun
-
-pytestmark = pytest.mark.slurm
-
-ROOT = Path(__file__).parents[2]
-
-SCENARIOS = {}
 AT_ONCE = {"restarts": {"wait_minutes": [0]}}  # no waits after lives without progress
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def needs_root(function):
-    """A scenario whose nodes crash or lose their network."""
-    function.needs_root = True
-    return scenario(function)
-
-
-@pytest.fixture(scope="module")
-def outcomes(cluster, request):
-    """The scenarios that were asked for, all under way."""
-    asked = (getattr(item, "callspec", None) for item in request.session.items)
-    names = {spec.params.get("name") for spec in asked if spec is not None}
-    made = []
-
-    def make(name, **keys):
-        made.append(StubRun(cluster, name, **keys))
-        return made[-1]
-
-    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
-        yield {
-            name: pool.submit(function, make)
-            for name, function in SCENARIOS.items()
-            if name in names and (cluster.netns or not hasattr(function, "needs_root"))
-        }
-    for run in made:
-        cluster.run("scancel", run.files.load().job, check=False)
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_on_slurm(outcomes, name):
-    if name not in outcomes:
-        if os.environ.get(REQUIRED):
-            pytest.fail(f"nodes have no network of their own, and {REQUIRED} is set")
-        pytest.skip("nodes have no network of their own: this needs root")
-    outcomes[name].result()
 
 
 @scenario
@@ -348,18 +291,6 @@ def two_jobs_never_work_on_one_run(make):
 
 
 @needs_root
-def a_crashed_node_moves_the_run(make):
-    run = make("crash", site={"partition": "crash"}, steps=600).submit().until_running(step=15)
-    victim = run.lives[0].nodes[1]
-    run.cluster.crash(victim)
-    run.until_running(life=2, seconds=150)
-    first, second = run.lives
-    assert victim not in second.nodes and first.cause in ("interrupted", "node lost")
-    assert second.start_step >= 10
-    run.cluster.start_node(victim)
-
-
-@needs_root
 def a_cut_off_node_that_comes_back_does_not_end_the_new_life(make):
     run = make("cut", site={"partition": "cut"}, nodes=1, steps=3000).submit()
     run.until_running(step=15)
@@ -372,20 +303,3 @@ def a_cut_off_node_that_comes_back_does_not_end_the_new_life(make):
     assert len(run.lives) == 2 and run.lives[1].nodes != (node,), run.log()
     assert run.lives[1].ended is None  # the old batch script has left the state alone
     assert min(record.step_id for record in run.files.records(2)) >= 1
-
-
-def said(run, *words, code=0):
-    """What `python -m slurm` prints, in a process of its own: the others print meanwhile."""
-    command = [sys.executable, "-m", "slurm", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def site(run):
-    return ("--site", run.folder / "site.yaml")
-
-
-def by_hand(run):
-    """Submit the run's file without asking `python -m slurm`."""
-    return run.cluster.run("sbatch", "--parsable", run.files.folder / "train.sbatch").stdout.strip()

@@ -1,0 +1,57 @@
+"""Everything that needs the cluster: the policy with a stub as the trainer, and real training.
+
+A life of the stub costs no CPU but seconds of waiting for Slurm, so all scenarios run side by side
+in threads, and each test waits for its own.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.slurm import policy, training  # noqa: F401 (their scenarios)
+from tests.slurm.conftest import REQUIRED
+from tests.slurm.runs import SCENARIOS, StubRun, TrainerRun
+
+pytestmark = pytest.mark.slurm
+
+
+class Maker:
+    """Makes runs: `make(name, ...)` with the stub, `make.trainer(name, ...)` with the trainer."""
+
+    def __init__(self, cluster, shards):
+        self.cluster, self.shards, self.made = cluster, shards, []
+
+    def __call__(self, name, **keys):
+        self.made.append(StubRun(self.cluster, name, **keys))
+        return self.made[-1]
+
+    def trainer(self, name, **keys):
+        self.made.append(TrainerRun(self.cluster, name, self.shards, **keys))
+        return self.made[-1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(cluster, shards, request):
+    """The scenarios that were asked for, all under way."""
+    asked = (getattr(item, "callspec", None) for item in request.session.items)
+    names = {spec.params.get("name") for spec in asked if spec is not None}
+    make = Maker(cluster, shards)
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {
+            name: pool.submit(function, make)
+            for name, function in SCENARIOS.items()
+            if name in names and (cluster.netns or not hasattr(function, "needs_root"))
+        }
+    for run in make.made:
+        for job in run.files.load().jobs:
+            cluster.run("scancel", job, check=False)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_on_slurm(outcomes, name):
+    if name not in outcomes:
+        if os.environ.get(REQUIRED):
+            pytest.fail(f"nodes have no network of their own, and {REQUIRED} is set")
+        pytest.skip("nodes have no network of their own: this needs root")
+    outcomes[name].result()

@@ -1,0 +1,81 @@
+"""Scenarios of the real trainer: what Slurm does to a run changes none of its numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.slurm.runs import ROOT, needs_root, steps_of
+
+STEPS = {"run__steps": 60, "checkpoint__interval": 10, "evaluation__interval": 100}
+
+
+def undisturbed(run):
+    """The losses of the same run by `launch` on this machine."""
+    folder = run.folder / "launched"
+    words = [sys.executable, "-m", "pretrain", "launch", run.folder / "run.yaml", "--nproc", "2"]
+    done = subprocess.run(
+        [*map(str, words), "--run.dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return steps_of(folder)
+
+
+def kill_rank(run, rank):
+    """SIGKILL to the trainer of a rank, found by its job and its rank."""
+    wanted = {f"RANK={rank}".encode(), f"XLSTM_RUN={run.run}".encode()}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = set(path.read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if wanted <= variables:
+            os.kill(int(path.parent.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"rank {rank} does not run")
+
+
+@needs_root
+def a_run_lives_through_everything_bit_for_bit(make):
+    run = make.trainer("training", site={"partition": "crash"}, **STEPS).submit()
+    # 1. A signal while Python imports.
+    run.wait(lambda run: len(run.files.records(1)) == 2, 300, "no rank starts")
+    run.cluster.run("scancel", "--signal=USR1", run.job)
+    # 2. A rank is killed.
+    run.until_running(life=2, step=13, seconds=300)
+    kill_rank(run, 1)
+    # 3. A requeue from outside.
+    run.until_running(life=3, step=22, seconds=300)
+    run.cluster.run("scontrol", "requeue", run.job)
+    # 4. A node is lost.
+    run.until_running(life=4, step=33, seconds=300)
+    run.cluster.crash(run.lives[-1].nodes[1])
+    # 5. The end.
+    assert run.until_ended(300) == "COMPLETED", run.log()
+    assert len(run.lives) == 5 and run.lives[0].checkpoint_step == 1, run.log()
+    assert [record.code for record in run.files.records(1)] == [75, 75]
+    expected = undisturbed(run)
+    assert run.steps == expected and len(expected) == 60
+    lost = [life.last_step - life.checkpoint_step for life in run.lives]
+    print(f"steps repeated: {run.repeated}; by life {lost}")
+    assert run.repeated <= 30  # at most those since the last checkpoint, in lives 2 and 4
+    assert lost[0] == lost[2] == lost[4] == 0
+
+
+@needs_root
+def ranks_that_srun_started_by_hand_train_together(make):
+    run = make.trainer("by hand", site={"partition": "crash"}, **STEPS)
+    words = ["srun", "--partition=main", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m"]
+    environment = {**run.cluster.environment, **run.site["env"]}
+    done = run.cluster.run(
+        *words, "pretrain", "train", run.folder / "run.yaml", env=environment, timeout=300, cwd=ROOT
+    )
+    said = done.stdout + done.stderr
+    assert said.count("2 processes on cpu") == 1, said  # and not two runs of one process
+    assert run.steps == undisturbed(run)
