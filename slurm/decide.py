@@ -99,7 +99,7 @@ _MEMORY = re.compile(r"oom[-_ ]kill|out of memory: killed", re.I)
 # What the others say when a rank has gone: a consequence.
 _PEER = re.compile(
     r"connection (?:reset|closed|refused)|broken pipe|ncclRemoteError|RendezvousConnectionError"
-    r"|lost (?:its|a|the) peer|peer .*(?:gone|lost|closed)",
+    r"|lost the connection to another rank",
     re.I,
 )
 _INTERRUPTS = {1, 2, 9, 10, 12, 15}  # HUP INT KILL USR1 USR2 TERM

@@ -5,7 +5,7 @@ import re
 import signal
 import time
 
-from tests.slurm.runs import by_hand, needs_root, said, scenario, site
+from tests.slurm.runs import alone, by_hand, needs_root, said, scenario, site
 
 AT_ONCE = {"restarts": {"wait_minutes": [0]}}  # no waits after lives without progress
 
@@ -303,3 +303,19 @@ def a_cut_off_node_that_comes_back_does_not_end_the_new_life(make):
     assert len(run.lives) == 2 and run.lives[1].nodes != (node,), run.log()
     assert run.lives[1].ended is None  # the old batch script has left the state alone
     assert min(record.step_id for record in run.files.records(2)) >= 1
+
+
+@alone
+@needs_root
+def a_dead_slurmd_and_a_dead_controller_cost_nothing(make):
+    """Steps live on without them; the daemons come back and find them."""
+    run = make("daemons", site={"partition": "cut"}, nodes=1, steps=200).submit()
+    run.until_running(step=5)
+    run.cluster.kill_slurmd(run.lives[0].nodes[0])
+    run.until_running(step=30)
+    run.cluster.restart_slurmd(run.lives[0].nodes[0])
+    run.cluster.kill_controller()
+    run.until_running(step=60)
+    run.cluster.start_controller()
+    assert run.until_ended() == "COMPLETED"
+    assert run.causes == ["done"], run.log()

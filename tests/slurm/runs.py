@@ -25,6 +25,12 @@ def scenario(function):
     return function
 
 
+def alone(function):
+    """A scenario that would disturb all others: it runs after them."""
+    function.alone = True
+    return scenario(function)
+
+
 def needs_root(function):
     """A scenario whose nodes crash, lose their network or have to find each other."""
     function.needs_root = True

@@ -99,7 +99,8 @@ def test_a_stop_request_ends_the_restarts_but_hides_no_mistake():
         (rank(tail=["torch.OutOfMemoryError: CUDA out of memory."]), Cause.ERROR),
         (rank(tail=["ValueError: what"]), Cause.ERROR),
         (rank(tail=["RuntimeError: Connection reset by peer"]), Cause.NODE_LOST),
-        (rank(code=70, tail=["rank 3 lost its peer"]), Cause.NODE_LOST),
+        (rank(code=70, tail=["rank 3 lost the connection to another rank: ..."]), Cause.NODE_LOST),
+        (rank(code=70, tail=["rank 0 lost the connection ...: EADDRINUSE"]), Cause.PORT),
     ],
 )
 def test_what_a_rank_says_about_its_end(record, cause):

@@ -6,6 +6,7 @@ in threads, and each test waits for its own.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -33,25 +34,31 @@ class Maker:
 
 @pytest.fixture(scope="module")
 def outcomes(cluster, shards, request):
-    """The scenarios that were asked for, all under way."""
+    """The scenarios that were asked for, under way: functions that wait for their ends."""
     asked = (getattr(item, "callspec", None) for item in request.session.items)
     names = {spec.params.get("name") for spec in asked if spec is not None}
     make = Maker(cluster, shards)
+    possible = {
+        name: function
+        for name, function in SCENARIOS.items()
+        if name in names and (cluster.netns or not hasattr(function, "needs_root"))
+    }
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         yield {
-            name: pool.submit(function, make)
-            for name, function in SCENARIOS.items()
-            if name in names and (cluster.netns or not hasattr(function, "needs_root"))
+            name: partial(function, make)
+            if hasattr(function, "alone")
+            else pool.submit(function, make).result
+            for name, function in possible.items()
         }
     for run in make.made:
         for job in run.files.load().jobs:
             cluster.run("scancel", job, check=False)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", sorted(SCENARIOS, key=lambda n: hasattr(SCENARIOS[n], "alone")))
 def test_on_slurm(outcomes, name):
     if name not in outcomes:
         if os.environ.get(REQUIRED):
             pytest.fail(f"nodes have no network of their own, and {REQUIRED} is set")
         pytest.skip("nodes have no network of their own: this needs root")
-    outcomes[name].result()
+    outcomes[name]()
