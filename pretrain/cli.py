@@ -128,6 +128,13 @@ def _build_parser() -> argparse.ArgumentParser:
         "--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote"
     )
 
+    rewind = add("rewind", "take a run back to a checkpoint, and leave out the samples after it")
+    rewind.add_argument("run_dir", metavar="RUN_DIR")
+    rewind.add_argument("--to", type=int, required=True, metavar="STEP", help="its step")
+    rewind.add_argument(
+        "--skip-samples", type=int, default=0, metavar="N", help="samples to leave out (default: 0)"
+    )
+
     demo = add("demo", "the whole pipeline, from text to a trained model and a summary")
     demo.add_argument("--model", choices=("large", "classic"), default="large")
     demo.add_argument("--steps", type=int, default=200, metavar="N")
@@ -268,6 +275,12 @@ def _report(options: argparse.Namespace) -> int:
     return main(options.run_dir, baselines=options.baselines)
 
 
+def _rewind(options: argparse.Namespace) -> int:
+    from pretrain.commands.rewind import main
+
+    return main(options.run_dir, options.to, options.skip_samples)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from pretrain.commands.demo import main
 
@@ -292,6 +305,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "generate": _generate,
     "report": _report,
+    "rewind": _rewind,
     "demo": _demo,
 }
 # Commands that several processes run together, each as one rank.

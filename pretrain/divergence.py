@@ -159,7 +159,8 @@ def diverged(config: RunConfig, rejected: RejectedStep, key: str, good: Location
     return (
         f"{rejected}, so the update was not applied and the run stops ({key}); "
         f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; "
-        f"{EVIDENCE_FOLDER}/ in {config.run.dir} names the samples; {remedy}"
+        f"{EVIDENCE_FOLDER}/ in {config.run.dir} names the samples; {remedy}, or go back and leave "
+        f"out these samples: python -m pretrain rewind {config.run.dir} --to STEP --skip-samples N"
     )
 
 

@@ -118,7 +118,7 @@ def continued(
         raise ConfigError(
             f"run.steps={steps}: {what}, and that rate is 0, so the {steps - done} steps after "
             f"step {done} would change nothing; set schedule.extend=recompute, with which the rate "
-            "jumps up again"
+            "jumps up again, or go back to before the cooldown with python -m pretrain rewind"
         )
     return new, (
         f"run.steps was {before} and is {steps}: {what} (schedule.extend={schedule.extend}); "

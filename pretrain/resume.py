@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pretrain.engines.verdict import StepResult
 from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.evaluation import Evaluation
+from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
 
@@ -142,6 +144,10 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         saver.last_good = path
         measured = read_evaluation_together(path, saved, ranks=ranks)
         cursor = DataCursor.from_dict(saved.state["cursor"])
+        skip = ranks.first("looking for a rewind", partial(_to_skip, saver.folder, saved))
+        if skip:
+            first, cursor = cursor.consumed_samples, cursor.skip(skip)
+            notes.append(f"rewound: the samples {first} to {first + skip - 1} are left out")
         divergence = Divergence(config, saved.state.get("divergence"))
         return Start(state, cursor, path, curve, divergence, changes, notes, measured)
     if candidates:
@@ -154,6 +160,11 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
     )
     return Start(TrainState(), DataCursor(0), None, Curve(config.run.steps), Divergence(config))
+
+
+def _to_skip(folder: Location, saved: Manifest) -> int:
+    """Samples that a rewind leaves out after a checkpoint."""
+    return Lives(folder).samples_to_skip(saved.state.get("life", 0), saved.step)
 
 
 def check_is_same_run(

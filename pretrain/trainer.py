@@ -116,6 +116,7 @@ class Trainer:
             micro_batch=data.micro_batch,
             step=self.state.step,
             consumed_samples=cursor.consumed_samples,
+            skipped=cursor.skipped,
             workers=data.workers,
             quarantine=Quarantine(
                 data.max_quarantined, layout.own_file(self.dir, "quarantine"), cursor.quarantined

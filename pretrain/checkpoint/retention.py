@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.ranks import RANK_TIMEOUT
 from xlstm_io.checkpoint.evaluation import read_evaluation
+from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.checkpoint.manifest import MANIFEST_NAME, parse_manifest, step_folders
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
@@ -106,8 +107,8 @@ def apply_retention(
 
     Nothing here fails a run: what cannot be deleted is named in a warning. The manifest is deleted
     first, so that a deletion that is interrupted leaves nothing that looks complete; the rest is
-    then a dead attempt like any other. Damaged checkpoints do not count, and are left for a person
-    to look at.
+    then a dead attempt like any other. Damaged checkpoints and superseded
+    ones do not count, and are left for a person to look at.
 
     Args:
         folder: The folder of the checkpoints.
@@ -119,11 +120,15 @@ def apply_retention(
     """
     try:
         saved, attempts = [], []
+        lives = Lives(folder)
         for path in step_folders(folder):
             if path in damaged:
                 continue
             try:
-                saved.append(_about(path))
+                about, life = _about(path)
+                # What nobody will load takes no place, and is left for a person.
+                if lives.superseded_by(life, about.step) is None:
+                    saved.append(about)
             except CheckpointDamagedError:
                 if not exists(path / MANIFEST_NAME):
                     attempts.append(path)
@@ -140,13 +145,15 @@ def apply_retention(
         log.warning("could not clean up in %s: %s", folder, error)
 
 
-def _about(path: Location) -> Saved:
+def _about(path: Location) -> tuple[Saved, int]:
+    """A checkpoint, and the life that wrote it."""
     manifest = parse_manifest(path)
     measured = read_evaluation(path, manifest)
     due = bool(manifest.state.get("evaluation_due"))
     loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
     finite = manifest.state.get("loss", 0.0) is not None
-    return Saved(path, manifest.step, manifest.created, loss, due and measured is None, finite)
+    saved = Saved(path, manifest.step, manifest.created, loss, due and measured is None, finite)
+    return saved, int(manifest.state.get("life", 0))
 
 
 def _last_change(path: Location) -> float:

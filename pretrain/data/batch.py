@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,11 +78,23 @@ class DataCursor:
         plan: Description of their order (`DataPlan.describe`). A checkpoint continues only with
             data of the same description, or where the user accepts the change.
         quarantined: The damaged rows that the run met.
+        skipped: Samples that the run left out, as pairs of the first one and their number. They
+            count as consumed.
     """
 
     consumed_samples: int
     plan: dict[str, Any] = field(default_factory=dict)
     quarantined: tuple[DamagedRow, ...] = ()
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    def skip(self, samples: int) -> DataCursor:
+        """The cursor after the next `samples` samples, which are left out."""
+        interval = (self.consumed_samples, samples)
+        return replace(
+            self,
+            consumed_samples=self.consumed_samples + samples,
+            skipped=(*self.skipped, interval),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -92,4 +104,5 @@ class DataCursor:
     def from_dict(cls, values: dict[str, Any]) -> DataCursor:
         """Inverse of `to_dict`."""
         rows = tuple(DamagedRow(**row) for row in values.get("quarantined", ()))
-        return cls(int(values["consumed_samples"]), dict(values.get("plan", {})), rows)
+        skipped = tuple((int(first), int(n)) for first, n in values.get("skipped", ()))
+        return cls(int(values["consumed_samples"]), dict(values.get("plan", {})), rows, skipped)

@@ -148,6 +148,7 @@ class TrainLoader:
         consumed_samples: What a checkpoint's cursor says; None takes the ramp's number at `step`.
         workers: Processes that read ahead; 0 reads ahead in a thread of this process.
         quarantine: Where damaged rows go, if the plan's datasets return them as padding.
+        skipped: Samples that were left out before; the cursor carries them on.
 
     Raises:
         ValueError: A batch of the ramp is not a multiple of micro_batch * dp_size, or a number is
@@ -168,6 +169,7 @@ class TrainLoader:
         consumed_samples: int | None = None,
         workers: int = 0,
         quarantine: Quarantine | None = None,
+        skipped: tuple[tuple[int, int], ...] = (),
     ) -> None:
         _check_rank(dp_rank, dp_size)
         for size in ramp.sizes:
@@ -184,7 +186,7 @@ class TrainLoader:
             raise ValueError(f"consumed_samples={consumed} must not be negative")
         self.plan, self.step, self.consumed_samples = plan, step, consumed
         self.quarantine = Quarantine(0) if quarantine is None else quarantine
-        self._ramp, self._micro_batch = ramp, micro_batch
+        self._ramp, self._micro_batch, self._skipped = ramp, micro_batch, skipped
         steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed)
         pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
         self._items = _Processes(pipeline, workers) if workers else _Thread(pipeline)
@@ -194,7 +196,8 @@ class TrainLoader:
     def cursor(self) -> DataCursor:
         """The position after the last step that was returned; prefetched ones do not count."""
         consumed = self.consumed_samples
-        return DataCursor(consumed, self.plan.describe(consumed), tuple(self.quarantine.rows))
+        quarantined = tuple(self.quarantine.rows)
+        return DataCursor(consumed, self.plan.describe(consumed), quarantined, self._skipped)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 # project and stands in the formats of files: only followed by a command it is the script.
 SCRIPT = re.compile(
     r"xlstm-data|xlstm-convert|xlstm-slurm|prog=f?\"xlstm-pretrain|program\(\"xlstm-pretrain"
-    r"|xlstm-pretrain`?:? (launch|train|check|self-test|show|generate|evaluate|report|demo)\b"
+    r"|xlstm-pretrain`?:? (launch|train|check|self-test|show|generate|evaluate)\b"
+    r"|xlstm-pretrain`?:? (report|rewind|demo)\b"
 )
 DEFINED_IN = {
     "pyproject.toml",

@@ -93,6 +93,10 @@ RUN_ELSEWHERE = {
             ("resume RUN", "policy.py", '"resume", run.run'),
         )
     },
+    "python -m pretrain rewind runs/first --to 12000 --skip-samples 4096": (
+        "tests/dist/test_rewind.py",
+        '"rewind", str(run), "--to"',
+    ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),

@@ -8,6 +8,11 @@ and never loaded.
 
     CHECKPOINTS/lives/000003.json    {"start_step": 200}
 
+A person may also take a run back to a checkpoint (`python -m pretrain rewind`). That counts as a
+life which begins there, and its record says how many of the next samples are left out:
+
+    CHECKPOINTS/lives/000004.json    {"start_step": 120, "skip_samples": 4096}
+
 The number of the life that wrote a checkpoint is in its manifest (`state.life`); checkpoints from
 before there were lives count as those of life 0.
 """
@@ -23,10 +28,22 @@ _RECORD = re.compile(r"(\d{6,})\.json")
 _LIMIT = 4096  # bytes of a record
 
 
-def record_start(checkpoints: Location, life: int, start_step: int) -> None:
-    """Note in the folder of a run's checkpoints the step from which a life goes on."""
+def record_start(
+    checkpoints: Location, life: int, start_step: int, skip_samples: int | None = None
+) -> None:
+    """Note in the folder of a run's checkpoints the step from which a life goes on.
+
+    Args:
+        checkpoints: the folder that holds the step folders.
+        life: its number.
+        start_step: finished steps when it begins.
+        skip_samples: samples that are left out from there on; None for a life that is not a rewind.
+    """
+    record = {"start_step": start_step}
+    if skip_samples is not None:
+        record["skip_samples"] = skip_samples
     path = checkpoints / LIVES_FOLDER / f"{life:06d}.json"
-    write_atomic(path, json.dumps({"start_step": start_step}).encode())
+    write_atomic(path, json.dumps(record).encode())
 
 
 class Lives:
@@ -43,7 +60,7 @@ class Lives:
         self._folder = checkpoints / LIVES_FOLDER
         names = files(self._folder) if is_folder(self._folder) else {}
         self._lives = sorted(int(m[1]) for name in names if (m := _RECORD.fullmatch(name)))
-        self._starts: dict[int, int] = {}
+        self._records: dict[int, dict[str, int]] = {}
 
     def superseded_by(self, life: int, step: int) -> int | None:
         """The later life that went on from an earlier step than a checkpoint's; None if none did.
@@ -56,15 +73,33 @@ class Lives:
             CheckpointDamagedError: a record is not what was written.
         """
         later = (other for other in self._lives if other > life)
-        return next((other for other in later if self._start(other) < step), None)
+        return next((other for other in later if self._record(other)["start_step"] < step), None)
 
-    def _start(self, life: int) -> int:
-        if life not in self._starts:
+    def samples_to_skip(self, life: int, step: int) -> int:
+        """How many samples a run that goes on from a checkpoint leaves out before the next one.
+
+        Args:
+            life: the life that wrote the checkpoint.
+            step: of the checkpoint.
+
+        Raises:
+            CheckpointDamagedError: a record is not what was written.
+        """
+        later = (self._record(other) for other in reversed(self._lives) if other > life)
+        rewinds = (r for r in later if "skip_samples" in r and r["start_step"] == step)
+        return next(rewinds, {"skip_samples": 0})["skip_samples"]
+
+    def _record(self, life: int) -> dict[str, int]:
+        if life not in self._records:
             path = self._folder / f"{life:06d}.json"
             try:
-                self._starts[life] = int(json.loads(read_file(path, _LIMIT))["start_step"])
+                read = json.loads(read_file(path, _LIMIT))
+                keys = [key for key in ("start_step", "skip_samples") if key in read]
+                self._records[life] = {"start_step": int(read["start_step"])} | {
+                    key: int(read[key]) for key in keys
+                }
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointDamagedError(
                     f"{path} does not say where life {life} began"
                 ) from error
-        return self._starts[life]
+        return self._records[life]

@@ -1,0 +1,97 @@
+"""Take a run back to an earlier checkpoint, and leave out the samples that come next.
+
+    python -m pretrain rewind RUN --to 12000 --skip-samples 4096
+
+For a person who has seen the loss of a run go wrong. Nothing is deleted. A rewind counts as a life
+of the run that begins at the checkpoint, so the checkpoints beyond it are superseded: named, and
+never loaded. The next start of the run goes on from there, with the samples that are left out in
+its data cursor.
+"""
+
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pretrain.config import load_config
+from pretrain.history import append
+from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE
+from pretrain.supervision.lease import Lease
+from pretrain.supervision.progress_file import read_progress
+from xlstm_io.checkpoint import lives
+from xlstm_io.checkpoint.manifest import (
+    CHECKPOINTS_FOLDER,
+    newest_first,
+    parse_manifest,
+    step_of_folder,
+    verify_hashes,
+)
+from xlstm_io.errors import CheckpointError, ConfigError, ExitCode
+from xlstm_io.storage import Location, location
+
+
+def main(run_dir: str, to: int, skip_samples: int) -> int:
+    """Rewind the run in a folder; returns the exit code.
+
+    Args:
+        run_dir: the run's folder.
+        to: step of the checkpoint to go back to.
+        skip_samples: how many of the samples that come after that step are left out.
+
+    Raises:
+        UserError: it is not a run folder, the run is at work, or there is no sound checkpoint of
+            that step.
+    """
+    if skip_samples < 0:
+        raise ConfigError(f"--skip-samples={skip_samples} is negative; use 0 or more")
+    run = Path(run_dir)
+    if not (run / CONFIG_FILE).exists():
+        raise ConfigError(f"{run} has no {CONFIG_FILE}; give the run.dir of a run")
+    config = load_config(run / CONFIG_FILE)
+    folder = location(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
+    path, beyond = _find(folder, to)
+    with Lease.take(run) as lease:
+        lives.record_start(folder, lease.life, to, skip_samples)
+        append(
+            run,
+            {
+                "life": lease.life,
+                "event": "rewind",
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "step": to,
+                "checkpoint": str(path),
+                "skip_samples": skip_samples,
+            },
+        )
+        metrics = run / METRICS_FILE
+        if metrics.exists():  # the next start drops what lies beyond the step
+            kept = run / EVIDENCE_FOLDER / f"metrics-before-life-{lease.life:06d}.jsonl"
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(metrics, kept)
+        progress = read_progress(run)
+        if progress is not None:
+            replace(
+                progress, status="stopped", step=to, checkpoint=str(path), checkpoint_step=to
+            ).write(run)
+    first = parse_manifest(path).state["cursor"]["consumed_samples"]
+    print(f"the next start of {run} goes on from {path}", end="")
+    print(f", without the samples {first} to {first + skip_samples - 1}" if skip_samples else "")
+    for old in beyond:
+        print(f"superseded, never loaded again, and yours to delete: {old}")
+    return ExitCode.DONE
+
+
+def _find(folder: Location, step: int) -> tuple[Location, list[Location]]:
+    """The newest checkpoint of a step, read whole, and all beyond it."""
+    broken: list[CheckpointError] = []
+    found = list(newest_first(folder, broken))
+    steps = {step_of_folder(path): path for path in reversed(found)}
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(
+            f"--to {step}: {folder} holds no complete checkpoint of that step that counts; there "
+            f"are those of the steps: {there}"
+        )
+    path = steps[step]
+    verify_hashes(path, parse_manifest(path))
+    return path, [other for other in found if step_of_folder(other) > step]

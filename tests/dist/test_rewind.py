@@ -1,0 +1,86 @@
+"""A run that was taken back equals one that never saw the samples that it leaves out."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import pretrain.cli
+import pretrain.commands.train
+from pretrain.checkpoint import find_latest, read_manifest
+from pretrain.config import config_from_dict
+from pretrain.data import DataPlan
+from pretrain.history import read_history
+from pretrain.metrics import read_metrics
+from tests.dist.training_runs import tiny_run
+
+pytestmark = pytest.mark.dist
+
+TO, SKIP = 4, 6  # one batch and a half
+FIRST = TO * 4
+
+
+def run_of(folder, shards, steps):
+    usual = {"schedule__name": "constant", "evaluation__interval": 100, "checkpoint__keep": 9}
+    return tiny_run(folder, shards, run__steps=steps, **usual)
+
+
+def train(raw):
+    return pretrain.commands.train.main(config_from_dict(raw))
+
+
+def train_without(raw):
+    """The same run on data in which those samples do not exist."""
+    locate = DataPlan.locate
+
+    def without(plan, samples):
+        samples = np.asarray(samples)
+        return locate(plan, samples + SKIP * (samples >= FIRST))
+
+    with mock.patch.object(DataPlan, "locate", without):
+        return train(raw)
+
+
+def log(folder):
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    return {r["step"]: (r["loss"], r["grad_norm"], r["tokens"]) for r in records}
+
+
+def test_a_rewound_run_equals_one_that_never_saw_the_samples(pool, shards, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert pool(2, train, run_of(run, shards, 8)) == [0, 0]
+    assert pool(2, train_without, run_of(other, shards, 10)) == [0, 0]
+    before = log(run)
+
+    words = ["rewind", str(run), "--to", str(TO), "--skip-samples", str(SKIP)]
+    assert pretrain.cli.run(words) == 0
+    said = capsys.readouterr().out
+    assert "step-00000004" in said and "without the samples 16 to 21" in said
+    assert said.count("superseded, never loaded again") == 2
+
+    # A life that ends before its first save leaves them out again in the next one.
+    assert pool(2, train, run_of(run, shards, TO)) == [0, 0]
+    # Stopped once more, and continued at another layout.
+    assert pool(2, train, run_of(run, shards, 8)) == [0, 0]
+    assert {step: log(run)[step] for step in range(1, 9)} == {s: log(other)[s] for s in range(1, 9)}
+    assert log(run)[5] != before[5]
+    assert pool(1, train, run_of(run, shards, 10)) == [0]
+    for step in (9, 10):
+        assert log(run)[step] == pytest.approx(log(other)[step], rel=1e-5)
+
+    cursor = read_manifest(find_latest(run)).state["cursor"]
+    assert cursor["skipped"] == [[FIRST, SKIP]]
+    assert cursor["consumed_samples"] == 10 * 4 + SKIP
+    events = [(line["event"], line["step"]) for line in read_history(run)]
+    assert events == [("start", 0), ("rewind", 4), ("start", 4), ("start", 4), ("start", 8)]
+    kept = read_metrics(run / "evidence" / "metrics-before-life-000002.jsonl")
+    assert {r["step"] for r in kept} >= set(range(1, 9))
+
+    # Back to the same step again, this time with all samples.
+    assert pretrain.cli.run(["rewind", str(run), "--to", str(TO)]) == 0
+    assert pool(2, train, run_of(run, shards, 8)) == [0, 0]
+    assert log(run) == before
+    assert pretrain.cli.run(["rewind", str(run), "--to", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "no complete checkpoint of that step" in error and "2, 4, 6, 8" in error
+    assert pretrain.cli.run(["rewind", str(tmp_path), "--to", "5"]) == 2
