@@ -123,7 +123,9 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_config(evaluate, optional=True)
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
-    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="of several, a page compares them all"
+    )
     report.add_argument(
         "--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote"
     )
@@ -272,7 +274,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pretrain.commands.report import main
 
-    return main(options.run_dir, baselines=options.baselines)
+    return main(options.run_dirs, baselines=options.baselines)
 
 
 def _rewind(options: argparse.Namespace) -> int:

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint import CheckpointSaver
 from pretrain.config import RunConfig, save_config
-from pretrain.resume import Start
 from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, STARTS_FOLDER
 from xlstm_io.checkpoint import lives
+
+if TYPE_CHECKING:  # who only reads a history needs no torch
+    from pretrain.checkpoint import CheckpointSaver
+    from pretrain.resume import Start
 
 
 def start_folder(run: Path, life: int) -> Path:
@@ -28,7 +30,7 @@ def start_folder(run: Path, life: int) -> Path:
 
 
 def record_life(
-    life: int, config: RunConfig, start: Start, processes: int, saver: CheckpointSaver
+    life: int, config: RunConfig, start: "Start", processes: int, saver: "CheckpointSaver"
 ) -> None:
     """Note that a life begins: in the run's history, and among its checkpoints.
 
@@ -56,7 +58,7 @@ def record_life(
     )
 
 
-def record_start(run: Path, life: int, config: RunConfig, start: Start, processes: int) -> None:
+def record_start(run: Path, life: int, config: RunConfig, start: "Start", processes: int) -> None:
     """Keep the configuration of a start, and add its line to the history.
 
     Args:

@@ -1,7 +1,8 @@
 """The summary of a run, in words for a person: `python -m pretrain report RUN_DIR`.
 
-Reads what the run left (config.yaml, metrics.jsonl, summary.json), draws the loss curve and writes
-the same text to summary.txt. Works for an unfinished run too, from its metrics.
+Reads what the run left (config.yaml, metrics.jsonl, summary.json, history.jsonl), draws the loss
+curve and a page (report.html), and writes the same text to summary.txt. Works for an unfinished run
+too, from its metrics.
 
 The loss is compared with n-gram models of the same tokens. A bigram model with add-one smoothing
 knows which token follows which. A language model that is not clearly better has not learnt to use
@@ -13,19 +14,20 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.lr_curve import Curve, continued
-from pretrain.metrics import read_metrics
-from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD_DIR
+from pretrain.report.figures import draw_loss
+from pretrain.report.page import write_page
+from pretrain.report.runs import RunRecord, read_json, read_run
+from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, TENSORBOARD_DIR
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
 from xlstm_io.errors import CheckpointError, ConfigError, ExitCode, UserError
-from xlstm_mcore.sizes.parameters import count_parameters
 
 GATE_NATS = 0.3
 BASELINE_NAMES = {
@@ -35,29 +37,16 @@ BASELINE_NAMES = {
 }
 BASELINES_FILE = "baselines.json"
 PLOT_FILE = "loss.png"
+PAGE_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
 TEXT_FILE = "summary.txt"
 SAMPLE_FILE = "sample.txt"
 EXPORT_DIR = "hf"
 
 
-def _read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is missing or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; it is made by {made_by}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}); make it again with {made_by}"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; make it again with {made_by}")
-    return content
-
-
 def read_baselines(path: str | os.PathLike) -> dict[str, float]:
     """The n-gram losses in nats per token that `data_prep baselines` wrote, by short name."""
-    content = _read_json(Path(path), "python -m data_prep baselines")
+    content = read_json(Path(path), "python -m data_prep baselines")
     found = {
         name: float(content[name])
         for name in BASELINE_NAMES
@@ -69,26 +58,6 @@ def read_baselines(path: str | os.PathLike) -> dict[str, float]:
             "python -m data_prep baselines"
         )
     return found
-
-
-def _summary(run_dir: Path, config: RunConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """summary.json, or what the metrics say about a run that has not finished."""
-    path = run_dir / SUMMARY_FILE
-    last_step = records[-1]["step"] if records else 0
-    if path.exists():
-        summary = _read_json(path, "training to the end")
-        if summary.get("steps", 0) >= last_step:
-            return summary | {"finished": summary.get("steps", 0) >= config.run.steps}
-    summary: dict[str, Any] = {
-        "finished": False,
-        "steps": last_step,
-        "parameters": count_parameters(config.model)["total"],
-    }
-    for record in records:  # later records win
-        for key in ("valid_loss", "tokens_per_second", "tokens"):
-            if record.get(key) is not None:
-                summary[key] = record[key]
-    return summary
 
 
 def _gate_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> list[str]:
@@ -129,6 +98,7 @@ def _places(run_dir: Path) -> list[str]:
         ("configuration", run_dir / CONFIG_FILE),
         ("metrics", run_dir / METRICS_FILE),
         ("loss curve", run_dir / PLOT_FILE),
+        ("page", run_dir / PAGE_FILE),
         ("TensorBoard", run_dir / TENSORBOARD_DIR),
         ("checkpoints", run_dir / CHECKPOINTS_FOLDER),
         ("Hugging Face", run_dir / EXPORT_DIR),
@@ -199,25 +169,14 @@ def _longer(config: RunConfig, steps: int) -> tuple[str, str]:
         return " --schedule.extend recompute", continued(curve, optimizer, anew, **extended)[1]
 
 
-def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
+def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     """The text of the summary.
 
     Args:
-        run_dir: the run's folder.
+        run: what the run left.
         baselines: n-gram losses by short name.
-
-    Raises:
-        UserError: the folder does not hold a run.
     """
-    config_path = run_dir / CONFIG_FILE
-    metrics_path = run_dir / METRICS_FILE
-    if not config_path.exists():
-        raise UserError(
-            f"{run_dir} has no {CONFIG_FILE}, so it is not a run folder; give the run.dir of a run"
-        )
-    config = load_config(config_path)
-    records = read_metrics(metrics_path) if metrics_path.exists() else []
-    summary = _summary(run_dir, config, records)
+    config, summary, folder = run.config, run.summary, run.folder
     valid_loss = summary.get("valid_loss")
     reference = baselines.get("bigram_add_one")
     gate_met = None not in (valid_loss, reference) and reference - valid_loss >= GATE_NATS
@@ -225,7 +184,7 @@ def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
     data = config.data
     tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
     lines = [
-        f"run {run_dir}: {state}, {summary['steps']:,} of {config.run.steps:,} steps",
+        f"run {folder}: {state}, {summary['steps']:,} of {config.run.steps:,} steps",
         f"model               {summary['parameters'] / 1e6:.2f} M parameters, "
         f"pattern {config.model.pattern}",
         f"trained on          {tokens:,} tokens",
@@ -240,88 +199,44 @@ def build_report(run_dir: Path, baselines: Mapping[str, float]) -> str:
     memory = _memory_line(summary.get("peak_memory_bytes"))
     if memory:
         lines.append(memory)
-    lines += ["", "where things lie:", *_places(run_dir)]
+    lines += ["", "where things lie:", *_places(folder)]
     lines += ["", "what to try next:"]
-    lines += _next_steps(run_dir, config, summary["finished"], gate_met)
+    lines += _next_steps(folder, config, summary["finished"], gate_met)
     return "\n".join(lines)
 
 
-def main(run_dir: str | os.PathLike, baselines: str | os.PathLike | None = None) -> int:
-    """Print the summary of a run and write it beside the run; returns the exit code.
+def main(run_dirs: Sequence[str | os.PathLike], baselines: str | os.PathLike | None = None) -> int:
+    """Print the summary of a run, write it and an HTML page beside the run; returns the exit code.
+
+    Of several runs the first gets the text and a page that compares them all.
 
     Args:
-        run_dir: the run's folder.
-        baselines: JSON of n-gram losses; a copy stays in the run folder and is used the next time.
+        run_dirs: the runs' folders.
+        baselines: JSON of n-gram losses; a copy stays in the first run's folder and is used the
+            next time.
 
     Raises:
-        UserError: the folder does not hold a run, or the baselines cannot be read.
+        UserError: a folder does not hold a run, or the baselines cannot be read.
     """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the run.dir of a run")
+    folder = Path(run_dirs[0])
     kept = folder / BASELINES_FILE
     values: dict[str, float] = {}
     if baselines is not None:
         values = read_baselines(baselines)
-        kept.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     elif kept.exists():
         values = read_baselines(kept)
-    metrics_path = folder / METRICS_FILE
-    if metrics_path.exists() and any("loss" in record for record in read_metrics(metrics_path)):
-        plot_loss(
-            metrics_path,
-            folder / PLOT_FILE,
-            {BASELINE_NAMES[name]: value for name, value in values.items()},
-        )
+    shown = {BASELINE_NAMES[name]: value for name, value in values.items()}
+    first, *others = [read_run(Path(one), shown) for one in run_dirs]
+    if baselines is not None:
+        kept.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if first.points("loss")[0]:
+        draw_loss(first, folder / PLOT_FILE)
+    page = folder / (COMPARISON_FILE if others else PAGE_FILE)
+    page.write_text(write_page([first, *others]), encoding="utf-8")
     (folder / TEXT_FILE).touch()  # so that the list of places has it
-    text = build_report(folder, values)
+    text = build_report(first, values)
     (folder / TEXT_FILE).write_text(text + "\n", encoding="utf-8")
     print(text)
+    if others:
+        print(f"\ncompared with {', '.join(str(run.folder) for run in others)}: {page}")
     return ExitCode.DONE
-
-
-def plot_loss(
-    metrics_path: str | os.PathLike,
-    out_path: str | os.PathLike,
-    baselines: Mapping[str, float] | None = None,
-) -> None:
-    """Draw training and validation loss over steps as a PNG.
-
-    Args:
-        metrics_path: the run's `metrics.jsonl`.
-        out_path: the file to write.
-        baselines: name -> nats per token, drawn as horizontal lines.
-
-    Raises:
-        FileNotFoundError: there are no metrics.
-        ValueError: they hold no loss.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = read_metrics(metrics_path)
-
-    def points(key: str) -> tuple[list[float], list[float]]:
-        found = [r for r in records if r.get(key) is not None]
-        return [r["step"] for r in found], [r[key] for r in found]
-
-    steps, losses = points("loss")
-    valid_steps, valid_losses = points("valid_loss")
-    if not steps and not valid_steps:
-        raise ValueError(f"{metrics_path} holds no loss to draw; train at least one logged step")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
-    axes.plot(valid_steps, valid_losses, "o-", color="tab:orange", label="validation")
-    for color, (name, value) in zip(
-        ("tab:red", "tab:purple", "tab:green", "tab:brown", "tab:gray"),
-        sorted((baselines or {}).items(), key=lambda item: -item[1]),
-        strict=False,
-    ):
-        axes.axhline(value, color=color, linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out_path, format="png", dpi=120)

@@ -97,6 +97,13 @@ RUN_ELSEWHERE = {
         "tests/dist/test_rewind.py",
         '"rewind", str(run), "--to"',
     ),
+    **{
+        f"python -m pretrain report runs/first{more}": (
+            "tests/pretrain/test_report_page.py",
+            f"report.main([first.folder{other}])",
+        )
+        for more, other in (("", ""), (" runs/second", ", second.folder"))
+    },
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),

@@ -250,8 +250,8 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
     assert calls[-1][0][0] == "ckpt"
     assert calls[-1][0][1].data.path == "other"
     calls = fake("pretrain.commands.report")
-    assert cli.run(["report", "runs/x", "--baselines", "b.json"]) == 0
-    assert calls[-1] == (("runs/x",), {"baselines": "b.json"})
+    assert cli.run(["report", "runs/x", "runs/y", "--baselines", "b.json"]) == 0
+    assert calls[-1] == ((["runs/x", "runs/y"],), {"baselines": "b.json"})
     calls = fake("pretrain.commands.demo", result=75)
     assert cli.run(["demo", "--model", "classic", "--steps", "20", "--data", "a*"]) == 75
     assert calls[-1][1] == {

@@ -1,11 +1,10 @@
-"""metrics.jsonl, TensorBoard events, progress and the plot."""
+"""metrics.jsonl, TensorBoard events, and progress."""
 
 import io
 import json
 
 import pytest
 
-from pretrain.commands.report import plot_loss
 from pretrain.metrics import MetricLogger, read_metrics
 from pretrain.progress import describe, duration
 
@@ -150,20 +149,3 @@ def test_describe_says_what_is_left_and_what_is_short():
 )  # fmt: skip
 def test_durations_have_two_units(seconds, text):
     assert duration(seconds) == text
-
-
-def test_plot_draws_losses_and_baselines(tmp_path):
-    with MetricLogger(tmp_path, total_steps=9, tensorboard=False, stream=io.StringIO()) as metrics:
-        for step in range(1, 10):
-            metrics.log(step, {"loss": 9.0 - step})
-        metrics.log(9, {"valid_loss": 0.5})
-    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "bare.png")
-    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"unigram": 6.4, "bigram": 5.3})
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "loss.png").read_bytes() != (tmp_path / "bare.png").read_bytes()
-
-
-def test_plot_of_nothing_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
-    with pytest.raises(ValueError, match="no loss to draw"):
-        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

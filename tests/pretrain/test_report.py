@@ -59,7 +59,7 @@ def baselines(tmp_path):
 
 def test_a_good_run(make_run, baselines, capsys):
     folder = make_run(valid_loss=4.6)
-    assert report.main(folder, baselines) == 0
+    assert report.main([folder], baselines) == 0
     text = capsys.readouterr().out
     assert "finished, 200 of 200 steps" in text
     assert "gate met: 0.700 nat below the add-one bigram" in text
@@ -85,21 +85,21 @@ def test_a_good_run(make_run, baselines, capsys):
     ],
 )
 def test_the_gate(make_run, baselines, capsys, loss, says):
-    assert report.main(make_run(valid_loss=loss), baselines) == 0
+    assert report.main([make_run(valid_loss=loss)], baselines) == 0
     assert says in capsys.readouterr().out
 
 
 def test_baselines_are_remembered(make_run, baselines, capsys):
     folder = make_run()
-    report.main(folder, baselines)
+    report.main([folder], baselines)
     first = capsys.readouterr().out
-    assert report.main(folder) == 0
+    assert report.main([folder]) == 0
     assert "gate met" in capsys.readouterr().out
     assert first
 
 
 def test_without_baselines_it_says_how_to_get_them(make_run, capsys):
-    assert report.main(make_run()) == 0
+    assert report.main([make_run()]) == 0
     out = capsys.readouterr().out
     assert "this model" in out
     assert "no baselines given" in out
@@ -107,7 +107,7 @@ def test_without_baselines_it_says_how_to_get_them(make_run, capsys):
 
 def test_an_unfinished_run_is_told_from_its_metrics(make_run, baselines, capsys):
     folder = make_run(summary=False, done=50)
-    assert report.main(folder, baselines) == 0
+    assert report.main([folder], baselines) == 0
     out = capsys.readouterr().out
     assert "not finished, 50 of 200 steps" in out
     assert "1,500 tokens" in out
@@ -123,13 +123,13 @@ def test_an_old_summary_does_not_hide_a_longer_run(make_run, capsys):
     (folder / "config.yaml").write_text(yaml.safe_dump(longer))
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 80, "loss": 3.0, "tokens": 2400}) + "\n")
-    assert report.main(folder) == 0
+    assert report.main([folder]) == 0
     assert "not finished, 80 of 100 steps" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_begun(make_run, capsys):
     folder = make_run(summary=False, records=False)
-    assert report.main(folder) == 0
+    assert report.main([folder]) == 0
     out = capsys.readouterr().out
     assert "none yet: no evaluation has run" in out
     assert not (folder / "loss.png").exists()
@@ -137,18 +137,18 @@ def test_a_run_that_has_not_begun(make_run, capsys):
 
 def test_bad_input_is_the_users_to_fix(tmp_path, make_run):
     with pytest.raises(UserError, match="is not a folder"):
-        report.main(tmp_path / "nothing")
+        report.main([tmp_path / "nothing"])
     with pytest.raises(UserError, match=r"has no config\.yaml"):
-        report.main(tmp_path)
+        report.main([tmp_path])
     folder = make_run()
     with pytest.raises(UserError, match=r"does not exist; it is made by python -m data_prep"):
-        report.main(folder, tmp_path / "none.json")
+        report.main([folder], tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        report.main(folder, tmp_path / "bad.json")
+        report.main([folder], tmp_path / "bad.json")
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="has none of unigram"):
-        report.main(folder, tmp_path / "other.json")
+        report.main([folder], tmp_path / "other.json")
 
 
 def test_programs_are_named_so_that_they_can_be_typed(monkeypatch):

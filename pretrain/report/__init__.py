@@ -1,0 +1,1 @@
+"""What a run leaves, drawn and told: figures, and one HTML page for one run or several."""

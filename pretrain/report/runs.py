@@ -1,0 +1,130 @@
+"""What one run left in its folder, read for a report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import RunConfig, load_config
+from pretrain.history import read_history
+from pretrain.metrics import read_metrics
+from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from xlstm_io.errors import UserError
+from xlstm_mcore.sizes.parameters import count_parameters
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, finished or not.
+
+    Attributes:
+        folder: its folder.
+        config: its newest configuration.
+        records: its metrics, in order.
+        summary: `summary.json`, or what the metrics say of an unfinished run; see `read_summary`.
+        history: its starts and events, in order.
+        baselines: n-gram losses in nats per token, by the name they are shown with.
+    """
+
+    folder: Path
+    config: RunConfig
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    def points(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
+        """Where `key` was recorded, by `step` or `tokens`, and what it was."""
+        found = [r for r in self.records if r.get(key) is not None and r.get(by) is not None]
+        return [r[by] for r in found], [r[key] for r in found]
+
+    @property
+    def valid_keys(self) -> list[str]:
+        """The validation losses that were recorded: their mean, and each set where there are more.
+
+        A record names a set `valid_loss/NAME`.
+        """
+        keys = {key: None for record in self.records for key in record}
+        return [key for key in keys if key == "valid_loss" or key.startswith("valid_loss/")]
+
+
+def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunRecord:
+    """Read a run folder.
+
+    Args:
+        folder: the run's folder.
+        baselines: n-gram losses by the name they are shown with.
+
+    Raises:
+        UserError: the folder does not hold a run, or a file in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the run.dir of a run")
+    config_path, metrics_path = folder / CONFIG_FILE, folder / METRICS_FILE
+    if not config_path.exists():
+        raise UserError(
+            f"{folder} has no {CONFIG_FILE}, so it is not a run folder; give the run.dir of a run"
+        )
+    config = load_config(config_path)
+    records = read_metrics(metrics_path) if metrics_path.exists() else []
+    return RunRecord(
+        folder=folder,
+        config=config,
+        records=records,
+        summary=read_summary(folder, config, records),
+        history=read_history(folder),
+        baselines=baselines or {},
+    )
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: the file.
+        made_by: what makes it, for the message.
+
+    Raises:
+        UserError: it is missing or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; it is made by {made_by}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); make it again with {made_by}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; make it again with {made_by}")
+    return content
+
+
+def read_summary(folder: Path, config: RunConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """summary.json with `finished`, or what the metrics say about a run that has not finished.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration.
+        records: its metrics.
+
+    Raises:
+        UserError: summary.json is not a JSON object.
+    """
+    path = folder / SUMMARY_FILE
+    last_step = records[-1]["step"] if records else 0
+    if path.exists():
+        summary = read_json(path, "training to the end")
+        if summary.get("steps", 0) >= last_step:
+            return summary | {"finished": summary.get("steps", 0) >= config.run.steps}
+    summary: dict[str, Any] = {
+        "finished": False,
+        "steps": last_step,
+        "parameters": count_parameters(config.model)["total"],
+    }
+    for record in records:  # later records win
+        for key in ("valid_loss", "tokens_per_second", "tokens"):
+            if record.get(key) is not None:
+                summary[key] = record[key]
+    return summary
