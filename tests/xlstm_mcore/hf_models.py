@@ -41,6 +41,14 @@ ARCHITECTURES = {
         "cell_eps": 0.0,
     },
     "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
+    "llama": {
+        "pattern": "***",
+        "attention_heads": 6,
+        "attention_kv_heads": 3,
+        "logit_soft_cap": None,
+        "tie_embeddings": True,
+        "rotary_base": 500.0,
+    },
     "hybrid": {"pattern": "M*sm", "rotary_base": 100.0, "tie_embeddings": True},
 }
 #: The few that meet every kind of state.
@@ -54,9 +62,9 @@ def section_of(name):
     return {"norm_eps": 1e-4, **small, **ARCHITECTURES[name]}
 
 
-def our_model(name):
+def our_model(name, **changes):
     """Random weights with which gates, caps and norms all have an effect."""
-    config = make_config(section_of(name))
+    config = make_config({**section_of(name), **changes})
     (model,) = build_model(config, single_process_groups(), seed=1)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():

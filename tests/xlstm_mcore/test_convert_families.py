@@ -1,0 +1,111 @@
+"""Exports of every family: compared by `verify`, and loaded in a process without this project."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pretrain import layout as layouts
+from pretrain.checkpoint import TensorSlice, save_checkpoint
+from tests.xlstm_mcore.hf_models import ARCHITECTURES, our_model
+from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.test_model import global_tensors
+from xlstm_mcore.convert import cli, tokenizer_corpus
+from xlstm_mcore.inference import model_logits
+
+VOCAB = 470  # more than the tokenizer's: the rest is padding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_texts_and_no_groups_left():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_corpus, "TEXTS", 100)
+        yield
+    layouts.leave()
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def exported(root, spm, name):
+    """(our model, the folder that `to-hf` wrote after it compared the two)."""
+    ours = our_model(name, vocab_size=VOCAB)
+    tensors = global_tensors(ours)
+    slices = [TensorSlice(n, tuple(t.shape), (0,) * t.ndim, t.float()) for n, t in tensors.items()]
+    digest = hashlib.sha256(spm.read_bytes()).hexdigest()
+    state = {"tokens": 1, "tokenizer": {"path": str(spm), "sha256": digest}}
+    config = {"model": ours.config.model.model_dump(), "data": {"seq_len": 96}}
+    checkpoint = save_checkpoint(root, slices, state, config, step=1)
+    assert cli.main(["to-hf", str(checkpoint), str(root / "hf")]) == 0
+    return ours, root / "hf"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_export_is_compared_and_equal(tmp_path, spm, name):
+    ours, folder = exported(tmp_path, spm, name)
+    report = json.loads((folder / "parity.json").read_text())
+    assert all(check["passed"] for check in report["checks"]), report
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == ("llama" if name == "llama" else "xlstm_blocks")
+    if name == "llama":
+        assert config["max_position_embeddings"] == 96 and not list(folder.glob("*.py"))
+    tokens = torch.randint(config["vocab_size"], (2, 33), generator=torch.Generator())
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    wanted = model_logits(ours, tokens)[..., : config["vocab_size"]]
+    with torch.no_grad():
+        difference = (model(tokens).logits - wanted).abs().max()
+    assert difference < 2e-5 * wanted.abs().max()
+
+
+def test_the_folder_loads_trains_and_saves_without_this_project(tmp_path, spm):
+    ours, folder = exported(tmp_path, spm, "hybrid")
+    code = """if True:
+        import sys
+
+        class NotInstalled:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("xlstm_mcore", "xlstm_kernels", "xlstm_io", "megatron"):
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, NotInstalled())
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder, again, out = sys.argv[1:]
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        else:
+            raise AssertionError("code of the folder ran without being trusted")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        tokens = torch.arange(3, 40)[None]
+        logits = model.eval()(tokens).logits
+        model.train()(tokens, labels=tokens).loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        model.save_pretrained(again)
+        model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+        assert torch.equal(model.eval()(tokens).logits, logits)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        bias = fresh.model.layers[0].mixer.fgate.bias
+        assert bias[0] == 3 and bias[-1] == 6, bias
+        torch.save(logits.detach(), out)
+    """
+    words = [sys.executable, "-c", code, folder, tmp_path / "again", tmp_path / "logits.pt"]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(list(map(str, words)), check=True, cwd=tmp_path, env=env, timeout=200)
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    wanted = model_logits(ours, torch.arange(3, 40)[None])[..., : theirs.shape[-1]]
+    assert (theirs - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    assert {p.name for p in (tmp_path / "again").glob("*.py")} == {
+        "configuration_xlstm_blocks.py",
+        "modeling_xlstm_blocks.py",
+    }
