@@ -12,7 +12,7 @@ from pretrain.checkpoint import (
     CheckpointError,
     CheckpointSaver,
     Manifest,
-    candidates_together,
+    Ranks,
     check_same_run,
     load_checkpoint,
     read_evaluation_together,
@@ -108,7 +108,41 @@ class Start:
     evaluation: Evaluation | None = None
 
 
-def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointSaver) -> Start:
+def with_vocab_tokens(
+    config: RunConfig, tokens: int, checkpoints: list[Location], ranks: Ranks
+) -> RunConfig:
+    """The run with `model.vocab_tokens` filled in where its file leaves it out.
+
+    A new run gives no logit to rows of the vocabulary without a token. A run that continues does
+    what it did: those of version 0.1 gave every row one.
+
+    Args:
+        config: the run.
+        tokens: number of tokens that the data's tokenizer has.
+        checkpoints: those that the run may continue from, newest first.
+        ranks: all ranks of the run.
+    """
+    if config.model.vocab_tokens is not None:
+        return config
+    found = tokens if tokens < config.model.vocab_size else None
+    for path in checkpoints:
+        try:
+            saved = read_manifest_together(path, ranks=ranks)
+        except CheckpointDamagedError:
+            continue  # `resume` names it
+        found = saved.config.get("model", {}).get("vocab_tokens")
+        break
+    model = config.model.model_copy(update={"vocab_tokens": found})
+    return config.model_copy(update={"model": model})
+
+
+def resume(
+    config: RunConfig,
+    data: DataPlan,
+    engine: Engine,
+    saver: CheckpointSaver,
+    candidates: list[Location],
+) -> Start:
     """Load the newest sound checkpoint of the run into the engine, if there is one.
 
     Called by all ranks. A damaged checkpoint is named and passed over, and `saver` is told not to
@@ -119,6 +153,7 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         data: the order of its data.
         engine: takes the checkpoint's weights and optimizer state.
         saver: of the run's checkpoint folder.
+        candidates: its checkpoints, newest first; the same on every rank.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is sound, the newest sound one
@@ -126,7 +161,6 @@ def resume(config: RunConfig, data: DataPlan, engine: Engine, saver: CheckpointS
         ConfigError: the checkpoint has done more steps than the run is to have.
     """
     ranks = saver.ranks
-    candidates = candidates_together(saver.folder, ranks=ranks)
     for path in candidates:
         try:
             saved = read_manifest_together(path, ranks=ranks)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import CheckpointSaver, Retention
+from pretrain.checkpoint import CheckpointSaver, Retention, candidates_together
 from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
@@ -23,7 +23,7 @@ from pretrain.history import record_life
 from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metrics import MetricLogger
-from pretrain.resume import resume
+from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
 from pretrain.summary import describe_start, write_summary
 from pretrain.supervision.lease import Lease
@@ -93,7 +93,6 @@ class Trainer:
         self.validation = Validation(config, layout, self.data)
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device.type)
-        self.engine: Engine = make_engine(config, layout)
         self.saver = CheckpointSaver(
             options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),
@@ -102,7 +101,12 @@ class Trainer:
             fence=self._fence,
         )
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
-        self.start = resume(config, self.data, self.engine, self.saver)
+        checkpoints = candidates_together(self.saver.folder, ranks=self.saver.ranks)
+        self.config = config = with_vocab_tokens(
+            config, self.data.manifest.vocab_size, checkpoints, self.saver.ranks
+        )
+        self.engine: Engine = make_engine(config, layout)
+        self.start = resume(config, self.data, self.engine, self.saver, checkpoints)
         self.state, self.evaluation = self.start.state, self.start.evaluation
         self.divergence = self.start.divergence
         self.saver.onset = self.divergence.onset

@@ -94,11 +94,19 @@ class Head(ColumnParallelLinear):
         limit = config.logits_mib * 2**20
         if labels.numel() * len(weight) * x.element_size() <= limit:
             logits = super().forward(x, weight=weight)[0]
-            return vocab_parallel_cross_entropy(logits, labels, config.logit_soft_cap, group)
+            return vocab_parallel_cross_entropy(
+                logits, labels, config.logit_soft_cap, group, config.vocab_tokens
+            )
         hidden = TensorParallelRegion(config, group).gather(x)
         slice_bytes = max(limit // 2, 2**24)
         return linear_cross_entropy(
-            hidden, weight, labels, config.logit_soft_cap, group, slice_bytes
+            hidden,
+            weight,
+            labels,
+            config.logit_soft_cap,
+            group,
+            slice_bytes,
+            config.vocab_tokens,
         )
 
 

@@ -46,6 +46,8 @@ class ModelConfig(Section):
     """heads of every mLSTM and sLSTM block"""
     vocab_size: PositiveInt
     """rows of the embedding; at least the tokenizer's size"""
+    vocab_tokens: PositiveInt | None = None
+    """rows with a token; the rest is padding and gets no logit; null for the tokenizer's size"""
     tie_embeddings: bool = False
     """use the embedding as output layer too"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"

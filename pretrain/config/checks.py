@@ -58,6 +58,15 @@ def _vocab_over_tensor(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _vocab_tokens(config: RunConfig) -> Iterator[str]:
+    tokens, rows = config.model.vocab_tokens, config.model.vocab_size
+    if tokens is not None and tokens > rows:
+        yield (
+            f"model.vocab_tokens={tokens} is more than the rows of model.vocab_size={rows}; "
+            f"use {rows} or less, or leave it out"
+        )
+
+
 def _head_widths(config: RunConfig) -> Iterator[str]:
     model, letters = config.model, _letters(config)
     dims, heads = dimensions(model), model.num_heads
@@ -263,6 +272,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _virtual,
     _heads_over_tensor,
     _vocab_over_tensor,
+    _vocab_tokens,
     _head_widths,
     _ffn_over_tensor,
     _attention,
@@ -346,14 +356,15 @@ def check_vocabulary(config: RunConfig, tokens: int, source: object) -> None:
         source: the data's folder, for the message.
 
     Raises:
-        ConfigError: `model.vocab_size` is smaller.
+        ConfigError: `model.vocab_size` is smaller, or `model.vocab_tokens`.
     """
-    rows = config.model.vocab_size
-    if tokens > rows:
-        raise ConfigError(
-            f"model.vocab_size={rows} is smaller than the {tokens} tokens of the tokenizer in "
-            f"{source}; set model.vocab_size to at least {tokens}"
-        )
+    for key in ("vocab_size", "vocab_tokens"):
+        rows = getattr(config.model, key)
+        if rows is not None and tokens > rows:
+            raise ConfigError(
+                f"model.{key}={rows} is smaller than the {tokens} tokens of the tokenizer in "
+                f"{source}; set model.{key} to at least {tokens}"
+            )
 
 
 def check_kernels(config: RunConfig, device: str) -> None:

@@ -101,6 +101,31 @@ def test_without_logits_equals_torch_through_the_head(group, cap, columns, dtype
         torch.testing.assert_close(leaf.grad.double(), reference_leaf.grad, rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("tokens", [1, 23, 49, 50])
+@pytest.mark.parametrize("columns", [7, 1000])
+def test_padding_of_the_vocabulary_gets_no_logit(group, tokens, columns):
+    """The loss is that of a head without those rows, and their gradient is zero."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, 16, generator=rng, dtype=torch.float64)
+    weight = torch.randn(50, 16, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, tokens, (5, 3), generator=rng)
+    exact = [t.clone().requires_grad_() for t in (hidden, weight)]
+    expected = reference(exact[0] @ exact[1][:tokens].t(), labels, 30.0)
+    expected.square().sum().backward()
+    for way in ("logits", "none"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        if way == "logits":
+            logits = leaves[0] @ leaves[1].t()
+            got = vocab_parallel_cross_entropy(logits, labels, 30.0, group, tokens)
+        else:
+            got = linear_cross_entropy(*leaves, labels, 30.0, group, columns * 15 * 8, tokens)
+        got.square().sum().backward()
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        for leaf, wanted in zip(leaves, exact, strict=True):
+            torch.testing.assert_close(leaf.grad, wanted.grad, rtol=0, atol=1e-12)
+        assert not leaves[1].grad[tokens:].any()
+
+
 def test_bf16_without_logits_sums_slices_in_fp32(group):
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=rng).bfloat16().requires_grad_()

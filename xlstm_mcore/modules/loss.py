@@ -24,7 +24,11 @@ _ELEMENTS_ON_ACCELERATOR = 2**26
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, soft_cap: float | None, group: dist.ProcessGroup
+    logits: Tensor,
+    labels: Tensor,
+    soft_cap: float | None,
+    group: dist.ProcessGroup,
+    tokens: int | None = None,
 ) -> Tensor:
     """Token losses in nats of soft-capped, vocabulary-parallel logits.
 
@@ -39,11 +43,13 @@ def vocab_parallel_cross_entropy(
         labels: Int64 `[...]` in the whole vocabulary.
         soft_cap: The cap, or None.
         group: The tensor-parallel group.
+        tokens: Columns of the whole vocabulary that count; those behind them are padding, as if
+            their logits were minus infinity. None for all. Every label is below it.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 logits).
     """
-    return _CrossEntropy.apply(logits, labels, soft_cap, group)
+    return _CrossEntropy.apply(logits, labels, soft_cap, group, tokens)
 
 
 def linear_cross_entropy(
@@ -53,6 +59,7 @@ def linear_cross_entropy(
     soft_cap: float | None,
     group: dist.ProcessGroup,
     slice_bytes: int,
+    tokens: int | None = None,
 ) -> Tensor:
     """The losses of `vocab_parallel_cross_entropy(hidden @ weight.T, ...)` without the logits.
 
@@ -64,35 +71,36 @@ def linear_cross_entropy(
         soft_cap: The cap, or None.
         group: The tensor-parallel group.
         slice_bytes: Memory of one slice of logits in fp32; at least one column is taken.
+        tokens: See `vocab_parallel_cross_entropy`.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 hidden states).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, soft_cap, group, slice_bytes)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, soft_cap, group, slice_bytes, tokens)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """See `vocab_parallel_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, logits, labels, soft_cap, group):
+    def forward(ctx, logits, labels, soft_cap, group, tokens):
         width = logits.shape[-1]
         rows = logits.detach().reshape(-1, width)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        local, mine = _local_labels(labels.reshape(-1), group.rank() * width, width)
+        real = _real_columns(width, tokens, group)
+        local, mine = _local_labels(labels.reshape(-1), group.rank() * width, real)
 
-        largest = rows.new_empty(len(rows), dtype=dtype)
-        total = torch.empty_like(largest)
-        chosen = torch.empty_like(largest)
-        for part in _row_slices(rows):
-            y = _cap_in_place(rows[part].to(dtype), soft_cap)
+        largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
+        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+        for part in _row_slices(rows) if real else ():
+            y = _cap_in_place(rows[part, :real].to(dtype), soft_cap)
             chosen[part] = y.gather(1, local[part, None]).squeeze(1)
             largest[part] = y.amax(dim=1)
             total[part] = y.sub(largest[part, None]).exp_().sum(dim=1)
         log_total, chosen = _over_ranks(largest, total, torch.where(mine, chosen, 0.0), group)
         ctx.save_for_backward(local, mine, log_total)
         # Not a saved tensor: autograd would object to its memory being used again.
-        ctx.rows, ctx.soft_cap, ctx.shape = rows, soft_cap, logits.shape
+        ctx.rows, ctx.soft_cap, ctx.shape, ctx.real = rows, soft_cap, logits.shape, real
         return (log_total - chosen).view(labels.shape)
 
     @staticmethod
@@ -102,29 +110,32 @@ class _CrossEntropy(torch.autograd.Function):
         rows, ctx.rows = ctx.rows, None
         if rows is None:
             raise RuntimeError("the loss can be differentiated once: its memory is used again")
-        cap, grad, dtype = ctx.soft_cap, grad.reshape(-1), log_total.dtype
-        for part in _row_slices(rows):
-            y = rows[part]
+        cap, grad, dtype, real = ctx.soft_cap, grad.reshape(-1), log_total.dtype, ctx.real
+        rows[:, real:] = 0.0
+        for part in _row_slices(rows) if real else ():
+            y = rows[part, :real]
             if y.dtype != dtype:  # the forward pass could not leave the capped logits there
                 y = _cap_in_place(y.to(dtype), cap)
-            rows[part] = _gradient(y, log_total[part], local[part], mine[part], grad[part], cap)
-        return rows.view(ctx.shape), None, None, None
+            d = _gradient(y, log_total[part], local[part], mine[part], grad[part], cap)
+            rows[part, :real] = d
+        return rows.view(ctx.shape), None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes):
+    def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes, tokens):
         rows = hidden.reshape(-1, hidden.shape[-1])
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         labels_here = labels.reshape(-1) - group.rank() * len(weight)
         width = max(1, slice_bytes // (dtype.itemsize * len(rows)))
+        real = _real_columns(len(weight), tokens, group)
 
         largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
         total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-        for first in range(0, len(weight), width):
-            part = weight[first : first + width]
+        for first in range(0, real, width):
+            part = weight[first : min(first + width, real)]
             y = _cap_in_place((rows @ part.t()).to(dtype), soft_cap)
             before, largest = largest, torch.maximum(largest, y.amax(dim=1))
             local, mine = _local_labels(labels_here, first, len(part))
@@ -132,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = total * (before - largest).exp() + y.sub_(largest[:, None]).exp_().sum(dim=1)
         log_total, chosen = _over_ranks(largest, total, chosen, group)
         ctx.save_for_backward(rows, weight, labels_here, log_total)
-        ctx.soft_cap, ctx.width, ctx.shape = soft_cap, width, hidden.shape
+        ctx.soft_cap, ctx.width, ctx.shape, ctx.real = soft_cap, width, hidden.shape, real
         return (log_total - chosen).view(labels.shape)
 
     @staticmethod
@@ -141,14 +152,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, weight, labels_here, log_total = ctx.saved_tensors
         grad, dtype = grad.reshape(-1), log_total.dtype
         d_rows, d_weight = torch.zeros_like(rows, dtype=dtype), torch.empty_like(weight)
-        for first in range(0, len(weight), ctx.width):
-            part = weight[first : first + ctx.width]
+        d_weight[ctx.real :] = 0.0
+        for first in range(0, ctx.real, ctx.width):
+            part = weight[first : min(first + ctx.width, ctx.real)]
             y = _cap_in_place((rows @ part.t()).to(dtype), ctx.soft_cap)
             local, mine = _local_labels(labels_here, first, len(part))
             d = _gradient(y, log_total, local, mine, grad, ctx.soft_cap).to(rows.dtype)
-            torch.mm(d.t(), rows, out=d_weight[first : first + ctx.width])
+            torch.mm(d.t(), rows, out=d_weight[first : first + len(part)])
             d_rows += d @ part
-        return d_rows.to(rows.dtype).view(ctx.shape), d_weight, None, None, None, None
+        return d_rows.to(rows.dtype).view(ctx.shape), d_weight, *[None] * 5
+
+
+def _real_columns(width: int, tokens: int | None, group: dist.ProcessGroup) -> int:
+    """How many of this rank's `width` columns have a token."""
+    return width if tokens is None else min(max(tokens - group.rank() * width, 0), width)
 
 
 def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
