@@ -7,9 +7,10 @@ import xxhash
 
 TextSplit = Literal["file", "lines", "paragraphs"]
 
-LARGEST_TEXT = 64 << 20
-"""Bytes of the largest document that is read. Memory follows the largest document, so there is one
-bound for all readers; the largest books have a tenth of it."""
+LARGEST_TEXT = 16 << 20
+"""Bytes of the largest document that is read, whatever it is read from. Memory follows the largest
+document: a Hugging Face tokenizer takes some 110 bytes for each of its bytes, SentencePiece up to
+70. So a process that encodes stays below 2 GiB. The largest books have 5 MB."""
 
 LARGEST_LINE = 4 * LARGEST_TEXT
 """Bytes of the longest line of JSON that is read: the text with its escapes, and other fields."""

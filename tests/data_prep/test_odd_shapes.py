@@ -317,12 +317,12 @@ def test_tables_of_text_are_refused_with_a_remedy_that_works(tmp_path, monkeypat
 def test_documents_of_any_size_are_refused_or_read_in_parts(tmp_path):
     half = "word " * (LARGEST_TEXT // 10)
     path = tmp_path / "a.txt"
-    path.write_text(f"{half}\n{half}\nend")
-    with pytest.raises(PrepError, match="the largest that is read has 64 MiB: set --text-split"):
+    path.write_text(f"{half}\n{half}\nthe end of it")
+    with pytest.raises(PrepError, match="the largest that is read has 16 MiB: set --text-split"):
         read(path)
-    assert [len(text) for text in texts(read(path, split="lines"))] == [len(half), len(half), 3]
+    assert [len(text) for text in texts(read(path, split="lines"))] == [len(half), len(half), 13]
     (whole,) = read(path, split="paragraphs")
-    assert isinstance(whole, Malformed) and "64 MiB" in whole.reason
+    assert isinstance(whole, Malformed) and "16 MiB" in whole.reason
     lines = tmp_path / "a.jsonl"
     with open(lines, "w") as file:
         file.write(json.dumps({"text": half + half + "x" * 20}) + '\n{"text": "good"}\n')
