@@ -33,6 +33,13 @@ def pytest_addoption(parser):
         help="run this share of the tests that start several processes, the same ones every time",
     )
     parser.addoption(
+        "--attacks",
+        type=int,
+        default=30,
+        metavar="N",
+        help="damaged inputs for each reader in tests/attack",
+    )
+    parser.addoption(
         "--moments",
         type=int,
         default=4,

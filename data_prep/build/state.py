@@ -60,13 +60,16 @@ def load_state(out: Path) -> BuildState | None:
     path = out / "_work" / STATE_NAME
     try:
         stored = json.loads(path.read_bytes())
-        return BuildState(
+        state = BuildState(
             stored["settings"],
             stored["corpus"],
             stored["stamps"],
             stored["files"],
             stored["config"],
         )
+        if len(state.input_files()) != len(state.fingerprints):
+            raise ValueError("a fingerprint for each file")
+        return state
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -182,7 +182,7 @@ def _files_of_folder(
                     f"--input: {where or 'this folder'} is a Hugging Face dataset saved with a "
                     "selection of its rows; save it again after flatten_indices()"
                 )
-            own = {f"{where}{item['filename']}" for item in state.data_files}
+            own = {f"{where}{item.filename}" for item in state.data_files}
             near = {p for p in below if p.startswith(where) and "/" not in p[len(where) :]}
             unwanted |= {p for p in near if p.endswith(".arrow")} - own  # caches of map and filter
     shown = [part for part in below if part not in unwanted and not _hidden(part)]
@@ -200,10 +200,14 @@ class _SplitNames(BaseModel):
     splits: list[str]
 
 
+class _DataFile(BaseModel):
+    filename: str
+
+
 class _DatasetState(BaseModel):
     """`state.json` of Hugging Face datasets."""
 
-    data_files: list[dict[str, str]] = Field(alias="_data_files")
+    data_files: list[_DataFile] = Field(alias="_data_files")
     indices_files: list[Any] | None = Field(None, alias="_indices_files")
     indices_data_files: list[Any] | None = Field(None, alias="_indices_data_files")
 

@@ -1,0 +1,201 @@
+"""Every reader of the product: a sound input, and what reads it whole.
+
+A reader of a new kind of file is a row here.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import shutil
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from data_prep.build.state import STATE_NAME, load_state
+from data_prep.cli import _build_config
+from data_prep.sources.documents import Fields
+from data_prep.sources.files import expand_inputs, provenance_notes
+from data_prep.sources.readers import read_documents
+from data_prep.tools.verify import verify
+from pretrain.config.load import load_config
+from tests.data_prep.small_corpus import make_texts, save_hf_tokenizer
+from xlstm_io.checkpoint.reader import CheckpointReader
+from xlstm_io.tokenizer import open_tokenizer
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/data/golden/0.1.0"
+TEXTS = make_texts(60)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A row of the list.
+
+    Attributes:
+        name: of the kind of file.
+        make: writes a sound input into a folder and gives the file that is damaged.
+        read: reads it whole, given that file; raises UserError where it is refused.
+    """
+
+    name: str
+    make: Callable[[Path], Path]
+    read: Callable[[Path], object]
+
+
+def _lines() -> bytes:
+    return b"".join(json.dumps({"id": n, "text": t}).encode() + b"\n" for n, t in enumerate(TEXTS))
+
+
+def _file(name: str, data: Callable[[], bytes]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(data())
+        return folder / name
+
+    return make
+
+
+def _documents(**fields: str) -> Callable[[Path], object]:
+    return lambda file: deque(read_documents(str(file), Fields(**fields)), maxlen=0)
+
+
+def _table() -> pa.Table:
+    ids = pa.array([f"d{n}" for n in range(len(TEXTS))]).dictionary_encode()
+    return pa.table({"text": TEXTS, "id": ids, "meta": [{"text": text} for text in TEXTS]})
+
+
+def _parquet(**options: object) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        pq.write_table(_table(), folder / "a.parquet", row_group_size=20, **options)
+        return folder / "a.parquet"
+
+    return make
+
+
+def _arrow(new: Callable, compression: str | None = None) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        table = _table()
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with new(folder / "a.arrow", table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=20)
+        return folder / "a.arrow"
+
+    return make
+
+
+def _dataset(folder: Path) -> Path:
+    _arrow(pa.ipc.new_stream)(folder)
+    (folder / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": "a.arrow"}], "_indices_files": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder / "state.json"
+
+
+def _note(folder: Path) -> Path:
+    (folder / "SOURCE.json").write_text('{"licence": "CC0", "origin": "made up"}')
+    return folder / "SOURCE.json"
+
+
+def _hugging_face(name: str) -> Callable[[Path], Path]:
+    return lambda folder: save_hf_tokenizer(folder, TEXTS) / name
+
+
+def _encode(file: Path) -> None:
+    tokenizer = open_tokenizer(file.parent)
+    for ids in tokenizer.encode([*TEXTS[:20], "\u2581 \U0001f600"]):
+        tokenizer.decode(ids)
+    assert tokenizer.vocab_size and len(tokenizer.sha256) == 64
+
+
+def _copy_of(tree: str, file: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        shutil.copytree(GOLDEN / tree, folder / "copy")
+        return next((folder / "copy").glob(file))
+
+    return make
+
+
+def _shards(file: Path) -> None:
+    verify(next(p for p in file.parents if p.name == "copy"), full=True)
+
+
+def _tensors(file: Path) -> None:
+    with CheckpointReader(file.parent) as reader:
+        for name in reader.stored:
+            reader.read(name)
+
+
+def _prep_yaml(folder: Path) -> Path:
+    path = folder / "prep.yaml"
+    path.write_text(
+        "sources:\n  - {name: web, input: a/*.jsonl, licence: CC0}\n  - {name: books, input: b,"
+        " text_split: lines}\ntokenizer: tok\nout: shards\nseq_len: 2048\npacking: best_fit\n"
+        "min_chars: 20\nvalid_fraction: 0.01\nfilter_functions: []\n"
+    )
+    return path
+
+
+def _build_state(folder: Path) -> Path:
+    stored = {
+        "settings": {"seq_len": 16},
+        "corpus": "0" * 64,
+        "stamps": [["/a.jsonl", 5, 7]],
+        "files": [["/a.jsonl", "corpus"]],
+        "config": {"tokenizer": "t", "out": "o", "input": ["/a.jsonl"]},
+    }
+    (folder / "_work").mkdir()
+    (folder / "_work" / STATE_NAME).write_text(json.dumps(stored))
+    return folder / "_work" / STATE_NAME
+
+
+def _read_state(file: Path) -> None:
+    state = load_state(file.parents[1])
+    if state is not None:
+        state.stored_scans(file.parents[1])
+
+
+READERS = [
+    Reader("JSON lines", _file("a.jsonl", _lines), _documents()),
+    Reader("gzip", _file("a.jsonl.gz", lambda: gzip.compress(_lines())), _documents()),
+    Reader("zstd", _file("a.jsonl.zst", lambda: zstandard.compress(_lines())), _documents()),
+    Reader("xz", _file("a.jsonl.xz", lambda: lzma.compress(_lines())), _documents()),
+    Reader("bzip2", _file("a.jsonl.bz2", lambda: bz2.compress(_lines())), _documents()),
+    Reader("text", _file("a.txt", lambda: "\n\n".join(TEXTS).encode()), _documents()),
+    Reader(
+        "paragraphs",
+        _file("a.txt", lambda: "\n\n".join(TEXTS).encode()),
+        _documents(split="paragraphs"),
+    ),
+    Reader("parquet", _parquet(), _documents()),
+    Reader("parquet, nested", _parquet(compression="zstd"), _documents(text="meta.text")),
+    Reader("parquet, plain", _parquet(use_dictionary=False, compression="none"), _documents()),
+    Reader("arrow stream", _arrow(pa.ipc.new_stream), _documents()),
+    Reader("arrow stream, lz4", _arrow(pa.ipc.new_stream, "lz4"), _documents(text="meta.text")),
+    Reader("arrow file", _arrow(pa.ipc.new_file), _documents()),
+    Reader("state.json", _dataset, lambda file: expand_inputs([str(file.parent)])),
+    Reader("SOURCE.json", _note, lambda file: provenance_notes([str(file.parent / "a.txt")])),
+    Reader("tokenizer.model", _copy_of("shards/tokenizer", "tokenizer.model"), _encode),
+    Reader("tokenizer.json", _hugging_face("tokenizer.json"), _encode),
+    Reader("tokenizer_config.json", _hugging_face("tokenizer_config.json"), _encode),
+    Reader("prep.yaml", _prep_yaml, lambda file: _build_config([str(file)], "build")),
+    Reader("build.json", _build_state, _read_state),
+    Reader("shards: manifest.json", _copy_of("shards", "manifest.json"), _shards),
+    Reader("shards: tar", _copy_of("shards", "corpus/train/*.tar"), _shards),
+    Reader("shards: index", _copy_of("shards", "corpus/train/*.npz"), _shards),
+    Reader("shards: tokenizer", _copy_of("shards", "tokenizer/*"), _shards),
+    Reader(
+        "run file",
+        _file("run.yaml", (ROOT / "pretrain/configs/cpu_demo.yaml").read_bytes),
+        lambda file: load_config(file),
+    ),
+    *(
+        Reader(f"checkpoint: {name}", _copy_of(f"run/checkpoints/{step.name}", name), _tensors)
+        for step in (GOLDEN / "run/checkpoints").glob("step-*")
+        for name in ("manifest.json", "metadata.json", "data-00000.safetensors")
+    ),
+]

@@ -1,0 +1,58 @@
+"""Damaged files end in a reading or in one message: no traceback, signal, hang or flood of memory.
+
+Every damage is drawn from the reader's name and a number, so a failure names what repeats it. By
+command with more of them: `python -m pytest tests/attack --attacks 1000`.
+"""
+
+import os
+import random
+import time
+
+import pytest
+
+from tests.attack import children
+from tests.attack.children import CRASHED, READ, REFUSED, attempt
+from tests.attack.damage import damaged
+from tests.attack.readers import READERS, Reader
+from xlstm_io.errors import UserError
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+def test_damaged_input_is_read_or_refused(reader: Reader, tmp_path, pytestconfig):
+    file = reader.make(tmp_path)
+    sound = file.read_bytes()
+    assert attempt(lambda: reader.read(file)).kind == READ
+    faults = []
+    for number in range(pytestconfig.getoption("--attacks")):
+        file.write_bytes(damaged(sound, random.Random(f"{reader.name} {number}")))
+        outcome = attempt(lambda: reader.read(file))
+        if outcome.kind == CRASHED:
+            faults.append(f"number {number}: {outcome.message}")
+        elif not outcome.message.replace("\n", "").isprintable():
+            faults.append(f"number {number}: a message with control codes: {outcome.message!r}")
+    assert not faults, "\n".join(faults)
+
+
+def test_what_a_child_does_is_seen(monkeypatch):
+    def refuse():
+        raise UserError("no")
+
+    def eat():
+        return bytearray(children.MEMORY + (1 << 30))
+
+    assert attempt(refuse) == children.Outcome(REFUSED, "no")
+    assert attempt(lambda: 3).kind == READ
+    assert "MemoryError" in attempt(eat).message
+    assert "ZeroDivisionError" in attempt(lambda: 1 / 0).message
+    assert attempt(os.abort).message == "ended by SIGABRT"
+    assert attempt(lambda: os._exit(3)).kind == CRASHED
+    monkeypatch.setattr(children, "SECONDS", 0.2)
+    assert attempt(lambda: time.sleep(9)).message == "still running after 0.2 s"
+
+
+def test_damage_is_the_same_for_the_same_number():
+    data = bytes(range(256)) * 8
+    made = {damaged(data, random.Random(f"a {number}")) for number in range(50)}
+    assert len(made) == 50 and data not in made
+    assert damaged(data, random.Random("a 3")) == damaged(data, random.Random("a 3"))
+    assert damaged(b"", random.Random("a 3")) is not None
