@@ -113,6 +113,7 @@ RUN_ELSEWHERE = {
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
     ),
+    "python -m pytest tests/attack --attacks 1000": ("tests/conftest.py", '"--attacks"'),
     ".ci/run": (".ci/run", "make --no-print-directory test"),
 }
 COMMANDS = sorted({(d, c) for d in DOCUMENTS if d != "docs/tutorial.md" for c in commands(d)})
