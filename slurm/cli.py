@@ -4,18 +4,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slurm.site import load_site
+from slurm.site import Site, load_site
 from xlstm_io.errors import ExitCode, UserError
 
+if TYPE_CHECKING:
+    from slurm.tasks import TaskPlan
+
+KINDS = ("train", "prep", "evaluate", "convert")
 OVERRIDES = "Keys of the run file can be given as options, such as --optimizer.lr 3e-4."
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m slurm",
-        description="Submit a run to Slurm, and see why each of its lives ended.",
+        description="Submit jobs to Slurm, and see why each life of a run ended.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -26,9 +30,20 @@ def _parser() -> argparse.ArgumentParser:
     render = add("render", "print the batch file of a job; needs no Slurm and writes nothing")
     submit = add("submit", "check a job, write its files and hand it to Slurm")
     for command in (render, submit):
-        command.add_argument("kind", choices=("train",), help="what the job does")
-        command.add_argument("file", metavar="FILE", help="run file")
-        command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job")
+        command.add_argument("kind", choices=KINDS, help="what the job does")
+        command.add_argument(
+            "paths",
+            nargs="+",
+            metavar="FILE",
+            help="train RUN.yaml, prep BUILD.yaml, evaluate RUN, convert CKPT OUT",
+        )
+        command.add_argument(
+            "--nodes",
+            type=int,
+            default=1,
+            metavar="N",
+            help="nodes of the job, for prep elements of the array (default: 1)",
+        )
         command.add_argument("--site", metavar="FILE", help="site file (see docs/slurm.md)")
         command.add_argument(
             "--set",
@@ -64,18 +79,7 @@ def _dispatch(words: Sequence[str]) -> int:
         words, overrides = split_overrides(words)
     options = _parser().parse_args(words)
     if options.command in ("render", "submit"):
-        from pretrain.config import load_config
-        from slurm.render import render
-        from slurm.submit import make_plan, submit_training
-
-        config = load_config(options.file, overrides)
-        site = load_site(options.site, options.set)
-        if options.command == "render":
-            print(render(make_plan(config, site, options.nodes)), end="")
-            return ExitCode.DONE
-        return submit_training(
-            config, site, options.nodes, dry_run=options.dry_run, after=options.after
-        )
+        return _job(options, overrides)
     if options.command == "status":
         from slurm.status import status
 
@@ -85,6 +89,60 @@ def _dispatch(words: Sequence[str]) -> int:
     if options.command == "stop":
         return stop(options.run, now=options.now)
     return resume(options.run)
+
+
+def _job(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Render or submit a job."""
+    from slurm.render import render
+    from slurm.submit import make_plan, submit_training
+    from slurm.tasks import submit_tasks
+
+    _check_words(options, overrides)
+    site = load_site(options.site, options.set)
+    paths, rendering = options.paths, options.command == "render"
+    if options.kind == "train":
+        from pretrain.config import load_config
+
+        config = load_config(paths[0], overrides)
+        if rendering:
+            print(render(make_plan(config, site, options.nodes)), end="")
+            return ExitCode.DONE
+        return submit_training(
+            config, site, options.nodes, dry_run=options.dry_run, after=options.after
+        )
+    plans = _tasks(options, site, overrides)
+    if rendering:
+        print("\n".join(render(plan) for plan in plans), end="")
+        return ExitCode.DONE
+    return submit_tasks(plans, site, dry_run=options.dry_run, after=options.after)
+
+
+def _tasks(options: argparse.Namespace, site: Site, overrides: dict[str, Any]) -> "list[TaskPlan]":
+    from pretrain.config import override_option
+    from slurm.tasks import plan_conversion, plan_evaluation, plan_preparation, shards_of
+
+    first, *rest = map(Path, options.paths)
+    if options.kind == "prep":
+        return plan_preparation(first, shards_of(first), site, options.nodes)
+    if options.kind == "convert":
+        return plan_conversion(first, rest[0], site)
+    words = [word for key, value in overrides.items() for word in override_option(key, value)]
+    return plan_evaluation(first, site, words)
+
+
+def _check_words(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """UserError when the words do not fit the kind of the job."""
+    kind, paths = options.kind, options.paths
+    wanted = 2 if kind == "convert" else 1
+    if len(paths) != wanted:
+        what = "CKPT and OUT" if kind == "convert" else "one FILE"
+        raise UserError(f"{kind} takes {what}, and {len(paths)} words were given: {paths}")
+    if kind in ("evaluate", "convert") and options.nodes != 1:
+        raise UserError(f"--nodes {options.nodes}: {kind} runs on one node")
+    if kind in ("prep", "convert") and overrides:
+        raise UserError(f"--{next(iter(overrides))} is not an option of {kind}")
+    if kind in ("evaluate", "convert") and not Path(paths[0]).is_dir():
+        raise UserError(f"{paths[0]} is not a folder; give a run or a checkpoint")
 
 
 def run(words: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import RunConfig, check_world
 from slurm.site import Site, SiteError, time_limit_seconds
@@ -54,38 +55,48 @@ _OPTION_KEYS = {
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a template prints.
+    """What every template prints.
 
     Attributes:
         template: its name.
-        run: the run folder.
         folder: where the job works.
         options: of `#SBATCH`, as they stand there.
         step: options of `srun`.
         container: what stands before the command of a rank.
-        words: the run file and options for the command.
         python: interpreter of the batch script.
         rank_python: interpreter of the ranks.
-        tasks_per_node: ranks of a node.
-        modules, setup, env, scratch, requeue: of the site.
-        policy: the limits of restarting.
-        signal_s: seconds between the signal and the time limit.
+        modules, setup, env, scratch: of the site.
+        words: what follows the command.
     """
 
     template: str
-    run: Path
     folder: Path
     options: tuple[str, ...]
     step: tuple[str, ...]
     container: tuple[str, ...]
-    words: tuple[str, ...]
     python: str
     rank_python: str
-    tasks_per_node: int
     modules: tuple[str, ...]
     setup: tuple[str, ...]
     env: dict[str, str]
     scratch: str | None
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingPlan(JobPlan):
+    """A job that trains.
+
+    Attributes:
+        run: the run folder.
+        tasks_per_node: ranks of a node.
+        requeue: how the run goes on; of the site.
+        policy: the limits of restarting.
+        signal_s: seconds between the signal and the time limit.
+    """
+
+    run: Path
+    tasks_per_node: int
     requeue: str
     policy: Policy
     signal_s: int
@@ -99,7 +110,7 @@ def plan_training(
     folder: Path | None = None,
     save_s: float = 0.0,
     step_s: float = 0.0,
-) -> JobPlan:
+) -> TrainingPlan:
     """The job of a training run.
 
     Args:
@@ -116,9 +127,7 @@ def plan_training(
     """
     folder = folder or Path.cwd()
     run = folder / config.run.dir
-    problems = [*_folder_problems(run, site), *_option_problems(site)]
-    if problems:
-        raise SiteError("\n".join(problems))
+    check_site(site, run)
     if nodes < 1:
         raise SiteError(f"--nodes {nodes} is not a job; use 1 or more")
     tasks = tasks_per_node(site)
@@ -131,21 +140,23 @@ def plan_training(
         )
     checkpoints = str(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
     most = site.restarts.max_excluded or max(2, math.ceil(nodes / 10))
-    return JobPlan(
+    options = common_options(
+        site,
+        name=job_name(run),
+        nodes=nodes,
+        tasks=tasks,
+        output=f"{run}/{FOLDER}/%j.out",
+        signal_s=signal_s,
+        requeue=site.requeue == "requeue",
+    )
+    return TrainingPlan(
         template="train.sbatch.j2",
-        run=run,
-        folder=folder,
-        options=tuple(_options(site, run, nodes, tasks, signal_s)),
-        step=tuple(_step(site, nodes, tasks)),
-        container=tuple(_container(site, run, folder)),
-        words=(str(run / FOLDER / RUN_FILE),),
-        python=_python(site),
-        rank_python=_python(site) if site.container.kind == "none" else site.container.python,
-        tasks_per_node=tasks,
-        modules=tuple(site.modules),
-        setup=tuple(site.setup),
-        env=_environment(site),
+        **common_fields(site, folder, run, nodes=nodes, tasks=tasks),
         scratch=site.scratch,
+        options=tuple(options),
+        words=(str(run / FOLDER / RUN_FILE),),
+        run=run,
+        tasks_per_node=tasks,
         requeue=site.requeue,
         policy=Policy(
             steps=config.run.steps,
@@ -158,6 +169,32 @@ def plan_training(
         ),
         signal_s=signal_s,
     )
+
+
+def common_fields(
+    site: Site, folder: Path, mounted: Path, *, nodes: int, tasks: int, gpus: bool = True
+) -> dict[str, Any]:
+    """The fields of a plan that depend on the site alone.
+
+    Args:
+        site: the cluster.
+        folder: where the job works.
+        mounted: a folder that a container must see too.
+        nodes: of the job.
+        tasks: processes of a node.
+        gpus: whether they use the node's GPUs.
+    """
+    python = site.python or sys.executable
+    return {
+        "folder": folder,
+        "step": tuple(_step(site, nodes, tasks, gpus)),
+        "container": tuple(_container(site, mounted, folder)),
+        "python": python,
+        "rank_python": python if site.container.kind == "none" else site.container.python,
+        "modules": tuple(site.modules),
+        "setup": tuple(site.setup),
+        "env": _environment(site),
+    }
 
 
 def tasks_per_node(site: Site) -> int:
@@ -187,13 +224,20 @@ def _check_layout(config: RunConfig, nodes: int, tasks: int) -> None:
         raise ConfigError(f"{nodes} nodes with {tasks} ranks each: {error}; {remedy}") from None
 
 
+def check_site(site: Site, folder: Path) -> None:
+    """Nothing when jobs of a site can use a folder; SiteError names every reason why not."""
+    problems = [*_folder_problems(folder, site), *_option_problems(site)]
+    if problems:
+        raise SiteError("\n".join(problems))
+
+
 def _folder_problems(run: Path, site: Site) -> list[str]:
-    """Why a job cannot use this run folder."""
+    """Why a job cannot use this folder."""
     if "%" in str(run) or "\n" in str(run):
-        return [f"run.dir={str(run)!r} has a % or a line break, which Slurm replaces; rename it"]
+        return [f"{str(run)!r} has a % or a line break, which Slurm replaces; rename it"]
     own = (*OWN_OF_A_NODE, *([site.scratch] if site.scratch else []))
     return [
-        f"run.dir={run} is on a disk of each node's own ({place}); use a folder that all nodes see"
+        f"{run} is on a disk of each node's own ({place}); use a folder that all nodes see"
         for place in own
         if run.is_relative_to(place)
     ]
@@ -224,17 +268,38 @@ def _signal_seconds(site: Site, save_s: float, step_s: float) -> int:
     return max(LEAST_SIGNAL_S, math.ceil(2 * (save_s + step_s)) + 60)
 
 
-def _options(site: Site, run: Path, nodes: int, tasks: int, signal_s: int) -> list[str]:
-    """Options of `#SBATCH`."""
-    gpus: list[str | None] = []
-    if site.gpus_per_node:
-        gpus = [f"gres={site.gres}" if site.gres else f"gpus-per-node={site.gpus_per_node}"]
-    found = [
-        f"job-name={job_name(run)}",
+def common_options(
+    site: Site,
+    *,
+    name: str,
+    nodes: int,
+    tasks: int,
+    output: str,
+    signal_s: int,
+    requeue: bool,
+    gpus: bool = True,
+) -> list[str]:
+    """Options of `#SBATCH` that every job has.
+
+    Args:
+        site: the cluster.
+        name: of the job.
+        nodes: of the job.
+        tasks: processes of a node.
+        output: where its output goes, in Slurm's notation.
+        signal_s: seconds between the signal and the time limit.
+        requeue: whether the job may run again.
+        gpus: whether it needs the node's GPUs.
+    """
+    devices: list[str | None] = []
+    if site.gpus_per_node and gpus:
+        devices = [f"gres={site.gres}" if site.gres else f"gpus-per-node={site.gpus_per_node}"]
+    found: list[str | None] = [
+        f"job-name={name}",
         f"partition={site.partition}",
         *[
-            f"{name}={value}" if value is not None else None
-            for name, value in (
+            f"{key}={value}" if value is not None else None
+            for key, value in (
                 ("account", site.account),
                 ("qos", site.qos),
                 ("reservation", site.reservation),
@@ -246,28 +311,28 @@ def _options(site: Site, run: Path, nodes: int, tasks: int, signal_s: int) -> li
         ],
         f"nodes={nodes}",
         f"ntasks-per-node={tasks}",
-        *gpus,
+        *devices,
         f"cpus-per-task={site.cpus_per_task}" if site.cpus_per_task else None,
         f"mem={site.mem}" if site.mem else None,
         "exclusive" if site.exclusive else None,
         f"time={site.time}",
-        "requeue" if site.requeue == "requeue" else "no-requeue",
+        "requeue" if requeue else "no-requeue",
         "open-mode=append",
-        f"output={run}/{FOLDER}/%j.out",
+        f"output={output}",
         f"signal={site.signal.name}@{signal_s}",
         "export=NONE",
-        "wait-all-nodes=1",
+        "wait-all-nodes=1" if nodes > 1 else None,
     ]
     extra = [option.removeprefix("--") for option in site.extra_sbatch]
     return [f"--{text}" for text in [*found, *extra] if text is not None]
 
 
-def _step(site: Site, nodes: int, tasks: int) -> list[str]:
+def _step(site: Site, nodes: int, tasks: int, gpus: bool) -> list[str]:
     """Options of the `srun` of the ranks; it takes over the job's only in part."""
     words = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
     if site.cpus_per_task:
         words.append(f"--cpus-per-task={site.cpus_per_task}")
-    if site.gpus_per_node:
+    if site.gpus_per_node and gpus:
         # Bound to one GPU each, the ranks could not reach each other's, and none had its number.
         words.append("--gpu-bind=none")
     container = site.container
@@ -298,7 +363,3 @@ def _environment(site: Site) -> dict[str, str]:
     if site.network.interface:
         found["GLOO_SOCKET_IFNAME"] = found["NCCL_SOCKET_IFNAME"] = site.network.interface
     return {**found, **site.network.env, **site.env}
-
-
-def _python(site: Site) -> str:
-    return site.python or sys.executable

@@ -9,7 +9,7 @@ from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import read_progress
 from slurm import scheduler
 from slurm.job_files import copy_job_files
-from slurm.plan import RUN_FILE, JobPlan, plan_training
+from slurm.plan import RUN_FILE, TrainingPlan, plan_training
 from slurm.render import render
 from slurm.site import Site
 from slurm.state import STOP_FILE, RunState
@@ -20,7 +20,7 @@ from xlstm_io.storage import write_atomic
 BATCH_FILE = "train.sbatch"
 
 
-def make_plan(config: RunConfig, site: Site, nodes: int) -> JobPlan:
+def make_plan(config: RunConfig, site: Site, nodes: int) -> TrainingPlan:
     """The plan of a run, with what is known of its speed when it has run before."""
     progress = read_progress(Path(config.run.dir))
     return plan_training(
@@ -75,7 +75,7 @@ def submit_training(
     return 0
 
 
-def write_files(plan: JobPlan, config: RunConfig, text: str) -> None:
+def write_files(plan: TrainingPlan, config: RunConfig, text: str) -> None:
     """Write what a job needs into the run folder; ConfigError when that cannot be done."""
     files = RunState(plan.run)
     try:
@@ -118,7 +118,7 @@ def _check_data(config: RunConfig) -> None:
             raise ConfigError(f"{key}={path!r} is not a folder; build one, or give another")
 
 
-def _check_run(files: RunState, plan: JobPlan) -> None:
+def _check_run(files: RunState, plan: TrainingPlan) -> None:
     if files.finished(plan.policy):
         raise ConfigError(
             f"run.dir={plan.run}: all {plan.policy.steps} steps are done; set run.steps higher to "
@@ -143,7 +143,7 @@ def _check_nodes(files: RunState, site: Site, nodes: int, known: Sequence[str]) 
         )
 
 
-def describe_cluster(site: Site, plan: JobPlan) -> list[str]:
+def describe_cluster(site: Site, plan: TrainingPlan) -> list[str]:
     """What the cluster is like, and what of it hurts this run."""
     facts = scheduler.facts(site.partition)
     lines = [", ".join(f"{name}={value}" for name, value in facts.items())]

@@ -65,7 +65,7 @@ class SlurmRun:
             python = self.folder / "python"
             python.write_text(
                 f'#!/bin/bash\ncase "$*" in "-m pretrain "*) {train};;\n"-m pip"*) ;;\n'
-                f'*) exec {sys.executable} -S "$@";; esac\n'
+                f'"-m "*) exec {sys.executable} "$@";; *) exec {sys.executable} -S "$@";; esac\n'
             )
             python.chmod(0o755)
             self.site["python"] = str(python)

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from slurm import cli
 from slurm.plan import job_name, plan_training
 from slurm.render import render
 from slurm.site import Site, SiteError, load_site, site_from_dict, time_limit_seconds
+from slurm.tasks import plan_conversion, plan_evaluation, plan_preparation
 from xlstm_io.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,30 @@ NODES = {
 }
 
 
+def tasks(kind, name):
+    """The plan of a job around a run, on an example site."""
+    loaded = load_site(str(EXAMPLES / f"{name}.yaml"))
+    if kind == "evaluate":
+        run, words = Path("runs/r"), ["--data.path", "my shards"]
+        return plan_evaluation(run, loaded, words, folder=PROJECT)
+    if kind == "convert":
+        return plan_conversion(Path("runs/r"), Path("exports/r"), loaded, folder=PROJECT)
+    build = (Path("build.yaml"), Path("shards/web"))
+    array, merge = plan_preparation(*build, loaded, 64, folder=PROJECT)
+    return [array if kind == "prep" else merge]
+
+
+TASKS = {
+    f"{name}.{kind}": partial(tasks, kind, name)
+    for kind, name in (
+        ("prep", "cpu"),
+        ("merge", "cpu"),
+        ("evaluate", "gpu_modules"),
+        ("convert", "gpu_modules"),
+    )
+}
+
+
 def site(**keys):
     return site_from_dict({"partition": "main", "python": "/usr/bin/python3", **keys}, "site.yaml")
 
@@ -42,6 +68,9 @@ def plan(*, nodes=1, overrides=(), folder=PROJECT, speed=None, **keys):
 
 def example(name):
     """The batch file of an example site."""
+    if name in TASKS:
+        (plan,) = TASKS[name]()
+        return render(plan)
     file, nodes = NODES[name]
     config = load_config(file, quiet=True)
     loaded = load_site(str(EXAMPLES / f"{name}.yaml"))
@@ -58,20 +87,22 @@ def test_every_example_site_has_a_batch_file():
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(NODES)
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", [*NODES, *TASKS])
 def test_examples_are_what_is_rendered_today(name):
     """After a change on purpose: python -m tests.slurm.test_render writes them again."""
     assert (EXAMPLES / f"{name}.sbatch").read_text() == example(name)
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", [*NODES, *TASKS])
 def test_batch_files_are_bash(name, tmp_path):
     path = tmp_path / "job.sbatch"
     path.write_text(example(name))
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-@pytest.mark.parametrize("name", ["batch.sh", *(f"examples/{name}.sbatch" for name in NODES)])
+@pytest.mark.parametrize(
+    "name", ["batch.sh", *(f"examples/{name}.sbatch" for name in (*NODES, *TASKS))]
+)
 def test_shellcheck_finds_nothing(name):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -94,7 +125,6 @@ def test_an_ordinary_job_asks_for_what_it_needs():
         "--open-mode=append",
         "--signal=USR1@120",
         "--export=NONE",
-        "--wait-all-nodes=1",
         "--exclusive",
         f"--output={PROJECT}/runs/cpu_demo/slurm/%j.out",
     ):
@@ -286,6 +316,35 @@ def test_keys_of_the_site_and_of_the_run_can_be_given_in_words(tmp_path, monkeyp
     assert cli.run([*words, "--set", "partition"]) == 2
 
 
+def test_an_array_names_its_share_and_asks_for_no_gpu():
+    text = example("cpu.prep")
+    assert "--array=0-63" in directives(text)
+    assert '--tasks 64 --task "$SLURM_ARRAY_TASK_ID"' in text
+    for kind in ("prep", "merge", "convert"):
+        (plan,) = tasks(kind, "gpu_modules")
+        assert not re.search("gres|gpus-per-node", " ".join(plan.options))
+        assert "--gpu-bind=none" not in plan.step
+    (plan,) = tasks("evaluate", "gpu_modules")
+    assert "--gres=gpu:a100:4" in plan.options and "--ntasks-per-node=4" in plan.options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "a"], "convert takes CKPT and OUT"),
+        (["train", "a", "b"], "train takes one FILE"),
+        (["evaluate", "a", "--nodes", "2"], "evaluate runs on one node"),
+        (["evaluate", "nowhere"], "nowhere is not a folder"),
+        (["prep", "a.yaml", "--data.path", "x"], "--data.path is not an option of prep"),
+        (["prep", "nowhere.yaml", "--site", str(EXAMPLES / "cpu.yaml")], "does not exist"),
+        (["prep", str(DEMO), "--site", str(EXAMPLES / "cpu.yaml")], "has no out"),
+    ],
+)
+def test_words_that_do_not_fit_the_job_are_refused(words, message, capsys):
+    assert cli.run(["render", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_submitting_needs_slurm_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"partition": "a", "tasks_per_node": 2}))
     (tmp_path / "shards").mkdir()
@@ -300,5 +359,5 @@ def test_submitting_needs_slurm_and_says_so(tmp_path, monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    for name in NODES:
+    for name in (*NODES, *TASKS):
         (EXAMPLES / f"{name}.sbatch").write_text(example(name))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.slurm.runs import ROOT, needs_root, steps_of
+from tests.slurm.runs import ROOT, needs_root, said, steps_of
 
 STEPS = {"run__steps": 60, "checkpoint__interval": 10, "evaluation__interval": 100}
 
@@ -66,6 +66,21 @@ def a_run_lives_through_everything_bit_for_bit(make):
     print(f"steps repeated: {run.repeated}; by life {lost}")
     assert run.repeated <= 30  # at most those since the last checkpoint, in lives 2 and 4
     assert lost[0] == lost[2] == lost[4] == 0
+    evaluated_and_converted(run)
+
+
+def evaluated_and_converted(run):
+    """Jobs around the run, by the same site file."""
+    files = ("--site", run.folder / "site.yaml")
+    (job,) = said(run, "submit", "evaluate", run.run, *files).split()
+    export = run.folder / "export"
+    (other,) = said(run, "submit", "convert", run.run, export, *files).split()
+    states = run.cluster.wait_for_end(job, other, seconds=300)
+    outputs = [run.files.folder / f"{job}.out", run.folder / f"export.slurm/{other}.out"]
+    texts = [path.read_text() for path in outputs]
+    assert states == {job: "COMPLETED", other: "COMPLETED"}, texts
+    assert "nats per token" in texts[0]
+    assert (export / "config.json").exists()
 
 
 @needs_root
