@@ -5,6 +5,7 @@
 
 XLSTM_EXIT='' XLSTM_REASON='' XLSTM_ACTION='' XLSTM_MODE='' XLSTM_EXCLUDE='' XLSTM_WAIT=0
 XLSTM_LIFE='' XLSTM_LIFE_FOLDER='' XLSTM_PORT='' XLSTM_BURN=-1 XLSTM_SUCCESSOR='' XLSTM_TERM=''
+XLSTM_NODES='' XLSTM_FIT=yes
 
 xlstm_say() { printf '%s xlstm: %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -82,6 +83,17 @@ xlstm_report() {
   } >"$XLSTM_LIFE_FOLDER/env.txt" 2>&1 || true
 }
 
+# Whether the nodes are fit; xlstm_preflight_step is there where the site wants it.
+xlstm_preflight() {
+  local said
+  declare -F xlstm_preflight_step >/dev/null || return 0
+  export MASTER_PORT=$XLSTM_PORT XLSTM_NODES
+  xlstm_wait xlstm_preflight_step
+  xlstm_say "the preflight ended with $?"
+  said=$(xlstm_ask checked "$XLSTM_RUN" --life "$XLSTM_LIFE" --interrupted "$XLSTM_TERM") || exit 1
+  eval "$said"
+}
+
 # Runs a command in the background and waits for it: a trapped signal ends `wait` early.
 xlstm_wait() {
   local pid rc=0
@@ -155,10 +167,12 @@ xlstm_life() {
   xlstm_begin
   xlstm_chain "$1"
   xlstm_report &
+  xlstm_preflight
   xlstm_burn
   while :; do
     export MASTER_PORT=$XLSTM_PORT
-    if [ ! -e "$XLSTM_RUN/slurm/STOP" ]; then  # its signal reaches steps only
+    # A signal reaches steps only, and may have come before there was one.
+    if [ -n "$XLSTM_FIT" ] && [ ! -e "$XLSTM_RUN/slurm/STOP" ]; then
       xlstm_wait xlstm_train_step
       xlstm_say "the step ended with $?"
     fi

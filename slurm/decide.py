@@ -60,6 +60,7 @@ class Evidence:
         finished: whether all steps of the run are done.
         stop_requested: whether a stop without a restart was asked for.
         bad_nodes: what the preflight found, by node.
+        unfit: why the preflight found no nodes fit, or "".
         tries: ports that this life has tried.
     """
 
@@ -67,6 +68,7 @@ class Evidence:
     finished: bool = False
     stop_requested: bool = False
     bad_nodes: dict[str, str] | None = None
+    unfit: str = ""
     tries: int = 1
 
 
@@ -162,6 +164,8 @@ def decide(
     """
     if evidence.finished:
         return Decision(Action.DONE, Cause.DONE, f"all {policy.steps} steps are done")
+    if evidence.unfit:
+        return Decision(Action.FAIL, Cause.PREFLIGHT, evidence.unfit)
     if evidence.bad_nodes:
         found = _preflight(evidence.bad_nodes)
     else:

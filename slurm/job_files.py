@@ -13,7 +13,7 @@ import xlstm_io
 from slurm.state import FOLDER
 
 MODULES = {
-    slurm: ("__init__.py", "state.py", "decide.py", "life.py", "rank.py"),
+    slurm: ("__init__.py", "state.py", "decide.py", "health.py", "life.py", "rank.py"),
     xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
 }
 BATCH = "batch.sh"

@@ -1,24 +1,27 @@
 """The batch script's questions: how does a life begin, and what follows its end?
 
     python -m slurm.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
+    python -m slurm.life checked RUN --life N
     python -m slurm.life end   RUN --life N --tries T
     python -m slurm.life submitted RUN --job J
 
-The first two print shell assignments, which `batch.sh` evaluates. What is decided is written to
+The first three print shell assignments, which `batch.sh` evaluates. What is decided is written to
 `state.json` and `story.jsonl` before the batch script acts on it, so that the next life knows it
 whatever happens in between.
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from slurm.decide import Action, Cause, Decision, Evidence, decide
-from slurm.state import Life, Policy, RunState, State, read_bad_nodes
+from slurm.health import Health, judge, read_reports
+from slurm.state import HEALTH_FILE, Life, Policy, RunState, State, read_preflight, write
 from xlstm_io.errors import ExitCode
 from xlstm_io.rendezvous import rendezvous_port
 
@@ -83,6 +86,7 @@ def begin(
     return {
         "LIFE": number,
         "LIFE_FOLDER": files.life_folder(number),
+        "NODES": " ".join(nodes),
         "PORT": rendezvous_port(int(job), number),
         "BURN": step_id_to_reach(state, job, restart),
         "EXCLUDE": ",".join(sorted(state.excluded)),
@@ -148,6 +152,29 @@ def end(files: RunState, number: int, tries: int) -> dict[str, object]:
     }
 
 
+def checked(files: RunState, number: int, interrupted: bool) -> dict[str, object]:
+    """Judge the preflight of a life.
+
+    Args:
+        files: the run's.
+        number: of the life.
+        interrupted: whether Slurm has asked the job to end meanwhile.
+
+    Returns:
+        What the batch script is told: whether the nodes are `FIT`, "yes" or "".
+    """
+    life = next(one for one in files.load().lives if one.number == number)
+    limits = Health(**json.loads((files.folder / HEALTH_FILE).read_bytes()))
+    folder = files.life_folder(number)
+    if interrupted:
+        return {"FIT": ""}
+    reports = read_reports(folder)
+    verdict = judge(reports, life.nodes, limits)
+    write(folder / "preflight.json", {**asdict(verdict), "reports": reports})
+    cut_short = any(report["interrupted"] for report in reports)
+    return {"FIT": "" if verdict.bad_nodes or verdict.failed or cut_short else "yes"}
+
+
 def close(
     files: RunState, policy: Policy, state: State, life: Life, tries: int
 ) -> tuple[State, Decision]:
@@ -172,11 +199,13 @@ def close(
         step_id=max([life.step_id, *(record.step_id for record in records)]),
         ended=time.time(),
     )
+    bad_nodes, unfit = read_preflight(files.life_folder(life.number))
     evidence = Evidence(
         records,
         finished=files.finished(policy),
         stop_requested=files.stop_requested,
-        bad_nodes=read_bad_nodes(files.life_folder(life.number)),
+        bad_nodes=bad_nodes,
+        unfit=unfit,
         tries=tries,
     )
     past = [one for one in state.lives if one.number < life.number]
@@ -225,13 +254,14 @@ def shell(values: dict[str, object]) -> str:
 def main(words: Sequence[str]) -> int:
     """The command line that `batch.sh` calls."""
     parser = argparse.ArgumentParser(prog="python -m slurm.life", description=__doc__)
-    parser.add_argument("event", choices=("begin", "end", "submitted"))
+    parser.add_argument("event", choices=("begin", "checked", "end", "submitted"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--job", default="")
     parser.add_argument("--restart", type=int, default=0)
     parser.add_argument("--nodes", default="")
     parser.add_argument("--running", default="")
     parser.add_argument("--life", type=int, default=0)
+    parser.add_argument("--interrupted", default="")
     parser.add_argument("--tries", type=int, default=1)
     options = parser.parse_args(words)
     files = RunState(options.run)
@@ -242,6 +272,8 @@ def main(words: Sequence[str]) -> int:
     if options.event == "begin":
         nodes, running = options.nodes.split(), options.running.split()
         values = begin(files, options.job, options.restart, nodes, running)
+    elif options.event == "checked":
+        values = checked(files, options.life, bool(options.interrupted))
     else:
         values = end(files, options.life, options.tries)
     print(shell(values))

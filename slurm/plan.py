@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
+from slurm.health import Health
 from slurm.site import Site, SiteError, time_limit_seconds
 from slurm.state import FOLDER, Policy
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
@@ -93,6 +94,7 @@ class TrainingPlan(JobPlan):
         requeue: how the run goes on; of the site.
         policy: the limits of restarting.
         signal_s: seconds between the signal and the time limit.
+        health: what the preflight asks of a node; None for no preflight.
     """
 
     run: Path
@@ -100,6 +102,7 @@ class TrainingPlan(JobPlan):
     requeue: str
     policy: Policy
     signal_s: int
+    health: Health | None
 
 
 def plan_training(
@@ -168,6 +171,7 @@ def plan_training(
             max_excluded=most,
         ),
         signal_s=signal_s,
+        health=_health(site),
     )
 
 
@@ -252,6 +256,9 @@ def _option_problems(site: Site) -> list[str]:
             problems.append(f"extra_sbatch has {option}, which is set by {key}; remove it there")
     if site.gres and site.gpus_per_node == 0:
         problems.append(f"gres={site.gres} asks for GPUs, and gpus_per_node=0; set both")
+    asked = sorted(site.health.model_fields_set - {"preflight"})
+    if asked and not site.health.preflight:
+        problems.append(f"health.{asked[0]} is set, and health.preflight=false; set it to true")
     container = site.container
     if container.kind == "none":
         given = sorted(container.model_fields_set - {"kind"})
@@ -354,6 +361,23 @@ def _container(site: Site, run: Path, folder: Path) -> list[str]:
     gpu = ["--nv"] if site.gpus_per_node else []
     words = ["apptainer", "exec", *gpu, "--bind", mounts, "--pwd", workdir, *container.flags]
     return [*words, str(container.image)]
+
+
+def _health(site: Site) -> Health | None:
+    """What the preflight asks of a node; None where there is none."""
+    wanted = site.health
+    if not wanted.preflight:
+        return None
+    return Health(
+        command=wanted.command,
+        min_gemm_tflops=wanted.min_gemm_tflops,
+        min_allreduce_gbs=wanted.min_allreduce_gbs,
+        max_clock_skew_s=wanted.max_clock_skew_s,
+        min_free_run_gb=wanted.min_free_gb.run,
+        min_free_scratch_gb=wanted.min_free_gb.scratch,
+        devices=site.gpus_per_node,
+        scratch=site.scratch,
+    )
 
 
 def _environment(site: Site) -> dict[str, str]:

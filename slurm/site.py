@@ -136,6 +136,32 @@ class Restarts(_Section):
     """Nodes that may be left out; a tenth of the job's nodes, and at least 2, if it is not set."""
 
 
+class FreeSpace(_Section):
+    """Free gigabytes."""
+
+    run: Annotated[float, Field(ge=0)] = 50.0
+    """Where the run lies."""
+    scratch: Annotated[float, Field(ge=0)] = 20.0
+    """On the node's own disk, where there is one."""
+
+
+class HealthSection(_Section):
+    """Checks of the nodes before every life; see `slurm.preflight`."""
+
+    preflight: bool = False
+    """Whether they are made."""
+    command: Line | None = None
+    """A command that must succeed on every node, such as `dcgmi diag -r 2`."""
+    min_gemm_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Speed that a matrix product in bf16 must have."""
+    min_allreduce_gbs: Annotated[float, Field(gt=0)] | None = None
+    """Gigabytes per second that an all-reduce between two nodes must reach."""
+    max_clock_skew_s: Annotated[float, Field(gt=0)] = 2.0
+    """Seconds by which a node's clock may differ."""
+    min_free_gb: FreeSpace = FreeSpace()
+    """Free space that must be there."""
+
+
 class Site(_Section):
     """A cluster."""
 
@@ -185,6 +211,7 @@ class Site(_Section):
     """How a run goes on: the same job again, the next job of a chain, or not by itself."""
     signal: Signal = Signal()
     restarts: Restarts = Restarts()
+    health: HealthSection = HealthSection()
     extra_sbatch: list[Option] = []
     """Further options of sbatch; none that a key above sets."""
 

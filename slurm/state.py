@@ -3,6 +3,7 @@
     state.json      every life of the run, and the nodes that are left out; replaced as a whole
     story.jsonl     what happened, one line each; only appended to
     policy.json     the limits of restarting; written by `submit`, may be edited
+    health.json     what the preflight asks of a node, where there is one
     STOP            asks for a stop without a restart
     job/            the files that the batch script needs, copied at submission
     life-000007/    logs and records of the ranks of a life
@@ -22,6 +23,7 @@ from typing import Any
 
 FOLDER = "slurm"
 STOP_FILE = "STOP"
+HEALTH_FILE = "health.json"
 
 
 @dataclass(frozen=True)
@@ -254,10 +256,10 @@ class RunState:
         return int(_read(self.run / "summary.json").get("steps", -1)) >= policy.steps
 
 
-def read_bad_nodes(life_folder: Path) -> dict[str, str]:
-    """What a life's preflight found wrong, by node; empty without a preflight."""
-    found = _read(life_folder / "preflight.json").get("bad_nodes", {})
-    return {str(node): str(why) for node, why in found.items()}
+def read_preflight(life_folder: Path) -> tuple[dict[str, str], str]:
+    """What a life's preflight found: bad nodes with the reason, and why no node is fit, or ""."""
+    found = _read(life_folder / "preflight.json")
+    return dict(found.get("bad_nodes", {})), str(found.get("failed", ""))
 
 
 def write(path: Path, value: Any) -> None:

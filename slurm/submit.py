@@ -1,7 +1,7 @@
 """Submit a training run: check everything, write the files, hand them to Slurm."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.config import RunConfig, save_config
@@ -12,7 +12,7 @@ from slurm.job_files import copy_job_files
 from slurm.plan import RUN_FILE, TrainingPlan, plan_training
 from slurm.render import render
 from slurm.site import Site
-from slurm.state import STOP_FILE, RunState
+from slurm.state import HEALTH_FILE, STOP_FILE, RunState, write
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.remote import is_remote
 from xlstm_io.storage import write_atomic
@@ -83,6 +83,8 @@ def write_files(plan: TrainingPlan, config: RunConfig, text: str) -> None:
         copy_job_files(plan.run)
         save_config(config, files.folder / RUN_FILE)
         files.save_policy(plan.policy)
+        if plan.health is not None:
+            write(files.folder / HEALTH_FILE, asdict(plan.health))
         write_atomic(files.folder / BATCH_FILE, text.encode())
     except OSError as error:
         raise ConfigError(f"run.dir={plan.run} cannot be written ({error.strerror})") from error

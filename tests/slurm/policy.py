@@ -308,6 +308,25 @@ def a_cut_off_node_that_comes_back_does_not_end_the_new_life(make):
     assert min(record.step_id for record in run.files.records(2)) >= 1
 
 
+@scenario
+def a_node_that_fails_its_preflight_is_left_out(make):
+    """The site's command fails on one node; the preflight itself is the real one."""
+    health = {"preflight": True, "command": "[ $SLURMD_NODENAME != n1 ]"}
+    free = {"min_free_gb": {"run": 0, "scratch": 0}}
+    paths = {"env": {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}}
+    keys = {**AT_ONCE, **paths, "partition": "three", "health": {**health, **free}}
+    run = make("preflight", nodes=2, site=keys).submit()
+    assert run.until_ended(400) == "COMPLETED"
+    assert run.causes == ["preflight", "done"], run.log()
+    assert [life.nodes for life in run.lives] == [("n1", "n2"), ("n2", "n6")]
+    (reason,) = run.files.load().excluded.values()
+    assert reason.startswith("command: [ $SLURMD_NODENAME != n1 ] ended with 1")
+    found = json.loads((run.files.life_folder(2) / "preflight.json").read_text())
+    assert (found["bad_nodes"], found["failed"]) == ({}, "")
+    facts = [report["facts"] for report in found["reports"]]
+    assert len(facts) == 2 and all(each["links"][0]["gbs"] > 0 for each in facts)
+
+
 # Jobs around a run ------------------------------------------------------------------------------
 
 

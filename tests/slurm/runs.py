@@ -1,6 +1,7 @@
 """Runs on the cluster, with a stub or with the real trainer, and how scenarios are collected."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,22 @@ def steps_of(run):
     """Loss and gradient norm of every step that a run has logged."""
     log = read_metrics(run / "metrics.jsonl")
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in log if "loss" in line}
+
+
+def launched(run):
+    """The losses of the same run by `launch` on this machine."""
+    folder = run.folder / "launched"
+    words = [sys.executable, "-m", "pretrain", "launch", run.folder / "run.yaml", "--nproc", "2"]
+    done = subprocess.run(
+        [*map(str, words), "--run.dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return steps_of(folder)
 
 
 def said(run, *words, code=0):

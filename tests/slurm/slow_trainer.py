@@ -17,12 +17,9 @@ class SlowStop(cli.StopSignal):
 
     @property
     def requested(self):
-        time.sleep(0 if self._requested else STEP_S)
-        return self._requested
-
-    @requested.setter
-    def requested(self, value):
-        self._requested = value
+        if not super().requested:
+            time.sleep(STEP_S)
+        return super().requested
 
 
 cli.StopSignal = SlowStop

@@ -171,6 +171,7 @@ def test_a_preflight_leaves_out_what_it_names_and_costs_no_life():
     assert (decision.action, decision.cause) == (Action.REQUEUE, Cause.PREFLIGHT)
     assert decision.exclude == (("n1", "slow"), ("n3", "does not answer"))
     assert after(bad_nodes=found, excluded=("n9",)).action is Action.FAIL
+    assert after(unfit="preflight fails on every node: x").action is Action.FAIL
 
 
 def test_an_error_is_tried_again_once_per_checkpoint():

@@ -7,12 +7,13 @@ in threads, and each test waits for its own.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 
 import pytest
 
 from tests.slurm import policy, training  # noqa: F401 (their scenarios)
 from tests.slurm.conftest import REQUIRED
-from tests.slurm.runs import SCENARIOS, StubRun, TrainerRun
+from tests.slurm.runs import SCENARIOS, StubRun, TrainerRun, launched
 
 pytestmark = pytest.mark.slurm
 
@@ -22,6 +23,14 @@ class Maker:
 
     def __init__(self, cluster, shards):
         self.cluster, self.shards, self.made = cluster, shards, []
+        self._lock, self._undisturbed = Lock(), None
+
+    def undisturbed(self, run):
+        """The steps of a run without Slurm and without faults, trained once for all."""
+        with self._lock:
+            if self._undisturbed is None:
+                self._undisturbed = launched(run)
+            return self._undisturbed
 
     def __call__(self, name, **keys):
         self.made.append(StubRun(self.cluster, name, **keys))

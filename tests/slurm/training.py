@@ -2,29 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.slurm.runs import ROOT, needs_root, said, steps_of
+from tests.slurm.runs import ROOT, needs_root, said
 
 STEPS = {"run__steps": 60, "checkpoint__interval": 10, "evaluation__interval": 100}
-
-
-def undisturbed(run):
-    """The losses of the same run by `launch` on this machine."""
-    folder = run.folder / "launched"
-    words = [sys.executable, "-m", "pretrain", "launch", run.folder / "run.yaml", "--nproc", "2"]
-    done = subprocess.run(
-        [*map(str, words), "--run.dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return steps_of(folder)
 
 
 def kill_rank(run, rank):
@@ -60,7 +43,7 @@ def a_run_lives_through_everything_bit_for_bit(make):
     assert run.until_ended(300) == "COMPLETED", run.log()
     assert len(run.lives) == 5 and run.lives[0].checkpoint_step == 1, run.log()
     assert [record.code for record in run.files.records(1)] == [75, 75]
-    expected = undisturbed(run)
+    expected = make.undisturbed(run)
     assert run.steps == expected and len(expected) == 60
     lost = [life.last_step - life.checkpoint_step for life in run.lives]
     print(f"steps repeated: {run.repeated}; by life {lost}")
@@ -93,4 +76,4 @@ def ranks_that_srun_started_by_hand_train_together(make):
     )
     said = done.stdout + done.stderr
     assert said.count("2 processes on cpu") == 1, said  # and not two runs of one process
-    assert run.steps == undisturbed(run)
+    assert run.steps == make.undisturbed(run)

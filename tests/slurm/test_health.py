@@ -1,0 +1,132 @@
+"""What a preflight's reports say about nodes, without a cluster; and its checks, in one process."""
+
+import pytest
+
+from slurm import preflight
+from slurm.health import Health, Verdict, judge
+from slurm.preflight import Bad, check_command, check_disk, pairs
+
+NODES = ("n1", "n2", "n3", "n4")
+SOUND = {"versions": "Python 3.11", "clock": 100.0, "tflops": 50.0, "device_tflops": True}
+
+
+def report(node, *, rank=0, bad=None, done=True, doing="links", interrupted=False, **facts):
+    return {
+        "node": node,
+        "rank": rank,
+        "doing": doing,
+        "done": done,
+        "check": bad[0] if bad else "",
+        "bad": f"{bad[0]}: {bad[1]}" if bad else None,
+        "interrupted": interrupted,
+        "facts": {**SOUND, **facts},
+    }
+
+
+def verdict(*changed, nodes=NODES, limits=None):
+    """Of sound nodes, but for the reports that are given."""
+    odd = {one["node"] for one in changed}
+    sound = [report(node) for node in nodes if node not in odd]
+    return judge([*sound, *changed], nodes, limits or Health())
+
+
+def test_sound_nodes_are_fit():
+    assert verdict() == Verdict({})
+    assert judge([report("n1")], ("n1",), Health()) == Verdict({})
+
+
+def test_a_node_that_does_not_answer_is_the_bad_one():
+    reports = [report(n, bad=("rendezvous", "timed out")) for n in NODES[:3]]
+    assert judge(reports, NODES, Health()).bad_nodes == {"n4": "does not answer"}
+
+
+def test_a_node_that_hangs_is_named_with_its_check():
+    stuck = report("n2", done=False, doing="product")
+    waiting = [report(n, done=False, doing="rendezvous") for n in ("n1", "n3", "n4")]
+    assert judge([stuck, *waiting], NODES, Health()).bad_nodes == {
+        "n2": "did not get beyond the check product"
+    }
+
+
+def test_any_rank_of_a_node_can_find_it_bad():
+    found = verdict(report("n2"), report("n2", rank=1, bad=("product", "other bits")))
+    assert found.bad_nodes == {"n2": "product: other bits"}
+
+
+def test_what_fails_everywhere_is_not_the_nodes():
+    found = judge([report(n, bad=("imports", "no torch")) for n in NODES], NODES, Health())
+    assert found == Verdict({}, "preflight fails on every node: imports: no torch")
+    apart = judge([report(n, bad=("rendezvous", n)) for n in NODES], NODES, Health())
+    assert apart == Verdict({}, "the ranks do not meet: rendezvous: n1")
+
+
+def test_of_one_node_nobody_knows_better_than_to_try_another():
+    found = judge([report("n1", bad=("imports", "no torch"))], ("n1",), Health())
+    assert found.bad_nodes == {"n1": "imports: no torch"}
+
+
+def test_a_port_in_use_is_left_to_the_training():
+    taken = [report(n, bad=("rendezvous", "x")) for n in NODES[1:]]
+    taken.append(report("n1", bad=("rendezvous", "EADDRINUSE")))
+    assert judge(taken, NODES, Health()) == Verdict({})
+
+
+def test_an_interrupted_preflight_says_nothing():
+    reports = [report(n, done=False, doing="product") for n in NODES[1:]]
+    assert judge([report("n1", interrupted=True), *reports], NODES, Health()) == Verdict({})
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"versions": "Python 3.12"}, "has Python 3.12, the others Python 3.11"),
+        ({"clock": 95.0}, "its clock differs by -5.0 s"),
+        ({"tflops": 40.0}, "a device does 40.0 TFLOP/s, the median is 50.0"),
+    ],
+)
+def test_the_odd_one_out_is_bad(facts, reason):
+    assert verdict(report("n3", **facts)).bad_nodes == {"n3": reason}
+
+
+def links(*speeds):
+    return [{"with": "x", "gbs": speed} for speed in speeds]
+
+
+def test_a_slow_node_is_named_and_not_its_partners():
+    slow = [
+        report("n1", links=links(1.0, 9.0)),
+        report("n2", links=links(1.0, 1.0)),
+        report("n3", links=links(1.0, 9.0)),
+        report("n4", links=links(9.0, 9.0)),
+    ]
+    limits = Health(min_allreduce_gbs=5.0)
+    assert judge(slow, NODES, limits).bad_nodes == {
+        "n2": "all-reduces with other nodes are below 5.0 GB/s"
+    }
+    everywhere = judge([report(n, links=links(1.0)) for n in NODES], NODES, limits)
+    assert everywhere.bad_nodes == {} and "on every node" in everywhere.failed
+
+
+def test_every_node_is_in_two_pairs_of_a_ring():
+    assert pairs(1) == [] and pairs(2) == [(0, 1)]
+    for count in (3, 4, 7):
+        ring = pairs(count)
+        assert sorted(node for pair in ring for node in pair) == sorted([*range(count)] * 2)
+
+
+def test_the_sites_command_is_shown_when_it_fails(monkeypatch):
+    check_command(Health(command="true"))
+    with pytest.raises(Bad, match="ended with 3: what is wrong"):
+        check_command(Health(command="echo what is wrong; exit 3"))
+    monkeypatch.setattr(preflight, "COMMAND_S", 0.2)
+    with pytest.raises(Bad, match="did not end within"):
+        check_command(Health(command="sleep 5"))
+
+
+def test_a_full_disk_is_found(tmp_path):
+    facts = {}
+    limits = Health(min_free_run_gb=0.0, min_free_scratch_gb=0.0, scratch=str(tmp_path / "own"))
+    check_disk(tmp_path, limits, facts)
+    assert len(facts["write_mbs"]) == 2 and list(tmp_path.iterdir()) == [tmp_path / "own"]
+    with pytest.raises(Bad, match="GB free, 1000000000 are wanted"):
+        check_disk(tmp_path, Health(min_free_run_gb=1e9), facts)
