@@ -1,0 +1,122 @@
+"""What is said about a run and a cluster, without a cluster."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm import scheduler, submit, tasks
+from slurm.site import site_from_dict
+from slurm.state import Life, RunState, State, write
+from slurm.status import describe, goodput, lines
+from tests.slurm.test_render import PROJECT, plan
+from xlstm_io.errors import ConfigError
+
+FACTS = {
+    "KillWait": "30 sec",
+    "SlurmdTimeout": "300 sec",
+    "JobRequeue": "0",
+    "PreemptMode": "CANCEL",
+    "MaxArraySize": "1001",
+}
+
+
+def life(number, start, checkpoint, last, **more):
+    ended = more.pop("ended", 100.0 * number)
+    return Life(
+        number,
+        "7",
+        number - 1,
+        ("n1", "n2"),
+        began=100.0 * (number - 1),
+        start_step=start,
+        ended=ended,
+        checkpoint_step=checkpoint,
+        last_step=last,
+        **more,
+    )
+
+
+STATE = State(
+    lives=(
+        life(1, 0, 20, 26, cause="hang", reason="hang, rank 1 on n2: ...", node="n2"),
+        life(2, 20, 40, 40, cause="interrupted", reason="interrupted", action="requeue"),
+    ),
+    excluded={"n2": "Xid 79"},
+    job="7",
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "progress.json", {"step": 40, "steps": 100, "step_seconds": 4.0})
+    return RunState(tmp_path)
+
+
+def test_the_story_has_every_life_and_the_steps_that_were_repeated(files):
+    facts = describe(files, STATE, None)
+    assert [one["repeated_steps"] for one in facts["lives"]] == [6, 0]
+    assert facts["repeated_steps"] == 6 and facts["goodput"] == 0.8
+    text = "\n".join(lines(facts))
+    assert "step 40 of 100" in text and "left out: n2 (Xid 79)" in text
+    assert "0-26 (-6)  hang, rank 1 on n2" in text
+    assert "goodput so far: 80.0%" in text and "steps repeated: 6" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "said"),
+    [
+        (STATE, None, "no job is queued; python -m slurm resume"),
+        (STATE, ("7", "RUNNING", "None", "N/A"), "job 7 runs"),
+        (STATE, ("7", "PENDING", "JobHeldUser", "N/A"), "was left held; python -m slurm resume"),
+        (
+            STATE,
+            ("7", "PENDING", "BeginTime", "12:00"),
+            "is pending (BeginTime), expected to start",
+        ),
+        (State(STATE.lives, verdict="no more", job="7"), None, "given up: no more; after a cure"),
+        (State((life(1, 0, 9, 9, action="done"),), job="7"), None, "the run is finished"),
+    ],
+)
+def test_what_comes_next_is_one_sentence(files, state, job, said):
+    queued = None if job is None else scheduler.QueuedJob(*job)
+    assert said in describe(files, state, queued)["next"]
+
+
+def test_a_stop_that_was_asked_for_is_told(files):
+    files.folder.mkdir()
+    (files.folder / "STOP").touch()
+    assert "stopped on request" in describe(files, STATE, None)["next"]
+
+
+def test_goodput_counts_the_life_at_work_until_now():
+    state = State((life(1, 0, 0, 0, ended=None),), job="7")
+    assert goodput(state, {}) is None
+    share = goodput(state, {"step": 10, "step_seconds": 1.0})
+    assert share == pytest.approx(10 / time.time(), abs=1e-4)
+
+
+def test_what_of_a_cluster_hurts_a_run_is_said(monkeypatch):
+    monkeypatch.setattr(scheduler, "facts", lambda partition: FACTS)
+    site = site_from_dict({"partition": "main"}, "site.yaml")
+    job = plan()
+    text = "\n".join(submit.describe_cluster(site, job))
+    assert "KillWait=30 sec" in text and "known after the first one" in text
+    assert "JobRequeue=0" in text and "use requeue: chain" in text
+    assert "noticed after SlurmdTimeout=300 s" in text
+    saved = type("Progress", (), {"save_seconds": 90.0})()
+    monkeypatch.setattr(submit, "read_progress", lambda folder: saved)
+    assert "a save takes 90 s and KillWait is 30 s" in "\n".join(submit.describe_cluster(site, job))
+
+
+def test_only_nodes_that_the_cluster_knows_are_excluded():
+    assert submit.exclude_option({"n2": "x", "gone": "y"}, ["n1", "n2"]) == ["--exclude=n2"]
+    assert submit.exclude_option({"gone": "y"}, ["n1"]) == []
+
+
+def test_an_array_beyond_the_limit_of_the_cluster_is_refused(monkeypatch):
+    monkeypatch.setattr(scheduler, "facts", lambda partition: FACTS)
+    site = site_from_dict({"partition": "main"}, "site.yaml")
+    plans = tasks.plan_preparation(Path("b.yaml"), Path("out"), site, 1002, folder=PROJECT)
+    with pytest.raises(ConfigError, match="--nodes 1002: this cluster allows arrays of 1001"):
+        tasks.submit_tasks(plans, site)
