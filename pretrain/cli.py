@@ -92,8 +92,15 @@ def _build_parser() -> argparse.ArgumentParser:
             action="store_true",
             help="start at step 0; the run folder that is there is renamed",
         )
-    check = add("check", "check a run file and print what it would train; starts nothing")
+    check = add(
+        "check", "check a run file and what it needs on this machine; print what it would train"
+    )
     _add_config(check)
+    check.add_argument(
+        "--no-data",
+        action="store_true",
+        help="look at the run file alone, not at data, disk and run folder",
+    )
     check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
 
     self_test = add(
@@ -225,6 +232,10 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
     if nproc is not None:
         check_world(config, nproc)
     print(describe_run(config, nproc))
+    if not options.no_data:
+        from pretrain.commands.check_data import describe_data
+
+        print(describe_data(config))
     return ExitCode.DONE
 
 

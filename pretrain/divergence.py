@@ -16,16 +16,18 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pretrain.config import RunConfig
 from pretrain.engines.verdict import FINITE, Guard, StepResult
-from pretrain.layout import Layout
 from pretrain.run_folder import EVIDENCE_FOLDER
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
+
+if TYPE_CHECKING:  # `check` compares checkpoints without loading megatron-core
+    from pretrain.layout import Layout
 
 NORMAL = 1.4826  # standard deviation over median distance, of a normal distribution
 # Least unit of the z-score, over the median: a small rise above values that hardly differ is not a
@@ -165,7 +167,7 @@ def diverged(config: RunConfig, rejected: RejectedStep, key: str, good: Location
 
 
 def keep_evidence(
-    run: Path, life: int, rejected: RejectedStep, losses: list[Tensor], layout: Layout, rows: int
+    run: Path, life: int, rejected: RejectedStep, losses: list[Tensor], layout: "Layout", rows: int
 ) -> None:
     """Write what is known of a rejected step into the run folder; called by all ranks.
 

@@ -1,4 +1,4 @@
-"""What `check` prints: the facts of a run that follow from its config alone."""
+"""What `check` prints first: the facts of a run that follow from its config alone."""
 
 from collections import Counter
 

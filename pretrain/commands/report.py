@@ -150,7 +150,7 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
         *([f"  {'':<17} {note}"] if note else []),
         f"  {'write more text':<17} {ours} generate {run_dir} --prompt 'import ' --max-tokens 300",
         f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
-        f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml",
+        f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml --no-data",
     ]
     if finished and not gate_met:
         lines.insert(0, "  the gate asks for more steps: a model of this size needs a few hundred")

@@ -116,7 +116,9 @@ def markdown() -> str:
         "Lists and mappings are written as in the file, in one line:",
         "`--optimizer.decay '{norm: true}'`.",
         "",
-        "`python -m pretrain check RUN.yaml` says everything that is wrong with a file, and",
+        "`python -m pretrain check RUN.yaml --no-data` says everything that is wrong with a file.",
+        "Without `--no-data` it opens the data and the run folder as well, and compares the free",
+        "disk with what the checkpoints will take.",
         "`python -m pretrain check RUN.yaml --help` lists every key with its value.",
     ]
     for name, purpose, keys in sections():

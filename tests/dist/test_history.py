@@ -2,6 +2,7 @@
 
 import pytest
 
+import pretrain.cli
 import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import ConfigError, config_from_dict, load_config
@@ -25,7 +26,7 @@ def train(raw, tmp_path):
         return str(error), ""
 
 
-def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path):
+def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path, capsys):
     small = {"evaluation__interval": 100, "checkpoint__interval": 4}
     raw = tiny_run(tmp_path, shards, run__steps=4, **small)
     ((code, said),) = pool(1, train, raw, tmp_path)
@@ -56,6 +57,14 @@ def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path):
     assert rates[5] == rates[6] == pytest.approx(5e-5)
     curve = read_manifest(find_latest(tmp_path)).state["curve"]
     assert curve == {"steps": 4, "turns": [{"at": 4, "end": 4, "pace": 0.0}]}
+
+    words = ["--run.steps", "8", "--schedule.extend", "recompute"]
+    assert pretrain.cli.run(["check", str(tmp_path / "config.yaml"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "continues         from step 6 of 8: " in said
+    assert "changed since then: run.steps: checkpoint 6, run 8" in said
+    assert "learning rate 5e-05 in the last step, 0.0002" in said
+
     append(tmp_path, {"event": "x"})
     assert [line["event"] for line in read_history(tmp_path)] == ["start", "start", "x"]
 

@@ -94,7 +94,7 @@ def test_launch_passes_the_same_words_to_its_workers(run_file, fake):
 
 
 def test_check_prints_facts_and_checks_processes(run_file, capsys):
-    assert cli.run(["check", run_file, "--nproc", "2"]) == 0
+    assert cli.run(["check", run_file, "--nproc", "2", "--no-data"]) == 0
     out = capsys.readouterr().out
     assert "tokens per step   32 (4 rows of 8)" in out
     assert "on 2 processes    2 data parallel replicas" in out
@@ -284,14 +284,14 @@ def test_help_with_a_run_file_lists_every_key_with_its_value(run_file, capsys):
 def test_check_prints_what_overlaps_and_every_source(capsys):
     sources = ["data.sources=[{name: a, path: here, weight: 1}, {name: b, path: there, weight: 1}]"]
     words = [f"--{word}" for word in ("data.path=null", *sources)]
-    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml", *words]) == 0
+    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml", "--no-data", *words]) == 0
     text = capsys.readouterr().out
     assert "adamw, ZeRO stage 1, overlap_grad_reduce and overlap_param_gather with NCCL" in text
     assert "data              here, there" in text
 
 
 def test_check_prints_flops_and_the_state(capsys):
-    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml"]) == 0
+    assert cli.run(["check", "pretrain/configs/xlstm_7b.yaml", "--no-data"]) == 0
     text = capsys.readouterr().out
     assert "training FLOPs    4.036e+10 per token" in text
     assert "cell 1.0%" in text

@@ -1,0 +1,156 @@
+"""What `check` finds on this machine: the data of a run, its disk, and what it would continue.
+
+It opens everything through the functions that training uses, so it says what a start would say.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.checkpoint import read_manifest
+from pretrain.config import RunConfig
+from pretrain.config.checks import check_vocabulary
+from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
+from pretrain.data.tokenizer_files import tokenizer_files
+from pretrain.resume import check_is_same_run, curve_of
+from pretrain.supervision.progress_file import check_nothing_is_lost
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
+from xlstm_io.errors import CheckpointError, ConfigError, UserError
+from xlstm_io.storage import Location, location
+from xlstm_mcore.sizes.parameters import count_parameters
+
+OPTIMIZER_BYTES = 12  # of each parameter: fp32 master weight and two moments
+SHOWN = 12  # digits of a hash
+
+
+def describe_data(config: RunConfig) -> str:
+    """Data, tokenizer, disk and run folder in a few lines.
+
+    Raises:
+        ConfigError: something is not as the run needs it; the message lists all of it.
+    """
+    lines: list[str] = []
+    problems: list[str] = []
+
+    def attempt(part: Callable[[], list[str]]) -> None:
+        try:
+            lines.extend(part())
+        except UserError as error:
+            problems.append(str(error))
+
+    plans: list[DataPlan] = []
+    attempt(lambda: _training_data(config, plans))
+    plan = plans[0] if plans else None
+    attempt(lambda: _validation_data(config, plan))
+    if plan is not None:
+        attempt(lambda: _tokenizer(config, plan))
+        attempt(lambda: _run_folder(config, plan))
+    attempt(lambda: _disk(config))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        found = "\n".join(f"  - {message}" for message in problems)
+        raise ConfigError(
+            f"{count} with what lies on this machine (--no-data leaves this out)\n{found}"
+        )
+    return "\n".join(lines)
+
+
+def _training_data(config: RunConfig, plans: list[DataPlan]) -> list[str]:
+    """The rows of each source, and how often the run sees them; adds the plan to `plans`."""
+    plan = open_plan(config.data, config.run.seed)
+    plans.append(plan)
+    epochs = plan.epochs(config.data.ramp.samples(config.run.steps))
+    return [
+        f"{'training data' if number == 0 else '':<18}{_dataset(name, dataset)}, "
+        f"{epochs[name]:.2f} epochs in the run"
+        for number, (name, dataset) in enumerate(zip(plan.names, plan.datasets, strict=True))
+    ]
+
+
+def _validation_data(config: RunConfig, plan: DataPlan | None) -> list[str]:
+    sets = open_valid(config.data, plan)
+    return [
+        f"{'validation' if number == 0 else '':<18}{_dataset(name, dataset)}"
+        for number, (name, dataset) in enumerate(sets.items())
+    ]
+
+
+def _dataset(name: str, dataset: TokenDataset) -> str:
+    manifest = dataset.manifest
+    return (
+        f"{f'{name}: ' if name else ''}{dataset.num_rows:,} rows of {manifest.seq_len} in "
+        f"{manifest.root}, manifest {manifest.hash[:SHOWN]}"
+    )
+
+
+def _tokenizer(config: RunConfig, plan: DataPlan) -> list[str]:
+    manifest = plan.manifest
+    check_vocabulary(config, manifest.vocab_size, manifest.root)
+    held = "" if tokenizer_files(manifest) else ", which checkpoints will not hold"
+    return [
+        f"{'tokenizer':<18}{manifest.vocab_size:,} tokens for model.vocab_size="
+        f"{config.model.vocab_size}, sha256 {manifest.tokenizer_sha256[:SHOWN]}{held}"
+    ]
+
+
+def _checkpoints(config: RunConfig) -> Location:
+    return location(config.checkpoint.dir or Path(config.run.dir) / CHECKPOINTS_FOLDER)
+
+
+def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
+    """What the run would go on from, and what it would change."""
+    folder = _checkpoints(config)
+    broken: list[CheckpointError] = []
+    try:
+        newest = next(newest_first(folder, broken), None)
+        passed = [f"{'':<18}passed over: {problem}" for problem in broken]
+        if newest is None:
+            check_nothing_is_lost(Path(config.run.dir), folder)
+            return [f"{'starts':<18}at step 0; {folder} holds no complete checkpoint", *passed]
+        saved = read_manifest(newest)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    changes = check_is_same_run(config, plan, newest, saved)
+    _, notes = curve_of(config, saved, changes)
+    changed = [f"{'':<18}changed since then: {change}" for change in changes]
+    return [
+        f"{'continues':<18}from step {saved.step} of {config.run.steps}: {newest}",
+        *passed,
+        *changed,
+        *(f"{'':<18}{note}" for note in notes),
+    ]
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint, about: the weights, and what AdamW keeps of each."""
+    weight = 2 if config.engine.precision == "bf16" else 4
+    return count_parameters(config.model)["total"] * (weight + OPTIMIZER_BYTES)
+
+
+def checkpoints_kept(config: RunConfig) -> int:
+    """The largest number of checkpoints that lie on the disk at once, one half written included."""
+    options, steps = config.checkpoint, config.run.steps
+    saves = -(-steps // options.interval)
+    kept = options.keep + options.keep_best
+    if options.keep_every is not None:
+        kept += steps // options.keep_every
+    return min(kept + 1, saves)
+
+
+def _disk(config: RunConfig) -> list[str]:
+    """The space that checkpoints need, against what is free; nothing on remote storage."""
+    folder = _checkpoints(config)
+    if not isinstance(folder, Path):
+        return []
+    size, kept = checkpoint_bytes(config), checkpoints_kept(config)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    needed = max(0, size * kept - there)
+    words = f"{kept} checkpoints of {size / 1e9:,.2f} GB"
+    if needed > free:
+        raise ConfigError(
+            f"{folder} has {free / 1e9:,.2f} GB free, and {words} are kept there at once; free "
+            f"space, lower checkpoint.keep={config.checkpoint.keep}, or set checkpoint.dir"
+        )
+    return [f"{'disk':<18}{words} at most; {free / 1e9:,.2f} GB are free"]
