@@ -63,7 +63,7 @@ def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path, cap
     said = capsys.readouterr().out
     assert "continues         from step 6 of 8: " in said
     assert "changed since then: run.steps: checkpoint 6, run 8" in said
-    assert "learning rate 5e-05 in the last step, 0.0002" in said
+    assert "learning rate 5e-05 in the last step, 0.000163 in the next" in said
 
     append(tmp_path, {"event": "x"})
     assert [line["event"] for line in read_history(tmp_path)] == ["start", "start", "x"]
