@@ -190,7 +190,9 @@ def _first_words(life: Life, evidence: Evidence, past: Sequence[Life]) -> Decisi
     line = first.last_line if first else ""
     reason = str(cause)
     if first:
-        reason += f", rank {first.rank} on {first.host}: {line or f'exit code {first.code}'}"
+        killed = first.code is not None and first.code < 0
+        said = f"killed by signal {-first.code}" if killed and first.code else line
+        reason += f", rank {first.rank} on {first.host}: {said or f'exit code {first.code}'}"
     if cause is Cause.SUPERSEDED:
         return Decision(Action.LEAVE, cause, reason, last_line=line)
     if cause in (Cause.BAD_INPUT, Cause.DIVERGED):
@@ -212,11 +214,16 @@ def _judge(records: Sequence[RankRecord]) -> tuple[Cause, RankRecord | None]:
     for cause, record in causes:
         if _fatal(record):
             return cause, record
-    for wanted in (_ROOTS, _OTHERS, (Cause.NODE_LOST,)):
+    for wanted in (_ROOTS, _OTHERS):
         for cause, record in causes:
             if cause in wanted:
                 return cause, record
-    return Cause.INTERRUPTED, None
+    lost = [record for cause, record in causes if cause is Cause.NODE_LOST]
+    if not lost:
+        return Cause.INTERRUPTED, None
+    # Ranks that were killed before the others noticed are what the others lost.
+    killed = ordered[0].code is not None and (ordered[0].code < 0 or ordered[0].code > 128)
+    return (Cause.INTERRUPTED, ordered[0]) if killed else (Cause.NODE_LOST, lost[0])
 
 
 def _fatal(record: RankRecord | None) -> list[int]:

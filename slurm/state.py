@@ -24,6 +24,7 @@ from typing import Any
 FOLDER = "slurm"
 STOP_FILE = "STOP"
 HEALTH_FILE = "health.json"
+LONGEST = 300  # characters of a line that is shown
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class RankRecord:
 
     @property
     def last_line(self) -> str:
-        """The last line of the log that is not empty, or ""."""
-        return next((line for line in reversed(self.tail) if line.strip()), "")
+        """The last line of the log that is not empty, or ""; cut where it is very long."""
+        return next((line[:LONGEST] for line in reversed(self.tail) if line.strip()), "")
 
 
 class RunState:

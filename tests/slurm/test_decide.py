@@ -157,6 +157,19 @@ def test_the_only_silent_node_is_to_blame_when_the_others_lost_a_peer():
     assert after(rank(0, ExitCode.HANG, host="n1")).node == "n2"
 
 
+def test_a_rank_that_was_killed_is_the_cause_of_what_the_others_lost():
+    lost = rank(0, 70, time=2.0, tail=["rank 0 lost the connection to another rank: ..."])
+    decision = after(rank(1, -9, time=1.0), lost)
+    assert (decision.cause, decision.node) == (Cause.INTERRUPTED, "")
+    assert decision.reason == "interrupted, rank 1 on n2: killed by signal 9"
+    later = after(rank(1, -15, time=3.0), lost)  # by Slurm, after the loss
+    assert later.cause is Cause.NODE_LOST
+
+
+def test_a_very_long_line_is_cut():
+    assert len(after(rank(code=2, tail=["x" * 9999])).last_line) == 300
+
+
 def test_too_many_nodes_left_out_end_the_run_with_the_list():
     broken = rank(code=-6, xids=[79], host="n2")
     assert after(broken, excluded=("n7",)).action is Action.REQUEUE
