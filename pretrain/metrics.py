@@ -1,20 +1,21 @@
-"""What a run records while it trains: `metrics.jsonl` and TensorBoard events.
+"""What a run records while it trains: `metrics.jsonl`, and what other writers take of it.
 
 `metrics.jsonl` is the record: one JSON object per logged step, `step` being the number of finished
 steps, flushed line by line, each step once. A run that resumes at step N drops what an earlier
-process logged beyond N, in the file and (by `purge_step`) in TensorBoard, because those steps are
-computed again. Only one rank writes; the others hold a logger with `enabled=False`.
+process logged beyond N, because those steps are computed again. Only one rank writes; the others
+hold a logger with `enabled=False`.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.metric_writers import MetricWriter
 from pretrain.progress import Progress
-from pretrain.run_folder import METRICS_FILE, TENSORBOARD_DIR
+from pretrain.run_folder import METRICS_FILE
 from xlstm_io.storage import write_atomic
 
 
@@ -55,7 +56,7 @@ class MetricLogger:
         run_dir: the run's folder.
         total_steps: steps of the whole run, for the progress bar.
         start_step: finished steps this process starts from; records beyond it are dropped.
-        tensorboard: write TensorBoard events too.
+        writers: what else takes the numbers; closed with the logger.
         enabled: False makes every method do nothing (all ranks but one).
         stream: where progress goes; None for stderr.
     """
@@ -66,7 +67,7 @@ class MetricLogger:
         *,
         total_steps: int,
         start_step: int = 0,
-        tensorboard: bool = True,
+        writers: Sequence[MetricWriter] = (),
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
@@ -81,13 +82,7 @@ class MetricLogger:
         self._file = open(path, "a", encoding="utf-8")
         last = len(_line(self._last).encode()) if self._last else 0
         self._last_offset = path.stat().st_size - last
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(folder / TENSORBOARD_DIR), purge_step=start_step + 1 if start_step else None
-            )
+        self._writers = writers
         self._progress = Progress(total_steps, start_step, stream)
 
     def __enter__(self) -> "MetricLogger":
@@ -119,10 +114,8 @@ class MetricLogger:
         self._last_offset = self._file.tell()
         self._file.write(_line(self._last))
         self._file.flush()
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, global_step=step)
-            self._writer.flush()
+        for writer in self._writers:
+            writer.write(step, values)
         self._progress.show(step, values)
 
     def message(self, text: str) -> None:
@@ -136,6 +129,6 @@ class MetricLogger:
             return
         self._enabled = False
         self._progress.close()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
         self._file.close()

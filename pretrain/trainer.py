@@ -22,6 +22,7 @@ from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.history import record_life
 from pretrain.interval import Interval
 from pretrain.layout import Layout
+from pretrain.metric_writers import open_writers
 from pretrain.metrics import MetricLogger
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
@@ -149,7 +150,7 @@ class Trainer:
                 self.dir,
                 total_steps=steps,
                 start_step=self.state.step,
-                tensorboard=config.logging.tensorboard,
+                writers=open_writers(config, self.state.step) if self.layout.is_main else (),
                 enabled=self.layout.is_main,
             ) as metrics,
             self.saver,

@@ -259,14 +259,6 @@ def _engine(config: RunConfig) -> Iterator[str]:
         yield reason
 
 
-def _deepspeed(config: RunConfig) -> Iterator[str]:
-    if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        yield (
-            "engine.name=deepspeed, but DeepSpeed is not installed; "
-            "pip install 'deepspeed>=0.19,<0.20', or use engine.name=megatron"
-        )
-
-
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _stages,
     _virtual,
@@ -288,7 +280,6 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _exponential,
     _wsd,
     _engine,
-    _deepspeed,
 )
 
 
@@ -314,17 +305,35 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // replica
 
 
+def _missing_packages(config: RunConfig) -> Iterator[str]:
+    """Optional packages that a run needs; whoever only reads its configuration does without."""
+    if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        yield (
+            "engine.name=deepspeed, but DeepSpeed is not installed; "
+            "pip install 'deepspeed>=0.19,<0.20', or use engine.name=megatron"
+        )
+    project = config.logging.wandb.project
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"logging.wandb.project={project}, but wandb is not installed; "
+            "pip install 'xlstm-pretrain[logging]', or leave the key out"
+        )
+
+
 def check_world(config: RunConfig, world_size: int) -> int:
-    """Check the layout and batch against the number of processes.
+    """Check a run that is to start: its packages, and layout and batch for its processes.
 
     Returns:
         The data parallel size.
 
     Raises:
-        ConfigError: processes are missing or left over; the global batch does not split over
-            replicas and micro-batches; or the interleaved schedule gets a number of micro-batches
-            that is not a multiple of the pipeline size.
+        ConfigError: a package is not installed; processes are missing or left over; the global
+            batch does not split over replicas and micro-batches; or the interleaved schedule gets
+            a number of micro-batches that is not a multiple of the pipeline size.
     """
+    missing = list(_missing_packages(config))
+    if missing:
+        raise ConfigError("\n".join(missing))
     replicas = data_parallel_size(config, world_size)
     data, layout = config.data, config.layout
     rows = data.micro_batch * replicas

@@ -281,6 +281,19 @@ class GuardConfig(Section):
     """the same, while training waits for a checkpoint that must be complete"""
 
 
+class WandbConfig(Section):
+    """Weights & Biases; needs `pip install 'xlstm-pretrain[logging]'`."""
+
+    project: NonEmpty | None = None
+    """project to write to; null: nothing is sent"""
+    entity: NonEmpty | None = None
+    """user or team; null for the one that is logged in"""
+    name: NonEmpty | None = None
+    """name of the run there; null for that of the run's folder"""
+    mode: Literal["online", "offline"] = "online"
+    """offline: into the run's folder, for `wandb sync` later"""
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
@@ -288,6 +301,8 @@ class LoggingConfig(Section):
     """steps between lines in metrics.jsonl and on the screen"""
     tensorboard: bool = True
     """also write TensorBoard events"""
+    wandb: WandbConfig = WandbConfig()
+    """also write to Weights & Biases"""
     peak_tflops: PositiveFloat | None = None
     """dense TFLOP/s of one device, for the utilisation (mfu); null for the maker's bf16 figure"""
 

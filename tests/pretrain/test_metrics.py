@@ -11,9 +11,7 @@ from pretrain.progress import describe, duration
 
 def run(folder, first, last, loss=1.0, **keys):
     stream = io.StringIO()
-    with MetricLogger(
-        folder, total_steps=10, start_step=first, stream=stream, **{"tensorboard": False} | keys
-    ) as metrics:
+    with MetricLogger(folder, total_steps=10, start_step=first, stream=stream, **keys) as metrics:
         for step in range(first + 1, last + 1):
             metrics.advance(step)
             metrics.log(step, {"tokens": step * 4, "loss": loss, "lr": 1e-3})
@@ -21,9 +19,7 @@ def run(folder, first, last, loss=1.0, **keys):
 
 
 def test_lines_are_flushed_json_with_each_step_once(tmp_path):
-    with MetricLogger(
-        tmp_path / "run", total_steps=3, tensorboard=False, stream=io.StringIO()
-    ) as metrics:
+    with MetricLogger(tmp_path / "run", total_steps=3, stream=io.StringIO()) as metrics:
         metrics.log(1, {"loss": 2.0})
         metrics.log(2, {"loss": 1.5, "grad_norm": float("nan")})
         metrics.log(2, {"valid_loss": 1.7})
@@ -54,9 +50,7 @@ def test_resuming_drops_what_lies_beyond(tmp_path):
 
 def test_an_evaluation_that_a_later_life_makes_adds_to_the_record_of_its_step(tmp_path):
     run(tmp_path, 0, 4)
-    with MetricLogger(
-        tmp_path, total_steps=10, start_step=4, tensorboard=False, stream=io.StringIO()
-    ) as metrics:
+    with MetricLogger(tmp_path, total_steps=10, start_step=4, stream=io.StringIO()) as metrics:
         metrics.log(4, {"valid_loss": 2.5})
         metrics.log(5, {"loss": 1.0})
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -86,7 +80,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
             return True
 
     stream = Terminal()
-    with MetricLogger(tmp_path, total_steps=4, tensorboard=False, stream=stream) as metrics:
+    with MetricLogger(tmp_path, total_steps=4, stream=stream) as metrics:
         for step in range(1, 5):
             metrics.advance(step)
         metrics.log(4, {"loss": 1.25, "valid_loss": 1.5})
@@ -106,7 +100,7 @@ def test_a_closed_terminal_does_not_end_the_run(tmp_path, terminal):
             raise OSError(5, "Input/output error")
 
     Gone.flush = lambda self: self.write("")
-    with MetricLogger(tmp_path, total_steps=2, tensorboard=False, stream=Gone()) as metrics:
+    with MetricLogger(tmp_path, total_steps=2, stream=Gone()) as metrics:
         metrics.advance(1)
         metrics.log(1, {"loss": 1.0, "valid_loss": 1.0})
         metrics.message("saved")
@@ -117,17 +111,6 @@ def test_other_ranks_write_nothing(tmp_path):
     text = run(tmp_path / "run", 0, 3, enabled=False)
     assert text == ""
     assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_events_of_a_resumed_run(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(tmp_path, 0, 5, loss=5.0, tensorboard=True)
-    run(tmp_path, 3, 6, loss=3.0, tensorboard=True)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    points = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert points == [(1, 5.0), (2, 5.0), (3, 5.0), (4, 3.0), (5, 3.0), (6, 3.0)]
 
 
 def test_describe_is_short():
