@@ -162,10 +162,15 @@ def check_split(path: Location) -> None:
     """
     tensor = int(os.environ.get("WORLD_SIZE", "1"))
     if tensor > 1:
-        saved = read_manifest(path).config
-        model = {**saved["model"], "pattern": saved["model"]["pattern"].replace("|", "")}
-        layout = {"tensor": tensor}
-        config_from_dict({**saved, "model": model, "layout": layout}, f"{tensor} processes")
+        saved = read_manifest(path).config["model"]
+        sections = {
+            "model": {**saved, "pattern": saved["pattern"].replace("|", "")},
+            "layout": {"tensor": tensor},
+            # An import has no run and no data; the rules about the model need none.
+            "run": {"dir": "none", "steps": 1},
+            "data": {"path": "none", "seq_len": tensor, "global_batch": 1, "micro_batch": 1},
+        }
+        config_from_dict(sections, f"{tensor} processes")
 
 
 def as_line(completion: Completion) -> str:

@@ -1,9 +1,9 @@
 """Logits and gradients equal pip xlstm's on the same weights (tests/peers.txt; skipped without it).
 
-The maps between names live here, in the test: they are what a converter from the peers' checkpoints
-will need. Traps they handle: norm weights are stored as w - 1 in the classic model, sLSTM's
-`fgate` projection feeds the input gate and `igate` the forget gate, and its recurrent kernel
-lies as [heads, gate * d_out, d_in].
+The maps between names here are written by hand, beside the tables of `from-nxai`, whose imports
+have the same logits. Traps they handle: norm weights are stored as w - 1 in the classic model,
+sLSTM's `fgate` projection feeds the input gate and `igate` the forget gate, and its recurrent
+kernel lies as [heads, gate * d_out, d_in].
 """
 
 import pytest
@@ -86,8 +86,7 @@ def large_names(blocks):
     return names
 
 
-@pytest.mark.parametrize(("heads", "length"), [(2, 16), (4, 64)])
-def test_7b_style_equals_xlstm_large(groups, heads, length):
+def large_peer(heads):
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
     torch.manual_seed(0)
@@ -107,6 +106,12 @@ def test_7b_style_equals_xlstm_large(groups, heads, length):
         )
     )
     randomise(peer)
+    return peer
+
+
+@pytest.mark.parametrize(("heads", "length"), [(2, 16), (4, 64)])
+def test_7b_style_equals_xlstm_large(groups, heads, length):
+    peer = large_peer(heads)
     tokens = torch.randint(0, 96, (3, length))
     logits = peer(tokens)
     logits = logits[0] if isinstance(logits, tuple) else logits
@@ -164,10 +169,7 @@ def classic_tensors(peer, letters, of, shift):
     return out
 
 
-@pytest.mark.parametrize(
-    ("letters", "heads", "length"), [("mm", 4, 33), ("ss", 4, 17), ("mmsm", 2, 48)]
-)
-def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
+def classic_peer(letters, heads):
     from xlstm.blocks.mlstm.block import mLSTMBlockConfig
     from xlstm.blocks.mlstm.layer import mLSTMLayerConfig
     from xlstm.blocks.slstm.block import sLSTMBlockConfig
@@ -194,6 +196,14 @@ def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
     )
     peer.reset_parameters()
     randomise(peer)
+    return peer
+
+
+@pytest.mark.parametrize(
+    ("letters", "heads", "length"), [("mm", 4, 33), ("ss", 4, 17), ("mmsm", 2, 48)]
+)
+def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
+    peer = classic_peer(letters, heads)
     tokens = torch.randint(0, 96, (3, length))
     logits = peer(tokens)
     (logits * weighting(logits)).sum().backward()
@@ -204,3 +214,53 @@ def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
     model = our_model(groups, section, classic_tensors(peer, letters, lambda p: p.data, 1.0))
     grads = classic_tensors(peer, letters, lambda p: p.grad, 0.0)
     compare(logits.detach(), grads, model, tokens, 1e-5)
+
+
+def imported_logits(state_dict, folder, tokens):
+    """Logits of our model after `from-nxai` of a pickled state dict."""
+    from xlstm_mcore.convert import cli
+    from xlstm_mcore.inference import model_logits, open_model
+
+    folder.mkdir()
+    torch.save(state_dict, folder / "model.pt")
+    assert cli.main(["from-nxai", str(folder / "model.pt"), str(folder / "run")]) == 0
+    return model_logits(open_model(folder / "run"), tokens)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_imported_xlstm_large_has_its_logits(groups, tmp_path, fused):
+    from xlstm.xlstm_large.utils import convert_single_weights_to_fused_weights
+
+    peer = large_peer(heads=2)
+    tokens = torch.randint(0, 96, (3, 32))
+    logits = peer(tokens)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    state = peer.state_dict()
+    if fused:
+        state = convert_single_weights_to_fused_weights(dict(state))
+        assert any("qkv_opreact" in name for name in state)
+    found = imported_logits(state, tmp_path / "x", tokens)
+    assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["vanilla", "compiled"])
+def test_an_imported_classic_model_has_its_logits(groups, tmp_path, backend):
+    peer = classic_peer("msms", heads=4)
+    tokens = torch.randint(0, 96, (3, 40))
+    logits = peer(tokens)
+    state = dict(peer.state_dict())
+    if backend == "compiled":  # its own conversion between the orders of the two backends
+        from xlstm.blocks.slstm.cell import sLSTMCell_cuda
+
+        for n in (1, 3):
+            cell = peer.xlstm_block_stack.blocks[n].xlstm.slstm_cell
+            other = sLSTMCell_cuda(cell.config, skip_backend_init=True)
+            prefix = f"xlstm_block_stack.blocks.{n}.xlstm.slstm_cell."
+            state[f"{prefix}_recurrent_kernel_"] = other._recurrent_kernel_ext2int(
+                cell._recurrent_kernel_int2ext(cell._recurrent_kernel_.data)
+            ).contiguous()
+            state[f"{prefix}_bias_"] = other._bias_ext2int(
+                cell._bias_int2ext(cell._bias_.data)
+            ).contiguous()
+    found = imported_logits(state, tmp_path / "x", tokens)
+    assert (found - logits).abs().max() < 1e-5 * logits.abs().max()

@@ -1,4 +1,4 @@
-"""Command line of the conversion: `to-hf` and `verify`."""
+"""Command line of the conversion: `to-hf`, `verify`, and the import (`import_cli`)."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import location
+from xlstm_mcore.convert import import_cli
 
 #: Names that `--family` and `--dtype` know; the modules that define them take seconds to import.
 FAMILY_NAMES = ("xlstm", "llama", "xlstm_blocks")
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", metavar="HF_DIR", type=Path, help="what `to-hf` wrote")
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.set_defaults(run=_verify)
+    import_cli.add_commands(commands)
     return parser
 
 

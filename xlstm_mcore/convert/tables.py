@@ -129,12 +129,14 @@ class Transform:
         shape: Their shape, from the shapes of ours.
         to_theirs: Their tensor, from ours.
         to_ours: Our tensors, from theirs and the shapes of ours.
+        exact: Whether every bit is kept; if not, it computes in fp32 at least.
     """
 
     name: str
     shape: Callable[[Sequence[Shape]], Shape]
     to_theirs: Callable[[Sequence[Tensor]], Tensor]
     to_ours: Callable[[Tensor, Sequence[Shape]], tuple[Tensor, ...]]
+    exact: bool = True
 
 
 #: The same tensor under another name.
@@ -184,6 +186,7 @@ class Table:
         head: Their name of the output layer's weight. A tied model has none.
         prefix: What stands before their names of a layer, with `{n}` for its number.
         layers: The tensors of a layer by the letter of its block.
+        final_norm_transform: How the final norm's weight is stored.
     """
 
     embedding: str
@@ -191,6 +194,7 @@ class Table:
     head: str
     prefix: str
     layers: Mapping[str, tuple[Entry, ...]]
+    final_norm_transform: Transform = RENAME
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,7 @@ def rows(table: Table, model: ModelConfig, sizes: Mapping[str, int] | None = Non
             )
             if 0 not in there.shape:
                 yield there
-    yield row(Entry((FINAL_NORM,), table.final_norm), MODEL_TENSORS, "", "")
+    norm = Entry((FINAL_NORM,), table.final_norm, table.final_norm_transform)
+    yield row(norm, MODEL_TENSORS, "", "")
     if not model.tie_embeddings:
         yield row(Entry((OUTPUT,), table.head), MODEL_TENSORS, "", "")

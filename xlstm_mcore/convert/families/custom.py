@@ -5,9 +5,12 @@ The class is one file, `xlstm_mcore/hf/modeling_xlstm_blocks.py`. It travels wit
 prefix, so converting is renaming.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from xlstm_mcore.convert.tables import LAYER_TENSORS, Table, renames
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.foreign_config import ForeignConfig, shape_of, width_keys
+from xlstm_mcore.convert.tables import LAYER_TENSORS, Shape, Table, renames
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
@@ -75,4 +78,30 @@ def config(model: ModelConfig) -> dict[str, Any]:
         "attention_kv_heads": kv_heads,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
+    }
+
+
+def table(shapes: Mapping[str, Shape]) -> Table:
+    """The table, whatever tensors there are."""
+    return TABLE
+
+
+def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The `model:` section of a folder; `ModelConfig` checks the values of keys of the same name.
+
+    Raises:
+        ConvertError: a key is missing.
+    """
+    missing = [key for key in ("pattern", *SAME_KEYS) if key not in config.values]
+    if missing:
+        raise ConvertError(f"{config.source} has no {', '.join(missing)}")
+    vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
+    widths = {name: config.integer(f"{name}_dim") for name in ("ffn", "up", "slstm_ffn", "qk", "v")}
+    return {
+        "pattern": config.values["pattern"],
+        "vocab_size": vocab,
+        "tie_embeddings": TABLE.head not in shapes,
+        **{key: config.values[key] for key in SAME_KEYS},
+        **{key: config.integer(key) for key in ("attention_heads", "attention_kv_heads")},
+        **width_keys(hidden, **widths),
     }

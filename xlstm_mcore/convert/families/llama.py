@@ -3,9 +3,12 @@
 Both turn channel pairs `(i, i + d/2)` by the rotary angles, so converting is renaming.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from xlstm_mcore.convert.tables import Table, renames
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.foreign_config import ForeignConfig, count_layers, shape_of, width_keys
+from xlstm_mcore.convert.tables import Shape, Table, renames
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
@@ -68,4 +71,48 @@ def config(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "use_cache": True,
+    }
+
+
+def table(shapes: Mapping[str, Shape]) -> Table:
+    """The table, whatever tensors there are."""
+    return TABLE
+
+
+def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The `model:` section of a folder.
+
+    Raises:
+        ConvertError: a key or a tensor says what a `*` block cannot compute.
+    """
+    config.must_be("hidden_act", "silu")
+    config.must_be("attention_bias", False)
+    config.must_be("mlp_bias", False)
+    vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
+    layers = count_layers(shapes, TABLE.prefix)
+    heads = config.integer("num_attention_heads")
+    if hidden % heads or config.integer("head_dim", default=hidden // heads) != hidden // heads:
+        raise ConvertError(
+            f"{config.source}: heads of another width than hidden_size / num_attention_heads = "
+            f"{hidden / heads:g}, which a * block does not have"
+        )
+    rotary = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    if not isinstance(rotary, Mapping) or rotary.get("rope_type", "default") != "default":
+        raise ConvertError(f"{config.source}: only plain rotary positions can be imported exactly")
+    base = ForeignConfig({**config.values, **rotary}, config.source)
+    return {
+        "pattern": "*" * layers,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "attention_heads": heads,
+        "attention_kv_heads": config.integer("num_key_value_heads", default=heads),
+        "vocab_size": vocab,
+        "tie_embeddings": TABLE.head not in shapes
+        or config.values.get("tie_word_embeddings") is True,
+        "norm_eps": config.number("rms_norm_eps", default=1e-6),
+        "logit_soft_cap": None,
+        "rotary_base": base.number("rope_theta", default=10_000.0),
+        **width_keys(
+            hidden, ffn=shape_of(shapes, TABLE.prefix.format(n=0) + "mlp.down_proj.weight", 2)[1]
+        ),
     }

@@ -4,9 +4,13 @@ Both sides store weights as (out, in) with each projection on its own, and norm 
 so converting is renaming. What the class cannot compute is listed in `unsupported_reason`.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from xlstm_mcore.convert.tables import Table, renames
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.foreign_config import ForeignConfig, count_layers, shape_of, width_keys
+from xlstm_mcore.convert.tables import STACK, Entry, Shape, Table, renames
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import dimensions
 
@@ -36,6 +40,34 @@ TABLE = Table(
                 "ffn.up_proj.weight": "ffn.proj_up.weight",
                 "ffn.down_proj.weight": "ffn.proj_down.weight",
             }
+        )
+    },
+)
+
+#: What `weight_mode: fused` keeps as one tensor, by its name.
+_FUSED = (
+    Entry(
+        (
+            "mixer.q_proj.weight",
+            "mixer.k_proj.weight",
+            "mixer.v_proj.weight",
+            "mixer.ogate.weight",
+        ),
+        "mlstm_layer.qkv_opreact.weight",
+        STACK,
+    ),
+    Entry(("mixer.igate.weight", "mixer.fgate.weight"), "mlstm_layer.ifgate_preact.weight", STACK),
+    Entry(("mixer.igate.bias", "mixer.fgate.bias"), "mlstm_layer.ifgate_preact.bias", STACK),
+    Entry(("ffn.gate_proj.weight", "ffn.up_proj.weight"), "ffn.proj_up_gate_z.weight", STACK),
+)
+_IN_FUSED = {name for entry in _FUSED for name in entry.ours}
+
+FUSED_TABLE = replace(
+    TABLE,
+    layers={
+        "M": (
+            *(entry for entry in TABLE.layers["M"] if entry.ours[0] not in _IN_FUSED),
+            *_FUSED,
         )
     },
 )
@@ -121,4 +153,51 @@ def config(model: ModelConfig) -> dict[str, Any]:
         "inference_state_dtype": "float32",
         "weight_mode": "single",
         "use_cache": True,
+    }
+
+
+def table(shapes: Mapping[str, Shape]) -> Table:
+    """The table of single or of fused weights, by the tensors that are there."""
+    return FUSED_TABLE if any(name.endswith(".qkv_opreact.weight") for name in shapes) else TABLE
+
+
+def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The `model:` section of a folder; widths are read from the weights.
+
+    Keys of the published 7B that today's transformers calls otherwise are read too.
+
+    Raises:
+        ConvertError: a key or a tensor says what we cannot compute.
+    """
+    config.must_be("add_out_norm", True)
+    config.must_be("use_bias", False)
+    vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
+    named = config.integer("hidden_size", "embedding_dim", default=hidden)
+    layers = count_layers(shapes, TABLE.prefix)
+    said = config.integer("num_hidden_layers", "num_blocks", default=layers)
+    if (named, said) != (hidden, layers):
+        raise ConvertError(
+            f"{config.source} says hidden size {named} and {said} layers, the tensors have "
+            f"{hidden} and {layers}"
+        )
+    first = TABLE.prefix.format(n=0)
+    v = shape_of(shapes, f"{first}mlstm_layer.multihead_norm.weight", 1)[0]
+    fused = f"{first}mlstm_layer.qkv_opreact.weight"
+    if fused in shapes:
+        qk = (shape_of(shapes, fused, 2)[0] - 2 * v) // 2
+    else:
+        qk = shape_of(shapes, f"{first}mlstm_layer.q.weight", 2)[0]
+    return {
+        "pattern": "M" * layers,
+        "hidden_size": hidden,
+        "num_heads": config.integer("num_heads", default=8),
+        "vocab_size": vocab,
+        "tie_embeddings": TABLE.head not in shapes,
+        "norm_eps": config.number("norm_eps", default=1e-6),
+        "cell_eps": config.number("eps", default=1e-6),
+        "gate_soft_cap": config.number("gate_soft_cap", default=15.0),
+        "logit_soft_cap": config.number("output_logit_soft_cap", default=30.0),
+        **width_keys(
+            hidden, qk=qk, v=v, ffn=shape_of(shapes, f"{first}ffn.proj_down.weight", 2)[1]
+        ),
     }
