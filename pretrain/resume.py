@@ -24,6 +24,7 @@ from pretrain.data import DataCursor, DataPlan
 from pretrain.divergence import Divergence
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import StepResult
+from pretrain.init_from import start_from
 from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.evaluation import Evaluation
@@ -143,7 +144,7 @@ def resume(
     saver: CheckpointSaver,
     candidates: list[Location],
 ) -> Start:
-    """Load the newest sound checkpoint of the run into the engine, if there is one.
+    """Load the newest sound checkpoint of the run into the engine, or what the run starts from.
 
     Called by all ranks. A damaged checkpoint is named and passed over, and `saver` is told not to
     delete it.
@@ -193,7 +194,14 @@ def resume(
     ranks.first(
         "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
     )
-    return Start(TrainState(), DataCursor(0), None, Curve(config.run.steps), Divergence(config))
+    curve, divergence = Curve(config.run.steps), Divergence(config)
+    if config.run.init_from is None:
+        return Start(TrainState(), DataCursor(0), None, curve, divergence)
+    origin = start_from(config, data, engine, ranks)
+    state = TrainState(updates=origin.updates)
+    return Start(
+        state, DataCursor(0), None, curve, divergence, changes=origin.changes, notes=origin.notes
+    )
 
 
 def _to_skip(folder: Location, saved: Manifest) -> int:
@@ -213,6 +221,11 @@ def check_is_same_run(
         CheckpointError: it is of another model, data or tokenizer.
         ConfigError: it has done more steps than the run is to have.
     """
+    if "imported" in saved.state:
+        raise CheckpointError(
+            f"{path} is an import, from which a run starts and does not continue; set "
+            f"run.init_from={path.parent.parent} and another run.dir"
+        )
     consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
     now: dict[str, Any] = {
         **config.model_dump(mode="json"),

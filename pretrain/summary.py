@@ -37,7 +37,8 @@ def describe_start(
     ]
     if start.checkpoint is not None:
         lines.append(f"continuing from {start.checkpoint}")
-    lines += [f"changed since then: {change}" for change in start.changes]
+    since = "changed since then" if start.checkpoint else "other than in run.init_from"
+    lines += [f"{since}: {change}" for change in start.changes]
     lines += start.notes
     if start.state.step == config.run.steps:
         lines.append(f"all {config.run.steps} steps are done; set run.steps higher to train on")

@@ -65,6 +65,8 @@ RULES: dict[str, Rules] = {
     "run.dir": _free(),
     "run.steps": _said("moves the end of the learning-rate curve; see `schedule.extend`"),
     "run.seed": Rules(Rule.ASKED, Rule.FREE, "decides the order of the data"),
+    "run.init_from": _free("used at the first start of a run only"),
+    "run.init_optimizer": _free("used at the first start of a run only"),
     "run.deterministic": _free(),
     "model.pattern": Rules(Rule.FIXED, Rule.FIXED, f"{_SHAPE}; the cuts are free"),
     "model.hidden_size": _SHAPED,
@@ -140,7 +142,7 @@ class Change:
         name: its dotted name.
         before: the checkpoint's value; None where it had none.
         now: the run's value, likewise.
-        rule: whether that is allowed on a resume.
+        rule: whether that is allowed.
     """
 
     name: str
@@ -166,15 +168,38 @@ def resume_changes(saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[Cha
             its training state.
         run: the same of the run that wants to continue.
     """
+    return [
+        Change(name, old, new, rules.resume) for name, old, new, rules in _differing(saved, run)
+    ]
+
+
+def init_changes(saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
+    """What differs between a checkpoint and the run that wants to start from its weights.
+
+    What the checkpoint does not know (an import has no data) does not count as different.
+
+    Args:
+        saved: the configuration in the checkpoint, with `tokenizer` of its training state.
+        run: the same of the run.
+    """
+    return [
+        Change(name, old, new, rules.init_from)
+        for name, old, new, rules in _differing(saved, run)
+        if old != _NONE
+    ]
+
+
+def _differing(
+    saved: Mapping[str, Any], run: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any, Rules]]:
+    """Name, both values and rules of every key that differs."""
     before = flat(with_defaults(current_keys(saved), run))
     now = flat(with_defaults(run, run))
-    changes = []
     for name in dict.fromkeys([*before, *now]):
         rules = rules_of(name)
         old, new = before.get(name, _NONE), now.get(name, _NONE)
         if rules is not None and old != new:
-            changes.append(Change(name, old, new, rules.resume))
-    return changes
+            yield name, old, new, rules
 
 
 def with_defaults(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ themselves, and all of them run, so that one message names every broken rule.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pretrain.config import support
 from pretrain.config.data_checks import DATA_CHECKS
@@ -159,6 +160,17 @@ def _ablations(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _init_from(config: RunConfig) -> Iterator[str]:
+    run = config.run
+    if run.init_from is None and run.init_optimizer:
+        yield "run.init_optimizer=true takes the optimizer's state of run.init_from; set that too"
+    if run.init_from is not None and Path(run.init_from) == Path(run.dir):
+        yield (
+            f"run.init_from={run.init_from} is run.dir too, where a run continues by itself; give "
+            "the new run another run.dir"
+        )
+
+
 def _recompute(config: RunConfig) -> Iterator[str]:
     letters = "".join(sorted(set(_letters(config))))
     blocks = config.memory.recompute_full_blocks
@@ -270,6 +282,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _attention,
     _qkv_blocks,
     _ablations,
+    _init_from,
     _recompute,
     *DATA_CHECKS,
     _sequence,

@@ -38,6 +38,10 @@ class RunSection(Section):
     """folder for checkpoints, metrics and the resolved config; rerun with it to continue"""
     steps: PositiveInt
     """optimizer steps in the whole run"""
+    init_from: NonEmpty | None = None
+    """checkpoint, run folder or URL whose weights a new run starts from; null for random ones"""
+    init_optimizer: bool = False
+    """with init_from: take the optimizer's state too"""
     seed: NonNegativeInt = 0
     """seed of the initial weights, the data order and dropout"""
     max_minutes: PositiveFloat | None = None

@@ -19,7 +19,7 @@ from pretrain.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from pretrain.checkpoint import save as save_module
+from xlstm_io.checkpoint import writer
 
 pytestmark = pytest.mark.dist
 
@@ -124,9 +124,9 @@ def fail_on_one_rank(rank, world, folder):
     def disk_full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    real = save_module.write_safetensors
+    real = writer.write_safetensors
     if rank == 1:
-        save_module.write_safetensors = disk_full
+        writer.write_safetensors = disk_full
     errors = [None] * world
     try:
         save_checkpoint(folder, [part], {}, {}, step=2, keep=1)
@@ -134,7 +134,7 @@ def fail_on_one_rank(rank, world, folder):
         dist.all_gather_object(errors, str(error))
     assert len(set(errors)) == 1 and "step 2 failed on rank 1" in errors[0], errors
     assert "No space left on device" in errors[0]
-    save_module.write_safetensors = real
+    writer.write_safetensors = real
     assert candidates_together(folder)[0] == good
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
     dist.barrier()  # the next attempt has a folder, for which a slow rank should not look here
@@ -182,7 +182,7 @@ def test_a_group_that_does_not_start_at_rank_zero(tmp_path, pool):
 def save_beside_collectives(rank, world, folder):
     """Training's collectives and a save run at once; a late failure reaches all at one step."""
     part = TensorSlice("w", (2 * world, 4), (2 * rank, 0), torch.full((2, 4), float(rank)))
-    real, steps_of_failure = save_module.write_safetensors, []
+    real, steps_of_failure = writer.write_safetensors, []
 
     def slow(*args):  # ranks reach the save's agreement at different moments
         time.sleep(0.03 * rank)
@@ -192,7 +192,7 @@ def save_beside_collectives(rank, world, folder):
         time.sleep(0.1)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    save_module.write_safetensors = slow
+    writer.write_safetensors = slow
     with CheckpointSaver(folder) as saver:
         for step in range(1, 200):
             total = torch.tensor([step * (rank + 1.0)])
@@ -206,11 +206,11 @@ def save_beside_collectives(rank, world, folder):
                 steps_of_failure.append((step, str(caught.value)))
                 break
             if step == 120 and rank == 1:
-                save_module.write_safetensors = full_late
+                writer.write_safetensors = full_late
             if step % 40 == 0:
                 saver.save([part], {}, {}, step=step)
             time.sleep(0.001)
-    save_module.write_safetensors = real
+    writer.write_safetensors = real
     everyone = [None] * world
     dist.all_gather_object(everyone, steps_of_failure[0])
     assert len(set(everyone)) == 1, everyone

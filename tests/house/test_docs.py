@@ -55,6 +55,13 @@ RUN_ELSEWHERE = {
         "docs/tutorial.md",  # whose commands test_tutorial.py runs
         'generate runs/first --prompt "Once upon a time"',
     ),
+    **{
+        f"python -m xlstm_mcore.convert {command} imported": (
+            "tests/xlstm_mcore/test_import.py",
+            f'"{command.split()[0]}"',
+        )
+        for command in ("from-hf hf", "from-nxai model.pt")
+    },
     "python -m pretrain evaluate CKPT --data.path shards": (
         "tests/pretrain/test_hf_tokenizer.py",
         '"evaluate", str(copy), "--data.path"',

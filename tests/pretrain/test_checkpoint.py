@@ -263,7 +263,7 @@ def test_retention_keeps_the_newest_and_never_the_one_before_the_new_is_complete
     first = save(tmp_path, step=1, keep=2)
     second = save(tmp_path, step=2, keep=2)
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.checkpoint.save.write_safetensors", _no_space)
+        patch.setattr("xlstm_io.checkpoint.writer.write_safetensors", _no_space)
         with pytest.raises(CheckpointError, match=r"step 3 failed.*No space left on device"):
             save(tmp_path, step=3, keep=1)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {first.name, second.name}

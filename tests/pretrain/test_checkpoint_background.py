@@ -20,10 +20,10 @@ from pretrain.checkpoint import (
     load_checkpoint,
 )
 from pretrain.checkpoint import background as background_module
-from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.background import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
 from xlstm_io.checkpoint import evaluation as evaluation_module
+from xlstm_io.checkpoint import writer
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
 from xlstm_io.checkpoint.manifest import parse_manifest
 from xlstm_io.errors import UserError
@@ -45,13 +45,13 @@ def first_value(path):
 @pytest.fixture
 def gate(monkeypatch):
     """Holds every write until it is opened."""
-    opened, real = threading.Event(), save_module.write_safetensors
+    opened, real = threading.Event(), writer.write_safetensors
 
     def write(*args):
         assert opened.wait(WAIT_S)
         return real(*args)
 
-    monkeypatch.setattr(save_module, "write_safetensors", write)
+    monkeypatch.setattr(writer, "write_safetensors", write)
     return opened
 
 
@@ -98,7 +98,7 @@ def test_nothing_but_the_copy_happens_in_the_loop(tmp_path, monkeypatch):
         (Ranks, "broadcast"),
         (json, "dumps"),
         (os, "fsync"),
-        (save_module, "write_safetensors"),
+        (writer, "write_safetensors"),
         (background_module, "apply_retention"),
     ):
         watch(owner, name)
@@ -132,7 +132,7 @@ def test_an_error_names_what_remains_and_the_next_save_works(tmp_path, monkeypat
         saver.wait()
         good = find_latest(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr(save_module, "write_safetensors", disk_full)
+            patch.setattr(writer, "write_safetensors", disk_full)
             with pytest.raises(CheckpointError) as caught:
                 saver.save(slices_of(2), {}, {}, step=2)
                 saver.wait()
@@ -269,13 +269,13 @@ def test_dead_attempts_go_and_living_ones_stay(tmp_path):
 
 
 def test_a_checkpoint_that_lost_a_file_before_its_manifest_does_not_count(tmp_path, monkeypatch):
-    real = save_module.hash_file
+    real = writer.hash_file
 
     def clean_up_meanwhile(path):
         (path.parent / "data-00000.safetensors").unlink()
         return real(path)
 
-    monkeypatch.setattr(save_module, "hash_file", clean_up_meanwhile)
+    monkeypatch.setattr(writer, "hash_file", clean_up_meanwhile)
     saver = CheckpointSaver(tmp_path)
     saver.save(slices_of(1), {}, {}, step=1)
     with pytest.raises(CheckpointError, match="is missing"):

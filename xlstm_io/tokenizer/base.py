@@ -70,6 +70,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; special ids give nothing."""
 
+    @abstractmethod
+    def token(self, number: int) -> str | None:
+        """The token of an id as the vocabulary spells it; None for an id without one."""
+
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt: those of a document that begins with it, bos included.
 

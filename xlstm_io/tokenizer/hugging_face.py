@@ -47,6 +47,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """Number of ids, with added tokens."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
+    def token(self, number: int) -> str | None:
+        """The token of an id; None for an id without one."""
+        return self._tokenizer.id_to_token(number)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids int32 of each text, without bos and eos."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -54,6 +54,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Number of pieces."""
         return self._processor.get_piece_size()
 
+    def token(self, number: int) -> str | None:
+        """The piece of an id."""
+        return self._processor.id_to_piece(number)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids int32 of each text, without bos and eos."""
         if self._space_symbol_ids is None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from xlstm_io.errors import ExitCode
 from xlstm_mcore.convert.errors import ConvertError
 
@@ -116,5 +118,8 @@ def _import(arguments: argparse.Namespace, open_source: "Callable[[Path], Foreig
         return ExitCode.DONE
     for note in done.notes:
         print(f"note: {note}")
+    section = plan.model.model_dump(mode="json", exclude_defaults=True)
+    print("the model section of a run file that starts from it:")
+    print(yaml.safe_dump({"model": section}, sort_keys=False), end="")
     print(f"wrote {done.path}: {done.parameters:,} parameters, {plan.family}")
     return ExitCode.DONE

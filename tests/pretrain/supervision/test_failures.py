@@ -74,7 +74,7 @@ def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the/file")
 """
 LOG = FULL + "import pretrain.metrics; pretrain.metrics.MetricLogger.log = full"
-SAVE = FULL + "import pretrain.checkpoint.save as save; save.write_safetensors = full"
+SAVE = FULL + "import xlstm_io.checkpoint.writer as save; save.write_safetensors = full"
 CONFIG = FULL + "import pretrain.trainer; pretrain.trainer.save_config = full"
 CACHE = FULL + "import pretrain.data.plan as plan; plan.DataPlan.read = full"
 BUG = "import pretrain.trainer; pretrain.trainer.train_step = lambda *a: 1 / 0"

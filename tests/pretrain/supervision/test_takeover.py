@@ -18,7 +18,7 @@ GOLDEN = ROOT / "tests" / "data" / "golden" / "0.1.0"
 # Stands still between the look at the lease and the manifest of step 4: the worst moment.
 STOP_BEFORE_MANIFEST = """
 import os, signal, sys
-import pretrain.checkpoint.save as save
+import xlstm_io.checkpoint.writer as save
 real = save.write_atomic
 def write_atomic(path, data, **options):
     if path.name == "manifest.json" and "step-00000004" in str(path):
