@@ -42,3 +42,9 @@ def test_parity_says_when_a_model_has_not_learned_it(run, tmp_path):
     done = run("benchmarks.parity", *short)
     assert done.returncode == 1, done.stderr
     assert "not as the paper says: ss" in done.stdout
+
+
+def test_memory_of_an_import(run):
+    done = run("benchmarks.import_memory", "--hidden", 128, "--layers", 1, "--vocab", 100)
+    assert done.returncode == 0, done.stderr
+    assert "every tensor equal" in done.stdout
