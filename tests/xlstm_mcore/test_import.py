@@ -284,9 +284,11 @@ def test_an_export_of_our_own_class_comes_back(tmp_path):
         assert torch.equal(after[name][: len(real)], real), name
         assert not after[name][len(real) :].any()
     again = read_manifest(resolve(back)).config["model"]
+    assert again["vocab_tokens"] == tokens, "rows of zeros get no logit"
     assert {k: v for k, v in again.items() if v != config["model"][k]}.keys() <= {
         "attention_heads",
         "attention_kv_heads",
         "igate_bias_init",
         "dropout",
+        "vocab_tokens",
     }

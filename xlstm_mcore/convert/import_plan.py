@@ -217,7 +217,11 @@ def make_plan(
         raise ConvertError(
             f"--vocab-size={vocab} must be at least the {model.vocab_size} rows that there are"
         )
-    padded = model.model_copy(update={"vocab_size": vocab})
+    if vocab > model.vocab_size:  # rows of zeros get no logit
+        tokens = model.vocab_tokens or model.vocab_size
+        padded = model.model_copy(update={"vocab_size": vocab, "vocab_tokens": tokens})
+    else:
+        padded = model
     return Plan(family.NAME, padded, have, found, tuple(left_over), vocab - model.vocab_size)
 
 
