@@ -17,6 +17,7 @@ from pydantic import (
 from data_prep.sources.documents import Fields, TextSplit
 from data_prep.sources.filters import TextFilters
 from data_prep.sources.malformed import MAX_BAD_SHARE
+from data_prep.sources.rules import Rule, field_rule
 
 
 def _one_is_a_list(value: Any) -> Any:
@@ -73,11 +74,26 @@ class SourceConfig(BaseModel):
     text_split: SplitOfText = "file"
     licence: Licence = ""
     origin: Origin = ""
+    keep: dict[str, Rule] = Field(default_factory=dict, max_length=100)
+    """Rules on other fields: the values that are kept, or {min:, max:, none_of:}."""
+    sample: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the documents that is taken, chosen by the hash of the text. A larger share has the
+    documents of a smaller one, too."""
 
     @property
     def fields(self) -> Fields:
         """Where readers find the documents."""
-        return Fields(self.text_field, self.id_field, self.text_split)
+        rules = tuple(field_rule(name, rule) for name, rule in self.keep.items())
+        return Fields(self.text_field, self.id_field, self.text_split, rules)
+
+    def choice(self) -> dict[str, Any]:
+        """`keep` and `sample` where they are set, as manifests show them."""
+        chosen: dict[str, Any] = {}
+        if self.keep:
+            chosen["keep"] = self.model_dump(exclude_defaults=True)["keep"]
+        if self.sample < 1:
+            chosen["sample"] = self.sample
+        return chosen
 
 
 class BuildConfig(BaseModel):
@@ -172,6 +188,7 @@ class BuildConfig(BaseModel):
         names = ("seq_len", "packing", "valid_fraction", "shard_mb")
         sources = {
             source.name: f"{source.text_field!r} of {source.text_split}"
+            + "".join(f", {key} {value}" for key, value in source.choice().items())
             for source in self.all_sources()
         }
         chosen = {name: getattr(self, name) for name in names}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.scan import FileScan, InputFile
+from data_prep.build.scan import FileScan, InputFile, rule_verdict
 from data_prep.config import BuildConfig
 from data_prep.sources.filters import KEPT, TextFilters
 from xlstm_io.errors import PrepError
@@ -24,6 +24,7 @@ from xlstm_io.storage import temporary_path, write_atomic
 _SPLIT_RESOLUTION = 1_000_000
 _BUCKET_ROWS = 1 << 20
 _MAX_BUCKETS = 1 << 10
+_VERDICTS = 1 << 8  # values of SCAN_ROW's drop
 DROPPED, TRAIN, VALID = 0, 1, 2  # split assignments
 SPLITS = {"train": TRAIN, "valid": VALID}
 
@@ -111,7 +112,10 @@ def plan_build(
     """
     work = out / "_work"
     shard_bytes = max(1, int(config.shard_mb * 1e6))
-    plan = plan_corpus(files, scans, config.filters(), config.valid_fraction, shard_bytes, work)
+    samples = {source.name: source.sample for source in config.all_sources()}
+    plan = plan_corpus(
+        files, scans, config.filters(), config.valid_fraction, shard_bytes, work, samples
+    )
     return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans))
 
 
@@ -152,6 +156,7 @@ def plan_corpus(
     valid_fraction: float,
     shard_bytes: int,
     work: Path,
+    samples: dict[str, float],
 ) -> CorpusPlan:
     """Drop what filters say and repeated texts, choose the splits, and cut them into shards.
 
@@ -166,8 +171,11 @@ def plan_corpus(
             when other documents come or go.
         shard_bytes: a shard holds about this much text.
         work: `OUT/_work`.
+        samples: by source, the share of its documents that is taken.
     """
     key = repr([corpus_digest(files, scans), valid_fraction, shard_bytes])
+    if any(share < 1 for share in samples.values()):
+        key += repr(samples)
     path = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     total = sum(scan.documents for scan in scans)
     stored = _load(path, total)
@@ -178,7 +186,7 @@ def plan_corpus(
     temporary = temporary_path(file)
     try:
         assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
-        read, dropped = _drop(files, scans, filters, assignments, scratch=file.parent)
+        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent)
         shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments))
         assignments.flush()
         del assignments
@@ -212,6 +220,7 @@ def _drop(
     files: list[InputFile],
     scans: list[FileScan],
     filters: TextFilters,
+    samples: dict[str, float],
     assignments: np.ndarray,
     scratch: Path,
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
@@ -223,18 +232,26 @@ def _drop(
     names = list(dict.fromkeys(file.source for file in files))
     reasons = filters.reasons
     read = dict.fromkeys(names, 0)
-    codes = {name: np.zeros(len(reasons), np.int64) for name in names}
+    codes = {name: np.zeros(_VERDICTS, np.int64) for name in names}
     malformed = dict.fromkeys(names, 0)
+    unsampled = dict.fromkeys(names, 0)
     ends = np.cumsum([scan.documents for scan in scans])
     for file, scan, end in zip(files, scans, ends.tolist(), strict=True):
-        drop = scan.rows()["drop"]
-        assignments[end - scan.documents : end] = drop == KEPT
+        rows = scan.rows()
+        drop, kept = rows["drop"], rows["drop"] == KEPT
+        if samples[file.source] < 1:
+            # The half of the hash that does not choose the split.
+            limit = np.uint64(round(samples[file.source] * _SPLIT_RESOLUTION))
+            taken = rows["hash"][:, 0] % np.uint64(_SPLIT_RESOLUTION) < limit
+            unsampled[file.source] += int((kept & ~taken).sum())
+            kept &= taken
+        assignments[end - scan.documents : end] = kept
         read[file.source] += scan.documents
         malformed[file.source] += scan.malformed
-        codes[file.source] += np.bincount(drop, minlength=len(reasons))
+        codes[file.source] += np.bincount(drop, minlength=_VERDICTS)
 
     duplicates = dict.fromkeys(names, 0)
-    for repeated in find_repeated(_kept_hashes(scans, ends), int(ends[-1]), scratch):
+    for repeated in find_repeated(_kept_hashes(scans, ends, assignments), int(ends[-1]), scratch):
         assignments[repeated] = DROPPED
         owners = np.bincount(np.searchsorted(ends, repeated, side="right"), minlength=len(files))
         for file, count in zip(files, owners.tolist(), strict=True):
@@ -242,7 +259,10 @@ def _drop(
 
     dropped = {}
     for name in names:
-        counts = dict(zip(reasons, codes[name].tolist(), strict=True))
+        verdicts = codes[name].tolist()
+        counts = dict(zip(reasons, verdicts, strict=False))
+        rules = next(file.fields.keep for file in files if file.source == name)
+        by_rule = {f"keep {r.field}": verdicts[rule_verdict(n)] for n, r in enumerate(rules)}
         always = {
             "duplicate": duplicates[name],
             "empty": counts["empty"],
@@ -250,16 +270,16 @@ def _drop(
         }
         chosen = filters.settings()
         dropped[name] = always | {reason: counts[reason] for reason in reasons if reason in chosen}
+        dropped[name] |= by_rule | ({"sample": unsampled[name]} if samples[name] < 1 else {})
     return read, dropped
 
 
 def _kept_hashes(
-    scans: list[FileScan], ends: np.ndarray
+    scans: list[FileScan], ends: np.ndarray, assignments: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for scan, end in zip(scans, ends.tolist(), strict=True):
-        rows = scan.rows()
-        kept = np.flatnonzero(rows["drop"] == KEPT)
-        yield kept + (end - scan.documents), rows["hash"][kept]
+        kept = np.flatnonzero(assignments[end - scan.documents : end])
+        yield kept + (end - scan.documents), scan.rows()["hash"][kept]
 
 
 def find_repeated(

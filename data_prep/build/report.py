@@ -90,7 +90,7 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
                 "provenance": _provenance(finished, source),
                 "documents_read": plan.documents_read[source.name],
                 "dropped": plan.dropped[source.name],
-                "filters": finished.settings["filters"],
+                "filters": {**finished.settings["filters"], **source.choice()},
                 "splits": {split: _split(finished, source.name, split) for split in SPLIT_NAMES},
             }
             for source in config.all_sources()

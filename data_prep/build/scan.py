@@ -32,7 +32,7 @@ SCAN_ROW = np.dtype(
         ("size", "<i8"),  # UTF-8 bytes
         ("record", "<i8"),
         ("offset", "<i8"),  # see Document.offset
-        ("drop", "u1"),  # TextFilters.judge
+        ("drop", "u1"),  # TextFilters.judge, or rule_verdict
     ]
 )
 
@@ -124,7 +124,7 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
 
             for item in tally.documents(read_documents(task.file.path, task.file.fields)):
                 data = item.text.encode("utf-8")
-                verdict = _judge(task.filters, task.file.path, item)
+                verdict = _judge(task.filters, task.file, item)
                 held.append((text_hash(data), len(data), item.record, item.offset, verdict))
                 if len(held) >= _CHUNK_ROWS:
                     flush()
@@ -156,16 +156,24 @@ def _update(digest: xxhash.xxh3_128, rows: np.ndarray) -> None:
     digest.update(np.ascontiguousarray(rows["drop"]).data)
 
 
-def _judge(filters: TextFilters, path: str, document: Document) -> int:
+def _judge(filters: TextFilters, file: InputFile, document: Document) -> int:
+    for number, (rule, value) in enumerate(zip(file.fields.keep, document.values, strict=True)):
+        if not rule.keeps(value):
+            return rule_verdict(number)
     try:
         return filters.judge(document.text)
     except Exception as error:
         if not filters.functions:
             raise
         raise PrepError(
-            f"a function of --filter-functions failed on {path}, record {document.record + 1}: "
-            f"{type(error).__name__}: {error}"
+            f"a function of --filter-functions failed on {file.path}, record "
+            f"{document.record + 1}: {type(error).__name__}: {error}"
         ) from error
+
+
+def rule_verdict(number: int) -> int:
+    """The verdict of the rule `number` of `Fields.keep`; the filters' count from the other end."""
+    return int(np.iinfo(np.uint8).max) - number
 
 
 def load_scan(path: Path) -> FileScan | None:
@@ -186,6 +194,8 @@ def load_scan(path: Path) -> FileScan | None:
 def scan_path(file: InputFile, fingerprint: list, filters: TextFilters, work: Path) -> Path:
     """Where the scan of a file is stored: the name depends on all that the scan depends on."""
     key = repr([fingerprint, file.fields, filters.settings()])
+    if file.fields.keep:
+        key += repr(file.fields.keep)
     return work / "scan" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"
 
 

@@ -1,9 +1,11 @@
 """What readers give: documents, and records that are none; and where both lie in a file."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
+
+from data_prep.sources.rules import FieldRule
 
 TextSplit = Literal["file", "lines", "paragraphs"]
 
@@ -28,11 +30,14 @@ class Fields:
         id: key or column of the document's name; file and record where there is none.
         split: what of a text file is a document: all of it, each line, or what blank lines
             separate.
+        keep: rules on other fields.
     """
 
     text: str = "text"
     id: str = "id"
     split: TextSplit = "file"
+    # Not in the representation, after which stored scans of earlier versions are named.
+    keep: tuple[FieldRule, ...] = field(default=(), repr=False)
 
 
 DEFAULT_FIELDS = Fields()
@@ -49,6 +54,8 @@ class Document:
         offset: byte at which it starts in an uncompressed file of lines, else 0; reading may begin
             there, see `read_documents`.
         stored: bytes of its record in the file.
+        values: of the fields for which there are rules, in the order of `Fields.keep`; None where a
+            field is not there.
     """
 
     record: int
@@ -56,6 +63,7 @@ class Document:
     text: str
     offset: int = 0
     stored: int = field(default=0, compare=False)
+    values: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

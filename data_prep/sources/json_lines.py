@@ -70,7 +70,13 @@ def _parse(path: str, number: int, line: bytes, fields: Fields, offset: int) -> 
         label = str(name).encode("utf-8", "replace").decode()
     else:
         label = f"{base_name(path)}:{number + 1}"
-    return Document(number, label, text, offset, len(line))
+    values = tuple(_value(record, rule.field) for rule in fields.keep)
+    return Document(number, label, text, offset, len(line), values)
+
+
+def _value(record: dict[str, Any], name: str) -> Any:
+    value = find(record, name)
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _record(line: bytes) -> dict[str, Any]:

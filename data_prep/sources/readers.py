@@ -40,6 +40,10 @@ def read_documents(
     if wanted is not None and not len(wanted):
         return
     kind, _ = suffixes(path)
+    if fields.keep and kind not in JSON_SUFFIXES | TABLE_SUFFIXES:
+        raise PrepError(
+            f"{path}: a text file has no fields for `keep`; make it a source of its own"
+        )
     try:
         if kind in JSON_SUFFIXES:
             yield from read_json_lines(path, fields, wanted, offset)

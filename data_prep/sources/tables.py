@@ -139,8 +139,12 @@ def _columns(path: str, schema: "pa.Schema", fields: Fields) -> list[str]:
     if not _has(schema, fields.text):
         names = ", ".join(map(printable, schema.names[:20]))
         raise PrepError(f"{path}: no column {fields.text!r}; set --text-field to one of {names}")
-    named = _has(schema, fields.id) and fields.id != fields.text
-    return [fields.text, fields.id] if named else [fields.text]
+    for rule in fields.keep:
+        if not _has(schema, rule.field):
+            names = ", ".join(map(printable, schema.names[:20]))
+            raise PrepError(f"{path}: no column {rule.field!r} for `keep`; it has {names}")
+    named = [fields.id] if _has(schema, fields.id) else []
+    return list(dict.fromkeys([fields.text, *named, *(rule.field for rule in fields.keep)]))
 
 
 def _has(schema: "pa.Schema", name: str) -> bool:
@@ -180,23 +184,32 @@ def _read_batches(
         if _wants(wanted, number, batch.num_rows):
             texts = _values(_column(batch, fields.text))
             names = _names(batch, fields)
-            for record, (text, name) in enumerate(zip(texts, names, strict=False), number):
+            columns = [_for_rules(_column(batch, rule.field)) for rule in fields.keep]
+            values = zip(*columns, strict=True) if columns else itertools.repeat(())
+            rows = zip(texts, names, values, strict=False)
+            for record, (text, name, others) in enumerate(rows, number):
                 if kept is None or record in kept:
-                    yield _item(path, record, text, name, fields)
+                    yield _item(path, record, text, name, others, fields)
         number += batch.num_rows
 
 
-def _item(path: str, record: int, text: Any, name: Any, fields: Fields) -> Item:
+def _for_rules(array: "pa.Array") -> list[Any]:
+    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in _values(array)]
+
+
+def _item(
+    path: str, record: int, text: Any, name: Any, others: tuple[Any, ...], fields: Fields
+) -> Item:
     label = f"{base_name(path)}:{record + 1}" if name is None else _label(name)
     if text is None:
-        return Document(record, label, "")
+        return Document(record, label, "", values=others)
     where = f"{path}:{record + 1}"
     if not isinstance(text, bytes):
         return Malformed(record, where, f"{type(text).__name__} in column {fields.text!r}")
     if len(text) > LARGEST_TEXT:
         return Malformed(record, where, too_large(len(text)), len(text))
     try:
-        return Document(record, label, text.decode("utf-8"), stored=len(text))
+        return Document(record, label, text.decode("utf-8"), 0, len(text), others)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 (byte {error.start}) in column {fields.text!r}: {error.reason}"
         return Malformed(record, where, reason, len(text))
