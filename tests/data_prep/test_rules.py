@@ -85,7 +85,8 @@ def test_rules():
 
 def test_the_documented_source_is_valid():
     page = (EXAMPLES.parent / "docs/data.md").read_text()
-    (block,) = re.findall(
+    section = page.split("## Text from datatrove")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```yaml\n(.*?)```", section, re.S)
         r"```yaml\n(.*?)```", page.split("## Text from datatrove")[1].split("\n## ")[0], re.S
     )
     (source,) = yaml.safe_load(block)
