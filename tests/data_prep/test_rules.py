@@ -87,8 +87,6 @@ def test_the_documented_source_is_valid():
     page = (EXAMPLES.parent / "docs/data.md").read_text()
     section = page.split("## Text from datatrove")[1].split("\n## ")[0]
     (block,) = re.findall(r"```yaml\n(.*?)```", section, re.S)
-        r"```yaml\n(.*?)```", page.split("## Text from datatrove")[1].split("\n## ")[0], re.S
-    )
     (source,) = yaml.safe_load(block)
     rules = SourceConfig.model_validate(source).fields.keep
     assert [rule.field.split(".")[1] for rule in rules] == ["language", "language_score", "licence"]
