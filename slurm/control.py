@@ -48,11 +48,7 @@ def resume(run: Path) -> int:
         files.tell("resume", f"job {job.job} was released", job=job.job)
         print(f"released job {job.job}")
         return 0
-    try:
-        finished = files.finished(files.policy())
-    except (OSError, ValueError):
-        raise UserError(f"{run} was never submitted; use python -m slurm submit train") from None
-    if finished:
+    if files.finished(files.policy()):
         raise UserError(f"{run} is finished; there is nothing to resume")
     check_not_held(files)
     print(resubmit(files))

@@ -22,7 +22,7 @@ from pathlib import Path
 from slurm.decide import Action, Cause, Decision, Evidence, decide
 from slurm.health import Health, judge, read_reports
 from slurm.state import HEALTH_FILE, Life, Policy, RunState, State, read_preflight, write
-from xlstm_io.errors import ExitCode
+from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.rendezvous import rendezvous_port
 
 # What the batch script ends with. Where nothing restarts the run, 75 keeps the job from looking
@@ -281,4 +281,7 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -17,9 +17,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from xlstm_io.errors import UserError
 
 FOLDER = "slurm"
 STOP_FILE = "STOP"
@@ -171,17 +173,21 @@ class RunState:
         """The state; an empty one before the first life.
 
         Raises:
-            ValueError: the file is not what was written.
+            UserError: the file is not what was written.
         """
+        path = self.folder / "state.json"
         try:
-            raw = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            lives = tuple(
+                _checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in raw["lives"]
+            )
+            return _checked(State(lives, dict(raw["excluded"]), raw["verdict"], raw["job"]))
         except FileNotFoundError:
             return State()
-        try:
-            lives = tuple(Life(**{**life, "nodes": tuple(life["nodes"])}) for life in raw["lives"])
-            return State(lives, dict(raw["excluded"]), raw["verdict"], raw["job"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / 'state.json'} is damaged: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path} is damaged ({error!r}); rename the folder {self.folder} and submit again"
+            ) from error
 
     def save(self, state: State) -> None:
         """Replace the state."""
@@ -204,9 +210,19 @@ class RunState:
                 continue
 
     def policy(self) -> Policy:
-        """The limits; ValueError or OSError when there is no readable file of them."""
-        raw = json.loads((self.folder / "policy.json").read_text(encoding="utf-8"))
-        return Policy(**{**raw, "waits": tuple(raw["waits"])})
+        """The limits.
+
+        Raises:
+            UserError: there is no readable file of them.
+        """
+        path = self.folder / "policy.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return Policy(**{**raw, "waits": tuple(raw["waits"])})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error!r}); python -m slurm submit train writes it"
+            ) from error
 
     def save_policy(self, policy: Policy) -> None:
         """Write the limits."""
@@ -255,6 +271,20 @@ class RunState:
     def finished(self, policy: Policy) -> bool:
         """Whether all steps of the run are done."""
         return int(_read(self.run / "summary.json").get("steps", -1)) >= policy.steps
+
+
+_Record = TypeVar("_Record", Life, State)
+
+
+def _checked(record: _Record) -> _Record:
+    """A record whose fields have the types that they were written with; TypeError otherwise."""
+    kinds = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None))}
+    for one in fields(record):
+        value = getattr(record, one.name)
+        kind = str(getattr(one.type, "__name__", one.type))
+        if not isinstance(value, kinds.get(kind, (str, tuple, dict))):
+            raise TypeError(f"{one.name}={value!r}")
+    return record
 
 
 def read_preflight(life_folder: Path) -> tuple[dict[str, str], str]:

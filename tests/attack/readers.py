@@ -24,6 +24,9 @@ from data_prep.sources.files import expand_inputs, provenance_notes
 from data_prep.sources.readers import read_documents
 from data_prep.tools.verify import verify
 from pretrain.config.load import load_config
+from slurm.site import load_site
+from slurm.state import Life, RunState, State
+from slurm.status import describe, lines
 from tests.data_prep.small_corpus import make_texts, save_hf_tokenizer
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.tokenizer import open_tokenizer
@@ -159,6 +162,18 @@ def _read_state(file: Path) -> None:
         state.stored_scans(file.parents[1])
 
 
+def _slurm_state(folder: Path) -> Path:
+    files = RunState(folder)
+    life = Life(1, "7", 0, ("n1", "n2"), 1.0, 0, ended=2.0, cause="hang", node="n1")
+    files.save(State((life,), {"n1": "Xid 79"}, "", "7"))
+    return files.folder / "state.json"
+
+
+def _story(file: Path) -> None:
+    files = RunState(file.parents[1])
+    lines(describe(files, files.load(), None))
+
+
 READERS = [
     Reader("JSON lines", _file("a.jsonl", _lines), _documents()),
     Reader("gzip", _file("a.jsonl.gz", lambda: gzip.compress(_lines())), _documents()),
@@ -193,6 +208,12 @@ READERS = [
         _file("run.yaml", (ROOT / "pretrain/configs/cpu_demo.yaml").read_bytes),
         lambda file: load_config(file),
     ),
+    Reader(
+        "site file",
+        _file("site.yaml", (ROOT / "slurm/examples/gpu_modules.yaml").read_bytes),
+        lambda file: load_site(str(file)),
+    ),
+    Reader("slurm: state.json", _slurm_state, _story),
     *(
         Reader(f"checkpoint: {name}", _copy_of(f"run/checkpoints/{step.name}", name), _tensors)
         for step in (GOLDEN / "run/checkpoints").glob("step-*")

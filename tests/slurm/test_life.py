@@ -172,6 +172,17 @@ def test_the_state_survives_its_files(files):
         files.load()
 
 
+def test_a_folder_without_a_submission_is_one_message(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "slurm.life", "begin", str(tmp_path), "--job", JOB],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "policy.json cannot be read" in done.stderr
+
+
 def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     """An isolated Python with nothing installed: no torch, no pydantic, no package of ours."""
     job = copy_job_files(files.run)
