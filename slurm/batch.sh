@@ -146,8 +146,10 @@ xlstm_after_term() {
     xlstm_say "Slurm has requeued the job itself"
     exit "$XLSTM_EXIT"
   fi
-  # Only this line of the job's output tells a time limit or a preemption from a cancellation.
-  if ! grep -q "JOB $SLURM_JOB_ID ON .* DUE TO" "$XLSTM_RUN/slurm/$SLURM_JOB_ID.out"; then
+  # Only this line of the job's output tells a time limit or a preemption from a cancellation. The
+  # lives before this one have left theirs in the same file.
+  if ! sed -n "/xlstm: life $XLSTM_LIFE on/,\$p" "$XLSTM_RUN/slurm/$SLURM_JOB_ID.out" |
+    grep -q "JOB $SLURM_JOB_ID ON .* DUE TO"; then
     xlstm_say "the job was cancelled; python -m slurm resume goes on"
     [ -z "$XLSTM_SUCCESSOR" ] || scancel "$XLSTM_SUCCESSOR"
     exit "$XLSTM_EXIT"

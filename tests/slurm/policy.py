@@ -107,7 +107,9 @@ def a_stop_saves_and_a_resume_goes_on(make):
 
 @scenario
 def a_cancelled_job_stays_cancelled(make):
-    run = make("scancel", steps=600).submit().until_running(step=5)
+    run = make("scancel", steps=3000).submit().until_running(step=5)
+    run.cluster.run("scontrol", "requeue", run.job)  # leaves its reason in the same output
+    run.until_running(life=2, step=15)
     run.cluster.run("scancel", run.job)
     assert run.until_ended() == "CANCELLED"
     time.sleep(3)
