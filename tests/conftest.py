@@ -47,6 +47,13 @@ def pytest_addoption(parser):
         help="random moments of evaluation and start-up at which tests stop or kill a run",
     )
     parser.addoption(
+        "--random-runs",
+        type=int,
+        default=150,
+        metavar="N",
+        help="tests/pretrain/test_check_and_build.py: how many run files to draw",
+    )
+    parser.addoption(
         "--all-layouts",
         action="store_true",
         help="tests/dist/test_layouts_end_to_end.py: every layout of the matrix, not a sample",

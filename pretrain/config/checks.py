@@ -11,14 +11,29 @@ from pathlib import Path
 from pretrain.config import support
 from pretrain.config.data_checks import DATA_CHECKS
 from pretrain.config.messages import choices, divisors
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import FIELDS, RunConfig
 from xlstm_io.errors import ConfigError
 from xlstm_mcore.pattern import parse_pattern, shorten
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
+# Far from the limits, so that products of two values stay below them too.
+LARGEST_NUMBER, LARGEST_COUNT = 1e30, 10**15
+
 
 def _letters(config: RunConfig) -> tuple[str, ...]:
     return parse_pattern(config.model.pattern).letters
+
+
+def _magnitudes(config: RunConfig) -> Iterator[str]:
+    """Numbers that torch cannot convert: it computes in fp32 and counts in 64 bits."""
+    for key in FIELDS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and abs(number) > LARGEST_NUMBER:
+                yield f"{key}={number:g} is too large for fp32; use at most {LARGEST_NUMBER:g}"
+            if isinstance(number, int) and number > LARGEST_COUNT and key != "run.seed":
+                yield f"{key}={number} is too large; use at most {LARGEST_COUNT}"
 
 
 def _stages(config: RunConfig) -> Iterator[str]:
@@ -138,14 +153,15 @@ def _attention(config: RunConfig) -> Iterator[str]:
 
 
 def _qkv_blocks(config: RunConfig) -> Iterator[str]:
-    model, tensor = config.model, config.layout.tensor
-    if "m" not in _letters(config):
+    model, up = config.model, dimensions(config.model).up
+    if "m" not in _letters(config) or up % model.num_heads:
         return
-    up, block = dimensions(model).up, model.qkv_block_size
-    if up % (block * tensor):
+    block, width = model.qkv_block_size, up // model.num_heads
+    if width % block:
         yield (
-            f"model.qkv_block_size={block} times layout.tensor={tensor} does not divide the inner "
-            f"width {up} of the m blocks; use {choices(divisors(up // tensor, 16))}"
+            f"model.qkv_block_size={block} does not divide the width {width} of a head of the m "
+            f"blocks, which is the inner width {up} over model.num_heads={model.num_heads}; use "
+            f"{choices(divisors(width, 16))}, or other heads"
         )
 
 
@@ -206,7 +222,7 @@ def _tokens_over_context(config: RunConfig) -> Iterator[str]:
     if "m" not in _letters(config):
         return
     layout, length, before = config.layout, config.data.seq_len, config.model.conv_width - 1
-    fit = [n for n in divisors(length) if length // n >= before]
+    fit = [n for n in divisors(length) if n == 1 or length // n >= before]
     if layout.context > 1 and length // layout.context < before:
         yield (
             f"layout.context={layout.context} leaves {length // layout.context} tokens of "
@@ -272,6 +288,7 @@ def _engine(config: RunConfig) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _magnitudes,
     _stages,
     _virtual,
     _heads_over_tensor,

@@ -98,7 +98,23 @@ def test_every_broken_rule_is_in_one_message():
         ),
         ({"schedule__warmup_steps": 101}, "do not fit into run.steps=100"),
         ({"schedule__name": "exponential", "schedule__min_lr_ratio": 0.0}, "is never reached"),
-        ({"model__pattern": "m", "model__qkv_block_size": 48}, "model.qkv_block_size=48 times"),
+        (
+            {"model__pattern": "m", "model__qkv_block_size": 48},
+            "model.qkv_block_size=48 does not divide the width 64 of a head of the m blocks",
+        ),
+        (
+            {"model__pattern": "m", "model__num_heads": 2, "model__round_up_to": 2}
+            | {"model__hidden_size": 6, "model__qkv_block_size": 4},
+            "inner width 12 over model.num_heads=2; use 1, 2, 3 or 6, or other heads",
+        ),
+        (
+            {"model__pattern": "m", "data__seq_len": 3, "layout__context": 3}
+            | {"model__conv_width": 9},
+            "looks back model.conv_width - 1 = 8 tokens, into one process at most; use "
+            "layout.context=1",
+        ),
+        ({"optimizer__lr": 1e38}, "optimizer.lr=1e+38 is too large for fp32; use at most 1e+30"),
+        ({"model__chunk_size": 2**63}, "model.chunk_size=9223372036854775808 is too large"),
         (
             {"layout__tensor": 4, "model__round_up_to": 2, "model__ffn_dim_factor": 1.01},
             "set model.round_up_to to a multiple of 4",
