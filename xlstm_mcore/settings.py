@@ -18,6 +18,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# The gradient has the inverse of its square, which fp32 must hold.
+SoftCap = Annotated[float, Field(ge=1e-3)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -62,9 +64,9 @@ class ModelConfig(Section):
     """M: width of v and the output gate over hidden_size"""
     ffn_dim_factor: PositiveFloat = 2.667
     """M and *: feed-forward width over hidden_size, rounded up to round_up_to"""
-    gate_soft_cap: PositiveFloat | None = 15.0
+    gate_soft_cap: SoftCap | None = 15.0
     """M: cap a on the input and forget gate, a tanh(x / a); null for none"""
-    logit_soft_cap: PositiveFloat | None = 30.0
+    logit_soft_cap: SoftCap | None = 30.0
     """cap on the logits; null for none (classic models)"""
     igate_bias_init: float = -10.0
     """M: initial bias of the input gate"""

@@ -8,20 +8,19 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from xlstm_io.terminal import counted
+
 from pretrain.config import support
 from pretrain.config.data_checks import DATA_CHECKS
+from pretrain.config.layout_checks import LAYOUT_CHECKS, letters_of
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import FIELDS, RunConfig
 from xlstm_io.errors import ConfigError
-from xlstm_mcore.pattern import parse_pattern, shorten
+from xlstm_mcore.pattern import shorten
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 
 # Far from the limits, so that products of two values stay below them too.
 LARGEST_NUMBER, LARGEST_COUNT = 1e30, 10**15
-
-
-def _letters(config: RunConfig) -> tuple[str, ...]:
-    return parse_pattern(config.model.pattern).letters
 
 
 def _magnitudes(config: RunConfig) -> Iterator[str]:
@@ -36,44 +35,6 @@ def _magnitudes(config: RunConfig) -> Iterator[str]:
                 yield f"{key}={number} is too large; use at most {LARGEST_COUNT}"
 
 
-def _stages(config: RunConfig) -> Iterator[str]:
-    pipeline, virtual = config.layout.pipeline, config.layout.virtual
-    stages = len(parse_pattern(config.model.pattern).stages)
-    if stages != pipeline * virtual:
-        yield (
-            f"model.pattern='{shorten(config.model.pattern)}' has {stages} stage"
-            f"{'s' if stages != 1 else ''}, but layout.pipeline={pipeline} times "
-            f"layout.virtual={virtual} needs {pipeline * virtual}; "
-            f"write {pipeline * virtual - 1} cuts (|) into the pattern or change the layout"
-        )
-
-
-def _virtual(config: RunConfig) -> Iterator[str]:
-    if config.layout.virtual > 1 and config.layout.pipeline == 1:
-        yield (
-            f"layout.virtual={config.layout.virtual} interleaves pipeline stages, but "
-            "layout.pipeline=1 has none; set layout.virtual=1 or layout.pipeline=2 or more"
-        )
-
-
-def _heads_over_tensor(config: RunConfig) -> Iterator[str]:
-    tensor, heads = config.layout.tensor, config.model.num_heads
-    if heads % tensor and set(_letters(config)) != {"*"}:
-        yield (
-            f"layout.tensor={tensor} does not divide model.num_heads={heads}; "
-            f"use {choices(divisors(heads))}"
-        )
-
-
-def _vocab_over_tensor(config: RunConfig) -> Iterator[str]:
-    tensor, vocab = config.layout.tensor, config.model.vocab_size
-    if vocab % tensor:
-        yield (
-            f"layout.tensor={tensor} does not divide model.vocab_size={vocab}; "
-            f"use model.vocab_size={vocab + tensor - vocab % tensor}, the next multiple"
-        )
-
-
 def _vocab_tokens(config: RunConfig) -> Iterator[str]:
     tokens, rows = config.model.vocab_tokens, config.model.vocab_size
     if tokens is not None and tokens > rows:
@@ -84,7 +45,7 @@ def _vocab_tokens(config: RunConfig) -> Iterator[str]:
 
 
 def _head_widths(config: RunConfig) -> Iterator[str]:
-    model, letters = config.model, _letters(config)
+    model, letters = config.model, letters_of(config)
     dims, heads = dimensions(model), model.num_heads
     widths = []
     if "M" in letters:
@@ -105,7 +66,7 @@ def _head_widths(config: RunConfig) -> Iterator[str]:
 
 
 def _ffn_over_tensor(config: RunConfig) -> Iterator[str]:
-    model, tensor, letters = config.model, config.layout.tensor, _letters(config)
+    model, tensor, letters = config.model, config.layout.tensor, letters_of(config)
     dims = dimensions(model)
     for users, key, width in (
         ("M*", "ffn_dim_factor", dims.ffn),
@@ -121,7 +82,7 @@ def _ffn_over_tensor(config: RunConfig) -> Iterator[str]:
 
 
 def _attention(config: RunConfig) -> Iterator[str]:
-    if "*" not in _letters(config):
+    if "*" not in letters_of(config):
         return
     model, layout = config.model, config.layout
     hidden, (heads, kv_heads) = model.hidden_size, attention_heads(model)
@@ -154,7 +115,7 @@ def _attention(config: RunConfig) -> Iterator[str]:
 
 def _qkv_blocks(config: RunConfig) -> Iterator[str]:
     model, up = config.model, dimensions(config.model).up
-    if "m" not in _letters(config) or up % model.num_heads:
+    if "m" not in letters_of(config) or up % model.num_heads:
         return
     block, width = model.qkv_block_size, up // model.num_heads
     if width % block:
@@ -168,7 +129,7 @@ def _qkv_blocks(config: RunConfig) -> Iterator[str]:
 def _ablations(config: RunConfig) -> Iterator[str]:
     model = config.model
     plain = model.mlstm_gate == "exp" and model.mlstm_normalize
-    if config.layout.context > 1 and not plain and {"M", "m"} & set(_letters(config)):
+    if config.layout.context > 1 and not plain and {"M", "m"} & set(letters_of(config)):
         yield (
             f"layout.context={config.layout.context} passes the state of the mLSTM with an "
             f"exponential, normalised gate only, but model.mlstm_gate={model.mlstm_gate} and "
@@ -188,59 +149,12 @@ def _init_from(config: RunConfig) -> Iterator[str]:
 
 
 def _recompute(config: RunConfig) -> Iterator[str]:
-    letters = "".join(sorted(set(_letters(config))))
+    letters = "".join(sorted(set(letters_of(config))))
     blocks = config.memory.recompute_full_blocks
     for letter in sorted(set(blocks) - set(letters)):
         yield (
             f"memory.recompute_full_blocks='{shorten(blocks)}' names '{letter}', which "
             f"model.pattern does not contain; use letters of '{letters}'"
-        )
-
-
-def _sequence(config: RunConfig) -> Iterator[str]:
-    layout = config.layout
-    if layout.sequence and layout.tensor == 1:
-        yield (
-            "layout.sequence=true splits over the tensor parallel processes, but layout.tensor=1 "
-            "has none; set layout.sequence=false or layout.tensor=2 or more"
-        )
-
-
-def _sequence_length(config: RunConfig) -> Iterator[str]:
-    layout, length = config.layout, config.data.seq_len
-    split = layout.context * (layout.tensor if layout.sequence else 1)
-    if length % split:
-        yield (
-            f"data.seq_len={length} does not split into {split} parts (layout.context="
-            f"{layout.context}, layout.tensor={layout.tensor} with layout.sequence="
-            f"{str(layout.sequence).lower()}); use a multiple, such as "
-            f"{length + split - length % split}"
-        )
-
-
-def _tokens_over_context(config: RunConfig) -> Iterator[str]:
-    if "m" not in _letters(config):
-        return
-    layout, length, before = config.layout, config.data.seq_len, config.model.conv_width - 1
-    fit = [n for n in divisors(length) if n == 1 or length // n >= before]
-    if layout.context > 1 and length // layout.context < before:
-        yield (
-            f"layout.context={layout.context} leaves {length // layout.context} tokens of "
-            f"data.seq_len={length} to a process, but the convolution of m looks back "
-            f"model.conv_width - 1 = {before} tokens, into one process at most; use "
-            f"layout.context={choices(fit)}"
-        )
-
-
-def _heads_over_context(config: RunConfig) -> Iterator[str]:
-    layout, heads = config.layout, config.model.num_heads
-    if "s" not in _letters(config) or layout.context == 1 or heads % layout.tensor:
-        return
-    if heads % (layout.tensor * layout.context):
-        yield (
-            f"model.num_heads={heads} does not split over layout.tensor={layout.tensor} times "
-            f"layout.context={layout.context} processes, and an sLSTM head (s in model.pattern) "
-            f"cannot be cut; use layout.context={choices(divisors(heads // layout.tensor))}"
         )
 
 
@@ -287,12 +201,21 @@ def _engine(config: RunConfig) -> Iterator[str]:
         yield reason
 
 
+def _tied_over_stages(config: RunConfig) -> Iterator[str]:
+    engine, tied = config.engine, config.model.tie_embeddings
+    host = engine.offload == "optimizer" and support.zero_stage(config) == 1
+    if host and engine.precision == "bf16" and tied and config.layout.pipeline > 1:
+        yield (
+            "model.tie_embeddings=true has a copy on the first and the last pipeline stage, and "
+            "with engine.offload=optimizer and engine.precision=bf16 their gradients leave for the "
+            "host before they can be added; use engine.offload=none, engine.precision=fp32 or "
+            "layout.pipeline=1"
+        )
+
+
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _magnitudes,
-    _stages,
-    _virtual,
-    _heads_over_tensor,
-    _vocab_over_tensor,
+    *LAYOUT_CHECKS,
     _vocab_tokens,
     _head_widths,
     _ffn_over_tensor,
@@ -302,14 +225,11 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _init_from,
     _recompute,
     *DATA_CHECKS,
-    _sequence,
-    _sequence_length,
-    _tokens_over_context,
-    _heads_over_context,
     _schedule,
     _exponential,
     _wsd,
     _engine,
+    _tied_over_stages,
 )
 
 
@@ -328,7 +248,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     replica = layout.tensor * layout.pipeline * layout.context
     if world_size < replica or world_size % replica:
         raise ConfigError(
-            f"{world_size} process{'es' if world_size != 1 else ''} cannot hold layout.tensor="
+            f"{counted(world_size, 'process', 'processes')} cannot hold layout.tensor="
             f"{layout.tensor} x layout.pipeline={layout.pipeline} x layout.context="
             f"{layout.context}; start {replica} or a multiple of {replica}, or change the layout"
         )

@@ -58,6 +58,9 @@ class DeepSpeedEngine(ModelEngine):
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         deepspeed = compat.load(layout.device)
         self.stage = support.zero_stage(config)
+        # With the optimizer offloaded, bf16 gradients leave for the host after each backward pass.
+        offloaded = config.engine.offload != "none" and config.engine.precision == "bf16"
+        self._reduces_each_micro_batch = self.stage > 1 or offloaded
         self._unit = compat.ModelParallelUnit(layout)
         self._partitioner = compat.Partitioner(self._unit)
         super().__init__(config, layout)
@@ -145,8 +148,8 @@ class DeepSpeedEngine(ModelEngine):
         - The gradient norm counts a parameter on every tensor-parallel rank if it has
           `tensor_model_parallel`, else once: a split one without it would be lost from the norm.
         - With sequence parallelism a replicated weight has seen a part of the sequence on each
-          rank. Stages 2 and 3 split its gradient after every micro-batch, so it is summed before
-          DeepSpeed takes it; stage 1 sums it once, see `_complete_gradients`.
+          rank. Where DeepSpeed takes its gradient after every micro-batch, it is summed before
+          that; otherwise once, see `_complete_gradients`.
         - The last stage's copy of a tied embedding counts once in the norm.
         """
         group = self.layout.groups.tp
@@ -154,7 +157,7 @@ class DeepSpeedEngine(ModelEngine):
             is_split = slices[0].shape != slices[0].global_shape
             assert parameter.tensor_model_parallel == is_split, name
             parameter.ds_pipe_replicated = is_shared(parameter)
-            if parameter.sequence_parallel and self.stage > 1:
+            if parameter.sequence_parallel and self._reduces_each_micro_batch:
                 parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -222,9 +225,12 @@ class DeepSpeedEngine(ModelEngine):
     def _complete_gradients(self) -> None:
         """Stage 1: sum in fp32 what ranks hold in parts that are not data-parallel replicas.
 
-        A tied embedding's parts lie on the first and the last pipeline stage; with sequence
+        Does nothing where DeepSpeed has taken the gradients already: see `_prepare_parameters`. A
+        tied embedding's parts lie on the first and the last pipeline stage; with sequence
         parallelism those of a replicated weight on the tensor-parallel ranks.
         """
+        if self._reduces_each_micro_batch:
+            return
         groups = self.layout.groups
         for model in self.models:
             for parameter in model.parameters():

@@ -22,6 +22,7 @@ from pretrain.engines import make_engine
 from pretrain.lr_schedule import learning_rate
 from pretrain.trainer import train_step
 from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.sizes.parameters import count_parameters
 
 # Keys that may have any size without taking memory.
 _NUMBERS = (
@@ -173,10 +174,10 @@ def draw(seed: int) -> tuple[dict[str, Any], int, int]:
 def alone(rank: int, processes: int) -> Iterator[None]:
     """This process is one rank of a run whose others are not there."""
     place = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
-    group = {"backend": "fake", "store": FakeStore(), "rank": rank, "world_size": processes}
     with (
-        mock.patch.dict(os.environ, place),
-        mock.patch.object(cpu_runtime, "process_group_options", lambda: dict(group)),
+        mock.patch.dict(os.environ, {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}),
+        mock.patch.object(cpu_runtime, "process_group_options", lambda: {"backend": "fake"}),
+        mock.patch.object(layouts, "meet", lambda *place: FakeStore()),
         mock.patch.object(cpu_runtime, "pipeline_settings", lambda backend: _GLOO),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # torch's names the rank
     ):
@@ -196,6 +197,8 @@ def first_step(config: RunConfig, rank: int, processes: int) -> None:
         layout = layouts.start(config)
         engine = make_engine(config, layout)
         try:
+            if processes == 1:
+                assert engine.num_parameters == count_parameters(config.model)["total"]
             rows = config.data.ramp.size(0) // layout.dp_size
             batches = _batch(config, rows).split(config.data.micro_batch)
             lr, steps = config.optimizer.lr, config.run.steps
@@ -210,7 +213,7 @@ def first_step(config: RunConfig, rank: int, processes: int) -> None:
 
 
 def _batch(config: RunConfig, rows: int) -> Batch:
-    rng = torch.Generator().manual_seed(config.run.seed)
+    rng = torch.Generator().manual_seed(0)
     shape = (rows, config.data.seq_len)
     tokens = torch.randint(0, config.model.vocab_size, (rows, shape[1] + 1), generator=rng)
     boundaries = torch.rand(shape, generator=rng) < 0.2

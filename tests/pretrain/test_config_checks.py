@@ -45,7 +45,7 @@ def test_every_broken_rule_is_in_one_message():
             "layout.context=1 does not divide model.attention_kv_heads=2, the heads of k and v",
         ),
         ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
-        ({"layout__pipeline": 2}, "write 1 cuts (|) into the pattern"),
+        ({"layout__pipeline": 2}, "write 1 cut (|) into the pattern"),
         ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
         ({"model__pattern": "m", "model__num_heads": 3}, "model.num_heads=3 does not divide"),
         ({"model__pattern": "s", "model__num_heads": 3}, "divide model.hidden_size = 128; use 1,"),
@@ -113,6 +113,13 @@ def test_every_broken_rule_is_in_one_message():
             "looks back model.conv_width - 1 = 8 tokens, into one process at most; use "
             "layout.context=1",
         ),
+        (
+            {"model__tie_embeddings": True, "model__pattern": "MM|MM", "layout__pipeline": 2}
+            | {"engine__name": "deepspeed", "engine__precision": "bf16"}
+            | {"engine__offload": "optimizer", "engine__zero_stage": 1},
+            "their gradients leave for the host before they can be added; use engine.offload=none",
+        ),
+        ({"model__logit_soft_cap": 1e-300}, "must be greater than or equal to 0.001"),
         ({"optimizer__lr": 1e38}, "optimizer.lr=1e+38 is too large for fp32; use at most 1e+30"),
         ({"model__chunk_size": 2**63}, "model.chunk_size=9223372036854775808 is too large"),
         (
