@@ -3,6 +3,7 @@
 #   make pretrain                      7B-style model on text found on this machine
 #   make pretrain MODEL=classic        classic blocks, both cells, at [3:1]
 #   make pretrain DATA='my/*.jsonl.gz' STEPS=500
+#   make pretrain DATA=my.parquet TEXT_FIELD=content VOCAB=4096
 #   make pretrain WORK=/scratch/demo   where corpus, shards and runs go
 #   make test TESTS='tests/kernels -k boundaries'
 #   make test JOBS=8                   files of tests side by side
@@ -12,6 +13,8 @@ VENV   ?= .venv
 MODEL  ?= large
 STEPS  ?= 200
 DATA   ?=
+TEXT_FIELD ?= text
+VOCAB  ?= 8192
 WORK   ?= runs/demo
 NPROC  ?= 2
 TESTS  ?= tests
@@ -37,7 +40,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 pretrain: $(INSTALLED)
-	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' --nproc $(NPROC) $(if $(DATA),--data '$(DATA)')
+	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' --nproc $(NPROC) --text-field '$(TEXT_FIELD)' --vocab-size $(VOCAB) $(if $(DATA),--data '$(DATA)')
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)

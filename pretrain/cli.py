@@ -38,6 +38,7 @@ from xlstm_io.errors import (
     UserError,
 )
 from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
+from xlstm_io.terminal import say, tell, until_nobody_reads
 
 OVERRIDES_HELP = (
     "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
@@ -150,6 +151,12 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)"
     )
+    demo.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field or column of the text"
+    )
+    demo.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="ids of the tokenizer"
+    )
     demo.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
     demo.add_argument("--nproc", type=int, default=2, metavar="N")
     return parser
@@ -197,7 +204,7 @@ def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
         check_free(folder)
     old = set_aside(folder)
     if old is not None:
-        print(f"starting anew; the old run is in {old}", file=sys.stderr)
+        tell(f"starting anew; the old run is in {old}")
 
 
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
@@ -231,11 +238,11 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
     nproc = _positive_nproc(options)
     if nproc is not None:
         check_world(config, nproc)
-    print(describe_run(config, nproc))
+    say(describe_run(config, nproc))
     if not options.no_data:
         from pretrain.commands.check_data import describe_data
 
-        print(describe_data(config))
+        say(describe_data(config))
     return ExitCode.DONE
 
 
@@ -249,7 +256,7 @@ def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[st
 def _show(options: argparse.Namespace) -> int:
     from pretrain.commands.show import show
 
-    print(show(options.checkpoint, options.which))
+    say(show(options.checkpoint, options.which))
     return ExitCode.DONE
 
 
@@ -295,12 +302,12 @@ def _rewind(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from pretrain.commands.demo import main
+    from pretrain.commands.demo import Text, main
 
     return main(
         model=options.model,
         steps=options.steps,
-        data=options.data,
+        text=Text(options.data, options.text_field, options.vocab_size),
         work=options.work,
         nproc=options.nproc,
     )
@@ -377,13 +384,13 @@ def run(argv: Sequence[str]) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return error.exit_code
     except Superseded as error:
-        print(f"superseded: {error}", file=sys.stderr)
+        tell(f"superseded: {error}")
         return ExitCode.SUPERSEDED
     except MachineFailed as error:
-        print(f"error: {error}; the same command may be repeated", file=sys.stderr)
+        tell(f"error: {error}; the same command may be repeated")
         return ExitCode.MACHINE_FAILED
     except Interrupted:
         print("stopped before all ranks had come; run again to continue", file=sys.stderr)
@@ -395,4 +402,4 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Console entry point."""
-    end_with(lambda: run(sys.argv[1:]))
+    end_with(lambda: until_nobody_reads(lambda: run(sys.argv[1:])))

@@ -47,6 +47,31 @@ TITLES = {
 
 
 @dataclass(frozen=True)
+class Text:
+    """What the demo trains on.
+
+    Attributes:
+        data: a file, folder or glob of text; None for the Python standard library's sources.
+        field: field (jsonl) or column (parquet, arrow) of the text.
+        vocab_size: ids of the tokenizer that is trained, and rows of the model's embedding.
+    """
+
+    data: str | None = None
+    field: str = "text"
+    vocab_size: int = 8192
+
+    @property
+    def name(self) -> str:
+        """A short name; another text gets another one."""
+        if self == Text():
+            return "stdlib"
+        words = [self.data or ""]
+        words += [f"field {self.field}"] * (self.field != "text")
+        words += [f"vocab {self.vocab_size}"] * (self.vocab_size != 8192)
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
 class Places:
     """Where the demo's files are.
 
@@ -59,12 +84,11 @@ class Places:
     run: Path
 
     @classmethod
-    def of(cls, work: Path, model: str, data: str | None) -> "Places":
-        """The folders of a demo; another DATA gets another data folder, never the same one."""
-        name = "stdlib" if data is None else hashlib.sha256(data.encode()).hexdigest()[:8]
+    def of(cls, work: Path, model: str, text: Text) -> "Places":
+        """The folders of a demo; another text gets another data folder, never the same one."""
         # A model trained on other data is another run.
-        run = model if data is None else f"{model}-{name}"
-        return cls(work / f"data-{name}", work / run)
+        run = model if text == Text() else f"{model}-{text.name}"
+        return cls(work / f"data-{text.name}", work / run)
 
     @property
     def corpus(self) -> Path:
@@ -94,18 +118,17 @@ def config_path(model: str) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def data_commands(
-    places: Places, data: str | None, vocab_size: int, seq_len: int
-) -> list[list[str]]:
+def data_commands(places: Places, text: Text, seq_len: int) -> list[list[str]]:
     """Text -> tokenizer -> shards -> baselines, each a list of words after `python -m`."""
     # A user's corpus may be small; whether it is large enough is the tokenizer's question.
-    source = [] if data is None else ["--input", data, "--min-mb", "0"]
+    source = [] if text.data is None else ["--input", text.data, "--min-mb", "0"]
+    source += ["--text-field", text.field] if text.field != "text" else []
     prep = ["data_prep"]
     corpus = str(places.corpus)
     return [
         [*prep, "collect", "--out", corpus, *source],
         [
-            *[*prep, "tokenizer", "--input", corpus, "--vocab-size", str(vocab_size)],
+            *[*prep, "tokenizer", "--input", corpus, "--vocab-size", str(text.vocab_size)],
             *["--out", str(places.tokenizer)],
         ],
         [
@@ -117,25 +140,30 @@ def data_commands(
     ]
 
 
-def train_command(places: Places, model: str, steps: int, nproc: int) -> list[str]:
+def train_command(
+    places: Places, model: str, steps: int, nproc: int, text: Text = Text()
+) -> list[str]:
     """The training run."""
+    config = load_config(config_path(model))
     command = ["pretrain", "launch", str(config_path(model)), "--nproc", str(nproc)]
     command += ["--run.dir", str(places.run), "--run.steps", str(steps)]
     command += ["--data.path", str(places.shards)]
-    warmup = load_config(config_path(model)).schedule.warmup_steps
+    if text.vocab_size != config.model.vocab_size:
+        command += ["--model.vocab_size", str(text.vocab_size)]
+    warmup = config.schedule.warmup_steps
     if warmup > steps // 2:  # a very short run still wants a falling learning rate
         command += ["--schedule.warmup_steps", str(steps // 2)]
     return command
 
 
-def result_commands(places: Places, data: str | None) -> list[list[str]]:
+def result_commands(places: Places, text: Text) -> list[list[str]]:
     """What is done with the newest checkpoint of the run."""
     run, export = str(places.run), str(places.run / EXPORT_DIR)
     commands = [
         ["xlstm_mcore.convert", "to-hf", run, export, "--no-verify"],
         ["xlstm_mcore.convert", "verify", run, export],
     ]
-    prompts = PYTHON_PROMPTS if data is None else ("",)
+    prompts = PYTHON_PROMPTS if text.data is None else ("",)
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     commands += [
         ["pretrain", "generate", run, *asked, "--out", str(places.run / SAMPLE_FILE)],
@@ -144,9 +172,15 @@ def result_commands(places: Places, data: str | None) -> list[list[str]]:
     return commands
 
 
-def make_command(model: str, steps: int, data: str | None, work: str, nproc: int) -> str:
+def make_command(model: str, steps: int, text: Text, work: str, nproc: int) -> str:
     """The call of make that runs this demo with another number of steps."""
-    given = {"MODEL": (model, "large"), "DATA": (data, None), "WORK": (work, "runs/demo")}
+    given = {
+        "MODEL": (model, "large"),
+        "DATA": (text.data, None),
+        "TEXT_FIELD": (text.field, "text"),
+        "VOCAB": (str(text.vocab_size), "8192"),
+        "WORK": (work, "runs/demo"),
+    }
     words = [f"{k}={shlex.quote(v)}" for k, (v, usual) in given.items() if v and v != usual]
     words += [f"NPROC={nproc}"] * (nproc != 2)
     return " ".join(["make pretrain", *words, f"STEPS={steps}"])
@@ -239,14 +273,14 @@ def run_all(runner: Runner, commands: list[list[str]]) -> int:
 
 
 def main(
-    *, model: str = "large", steps: int = 200, data: str | None = None, work: str, nproc: int = 2
+    *, model: str = "large", steps: int = 200, text: Text = Text(), work: str, nproc: int = 2
 ) -> int:
     """Run every stage.
 
     Args:
         model: "large" (7B-style blocks) or "classic" (mLSTM and sLSTM blocks at [3:1]).
         steps: optimizer steps of the training run.
-        data: a file, folder or glob of text; None for the Python standard library's sources.
+        text: what to train on.
         work: folder for everything that the demo makes.
         nproc: number of training processes.
 
@@ -254,33 +288,35 @@ def main(
         The exit code of the first stage that does not end with 0, or 0.
 
     Raises:
-        ConfigError: `steps` or `nproc` is below 1, `data` is empty, or the run that is there has
+        ConfigError: `steps` or `nproc` is below 1, the path of the data is empty, the processes do
+            not divide the vocabulary, or the run that is there has
             done more steps.
     """
     for name, value in (("--steps", steps), ("--nproc", nproc)):
         if value < 1:
             raise ConfigError(f"{name}={value} is too small; use 1 or more")
-    if data is not None and not data.strip():
+    if text.data is not None and not text.data.strip():
         raise ConfigError("--data is empty; give a file, a folder or a glob, or leave it out")
-    config = load_config(config_path(model))
-    places = Places.of(Path(work), model, data)
+    # Before minutes go into the data: the model has a row for every id, and splits them.
+    config = load_config(config_path(model), {"model.vocab_size": text.vocab_size})
+    places = Places.of(Path(work), model, text)
     progress = read_progress(places.run)
     if progress is not None and (progress.checkpoint_step or 0) > steps:
         done = progress.checkpoint_step or 0
         raise ConfigError(
             f"--steps={steps} (STEPS of make), but the run in {places.run} has done {done} steps "
-            f"already; use {make_command(model, done, data, work, nproc)} or more, or another WORK"
+            f"already; use {make_command(model, done, text, work, nproc)} or more, or another WORK"
         )
     started = time.monotonic()
     with Runner() as runner:
-        commands = data_commands(places, data, config.model.vocab_size, config.data.seq_len)
-        commands.append(train_command(places, model, steps, nproc))
+        commands = data_commands(places, text, config.data.seq_len)
+        commands.append(train_command(places, model, steps, nproc, text))
         code = run_all(runner, commands)
         if code != ExitCode.DONE:
             return code
-        code = run_all(runner, result_commands(places, data))
+        code = run_all(runner, result_commands(places, text))
     if code == ExitCode.DONE:
         minutes = (time.monotonic() - started) / 60
         _say(f"\nall done in {minutes:.1f} minutes; the summary is in {places.run}/summary.txt")
-        _say(f"to train further: {make_command(model, 2 * steps, data, work, nproc)}")
+        _say(f"to train further: {make_command(model, 2 * steps, text, work, nproc)}")
     return code

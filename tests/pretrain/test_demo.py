@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands import demo
-from pretrain.commands.demo import CONFIGS, Places, main, shown
+from pretrain.commands.demo import CONFIGS, Places, Text, main, shown
 from pretrain.supervision.progress_file import Progress
 from xlstm_io.errors import ConfigError
 
@@ -86,7 +86,7 @@ def test_classic_has_the_same_stages(stages):
 def test_the_launch_command_is_a_valid_one():
     from pretrain.config import load_config, split_overrides
 
-    places = Places.of(Path("w"), "large", None)
+    places = Places.of(Path("w"), "large", Text())
     for model in CONFIGS:
         for steps in (1, 5, 200):
             words = demo.train_command(places, model, steps, 2)
@@ -96,15 +96,30 @@ def test_the_launch_command_is_a_valid_one():
 
 
 def test_own_data_get_their_own_folders(stages):
-    assert main(steps=5, work="w", data="texts/*.txt") == 0
+    assert main(steps=5, work="w", text=Text("texts/*.txt")) == 0
     collect = stages()[0]
     assert collect[collect.index("--input") + 1] == "texts/*.txt"
-    own, other = (Places.of(Path("w"), "large", data) for data in ("texts/*.txt", "more"))
-    standard = Places.of(Path("w"), "large", None)
+    own, other = (Places.of(Path("w"), "large", Text(data)) for data in ("texts/*.txt", "more"))
+    standard = Places.of(Path("w"), "large", Text())
     assert len({own.data, other.data, standard.data}) == 3
     assert len({own.run, other.run, standard.run}) == 3
     assert standard.data == Path("w/data-stdlib")
-    assert Places.of(Path("w"), "classic", None).data == standard.data, "both models share data"
+    assert Places.of(Path("w"), "classic", Text()).data == standard.data, "both models share data"
+
+
+def test_another_field_and_vocabulary_reach_every_stage(stages):
+    text = Text("texts", "content", 4096)
+    assert main(steps=5, work="w", text=text) == 0
+    collect, tokenizer, *_ = stages()
+    launch = next(call for call in stages() if call[1] == "launch")
+    assert collect[collect.index("--text-field") + 1] == "content"
+    assert tokenizer[tokenizer.index("--vocab-size") + 1] == "4096"
+    assert launch[launch.index("--model.vocab_size") + 1] == "4096"
+    others = (Text("texts"), Text("texts", "content"), Text("texts", vocab_size=4096))
+    places = [Places.of(Path("w"), "large", one) for one in (text, *others)]
+    assert len({place.data for place in places}) == len({place.run for place in places}) == 4
+    call = demo.make_command("large", 10, text, "runs/demo", 2)
+    assert call == "make pretrain DATA=texts TEXT_FIELD=content VOCAB=4096 STEPS=10"
 
 
 @pytest.mark.parametrize(("stage", "code"), [("collect", 2), ("launch", 75), ("to-hf", 1)])
@@ -116,7 +131,9 @@ def test_the_exit_code_of_a_stage_ends_the_demo(stages, monkeypatch, stage, code
 
 
 @pytest.mark.parametrize(
-    "keys", [{"steps": 0}, {"nproc": 0}, {"data": "  "}], ids=["steps", "nproc", "data"]
+    "keys",
+    [{"steps": 0}, {"nproc": 0}, {"text": Text("  ")}, {"text": Text(vocab_size=4097)}],
+    ids=["steps", "nproc", "data", "vocab"],
 )
 def test_bad_arguments(stages, keys):
     with pytest.raises(ConfigError):
@@ -125,7 +142,7 @@ def test_bad_arguments(stages, keys):
 
 
 def test_fewer_steps_than_the_run_has_done_are_refused_before_any_stage(stages):
-    run = Places.of(Path("w"), "classic", None).run
+    run = Places.of(Path("w"), "classic", Text()).run
     run.mkdir(parents=True)
     Progress("done", 40, 40, 1, "c", 40).write(run)
     with pytest.raises(ConfigError, match="has done 40 steps already") as caught:

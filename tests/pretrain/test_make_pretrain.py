@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_commands_on_a_finished_run(work, python, warm_python):
     python("data_prep", "verify", shards, "--full")
     assert "document" in python("data_prep", "inspect", shards, "--row", "3")
     assert "steps" in python("pretrain", "report", large)
+
+
+def test_a_copy_of_the_demos_run_file_works_as_the_readme_says(work, python, tmp_path):
+    """`cp`, `check`, `launch`, in a folder where `make pretrain` has run."""
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "data-stdlib").symlink_to(work[0] / "data-stdlib")
+    shutil.copy(ROOT / CONFIGS / "cpu_demo.yaml", tmp_path / "my.yaml")
+    assert "parameters" in python("pretrain", "check", "my.yaml", cwd=tmp_path)
+    short = ["--run.steps", "1", "--schedule.warmup_steps", "1", "--evaluation.max_batches", "1"]
+    assert "step 1/1" in python("pretrain", "launch", "my.yaml", *short, cwd=tmp_path)
 
 
 def small_run(folder, work, *more):
