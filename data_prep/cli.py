@@ -6,7 +6,6 @@ The exit codes are those of `xlstm_io.errors.ExitCode`.
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pydantic_core import ErrorDetails
 from data_prep.build.build import build
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
+from data_prep.options import parse
 from data_prep.sources.documents import Fields, TextSplit
 from data_prep.sources.malformed import MAX_BAD_SHARE
 from data_prep.tools.collect import collect
@@ -37,7 +37,9 @@ from xlstm_io.errors import (
     UserError,
     is_machine_failure,
 )
+from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.signals import stop_signals_raise
+from xlstm_io.terminal import one_line, tell, until_nobody_reads
 from xlstm_io.yaml_file import read_yaml
 
 _PROGRAM = "python -m data_prep"
@@ -260,9 +262,7 @@ def _build_config(arguments: list[str], prog: str) -> BuildConfig:
         "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
         "file are the flags below, and flags win."
     )
-    parsed: object = tyro.cli(
-        _build_flags(values), args=arguments, prog=prog, description=description
-    )
+    parsed = parse(_build_flags(values), arguments, prog, description)
     return BuildConfig.model_validate({**vars(parsed), "sources": values.get("sources", [])})
 
 
@@ -301,18 +301,17 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
     """All errors of a configuration in one message."""
     parts = []
     for item in errors:
-        key = ".".join(map(str, item["loc"]))
-        rule = item["msg"].removeprefix("Value error, ")
+        key = key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             model = SourceConfig if len(item["loc"]) > 1 else BuildConfig
             parts.append(f"{key} is not a setting; use one of {', '.join(model.model_fields)}")
         elif item["type"] == "missing":
             parts.append(f"{key} is missing")
         elif not key:  # a rule about several keys
-            parts.append(rule)
+            parts.append(rule_of(item))
         else:
-            parts.append(f"{key}={item['input']!r}: {rule[:1].lower()}{rule[1:]}")
-    return "; ".join(parts)
+            parts.append(f"{key}={item['input']!r} {rule_of(item)}")
+    return "; ".join(dict.fromkeys(parts))
 
 
 def _run(name: str, arguments: list[str]) -> None:
@@ -320,13 +319,12 @@ def _run(name: str, arguments: list[str]) -> None:
     if name == "build":
         build(_build_config(arguments, prog))
     else:
-        tyro.cli(_COMMANDS[name], args=arguments, prog=prog).run()
+        parse(_COMMANDS[name], arguments, prog).run()
 
 
 def _tell(name: str, message: str) -> None:
     """Print the one message of a command that did not come to its end."""
-    with suppress(OSError):  # a terminal that is gone
-        print(f"{_PROGRAM} {name}: {message}", file=sys.stderr, flush=True)
+    tell(f"{_PROGRAM} {one_line(name)}: {message}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -338,6 +336,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    return until_nobody_reads(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -355,6 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValidationError as error:
         _tell(name, _explain(error.errors()))
         return ExitCode.BAD_INPUT
+    except BrokenPipeError:
+        raise
     except OSError as error:  # disk full, no permission, a file in place of a folder
         where = f": {error.filename}" if error.filename else ""
         _tell(name, os.strerror(error.errno or 0) + where)

@@ -46,6 +46,8 @@ class ExitCode(IntEnum):
     SUPERSEDED = 76, "another process has taken over the run"
     # 128 + SIGINT, the shell's convention.
     SECOND_INTERRUPT = 130, "stopped at once by a second Ctrl-C"
+    # 128 + SIGPIPE.
+    NOBODY_READS = 141, "whoever read the output has ended, as `| head` does"
 
 
 def exit_code_table() -> str:

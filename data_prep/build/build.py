@@ -27,6 +27,7 @@ from data_prep.sources.malformed import report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
 from xlstm_io.storage import write_atomic
+from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -80,7 +81,8 @@ def build(config: BuildConfig) -> Manifest | None:
     if share.jobs > 1:
         say(
             f"job {share.job} of {share.jobs} is done: {len(numbers)} of "
-            f"{len(corpus.plan.shards)} shards; when all are, run `python -m data_prep merge {out}`"
+            f"{counted(len(corpus.plan.shards), 'shard')}; when all are, run "
+            f"`python -m data_prep merge {out}`"
         )
         return None
     seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}

@@ -18,6 +18,7 @@ from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
 from xlstm_io.storage import remove_temporaries, write_atomic
+from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer
 
 SPLIT_NAMES = ("train", "valid")
@@ -138,7 +139,8 @@ def _report(out: Path, manifest: Manifest, finished: Finished) -> None:
         for name, part in source.splits.items():
             say(
                 f"  {name:9s} {part.docs} documents, {part.tokens} tokens, {part.rows} rows of "
-                f"{manifest.seq_len}, {part.pad_tokens} padding, {len(part.shards)} shards"
+                f"{manifest.seq_len}, {part.pad_tokens} padding, "
+                f"{counted(len(part.shards), 'shard')}"
             )
     say(f"tokens      {tokens} ({text / tokens:.2f} bytes/token)")
     octaves = histogram.reshape(-1, BINS_PER_OCTAVE).sum(axis=1)

@@ -7,12 +7,9 @@ from typing import Self
 
 from tqdm import tqdm
 
+from xlstm_io.terminal import say
+
 _LOG_SECONDS = 10.0
-
-
-def say(message: str) -> None:
-    """Print one line of the job's log (stdout, at once)."""
-    print(message, flush=True)
 
 
 class Progress:

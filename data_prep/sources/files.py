@@ -28,6 +28,7 @@ from data_prep.sources.names import (
 )
 from data_prep.sources.streams import errors_of, open_raw
 from xlstm_io.errors import PrepError
+from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.remote import file_system, is_remote
 
 PROVENANCE_NAME = "SOURCE.json"
@@ -221,9 +222,10 @@ def _about_dataset(
     try:
         return kind.model_validate_json(read(part))
     except ValidationError as error:
+        first = error.errors()[0]
         raise PrepError(
             f"--input: {part} is not what Hugging Face datasets writes "
-            f"({error.errors()[0]['msg']}); name the files beside it by a glob"
+            f"({key_of(first['loc'])} {rule_of(first)}); name the files beside it by a glob"
         ) from None
 
 

@@ -9,6 +9,7 @@ from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK
 from xlstm_io.shards.shard import ShardReader
+from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _COLOURS = ("\033[36m", "\033[33m")  # neighbouring documents alternate
@@ -35,7 +36,7 @@ def describe(out: Path) -> str:
             lines.append(
                 f"  {name}: {split.docs} documents, {split.tokens} tokens, {split.rows} rows, "
                 f"{split.pad_tokens} padding, {split.bytes_in / 1e6:.2f} MB text, "
-                f"{len(split.shards)} shards"
+                f"{counted(len(split.shards), 'shard')}"
             )
     return "\n".join(lines)
 

@@ -30,6 +30,7 @@ from xlstm_io.shards.manifest import (
 )
 from xlstm_io.shards.shard import check_size
 from xlstm_io.storage import temporary_path
+from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import open_tokenizer
 
 _SAME = ("dtype", "seq_len", "packing", "block_rows", "bos_id", "eos_id", "pad_id")
@@ -84,7 +85,9 @@ def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> M
         _link(file, place_of(out, f"tokenizer/{file.name}"))
     manifest = write_manifest(out, fields)
     names = ", ".join(source.name for source in manifest.sources)
-    say(f"{out}: {len(entries)} shards of the sources {names}; hash {manifest.hash[:12]}")
+    say(
+        f"{out}: {counted(len(entries), 'shard')} of the sources {names}; hash {manifest.hash[:12]}"
+    )
     return manifest
 
 

@@ -16,6 +16,7 @@ from data_prep.sources.files import expand_inputs, file_fingerprint, file_size
 from data_prep.sources.malformed import MAX_BAD_SHARE, Tally, read_counted, report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.storage import write_atomic
+from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME
 from xlstm_io.tokenizer.base import SENTENCEPIECE_NAME as MODEL_NAME
@@ -276,7 +277,7 @@ def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> str:
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         if tokenizer.decode(ids) != text:
             raise PrepError(f"the tokenizer does not give back the text {text[:60]!r}")
-    return f"checked on {len(texts)} documents"
+    return f"checked on {counted(len(texts), 'document')}"
 
 
 def adopt_tokenizer(
@@ -295,6 +296,11 @@ def adopt_tokenizer(
         PrepError: `out` holds another one.
     """
     config_file = path / HF_CONFIG_NAME
+    if not path.exists():
+        raise PrepError(
+            f"there is no file or folder {path}; a model of the Hub is downloaded first: "
+            "`hf download NAME tokenizer.json tokenizer_config.json --local-dir FOLDER`"
+        )
     if (path / HF_NAME).exists():
         config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
         given = {"bos_token": bos_token, "eos_token": eos_token}

@@ -13,6 +13,7 @@ from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, row_masks
 from xlstm_io.shards.shard import CorruptShardError, ShardReader
+from xlstm_io.terminal import counted
 
 _CHUNK = 1 << 22
 
@@ -52,10 +53,10 @@ def verify(out: Path, *, full: bool = False) -> Manifest:
     for problem in problems:
         say(f"problem: {problem}")
     if problems:
-        raise PrepError(f"{out}: {len(problems)} problem(s), the first: {problems[0]}")
+        raise PrepError(f"{out}: {counted(len(problems), 'problem')}, the first: {problems[0]}")
     size = sum(entry.bytes for entry in entries) / 1e6
     depth = "every block hashed" if full else "sizes and indices; --full hashes every block"
-    say(f"{out}: {len(entries)} shards, {size:.1f} MB, no problem ({depth})")
+    say(f"{out}: {counted(len(entries), 'shard')}, {size:.1f} MB, no problem ({depth})")
     return manifest
 
 

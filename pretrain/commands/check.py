@@ -36,11 +36,11 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     counts = count_parameters(model)
     blocks = Counter(parse_pattern(model.pattern).letters)
     replica = layout.tensor * layout.pipeline * layout.context
-    tied = " (tied to the embedding)" if model.tie_embeddings else ""
+    head = "the embedding, tied" if model.tie_embeddings else _million(counts["head"])
     lines = [
         f"parameters        {_million(counts['total'])}",
         f"  embedding       {_million(counts['embedding'])}",
-        f"  output layer    {_million(counts['head'])}{tied}",
+        f"  output layer    {head}",
         f"  {len(counts['layers'])} blocks",
     ]
     for letter, number in blocks.items():

@@ -7,6 +7,7 @@ from xlstm_io.checkpoint.choose import choose
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
 from xlstm_io.checkpoint.manifest import is_weight, read_manifest
 from xlstm_io.storage import Location
+from xlstm_io.terminal import counted
 
 
 def show(path: Location | str, which: str | None = None) -> str:
@@ -40,9 +41,9 @@ def show(path: Location | str, which: str | None = None) -> str:
                 _words(config, "layout", "tensor", "pipeline", "virtual", "context"),
             )
         ),
-        "parameters": f"{parameters:,} in {len(weights)} tensors",
+        "parameters": f"{parameters:,} in {counted(len(weights), 'tensor')}",
         "optimizer": f"{len(manifest.tensors) - len(weights)} tensors",
-        "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
+        "size": f"{size / 1e6:,.1f} MB in {counted(len(manifest.files), 'file')}",
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     lines = [f"{label:<12}{value}" for label, value in facts.items()]

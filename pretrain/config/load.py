@@ -19,6 +19,7 @@ from pretrain.config.overrides import parse_structured, split_overrides
 from pretrain.config.schema import RunConfig
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import write_atomic
+from xlstm_io.terminal import counted
 from xlstm_io.yaml_file import read_yaml
 from xlstm_mcore.old_keys import Updated, say, update_keys
 
@@ -49,7 +50,7 @@ def _validated(updated: Updated, source: str) -> RunConfig:
         found += problems(config)
     if found:
         lines = "\n".join(f"  - {message}" for message in found)
-        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        count = counted(len(found), "problem")
         raise ConfigError(f"{source}: {count}\n{lines}")
     return config
 

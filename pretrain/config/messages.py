@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pretrain.config.schema import FIELDS, SECTIONS
+from xlstm_io.field_errors import rule_of
+from xlstm_io.terminal import one_line
 from xlstm_mcore.pattern import PatternError
 from xlstm_mcore.settings import Section
 
@@ -20,34 +22,13 @@ def choices(values: Sequence[object]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-# What a value must be, by pydantic's name of the error, where its own words are not plain ones.
-_RULES = {
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "string_type": "must be text; put it into quotes",
-    "string_too_short": "must not be empty",
-    "string_pattern_mismatch": (
-        "must start with a letter or digit and hold only letters, digits, dots, _ and -"
-    ),
-    "list_type": "must be a list, such as [a, b]",
-    "tuple_type": "must be a list, such as [0.9, 0.95]",
-    "dict_type": "must be keys with values, such as {a: 1}",
-    "too_short": "must not be empty",
-}
-
-
 def field_message(error: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors: key, value, rule, and what the key means.
 
     Args:
         error: an item of `ValidationError.errors()`.
     """
-    location = [str(part) for part in error["loc"] if part != "[key]"]
+    location = [one_line(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(location[:2])
     kind = error["type"]
     if kind == "missing" and len(location) > 2:
@@ -72,17 +53,7 @@ def field_message(error: Mapping[str, Any]) -> str:
         return f"{location[0]}.{error['ctx']['error']}"  # it says all of it, key and value included
     field = FIELDS.get(key)
     about = f" ({field.description})" if field is not None else ""
-    return f"{_place(location)}={_show(error['input'])} {_rule(error)}{about}"
-
-
-def _rule(error: Mapping[str, Any]) -> str:
-    """What the value must be."""
-    kind = error["type"]
-    if kind == "too_long":
-        return f"must have {error['ctx']['max_length']} values"
-    if kind == "less_than_equal":
-        return f"must be less than or equal to {error['ctx']['le']:g}"
-    return _RULES.get(kind) or error["msg"].replace("Input should", "must")
+    return f"{_place(location)}={_show(error['input'])} {rule_of(error)}{about}"
 
 
 def _similar(key: str, section: str | None) -> str:

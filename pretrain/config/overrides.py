@@ -64,13 +64,21 @@ def override_option(key: str, value: Any) -> list[str]:
     return [f"--{key}", str(value)]
 
 
+def _up_to_the_bracket(queue: list[str]) -> str:
+    """Take the words of a list or mapping, which a shell has split at its spaces."""
+    words = [queue.pop(0)]
+    while queue and not queue[0].startswith("--") and not words[-1].endswith(("]", "}")):
+        words.append(queue.pop(0))
+    return " ".join(words)
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate `--section.key value` options from the other words of a command line.
 
     `--section.key=value` works too. A switch may stand alone: `--layout.sequence`, or
     `--layout.no-sequence` for false. A pair is two words (`--optimizer.betas 0.9 0.95`) or one in
-    brackets (`'[0.9, 0.95]'`). Unknown keys are kept, so that the validation names them together
-    with everything else.
+    brackets (`[0.9, 0.95]`, quoted or not). Unknown keys are kept, so that the validation names
+    them together with everything else.
 
     Returns:
         (other words in order, {dotted key: text, list of texts, bool or None}).
@@ -100,8 +108,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             is_value = bool(queue) and queue[0].lower() in _SWITCH_WORDS
             values = [queue.pop(0)] if is_value else ["true"]
         else:
-            wanted = 1 if queue and queue[0].startswith("[") else taken or 1
-            values = []
+            bracketed = queue and queue[0][:1] in ("[", "{") and (is_structured(key) or taken != 1)
+            wanted = 1 if bracketed else taken or 1
+            values = [_up_to_the_bracket(queue)] if bracketed else []
             while queue and not queue[0].startswith("--") and len(values) < wanted:
                 values.append(queue.pop(0))
             if taken is not None and len(values) < wanted:

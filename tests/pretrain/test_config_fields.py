@@ -99,3 +99,20 @@ def test_messages_are_in_our_own_words():
                 for phrase in (" valid ", "Input", "String", "Tuple", "List", "Dictionary"):
                     assert phrase not in text, text
     assert read > 300
+
+
+WRONG = ("", "x", "1.5", -1, 1.5, True, None, [], [[]], {}, {"x": []}, 10**5000, float("nan"))
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_rules_are_in_plain_words(key):
+    """Whatever stands there, pydantic's own words do not reach the user."""
+    section, name = key.split(".")
+    for value in WRONG:
+        values = raw()
+        values.setdefault(section, {})[name] = value
+        try:
+            config_from_dict(values)
+        except ConfigError as error:
+            for phrase in ("Input", "should", "valid ", "Value error", "validation", "instance"):
+                assert phrase not in str(error), str(error)

@@ -90,6 +90,8 @@ def test_override_option_is_the_inverse(key, value):
     [
         (["--optimizer.decay", "{norm: true, bias: false}"], "optimizer", "decay", None),
         (["--optimizer.decay={norm: true, bias: false}"], "optimizer", "decay", None),
+        (["--optimizer.betas", "[0.8,", "0.9]"], "optimizer", "betas", (0.8, 0.9)),
+        (["--optimizer.decay", "{norm:", "true}"], "optimizer", "decay", {"norm": True}),
         (["--optimizer.betas", "[0.8, 0.9]"], "optimizer", "betas", (0.8, 0.9)),
         (["--optimizer.betas=0.8,0.9"], "optimizer", "betas", (0.8, 0.9)),
         (["--checkpoint.accept_changes", "a.b,c"], "checkpoint", "accept_changes", ["a.b", "c"]),

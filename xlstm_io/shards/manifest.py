@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from xlstm_io.errors import ShardFormatError
+from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.storage import read_file, write_atomic
 from xlstm_io.untrusted import LIMITS, check_name, inside
 
@@ -227,8 +228,8 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ShardFormatError(f"{file}: {where}: {first['msg']}; rebuild the shards") from None
+        where = f"{key_of(first['loc'])} {rule_of(first)}"
+        raise ShardFormatError(f"{file}: {where}; rebuild the shards") from None
     entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
     names = [name for entry in entries for name in (entry.path, entry.index)]
     for name in (manifest.tokenizer.path, *names):

@@ -46,6 +46,10 @@ from xlstm_io.untrusted import LIMITS
 _TARGET_BLOCK_BYTES = 1 << 20
 
 
+# What is said to be there, in place of a file that is gone.
+MISSING = "the file is missing"
+
+
 class CorruptShardError(ShardFormatError):
     """Bytes of a shard are not those that were written.
 
@@ -61,14 +65,22 @@ class CorruptShardError(ShardFormatError):
         self.path, self.block, self.offset = str(path), block, offset
         self.expected, self.got = expected, got
         where = "file" if block is None else f"block {block}"
+        found = f"{where} at byte {offset} is damaged: expected {expected}, got {got}"
+        rest = "delete it and its .idx.npz and "
+        if got == MISSING:
+            found, rest = MISSING, ""
         super().__init__(
-            f"{path}: {where} at byte {offset} is damaged: expected {expected}, got {got}; restore "
-            "the file, or delete it and its .idx.npz and run `python -m data_prep build` again"
+            f"{path}: {found}; restore the file, or {rest}run `python -m data_prep build` again"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the arguments, so that worker processes can raise it."""
         return type(self), (self.path, self.block, self.offset, self.expected, self.got)
+
+
+def _there(error: OSError) -> str:
+    """What is in the place of a file that cannot be read."""
+    return MISSING if isinstance(error, FileNotFoundError) else error.strerror or str(error)
 
 
 def default_block_rows(row_tokens: int, dtype: np.dtype) -> int:
@@ -115,7 +127,7 @@ class BlockIndex:
         try:
             raw = read_file(path, LIMITS.shard_index, links=True)
         except OSError as error:
-            raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
+            raise CorruptShardError(path, None, 0, "a readable index", _there(error)) from None
         got = xxhash.xxh3_64_hexdigest(raw)
         if got != expected_xxh3:
             raise CorruptShardError(path, None, 0, f"xxh3 {expected_xxh3}", f"xxh3 {got}")
@@ -278,7 +290,7 @@ class ShardReader:
         try:
             self._fd = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise CorruptShardError(self.path, None, 0, "a readable file", str(error)) from None
+            raise CorruptShardError(self.path, None, 0, "a readable file", _there(error)) from None
 
     @property
     def num_blocks(self) -> int:
@@ -339,7 +351,7 @@ class ShardReader:
         return data
 
     def _unreadable(self, block: int, offset: int, size: int, error: OSError) -> CorruptShardError:
-        return CorruptShardError(self.path, block, offset, f"{size} bytes", str(error))
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", _there(error))
 
     def _short(self, block: int, offset: int, size: int) -> CorruptShardError:
         got = f"the end of the file at {os.fstat(self._fd).st_size}"
@@ -378,7 +390,7 @@ def check_size(root: Path, entry: ShardEntry) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise CorruptShardError(path, None, 0, f"{entry.bytes} bytes", str(error)) from None
+        raise CorruptShardError(path, None, 0, f"{entry.bytes} bytes", _there(error)) from None
     if size != entry.bytes:
         raise CorruptShardError(
             path, None, min(size, entry.bytes), f"{entry.bytes} bytes", f"{size} bytes"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import location
+from xlstm_io.terminal import tell, until_nobody_reads
 from xlstm_mcore.convert import import_cli
 
 #: Names that `--family` and `--dtype` know; the modules that define them take seconds to import.
@@ -18,11 +19,17 @@ DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, `ExitCode.REFUTED` where a comparison failed."""
+    return until_nobody_reads(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return ExitCode.BAD_INPUT
 
 

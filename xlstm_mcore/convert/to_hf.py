@@ -20,6 +20,7 @@ import xlstm_mcore.hf
 from xlstm_io.checkpoint.manifest import is_weight, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.tokenizer import tokenizer_of
+from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.storage import Location, location
 from xlstm_io.tokenizer import Tokenizer
 from xlstm_mcore.convert.card import NO_BOS, model_card
@@ -122,8 +123,8 @@ def model_of(reader: CheckpointReader) -> ModelConfig:
         return model.model_copy(update={"pattern": model.pattern.replace("|", "")})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConvertError(f"{reader.path}: model.{key}: {first['msg']}") from error
+        key = key_of(first["loc"])
+        raise ConvertError(f"{reader.path}: model.{key} {rule_of(first)}") from error
 
 
 def check_tensors(reader: CheckpointReader, family: ModuleType, model: ModelConfig) -> list[Row]:

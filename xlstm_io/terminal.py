@@ -1,0 +1,78 @@
+"""What reaches the terminal: text without control characters, counts, and an end of reading.
+
+Names in files that others made (keys of JSON, members of archives, fields of tables) reach
+messages. A terminal would obey an escape code in them.
+"""
+
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+from xlstm_io.errors import ExitCode
+
+
+def printable(text: str) -> str:
+    """The text with its control characters spelled out as Python does; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else _spelled(c) for c in text)
+
+
+def one_line(text: object) -> str:
+    """A name for use inside of a message: printable, and with its line ends spelled out too."""
+    return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
+
+
+def _spelled(character: str) -> str:
+    return repr(character)[1:-1]
+
+
+def say(text: str) -> None:
+    """Print text on stdout, at once."""
+    print(printable(text), flush=True)
+
+
+def tell(text: str) -> None:
+    """Print text on stderr, at once. A terminal that is gone does not matter."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def until_nobody_reads(command: Callable[[], int]) -> int:
+    """Run a command, and end it where whoever reads its output has ended, as `| head` does.
+
+    Args:
+        command: prints, and returns an exit code.
+
+    Returns:
+        The command's exit code, or `ExitCode.NOBODY_READS`.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        left = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not left:
+            raise  # another pipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in left:  # Python would complain again about what it still holds back
+            os.dup2(nowhere, stream.fileno())
+        return ExitCode.NOBODY_READS
+    return code
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
