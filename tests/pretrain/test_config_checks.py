@@ -120,7 +120,10 @@ def test_every_broken_rule_is_in_one_message():
             "their gradients leave for the host before they can be added; use engine.offload=none",
         ),
         ({"model__logit_soft_cap": 1e-300}, "must be greater than or equal to 0.001"),
-        ({"optimizer__lr": 1e38}, "optimizer.lr=1e+38 is too large for fp32; use at most 1e+30"),
+        (
+            {"optimizer__weight_decay": 1e38},
+            "optimizer.weight_decay=1e+38 is too large for fp32; use at most 1e+30",
+        ),
         ({"model__chunk_size": 2**63}, "model.chunk_size=9223372036854775808 is too large"),
         (
             {"layout__tensor": 4, "model__round_up_to": 2, "model__ffn_dim_factor": 1.01},
