@@ -6,6 +6,7 @@ from typing import Any, Literal
 import xxhash
 
 from data_prep.sources.rules import FieldRule
+from xlstm_io.terminal import one_line
 
 TextSplit = Literal["file", "lines", "paragraphs"]
 
@@ -100,8 +101,7 @@ def is_empty(text: str) -> bool:
 def printable(name: object) -> str:
     """A stranger's word for a message: no line break and no escape code reaches a terminal."""
     text = str(name)
-    text = text if len(text) <= 80 else f"{text[:80]}..."
-    return text if text.isprintable() else repr(text)[1:-1]
+    return one_line(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def too_large(size: int, *, at_least: bool = False) -> str:

@@ -52,7 +52,8 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
     entries = manifest.shards(split)
     total = sum(entry.rows for entry in entries)
     if not 0 <= row < total:
-        raise PrepError(f"--row {row}: split {split!r} has rows 0 to {total - 1}")
+        there = f"the rows 0 to {total - 1}" if total else "no rows"
+        raise PrepError(f"--row {row}: the split {split!r} has {there}; use one of them")
     tokenizer = open_tokenizer(manifest.tokenizer_path)
     local = row
     for entry in entries:

@@ -53,7 +53,10 @@ def verify(out: Path, *, full: bool = False) -> Manifest:
     for problem in problems:
         say(f"problem: {problem}")
     if problems:
-        raise PrepError(f"{out}: {counted(len(problems), 'problem')}, the first: {problems[0]}")
+        raise PrepError(
+            f"{out}: {counted(len(problems), 'problem')}, listed above; restore these files, or "
+            "delete those of a shard and run `python -m data_prep build` again"
+        )
     size = sum(entry.bytes for entry in entries) / 1e6
     depth = "every block hashed" if full else "sizes and indices; --full hashes every block"
     say(f"{out}: {counted(len(entries), 'shard')}, {size:.1f} MB, no problem ({depth})")

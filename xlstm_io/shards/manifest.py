@@ -204,7 +204,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
             "run `python -m data_prep build` (again) with this --out, it keeps finished shards"
         ) from None
     except OSError as error:
-        raise ShardFormatError(f"{file} cannot be read: {error}") from error
+        raise ShardFormatError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         fields = json.loads(raw)
         if not isinstance(fields, dict):
