@@ -24,7 +24,7 @@ from pretrain.config import (
 )
 from pretrain.config.reference import options_help
 from pretrain.environment import read_place
-from pretrain.options import add_checkpoint, add_generation
+from pretrain.options import add_checkpoint, add_evaluation, add_generation
 from pretrain.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
@@ -127,7 +127,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_generation(generate)
 
     evaluate = add("evaluate", "loss of a checkpoint on a validation split")
-    add_checkpoint(evaluate)
+    add_evaluation(evaluate)
     _add_config(evaluate, optional=True)
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
@@ -250,7 +250,9 @@ def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[st
     _import_megatron()
     from pretrain.commands.evaluate import main
 
-    return main(options.checkpoint, config, which=options.which)
+    return main(
+        options.checkpoint, config, which=options.which, by=options.by, as_json=options.json
+    )
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -302,12 +304,14 @@ def _rewind(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from pretrain.commands.demo import Text, main
+    from pretrain.commands.demo import main
 
     return main(
         model=options.model,
         steps=options.steps,
-        text=Text(options.data, options.text_field, options.vocab_size),
+        data=options.data,
+        text_field=options.text_field,
+        vocab_size=options.vocab_size,
         work=options.work,
         nproc=options.nproc,
     )

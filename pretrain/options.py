@@ -17,6 +17,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Options of `evaluate`."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--by",
+        choices=("position", "length", "source"),
+        help="also by a token's place in its document, by the document's length, or by source",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`; their defaults are those of `xlstm_mcore.generation.settings`."""
     add = parser.add_argument

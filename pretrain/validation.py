@@ -5,7 +5,7 @@ from itertools import islice
 
 from pretrain.config import RunConfig
 from pretrain.data import Batch, DataPlan, ValidLoader, open_valid
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, mean_of
 from pretrain.layout import Layout
 from pretrain.supervision.watchdog import EVALUATION, Watchdog
 from xlstm_io.checkpoint.evaluation import Evaluation
@@ -74,10 +74,11 @@ class Validation:
         losses = {}
         for name, loader in self._sets.items():
             batches = islice(loader, self._max_batches())
-            losses[name] = engine.evaluate(until_stopped(batches)).mean
+            losses[name] = engine.evaluate(until_stopped(batches))
             if stopped:
                 return None
-        return Evaluation(step, sum(losses.values()) / len(losses), losses)
+        each = {name: loss.mean for name, loss in losses.items()}
+        return Evaluation(step, mean_of(losses.values()), each)
 
     def _max_batches(self) -> int | None:
         """Batches of this replica per set; None for all."""

@@ -273,14 +273,23 @@ def run_all(runner: Runner, commands: list[list[str]]) -> int:
 
 
 def main(
-    *, model: str = "large", steps: int = 200, text: Text = Text(), work: str, nproc: int = 2
+    *,
+    model: str = "large",
+    steps: int = 200,
+    data: str | None = None,
+    text_field: str = "text",
+    vocab_size: int = 8192,
+    work: str,
+    nproc: int = 2,
 ) -> int:
     """Run every stage.
 
     Args:
         model: "large" (7B-style blocks) or "classic" (mLSTM and sLSTM blocks at [3:1]).
         steps: optimizer steps of the training run.
-        text: what to train on.
+        data: a file, folder or glob of text; None for the Python standard library's sources.
+        text_field: field or column of the text.
+        vocab_size: ids of the tokenizer.
         work: folder for everything that the demo makes.
         nproc: number of training processes.
 
@@ -292,13 +301,14 @@ def main(
             not divide the vocabulary, or the run that is there has
             done more steps.
     """
+    text = Text(data, text_field, vocab_size)
     for name, value in (("--steps", steps), ("--nproc", nproc)):
         if value < 1:
             raise ConfigError(f"{name}={value} is too small; use 1 or more")
-    if text.data is not None and not text.data.strip():
+    if data is not None and not data.strip():
         raise ConfigError("--data is empty; give a file, a folder or a glob, or leave it out")
     # Before minutes go into the data: the model has a row for every id, and splits them.
-    config = load_config(config_path(model), {"model.vocab_size": text.vocab_size})
+    config = load_config(config_path(model), {"model.vocab_size": vocab_size})
     places = Places.of(Path(work), model, text)
     progress = read_progress(places.run)
     if progress is not None and (progress.checkpoint_step or 0) > steps:

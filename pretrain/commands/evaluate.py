@@ -3,29 +3,75 @@
 In one process, or tensor parallel over all processes of torchrun.
 """
 
+import json
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.checkpoint import read_manifest
 from pretrain.commands.generate import check_split
 from pretrain.config import RunConfig
-from pretrain.data import TokenDataset, ValidLoader, open_valid
+from pretrain.config.schema import ValidConfig
+from pretrain.data import Batch, TokenDataset, ValidLoader, open_valid
+from pretrain.engines.base import LossSum, mean_of
 from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
+from xlstm_io.terminal import say
 from xlstm_mcore.inference import open_model
 from xlstm_mcore.megatron import cpu_runtime
 
+BY = ("position", "length", "source")
+_BUCKETS = 40  # powers of two; no row is longer
 
-def main(checkpoint: str, config: RunConfig, *, which: str | None = None) -> int:
+
+@dataclass(frozen=True)
+class SetLoss:
+    """The loss on one validation set.
+
+    Attributes:
+        sum: over its unmasked tokens.
+        targets_per_byte: of the set's text.
+        by: tokens from 2^n to 2^(n + 1) - 1, by n, of what they were asked to be sorted by.
+    """
+
+    sum: LossSum
+    targets_per_byte: float
+    by: Mapping[int, LossSum] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Nats per unmasked token."""
+        return self.sum.mean
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text, which does not depend on the tokenizer."""
+        return self.loss * self.targets_per_byte / math.log(2)
+
+
+def main(
+    checkpoint: str,
+    config: RunConfig,
+    *,
+    which: str | None = None,
+    by: str | None = None,
+    as_json: bool = False,
+) -> int:
     """Print the loss of `checkpoint` on the validation split of `config.data`.
 
     Args:
         checkpoint: a checkpoint or a run folder.
         which: which checkpoint of a run; see `xlstm_io.checkpoint.choose`.
         config: the run file whose data and batch to use; the model is the checkpoint's.
+        by: what the loss is also shown by, one of `BY`: "position" counts the tokens of the
+            document up to the predicting one, "length" all of the document that are in the row.
+        as_json: print one JSON object.
 
     Returns:
         0.
@@ -34,23 +80,18 @@ def main(checkpoint: str, config: RunConfig, *, which: str | None = None) -> int
         UserError: no checkpoint, no data, or the data were made with another tokenizer.
     """
     path = choose(checkpoint, which)
-    found = evaluate(path, config)
+    if by == "source":
+        config = _sources_apart(config)
+    found = evaluate(path, config, by if by != "source" else None)
     if os.environ.get("RANK", "0") != "0":
         return 0
-    for name, (loss, tokens) in found.items():
-        print(
-            f"{path}{f', {name}' if name else ''}: {loss:.4f} nats per token, "
-            f"perplexity {math.exp(loss):.2f}, over {tokens:,} tokens"
-        )
-    if len(found) > 1:
-        mean = sum(loss for loss, _ in found.values()) / len(found)
-        print(f"mean of the {len(found)} sets: {mean:.4f} nats per token")
+    say(_as_json(path, found, by) if as_json else _as_text(path, found, by))
     return 0
 
 
 @torch.no_grad()
-def evaluate(path: Location | str, config: RunConfig) -> dict[str, tuple[float, int]]:
-    """By validation set: mean loss (nats per unmasked token) and number of tokens."""
+def evaluate(path: Location | str, config: RunConfig, by: str | None = None) -> dict[str, SetLoss]:
+    """The loss by validation set; see `main` for `by`, which is not "source" here."""
     sets = open_valid(config.data)
     trained_with = read_manifest(path).state.get("tokenizer", {}).get("sha256")
     for dataset in sets.values():
@@ -62,14 +103,99 @@ def evaluate(path: Location | str, config: RunConfig) -> dict[str, tuple[float, 
             )
     check_split(path)
     model = open_model(path)
-    return {name: _loss(model, dataset, config) for name, dataset in sets.items()}
+    return {name: measure(model, dataset, config, by) for name, dataset in sets.items()}
 
 
-def _loss(model: torch.nn.Module, dataset: TokenDataset, config: RunConfig) -> tuple[float, int]:
-    total, tokens = 0.0, 0
+def measure(
+    model: torch.nn.Module, dataset: TokenDataset, config: RunConfig, by: str | None = None
+) -> SetLoss:
+    """The loss of a model on one set."""
+    # Sum of the losses and number of tokens, by powers of two.
+    sums = torch.zeros(2, _BUCKETS, dtype=torch.float64)
     for batch in ValidLoader(dataset, micro_batch=config.data.micro_batch):
         batch = batch.to(cpu_runtime.device())
         losses = model(batch.tokens, batch.boundaries, batch.labels)
-        total += (losses * batch.loss_mask).sum().item()
-        tokens += int(batch.loss_mask.sum().item())
-    return total / max(1, tokens), tokens
+        bucket = _sizes(batch, by).log2().long().flatten() if by else None
+        for line, weights in zip(sums, (losses * batch.loss_mask, batch.loss_mask), strict=True):
+            if bucket is None:
+                line[0] += weights.sum().item()
+            else:
+                each = weights.double().flatten()
+                line += torch.bincount(bucket, each, minlength=_BUCKETS).cpu()
+    total, tokens = sums.sum(1).tolist()
+    groups = {n: LossSum(*values) for n, values in enumerate(sums.t().tolist()) if by and values[1]}
+    return SetLoss(LossSum(total, int(tokens)), dataset.targets_per_byte, groups)
+
+
+def _sizes(batch: Batch, by: str) -> Tensor:
+    """For every token what `by` sorts it by, fp64 `[b, s]`, from 1.
+
+    A row that begins in the middle of a document knows nothing of its beginning.
+    """
+    starts = batch.boundaries.clone()
+    starts[:, 0] = True
+    place = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    if by == "position":
+        first = torch.where(starts, place, 0).cummax(1).values
+        return (place - first + 1).double()
+    document = starts.long().cumsum(1) - 1
+    lengths = torch.zeros_like(document).scatter_add_(1, document, torch.ones_like(document))
+    return lengths.gather(1, document).double()
+
+
+def _sources_apart(config: RunConfig) -> RunConfig:
+    """The run with a validation set for every source of every set."""
+    apart = []
+    for item in config.data.valid or config.data.mixture:
+        one = config.data.model_copy(
+            update={"valid": [ValidConfig(name="all", path=item.path, source=item.source)]}
+        )
+        manifest = open_valid(one)["all"].manifest
+        names = [s.name for s in manifest.sources if "valid" in s.splits and s.splits["valid"].rows]
+        for source in [item.source] if item.source else names:
+            name = f"{item.name}.{source}" if item.name and item.name != source else source
+            apart.append(ValidConfig(name=name, path=item.path, source=source))
+    return config.model_copy(update={"data": config.data.model_copy(update={"valid": apart})})
+
+
+def _as_text(path: Location | str, found: Mapping[str, SetLoss], by: str | None) -> str:
+    lines = []
+    for name, measured in found.items():
+        lines.append(
+            f"{path}{f', {name}' if name else ''}: {measured.loss:.4f} nats per token, "
+            f"perplexity {math.exp(measured.loss):.2f}, {measured.bits_per_byte:.4f} bits per "
+            f"byte, over {measured.sum.tokens:,} tokens"
+        )
+        for n, group in measured.by.items():
+            lines.append(
+                f"  {by} {_bucket(n):>15}  {group.mean:.4f} nats per token, {group.tokens:,.0f} "
+                "tokens"
+            )
+    if len(found) > 1:
+        mean = mean_of(measured.sum for measured in found.values())
+        lines.append(f"mean of the {len(found)} sets, by their tokens: {mean:.4f} nats per token")
+    return "\n".join(lines)
+
+
+def _as_json(path: Location | str, found: Mapping[str, SetLoss], by: str | None) -> str:
+    sets: dict[str, dict[str, Any]] = {}
+    for name, measured in found.items():
+        sets[name] = {
+            "loss": measured.loss,
+            "perplexity": math.exp(measured.loss),
+            "bits_per_byte": measured.bits_per_byte,
+            "tokens": measured.sum.tokens,
+        }
+        if by in ("position", "length"):
+            sets[name][by] = {
+                _bucket(n): {"loss": group.mean, "tokens": int(group.tokens)}
+                for n, group in measured.by.items()
+            }
+    mean = mean_of(measured.sum for measured in found.values())
+    return json.dumps({"checkpoint": str(path), "loss": mean, "sets": sets})
+
+
+def _bucket(power: int) -> str:
+    """`8-15`: the sizes from 2^3 to 2^4 - 1."""
+    low, high = 1 << power, (2 << power) - 1
+    return str(low) if low == high else f"{low}-{high}"

@@ -119,6 +119,12 @@ class TokenDataset:
     def __len__(self) -> int:
         return self.num_rows
 
+    @property
+    def targets_per_byte(self) -> float:
+        """Tokens that have a loss, over bytes of text."""
+        targets, size = (sum(getattr(e, k) for e in self._entries) for k in ("targets", "bytes_in"))
+        return targets / max(1, size)
+
     def read(self, rows: np.ndarray) -> Rows:
         """Rows by number.
 

@@ -29,6 +29,12 @@ class LossSum:
         return self.total / max(1, self.tokens)
 
 
+def mean_of(sums: Iterable[LossSum]) -> float:
+    """Nats per unmasked token over several sets; each counts as much as it has tokens."""
+    sums = list(sums)
+    return LossSum(sum(s.total for s in sums), sum(s.tokens for s in sums)).mean
+
+
 class Engine(Protocol):
     """A model with its optimizer on this run's layout; every method is called by all ranks.
 

@@ -82,8 +82,8 @@ def test_what_trains_evaluates_and_generates(pool, shards, tmp_path, cell, capfd
     records = read_metrics(tmp_path / "metrics.jsonl")
     losses = {r["step"]: r["valid_loss"] for r in records if "valid_loss" in r}
     assert losses.keys() == {2, 3}
-    ((loss, tokens),) = evaluate(str(find_latest(tmp_path)), config).values()
-    assert losses[3] == pytest.approx(loss, rel=2e-6) and tokens > 100
+    (measured,) = evaluate(str(find_latest(tmp_path)), config).values()
+    assert losses[3] == pytest.approx(measured.loss, rel=2e-6) and measured.sum.tokens > 100
     assert cli.run(["generate", str(tmp_path), "--max-tokens", "2"]) == 0
     assert "--- prompt" in capfd.readouterr().out
 

@@ -77,7 +77,7 @@ def test_stopped_in_the_middle_and_resumed_on_other_processes(pool, shards, tmp_
     for key, expected, got in zip(keys, records(whole, *keys), records(cut, *keys), strict=True):
         assert len(expected) == STEPS and got == pytest.approx(expected, rel=1e-5), key
     (mean,), (a,), (b,) = records(whole, "valid_loss", "valid_loss/a", "valid_loss/b")
-    assert mean == pytest.approx((a + b) / 2)
+    assert min(a, b) < mean < max(a, b)  # by their tokens: tests/pretrain/test_evaluate.py
     one, two = cursor(whole), cursor(cut)
     assert one == two and one["consumed_samples"] == 4 + 12 + 2 * 4
     samples = [row["sample"] for row in one["quarantined"]]

@@ -258,6 +258,8 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
         "model": "classic",
         "steps": 20,
         "data": "a*",
+        "text_field": "text",
+        "vocab_size": 8192,
         "work": "runs/demo",
         "nproc": 2,
     }

@@ -96,7 +96,7 @@ def test_the_launch_command_is_a_valid_one():
 
 
 def test_own_data_get_their_own_folders(stages):
-    assert main(steps=5, work="w", text=Text("texts/*.txt")) == 0
+    assert main(steps=5, work="w", data="texts/*.txt") == 0
     collect = stages()[0]
     assert collect[collect.index("--input") + 1] == "texts/*.txt"
     own, other = (Places.of(Path("w"), "large", Text(data)) for data in ("texts/*.txt", "more"))
@@ -109,7 +109,8 @@ def test_own_data_get_their_own_folders(stages):
 
 def test_another_field_and_vocabulary_reach_every_stage(stages):
     text = Text("texts", "content", 4096)
-    assert main(steps=5, work="w", text=text) == 0
+    keys = {"data": "texts", "text_field": "content", "vocab_size": 4096}
+    assert main(steps=5, work="w", **keys) == 0
     collect, tokenizer, *_ = stages()
     launch = next(call for call in stages() if call[1] == "launch")
     assert collect[collect.index("--text-field") + 1] == "content"
@@ -132,7 +133,7 @@ def test_the_exit_code_of_a_stage_ends_the_demo(stages, monkeypatch, stage, code
 
 @pytest.mark.parametrize(
     "keys",
-    [{"steps": 0}, {"nproc": 0}, {"text": Text("  ")}, {"text": Text(vocab_size=4097)}],
+    [{"steps": 0}, {"nproc": 0}, {"data": "  "}, {"vocab_size": 4097}],
     ids=["steps", "nproc", "data", "vocab"],
 )
 def test_bad_arguments(stages, keys):

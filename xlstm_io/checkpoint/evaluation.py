@@ -28,7 +28,8 @@ class Evaluation:
 
     Attributes:
         step: finished steps.
-        loss: mean of the validation sets' losses, nats per token; nan if it is not finite.
+        loss: nats per token over all validation sets, each with the weight of its tokens; nan if it
+            is not finite.
         sets: the loss of each validation set, by name.
     """
 

@@ -1,0 +1,104 @@
+"""The loss of validation sets: weighted by tokens, in bits per byte, by position and length."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks.synthetic_shards import write_shards
+from pretrain.commands import evaluate
+from pretrain.data import ValidLoader, open_valid
+from pretrain.engines.base import LossSum, mean_of
+from tests.pretrain.run_files import config
+
+SEQ_LEN = 24
+
+
+def losses_of(tokens, boundaries, labels):
+    """A model whose loss is told by the label."""
+    return (labels % 7).float()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(
+        folder, {"a": [4], "b": [4]}, seq_len=SEQ_LEN, vocab_size=96, valid_rows=5,
+        document_tokens=9,
+    )  # fmt: skip
+    return config(data__path=str(folder), data__seq_len=SEQ_LEN, data__micro_batch=2)
+
+
+@pytest.fixture(scope="module")
+def dataset(run):
+    (only,) = open_valid(run.data).values()
+    return only
+
+
+def one_by_one(dataset, by):
+    """Power of two -> losses of its tokens, counted in a loop."""
+    found = {}
+    for batch in ValidLoader(dataset, micro_batch=2):
+        for labels, mask, starts in zip(
+            batch.labels, batch.loss_mask, batch.boundaries, strict=True
+        ):
+            begin = [s for s in range(SEQ_LEN) if s == 0 or starts[s]] + [SEQ_LEN]
+            for first, end in pairwise(begin):
+                for place in range(first, end):
+                    size = place - first + 1 if by == "position" else end - first
+                    if mask[place]:
+                        group = found.setdefault(int(math.log2(size)), [])
+                        group.append(float(labels[place] % 7))
+    return found
+
+
+@pytest.mark.parametrize("by", ["position", "length"])
+def test_tokens_are_sorted_by_their_place_or_their_documents_length(run, dataset, by):
+    got = evaluate.measure(losses_of, dataset, run, by)
+    expected = one_by_one(dataset, by)
+    assert len(expected) > 3
+    assert got.by == {n: LossSum(sum(each), len(each)) for n, each in sorted(expected.items())}
+    whole = evaluate.measure(losses_of, dataset, run)
+    assert whole.by == {} and whole.sum == got.sum
+    assert whole.sum.total == sum(map(sum, expected.values()))
+
+
+def test_bits_per_byte_are_those_of_the_text(run, dataset):
+    got = evaluate.measure(losses_of, dataset, run)
+    entries = dataset.manifest.shards("valid")
+    size = sum(entry.bytes_in for entry in entries)
+    assert got.sum.tokens == sum(entry.targets for entry in entries)
+    assert got.bits_per_byte == pytest.approx(got.sum.total / math.log(2) / size)
+
+
+def test_a_set_counts_as_much_as_it_has_tokens():
+    assert mean_of([LossSum(10.0, 5), LossSum(90.0, 15)]) == 5.0
+    assert mean_of([]) == 0.0
+
+
+def test_text_and_json_name_every_set(run):
+    sets = evaluate._sources_apart(run).data.valid
+    assert [(one.name, one.source) for one in sets] == [("a", "a"), ("b", "b")]
+    found = {
+        name: evaluate.SetLoss(LossSum(total, tokens), 0.5, {0: LossSum(1.0, 1), 3: LossSum(9, 4)})
+        for name, total, tokens in (("a", 10.0, 5), ("b", 90.0, 15))
+    }
+    text = evaluate._as_text("ckpt", found, "position")
+    assert "ckpt, a: 2.0000 nats per token, perplexity 7.39, 1.4427 bits per byte" in text
+    assert "position" in text and "8-15  2.2500 nats per token, 4 tokens" in text
+    assert "mean of the 2 sets, by their tokens: 5.0000 nats per token" in text
+    body = json.loads(evaluate._as_json("ckpt", found, "position"))
+    assert body["loss"] == 5.0 and body["sets"]["b"]["loss"] == 6.0
+    assert body["sets"]["b"]["position"] == {
+        "1": {"loss": 1.0, "tokens": 1},
+        "8-15": {"loss": 2.25, "tokens": 4},
+    }
+
+
+def test_documents_of_a_row_have_places_and_lengths():
+    starts = torch.tensor([[False, False, True, False, False, True]])
+    batch = type("", (), {"boundaries": starts})
+    assert evaluate._sizes(batch, "position").tolist() == [[1, 2, 1, 2, 3, 1]]
+    assert evaluate._sizes(batch, "length").tolist() == [[2, 2, 3, 3, 3, 1]]
