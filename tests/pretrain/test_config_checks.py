@@ -121,8 +121,8 @@ def test_every_broken_rule_is_in_one_message():
         ),
         ({"model__logit_soft_cap": 1e-300}, "must be greater than or equal to 0.001"),
         (
-            {"optimizer__weight_decay": 1e38},
-            "optimizer.weight_decay=1e+38 is too large for fp32; use at most 1e+30",
+            {"model__igate_bias_init": -1e38},
+            "model.igate_bias_init=-1e+38 is too large for fp32; use at most 1e+30",
         ),
         ({"model__chunk_size": 2**63}, "model.chunk_size=9223372036854775808 is too large"),
         (
