@@ -58,7 +58,7 @@ def test_errors_travel_between_processes(name):
 
 
 def test_exit_codes_are_numbers_with_a_meaning():
-    expected = {0, 1, 2, 3, 70, 71, 74, 75, 76, 130}
+    expected = {0, 1, 2, 3, 70, 71, 74, 75, 76, 130, 141}
     assert {int(code) for code in ExitCode} == expected
     assert all(code.meaning and "\n" not in code.meaning for code in ExitCode)
     assert ExitCode(75) is ExitCode.STOPPED and f"{ExitCode.STOPPED}" == "75"
