@@ -24,7 +24,7 @@ from pretrain.config import (
 )
 from pretrain.config.reference import options_help
 from pretrain.environment import read_place
-from pretrain.options import add_checkpoint, add_evaluation, add_generation
+from pretrain.options import add_checkpoint, add_demo, add_evaluation, add_generation
 from pretrain.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
@@ -145,20 +145,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--skip-samples", type=int, default=0, metavar="N", help="samples to leave out (default: 0)"
     )
 
-    demo = add("demo", "the whole pipeline, from text to a trained model and a summary")
-    demo.add_argument("--model", choices=("large", "classic"), default="large")
-    demo.add_argument("--steps", type=int, default=200, metavar="N")
-    demo.add_argument(
-        "--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)"
-    )
-    demo.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field or column of the text"
-    )
-    demo.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="ids of the tokenizer"
-    )
-    demo.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
-    demo.add_argument("--nproc", type=int, default=2, metavar="N")
+    add_demo(add("demo", "the whole pipeline, from text to a trained model and a summary"))
     return parser
 
 

@@ -28,6 +28,23 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Options of `demo`."""
+    parser.add_argument("--model", choices=("large", "classic"), default="large")
+    parser.add_argument("--steps", type=int, default=200, metavar="N")
+    parser.add_argument(
+        "--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)"
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field or column of the text"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="ids of the tokenizer"
+    )
+    parser.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
+    parser.add_argument("--nproc", type=int, default=2, metavar="N")
+
+
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`; their defaults are those of `xlstm_mcore.generation.settings`."""
     add = parser.add_argument

@@ -8,14 +8,13 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xlstm_io.terminal import counted
-
 from pretrain.config import support
 from pretrain.config.data_checks import DATA_CHECKS
 from pretrain.config.layout_checks import LAYOUT_CHECKS, letters_of
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import FIELDS, RunConfig
 from xlstm_io.errors import ConfigError
+from xlstm_io.terminal import counted
 from xlstm_mcore.pattern import shorten
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions
 

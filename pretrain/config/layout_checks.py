@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from xlstm_io.terminal import counted
-
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import RunConfig
+from xlstm_io.terminal import counted
 from xlstm_mcore.pattern import parse_pattern, shorten
 
 
