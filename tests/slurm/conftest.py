@@ -18,7 +18,7 @@ def shards(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("shards"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # later tests of the session must not find a Slurm to ask
 def cluster():
     missing = missing_programs()
     if missing:
