@@ -24,6 +24,7 @@ from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metric_writers import open_writers
 from pretrain.metrics import MetricLogger
+from pretrain.replicas import check_replicas
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
 from pretrain.summary import describe_start, write_summary
@@ -168,6 +169,9 @@ class Trainer:
                 if superseded:
                     self._check_lease()  # raises on every rank
                 step = self.state.step
+                every = config.guard.check_replicas
+                if every and step % every == 0:  # before a damaged state could be saved
+                    check_replicas(self.engine, self.layout, since=step - every)
                 last = step == steps
                 save = last or stopping or step % config.checkpoint.interval == 0
                 if save:

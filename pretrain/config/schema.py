@@ -275,6 +275,8 @@ class GuardConfig(Section):
     """finite steps that do not fit the steps before them"""
     max_skipped: PositiveInt = 50
     """steps in a row without an update that stop a run, whatever the reason of each"""
+    check_replicas: NonNegativeInt = 1000
+    """steps between comparisons of what several ranks hold alike, bit for bit; 0: never"""
     hang_timeout: NonNegativeFloat | None = None
     """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
     startup_timeout: PositiveFloat = 1800.0

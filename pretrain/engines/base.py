@@ -9,6 +9,7 @@ from torch import Tensor
 from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
 from pretrain.engines.verdict import Verdict
+from pretrain.replicas import Held
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Engine(Protocol):
             load: copies a checkpoint's values into the slices it is given.
             updates: optimizer updates done so far, for Adam's bias correction.
         """
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds that other ranks may hold too, in the same order on all of them."""
 
     def close(self) -> None:
         """Free the memory of model and optimizer, for a process that goes on without them."""

@@ -41,6 +41,7 @@ from pretrain.engines.state import (
 )
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
+from pretrain.replicas import Held
 from xlstm_mcore.parameters.slices import is_shared, slices_of
 
 
@@ -132,6 +133,17 @@ class DeepSpeedEngine(ModelEngine):
         with split or contextlib.nullcontext(), torch.no_grad():
             load([part for _, part in (*self._weights(), *self._optimizer_slices())])
         compat.set_adam_step(optimizer, updates)
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds that other ranks may hold too; at stage 3 that is no weight.
+
+        The optimizer state is partitioned, so data-parallel replicas have none in common.
+        """
+        if self.stage < 3:
+            yield from self._held_weights()
+        for parameter, part in self._optimizer_slices():
+            split = parameter.tensor_model_parallel
+            yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
 
     def close(self) -> None:
         """Free the memory of model and optimizer."""

@@ -1,6 +1,6 @@
 """The Megatron engine: Megatron's schedules and DDP around XLSTMModel, and an optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from pretrain.engines.muon import MuonWithAdamW
 from pretrain.engines.state import is_owner
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
+from pretrain.replicas import Held
 from xlstm_mcore.megatron import compat
 
 # optimizer.name -> the optimizer.
@@ -119,6 +120,15 @@ class MegatronEngine(ModelEngine):
             load([part for _, part in (*self._weights(), *self.optimizer.slices())])
         self.optimizer.set_updates(updates)
         self._clear_gradients()
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds that other ranks may hold too."""
+        self._gather_weights()
+        yield from self._held_weights()
+        whole = not self.optimizer.partitioned
+        for parameter, part in self.optimizer.slices():
+            split = parameter.tensor_model_parallel
+            yield Held(part.name, part.tensor, over_data=whole, over_tensor=not split)
 
     def close(self) -> None:
         """Free the memory of model and optimizer."""

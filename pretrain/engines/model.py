@@ -11,6 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.state import is_owner, weight_slices
 from pretrain.layout import Layout
+from pretrain.replicas import Held
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.decay import decays
 from xlstm_mcore.parameters.slices import named_slices
@@ -67,6 +68,12 @@ class ModelEngine:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""
         self.own_losses = losses
         return sum_losses(losses, self.layout)
+
+    def _held_weights(self) -> Iterator[Held]:
+        """Every parameter, where each data-parallel replica has all of it."""
+        for _, parameter, slices in self._parameters():
+            split = parameter.tensor_model_parallel
+            yield Held(slices[0].name, parameter.detach(), over_data=True, over_tensor=not split)
 
     def _count_parameters(self) -> int:
         """Parameters of the whole model, counted from what all ranks hold."""
