@@ -135,7 +135,7 @@ class DeepSpeedEngine(ModelEngine):
         compat.set_adam_step(optimizer, updates)
 
     def held(self) -> Iterator[Held]:
-        """What this rank holds that other ranks may hold too; at stage 3 that is no weight.
+        """What this rank holds that other ranks may hold too; no weights at stage 3.
 
         The optimizer state is partitioned, so data-parallel replicas have none in common.
         """
