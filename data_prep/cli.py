@@ -21,8 +21,9 @@ from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
 from data_prep.options import parse
 from data_prep.sources.documents import Fields, TextSplit
-from data_prep.sources.malformed import MAX_BAD_SHARE
+from data_prep.sources.malformed import MAX_BAD_SHARE, check_max_bad_share
 from data_prep.tools.collect import collect
+from data_prep.tools.import_megatron import ImportSettings, import_megatron
 from data_prep.tools.inspect_shards import describe, show_row
 from data_prep.tools.merge import merge
 from data_prep.tools.ngram_baselines import baselines
@@ -66,7 +67,7 @@ class Collect:
     def run(self) -> None:
         """Do it."""
         fields = Fields(self.text_field, split=self.text_split)
-        _check_share(self.max_bad_share)
+        check_max_bad_share(self.max_bad_share)
         collect(
             self.out,
             self.input,
@@ -121,7 +122,7 @@ class TrainTokenizer:
             raise PrepError(
                 f"--vocab-size {self.vocab_size}, --sample-mb {self.sample_mb}: must be positive"
             )
-        _check_share(self.max_bad_share)
+        check_max_bad_share(self.max_bad_share)
         train_tokenizer(
             self.input,
             self.out,
@@ -132,11 +133,6 @@ class TrainTokenizer:
             fields=Fields(self.text_field, split=self.text_split),
             max_bad_share=self.max_bad_share,
         )
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise PrepError(f"--max-bad-share {share}: must lie between 0 and 1")
 
 
 @dataclass
@@ -173,6 +169,38 @@ class Repack:
     def run(self) -> None:
         """Do it."""
         repack(self.shards, self.seq_len, self.out, packing=self.packing, workers=self.workers)
+
+
+@dataclass(kw_only=True)
+class ImportMegatron:
+    """Make shards of corpora that Megatron-LM has tokenized (.bin and .idx), with the same ids."""
+
+    prefixes: tyro.conf.Positional[list[str]]
+    """Paths without .bin and .idx."""
+    tokenizer: Path
+    """Folder or file of the tokenizer that made the ids."""
+    out: Path
+    """Folder for the shards."""
+    seq_len: int = 256
+    """Context length: a row holds seq_len + 1 tokens."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Rows as one chopped stream, or documents kept whole and rows filled up with padding."""
+    valid_fraction: float = 0.01
+    """Share of the documents for validation, chosen by the hash of the text."""
+    source: str = "corpus"
+    """Name of the corpus: a folder in OUT."""
+    shard_mb: float = 64.0
+    """Megabytes of tokens per shard."""
+    workers: int = 0
+    """Processes; 0 takes every core that the job may use. Does not change the output."""
+
+    def run(self) -> None:
+        """Do it."""
+        settings = ImportSettings(
+            self.source, self.seq_len, self.packing, self.valid_fraction, self.shard_mb
+        )
+        BuildConfig.model_validate({"input": "-", "tokenizer": "-", "out": "-", **vars(settings)})
+        import_megatron(self.prefixes, self.tokenizer, self.out, settings, self.workers)
 
 
 @dataclass
@@ -228,6 +256,7 @@ _COMMANDS: dict[str, type[_Command]] = {
     "tokenizer": TrainTokenizer,
     "merge": Merge,
     "repack": Repack,
+    "import-megatron": ImportMegatron,
     "verify": Verify,
     "inspect": Inspect,
     "baselines": Baselines,
@@ -238,7 +267,10 @@ _BUILD_HELP = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key 
 _HELP = {name: (command.__doc__ or "").splitlines()[0] for name, command in _COMMANDS.items()} | {
     "build": _BUILD_HELP
 }
-_NAMES = ("collect", "tokenizer", "build", "merge", "repack", "verify", "inspect", "baselines")
+_NAMES = (
+    *("collect", "tokenizer", "build", "merge", "repack", "import-megatron"),
+    *("verify", "inspect", "baselines"),
+)
 _ALIASES = {"tokenize": "tokenizer"}
 
 

@@ -64,6 +64,12 @@ class Tally:
                 self.examples.append(f"{item.where}: {item.reason}")
 
 
+def check_max_bad_share(share: float) -> None:
+    """Raise PrepError where `share` is not a share."""
+    if not 0 <= share <= 1:
+        raise PrepError(f"--max-bad-share {share}: must lie between 0 and 1")
+
+
 def read_counted(paths: Sequence[str], fields: Fields, tallies: list[Tally]) -> Iterator[Document]:
     """The documents of some files; a tally of each file is appended to `tallies`."""
     for path in paths:

@@ -126,6 +126,8 @@ RUN_ELSEWHERE = {
         '"benchmarks.loader", *arguments',
     ),
     "python -m pytest tests/attack --attacks 1000": ("tests/conftest.py", '"--attacks"'),
+    "python -m data_prep import-megatron corpus/wiki_text_document --tokenizer tok --out wiki "
+    "--seq-len 2048": ("tests/data_prep/test_import_megatron.py", "corpus/wiki_text_document"),
     ".ci/run": (".ci/run", "make --no-print-directory test"),
 }
 COMMANDS = sorted({(d, c) for d in DOCUMENTS if d != "docs/tutorial.md" for c in commands(d)})

@@ -1,0 +1,242 @@
+"""Makes shards of what Megatron-LM has tokenized, with the same ids.
+
+Each stretch of a corpus becomes a shard of the training split and one of the validation split, so
+the work is parallel, and a killed run redoes its unfinished stretches. The split of a document
+follows from the hash of its decoded text, as in a build of the text.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
+from data_prep.build.report import SPLIT_NAMES, split_fields
+from data_prep.jobs.progress import Progress, say
+from data_prep.jobs.workers import Tick, available_cpus, run_tasks
+from data_prep.sources.documents import text_hash
+from data_prep.sources.files import file_fingerprint
+from data_prep.sources.megatron import MegatronCorpus
+from xlstm_io.errors import PrepError, ShardFormatError
+from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
+from xlstm_io.shards.rows import token_dtype
+from xlstm_io.shards.shard import default_block_rows
+from xlstm_io.storage import remove_temporaries, write_atomic
+from xlstm_io.tokenizer import open_tokenizer
+
+_STATE_NAME = "import.json"
+_SPLIT_RESOLUTION = 1_000_000
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What the shards depend on, besides corpus and tokenizer.
+
+    Attributes:
+        source: name of the corpus, a folder in OUT.
+        seq_len: context length.
+        packing: "concat" or "best_fit".
+        valid_fraction: share of the documents for validation.
+        shard_mb: megabytes of tokens in a shard.
+    """
+
+    source: str
+    seq_len: int
+    packing: Packing
+    valid_fraction: float
+    shard_mb: float
+
+
+@dataclass(frozen=True)
+class ImportTask:
+    """A stretch of a corpus: the documents `first` up to `last` of `prefix`."""
+
+    prefix: str
+    first: int
+    last: int
+    number: int
+    size: int
+    tokenizer: str
+    out: Path
+    settings: ImportSettings
+
+    @property
+    def record_path(self) -> Path:
+        """Where the entries of the finished shards are kept."""
+        return self.out / "_work" / "done" / f"{self.number:08d}.json"
+
+
+def import_megatron(
+    prefixes: list[str], tokenizer_path: Path, out: Path, settings: ImportSettings, workers: int = 0
+) -> Manifest:
+    """Write the documents of PREFIX.bin and PREFIX.idx as shards.
+
+    Args:
+        prefixes: paths without `.bin` and `.idx`.
+        tokenizer_path: the tokenizer that made the ids.
+        out: folder of the shards.
+        settings: how they are laid out.
+        workers: processes; 0 takes every core. Does not change the output.
+
+    Raises:
+        PrepError: files that do not fit together, ids that the tokenizer does not have, or `out`
+            holds something else.
+        TokenizerFileError: the tokenizer defines no bos or eos.
+    """
+    tokenizer = open_tokenizer(tokenizer_path)
+    ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
+    files = [f"{prefix}.{kind}" for prefix in prefixes for kind in ("idx", "bin")]
+    tasks = _tasks(prefixes, str(tokenizer.path), out, settings)
+    identity = {
+        "inputs": [file_fingerprint(file)[1:] for file in files],
+        "tokenizer": tokenizer.sha256,
+        **settings.__dict__,
+    }
+    if _finished(out, identity):
+        say(f"{out} is finished: nothing to do")
+        return load_manifest(out)
+    write_atomic(out / "_work" / _STATE_NAME, json.dumps(identity).encode() + b"\n")
+    for name, data in tokenizer.files.items():
+        write_atomic(out / "tokenizer" / name, data)
+
+    records = {n: record for n, task in enumerate(tasks) if (record := _load_record(task))}
+    todo = [number for number in range(len(tasks)) if number not in records]
+    with Progress("import", sum(tasks[number].size for number in todo)) as progress:
+        chosen = [tasks[number] for number in todo]
+        for place, record in run_tasks(
+            import_stretch, chosen, workers or available_cpus(), progress
+        ):
+            records[todo[place]] = record
+    remove_temporaries(out)
+    done = [records[number] for number in range(len(tasks))]
+    splits = {s: [r["entries"][s] for r in done if s in r["entries"]] for s in SPLIT_NAMES}
+    if not splits["train"]:
+        raise PrepError(f"{', '.join(prefixes)}: no document is left for training")
+    manifest = write_manifest(
+        out,
+        {
+            "dtype": dtype.name,
+            "seq_len": settings.seq_len,
+            "row_tokens": settings.seq_len + 1,
+            "block_rows": default_block_rows(settings.seq_len + 1, dtype),
+            "packing": settings.packing,
+            **{"add_bos": True, "add_eos": True},
+            **{"bos_id": ids.bos, "eos_id": ids.eos, "pad_id": ids.pad},
+            "tokenizer": {
+                "type": tokenizer.kind,
+                "path": f"tokenizer/{next(iter(tokenizer.files))}",
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+            },
+            "valid_fraction": settings.valid_fraction,
+            "config_hash": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            "sources": [
+                {
+                    "name": settings.source,
+                    "provenance": None,
+                    "documents_read": sum(record["read"] for record in done),
+                    "dropped": {"empty": sum(record["empty"] for record in done)},
+                    "filters": {},
+                    "splits": {name: split_fields(shards) for name, shards in splits.items()},
+                }
+            ],
+            "code": {"version": metadata.version("xlstm-pretrain")},
+        },
+    )
+    for name, split in manifest.sources[0].splits.items():
+        say(f"{name}: {split.docs} documents, {split.tokens} tokens, {split.rows} rows")
+    say(f"manifest {out}  hash {manifest.hash[:12]}")
+    return manifest
+
+
+def _tasks(
+    prefixes: list[str], tokenizer: str, out: Path, settings: ImportSettings
+) -> list[ImportTask]:
+    tasks: list[ImportTask] = []
+    for prefix in prefixes:
+        sizes = MegatronCorpus(prefix).bytes_of_documents()
+        places = (np.cumsum(sizes) - sizes) // max(1, int(settings.shard_mb * 1e6))
+        bounds = [*np.unique(places, return_index=True)[1].tolist(), len(sizes)]
+        for first, last in pairwise(bounds):
+            size = int(sizes[first:last].sum())
+            number = len(tasks)
+            tasks.append(ImportTask(prefix, first, last, number, size, tokenizer, out, settings))
+    return tasks
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> bool:
+    state = out / "_work" / _STATE_NAME
+    try:
+        stored = json.loads(state.read_bytes())
+    except FileNotFoundError:
+        if out.exists() and any(out.iterdir()):
+            raise PrepError(f"{out} was not made by this command; choose another --out") from None
+        return False
+    except ValueError:
+        raise PrepError(f"{state} is damaged; delete {out} or choose another --out") from None
+    if stored != identity:
+        raise PrepError(f"{out} holds other shards or settings; choose another --out")
+    try:
+        load_manifest(out)
+    except ShardFormatError:
+        return False
+    return True
+
+
+def _load_record(task: ImportTask) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(task.record_path.read_bytes())
+        for entry in record["entries"].values():
+            intact = (task.out / entry["path"]).stat().st_size == entry["bytes"]
+            if not intact or not (task.out / entry["index"]).exists():
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record
+
+
+def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
+    """Write the shards of one stretch; its record.
+
+    Raises:
+        PrepError: an id is not one of the tokenizer's.
+    """
+    tokenizer = open_tokenizer(task.tokenizer)
+    ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
+    limit = round(task.settings.valid_fraction * _SPLIT_RESOLUTION)
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in SPLIT_NAMES}
+    text_bytes = dict.fromkeys(SPLIT_NAMES, 0)
+    empty = 0
+    for number, tokens in enumerate(
+        MegatronCorpus(task.prefix).documents(task.first, task.last), task.first
+    ):
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < tokenizer.vocab_size:
+            raise PrepError(
+                f"{task.prefix}: document {number} has the ids {tokens.min()} to {tokens.max()}, "
+                f"and --tokenizer has {tokenizer.vocab_size}; give the one that made them"
+            )
+        inner = tokens[int(len(tokens) > 0 and tokens[0] == ids.bos) :]
+        inner = inner[: len(inner) - int(len(inner) > 0 and inner[-1] == ids.eos)]
+        tick(tokens.nbytes)
+        if not len(inner):
+            empty += 1
+            continue
+        data = tokenizer.decode(inner).encode("utf-8", "replace")
+        split = "valid" if text_hash(data)[1] % _SPLIT_RESOLUTION < limit else "train"
+        kept[split].append(as_stored(inner, ids.bos, ids.eos, dtype))
+        text_bytes[split] += len(data)
+    entries = {}
+    for split, documents in kept.items():
+        if documents:
+            path = f"{task.settings.source}/{split}/shard-{task.number:08d}.tar"
+            packer = make_packer(task.settings.packing, task.settings.seq_len, dtype, ids.pad)
+            entry = write_shard(task.out, path, documents, packer, bytes_in=text_bytes[split])
+            entries[split] = entry.model_dump()
+    record = {"entries": entries, "read": task.last - task.first, "empty": empty}
+    write_atomic(task.record_path, json.dumps(record).encode() + b"\n")
+    return record
