@@ -196,9 +196,8 @@ class ImportMegatron:
 
     def run(self) -> None:
         """Do it."""
-        settings = ImportSettings(
-            self.source, self.seq_len, self.packing, self.valid_fraction, self.shard_mb
-        )
+        layout = self.seq_len, self.packing, self.valid_fraction, self.shard_mb
+        settings = ImportSettings(self.source, *layout)
         BuildConfig.model_validate({"input": "-", "tokenizer": "-", "out": "-", **vars(settings)})
         import_megatron(self.prefixes, self.tokenizer, self.out, settings, self.workers)
 
@@ -267,10 +266,7 @@ _BUILD_HELP = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key 
 _HELP = {name: (command.__doc__ or "").splitlines()[0] for name, command in _COMMANDS.items()} | {
     "build": _BUILD_HELP
 }
-_NAMES = (
-    *("collect", "tokenizer", "build", "merge", "repack", "import-megatron"),
-    *("verify", "inspect", "baselines"),
-)
+_NAMES = (*list(_COMMANDS)[:2], "build", *list(_COMMANDS)[2:])
 _ALIASES = {"tokenize": "tokenizer"}
 
 
