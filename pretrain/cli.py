@@ -104,6 +104,26 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
 
+    rehearse = add(
+        "rehearse",
+        "play ranks of a large run without a GPU: messages compared, memory counted",
+    )
+    _add_config(rehearse)
+    rehearse.add_argument(
+        "--world", type=int, required=True, metavar="N", help="ranks that the run would have"
+    )
+    rehearse.add_argument(
+        "--ranks",
+        default="corners",
+        metavar="RANKS",
+        help="all, numbers with commas, or corners: all places of the first and the last replica",
+    )
+    rehearse.add_argument("--gpu", metavar="NAME", help="whose memory must hold it, such as h100")
+    rehearse.add_argument("--json", metavar="FILE", help="write all messages to this file")
+    rehearse.add_argument(
+        "--jobs", type=int, metavar="N", help="processes at a time (default: one per core)"
+    )
+
     self_test = add(
         "self-test",
         "train, save, resume and compare bit for bit on this machine or cluster; leaves nothing",
@@ -219,6 +239,19 @@ def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[s
     return launch(options.config, config, _positive_nproc(options), words, command="self-test")
 
 
+def _rehearse(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    from pretrain.commands.rehearse import main
+
+    return main(
+        config,
+        world=options.world,
+        ranks=options.ranks,
+        gpu=options.gpu,
+        out=options.json,
+        jobs=options.jobs,
+    )
+
+
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.check import describe_run
 
@@ -310,6 +343,7 @@ CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], 
     "launch": _launch,
     "self-test": _self_test,
     "check": _check,
+    "rehearse": _rehearse,
     "evaluate": _evaluate,
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -87,6 +87,10 @@ RUN_ELSEWHERE = {
         )
         for name in ("train_step_cpu", "parity")
     },
+    "python -m benchmarks.rehearsals": (
+        "tests/pretrain/rehearsal/test_run_files.py",
+        '"-m", "benchmarks.rehearsals"',
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',

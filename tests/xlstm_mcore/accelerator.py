@@ -1,26 +1,22 @@
-"""The model on a made-up accelerator: run by test_accelerator.py in a process of its own.
+"""The model on a device that does not exist: run by test_accelerator.py in a process of its own.
 
 Fake tensors have a device but no data, and raise where two devices meet, so what would only fail on
-a GPU (a mask made on the CPU, a state left there) fails here. Collectives go through torch's fake
-process group, in which one process plays one rank of many. Megatron's pipeline messages and the
-optimizer are not part of this.
+a GPU (a mask made on the CPU, a state left there) fails here. The pipeline's messages and the
+optimizer are rehearsed elsewhere (tests/pretrain/rehearsal).
 """
 
-import os
 import sys
 import traceback
 
 import torch
 import torch.distributed as dist
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
+from pretrain.rehearsal.device import RehearsalMode, as_rank, device
+from pretrain.rehearsal.record import RankRecord
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.megatron import cpu_runtime
 
 ROWS = 2
 SINGLE = [
@@ -48,12 +44,10 @@ SPLIT = [
 ]
 
 
-class Accelerator(FakeTensorMode):
-    """Fake tensors, true and one to who reads them; our torch operators run, not their fakes."""
+class Accelerator(RehearsalMode):
+    """Our torch operators run, and not their fakes: they too must stay on the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else True
         name = func._schema.name
         if name.startswith("xlstm_kernels::") and "_torch" in name:
             with self:
@@ -61,62 +55,55 @@ class Accelerator(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def process_group_options():
-    """What a launcher's processes would get, for torch's fake backend."""
-    world = {"world_size": int(os.environ["WORLD_SIZE"]), "rank": int(os.environ["RANK"])}
-    return {"backend": "fake", "store": FakeStore(), **world}
-
-
 def run(
-    device, pattern, backend="torch", tied=False, precision="fp32", layout=None, memory=None,
+    pattern, backend="torch", tied=False, precision="fp32", layout=None, memory=None,
     world=1, rank=0, length=16,
 ):  # fmt: skip
     """Forward and backward with boundaries, then a prompt and a step."""
-    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank))
     layout = layout or {}
     model = {"pattern": pattern, "hidden_size": 64, "num_heads": 4, "vocab_size": 128}
     model |= {"round_up_to": 16, "tie_embeddings": tied, "kernel_backend": backend, "dropout": 0.1}
     data = {"path": "unused", "seq_len": length, "global_batch": 2 * world, "micro_batch": 2}
     sections = {"model": model, "layout": layout, "data": data, "memory": memory or {}}
     config = config_from_dict({"run": {"dir": "unused", "steps": 1}, **sections})
-    place = layouts.start(config)
-    try:
-        with Accelerator():
-            built = make_config(model, precision=precision, layout=layout, memory=memory)
-            (network,) = build_model(built, place.groups, seed=0)
-            own = length // layout.get("context", 1)
-            tokens = torch.randint(0, 128, (ROWS, own), device=device)
-            boundaries = torch.rand(ROWS, length, device=device) < 0.1
-            if "*" in pattern:  # reads them on the host, where fake tensors have no values
-                boundaries = None
-            network.train()
-            network(tokens, boundaries, tokens).sum().backward()
-            for name, parameter in network.named_parameters():
-                assert parameter.device == device, name
-                assert parameter.grad is not None, name
-                assert parameter.grad.device == device, name
-            if not built.sequence_parallel and built.context_parallel_size == 1:
-                network.eval()
-                with torch.no_grad():
-                    cache: dict = {}
-                    network(tokens, cache=cache, last_only=True)
-                    logits = network(tokens[:, :1], cache=cache)
-                assert logits.device == device
-    finally:
-        place.close()
+    mode = Accelerator(RankRecord(rank))
+    with as_rank(rank, world, mode):
+        place = layouts.start(config)
+        try:
+            with mode:
+                check(place, model, precision, layout, memory, length)
+        finally:
+            place.close()
+
+
+def check(place, model, precision, layout, memory, length):
+    """The model of one rank, with process groups."""
+    built = make_config(model, precision=precision, layout=layout, memory=memory)
+    (network,) = build_model(built, place.groups, seed=0)
+    own = length // layout.get("context", 1)
+    tokens = torch.randint(0, 128, (ROWS, own), device=device())
+    boundaries = torch.rand(ROWS, length, device=device()) < 0.1
+    network.train()
+    network(tokens, boundaries, tokens).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.device == device(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.device == device(), name
+    if not built.sequence_parallel and built.context_parallel_size == 1:
+        network.eval()
+        with torch.no_grad():
+            cache: dict = {}
+            network(tokens, cache=cache, last_only=True)
+            logits = network(tokens[:, :1], cache=cache)
+        assert logits.device == device()
 
 
 def main() -> int:
     """Run every case; 1 when one failed, with what failed."""
-    _setup_privateuseone_for_python_backend("madeup")
-    torch.madeup.get_amp_supported_dtype = lambda: [torch.bfloat16]
-    # Its tensors are called what megatron-core is told to expect on the CPU: this device.
-    cpu_runtime._CPU = device = torch.device("madeup:0")
-    cpu_runtime.process_group_options = process_group_options
     failed = 0
     for case in SINGLE + SPLIT:
         try:
-            run(device, **case)
+            run(**case)
         except Exception:
             failed += 1
             print(f"{case}:\n{traceback.format_exc()}")

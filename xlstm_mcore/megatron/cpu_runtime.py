@@ -26,6 +26,7 @@ import os
 import resource
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,11 +60,33 @@ _METHOD_CALLS = (
 )
 
 _CPU = torch.device("cpu")
+# Options of `init_process_group` while a made-up device stands in for the CPU.
+_made_up: dict[str, Any] | None = None
+
+
+@contextlib.contextmanager
+def made_up_device(device: torch.device, options: dict[str, Any]) -> Iterator[None]:
+    """Let another device than the CPU stand in for CUDA, for tensors without data.
+
+    Megatron-core's modules keep the stand-in for `torch` afterwards, so a process that has been in
+    here trains on the CPU only.
+
+    Args:
+        device: what device requests are answered with.
+        options: of `init_process_group`.
+    """
+    global _CPU, _made_up
+    before = _CPU, _made_up
+    _CPU, _made_up = device, options
+    try:
+        yield
+    finally:
+        _CPU, _made_up = before
 
 
 def needed() -> bool:
     """Whether no CUDA device can be used, so that megatron-core needs this runtime."""
-    return not torch.cuda.is_available()
+    return _made_up is not None or not torch.cuda.is_available()
 
 
 def device() -> torch.device:
@@ -73,6 +96,8 @@ def device() -> torch.device:
 
 def process_group_options() -> dict[str, Any]:
     """Options of `init_process_group` for this process's device; selects the device first."""
+    if _made_up is not None:
+        return dict(_made_up)
     if needed():
         return {"backend": "gloo"}
     index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
@@ -214,7 +239,7 @@ class _TensorMethods(TorchFunctionMode):
             return args[0]
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{result.rpartition('.')[2]}"
         return result
 
 

@@ -1,0 +1,1 @@
+"""A run before the run: the real engine as any rank of a large run, on tensors without data."""

@@ -1,0 +1,179 @@
+"""Holding the records of several ranks against each other: what would hang, or mix up data."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pretrain.rehearsal.record import HostWait, Message, RankRecord
+from xlstm_io.checkpoint.reader import check_exact_cover
+from xlstm_io.errors import CheckpointError
+
+POINT_TO_POINT = ("send", "receive")
+# Waits that every step has: the trainer reads the verdict once.
+_EXPECTED = "pretrain/engines/verdict.py"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Two ranks that do not agree.
+
+    Attributes:
+        summary: what, in one line.
+        details: what each of them does and who asked for it.
+    """
+
+    summary: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join((self.summary, *self.details))
+
+
+def compare_ranks(records: Sequence[RankRecord]) -> list[Mismatch]:
+    """Everything in which the rehearsed ranks do not fit together.
+
+    In each group all ranks must ask for the same collectives in the same order with the same sizes,
+    each message that is sent must be received, and two groups that share ranks must be used in the
+    same order by all of these.
+
+    Args:
+        records: of the rehearsed ranks, at least one.
+    """
+    found = [*_collectives(records), *_point_to_point(records)]
+    # Where a collective is missing the order differs as well, and says nothing new.
+    return found or [*_order_of_groups(records)]
+
+
+def groups_compared(records: Sequence[RankRecord]) -> int:
+    """The number of groups in which at least two of the ranks were compared."""
+    return sum(len(by_rank) > 1 for by_rank in _by_group(records).values())
+
+
+def compare_saved(records: Sequence[RankRecord], complete: bool) -> list[Mismatch]:
+    """Check that the slices of the checkpoint do not overlap and leave nothing out.
+
+    Args:
+        records: of the rehearsed ranks.
+        complete: whether these are all ranks; otherwise only overlaps can be found.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    slices: dict[str, list] = defaultdict(list)
+    found: list[Mismatch] = []
+    for record in records:
+        for part in record.saved:
+            if shapes.setdefault(part.name, part.global_shape) != part.global_shape:
+                found.append(Mismatch(f"{part.name} has two shapes, one of rank {record.rank}"))
+            slices[part.name].append((part.offset, part.shape, record.rank))
+    for name, shape in shapes.items():
+        try:
+            check_exact_cover(name, shape, slices[name])
+        except CheckpointError as error:
+            if complete or "overlaps" in str(error) or "does not lie in" in str(error):
+                found.append(Mismatch(f"checkpoint: {error}"))
+    return found
+
+
+def unexpected_waits(record: RankRecord, phase: str) -> list[tuple[HostWait, int]]:
+    """Places of a step where the host waits for the device, beyond the one of the verdict.
+
+    Returns:
+        Each place with how often the host waits there.
+    """
+    waits = Counter(wait for wait in record.waits if wait.phase == phase)
+    return [
+        (wait, count)
+        for wait, count in waits.items()
+        if not (wait.stack and wait.stack[-1].startswith(_EXPECTED))
+    ]
+
+
+def _by_group(records: Sequence[RankRecord]) -> dict[tuple, dict[int, list[Message]]]:
+    """Messages of each rehearsed member of each group; none for one that asked for none."""
+    rehearsed = [record.rank for record in records]
+    groups: dict[tuple, dict[int, list[Message]]] = {}
+    for record in records:
+        for message in record.messages:
+            key = message.group, message.members
+            if key not in groups:
+                groups[key] = {rank: [] for rank in rehearsed if rank in message.members}
+            groups[key].setdefault(record.rank, []).append(message)
+    return groups
+
+
+def _same(message: Message) -> tuple:
+    return message.phase, message.operation, message.dtype, message.bytes, message.detail
+
+
+def _collectives(records: Sequence[RankRecord]) -> Iterator[Mismatch]:
+    for (group, members), by_rank in _by_group(records).items():
+        sequences = {
+            rank: [m for m in messages if m.operation not in POINT_TO_POINT]
+            for rank, messages in by_rank.items()
+        }
+        first, *others = sorted(sequences)
+        for other in others:
+            here, there = sequences[first], sequences[other]
+            place = _first_difference([*map(_same, here)], [*map(_same, there)])
+            if place is not None:
+                yield Mismatch(
+                    f"group {group} of {len(members)} ranks: rank {first} and rank {other} differ "
+                    f"at collective {place + 1} of it",
+                    (*_told(first, here, place), *_told(other, there, place)),
+                )
+
+
+def _point_to_point(records: Sequence[RankRecord]) -> Iterator[Mismatch]:
+    for (group, _), by_rank in _by_group(records).items():
+        for source in by_rank:
+            for target in by_rank:
+                sent = _between(by_rank[source], "send", target)
+                received = _between(by_rank[target], "receive", source)
+                sizes = [[(m.phase, m.dtype, m.bytes) for m in side] for side in (sent, received)]
+                place = _first_difference(*sizes)
+                if place is not None:
+                    yield Mismatch(
+                        f"group {group}: message {place + 1} from rank {source} to rank {target} "
+                        "is not sent and received alike",
+                        (*_told(source, sent, place), *_told(target, received, place)),
+                    )
+
+
+def _between(messages: list[Message], operation: str, peer: int) -> list[Message]:
+    return [m for m in messages if m.operation == operation and m.peer == peer]
+
+
+def _order_of_groups(records: Sequence[RankRecord]) -> Iterator[Mismatch]:
+    for number, one in enumerate(records):
+        for other in records[number + 1 :]:
+            shared = [
+                [
+                    m
+                    for m in record.messages
+                    if m.operation not in POINT_TO_POINT
+                    and one.rank in m.members
+                    and other.rank in m.members
+                ]
+                for record in (one, other)
+            ]
+            place = _first_difference(*([(m.group, *_same(m)) for m in side] for side in shared))
+            if place is not None:
+                yield Mismatch(
+                    f"rank {one.rank} and rank {other.rank} use their groups in different order",
+                    (*_told(one.rank, shared[0], place), *_told(other.rank, shared[1], place)),
+                )
+
+
+def _first_difference(one: list, other: list) -> int | None:
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def _told(rank: int, messages: list[Message], place: int) -> Iterator[str]:
+    """What a rank does at a place of its sequence, and who asked for it."""
+    if place >= len(messages):
+        yield f"  rank {rank}: nothing more after {len(messages)}"
+        return
+    yield f"  rank {rank}: {messages[place].describe()} in group {messages[place].group}"
+    yield from (f"    {frame}" for frame in messages[place].stack)

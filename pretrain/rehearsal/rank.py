@@ -1,0 +1,120 @@
+"""The rehearsal of one rank: build, two steps, evaluation, save, load, and one step more."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pretrain import layout as layouts
+from pretrain.config import RunConfig, data_parallel_size
+from pretrain.data import Batch
+from pretrain.engines.megatron import MegatronEngine
+from pretrain.layout import Layout
+from pretrain.rehearsal.device import RehearsalMode, as_rank
+from pretrain.rehearsal.memory import claim_lasting, watch_model
+from pretrain.rehearsal.record import STEADY, RankRecord, SavedSlice
+from pretrain.trainer import train_step
+from xlstm_io.checkpoint.reader import TensorSlice
+from xlstm_io.errors import ConfigError
+
+
+def micro_batches(config: RunConfig, world: int) -> tuple[int, int]:
+    """How many micro-batches a step has in the rehearsal, and in the run.
+
+    Twice the pipeline's stages show its warm-up, its steady state and its end. More of them repeat
+    what these do.
+    """
+    rows = config.data.micro_batch * data_parallel_size(config, world)
+    real = config.data.global_batch // rows
+    return min(real, 2 * config.layout.pipeline), real
+
+
+def rehearse_rank(config: RunConfig, rank: int, world: int) -> RankRecord:
+    """Play one rank of a run and write down what it does.
+
+    Args:
+        config: the run.
+        rank: the rank to play.
+        world: the number of ranks of the run.
+
+    Raises:
+        ConfigError: the engine cannot be rehearsed, or the world does not fit the layout.
+    """
+    if config.engine.name != "megatron":
+        raise ConfigError(
+            f"engine.name={config.engine.name} cannot be rehearsed: DeepSpeed runs kernels of its "
+            "own when it starts, which need a real device; use --engine.name megatron"
+        )
+    started = time.perf_counter()
+    record = RankRecord(rank, micro_batches=micro_batches(config, world))
+    mode = RehearsalMode(record)
+    with as_rank(rank, world, mode):
+        # What is decided by the backend is decided as on GPUs.
+        layout = dataclasses.replace(layouts.start(config), backend="nccl")
+        try:
+            record.place = _place(layout)
+            with mode:
+                _run(config, layout, mode, record)
+        finally:
+            layout.close()
+    record.seconds = time.perf_counter() - started
+    return record
+
+
+def _place(layout: Layout) -> dict[str, int]:
+    groups = layout.groups
+    names = {"tensor": groups.tp, "pipeline": groups.pp, "context": groups.cp, "data": groups.dp}
+    return {name: group.rank() for name, group in names.items()}
+
+
+def _run(config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRecord) -> None:
+    engine = MegatronEngine(config, layout)
+    claim_lasting(mode.meter, engine)
+    watch_model(mode.meter, engine.models)
+
+    def step(phase: str) -> None:
+        mode.phase = phase
+        layout.seed_step(config.run.seed, 0)
+        train_step(engine, _batches(config, record.micro_batches[0]), config.optimizer.lr)
+
+    mode.meter.start_peak()
+    step("step 1")
+    step(STEADY)
+    record.memory = mode.meter.result()
+    mode.phase = "evaluation"
+    engine.evaluate(_batches(config, 2))
+    mode.phase = "save"
+    for part in engine.sharded_state():
+        if part.tensor.numel():
+            record.saved.append(
+                SavedSlice(
+                    part.name, tuple(part.global_shape), tuple(part.global_offset),
+                    tuple(part.tensor.shape),
+                )
+            )  # fmt: skip
+            record.saved_bytes += part.tensor.numel() * part.tensor.element_size()
+    mode.phase = "load"
+    engine.load_sharded_state(_overwrite, 2)
+    step("step 3")
+    engine.close()
+
+
+def _overwrite(slices: Sequence[TensorSlice]) -> None:
+    """Stands for the reader of checkpoints: fills every slice that the engine asks for."""
+    for part in slices:
+        part.tensor.zero_()
+
+
+def _batches(config: RunConfig, number: int) -> list[Batch]:
+    """Micro-batches in host memory, as the loader gives them."""
+    shape = config.data.micro_batch, config.data.seq_len
+    return [
+        Batch(
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.int64),
+            torch.ones(shape),
+            torch.zeros(shape, dtype=torch.bool),
+        )
+        for _ in range(number)
+    ]

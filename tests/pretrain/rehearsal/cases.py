@@ -1,0 +1,217 @@
+"""Rehearsals with planted faults and memory counts: run by the tests beside it, in one process.
+
+The device that does not exist stays registered with torch for the life of a process, so this is one
+of its own. What was found is printed as JSON.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain import layout as layouts
+from pretrain.commands.rehearse import chosen_ranks, rehearse
+from pretrain.config import RunConfig
+from pretrain.engines import megatron, microbatches
+from pretrain.engines.megatron import MegatronEngine
+from pretrain.engines.verdict import Guard
+from pretrain.rehearsal import device as rehearsed
+from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
+from pretrain.rehearsal.device import RehearsalMode, as_rank
+from pretrain.rehearsal.memory import LASTING, MemoryMeter, claim_lasting, watch_model
+from pretrain.rehearsal.rank import rehearse_rank
+from pretrain.rehearsal.record import STEADY, RankRecord
+from tests.dist import work
+from xlstm_mcore.megatron.first_import import import_megatron
+
+WORLD = 8
+LAYOUT = {"layout__tensor": 2, "layout__sequence": True, "layout__pipeline": 2}
+
+
+def small_run(**changes) -> RunConfig:
+    options = {**LAYOUT, "data__global_batch": 4, "engine__precision": "bf16", **changes}
+    return work.run_config("large", **options)
+
+
+# ------------------------------------------------------------------ planted faults
+
+
+def one_sided_collective():
+    judge = Guard.judge
+
+    def judge_and_sum(self, loss, grad_norm, votes=()):
+        dist.all_reduce(grad_norm.clone())
+        return judge(self, loss, grad_norm, votes)
+
+    return mock.patch.object(Guard, "judge", judge_and_sum)
+
+
+def wrong_group():
+    def sum_losses(losses, layout):
+        total = torch.stack(losses).sum(0) if losses else torch.zeros(2, device=layout.device)
+        total = total.double()
+        dist.all_reduce(total, group=layout.groups.dp_cp)
+        dist.all_reduce(total, group=layout.groups.tp)
+        return total
+
+    return mock.patch.object(microbatches, "sum_losses", sum_losses)
+
+
+def other_order_of_groups():
+    def sum_losses(losses, layout):
+        total = torch.zeros(2, dtype=torch.float64, device=layout.device)
+        dist.all_reduce(total, group=layout.groups.mp)
+        dist.all_reduce(total)
+        return total
+
+    def swapped(losses, layout):
+        total = torch.zeros(2, dtype=torch.float64, device=layout.device)
+        dist.all_reduce(total)
+        dist.all_reduce(total, group=layout.groups.mp)
+        return total
+
+    return sum_losses, swapped
+
+
+def missing_receive():
+    batch = rehearsed._batch_isend_irecv
+    seen = []
+
+    def all_but_one(operations):
+        if not seen and any(one.op is dist.irecv for one in operations):
+            seen.append(operations)
+            (lost,) = [one for one in operations if one.op is dist.irecv]
+            # Something to wait for, without a message.
+            return [dist.all_reduce(lost.tensor, group=one_rank_group(), async_op=True)]
+        return batch(operations)
+
+    return mock.patch.object(rehearsed, "_batch_isend_irecv", all_but_one)
+
+
+def one_rank_group():
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
+def forgotten_wait():
+    norm = MegatronEngine.gradient_norm
+
+    def read_norm(self):
+        found = norm(self)
+        found.item()
+        return found
+
+    return mock.patch.object(MegatronEngine, "gradient_norm", read_norm)
+
+
+def everybody_owns():
+    return mock.patch.object(megatron, "is_owner", lambda parameter, layout: True)
+
+
+def record_with(fault, config, rank):
+    with fault or nullcontext():
+        return rehearse_rank(config, rank, WORLD)
+
+
+def faults() -> dict:
+    config = small_run()
+    whole = rehearse(config, WORLD, chosen_ranks(config, WORLD, "all"), jobs=1)
+    sound = whole.records
+    found = {
+        "sound": [str(m) for m in whole.mismatches],
+        "waits": [str(w) for record in sound for w in unexpected_waits(record, STEADY)],
+        "text": whole.text(),
+        "json": len(json.dumps(whole.as_json())),
+    }
+
+    def with_rank(rank, fault):
+        other = record_with(fault, config, rank)
+        return [other if record.rank == rank else record for record in sound]
+
+    for fault, rank in ((one_sided_collective, 5), (wrong_group, 2), (missing_receive, 4)):
+        mismatches = compare_ranks(with_rank(rank, fault()))
+        found[fault.__name__] = [str(m) for m in mismatches]
+    plain, swapped = other_order_of_groups()
+    patch = mock.patch.object
+    records = [
+        record_with(patch(microbatches, "sum_losses", plain), config, 0),
+        record_with(patch(microbatches, "sum_losses", swapped), config, 1),
+    ]
+    found["other_order_of_groups"] = [str(m) for m in compare_ranks(records)]
+    waits = unexpected_waits(record_with(forgotten_wait(), config, 0), STEADY)
+    found["forgotten_wait"] = [(wait.what, wait.stack[-1], count) for wait, count in waits]
+    found["everybody_owns"] = [str(m) for m in compare_saved(with_rank(1, everybody_owns()), True)]
+    found["a rank missing"] = [
+        len(compare_saved(sound[1:], True)),
+        len(compare_saved(sound[1:], False)),
+    ]
+    return found
+
+
+# ------------------------------------------------------------------ memory
+
+
+class LiveMemory(TorchDispatchMode):
+    """The same count on real tensors of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = MemoryMeter("cpu")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.meter.see(tensor)
+        return result
+
+
+def memory_of(config, mode, rank=0, world=1) -> dict:
+    """Lasting memory, and what the forward pass has left when the loss is there."""
+    layout = layouts.start(config)
+    after_forward = []
+    try:
+        with mode:
+            engine = MegatronEngine(config, layout)
+            claim_lasting(mode.meter, engine)
+            watch_model(mode.meter, engine.models)
+            engine.models[-1].output_layer.register_forward_hook(
+                lambda *_: after_forward.append(dict(mode.meter.live))
+            )
+            engine.forward_backward(work.global_batch(config, 0)[:1])
+            engine.close()
+    finally:
+        layout.close()
+    (live,) = after_forward
+    activations = sum(size for kind, size in live.items() if kind not in (*LASTING, "other"))
+    return {kind: live[kind] for kind in LASTING} | {"activations": activations}
+
+
+def memory() -> list:
+    found = []
+    for name, changes in (
+        ("large", {}),
+        ("classic", {"memory__recompute": "selective"}),
+        ("mixed", {"memory__recompute": "full", "data__seq_len": 48}),
+    ):
+        plain = {"model__kernel_backend": "torch", "engine__precision": "fp32", "layout": {}}
+        config = small_run(**{**dict.fromkeys(LAYOUT, 1), "layout__sequence": False}, **changes,
+                           **{k: v for k, v in plain.items() if k != "layout"})  # fmt: skip
+        real = memory_of(config, LiveMemory())
+        mode = RehearsalMode(RankRecord(0))
+        with as_rank(0, 1, mode):
+            rehearsal = memory_of(config, mode)
+        found.append({"model": name, "real": real, "rehearsed": rehearsal})
+    return found
+
+
+if __name__ == "__main__":
+    import_megatron()
+    rehearsed.device()  # before the first backward pass, which counts the devices that there are
+    json.dump({"memory": memory(), "faults": faults()}, sys.stdout)

@@ -1,0 +1,103 @@
+"""A rehearsal passes for a sound run, finds every planted fault, and counts memory as it is."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pretrain.commands.rehearse import chosen_ranks
+from pretrain.config import ConfigError
+from pretrain.rehearsal.gpus import gpu_named
+from tests.dist import work
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def results(warm_python):
+    done = subprocess.run(
+        [warm_python.executable, "-m", "tests.pretrain.rehearsal.cases"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def faults(results):
+    return results["faults"]
+
+
+def test_a_sound_run_has_no_mismatch(faults):
+    assert faults["sound"] == [] and faults["waits"] == []
+    assert "no mismatch" in faults["text"] and "for the verdict" in faults["text"]
+
+
+def test_everything_can_be_written_as_json(faults):
+    assert faults["json"] > 10_000
+
+
+def test_a_collective_of_one_rank_is_found_with_both_stacks(faults):
+    first = faults["one_sided_collective"][0]
+    assert "rank 0 and rank 5" in first and first.count("train_step") == 2
+
+
+def test_a_collective_in_the_wrong_group_is_found(faults):
+    found = faults["wrong_group"]
+    assert any("TENSOR_MODEL_PARALLEL" in text and "rank 2" in text for text in found)
+    assert any("PIPELINE_MODEL_PARALLEL" in text and "nothing more" in text for text in found)
+
+
+def test_a_missing_receive_is_found(faults):
+    (text,) = [t for t in faults["missing_receive"] if "from rank 0 to rank 4" in t]
+    assert "send" in text and "rank 4" in text
+
+
+def test_groups_in_different_order_are_found(faults):
+    (text,) = faults["other_order_of_groups"]
+    assert "different order" in text
+
+
+def test_a_forgotten_wait_is_found_with_its_place(faults):
+    ((what, place, count),) = faults["forgotten_wait"]
+    assert "value of a tensor" in what and "read_norm" in place and count == 1
+
+
+def test_a_slice_that_two_ranks_save_is_found(faults):
+    assert any("overlaps" in text for text in faults["everybody_owns"])
+
+
+def test_a_slice_that_nobody_saves_is_found_when_all_ranks_are_there(faults):
+    all_ranks, some = faults["a rank missing"]
+    assert all_ranks > 0 and some == 0
+
+
+def test_memory_is_what_live_storages_take(results):
+    for case in results["memory"]:
+        real, rehearsed = case["real"], case["rehearsed"]
+        for kind in ("weights", "gradients", "optimizer state"):
+            assert real[kind] == rehearsed[kind] > 0, (case["model"], kind)
+        assert rehearsed["activations"] == pytest.approx(real["activations"], rel=0.03), case
+
+
+def test_corners_are_all_places_of_the_first_and_last_replica():
+    config = work.run_config("large", layout__tensor=2, layout__pipeline=2, data__global_batch=64)
+    assert chosen_ranks(config, 64, "corners") == [0, 1, 30, 31, 32, 33, 62, 63]
+    assert chosen_ranks(config, 64, "3, 1,1") == [1, 3]
+    assert len(chosen_ranks(config, 64, "all")) == 64
+
+
+@pytest.mark.parametrize("text", ["64", "first", "1,-2", ""])
+def test_ranks_that_are_not_there_are_an_error(text):
+    config = work.run_config("large", data__global_batch=64)
+    with pytest.raises(ConfigError, match="--ranks"):
+        chosen_ranks(config, 64, text)
+
+
+def test_an_unknown_gpu_is_an_error():
+    with pytest.raises(ConfigError, match="h100"):
+        gpu_named("v100")
