@@ -120,9 +120,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     rehearse.add_argument("--gpu", metavar="NAME", help="whose memory must hold it, such as h100")
     rehearse.add_argument("--json", metavar="FILE", help="write all messages to this file")
-    rehearse.add_argument(
-        "--jobs", type=int, metavar="N", help="processes at a time (default: one per core)"
-    )
 
     self_test = add(
         "self-test",
@@ -242,14 +239,7 @@ def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[s
 def _rehearse(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.rehearse import main
 
-    return main(
-        config,
-        world=options.world,
-        ranks=options.ranks,
-        gpu=options.gpu,
-        out=options.json,
-        jobs=options.jobs,
-    )
+    return main(config, world=options.world, ranks=options.ranks, gpu=options.gpu, out=options.json)
 
 
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:

@@ -25,7 +25,6 @@ def main(
     ranks: str = "corners",
     gpu: str | None = None,
     out: str | None = None,
-    jobs: int | None = None,
 ) -> int:
     """Rehearse ranks of a run, compare them and print what was found.
 
@@ -35,7 +34,6 @@ def main(
         ranks: which to rehearse, see `chosen_ranks`.
         gpu: name of the GPU whose memory must hold it, or None.
         out: file for everything that was written down, as JSON, or None.
-        jobs: processes that rehearse at the same time; None for one per core.
 
     Returns:
         0 when the ranks agree and fit the GPU, else `ExitCode.REFUTED`.
@@ -44,7 +42,7 @@ def main(
         ConfigError: the world, the ranks or the GPU do not fit the run.
     """
     device = None if gpu is None else gpu_named(gpu)
-    done = rehearse(config, world, chosen_ranks(config, world, ranks), device, jobs)
+    done = rehearse(config, world, chosen_ranks(config, world, ranks), device)
     print(done.text())
     if out is not None:
         Path(out).write_text(json.dumps(done.as_json()), encoding="utf-8")
@@ -58,7 +56,15 @@ def rehearse(
     gpu: Gpu | None = None,
     jobs: int | None = None,
 ) -> Rehearsal:
-    """Rehearse some ranks and compare them; see `main`."""
+    """Rehearse some ranks and compare them.
+
+    Args:
+        config: the run.
+        world: the number of ranks.
+        ranks: which to rehearse.
+        gpu: whose memory must hold them, or None.
+        jobs: processes at the same time; None for one per core.
+    """
     # A process takes as long to start as the rehearsal of a small rank.
     jobs = min(jobs or len(os.sched_getaffinity(0)), -(-len(ranks) // _RANKS_PER_PROCESS))
     if jobs == 1:
