@@ -84,7 +84,7 @@ class DeepSpeedEngine(ModelEngine):
         groups = self.layout.groups
         torch.distributed.all_reduce(tokens, group=groups.dp)  # whole rows, so once per replica
         scale = (groups.dp_cp.size() / tokens.clamp(min=1.0)).float()
-        with self._gradient_window():
+        with self._gradient_window(), self._products():
             return self._run(batches, forward_only=False, loss_scale=scale)
 
     def gradient_norm(self) -> Tensor:
@@ -106,12 +106,13 @@ class DeepSpeedEngine(ModelEngine):
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """Loss over this replica's batches without gradients, summed over all replicas."""
-        return evaluate(
-            lambda micro_batches: self._run(micro_batches, forward_only=True),
-            self.model_chunks,
-            batches,
-            self.layout.groups.pp.size(),
-        )
+        with self._products():
+            return evaluate(
+                lambda micro_batches: self._run(micro_batches, forward_only=True),
+                self.model_chunks,
+                batches,
+                self.layout.groups.pp.size(),
+            )
 
     def sharded_state(self) -> list[TensorSlice]:
         """The slices this rank saves: every element of the state is saved by exactly one rank."""

@@ -87,7 +87,8 @@ class MegatronEngine(ModelEngine):
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
-        self.optimizer.step(lr, verdict)
+        with self._products():
+            self.optimizer.step(lr, verdict)
         self._clear_gradients()
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
@@ -137,11 +138,11 @@ class MegatronEngine(ModelEngine):
             compat.release_hooks(model_chunk)
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
-        return self._sum(
-            run_microbatches(
+        with self._products():
+            losses = run_microbatches(
                 self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
             )
-        )
+        return self._sum(losses)
 
     def _gather_weights(self) -> None:
         """Finish what `overlap_param_gather` leaves to the next forward pass."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
+from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.state import is_owner, weight_slices
 from pretrain.layout import Layout
@@ -48,6 +49,7 @@ class ModelEngine:
             parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
         self.model_chunks: list[nn.Module] = list(self.models)
         self.num_parameters = self._count_parameters()
+        self._products = products_for(config.engine.precision, layout)
         self.own_losses: list[Tensor] = []
 
     def _finish_part(self, part: nn.Module) -> None:

@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from pretrain import layout as layouts
 from pretrain.rehearsal.memory import MESSAGES, OTHER, STATES, MemoryMeter
 from pretrain.rehearsal.record import HostWait, Message, RankRecord, caller_stack
 from xlstm_mcore.megatron import cpu_runtime
@@ -254,8 +255,8 @@ def as_rank(rank: int, world: int, mode: RehearsalMode) -> Iterator[None]:
         mode._write("new_group", dist.group.WORLD, detail=f"of ranks {members}")
         return new_group(ranks, *args, **options)
 
-    options = {"backend": "fake", "store": FakeStore(), "world_size": world, "rank": rank}
     place = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     with (
         mock.patch.dict(os.environ, place),
         mock.patch.multiple(
@@ -268,6 +269,7 @@ def as_rank(rank: int, world: int, mode: RehearsalMode) -> Iterator[None]:
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
         # A process group would put its rank before every error of this process.
         mock.patch.object(sys, "excepthook", sys.excepthook),
-        cpu_runtime.made_up_device(device(), options),
+        mock.patch.object(layouts, "meet", lambda *_: FakeStore()),  # nobody else comes
+        cpu_runtime.made_up_device(device(), {"backend": "fake"}),
     ):
         yield

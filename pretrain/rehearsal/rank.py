@@ -30,13 +30,16 @@ def micro_batches(config: RunConfig, world: int) -> tuple[int, int]:
     return min(real, 2 * config.layout.pipeline), real
 
 
-def rehearse_rank(config: RunConfig, rank: int, world: int) -> RankRecord:
+def rehearse_rank(
+    config: RunConfig, rank: int, world: int, *, steps_only: bool = False
+) -> RankRecord:
     """Play one rank of a run and write down what it does.
 
     Args:
         config: the run.
         rank: the rank to play.
         world: the number of ranks of the run.
+        steps_only: leave out evaluation, saving, loading and the step after it.
 
     Raises:
         ConfigError: the engine cannot be rehearsed, or the world does not fit the layout.
@@ -55,7 +58,7 @@ def rehearse_rank(config: RunConfig, rank: int, world: int) -> RankRecord:
         try:
             record.place = _place(layout)
             with mode:
-                _run(config, layout, mode, record)
+                _run(config, layout, mode, record, steps_only)
         finally:
             layout.close()
     record.seconds = time.perf_counter() - started
@@ -68,7 +71,9 @@ def _place(layout: Layout) -> dict[str, int]:
     return {name: group.rank() for name, group in names.items()}
 
 
-def _run(config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRecord) -> None:
+def _run(
+    config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRecord, steps_only: bool
+) -> None:
     engine = MegatronEngine(config, layout)
     claim_lasting(mode.meter, engine)
     watch_model(mode.meter, engine.models)
@@ -82,6 +87,15 @@ def _run(config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRec
     step("step 1")
     step(STEADY)
     record.memory = mode.meter.result()
+    if not steps_only:
+        _save_and_load(config, engine, mode, record)
+        step("step 3")
+    engine.close()
+
+
+def _save_and_load(
+    config: RunConfig, engine: MegatronEngine, mode: RehearsalMode, record: RankRecord
+) -> None:
     mode.phase = "evaluation"
     engine.evaluate(_batches(config, 2))
     mode.phase = "save"
@@ -96,8 +110,6 @@ def _run(config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRec
             record.saved_bytes += part.tensor.numel() * part.tensor.element_size()
     mode.phase = "load"
     engine.load_sharded_state(_overwrite, 2)
-    step("step 3")
-    engine.close()
 
 
 def _overwrite(slices: Sequence[TensorSlice]) -> None:

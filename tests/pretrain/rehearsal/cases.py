@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pretrain import layout as layouts
 from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
-from pretrain.engines import megatron, microbatches
+from pretrain.engines import megatron, model
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
 from pretrain.rehearsal import device as rehearsed
@@ -59,7 +59,7 @@ def wrong_group():
         dist.all_reduce(total, group=layout.groups.tp)
         return total
 
-    return mock.patch.object(microbatches, "sum_losses", sum_losses)
+    return mock.patch.object(model, "sum_losses", sum_losses)
 
 
 def other_order_of_groups():
@@ -140,8 +140,8 @@ def faults() -> dict:
     plain, swapped = other_order_of_groups()
     patch = mock.patch.object
     records = [
-        record_with(patch(microbatches, "sum_losses", plain), config, 0),
-        record_with(patch(microbatches, "sum_losses", swapped), config, 1),
+        record_with(patch(model, "sum_losses", plain), config, 0),
+        record_with(patch(model, "sum_losses", swapped), config, 1),
     ]
     found["other_order_of_groups"] = [str(m) for m in compare_ranks(records)]
     waits = unexpected_waits(record_with(forgotten_wait(), config, 0), STEADY)
