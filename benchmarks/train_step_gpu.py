@@ -63,7 +63,7 @@ def run_config(size: Size, processes: int, settings: list[str]) -> RunConfig:
     raw = yaml.safe_load((CONFIGS / size.file).read_text(encoding="utf-8"))
     if size.blocks is not None and processes == 1:
         raw["model"]["pattern"] = raw["model"]["pattern"][: size.blocks]
-    raw["engine"] = {"precision": "bf16"}
+    raw["engine"], raw["layout"] = {"precision": "bf16"}, {}
     raw["data"] |= {"path": "unused", "micro_batch": size.micro_batch}
     raw["data"].pop("batch_ramp", None)
     for setting in settings:

@@ -151,5 +151,5 @@ PRESETS: dict[str, Preset] = {
     "transformer_125m": _transformer(768, 12, 12, 162_220_800, None),
     "transformer_350m": _transformer(1024, 24, 16, 406_635_520, 407),
     "transformer_760m": _transformer(1536, 24, 16, 834_086_400, None),
-    "transformer_1.3b": _transformer(2048, 24, 32, 1_420_396_544, None),
+    "transformer_1.3b": _transformer(2048, 24, 16, 1_420_396_544, None),
 }
