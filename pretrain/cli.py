@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.commands import plan, rehearse
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -104,22 +105,13 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
 
-    rehearse = add(
-        "rehearse",
-        "play ranks of a large run without a GPU: messages compared, memory counted",
-    )
-    _add_config(rehearse)
-    rehearse.add_argument(
-        "--world", type=int, required=True, metavar="N", help="ranks that the run would have"
-    )
-    rehearse.add_argument(
-        "--ranks",
-        default="corners",
-        metavar="RANKS",
-        help="all, numbers with commas, or corners: all places of the first and the last replica",
-    )
-    rehearse.add_argument("--gpu", metavar="NAME", help="whose memory must hold it, such as h100")
-    rehearse.add_argument("--json", metavar="FILE", help="write all messages to this file")
+    for name, command, help in (
+        ("rehearse", rehearse, "play ranks of a large run without a GPU, and compare them"),
+        ("plan", plan, "which layouts fit a number of GPUs, and a bound on their speed"),
+    ):
+        parser_of = add(name, help)
+        _add_config(parser_of)
+        command.add_arguments(parser_of)
 
     self_test = add(
         "self-test",
@@ -236,12 +228,6 @@ def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[s
     return launch(options.config, config, _positive_nproc(options), words, command="self-test")
 
 
-def _rehearse(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.commands.rehearse import main
-
-    return main(config, world=options.world, ranks=options.ranks, gpu=options.gpu, out=options.json)
-
-
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.check import describe_run
 
@@ -333,7 +319,8 @@ CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], 
     "launch": _launch,
     "self-test": _self_test,
     "check": _check,
-    "rehearse": _rehearse,
+    "rehearse": rehearse.run,
+    "plan": plan.run,
     "evaluate": _evaluate,
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -1,5 +1,6 @@
 """`python -m pretrain rehearse`: any rank of a large run, on a laptop, before a GPU is held."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -16,6 +17,26 @@ from pretrain.rehearsal.report import Rehearsal
 from xlstm_io.errors import ConfigError, ExitCode
 
 _RANKS_PER_PROCESS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument(
+        "--world", type=int, required=True, metavar="N", help="ranks that the run would have"
+    )
+    parser.add_argument(
+        "--ranks",
+        default="corners",
+        metavar="RANKS",
+        help="all, numbers with commas, or corners: all places of the first and the last replica",
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="whose memory must hold it, such as h100")
+    parser.add_argument("--json", metavar="FILE", help="write all messages to this file")
+
+
+def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    """Run the command with parsed options; see `main`."""
+    return main(config, world=options.world, ranks=options.ranks, gpu=options.gpu, out=options.json)
 
 
 def main(

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pretrain.rehearsal.record import HostWait, Message, RankRecord
-from xlstm_io.checkpoint.reader import check_exact_cover
 from xlstm_io.errors import CheckpointError
 
 POINT_TO_POINT = ("send", "receive")
@@ -56,6 +55,8 @@ def compare_saved(records: Sequence[RankRecord], complete: bool) -> list[Mismatc
         records: of the rehearsed ranks.
         complete: whether these are all ranks; otherwise only overlaps can be found.
     """
+    from xlstm_io.checkpoint.reader import check_exact_cover  # needs torch
+
     shapes: dict[str, tuple[int, ...]] = {}
     slices: dict[str, list] = defaultdict(list)
     found: list[Mismatch] = []

@@ -103,7 +103,7 @@ class Rehearsal:
             yield f"and {len(self.mismatches) - _SHOWN} more"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows of words in columns: the first to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -125,7 +125,7 @@ def _memory_table(records: Sequence[RankRecord]) -> Iterator[str]:
         sizes = [record.memory.kinds.get(kind, 0) for kind in kinds]
         numbers = (f"{size / GB:.2f}" for size in (*sizes, record.memory.peak, record.saved_bytes))
         rows.append([str(record.rank), place, *numbers])
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def messages_by_group(record: RankRecord, phase: str) -> dict[tuple[str, str], list[Message]]:
@@ -144,7 +144,7 @@ def _message_table(record: RankRecord) -> Iterator[str]:
         sent = sum(message.wire_bytes() for message in messages)
         ranks = str(len(messages[0].members))
         rows.append([group, operation, ranks, str(len(messages)), f"{sent / 1e6:.2f}"])
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _waits(records: Sequence[RankRecord]) -> Iterator[str]:

@@ -87,6 +87,10 @@ RUN_ELSEWHERE = {
         )
         for name in ("train_step_cpu", "parity")
     },
+    "python -m pretrain plan my.yaml --gpus 128 --gpu h100 --write planned.yaml": (
+        "tests/pretrain/planning/cases.py",
+        '"plan", str(run_file), "--gpus", "4"',
+    ),
     "python -m benchmarks.rehearsals": (
         "tests/pretrain/rehearsal/test_run_files.py",
         '"-m", "benchmarks.rehearsals"',

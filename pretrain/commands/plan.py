@@ -1,0 +1,135 @@
+"""`python -m pretrain plan`: which layouts fit a number of GPUs, and how fast they can be."""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+
+from pretrain.config import RunConfig, save_config
+from pretrain.planning.layouts import shapes
+from pretrain.planning.tried import Tried, ranked
+from pretrain.rehearsal.gpus import RESERVE, Gpu, gpu_named
+from pretrain.rehearsal.report import table
+from xlstm_io.errors import ConfigError, ExitCode
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="their name, such as h100")
+    parser.add_argument("--write", metavar="FILE", help="write the run with the best layout here")
+
+
+def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    """Run the command with parsed options; see `main`."""
+    return main(config, gpus=options.gpus, gpu=options.gpu, write=options.write)
+
+
+def main(config: RunConfig, *, gpus: int, gpu: str, write: str | None = None) -> int:
+    """Try layouts and print them, the fastest first.
+
+    Args:
+        config: the run; all but its layout, recompute mode and micro-batch is kept.
+        gpus: number of GPUs.
+        gpu: their name.
+        write: file for the run with the best layout, or None.
+
+    Returns:
+        0, or `ExitCode.REFUTED` when no layout fits.
+
+    Raises:
+        ConfigError: the GPU is not known, or there is none.
+    """
+    device = gpu_named(gpu)
+    if gpus < 1:
+        raise ConfigError(f"--gpus={gpus} leaves nothing to train on; use 1 or more")
+    tried = plan(config, gpus, device)
+    print("\n".join(_text(tried, gpus, device)))
+    best = tried[0]
+    if best.config is None or best.why_not:
+        return ExitCode.REFUTED
+    if write is not None:
+        save_config(best.config, write)
+        print(f"wrote {write} with {best.layout}")
+    return ExitCode.DONE
+
+
+def plan(config: RunConfig, gpus: int, gpu: Gpu, jobs: int | None = None) -> list[Tried]:
+    """Every layout that was looked at, the best first.
+
+    Args:
+        config: the run.
+        gpus: number of GPUs.
+        gpu: which.
+        jobs: processes at the same time; None for one per core.
+    """
+    possible = [shape for shape in shapes() if gpus % (shape[0] * shape[1]) == 0]
+    jobs = jobs or len(os.sched_getaffinity(0))
+    arguments = (repeat(config), possible, repeat(gpus), repeat(gpu))
+    if jobs == 1:
+        found = list(map(_try_shape, *arguments))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            found = list(pool.map(_try_shape, *arguments))
+    return ranked([one for tried in found for one in tried])
+
+
+def _try_shape(config: RunConfig, shape: tuple[int, int], gpus: int, gpu: Gpu) -> list[Tried]:
+    """Runs in a process that may be fresh."""
+    from xlstm_mcore.megatron.first_import import import_megatron
+
+    import_megatron()
+    from pretrain.planning.search import try_shape
+
+    return try_shape(config, shape, gpus, gpu)
+
+
+def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu) -> Iterator[str]:
+    yield (
+        f"{gpus} x {gpu.name}: {gpu.memory / 1e9:.0f} GB each, {RESERVE / 1e9:.0f} GB of them for "
+        f"the driver, NCCL and gaps; {gpu.tflops:,.0f} TFLOP/s; {gpu.gbs_node:.0f} GB/s in a node, "
+        f"{gpu.gbs_network:.0f} GB/s between nodes"
+    )
+    yield "the speed is a bound that nobody has measured"
+    yield ""
+    rows = [[
+        "tensor", "pipeline", "recompute", "micro", "peak GB", "free GB", "tokens/s", "MFU",
+        "step s", "bubble", "messages", "gradients",
+    ]]  # fmt: skip
+    for one in tried:
+        if one.estimate is not None and not one.why_not:
+            rows.append(_row(one))
+    if len(rows) == 1:
+        yield "NO LAYOUT FITS"
+    else:
+        yield from table(rows)
+        yield "seconds of a step: bubble of the pipeline, messages of tensors and stages, gradients"
+        yield "and weights beyond what a micro-batch hides"
+    lost = [one for one in tried if one.why_not]
+    if lost:
+        yield ""
+        yield "not possible:"
+        yield from (f"  {one.layout}: {one.why_not}" for one in lost)
+
+
+def _row(one: Tried) -> list[str]:
+    found, layout = one.estimate, one.layout
+    assert found is not None
+    seconds = found.seconds
+    return [
+        str(layout.tensor),
+        str(layout.pipeline),
+        layout.recompute,
+        str(layout.micro_batch),
+        f"{sum(found.memory.values()) / 1e9:.1f}",
+        f"{found.free / 1e9:.1f}",
+        f"{found.tokens_per_second:,.0f}",
+        f"{found.mfu:.1%}",
+        f"{sum(seconds.values()):.2f}",
+        f"{seconds['bubble']:.2f}",
+        f"{seconds['tensor messages'] + seconds['stage messages']:.2f}",
+        f"{seconds['gradients and weights']:.2f}",
+    ]

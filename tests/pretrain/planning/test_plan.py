@@ -1,0 +1,80 @@
+"""A plan: what it counts from a few blocks is what the whole run takes, and the order is right."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import ConfigError, check_world, load_config
+from pretrain.planning.layouts import Layout, cut_evenly, with_layout
+from tests.dist import work
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "pretrain" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def results(warm_python):
+    done = subprocess.run(
+        [warm_python.executable, "-m", "tests.pretrain.planning.cases"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_a_few_blocks_tell_what_all_of_them_take(results):
+    for case in results["counted"]:
+        few, whole = case["memory"]
+        assert few == pytest.approx(whole, rel=0.03), case
+        for few, whole in case["sent"]:
+            assert few == pytest.approx(whole, rel=0.01), case
+
+
+def test_the_fastest_layout_that_fits_comes_first(results):
+    speeds = [speed for _, why_not, speed in results["fits"] if not why_not]
+    assert speeds and speeds == sorted(speeds, reverse=True)
+    assert results["fits"][0][0] == "tensor 1, pipeline 1, recompute none, micro_batch 1"
+
+
+def test_each_loser_says_why(results):
+    impossible = {layout: why for layout, why, speed in results["fits"] if speed is None}
+    assert any("more than 2 blocks" in why for why in impossible.values())
+    lost = [why for _, why, speed in results["nothing"] if speed is not None]
+    assert lost and all("GB more than small has" in why for why in lost)
+
+
+def test_the_command_prints_the_table_and_writes_the_best(results):
+    command = results["command"]
+    assert command["code"] == 0
+    lines = command["text"].splitlines()
+    assert lines[0].startswith("4 x h100: 80 GB each") and "not possible:" in lines
+    assert lines[-1].endswith("tensor 1, pipeline 1, recompute none, micro_batch 1")
+    assert command["written"]["memory"]["recompute"] == "none"
+
+
+def test_stages_have_about_the_same_work():
+    config = work.run_config("large_deep")
+    # At this width the head is as much work as several blocks.
+    first, last = cut_evenly(config, 2).split("|")
+    assert first + last == "MMMM" and len(first) > len(last)
+    assert cut_evenly(config, 1) == "MMMM"
+
+
+def test_a_layout_that_does_not_fit_the_run_says_why():
+    config = work.run_config("large_deep")
+    with pytest.raises(ConfigError, match="8 stages are more than 4 blocks"):
+        with_layout(config, Layout(1, 8, "none", 1), 8)
+    with pytest.raises(ConfigError, match="does not divide"):
+        with_layout(config, Layout(8, 1, "none", 1), 8)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if "cpu" not in p.stem], ids=lambda path: path.stem
+)
+def test_shipped_files_run_on_64_gpus(path):
+    assert check_world(load_config(path), 64) == 64
