@@ -38,7 +38,9 @@ def test_a_few_blocks_tell_what_all_of_them_take(results):
 def test_the_fastest_layout_that_fits_comes_first(results):
     speeds = [speed for _, why_not, speed in results["fits"] if not why_not]
     assert speeds and speeds == sorted(speeds, reverse=True)
-    assert results["fits"][0][0] == "tensor 1, pipeline 1, recompute none, micro_batch 1"
+    # Where memory suffices nothing is computed twice.
+    assert all("recompute none" in name for name, why_not, _ in results["fits"] if not why_not)
+    assert not results["fits"][0][1]
 
 
 def test_each_loser_says_why(results):
@@ -58,11 +60,11 @@ def test_the_command_prints_the_table_and_writes_the_best(results):
 
 
 def test_stages_have_about_the_same_work():
-    config = work.run_config("large_deep")
+    config = work.run_config("large_deep", model__vocab_size=4096)
     # At this width the head is as much work as several blocks.
     first, last = cut_evenly(config, 2).split("|")
     assert first + last == "MMMM" and len(first) > len(last)
-    assert cut_evenly(config, 1) == "MMMM"
+    assert cut_evenly(work.run_config("large_deep"), 2) == "MM|MM"
 
 
 def test_a_layout_that_does_not_fit_the_run_says_why():
@@ -77,4 +79,5 @@ def test_a_layout_that_does_not_fit_the_run_says_why():
     "path", [p for p in CONFIGS if "cpu" not in p.stem], ids=lambda path: path.stem
 )
 def test_shipped_files_run_on_64_gpus(path):
-    assert check_world(load_config(path), 64) == 64
+    config = load_config(path)
+    assert check_world(config, 64) * config.layout.tensor == 64
