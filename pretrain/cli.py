@@ -158,6 +158,10 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
 def _import_megatron() -> None:
     """Import what a rank needs in half the time; see `xlstm_mcore.megatron.first_import`."""
     from xlstm_mcore.megatron.first_import import import_megatron
@@ -263,27 +267,16 @@ def _generate(options: argparse.Namespace) -> int:
 
     # Before torch is loaded, which takes seconds: it says what is wrong with the options.
     sampling = Sampling(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
         stop=tuple(options.stop),
-        seed=options.seed,
-        num_samples=options.num_samples,
+        **_given(options, "max_tokens", "temperature", "top_k", "top_p", "seed", "num_samples"),
     )
     from pretrain.commands.generate import main
 
     return main(
         options.checkpoint,
         sampling,
-        which=options.which,
-        prompt=options.prompt,
-        prompts=options.prompts,
-        batch=options.batch,
-        precision=options.precision,
-        tokenizer=options.tokenizer,
         as_json=options.json,
-        out=options.out,
+        **_given(options, "which", "prompt", "prompts", "batch", "precision", "tokenizer", "out"),
     )
 
 
@@ -302,15 +295,8 @@ def _rewind(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from pretrain.commands.demo import main
 
-    return main(
-        model=options.model,
-        steps=options.steps,
-        data=options.data,
-        text_field=options.text_field,
-        vocab_size=options.vocab_size,
-        work=options.work,
-        nproc=options.nproc,
-    )
+    names = ("model", "steps", "data", "text_field", "vocab_size", "work", "nproc")
+    return main(**_given(options, *names))
 
 
 # Commands that read a run file and take its keys as options, and the others.
