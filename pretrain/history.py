@@ -2,6 +2,7 @@
 
     RUN/history.jsonl             one JSON object per start, in order
     RUN/starts/000003/config.yaml the configuration of the start of life 3
+    RUN/starts/000003/provenance.json   code, versions, machine, command and data of that start
 
 A line says which life it was, when and from where it went on, and what differed from the
 checkpoint's configuration and alters the result.
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig, save_config
-from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, STARTS_FOLDER
+from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, PROVENANCE_FILE, STARTS_FOLDER
 from xlstm_io.checkpoint import lives
+from xlstm_io.storage import write_atomic
 
 if TYPE_CHECKING:  # who only reads a history needs no torch
     from pretrain.checkpoint import CheckpointSaver
@@ -30,7 +32,12 @@ def start_folder(run: Path, life: int) -> Path:
 
 
 def record_life(
-    life: int, config: RunConfig, start: "Start", processes: int, saver: "CheckpointSaver"
+    life: int,
+    config: RunConfig,
+    start: "Start",
+    processes: int,
+    saver: "CheckpointSaver",
+    provenance: Mapping[str, Any],
 ) -> None:
     """Note that a life begins: in the run's history, and among its checkpoints.
 
@@ -42,6 +49,7 @@ def record_life(
         start: what it starts from.
         processes: how many processes it has.
         saver: of the run's checkpoint folder.
+        provenance: see `pretrain.provenance`; that of the first rank is kept.
 
     Raises:
         CheckpointError: one of the two folders cannot be written.
@@ -50,7 +58,8 @@ def record_life(
         return
     run, ranks = Path(config.run.dir), saver.ranks
     ranks.first(
-        f"writing to run.dir={run}", lambda: record_start(run, life, config, start, processes)
+        f"writing to run.dir={run}",
+        lambda: record_start(run, life, config, start, processes, provenance),
     )
     ranks.first(
         f"writing to {saver.folder}",
@@ -58,8 +67,15 @@ def record_life(
     )
 
 
-def record_start(run: Path, life: int, config: RunConfig, start: "Start", processes: int) -> None:
-    """Keep the configuration of a start, and add its line to the history.
+def record_start(
+    run: Path,
+    life: int,
+    config: RunConfig,
+    start: "Start",
+    processes: int,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Keep configuration and provenance of a start, and add its line to the history.
 
     Args:
         run: the run folder.
@@ -67,6 +83,7 @@ def record_start(run: Path, life: int, config: RunConfig, start: "Start", proces
         config: its configuration.
         start: what it starts from.
         processes: how many processes it has.
+        provenance: see `pretrain.provenance`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -74,6 +91,7 @@ def record_start(run: Path, life: int, config: RunConfig, start: "Start", proces
     folder = start_folder(run, life)
     folder.mkdir(parents=True)  # a life has one start
     save_config(config, folder / CONFIG_FILE)
+    write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1).encode() + b"\n")
     append(
         run,
         {

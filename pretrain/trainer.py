@@ -24,6 +24,7 @@ from pretrain.interval import Interval
 from pretrain.layout import Layout
 from pretrain.metric_writers import open_writers
 from pretrain.metrics import MetricLogger
+from pretrain.provenance import provenance
 from pretrain.replicas import check_replicas
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
@@ -114,7 +115,10 @@ class Trainer:
         self.saver.onset = self.divergence.onset
         self.learning_rate = self.start.curve.rates(config.optimizer.lr, config.schedule)
         self._check_writable()
-        record_life(self.life, config, self.start, layout.world_size, self.saver)
+        manifests = [dataset.manifest for dataset in self.data.datasets]
+        self.provenance = provenance(manifests) if layout.is_main else {}
+        processes = layout.world_size
+        record_life(self.life, config, self.start, processes, self.saver, self.provenance)
         cursor = self.start.cursor
         self.loader = TrainLoader(
             self.data,
@@ -308,6 +312,7 @@ class Trainer:
         return {
             **asdict(self.state),
             "life": self.life,
+            "provenance": self.provenance,
             "evaluation_due": self.validation.due(self.state.step),
             "curve": self.start.curve.to_dict(),
             "divergence": self.divergence.to_dict(),

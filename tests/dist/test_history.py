@@ -1,5 +1,7 @@
 """What a resume changes is said, and stands in the run's history."""
 
+import json
+
 import pytest
 
 import pretrain.cli
@@ -51,6 +53,11 @@ def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path, cap
     }
     configs = [load_config(tmp_path / line["configuration"]) for line in (first, second)]
     assert [config.optimizer.lr for config in configs] == [1e-3, 5e-4], "never overwritten"
+
+    noted = [tmp_path / "starts" / life / "provenance.json" for life in ("000001", "000002")]
+    first, second = (json.loads(path.read_text()) for path in noted)
+    assert first["versions"] == second["versions"] and first["data"][0]["folder"] == str(shards)
+    assert read_manifest(find_latest(tmp_path)).state["provenance"] == second
 
     # The curve that the extension chose is the checkpoint's, and holds for the next resume.
     rates = {r["step"]: r["lr"] for r in read_metrics(tmp_path / "metrics.jsonl") if "lr" in r}
