@@ -73,9 +73,9 @@ def expand_inputs(patterns: list[str]) -> list[str]:
         files, others = expand(pattern)
         left_out = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
         if not files:
-            known = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES | TEXT_SUFFIXES))
+            known = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
             raise PrepError(
-                f"--input {pattern}: no readable file in it (looked for {known}, also with "
+                f"--input {pattern}: no readable file (wanted: {known}, text, code, also with "
                 f"{', '.join(COMPRESSION_SUFFIXES)}; there are: {left_out or 'none'}); name other "
                 "text files by a glob, for example 'folder/**/*.log'"
             )

@@ -62,7 +62,10 @@ class MegatronCorpus:
         self._bounds = raw[place : place + 8 * bounds].view("<i8")
         ends = self._offsets + self._sizes.astype(np.int64) * self.dtype.itemsize
         inside = sequences == 0 or bool(
-            (self._sizes >= 0).all() and (self._offsets >= 0).all() and ends.max() <= size
+            (self._sizes >= 0).all()
+            and (self._offsets >= 0).all()
+            and (self._offsets <= size).all()  # so that no sum overflows
+            and ends.max() <= size
         )
         ordered = bool(
             bounds

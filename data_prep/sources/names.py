@@ -6,7 +6,13 @@ import posixpath
 from xlstm_io.remote import is_remote
 
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
-TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".html"}
+CODE_SUFFIXES = {
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".rs", ".go"),
+    *(".java", ".kt", ".scala", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".cs", ".fs", ".swift", ".m"),
+    *(".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".hs", ".ml", ".ex", ".erl", ".f90", ".s"),
+    *(".sh", ".sql", ".zig", ".dart", ".v", ".sv", ".vhd", ".asm", ".css", ".scss", ".lean"),
+}
+TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", *CODE_SUFFIXES}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 """Suffix to the name of the format."""

@@ -8,11 +8,13 @@ import gzip
 import json
 import lzma
 import shutil
+import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
@@ -21,6 +23,7 @@ from data_prep.build.state import STATE_NAME, load_state
 from data_prep.cli import _build_config
 from data_prep.sources.documents import Fields
 from data_prep.sources.files import expand_inputs, provenance_notes
+from data_prep.sources.megatron import MegatronCorpus
 from data_prep.sources.readers import read_documents
 from data_prep.tools.verify import verify
 from pretrain.config.load import load_config
@@ -174,6 +177,23 @@ def _story(file: Path) -> None:
     lines(describe(files, files.load(), None))
 
 
+def _megatron(folder: Path) -> Path:
+    sizes = [len(text) for text in TEXTS]
+    offsets = [2 * sum(sizes[:number]) for number in range(len(sizes))]
+    (folder / "a.bin").write_bytes(bytes(2 * sum(sizes)))
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(sizes) + 1)
+    arrays = ((sizes, "<i4"), (offsets, "<i8"), (range(len(sizes) + 1), "<i8"))
+    parts = [np.array(list(values), kind).tobytes() for values, kind in arrays]
+    (folder / "a.idx").write_bytes(header + b"".join(parts))
+    return folder / "a.idx"
+
+
+def _megatron_documents(file: Path) -> None:
+    corpus = MegatronCorpus(str(file.with_suffix("")))
+    corpus.bytes_of_documents()
+    deque(corpus.documents(0, len(corpus)), maxlen=0)
+
+
 READERS = [
     Reader("JSON lines", _file("a.jsonl", _lines), _documents()),
     Reader("gzip", _file("a.jsonl.gz", lambda: gzip.compress(_lines())), _documents()),
@@ -192,6 +212,7 @@ READERS = [
     Reader("arrow stream", _arrow(pa.ipc.new_stream), _documents()),
     Reader("arrow stream, lz4", _arrow(pa.ipc.new_stream, "lz4"), _documents(text="meta.text")),
     Reader("arrow file", _arrow(pa.ipc.new_file), _documents()),
+    Reader("Megatron's index", _megatron, _megatron_documents),
     Reader("state.json", _dataset, lambda file: expand_inputs([str(file.parent)])),
     Reader("SOURCE.json", _note, lambda file: provenance_notes([str(file.parent / "a.txt")])),
     Reader("tokenizer.model", _copy_of("shards/tokenizer", "tokenizer.model"), _encode),
