@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     "make pretrain": (MAKE_PRETRAIN, '"pretrain", "STEPS=20"'),
     "make pretrain MODEL=classic": (MAKE_PRETRAIN, '"pretrain", "MODEL=classic"'),
     "cp pretrain/configs/cpu_demo.yaml my.yaml": (MAKE_PRETRAIN, "shutil.copy("),
+    "python -m pretrain check my.yaml": (MAKE_PRETRAIN, '"pretrain", "check", "my.yaml"'),
     "python -m pretrain launch my.yaml": (MAKE_PRETRAIN, '"pretrain", "launch", "my.yaml"'),
     "python -m pretrain launch": (EXAMPLE_TESTS, "one_machine.sh"),
     "python -m pretrain train": (MAKE_PRETRAIN, '"-m", "pretrain", "train"'),
