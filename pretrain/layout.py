@@ -140,6 +140,10 @@ def start(config: RunConfig, stop: StopSignal | None = None) -> Layout:
     if config.run.deterministic:
         make_deterministic()
     options = cpu_runtime.process_group_options()
+    if options["backend"] == "nccl":
+        # What NCCL did last, for the watchdog's report; the second is the older name.
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+            os.environ.setdefault(name, "2000")
     if place is None:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     else:

@@ -1,5 +1,7 @@
 """The names of what a run keeps in its folder, `run.dir`, beside its checkpoints."""
 
+from pathlib import Path
+
 CONFIG_FILE = "config.yaml"
 EVIDENCE_FOLDER = "evidence"
 HISTORY_FILE = "history.jsonl"
@@ -10,3 +12,13 @@ STARTS_FOLDER = "starts"
 SUMMARY_FILE = "summary.json"
 TENSORBOARD_DIR = "tensorboard"
 WANDB_ID_FILE = "wandb-id.txt"
+
+
+def life_logs(folder: Path, life: int) -> Path:
+    """Where the output of the ranks of a life goes, `rank_0.log` and so on.
+
+    Args:
+        folder: the run folder.
+        life: its number; every start of the run has one, and so a folder of its own.
+    """
+    return folder / LOGS_FOLDER / f"life-{life:06d}"

@@ -1,10 +1,12 @@
 """What `check` prints first: the facts of a run that follow from its config alone."""
 
 from collections import Counter
+from pathlib import Path
 
 from pretrain.config import support
 from pretrain.config.checks import data_parallel_size
 from pretrain.config.schema import RunConfig
+from pretrain.supervision.progress_file import read_progress
 from xlstm_mcore.pattern import LETTERS, parse_pattern
 from xlstm_mcore.sizes.flops import forward_flops, state_bytes, training_flops
 from xlstm_mcore.sizes.parameters import count_parameters
@@ -28,6 +30,24 @@ def _engine(config: RunConfig) -> str:
     if overlapped:
         words.append(f"{' and '.join(overlapped)} with NCCL")
     return ", ".join([*words, engine.precision])
+
+
+def _grace(config: RunConfig) -> list[str]:
+    """Whether a step and a save fit between a stop signal and the kill that follows."""
+    grace, progress = config.run.grace_seconds, read_progress(Path(config.run.dir))
+    if grace is None:
+        return []
+    label = f"grace             {grace:g} s"
+    if progress is None or progress.step_seconds is None or progress.save_seconds is None:
+        return [f"{label}; whether a step and a save fit is known once the run has saved"]
+    needed = progress.step_seconds + progress.save_seconds
+    took = f"a step took {progress.step_seconds:.1f} s and a save {progress.save_seconds:.1f} s"
+    if needed <= grace:
+        return [f"{label}: {took}"]
+    return [
+        f"{label}: {took}, so a stop would be cut by the kill (run.grace_seconds={grace:g}); let "
+        "the scheduler send its signal earlier, or give a faster checkpoint.dir"
+    ]
 
 
 def describe_run(config: RunConfig, world_size: int | None = None) -> str:
@@ -81,6 +101,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     lines += [
         f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",
+        *_grace(config),
         f"data              {', '.join(s.path for s in data.mixture)}",
     ]
     return "\n".join(lines)

@@ -37,7 +37,8 @@ from types import FrameType
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
-from pretrain.run_folder import LOGS_FOLDER
+from pretrain.run_folder import LOGS_FOLDER, life_logs
+from pretrain.supervision.lease import newest_life
 from pretrain.supervision.watchdog import last_phases
 from xlstm_io.errors import ConfigError, ExitCode, MachineFailed, is_machine_failure
 from xlstm_io.remote import is_remote
@@ -266,7 +267,7 @@ def _cause(workers: Workers) -> tuple[int, ExitCode]:
     raise AssertionError("no worker has failed")
 
 
-def _exit_code(workers: Workers, log_dir: Path) -> int:
+def _exit_code(workers: Workers, phases: Path) -> int:
     """The run's exit code from those of its workers; explains a failure on stderr."""
     if workers.interrupted:
         return ExitCode.SECOND_INTERRUPT
@@ -276,7 +277,7 @@ def _exit_code(workers: Workers, log_dir: Path) -> int:
         if code in codes:
             return code  # all workers end with it together, rank 0 on this terminal
     if ExitCode.HANG in codes:
-        for line in last_phases(log_dir):
+        for line in last_phases(phases):
             print(line, file=sys.stderr)
         return ExitCode.HANG
     if failed:
@@ -293,13 +294,16 @@ def _exit_code(workers: Workers, log_dir: Path) -> int:
     return ExitCode.DONE if set(workers.codes.values()) == {ExitCode.DONE} else ExitCode.STOPPED
 
 
-def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
+def run_workers(
+    command: Sequence[str], nproc: int, log_dir: Path, phases: Path | None = None
+) -> int:
     """Run `nproc` copies of a command to their end; only possible in the main thread.
 
     Args:
         command: what each worker runs.
         nproc: number of workers.
         log_dir: folder for the output of the workers other than rank 0.
+        phases: folder where the workers' watchdogs keep their phases; None for `log_dir`.
 
     Returns:
         0 if all ended with 0; 2 if one ended with 2, for bad input; 75 if they were interrupted
@@ -316,7 +320,7 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path) -> int:
         _wait(workers)
     finally:
         restore(previous)
-    return _exit_code(workers, log_dir)
+    return _exit_code(workers, phases or log_dir)
 
 
 def launch(
@@ -352,4 +356,6 @@ def launch(
                 "give another"
             )
     words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
-    return run_workers(words, nproc, Path(config.run.dir) / LOGS_FOLDER)
+    folder = Path(config.run.dir)
+    logs = life_logs(folder, newest_life(folder) + 1)  # the number that rank 0 will take
+    return run_workers(words, nproc, logs, folder / LOGS_FOLDER)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pretrain import layout as layouts
 from pretrain.config import RunConfig
-from pretrain.run_folder import LOGS_FOLDER
+from pretrain.run_folder import LOGS_FOLDER, life_logs
+from pretrain.supervision.console import ConsoleLog
 from pretrain.supervision.failures import machine_failure
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.watchdog import Limits, Watchdog
@@ -48,6 +49,7 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
     with (
         nullcontext(stop) if stop else StopSignal(announce=first) as heard,
         _lease(folder, take_over) if first else nullcontext() as lease,
+        ConsoleLog(life_logs(folder, lease.life) / "rank_0.log") if lease else nullcontext(),
         Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
     ):
         if config.run.max_minutes is not None:

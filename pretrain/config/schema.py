@@ -44,6 +44,8 @@ class RunSection(Section):
     """with init_from: take the optimizer's state too"""
     seed: NonNegativeInt = 0
     """seed of the initial weights, the data order and dropout"""
+    grace_seconds: PositiveFloat | None = None
+    """seconds from a stop signal to the kill that follows; check compares; null: not known"""
     max_minutes: PositiveFloat | None = None
     """minutes after which a start saves and ends with exit code 75; null for no limit"""
     deterministic: bool = False
@@ -281,6 +283,8 @@ class GuardConfig(Section):
     """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
     startup_timeout: PositiveFloat = 1800.0
     """the same, from the start of the process to its first step"""
+    evaluation_timeout: PositiveFloat | None = None
+    """the same, for one batch of an evaluation; null: as for a step"""
     rendezvous_timeout: PositiveFloat = 600.0
     """seconds in which all ranks must have come; those that are missing are named, exit code 70"""
     checkpoint_timeout: PositiveFloat = 3900.0

@@ -4,8 +4,9 @@ A hang is silent: one rank waits for another that was stopped, lost its network 
 and the process group's own limit is half an hour or more. So every rank has a thread that knows the
 phase the rank is in and when it last moved on. Without progress for the phase's limit it writes the
 Python stacks of all threads to `logs/hang-RANK.txt` and ends the process with exit code 74; whoever
-started it ends the rest. `logs/phase-RANK.json` says in which phase and at which step each rank was
-last, so that the ranks that are missing can be named.
+started it ends the rest. The last collectives go beside it, as torch's flight recorder has them
+(`torch.distributed.flight_recorder` reads it). `logs/phase-RANK.json` says in which phase and at
+which step each rank was last, so that the ranks that are missing can be named.
 """
 
 import faulthandler
@@ -26,6 +27,7 @@ from xlstm_io.storage import write_atomic
 
 STEP, STARTUP, EVALUATION, CHECKPOINT = "step", "start-up", "evaluation", "checkpoint"
 TICK_S = 5.0
+RECORDER_S = 10.0  # for the flight recorder to answer
 SLOWEST_STEPS = 20  # the limit of a step grows with the slowest one so far
 
 
@@ -34,15 +36,17 @@ class Limits:
     """Seconds without progress after which a rank counts as hanging.
 
     Attributes:
-        step: one optimizer step, or one batch of an evaluation. The limit in force is never below
-            `SLOWEST_STEPS` times the slowest step so far.
+        step: one optimizer step. The limit in force is never below `SLOWEST_STEPS` times the
+            slowest step so far.
         startup: imports, meeting the other ranks, building and loading the model.
         checkpoint: waiting for a checkpoint that must be complete.
+        evaluation: one batch of an evaluation; None for the limit of a step.
     """
 
     step: float
     startup: float
     checkpoint: float
+    evaluation: float | None = None
 
     @classmethod
     def from_config(cls, guard: GuardConfig) -> "Limits | None":
@@ -50,7 +54,7 @@ class Limits:
         if guard.hang_timeout == 0:
             return None
         step = 600.0 if guard.hang_timeout is None else guard.hang_timeout
-        return cls(step, guard.startup_timeout, guard.checkpoint_timeout)
+        return cls(step, guard.startup_timeout, guard.checkpoint_timeout, guard.evaluation_timeout)
 
     def of(self, phase: str, slowest: float) -> float:
         """The limit of a phase, given the slowest step so far in seconds."""
@@ -58,6 +62,8 @@ class Limits:
             return self.startup
         if phase == CHECKPOINT:
             return self.checkpoint
+        if phase == EVALUATION and self.evaluation is not None:
+            return self.evaluation
         return max(self.step, SLOWEST_STEPS * slowest)
 
 
@@ -109,7 +115,8 @@ class Watchdog:
     def _watch(self) -> None:
         tick = TICK_S
         if self._limits is not None:
-            tick = min(tick, self._limits.step / 4)
+            shortest = min(self._limits.step, self._limits.evaluation or self._limits.step)
+            tick = min(tick, shortest / 4)
         while True:
             phase, step, since = self._state
             self._note(phase, step)
@@ -144,8 +151,26 @@ class Watchdog:
                 file.write(f"{words}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+        # In a thread: the recorder belongs to libraries that may be what hangs.
+        recorder = threading.Thread(target=self._dump_collectives, daemon=True)
+        recorder.start()
+        recorder.join(RECORDER_S)
         with suppress(OSError):
             os.write(sys.stderr.fileno(), f"error: {words}; its stacks are in {path}\n".encode())
+
+    def _dump_collectives(self) -> None:
+        """`hang-RANK.nccl.pickle` from NCCL's recorder, which has not been seen on a GPU."""
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.distributed.is_initialized():
+            return
+        recorders = torch._C._distributed_c10d
+        for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # of NCCL, of every other backend
+            dump = getattr(recorders, name, None)
+            if dump is not None:
+                kind = name.removeprefix("_dump_").removesuffix("_trace")
+                with suppress(OSError, RuntimeError):
+                    path = self._folder / f"hang-{self._rank}.{kind}.pickle"
+                    write_atomic(path, dump(), sync=False)
 
 
 def last_phases(folder: Path) -> list[str]:

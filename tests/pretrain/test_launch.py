@@ -18,6 +18,7 @@ import pytest
 from pretrain.commands import launch
 from pretrain.commands.launch import run_workers, worker_environment
 from pretrain.config import ConfigError, config_from_dict
+from pretrain.supervision.lease import Lease
 from xlstm_io.signals import REPEAT_WINDOW_S, STOPPING
 
 PRELUDE = """
@@ -315,10 +316,20 @@ def test_launch_starts_one_replica_and_passes_the_overrides_on(tmp_path, monkeyp
     seen = []
     monkeypatch.setattr(launch, "run_workers", lambda *args: seen.append(args) or 75)
     assert launch.launch("run.yaml", run_config(tmp_path), None, ["--run.steps", "1"]) == 75
-    command, nproc, logs = seen[0]
+    command, nproc, logs, phases = seen[0]
     assert command[1:] == ["-m", "pretrain", "train", "run.yaml", "--run.steps", "1"]
     assert nproc == 2
-    assert logs == tmp_path / "run" / "logs"
+    assert (logs, phases) == (tmp_path / "run" / "logs" / "life-000001", tmp_path / "run" / "logs")
+
+
+def test_every_start_has_logs_of_its_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_workers", lambda *args: seen.append(args[2].name) or 0)
+    for _ in range(2):
+        launch.launch("run.yaml", run_config(tmp_path), 2)
+        with Lease.take(tmp_path / "run"):
+            pass
+    assert seen == ["life-000001", "life-000002"]
 
 
 def test_an_unwritable_run_folder_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli, layout
-from pretrain.supervision.progress_file import read_progress
+from pretrain.supervision.progress_file import Progress, read_progress
 from xlstm_io.errors import ExitCode
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
@@ -37,3 +37,18 @@ def test_when_its_time_is_over_a_start_saves_and_ends(folder, capsys):
         assert (progress.status, progress.step) == ("stopped", step)
         assert progress.checkpoint_step == step
     assert train("--run.max_minutes", "60") == ExitCode.DONE
+    for life, step in ((1, 4), (2, 5), (3, 6)):  # each start keeps its own output
+        text = (folder / "logs" / f"life-{life:06d}" / "rank_0.log").read_text()
+        assert f"step {step}/6" in text and "continuing from" in text
+
+
+def test_check_compares_a_step_and_a_save_with_the_grace(folder, capsys):
+    def grace(seconds):
+        assert cli.run(["check", "run.yaml", "--run.grace_seconds", str(seconds)]) == 0
+        out = capsys.readouterr().out
+        return next(line for line in out.splitlines() if line.startswith("grace"))
+
+    assert "known once the run has saved" in grace(30)
+    Progress("running", 5, 6, 1, "ckpt", 5, step_seconds=2.0, save_seconds=20.0).write(folder)
+    assert grace(30) == "grace             30 s: a step took 2.0 s and a save 20.0 s"
+    assert "so a stop would be cut by the kill (run.grace_seconds=20)" in grace(20)

@@ -6,6 +6,9 @@ import sys
 import threading
 import time
 
+import torch
+
+from pretrain.supervision import watchdog as watchdog_module
 from pretrain.supervision.watchdog import CHECKPOINT, EVALUATION, STARTUP, STEP, Limits, Watchdog
 from xlstm_io.errors import ExitCode
 
@@ -61,6 +64,29 @@ def test_the_limit_grows_with_the_slowest_step():
     assert LIMITS.of(STEP, 0.001) == 0.2
     assert LIMITS.of(STEP, 3.0) == LIMITS.of(EVALUATION, 3.0) == 60.0
     assert LIMITS.of(STARTUP, 3.0) == 0.6
+
+
+def test_an_evaluation_may_have_a_limit_of_its_own(tmp_path):
+    limits = Limits(step=60.0, startup=60.0, checkpoint=60.0, evaluation=0.2)
+    assert limits.of(EVALUATION, 3.0) == 0.2 and limits.of(STEP, 3.0) == 60.0
+    watchdog, ends = watch(tmp_path, limits)
+    with watchdog:
+        watchdog.moved(EVALUATION, 4)
+        wait_for(lambda: ends)
+    assert "in its evaluation, after step 4" in (tmp_path / "hang-3.txt").read_text()
+
+
+def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, monkeypatch):
+    recorders = torch._C._distributed_c10d
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(recorders, "_dump_nccl_trace", lambda: b"a pickle", raising=False)
+    monkeypatch.setattr(recorders, "_dump_fr_trace", lambda: time.sleep(60), raising=False)
+    monkeypatch.setattr(watchdog_module, "RECORDER_S", 0.2)
+    watchdog, ends = watch(tmp_path)
+    with watchdog:
+        watchdog.moved(STEP, 1)
+        wait_for(lambda: ends)
+    assert (tmp_path / "hang-3.nccl.pickle").read_bytes() == b"a pickle"
 
 
 def test_without_limits_only_the_phase_is_kept(tmp_path):
