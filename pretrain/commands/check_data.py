@@ -17,6 +17,7 @@ from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
 from xlstm_io.errors import CheckpointError, ConfigError, UserError
 from xlstm_io.storage import Location, location
+from xlstm_io.terminal import counted
 from xlstm_mcore.sizes.parameters import count_parameters
 
 OPTIMIZER_BYTES = 12  # of each parameter: fp32 master weight and two moments
@@ -36,7 +37,9 @@ def describe_data(config: RunConfig) -> str:
         try:
             lines.extend(part())
         except UserError as error:
-            problems.append(str(error))
+            # Training and validation data are often one folder, which is missing once.
+            if not any(str(error) in known for known in problems):
+                problems.append(str(error))
 
     plans: list[DataPlan] = []
     attempt(lambda: _training_data(config, plans))
@@ -47,7 +50,7 @@ def describe_data(config: RunConfig) -> str:
         attempt(lambda: _run_folder(config, plan))
     attempt(lambda: _disk(config))
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem")
         found = "\n".join(f"  - {message}" for message in problems)
         raise ConfigError(
             f"{count} with what lies on this machine (--no-data leaves this out)\n{found}"

@@ -76,12 +76,12 @@ def test_all_that_is_wrong_is_one_message_with_exit_code_2(check, shards, monkey
     ("changes", "says"),
     [
         ({"data__path": "nowhere"}, "nowhere is not a folder of shards"),
-        ({"data__seq_len": 32}, "seq_len"),
+        ({"data__seq_len": 32}, "data.seq_len=32 is not"),
     ],
 )
 def test_wrong_data_are_found_here_unless_left_out(check, changes, says):
     code, _, err = check(**changes)
-    assert code == 2 and says in err
+    assert code == 2 and err.count(says) == 1, "training and validation data, and said once"
     code, out, err = check("--no-data", **changes)
     assert code == 0 and "training data" not in out
 
