@@ -10,6 +10,7 @@ starts. With the widths of the 7B and two layers the folder has 3.3 GB, and so h
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,18 +22,12 @@ from xlstm_io.checkpoint.manifest import resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import TensorHeader, write_safetensors
 from xlstm_io.tensor_files import open_tensors
+from xlstm_mcore.convert.cli import main as convert
 from xlstm_mcore.convert.families import native_xlstm
 from xlstm_mcore.convert.tables import rows
 from xlstm_mcore.settings import ModelConfig
 
-# Runs a command of the conversion and prints the process's own peak in KiB.
-RUN = """
-import resource, sys
-from xlstm_mcore.convert.cli import main
-code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
-sys.exit(code)
-"""
+CONVERT = "--convert"  # what follows is a command of the conversion, for the measured process
 
 
 def write_folder(folder: Path, model: ModelConfig) -> None:
@@ -50,9 +45,8 @@ def write_folder(folder: Path, model: ModelConfig) -> None:
 
 def peak_mib(*words: str) -> float:
     """Peak resident memory of a command of the conversion, in MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "benchmarks.import_memory", CONVERT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
     return int(done.stderr.split()[-1]) / 1024
@@ -68,6 +62,10 @@ def check_equal(folder: Path, run: Path, model: ModelConfig) -> None:
 
 def main() -> None:
     """Parse the command line, measure, print."""
+    if sys.argv[1:2] == [CONVERT]:
+        code = convert(sys.argv[2:])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)  # KiB
+        sys.exit(code)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=4096, help="width of the model")
     parser.add_argument("--layers", type=int, default=2, help="how many blocks")

@@ -144,7 +144,10 @@ def _destroy_deepspeed() -> None:
 
     if "deepspeed" in sys.modules and torch.distributed.is_initialized():
         from deepspeed import DeepSpeedEngine
+        from deepspeed.comm import comm
 
+        if comm.cdb is None or not comm.cdb.is_initialized():
+            return  # the groups are of another call, which used no DeepSpeed
         for thing in gc.get_objects():
             if isinstance(thing, DeepSpeedEngine):
                 thing.destroy()
