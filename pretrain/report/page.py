@@ -53,6 +53,9 @@ def write_page(runs: Sequence[RunRecord]) -> str:
             ]
         ),
         stories=[(name_of(run), story(run)) for run in runs],
+        origins=[
+            (name_of(run), json.dumps(run.provenance, indent=2)) for run in runs if run.provenance
+        ],
         configurations=[
             (name_of(run), json.dumps(run.config.model_dump(mode="json"), indent=2)) for run in runs
         ],

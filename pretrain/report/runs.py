@@ -9,7 +9,13 @@ from typing import Any
 from pretrain.config import RunConfig, load_config
 from pretrain.history import read_history
 from pretrain.metrics import read_metrics
-from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from pretrain.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PROVENANCE_FILE,
+    STARTS_FOLDER,
+    SUMMARY_FILE,
+)
 from xlstm_io.errors import UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -25,6 +31,7 @@ class RunRecord:
         summary: `summary.json`, or what the metrics say of an unfinished run; see `read_summary`.
         history: its starts and events, in order.
         baselines: n-gram losses in nats per token, by the name they are shown with.
+        provenance: code, versions, machine, command and data of its newest start.
     """
 
     folder: Path
@@ -33,6 +40,7 @@ class RunRecord:
     summary: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     baselines: Mapping[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def points(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
         """Where `key` was recorded, by `step` or `tokens`, and what it was."""
@@ -75,7 +83,14 @@ def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunR
         summary=read_summary(folder, config, records),
         history=read_history(folder),
         baselines=baselines or {},
+        provenance=_provenance(folder),
     )
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """What the newest start of a run recorded of itself; empty for runs of version 0.1.0."""
+    found = sorted(folder.glob(f"{STARTS_FOLDER}/*/{PROVENANCE_FILE}"))
+    return read_json(found[-1], "starting the run") if found else {}
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:

@@ -101,6 +101,17 @@ def test_a_page_shows_curves_story_and_configuration(make_run):
     assert "What differs" not in page.text
 
 
+def test_a_page_shows_where_the_weights_come_from(make_run):
+    run = make_run("first")
+    assert "Not recorded" in Page(write_page([run])).text
+    for life, commit in ((1, "0ld"), (2, "c0ffee")):
+        start = run.folder / "starts" / f"{life:06d}"
+        start.mkdir(parents=True)
+        (start / "provenance.json").write_text(json.dumps({"code": {"commit": commit}}))
+    text = Page(write_page([read_run(run.folder)])).text
+    assert "c0ffee" in text and "0ld" not in text
+
+
 def test_runs_are_compared_by_what_differs(make_run):
     runs = [make_run("first"), make_run("second", lr=3e-3, num_heads=4)]
     assert differences(runs) == [
