@@ -170,7 +170,9 @@ class Watchdog:
                 kind = name.removeprefix("_dump_").removesuffix("_trace")
                 with suppress(OSError, RuntimeError):
                     path = self._folder / f"hang-{self._rank}.{kind}.pickle"
-                    write_atomic(path, dump(), sync=False)
+                    recorded = dump()
+                    if recorded:  # None where no collective has been recorded yet
+                        write_atomic(path, recorded, sync=False)
 
 
 def last_phases(folder: Path) -> list[str]:

@@ -108,7 +108,7 @@ def test_truncated_tar(copy, cut):
 def test_missing_files(copy):
     path = next(readers(copy)).path
     path.with_suffix("").with_suffix(".idx.npz").unlink()
-    with pytest.raises(CorruptShardError, match="index"):
+    with pytest.raises(CorruptShardError, match=r"\.idx\.npz: the file is missing; restore"):
         read_all(copy)
 
 

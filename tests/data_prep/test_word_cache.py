@@ -35,8 +35,7 @@ def models(tmp_path_factory) -> dict[str, bytes]:
 
 
 def open_model(model: bytes, folder) -> SentencePieceTokenizer:
-    (folder / "tokenizer.model").write_bytes(model)
-    return SentencePieceTokenizer(folder / "tokenizer.model")
+    return SentencePieceTokenizer(folder / "tokenizer.model", {"tokenizer.model": model})
 
 
 def pattern_of(model: bytes) -> re.Pattern | None:

@@ -125,6 +125,10 @@ RUN_ELSEWHERE = {
         )
         for more, other in (("", ""), (" runs/second", ", second.folder"))
     },
+    "python -m data_prep import-megatron": (
+        "tests/data_prep/test_import_megatron.py",
+        'run("import-megatron"',
+    ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),

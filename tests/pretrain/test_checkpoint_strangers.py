@@ -221,7 +221,7 @@ def test_a_checkpoint_in_an_object_store(store):
     target = wanted()
     assert load_checkpoint(latest, [target]).state == {"tokens": 3}
     assert torch.equal(target.tensor, value())
-    assert "320 in 1 tensors" in show(store) and str(latest) in show(store)
+    assert "320 in 1 tensor" in show(store) and str(latest) in show(store)
 
 
 def test_only_the_ranges_that_are_needed_are_downloaded(store):

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.check import describe_run
-from pretrain.config import checks, support
+from pretrain.config import check_world, checks, support
 from pretrain.config.support import Combination
 from tests.pretrain.run_files import config
+from xlstm_io.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,10 +100,10 @@ def test_what_the_run_file_asks_for_is_done_on_every_backend():
 
 def test_a_machine_without_deepspeed_is_told_how_to_get_it(monkeypatch):
     run = config(engine__name="deepspeed")
-    assert list(checks._deepspeed(run)) == []
+    assert check_world(run, 1) == 1
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    (message,) = checks._deepspeed(run)
-    assert "pip install 'deepspeed>=0.19,<0.20'" in message
+    with pytest.raises(ConfigError, match=r"pip install 'deepspeed>=0\.19,<0\.20'"):
+        check_world(run, 1)
 
 
 @pytest.mark.parametrize("version", ["0.18.2", "0.20.0", "1.0.0"])
@@ -113,7 +114,6 @@ def test_other_releases_of_deepspeed_are_refused(monkeypatch, version):
     import torch
 
     from pretrain.engines import deepspeed_compat
-    from xlstm_io.errors import ConfigError
 
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(__version__=version))
     with pytest.raises(ConfigError, match=rf"0\.19\.x, and {version} is installed; pip install"):

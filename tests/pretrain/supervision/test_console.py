@@ -32,7 +32,7 @@ def test_lines_go_to_the_terminal_and_to_the_file(tmp_path, capsys):
 def test_a_bar_stays_a_bar_and_leaves_its_messages(tmp_path, monkeypatch):
     log, terminal = tmp_path / "rank_0.log", Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with ConsoleLog(log), MetricLogger(tmp_path, total_steps=3, tensorboard=False) as metrics:
+    with ConsoleLog(log), MetricLogger(tmp_path, total_steps=3) as metrics:
         metrics.message("the first line")
         for step in (1, 2, 3):
             metrics.log(step, {"loss": 2.0})
