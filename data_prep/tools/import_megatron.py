@@ -22,7 +22,8 @@ from data_prep.jobs.workers import Tick, available_cpus, run_tasks
 from data_prep.sources.documents import text_hash
 from data_prep.sources.files import file_fingerprint
 from data_prep.sources.megatron import MegatronCorpus
-from xlstm_io.errors import PrepError, ShardFormatError
+from data_prep.tools.finished import is_finished
+from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
@@ -97,7 +98,7 @@ def import_megatron(
         "tokenizer": tokenizer.sha256,
         **settings.__dict__,
     }
-    if _finished(out, identity):
+    if is_finished(out, _STATE_NAME, identity):
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
     write_atomic(out / "_work" / _STATE_NAME, json.dumps(identity).encode() + b"\n")
@@ -167,25 +168,6 @@ def _tasks(
             number = len(tasks)
             tasks.append(ImportTask(prefix, first, last, number, size, tokenizer, out, settings))
     return tasks
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> bool:
-    state = out / "_work" / _STATE_NAME
-    try:
-        stored = json.loads(state.read_bytes())
-    except FileNotFoundError:
-        if out.exists() and any(out.iterdir()):
-            raise PrepError(f"{out} was not made by this command; choose another --out") from None
-        return False
-    except ValueError:
-        raise PrepError(f"{state} is damaged; delete {out} or choose another --out") from None
-    if stored != identity:
-        raise PrepError(f"{out} holds other shards or settings; choose another --out")
-    try:
-        load_manifest(out)
-    except ShardFormatError:
-        return False
-    return True
 
 
 def _load_record(task: ImportTask) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ from data_prep.build.pack import Packing, make_packer, write_shard
 from data_prep.build.report import split_fields
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Tick, available_cpus, run_tasks
-from xlstm_io.errors import PrepError, ShardFormatError
+from data_prep.tools.finished import is_finished
+from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -85,7 +86,7 @@ def repack(
     if (seq_len, packing) == (manifest.seq_len, manifest.packing):
         raise PrepError(f"{shards} has --seq-len {seq_len} and packing {packing} already")
     settings = {"from": manifest.hash, "seq_len": seq_len, "packing": packing}
-    if _finished(out, settings):
+    if is_finished(out, _STATE_NAME, settings):
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
     write_atomic(out / "_work" / _STATE_NAME, json.dumps(settings).encode() + b"\n")
@@ -123,25 +124,6 @@ def repack(
             )
     say(f"manifest {out / MANIFEST_NAME}  hash {result.hash[:12]}")
     return result
-
-
-def _finished(out: Path, settings: dict[str, Any]) -> bool:
-    state = out / "_work" / _STATE_NAME
-    try:
-        stored = json.loads(state.read_bytes())
-    except FileNotFoundError:
-        if out.exists() and any(out.iterdir()):
-            raise PrepError(f"{out} was not made by this command; choose another --out") from None
-        return False
-    except ValueError:
-        raise PrepError(f"{state} is damaged; delete {out} or choose another --out") from None
-    if stored != settings:
-        raise PrepError(f"{out} holds other shards or settings; choose another --out")
-    try:
-        load_manifest(out)
-    except ShardFormatError:
-        return False
-    return True
 
 
 def _load_record(task: RepackTask) -> dict[str, Any] | None:

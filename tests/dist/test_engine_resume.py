@@ -1,18 +1,15 @@
 """One checkpoint for both engines: what one saved the other continues."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-    ),
+    needs_deepspeed,
 ]
 
 MODEL = "mixed"

@@ -1,6 +1,5 @@
 """Cells of the support matrix equal one process: drawn from it until every two values met."""
 
-import importlib.util
 from unittest import mock
 
 import pytest
@@ -8,12 +7,11 @@ import pytest
 from pretrain.config import support
 from tests.dist import work
 from tests.dist.matrix import covering, name, ranks_and_changes
+from tests.dist.needs import needs_deepspeed
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-    ),
+    needs_deepspeed,
 ]
 
 MODEL = "mixed"

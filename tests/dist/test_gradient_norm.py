@@ -1,6 +1,5 @@
 """The norm of the gradient is that of fp64, whatever optimizer, precision and layout."""
 
-import importlib.util
 import math
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from pretrain.engines.gradients import sum_of_squares
 from pretrain.trainer import train_step
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 
 CPU = torch.device("cpu")
 
@@ -47,11 +47,6 @@ def norm_and_gradient(config):
         if share:
             squares += (part.tensor.double() / share[0]).square().sum().item()
     return result.grad_norm, squares
-
-
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
 
 
 @pytest.mark.dist

@@ -4,8 +4,6 @@ With `--all-layouts` these are all that four processes hold, each with its self-
 are drawn until every two values of an engine and of the layout's axes have met.
 """
 
-import importlib.util
-
 import pytest
 
 import pretrain.commands.self_test
@@ -18,12 +16,11 @@ from pretrain.data import ValidLoader, open_valid
 from pretrain.metrics import read_metrics
 from tests.dist import work
 from tests.dist.matrix import MOST_RANKS, covering, name, ranks_and_changes, replica_ranks
+from tests.dist.needs import needs_deepspeed
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-    ),
+    needs_deepspeed,
 ]
 
 CELLS = [

@@ -4,7 +4,6 @@ A seeded sample of pairs: the layouts shuffled into a ring, each one's checkpoin
 next, so that every layout saves once and loads once.
 """
 
-import importlib.util
 import random
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from pretrain.checkpoint import TensorSlice, find_latest, load_checkpoint, save_checkpoint
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 from xlstm_io.checkpoint.reader import CheckpointReader
 
 SEED = 11
@@ -42,7 +42,7 @@ RING = random.Random(SEED).sample(list(LAYOUTS), len(LAYOUTS))
 PAIRS = list(zip(RING, RING[1:] + RING[:1], strict=True))
 
 
-def needs_deepspeed(pair):
+def has_deepspeed(pair):
     """Whether a pair cannot run without DeepSpeed."""
     return any("engine__name" in LAYOUTS[name][1] for name in pair)
 
@@ -51,10 +51,7 @@ CASES = [
     pytest.param(
         *pair,
         id="-".join(pair),
-        marks=pytest.mark.skipif(
-            needs_deepspeed(pair) and importlib.util.find_spec("deepspeed") is None,
-            reason="DeepSpeed is not installed",
-        ),
+        marks=[needs_deepspeed] if has_deepspeed(pair) else [],
     )
     for pair in PAIRS
 ]

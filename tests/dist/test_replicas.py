@@ -1,6 +1,5 @@
 """A bit that flips on one rank is found, with the rank and the tensor."""
 
-import importlib.util
 from unittest import mock
 
 import pytest
@@ -12,6 +11,7 @@ from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.replicas import bit_hash, check_replicas
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
 from xlstm_io.errors import MachineFailed
 
@@ -19,9 +19,6 @@ pytestmark = pytest.mark.dist
 
 TP2 = {"layout__tensor": 2}
 ZERO = {"engine__name": "deepspeed"}
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
 
 
 def flip(tensor):

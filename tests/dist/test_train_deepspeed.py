@@ -1,17 +1,14 @@
 """The trainer itself with DeepSpeed: losses, validation, checkpoints, and Megatron goes on."""
 
-import importlib.util
-
 import pytest
 
 from pretrain.metrics import read_metrics
+from tests.dist.needs import needs_deepspeed
 from tests.dist.test_train_context import run_config, shards, train  # noqa: F401
 
 
 @pytest.mark.dist
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
+@needs_deepspeed
 def test_training_with_zero_3_and_then_with_megatron(pool, shards, tmp_path):  # noqa: F811
     zero = {"engine__name": "deepspeed", "engine__zero_stage": 3}
     for name, changes in (("one", {}), ("two", zero)):

@@ -1,6 +1,5 @@
 """A step that is judged bad changes nothing, on any engine, and a step reads the device once."""
 
-import importlib.util
 import math
 import traceback
 from unittest import mock
@@ -19,6 +18,7 @@ from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
 from pretrain.trainer import train_step
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist
@@ -28,9 +28,6 @@ MUON = {"optimizer__name": "muon"}
 ZERO = {"engine__name": "deepspeed"}
 BF16 = {"engine__precision": "bf16"}
 NAN, INF = math.nan, math.inf
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
 
 
 def masked(function, *args):
