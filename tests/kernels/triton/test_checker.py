@@ -50,6 +50,12 @@ def faults(launch):
     return checker.faults
 
 
+def apart(dtype, length):
+    """Two tensors of zeros, the second far behind the first: neither's neighbour is the other."""
+    memory = bytearray(8192)
+    return [torch.frombuffer(memory, dtype=dtype, count=length, offset=o) for o in (1024, 4096)]
+
+
 def test_masked_copy_is_clean_and_correct():
     x, y = torch.randn(100), torch.zeros(100)
     with Checker() as checker:
@@ -60,7 +66,8 @@ def test_masked_copy_is_clean_and_correct():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
 def test_load_past_the_end(dtype):
-    x, y = torch.ones(100, dtype=dtype), torch.zeros(100, dtype=dtype)
+    y, x = apart(dtype, 100)
+    x.fill_(1)
     found = faults(lambda: copy_kernel[(4,)](x, y, 100, False, True, 32))
     assert len(found) == 1
     assert "program (3, 0, 0): load out of bounds in 28 lanes" in found[0]
@@ -83,7 +90,8 @@ def test_access_between_the_elements_of_a_view():
 
 
 def test_access_before_the_start():
-    found = faults(lambda: shift_kernel[(1,)](torch.ones(16), torch.zeros(16), -2, 16))
+    y, x = apart(torch.float32, 16)
+    found = faults(lambda: shift_kernel[(1,)](x, y, -2, 16))
     assert "store out of bounds in 2 lanes, the first 8 bytes before y" in found[0]
 
 
