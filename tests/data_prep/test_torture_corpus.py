@@ -164,7 +164,7 @@ def test_every_bad_record_is_counted_under_its_reason(torture, torture_shards):
 
 def test_ids_are_equal_in_shards_prompts_and_exports(torture, torture_shards):
     """The export's fast form reads U+2581 as a space, and says so; the texts without it agree."""
-    from xlstm_mcore.convert.tokenizer import fast_tokenizer
+    from xlstm_mcore.convert.tokenizer.sentencepiece_fast import fast_tokenizer
 
     manifest = load_manifest(torture_shards)
     tokenizer = open_tokenizer(manifest.tokenizer_path)  # as `generate` opens it

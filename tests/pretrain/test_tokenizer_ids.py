@@ -9,7 +9,7 @@ from data_prep.tools.repack import stored_documents
 from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.tokenizer import open_tokenizer
-from xlstm_mcore.convert.tokenizer import write_tokenizer
+from xlstm_mcore.convert.tokenizer.write import write_tokenizer
 
 TEXTS = [
     "\u2581",

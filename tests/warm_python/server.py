@@ -39,8 +39,8 @@ MODULES = (
     "torch.utils.tensorboard",
     "transformers.models.xlstm",
     "xlstm_mcore.convert.cli",
-    "xlstm_mcore.convert.to_hf",
-    "xlstm_mcore.convert.verify",
+    "xlstm_mcore.convert.export.to_hf",
+    "xlstm_mcore.convert.proof.verify",
 )
 
 

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from pretrain import layout as layouts
 from pretrain.checkpoint import TensorSlice, save_checkpoint
 from tests import fake_object_store
-from xlstm_mcore.convert import cli, to_hf, tokenizer_corpus, verify
-from xlstm_mcore.convert import weights as weights_module
-from xlstm_mcore.convert.folder import building
+from xlstm_mcore.convert import cli
+from xlstm_mcore.convert.export import to_hf
+from xlstm_mcore.convert.export import weights as weights_module
+from xlstm_mcore.convert.export.folder import building
+from xlstm_mcore.convert.proof import verify
+from xlstm_mcore.convert.tokenizer import corpus as tokenizer_corpus
 
 MODEL = {
     "pattern": "M|M",

@@ -15,7 +15,8 @@ from pretrain.checkpoint import TensorSlice, save_checkpoint
 from tests.xlstm_mcore.hf_models import ARCHITECTURES, our_model
 from tests.xlstm_mcore.test_convert import train_tokenizer
 from tests.xlstm_mcore.test_model import global_tensors
-from xlstm_mcore.convert import cli, tokenizer_corpus
+from xlstm_mcore.convert import cli
+from xlstm_mcore.convert.tokenizer import corpus as tokenizer_corpus
 from xlstm_mcore.inference import model_logits
 
 VOCAB = 470  # more than the tokenizer's: the rest is padding

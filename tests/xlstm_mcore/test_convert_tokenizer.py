@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from tests.data_prep.small_corpus import make_texts, save_hf_tokenizer
 from tests.xlstm_mcore.test_convert import train_tokenizer
 from xlstm_io.tokenizer import open_tokenizer
-from xlstm_mcore.convert import tokenizer_corpus
-from xlstm_mcore.convert.card import snippet
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.sentencepiece_fast import fast_tokenizer
-from xlstm_mcore.convert.tokenizer import check_folder, texts_for, write_tokenizer
-from xlstm_mcore.convert.tokenizer_corpus import SAMPLES, check_equal
+from xlstm_mcore.convert.export.card import snippet
+from xlstm_mcore.convert.tokenizer import corpus as tokenizer_corpus
+from xlstm_mcore.convert.tokenizer.corpus import SAMPLES, check_equal
+from xlstm_mcore.convert.tokenizer.sentencepiece_fast import fast_tokenizer
+from xlstm_mcore.convert.tokenizer.write import check_folder, texts_for, write_tokenizer
 
 #: What a model is trained with, and whether it has an exact fast form.
 MODELS = {

@@ -17,7 +17,7 @@ from xlstm_io.tokenizer import read_tokenizer_files
 from xlstm_mcore.convert import cli
 from xlstm_mcore.convert.families import FAMILIES, custom, llama, native_xlstm, nxai_classic
 from xlstm_mcore.convert.families import nxai_large as large
-from xlstm_mcore.convert.foreign_config import width_keys
+from xlstm_mcore.convert.imports.config import width_keys
 from xlstm_mcore.convert.tables import rows
 from xlstm_mcore.inference import model_logits, open_model
 from xlstm_mcore.parameters.slices import named_slices

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints to Hugging Face's `xlstm` format, and checking the result.
+"""Conversion of checkpoints to and from the formats of others, and the proof that it is exact.
 
 The only package of the project that imports transformers.
 """

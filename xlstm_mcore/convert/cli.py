@@ -10,7 +10,7 @@ from pathlib import Path
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import location
 from xlstm_io.terminal import tell, until_nobody_reads
-from xlstm_mcore.convert import import_cli
+from xlstm_mcore.convert.imports import cli as import_cli
 
 #: Names that `--family` and `--dtype` know; the modules that define them take seconds to import.
 FAMILY_NAMES = ("xlstm", "llama", "xlstm_blocks")
@@ -120,7 +120,7 @@ def _size(text: str) -> int:
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    from xlstm_mcore.convert.to_hf import export
+    from xlstm_mcore.convert.export.to_hf import export
 
     done = export(
         arguments.checkpoint,
@@ -166,7 +166,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     folder = arguments.folder
     code = _compare(arguments.checkpoint, folder, silent=False, as_json=arguments.json)
     if code == ExitCode.DONE and not arguments.json:
-        from xlstm_mcore.convert import verify
+        from xlstm_mcore.convert.proof import verify
 
         about = json.loads((folder / "xlstm_export.json").read_text(encoding="utf-8"))
         if about["parameters"] <= verify.SMALL:
@@ -178,7 +178,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _compare(checkpoint: str, folder: Path, *, silent: bool, as_json: bool = False) -> int:
     """Compare a folder with its checkpoint; `silent` prints a line alone where all is well."""
-    from xlstm_mcore.convert import verify
+    from xlstm_mcore.convert.proof import verify
 
     checks = verify.verify(checkpoint, folder)
     good = verify.passed(checks)

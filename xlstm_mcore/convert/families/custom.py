@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.foreign_config import ForeignConfig, shape_of, width_keys
+from xlstm_mcore.convert.imports.config import ForeignConfig, shape_of, width_keys
 from xlstm_mcore.convert.tables import LAYER_TENSORS, Shape, Table, renames
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import attention_heads, dimensions

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.foreign_config import ForeignConfig, count_layers, shape_of, width_keys
+from xlstm_mcore.convert.imports.config import ForeignConfig, count_layers, shape_of, width_keys
 from xlstm_mcore.convert.tables import STACK, Entry, Shape, Table, Transform, renames
 
 NAME = "xLSTMLMModel"

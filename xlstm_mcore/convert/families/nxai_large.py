@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from xlstm_mcore.convert.families import native_xlstm
-from xlstm_mcore.convert.foreign_config import ForeignConfig, shape_of
+from xlstm_mcore.convert.imports.config import ForeignConfig, shape_of
 from xlstm_mcore.convert.tables import Shape, Table
 
 NAME = "xLSTMLarge"

@@ -3,7 +3,7 @@
 transformers' own reading of a bare `tokenizer.model` differs from SentencePiece on ordinary text
 (it sets no normaliser and takes every model for BPE). So the conversion follows the model's own
 protocol buffer. Whether the result is exact is decided by a comparison on many texts
-(`xlstm_mcore.convert.tokenizer`), not here.
+(`xlstm_mcore.convert.tokenizer.write`), not here.
 
 Unigram models have no exact fast form: tokenizers adds up scores in another order, and finds
 control symbols in a text, where SentencePiece reads them as text.

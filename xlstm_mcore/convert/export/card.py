@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from xlstm_mcore.convert.tokenizer import WrittenTokenizer
+from xlstm_mcore.convert.tokenizer.write import WrittenTokenizer
 
 TEMPLATE = """---
 library_name: transformers

@@ -23,7 +23,7 @@ from xlstm_io.storage import (
     write_atomic,
 )
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.weights import PROGRESS
+from xlstm_mcore.convert.export.weights import PROGRESS
 
 #: Marks a folder as an export of ours, which a later export may replace.
 MARKER = "xlstm_export.json"

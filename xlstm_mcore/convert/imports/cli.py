@@ -12,7 +12,7 @@ from xlstm_io.errors import ExitCode
 from xlstm_mcore.convert.errors import ConvertError
 
 if TYPE_CHECKING:
-    from xlstm_mcore.convert.import_plan import Foreign
+    from xlstm_mcore.convert.imports.plan import Foreign
 
 
 def add_commands(commands: Any) -> None:
@@ -81,20 +81,20 @@ def add_commands(commands: Any) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    from xlstm_mcore.convert.import_plan import open_hf
+    from xlstm_mcore.convert.imports.plan import open_hf
 
     return _import(arguments, open_hf)
 
 
 def _from_nxai(arguments: argparse.Namespace) -> int:
-    from xlstm_mcore.convert.import_plan import open_nxai
+    from xlstm_mcore.convert.imports.plan import open_nxai
 
     return _import(arguments, open_nxai)
 
 
 def _import(arguments: argparse.Namespace, open_source: "Callable[[Path], Foreign]") -> int:
-    from xlstm_mcore.convert.from_foreign import write
-    from xlstm_mcore.convert.import_plan import make_plan, parse_changes
+    from xlstm_mcore.convert.imports.plan import make_plan, parse_changes
+    from xlstm_mcore.convert.imports.write import write
 
     if arguments.out is None and not arguments.dry_run:
         raise ConvertError("OUT is missing: the folder to write the checkpoint into")

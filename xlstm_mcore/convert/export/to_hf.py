@@ -23,13 +23,13 @@ from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.storage import Location, location
 from xlstm_io.tokenizer import Tokenizer
-from xlstm_mcore.convert.card import NO_BOS, model_card
 from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.export.card import NO_BOS, model_card
+from xlstm_mcore.convert.export.folder import MARKER, building, check_replaceable, put_files
+from xlstm_mcore.convert.export.weights import INDEX, Plan, plan_files, write_weights
 from xlstm_mcore.convert.families import choose, custom
-from xlstm_mcore.convert.folder import MARKER, building, check_replaceable, put_files
 from xlstm_mcore.convert.tables import Row, rows
-from xlstm_mcore.convert.tokenizer import write_tokenizer
-from xlstm_mcore.convert.weights import INDEX, Plan, plan_files, write_weights
+from xlstm_mcore.convert.tokenizer.write import write_tokenizer
 from xlstm_mcore.old_keys import current_keys
 from xlstm_mcore.settings import ModelConfig
 

@@ -27,12 +27,12 @@ from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME
 from xlstm_io.untrusted import inside
 from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.export.folder import MARKER
+from xlstm_mcore.convert.export.to_hf import check_tensors, model_of
+from xlstm_mcore.convert.export.weights import DTYPES, INDEX, Plan, plan_files, read_row
 from xlstm_mcore.convert.families import FAMILIES
-from xlstm_mcore.convert.folder import MARKER
-from xlstm_mcore.convert.streamed import our_logits, their_model
-from xlstm_mcore.convert.to_hf import check_tensors, model_of
-from xlstm_mcore.convert.tokenizer import check_folder
-from xlstm_mcore.convert.weights import DTYPES, INDEX, Plan, plan_files, read_row
+from xlstm_mcore.convert.proof.streamed import our_logits, their_model
+from xlstm_mcore.convert.tokenizer.write import check_folder
 
 Logits = Callable[[Tensor], Tensor]
 

@@ -1,6 +1,6 @@
 """The tokenizer of an export: its own files, and what makes `AutoTokenizer` give the same ids.
 
-Each way is tried on the texts of `tokenizer_corpus`, best first, and the first that is exact is
+Each way is tried on the texts of `corpus`, best first, and the first that is exact is
 taken. So no export has a tokenizer that gives other ids than training.
 """
 
@@ -17,9 +17,9 @@ import xlstm_mcore.hf
 from xlstm_io.tokenizer import Tokenizer
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME
 from xlstm_io.tokenizer.sentencepiece_model import SPACE_SYMBOL, SentencePieceTokenizer
-from xlstm_mcore.convert import tokenizer_corpus
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.sentencepiece_fast import fast_tokenizer
+from xlstm_mcore.convert.tokenizer import corpus
+from xlstm_mcore.convert.tokenizer.sentencepiece_fast import fast_tokenizer
 
 WRAPPER = "tokenization_xlstm_blocks.py"
 _WRAPPER_CLASS = "XLSTMSentencePieceTokenizer"
@@ -69,7 +69,7 @@ def texts_for(tokenizer: Tokenizer) -> list[str]:
         pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
         added = json.loads(next(iter(tokenizer.files.values()))).get("added_tokens", ())
         special = [token["content"] for token in added]
-    return tokenizer_corpus.corpus(pieces, special, tokenizer_corpus.TEXTS)
+    return corpus.corpus(pieces, special, corpus.TEXTS)
 
 
 def check_folder(folder: Path, tokenizer: Tokenizer, *, remote_code: bool) -> bool:
@@ -97,7 +97,7 @@ def check_folder(folder: Path, tokenizer: Tokenizer, *, remote_code: bool) -> bo
                 found = xlstm_mcore.hf.XLSTMSentencePieceTokenizer.from_pretrained(alone)
             else:
                 found = AutoTokenizer.from_pretrained(alone)
-            return tokenizer_corpus.check_equal(found, tokenizer, texts_for(tokenizer))
+            return corpus.check_equal(found, tokenizer, texts_for(tokenizer))
         except ConvertError:
             raise
         except Exception as error:  # whatever a class of transformers may raise

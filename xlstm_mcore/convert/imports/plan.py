@@ -20,7 +20,7 @@ from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.yaml_file import YAMLTextError, parse_yaml
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.families import FAMILIES, nxai_classic, nxai_large
-from xlstm_mcore.convert.foreign_config import LARGEST, ForeignConfig
+from xlstm_mcore.convert.imports.config import LARGEST, ForeignConfig
 from xlstm_mcore.convert.tables import Row, rows, sizes_of
 from xlstm_mcore.pattern import PatternError, parse_pattern
 from xlstm_mcore.settings import ModelConfig

@@ -20,7 +20,7 @@ from xlstm_io.storage import Location
 from xlstm_io.tensor_files import TensorFiles
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
-from xlstm_mcore.convert.import_plan import Plan
+from xlstm_mcore.convert.imports.plan import Plan
 from xlstm_mcore.convert.tables import Row
 
 NO_OPTIMIZER = "It has no optimizer state; start a run from it with run.init_from."

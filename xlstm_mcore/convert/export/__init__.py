@@ -1,0 +1,1 @@
+"""Writing a checkpoint as a Hugging Face folder."""

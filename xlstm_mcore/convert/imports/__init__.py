@@ -1,0 +1,1 @@
+"""Reading the models of others as checkpoints."""

@@ -1,0 +1,1 @@
+"""Comparing an export with the checkpoint that it was made from."""

@@ -1,0 +1,1 @@
+"""The tokenizer of an export, with the ids of training."""
