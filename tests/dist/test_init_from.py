@@ -9,7 +9,7 @@ from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.history import read_history
 from tests.dist.training_runs import tiny_run
-from tests.xlstm_mcore.test_import import model_of, random_tensors
+from tests.xlstm_mcore.convert.test_import import model_of, random_tensors
 from xlstm_io.checkpoint.manifest import is_weight
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_mcore.convert import cli as convert

@@ -60,7 +60,7 @@ RUN_ELSEWHERE = {
     ),
     **{
         f"python -m xlstm_mcore.convert {command} imported": (
-            "tests/xlstm_mcore/test_import.py",
+            "tests/xlstm_mcore/convert/test_import.py",
             f'"{command.split()[0]}"',
         )
         for command in ("from-hf hf", "from-nxai model.pt")

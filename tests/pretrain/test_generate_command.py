@@ -11,7 +11,7 @@ import pytest
 from pretrain import cli
 from pretrain.checkpoint import TensorSlice, save_checkpoint
 from tests.house.documents import fenced
-from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.convert.small import train_tokenizer
 from tests.xlstm_mcore.test_generation_state import make_model
 from xlstm_io.tokenizer import read_tokenizer_files
 from xlstm_mcore.parameters.slices import named_slices

@@ -9,7 +9,7 @@ from pretrain.checkpoint import CheckpointError, TensorSlice, read_manifest, sav
 from pretrain.config import ConfigError, config_from_dict
 from pretrain.init_from import _check
 from tests.dist.training_runs import tiny_run
-from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.convert.small import train_tokenizer
 from xlstm_io.tokenizer import open_tokenizer, read_tokenizer_files
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, xLSTMConfig, xLSTMForCausalLM
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from tests.xlstm_mcore.test_convert import make_weights, save, train_tokenizer
+from tests.xlstm_mcore.convert.small import make_weights, save, train_tokenizer
 from tests.xlstm_mcore.test_generation_state import make_model
 from xlstm_io.checkpoint.manifest import read_manifest, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
@@ -23,6 +23,9 @@ from xlstm_mcore.inference import model_logits, open_model
 from xlstm_mcore.parameters.slices import named_slices
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import dimensions
+
+pytestmark = pytest.mark.usefixtures("few_texts")
+
 
 CLASSIC = {"norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None}
 LLAMA = {"logit_soft_cap": None, "attention_heads": 4, "attention_kv_heads": 2}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tests.data_prep.small_corpus import make_texts, save_hf_tokenizer
-from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.convert.small import train_tokenizer
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.card import snippet

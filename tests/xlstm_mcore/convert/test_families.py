@@ -10,29 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pretrain import layout as layouts
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from tests.xlstm_mcore.hf_models import ARCHITECTURES, our_model
-from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.convert.hf_models import ARCHITECTURES, our_model
 from tests.xlstm_mcore.test_model import global_tensors
 from xlstm_mcore.convert import cli
-from xlstm_mcore.convert.tokenizer import corpus as tokenizer_corpus
 from xlstm_mcore.inference import model_logits
 
 VOCAB = 470  # more than the tokenizer's: the rest is padding
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_texts_and_no_groups_left():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_corpus, "TEXTS", 100)
-        yield
-    layouts.leave()
-
-
-@pytest.fixture(scope="module")
-def spm(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+pytestmark = pytest.mark.usefixtures("few_texts")
 
 
 def exported(root, spm, name):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain import layout as layouts
-from tests.xlstm_mcore.hf_models import (
+from tests.xlstm_mcore.convert.hf_models import (
     ARCHITECTURES,
     STATEFUL,
     exported_model,

@@ -1,7 +1,7 @@
 """Export of a model at the widths of xLSTM 7B, two layers: memory, and the comparison.
 
 It takes 7 GB of disk and some minutes, so it runs when it is asked for:
-`XLSTM_WIDE=1 make test TESTS=tests/xlstm_mcore/test_convert_memory.py`.
+`XLSTM_WIDE=1 make test TESTS=tests/xlstm_mcore/convert/test_memory.py`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from tests.xlstm_mcore.test_convert import train_tokenizer
+from tests.xlstm_mcore.convert.small import train_tokenizer
 from xlstm_mcore.convert.families import FAMILIES
 from xlstm_mcore.convert.tables import rows
 from xlstm_mcore.settings import ModelConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.xlstm_mcore.test_import import write_case
+from tests.xlstm_mcore.convert.test_import import write_case
 from xlstm_mcore.convert import cli
 
 ROOT = Path(__file__).parents[2]
