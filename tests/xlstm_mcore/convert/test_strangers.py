@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.xlstm_mcore.convert.test_import import write_case
 from xlstm_mcore.convert import cli
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
