@@ -85,8 +85,8 @@ def worker(config: RunConfig) -> int:
     from pretrain import layout as layouts
     from pretrain.data import TrainLoader
     from pretrain.engines.verdict import Guard
-    from pretrain.metrics import MetricLogger
     from pretrain.trainer import Trainer
+    from pretrain.watching.metrics import MetricLogger
     from xlstm_io.signals import StopSignal
 
     clock = Clock()

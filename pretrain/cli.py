@@ -24,9 +24,9 @@ from pretrain.config import (
     split_overrides,
 )
 from pretrain.config.reference import options_help
-from pretrain.environment import read_place
 from pretrain.options import add_checkpoint, add_demo, add_evaluation, add_generation
-from pretrain.slurm_ranks import adopt_ranks, check_one_node
+from pretrain.processes.environment import read_place
+from pretrain.processes.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.config import RunConfig, check_world
-from pretrain.environment import read_place
-from pretrain.rendezvous import meet
+from pretrain.processes.environment import read_place
+from pretrain.processes.rendezvous import meet
 from xlstm_io.signals import StopSignal
 from xlstm_mcore.megatron import compat, cpu_runtime
 

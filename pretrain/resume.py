@@ -21,9 +21,9 @@ from pretrain.checkpoint import (
 from pretrain.config import RunConfig
 from pretrain.config.changes import Change
 from pretrain.data import DataCursor, DataPlan
-from pretrain.divergence import Divergence
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import StepResult
+from pretrain.guard.divergence import Divergence
 from pretrain.init_from import start_from
 from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost

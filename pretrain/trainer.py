@@ -15,24 +15,24 @@ from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
-from pretrain.divergence import DivergedError, RejectedStep, diverged, keep_evidence
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
-from pretrain.history import record_life
-from pretrain.interval import Interval
+from pretrain.guard.divergence import DivergedError, RejectedStep, diverged, keep_evidence
+from pretrain.guard.replicas import check_replicas
 from pretrain.layout import Layout
-from pretrain.metric_writers import open_writers
-from pretrain.metrics import MetricLogger
-from pretrain.provenance import provenance
-from pretrain.replicas import check_replicas
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
-from pretrain.summary import describe_start, write_summary
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
+from pretrain.watching.history import record_life
+from pretrain.watching.interval import Interval
+from pretrain.watching.metric_writers import open_writers
+from pretrain.watching.metrics import MetricLogger
+from pretrain.watching.provenance import provenance
+from pretrain.watching.summary import describe_start, write_summary
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode
 from xlstm_io.signals import StopSignal

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pretrain.slurm_ranks import adopt_ranks
+from pretrain.processes.slurm_ranks import adopt_ranks
 from slurm.health import FOLDER, Health
 from slurm.state import HEALTH_FILE, write
 

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pretrain.config import load_config
-from pretrain.history import append
 from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import read_progress
+from pretrain.watching.history import append
 from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,

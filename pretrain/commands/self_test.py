@@ -21,9 +21,9 @@ from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.checkpoint.ranks import background_ranks
 from pretrain.config import RunConfig
 from pretrain.layout import Layout
-from pretrain.metrics import read_metrics
 from pretrain.run_folder import METRICS_FILE
 from pretrain.trainer import Trainer
+from pretrain.watching.metrics import read_metrics
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode

@@ -1,8 +1,8 @@
 """Which keys may differ when a run continues from a checkpoint, or starts from its weights.
 
 `RULES` is the only list of them. A resume asks it (`pretrain.checkpoint.identity`), what is printed
-and recorded of a resume comes from it (`pretrain.history`), and docs/configuration.md shows it.
-Nothing here imports torch.
+and recorded of a resume comes from it (`pretrain.watching.history`), and docs/configuration.md
+shows it. Nothing here imports torch.
 """
 
 from collections.abc import Iterator, Mapping

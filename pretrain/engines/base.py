@@ -9,7 +9,7 @@ from torch import Tensor
 from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
 from pretrain.engines.verdict import Verdict
-from pretrain.replicas import Held
+from pretrain.guard.replicas import Held
 
 
 @dataclass(frozen=True)

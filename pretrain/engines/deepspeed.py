@@ -40,8 +40,8 @@ from pretrain.engines.state import (
     weight_slices,
 )
 from pretrain.engines.verdict import Verdict
+from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
-from pretrain.replicas import Held
 from xlstm_mcore.parameters.slices import is_shared, slices_of
 
 

@@ -21,8 +21,8 @@ from pretrain.engines.model import ModelEngine
 from pretrain.engines.muon import MuonWithAdamW
 from pretrain.engines.state import is_owner
 from pretrain.engines.verdict import Verdict
+from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
-from pretrain.replicas import Held
 from xlstm_mcore.megatron import compat
 
 # optimizer.name -> the optimizer.

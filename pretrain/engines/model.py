@@ -11,8 +11,8 @@ from pretrain.config import RunConfig
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.state import is_owner, weight_slices
+from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
-from pretrain.replicas import Held
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.decay import decays
 from xlstm_mcore.parameters.slices import named_slices

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from pretrain.progress import duration
 from pretrain.report.figures import loss_figure, name_of, value_figure
 from pretrain.report.runs import RunRecord
+from pretrain.watching.progress import duration
 
 # Keys that differ between any two runs and explain nothing.
 _EXPECTED = ("run.dir", "checkpoint.dir", "data.cache_dir")

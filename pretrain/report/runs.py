@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
-from pretrain.history import read_history
-from pretrain.metrics import read_metrics
 from pretrain.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -16,6 +14,8 @@ from pretrain.run_folder import (
     STARTS_FOLDER,
     SUMMARY_FILE,
 )
+from pretrain.watching.history import read_history
+from pretrain.watching.metrics import read_metrics
 from xlstm_io.errors import UserError
 from xlstm_mcore.sizes.parameters import count_parameters
 

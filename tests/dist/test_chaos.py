@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pretrain.checkpoint import find_latest
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.dist.training_runs import Signal, TrainingRun, tiny_run
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import (

@@ -10,9 +10,9 @@ import torch
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.commands import train as train_command
 from pretrain.config import config_from_dict
-from pretrain.divergence import DivergedError
 from pretrain.engines.megatron import MegatronEngine
-from pretrain.metrics import read_metrics
+from pretrain.guard.divergence import DivergedError
+from pretrain.watching.metrics import read_metrics
 from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist

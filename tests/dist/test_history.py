@@ -8,8 +8,8 @@ import pretrain.cli
 import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import ConfigError, config_from_dict, load_config
-from pretrain.history import append, read_history
-from pretrain.metrics import read_metrics
+from pretrain.watching.history import append, read_history
+from pretrain.watching.metrics import read_metrics
 from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist

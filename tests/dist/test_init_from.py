@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 import pretrain.commands.train
 from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.config import config_from_dict
-from pretrain.history import read_history
+from pretrain.watching.history import read_history
 from tests.dist.training_runs import tiny_run
 from tests.xlstm_mcore.convert.test_import import model_of, random_tensors
 from xlstm_io.checkpoint.manifest import is_weight

@@ -13,7 +13,7 @@ from pretrain.checkpoint import find_latest
 from pretrain.commands.evaluate import evaluate
 from pretrain.config import config_from_dict, support
 from pretrain.data import ValidLoader, open_valid
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.dist import work
 from tests.dist.matrix import MOST_RANKS, covering, name, ranks_and_changes, replica_ranks
 from tests.dist.needs import needs_deepspeed

@@ -9,7 +9,7 @@ import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
-from pretrain.replicas import bit_hash, check_replicas
+from pretrain.guard.replicas import bit_hash, check_replicas
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run

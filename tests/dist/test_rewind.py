@@ -10,8 +10,8 @@ import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.data import DataPlan
-from pretrain.history import read_history
-from pretrain.metrics import read_metrics
+from pretrain.watching.history import read_history
+from pretrain.watching.metrics import read_metrics
 from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist

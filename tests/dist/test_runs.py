@@ -13,7 +13,7 @@ from pretrain.checkpoint import CheckpointError, candidates_together, find_lates
 from pretrain.commands.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import ValidLoader
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests import fake_object_store
 from tests.dist.training_runs import tiny_run
 from xlstm_mcore.convert import cli as convert

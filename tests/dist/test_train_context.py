@@ -4,7 +4,7 @@ import pytest
 
 from pretrain.checkpoint import find_latest
 from pretrain.commands.evaluate import evaluate
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
 from tests.dist import work
 

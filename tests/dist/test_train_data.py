@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.synthetic_shards import write_shards
 from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.dist import work
 
 SEQ_LEN, STEPS = 24, 6

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.dist.needs import needs_deepspeed
 from tests.dist.test_train_context import run_config, shards, train  # noqa: F401
 

@@ -12,10 +12,10 @@ import pretrain.commands.train
 from pretrain import layout as layouts
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
-from pretrain.divergence import DivergedError
 from pretrain.engines import adamw, muon
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
+from pretrain.guard.divergence import DivergedError
 from pretrain.trainer import train_step
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed

@@ -3,7 +3,7 @@
 import contextlib
 import io
 
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.house.conftest import SMALLER, TUTORIAL
 from tests.house.documents import fenced, read
 

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import load_config
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_mcore.sizes.flops import training_flops
 

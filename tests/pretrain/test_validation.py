@@ -10,8 +10,8 @@ import pytest
 
 from pretrain import cli, layout
 from pretrain.data import ValidLoader
-from pretrain.metrics import read_metrics
 from pretrain.supervision.progress_file import read_progress
+from pretrain.watching.metrics import read_metrics
 from xlstm_io.checkpoint.evaluation import EVALUATION_NAME, read_evaluation
 from xlstm_io.checkpoint.manifest import find_latest, parse_manifest, step_of_folder
 from xlstm_io.errors import ExitCode

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from slurm import cli
 from slurm.state import RunState
 from tests.dist.training_runs import tiny_run

@@ -18,7 +18,7 @@ import data_prep.cli
 import pretrain.commands.train
 from pretrain import layout
 from pretrain.config import load_config
-from pretrain.metrics import read_metrics
+from pretrain.watching.metrics import read_metrics
 from tests.data_prep.small_corpus import make_texts, write_jsonl
 from xlstm_io.checkpoint.manifest import step_folders, step_of_folder
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice

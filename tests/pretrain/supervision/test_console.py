@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from pretrain.metrics import MetricLogger
 from pretrain.supervision.console import ConsoleLog
+from pretrain.watching.metrics import MetricLogger
 from xlstm_io.errors import MachineFailed, UserError
 
 

@@ -73,7 +73,7 @@ import errno
 def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the/file")
 """
-LOG = FULL + "import pretrain.metrics; pretrain.metrics.MetricLogger.log = full"
+LOG = FULL + "import pretrain.watching.metrics; pretrain.watching.metrics.MetricLogger.log = full"
 SAVE = FULL + "import xlstm_io.checkpoint.writer as save; save.write_safetensors = full"
 CONFIG = FULL + "import pretrain.trainer; pretrain.trainer.save_config = full"
 CACHE = FULL + "import pretrain.data.plan as plan; plan.DataPlan.read = full"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pretrain import cli
-from pretrain.slurm_ranks import adopt_ranks, first_host, tasks_per_node
+from pretrain.processes.slurm_ranks import adopt_ranks, first_host, tasks_per_node
 from tests.pretrain.test_cli import CONFIG
 from xlstm_io.errors import ConfigError
 from xlstm_io.rendezvous import rendezvous_port

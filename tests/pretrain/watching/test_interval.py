@@ -6,8 +6,8 @@ import pytest
 
 from pretrain.config import RunConfig
 from pretrain.engines.verdict import StepResult
-from pretrain.interval import Interval
 from pretrain.resume import TrainState
+from pretrain.watching.interval import Interval
 
 CONFIG = RunConfig(
     run={"dir": "runs/x", "steps": 100},

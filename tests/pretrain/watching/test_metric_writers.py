@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from pretrain.config import RunConfig, check_world, config_from_dict
-from pretrain.metric_writers import open_writers
-from pretrain.metrics import MetricLogger, read_metrics
+from pretrain.watching.metric_writers import open_writers
+from pretrain.watching.metrics import MetricLogger, read_metrics
 from xlstm_io.errors import ConfigError
 
 

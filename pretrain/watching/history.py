@@ -49,7 +49,7 @@ def record_life(
         start: what it starts from.
         processes: how many processes it has.
         saver: of the run's checkpoint folder.
-        provenance: see `pretrain.provenance`; that of the first rank is kept.
+        provenance: see `pretrain.watching.provenance`; that of the first rank is kept.
 
     Raises:
         CheckpointError: one of the two folders cannot be written.
@@ -83,7 +83,7 @@ def record_start(
         config: its configuration.
         start: what it starts from.
         processes: how many processes it has.
-        provenance: see `pretrain.provenance`.
+        provenance: see `pretrain.watching.provenance`.
 
     Raises:
         OSError: the folder cannot be written.

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from pretrain.config import load_config
-from pretrain.divergence import Divergence
 from pretrain.engines.verdict import FINITE, StepResult
+from pretrain.guard.divergence import Divergence
 from tests.pretrain.run_files import config, message, raw
 
 

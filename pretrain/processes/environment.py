@@ -1,8 +1,8 @@
 """The variables by which a launcher tells a process its place in a run: RANK, WORLD_SIZE, ...
 
-torchrun and `python -m pretrain launch` set the same ones, and `pretrain.slurm_ranks` sets them for
-the tasks of srun. Without them a run has one process. This module needs no torch, so that a mistake
-in them is found in milliseconds.
+torchrun and `python -m pretrain launch` set the same ones, and `pretrain.processes.slurm_ranks`
+sets them for the tasks of srun. Without them a run has one process. This module needs no torch, so
+that a mistake in them is found in milliseconds.
 """
 
 import os

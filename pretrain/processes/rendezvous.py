@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from pretrain.environment import Place
+from pretrain.processes.environment import Place
 from xlstm_io.errors import Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from pretrain.metrics import MetricLogger, read_metrics
-from pretrain.progress import describe, duration
+from pretrain.watching.metrics import MetricLogger, read_metrics
+from pretrain.watching.progress import describe, duration
 
 
 def run(folder, first, last, loss=1.0, **keys):

@@ -7,8 +7,8 @@ import sys
 import torch
 
 from benchmarks.synthetic_shards import write_shards
-from pretrain import provenance as module
-from pretrain.provenance import provenance
+from pretrain.watching import provenance as module
+from pretrain.watching.provenance import provenance
 from xlstm_io.shards.manifest import load_manifest
 
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from pretrain.environment import Place, read_place
-from pretrain.rendezvous import _missing, meet
+from pretrain.processes.environment import Place, read_place
+from pretrain.processes.rendezvous import _missing, meet
 from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain.metric_writers import MetricWriter
-from pretrain.progress import Progress
 from pretrain.run_folder import METRICS_FILE
+from pretrain.watching.metric_writers import MetricWriter
+from pretrain.watching.progress import Progress
 from xlstm_io.storage import write_atomic
 
 

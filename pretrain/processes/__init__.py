@@ -1,0 +1,1 @@
+"""How a process of a run finds its place among the others."""
