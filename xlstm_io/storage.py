@@ -104,7 +104,20 @@ def file_size(path: Location, *, links: bool = False) -> int:
         return about.st_size
     with os_errors(path):
         path.fs.invalidate_cache()
-        return int(path.fs.size(path.key))
+        size = path.fs.size(path.key)
+    if size is None:
+        raise OSError(f"{path}: the server does not say how many bytes it has; copy it here first")
+    return int(size)
+
+
+def file_version(path: Location) -> str:
+    """A text that changes when a file is written again: size and time, or what a store has."""
+    if isinstance(path, Path):
+        about = path.stat()
+        return f"{about.st_size} {about.st_mtime_ns}"
+    with os_errors(path):
+        path.fs.invalidate_cache()
+        return str(path.fs.ukey(path.key))
 
 
 def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
@@ -150,6 +163,10 @@ def open_file(path: Location) -> BinaryIO:
         return cast(BinaryIO, path.fs.open(path.key, "rb"))
 
 
+PORTION_BYTES = 32 << 20
+"""What is read of a remote file at once, since it is in memory twice for a moment."""
+
+
 class RangeReader:
     """Reads ranges of files into memory of the caller's; keeps local files open in between."""
 
@@ -168,11 +185,18 @@ class RangeReader:
                     break
                 done += count
         else:
-            with os_errors(path):
-                data = path.fs.cat_file(path.key, start=begin, end=begin + len(buffer))
-            done = len(data)
-            if done == len(buffer):
-                buffer[:] = data
+            done = 0
+            while done < len(buffer):
+                wanted = min(PORTION_BYTES, len(buffer) - done)
+                start = begin + done
+                with os_errors(path):
+                    data = path.fs.cat_file(path.key, start=start, end=start + wanted)
+                if len(data) > wanted:
+                    raise OSError(f"{path}: the server sends whole files only; copy it here first")
+                buffer[done : done + len(data)] = data
+                done += len(data)
+                if len(data) < wanted:
+                    break
         if done != len(buffer):
             raise OSError(f"{path} ends at byte {begin + done}, {len(buffer) - done} too early")
 

@@ -1,6 +1,6 @@
 """Tensors in files that somebody else wrote: safetensors, and pickles of torch.
 
-    with open_tensors(Path("folder")) as tensors:
+    with open_tensors(location("s3://bucket/model")) as tensors:
         tensors.infos["lm_head.weight"]   # shape and dtype, nothing is read yet
         tensors.read("lm_head.weight")
 
@@ -26,8 +26,16 @@ import torch
 from xlstm_io.checkpoint.manifest import TensorInfo, parse_sizes
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, bytes_of
 from xlstm_io.errors import UserError
-from xlstm_io.storage import RangeReader, file_size, read_file
-from xlstm_io.untrusted import check_name
+from xlstm_io.storage import (
+    Location,
+    RangeReader,
+    exists,
+    file_size,
+    file_version,
+    is_folder,
+    read_file,
+)
+from xlstm_io.untrusted import check_name, inside
 
 HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file; the library's own limit."""
@@ -49,9 +57,11 @@ class TensorFiles(ABC):
     """Tensors by name, read when they are asked for.
 
     Attributes:
+        files: where they lie.
         infos: shape and dtype of every tensor.
     """
 
+    files: list[Location]
     infos: dict[str, TensorInfo]
 
     def __enter__(self) -> TensorFiles:
@@ -72,28 +82,46 @@ class TensorFiles(ABC):
     def close(self) -> None:
         """Close what is open."""
 
+    def version(self) -> str:
+        """A text that changes when one of the files is written again.
 
-def open_tensors(path: Path) -> TensorFiles:
-    """The tensors of a file, or of a folder as transformers writes it.
+        Raises:
+            TensorFileError: a file is gone.
+        """
+        try:
+            return json.dumps([[str(file), file_version(file)] for file in self.files])
+        except OSError as error:
+            raise TensorFileError(f"{error}") from error
+
+
+def open_tensors(path: Location) -> TensorFiles:
+    """The tensors of a file, or of a folder as transformers writes it, local or behind a URL.
 
     In a folder safetensors are taken before pickles, and an index before a single file.
 
     Raises:
         TensorFileError: there are none, or a file is not sound.
     """
-    if path.is_file():
+    try:
+        return _open(path)
+    except OSError as error:
+        raise TensorFileError(f"{error}") from error
+
+
+def _open(path: Location) -> TensorFiles:
+    if not is_folder(path):
+        if not exists(path):
+            raise TensorFileError(f"{path}: no such file or folder")
         return _open_files([path])
-    if not path.is_dir():
-        raise TensorFileError(f"{path}: no such file or folder")
     for index, whole in zip(_INDEXES, _WHOLE, strict=True):
-        if (path / index).exists():
+        if exists(path / index):
             return _open_index(path, path / index)
-        if (path / whole).exists():
+        if exists(path / whole):
             return _open_files([_place(path, whole, path)])
     raise TensorFileError(f"{path} has no {_WHOLE[0]}, {_WHOLE[1]} or index of several of them")
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
+def read_json_file(path: Location) -> dict[str, Any]:
     """A JSON object that somebody else wrote.
 
     Raises:
@@ -112,12 +140,14 @@ def read_json_file(path: Path) -> dict[str, Any]:
     return value
 
 
-def _place(folder: Path, name: object, named_in: Path) -> Path:
+def _place(folder: Location, name: object, named_in: Location) -> Location:
     """The file that a name in a folder means, links followed.
 
     Links must stay in the folder, or, in the cache of the Hugging Face hub, in its snapshot's
     repository.
     """
+    if not isinstance(folder, Path):
+        return inside(folder, name, named_in=named_in, error=TensorFileError)
     text = check_name(name, named_in=named_in, error=TensorFileError)
     base = folder.parents[1] if folder.parent.name == "snapshots" else folder
     real, root = os.path.realpath(folder / text), os.path.realpath(base)
@@ -129,7 +159,7 @@ def _place(folder: Path, name: object, named_in: Path) -> Path:
     return Path(real)
 
 
-def _open_index(folder: Path, index: Path) -> TensorFiles:
+def _open_index(folder: Location, index: Location) -> TensorFiles:
     weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise TensorFileError(f"{index} has no weight_map")
@@ -142,22 +172,27 @@ def _open_index(folder: Path, index: Path) -> TensorFiles:
     return tensors
 
 
-def _open_files(files: list[Path]) -> TensorFiles:
+def _open_files(files: list[Location]) -> TensorFiles:
     for file in files:
-        if not file.is_file():
+        if not (file.is_file() if isinstance(file, Path) else exists(file)):
             raise TensorFileError(f"{file} is missing")
-    pickles = [file for file in files if file.suffix in _PICKLES]
-    if pickles:
-        return _Pickles(files)
-    return _Safetensors(files)
+    if not any(file.name.endswith(_PICKLES) for file in files):
+        return _Safetensors(files)
+    local = [file for file in files if isinstance(file, Path)]
+    if len(local) < len(files):
+        raise TensorFileError(
+            f"{files[0]}: an archive of torch.save is read from a local folder alone; copy it "
+            "there, or convert it to safetensors"
+        )
+    return _Pickles(local)
 
 
 class _Safetensors(TensorFiles):
     """Safetensors files; their bytes are read when a tensor is."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.infos = {}
-        self._places: dict[str, tuple[Path, int]] = {}
+    def __init__(self, files: list[Location]) -> None:
+        self.files, self.infos = files, {}
+        self._places: dict[str, tuple[Location, int]] = {}
         self._ranges = RangeReader()
         for file in files:
             for name, (info, begin) in _header(file, self._ranges).items():
@@ -181,7 +216,7 @@ class _Safetensors(TensorFiles):
         self._ranges.close()
 
 
-def _header(file: Path, ranges: RangeReader) -> dict[str, tuple[TensorInfo, int]]:
+def _header(file: Location, ranges: RangeReader) -> dict[str, tuple[TensorInfo, int]]:
     """Each tensor of a safetensors file with its first byte."""
     try:
         size = file_size(file)
@@ -225,6 +260,7 @@ class _Pickles(TensorFiles):
     """Archives that torch.save wrote; the operating system maps their bytes into memory."""
 
     def __init__(self, files: list[Path]) -> None:
+        self.files = list(files)
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
             tensors = _unpickled(file)

@@ -12,7 +12,7 @@ import xxhash
 from xlstm_io.checkpoint.manifest import Manifest, read_manifest
 from xlstm_io.checkpoint.safetensors_stream import WrittenFile
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
-from xlstm_io.storage import Location, read_file
+from xlstm_io.storage import Location, exists, location, read_file
 from xlstm_io.tokenizer import (
     TOKENIZER_FILES,
     Tokenizer,
@@ -22,7 +22,7 @@ from xlstm_io.tokenizer import (
 from xlstm_io.untrusted import LIMITS
 
 
-def tokenizer_of(path: Location, given: str | Path | None = None) -> Tokenizer:
+def tokenizer_of(path: Location, given: str | Location | None = None) -> Tokenizer:
     """The tokenizer that made the ids a checkpoint was trained on.
 
     It is the one that the user gives, else the one in the checkpoint, else the one that the
@@ -36,7 +36,7 @@ def tokenizer_of(path: Location, given: str | Path | None = None) -> Tokenizer:
         CheckpointError: there is none, or it is not the one that the model was trained with.
         TokenizerFileError: it cannot be opened.
     """
-    if given is not None and not Path(given).exists():
+    if given is not None and not exists(location(given)):
         raise CheckpointError(f"{given}: no such file or folder; give the tokenizer's")
     manifest = read_manifest(path)
     recorded: dict[str, Any] = manifest.state.get("tokenizer") or {}

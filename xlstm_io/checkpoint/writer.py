@@ -1,7 +1,7 @@
 """Writing the files of a checkpoint; readers count it once its manifest is there.
 
 Ranks that save together each write one data file (`pretrain.checkpoint.save`). A conversion writes
-whole tensors, one in memory at a time, by `write_streamed`. The format is described in
+whole tensors, one in memory at a time (`xlstm_io.checkpoint.streamed`). The format is described in
 `xlstm_io.checkpoint.manifest`.
 """
 
@@ -13,18 +13,15 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import xxhash
 
 from xlstm_io.checkpoint.manifest import (
-    CHECKPOINTS_FOLDER,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_NAME,
     METADATA_NAME,
-    TensorInfo,
     check_size,
     manifest_checksum,
     step_folder_name,
@@ -40,7 +37,6 @@ from xlstm_io.checkpoint.safetensors_stream import (
 from xlstm_io.errors import CheckpointError
 from xlstm_io.storage import (
     Location,
-    location,
     make_folder,
     remove_folder,
     sync_folder,
@@ -48,9 +44,6 @@ from xlstm_io.storage import (
 )
 
 log = logging.getLogger(__name__)
-
-DATA_FILE_BYTES = 4 << 30
-"""Where a conversion begins another data file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,61 +254,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "unknown"
     return found
-
-
-def write_streamed(
-    root: Location | str,
-    tensors: Mapping[str, TensorInfo],
-    load: Callable[[str], torch.Tensor],
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    *,
-    step: int = 0,
-    files: Mapping[str, bytes] | None = None,
-) -> Location:
-    """Write a checkpoint from one process, one tensor in memory at a time.
-
-    Args:
-        root: The run's folder, a path or an fsspec URL.
-        tensors: Shapes and dtypes by global name.
-        load: Returns a tensor by name.
-        state: The training state, as JSON.
-        config: The configuration, likewise.
-        step: Training steps done.
-        files: Small files that travel with it, by name.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        CheckpointError: A dtype is not in the format, or `state` or `config` is not JSON.
-        OSError: The file system refuses. The incomplete attempt is removed.
-    """
-    folder = location(root) / CHECKPOINTS_FOLDER
-    path = start_attempt(folder, step, state, config)
-    try:
-        written = [
-            write_data_file(path, number, slices, load)
-            for number, slices in enumerate(_data_files(tensors))
-        ]
-        finish_attempt(path, written, step, state, config, files or {})
-    except BaseException:
-        discard_attempt(path)
-        raise
-    return path
-
-
-def _data_files(tensors: Mapping[str, TensorInfo]) -> Iterator[list[TensorSlice]]:
-    """Whole tensors without memory, in portions of about `DATA_FILE_BYTES`."""
-    portion: list[TensorSlice] = []
-    size = 0
-    for name, info in tensors.items():
-        empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        bytes_here = empty.numel() * empty.element_size()
-        if portion and size + bytes_here > DATA_FILE_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append(TensorSlice(name, info.shape, (0,) * len(info.shape), empty))
-        size += bytes_here
-    if portion:
-        yield portion

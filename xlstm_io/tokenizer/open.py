@@ -1,31 +1,34 @@
 """Opening a tokenizer by its file or folder, or from the bytes of its files."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from xlstm_io.errors import TokenizerFileError
-from xlstm_io.storage import Location, read_file
+from xlstm_io.storage import Location, exists, is_folder, location, read_file
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME, SENTENCEPIECE_NAME, Tokenizer
 from xlstm_io.untrusted import LIMITS
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
+def open_tokenizer(path: str | Location) -> Tokenizer:
     """The tokenizer in a file (`.model`, `tokenizer.json`) or in a folder that has one.
 
     Args:
-        path: the file or folder; in a folder with both files `tokenizer.model` is taken.
+        path: the file or folder, local or an fsspec URL; in a folder with both files
+            `tokenizer.model` is taken.
 
     Raises:
         TokenizerFileError: there is none, or the file is not a tokenizer.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = (SENTENCEPIECE_NAME, HF_NAME)
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+    path = location(path)
+    names = (SENTENCEPIECE_NAME, HF_NAME)
+    try:
+        if is_folder(path):
+            path = next((path / name for name in names if exists(path / name)), path / names[0])
+    except OSError as error:
+        raise TokenizerFileError(str(error)) from error
     return tokenizer_from_files(read_tokenizer_files(path), path)
 
 
-def read_tokenizer_files(path: Path) -> dict[str, bytes]:
+def read_tokenizer_files(path: Location) -> dict[str, bytes]:
     """The bytes of a tokenizer's files under the names with which they travel.
 
     Args:
@@ -36,8 +39,8 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
         TokenizerFileError: one of them is not there, cannot be read, or is too large.
     """
     files = {SENTENCEPIECE_NAME: path}
-    if path.suffix == ".json":
-        files = {HF_NAME: path, HF_CONFIG_NAME: path.with_name(HF_CONFIG_NAME)}
+    if path.name.endswith(".json"):
+        files = {HF_NAME: path, HF_CONFIG_NAME: path.parent / HF_CONFIG_NAME}
     try:
         return {name: read_file(file, LIMITS.tokenizer, links=True) for name, file in files.items()}
     except OSError as error:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.errors import ExitCode, UserError, is_machine_failure
 from xlstm_io.storage import location
 from xlstm_io.terminal import tell, until_nobody_reads
 from xlstm_mcore.convert.imports import cli as import_cli
@@ -30,7 +30,7 @@ def _main(argv: Sequence[str] | None) -> int:
         raise
     except (UserError, OSError) as error:
         tell(f"error: {error}")
-        return ExitCode.BAD_INPUT
+        return ExitCode.MACHINE_FAILED if is_machine_failure(error) else ExitCode.BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder or URL to write; an earlier export there is replaced, anything else is "
         "refused",
     )
-    to_hf.add_argument("--tokenizer", metavar="FILE|FOLDER", type=Path, help=tokenizer_help)
+    to_hf.add_argument("--tokenizer", metavar="FILE|FOLDER", type=location, help=tokenizer_help)
     to_hf.add_argument(
         "--family",
         choices=FAMILY_NAMES,

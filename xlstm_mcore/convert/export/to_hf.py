@@ -62,7 +62,7 @@ def export(
     checkpoint: Location | str,
     out: Location | str,
     *,
-    tokenizer: Path | None = None,
+    tokenizer: Location | None = None,
     family: str | None = None,
     dtype: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
@@ -149,7 +149,7 @@ def check_tensors(reader: CheckpointReader, family: ModuleType, model: ModelConf
     return found
 
 
-def _find_tokenizer(path: Location, given: Path | None, vocab: int) -> Tokenizer:
+def _find_tokenizer(path: Location, given: Location | None, vocab: int) -> Tokenizer:
     """The tokenizer to ship; ConvertError if the model is too small for it."""
     tokenizer = tokenizer_of(path, given)
     if tokenizer.vocab_size > vocab:

@@ -3,15 +3,16 @@
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from xlstm_io.errors import ExitCode
+from xlstm_io.storage import location
 from xlstm_mcore.convert.errors import ConvertError
 
 if TYPE_CHECKING:
+    from xlstm_io.storage import Location
     from xlstm_mcore.convert.imports.plan import Foreign
 
 
@@ -23,10 +24,14 @@ def add_commands(commands: Any) -> None:
         description="Write the model of a Hugging Face folder as a checkpoint at step 0, from "
         "which a run of any layout starts (run.init_from). It reads transformers' `xlstm` (the "
         "published 7B too), `llama`, and the class of our own exports. Weights come from "
-        "safetensors, or from .bin files by torch's weights-only loading. Nothing of them is run.",
+        "safetensors, or from .bin files by torch's weights-only loading. Nothing of them is run. "
+        "An import that was stopped goes on when it is repeated.",
     )
     from_hf.add_argument(
-        "source", metavar="DIR", type=Path, help="the folder, with its config.json"
+        "source",
+        metavar="DIR",
+        type=location,
+        help="the folder, with its config.json; a path or an fsspec URL",
     )
     from_hf.set_defaults(run=_from_hf)
     from_nxai = commands.add_parser(
@@ -38,21 +43,25 @@ def add_commands(commands: Any) -> None:
         "not say is the default of its class, and --set changes it.",
     )
     from_nxai.add_argument(
-        "source", metavar="FILE", type=Path, help="a .safetensors, .pt or .bin file, or its folder"
+        "source",
+        metavar="FILE",
+        type=location,
+        help="a .safetensors, .pt or .bin file, or its folder; a path or an fsspec URL",
     )
     from_nxai.set_defaults(run=_from_nxai)
     for command in (from_hf, from_nxai):
         command.add_argument(
             "out",
             metavar="OUT",
-            type=Path,
+            type=location,
             nargs="?",
-            help="folder for the checkpoint; it must not hold one (not needed with --dry-run)",
+            help="folder or URL for the checkpoint; it must not hold one (not needed with "
+            "--dry-run)",
         )
         command.add_argument(
             "--tokenizer",
             metavar="FILE|FOLDER",
-            type=Path,
+            type=location,
             help="a .model file, a tokenizer.json, or a folder (default: the one beside the "
             "weights)",
         )
@@ -92,7 +101,7 @@ def _from_nxai(arguments: argparse.Namespace) -> int:
     return _import(arguments, open_nxai)
 
 
-def _import(arguments: argparse.Namespace, open_source: "Callable[[Path], Foreign]") -> int:
+def _import(arguments: argparse.Namespace, open_source: "Callable[[Location], Foreign]") -> int:
     from xlstm_mcore.convert.imports.plan import make_plan, parse_changes
     from xlstm_mcore.convert.imports.write import write
 

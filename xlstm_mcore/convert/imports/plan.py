@@ -6,7 +6,6 @@ Nothing is written here, and no weights are read but those of embedding and outp
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
+from xlstm_io.storage import Location
 from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.yaml_file import YAMLTextError, parse_yaml
 from xlstm_mcore.convert.errors import ConvertError
@@ -150,7 +150,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def open_hf(folder: Path) -> Foreign:
+def open_hf(folder: Location) -> Foreign:
     """A Hugging Face folder.
 
     Raises:
@@ -167,7 +167,7 @@ def open_hf(folder: Path) -> Foreign:
     return Foreign(open_tensors(folder), ForeignConfig(values, file), FAMILIES[name])
 
 
-def open_nxai(path: Path) -> Foreign:
+def open_nxai(path: Location) -> Foreign:
     """A state dict of pip `xlstm`, which has no configuration.
 
     Raises:

@@ -6,7 +6,6 @@ state, so a run starts from such a checkpoint by `init_from`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xlstm_io.checkpoint.manifest import TensorInfo, newest_first
-from xlstm_io.checkpoint.writer import write_streamed
+from xlstm_io.checkpoint.streamed import write_streamed
 from xlstm_io.errors import CheckpointError
-from xlstm_io.storage import Location
+from xlstm_io.storage import Location, exists, is_folder
 from xlstm_io.tensor_files import TensorFiles
+from xlstm_io.terminal import tell
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.imports.plan import Plan
@@ -44,17 +44,17 @@ class Imported:
 def write(
     plan: Plan,
     tensors: TensorFiles,
-    out: Path,
+    out: Location,
     *,
-    source: Path,
-    tokenizer: Path | None = None,
+    source: Location,
+    tokenizer: Location | None = None,
 ) -> Imported:
-    """Write the checkpoint of a plan.
+    """Write the checkpoint of a plan; one that was killed goes on with its next data file.
 
     Args:
         plan: What becomes of each tensor.
         tensors: Theirs.
-        out: A folder for the run; it must not hold a checkpoint.
+        out: A folder for the run, local or an fsspec URL; it must not hold a checkpoint.
         source: Where they come from; its tokenizer is taken along.
         tokenizer: A tokenizer's file or folder, in place of that.
 
@@ -66,9 +66,9 @@ def write(
         TokenizerFileError: The tokenizer cannot be opened.
     """
     plan.check()
-    if out.exists() and not out.is_dir():
+    if exists(out) and not is_folder(out):
         raise ConvertError(f"{out} is a file; choose a folder")
-    if out.is_dir() and next(iter(newest_first(out, [])), None) is not None:
+    if is_folder(out) and next(iter(newest_first(out, [])), None) is not None:
         raise ConvertError(f"{out} holds a checkpoint already; choose another folder")
     words = _find_tokenizer(source, tokenizer)
     notes = [NO_OPTIMIZER]
@@ -88,6 +88,11 @@ def write(
             row, part = places[name]
             return _ours(plan, row, part, tensors.read(row.theirs))
 
+        def kept(number: int) -> None:
+            progress.update(number)
+            if number:
+                tell(f"an import was stopped here: {number} of {len(infos)} tensors are kept")
+
         try:
             path = write_streamed(
                 out,
@@ -96,6 +101,8 @@ def write(
                 _state(plan, source, words),
                 {"model": plan.model.model_dump(mode="json")},
                 files=words.files if words else {},
+                source=tensors.version(),
+                kept=kept,
             )
         except OSError as error:
             raise CheckpointError(f"writing to {out} failed: {error}") from error
@@ -124,7 +131,7 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _state(plan: Plan, source: Path, words: Tokenizer | None) -> dict[str, Any]:
+def _state(plan: Plan, source: Location, words: Tokenizer | None) -> dict[str, Any]:
     """The training state of a model that this program has not trained."""
     return {
         "step": 0,
@@ -138,10 +145,10 @@ def _state(plan: Plan, source: Path, words: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def _find_tokenizer(source: Path, given: Path | None) -> Tokenizer | None:
+def _find_tokenizer(source: Location, given: Location | None) -> Tokenizer | None:
     """The tokenizer that is given, or the one beside the weights; None if there is none."""
     if given is not None:
         return open_tokenizer(given)
-    folder = source if source.is_dir() else source.parent
+    folder = source if is_folder(source) else source.parent
     names = ("tokenizer.model", "tokenizer.json")
-    return open_tokenizer(folder) if any((folder / name).exists() for name in names) else None
+    return open_tokenizer(folder) if any(exists(folder / name) for name in names) else None
