@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.commands import plan, rehearse
+from pretrain.commands import plan, rehearse, self_test
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -108,25 +108,11 @@ def _build_parser() -> argparse.ArgumentParser:
     for name, command, help in (
         ("rehearse", rehearse, "play ranks of a large run without a GPU, and compare them"),
         ("plan", plan, "which layouts fit a number of GPUs, and a bound on their speed"),
+        ("self-test", self_test, "does a resume here repeat the run, does N processes' layout?"),
     ):
         parser_of = add(name, help)
         _add_config(parser_of)
         command.add_arguments(parser_of)
-
-    self_test = add(
-        "self-test",
-        "train, save, resume and compare bit for bit on this machine or cluster; leaves nothing",
-    )
-    _add_config(self_test)
-    self_test.add_argument(
-        "--nproc",
-        type=int,
-        metavar="N",
-        help="processes to start; under torchrun or srun, which start them, it is not needed",
-    )
-    self_test.add_argument(
-        "--steps", type=int, default=6, metavar="N", help="steps to train, half before the stop"
-    )
 
     show = add("show", "print what a checkpoint holds")
     add_checkpoint(show)
@@ -218,20 +204,6 @@ def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]
     return launch(options.config, config, _positive_nproc(options), words)
 
 
-def _self_test(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    if "WORLD_SIZE" in os.environ:
-        check_world(config, int(os.environ["WORLD_SIZE"]))
-        _import_megatron()
-        from pretrain.commands.self_test import main
-
-        return main(config, options.steps)
-    from pretrain.commands.launch import launch
-
-    check_one_node("self-test")
-    words = [*overrides, "--steps", str(options.steps)]
-    return launch(options.config, config, _positive_nproc(options), words, command="self-test")
-
-
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.check import describe_run
 
@@ -303,7 +275,7 @@ def _demo(options: argparse.Namespace) -> int:
 CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], int]] = {
     "train": _train,
     "launch": _launch,
-    "self-test": _self_test,
+    "self-test": self_test.run,
     "check": _check,
     "rehearse": rehearse.run,
     "plan": plan.run,

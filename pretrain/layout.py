@@ -116,13 +116,14 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
 
 
-def start(config: RunConfig, stop: StopSignal | None = None) -> Layout:
+def start(config: RunConfig, stop: StopSignal | None = None, *, alone: bool = False) -> Layout:
     """Join the run's process groups as its configuration lays them out.
 
     Args:
         config: the run. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR come from the launcher;
             without them the run has one process.
         stop: the request to stop, heard while other ranks are waited for.
+        alone: one process, whatever the launcher says.
 
     Raises:
         ConfigError: the number of processes does not fit the layout, or the launcher's variables
@@ -130,7 +131,7 @@ def start(config: RunConfig, stop: StopSignal | None = None) -> Layout:
         MachineFailed: not all ranks came within `guard.rendezvous_timeout`.
         Interrupted: a rank was asked to stop before all had come.
     """
-    place = read_place()
+    place = None if alone else read_place()
     world_size = 1 if place is None else place.world_size
     check_world(config, world_size)
     # One queue of work per device, so that tensor-parallel messages start before the products they

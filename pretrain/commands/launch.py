@@ -273,7 +273,7 @@ def _exit_code(workers: Workers, phases: Path) -> int:
         return ExitCode.SECOND_INTERRUPT
     failed = workers.failed
     codes = {workers.codes[rank] for rank in failed}
-    for code in (ExitCode.SUPERSEDED, ExitCode.DIVERGED):
+    for code in (ExitCode.SUPERSEDED, ExitCode.DIVERGED, ExitCode.REFUTED):
         if code in codes:
             return code  # all workers end with it together, rank 0 on this terminal
     if ExitCode.HANG in codes:
@@ -307,9 +307,9 @@ def run_workers(
 
     Returns:
         0 if all ended with 0; 2 if one ended with 2, for bad input; 75 if they were interrupted
-        and can resume; 130 after a second Ctrl-C; 70 if one was killed from outside or the machine
-        failed; 71 if the run diverged; 74 if it hung; 76 if a newer life of it has taken over; 1
-        for everything else.
+        and can resume; 3 if what they compared differs; 130 after a second Ctrl-C; 70 if one was
+        killed from outside or the machine failed; 71 if the run diverged; 74 if it hung; 76 if a
+        newer life of it has taken over; 1 for everything else.
     """
     previous: dict[int, Any] = {}
     try:
@@ -329,6 +329,7 @@ def launch(
     nproc: int | None,
     overrides: Sequence[str] = (),
     command: str = "train",
+    needs_data: bool = True,
 ) -> int:
     """Check a run and train it with local workers.
 
@@ -338,6 +339,7 @@ def launch(
         nproc: number of workers; None for as many as one replica of the model needs.
         overrides: the command-line words that the configuration was loaded with, passed on.
         command: what each worker runs, `train` or another that takes the same words.
+        needs_data: whether it opens the run's data.
 
     Returns:
         The run's exit code, see `run_workers`.
@@ -349,7 +351,7 @@ def launch(
     if nproc is None:
         nproc = layout.tensor * layout.pipeline * layout.context
     check_world(config, nproc)
-    for key, path in config.data.folders:
+    for key, path in config.data.folders if needs_data else ():
         if not is_remote(path) and not Path(path).is_dir():
             raise ConfigError(
                 f"{key}={path!r} is not a folder; build one with python -m data_prep build, or "

@@ -39,7 +39,7 @@ MOMENTS = {"optimizer.state.exp_avg.": 1 - 0.9, "optimizer.state.momentum.": 1 -
 def norm_and_gradient(config):
     """The norm of one step, and the sum of squares of the gradient that this rank saves."""
     engine, layout = work.make_engine(config)
-    batches = work.global_batch(config, 0)[layout.dp_rank :: layout.dp_size]
+    batches = work.random_batches(config, 0)[layout.dp_rank :: layout.dp_size]
     result = train_step(engine, batches, config.optimizer.lr)
     squares = 0.0
     for part in engine.sharded_state():

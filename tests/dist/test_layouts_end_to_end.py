@@ -6,8 +6,8 @@ are drawn until every two values of an engine and of the layout's axes have met.
 
 import pytest
 
-import pretrain.commands.self_test
 import pretrain.commands.train
+import pretrain.self_test.resume
 from pretrain import cli
 from pretrain.checkpoint import find_latest
 from pretrain.commands.evaluate import evaluate
@@ -68,7 +68,7 @@ def train(raw):
 
 
 def self_test(raw):
-    return pretrain.commands.self_test.main(config_from_dict(raw), 2)
+    return pretrain.self_test.resume.main(config_from_dict(raw), 2)
 
 
 def test_what_trains_evaluates_and_generates(pool, shards, tmp_path, cell, capfd):

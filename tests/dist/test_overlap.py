@@ -81,7 +81,7 @@ def train_ever_more_micro_batches(config):
     engine, layout = work.make_engine(config)
     losses = []
     for step in range(3):
-        batches = work.global_batch(config, step)[layout.dp_rank :: layout.dp_size]
+        batches = work.random_batches(config, step)[layout.dp_rank :: layout.dp_size]
         losses.append(engine.evaluate(batches[:1]).mean)
         losses.append(train_step(engine, batches[: 2**step], config.optimizer.lr).loss)
     return losses, len(engine.model_chunks[0].bucket_groups)

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-import pretrain.commands.self_test
 import pretrain.commands.train
+import pretrain.self_test.resume
 from pretrain.checkpoint import CheckpointError, candidates_together, find_latest
 from pretrain.commands.show import show
 from pretrain.config import config_from_dict
@@ -203,7 +203,7 @@ def test_another_tokenizer_or_data_is_refused_unless_it_is_meant(pool, shards, t
 
 
 def self_test(raw, steps):
-    return pretrain.commands.self_test.main(config_from_dict(raw), steps)
+    return pretrain.self_test.resume.main(config_from_dict(raw), steps)
 
 
 def broken_self_test(raw, steps):
@@ -218,7 +218,7 @@ def broken_self_test(raw, steps):
 
     compat.set_adam_step = share
     try:
-        pretrain.commands.self_test.main(config_from_dict(raw), steps)
+        pretrain.self_test.resume.main(config_from_dict(raw), steps)
     except CheckpointError as error:
         return str(error)
     finally:

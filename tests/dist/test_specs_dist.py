@@ -58,7 +58,7 @@ def gradients_and_checkpoint(run):
     layout = layouts.start(run)
     model = build(run, layout, seed=3)
     work.perturb([model])
-    batch = work.global_batch(run, 0)[0]
+    batch = work.random_batches(run, 0)[0]
     losses = model(batch.tokens, None, mask_of(batch.boundaries), labels=batch.labels)
     (losses * batch.loss_mask).sum().backward()
     for _, parameter, _ in named_slices(model):

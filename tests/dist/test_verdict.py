@@ -57,7 +57,7 @@ def bad_step(engine, layout, config, loss, gradient):
     original = engine.forward_backward
     engine.forward_backward = lambda batches: original(batches) * factors
     try:
-        batches = work.global_batch(config, 7)[layout.dp_rank :: layout.dp_size]
+        batches = work.random_batches(config, 7)[layout.dp_rank :: layout.dp_size]
         return train_step(engine, batches, config.optimizer.lr)
     finally:
         handle.remove()

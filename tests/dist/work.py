@@ -13,6 +13,8 @@ from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
+from pretrain.self_test.batches import random_batches
+from pretrain.self_test.weights import LEAST_IGATE_BIAS, noise
 from pretrain.trainer import train_step
 from xlstm_io.tokenizer import DocumentIds
 from xlstm_mcore import build
@@ -69,35 +71,16 @@ def run_config(model: str, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(raw)
 
 
-def global_batch(config: RunConfig, step: int) -> list[Batch]:
-    """All micro-batches of a step, with documents of random lengths and masked targets."""
-    data = config.data
-    rng = torch.Generator().manual_seed(1000 + step)
-    rows = []
-    for _ in range(data.global_batch):
-        tokens = torch.randint(0, config.model.vocab_size, (data.seq_len + 1,), generator=rng)
-        starts = torch.rand(data.seq_len, generator=rng) < 0.15
-        mask = torch.ones(data.seq_len)
-        mask[:-1][starts[1:]] = 0.0
-        rows.append((tokens[:-1], tokens[1:], mask, starts))
-    size = data.micro_batch
-    return [
-        Batch(*(torch.stack(part) for part in zip(*rows[i : i + size], strict=True)))
-        for i in range(0, len(rows), size)
-    ]
-
-
 def perturb(models: list[torch.nn.Module]) -> None:
     """Move weights off their special initial values, by global name."""
     with torch.no_grad():
         for model in models:
             for _, parameter, slices in named_slices(model):
                 for part in slices:
-                    rng = torch.Generator().manual_seed(sum(part.name.encode()))
-                    noise = 0.1 * torch.randn(part.global_shape, generator=rng)
-                    part.local(parameter).add_(part.of_global(noise))
+                    added = noise(part.name, part.global_shape)
+                    part.local(parameter).add_(part.of_global(added))
                     if part.name.endswith("igate.bias"):
-                        part.local(parameter).clamp_(min=-1.0)
+                        part.local(parameter).clamp_(min=LEAST_IGATE_BIAS)
 
 
 def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
@@ -120,7 +103,7 @@ def train_steps(
     """(loss, gradient norm) of steps ``first`` to ``last``, this replica's share of each batch."""
     results = []
     for step in range(first, last):
-        batches = global_batch(config, step)[layout.dp_rank :: layout.dp_size]
+        batches = random_batches(config, step)[layout.dp_rank :: layout.dp_size]
         result = train_step(engine, batches, config.optimizer.lr)
         results.append((result.loss, result.grad_norm))
     return results
@@ -197,7 +180,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
         )
         for chunk in chunks
     ]
-    batches = global_batch(config, 0)[layout.dp_rank :: layout.dp_size]
+    batches = random_batches(config, 0)[layout.dp_rank :: layout.dp_size]
 
     def forward_step(iterator, model):
         batch = next(iterator).context_slice(layout.groups.cp.rank(), layout.groups.cp.size())
@@ -293,7 +276,7 @@ def first_moments(config: RunConfig, mask: bool = True) -> list[TensorSlice]:
     sums alone.
     """
     engine, layout = make_engine(config)
-    batches = global_batch(config, 0)
+    batches = random_batches(config, 0)
     if not mask:
         batches = list(map(unmasked, batches))
     mine = batches[layout.dp_rank :: layout.dp_size]
@@ -315,7 +298,7 @@ def first_moments_one_by_one(config: RunConfig) -> list[TensorSlice]:
     assert layout.dp_size == 1
     moments = _first_moments(engine)
     totals = [torch.zeros_like(chunk.tensor, dtype=torch.float64) for chunk in moments]
-    batches = list(map(unmasked, global_batch(config, 0)))
+    batches = list(map(unmasked, random_batches(config, 0)))
     for batch in batches:
         torch._foreach_zero_([chunk.tensor for chunk in moments])
         assert train_step(engine, [batch], 0.0).accepted
@@ -337,7 +320,7 @@ def train_around_a_bad_step(config: RunConfig) -> tuple[list[bool], bool, Any]:
     parameter = next(engine.models[-1].parameters())
     factor = float("inf") if layout.rank == layout.world_size - 1 else 1.0
     handle = parameter.register_hook(lambda gradient: gradient * factor)
-    batches = global_batch(config, 7)[layout.dp_rank :: layout.dp_size]
+    batches = random_batches(config, 7)[layout.dp_rank :: layout.dp_size]
     bad = train_step(engine, batches, config.optimizer.lr)
     handle.remove()
     after = [chunk.tensor for chunk in engine.sharded_state()]

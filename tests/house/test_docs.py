@@ -50,6 +50,10 @@ RUN_ELSEWHERE = {
         )
     },
     "python -m benchmarks.data_prep": (DATA_PREP, "benchmarks.data_prep"),
+    "python -m pretrain self-test my.yaml --nproc 2 --layout --small": (
+        "tests/dist/test_layout_self_test.py",
+        '"self-test", str(path), "--nproc", "2", "--layout", "--small"',
+    ),
     "python -m pretrain self-test my.yaml --nproc 2": (
         MAKE_PRETRAIN,
         '"pretrain", "self-test", path',

@@ -33,7 +33,7 @@ MODULES = (
     "pretrain.commands.generate",
     "pretrain.commands.launch",
     "pretrain.commands.report",
-    "pretrain.commands.self_test",
+    "pretrain.self_test.resume",
     "pretrain.commands.show",
     "pretrain.commands.train",
     "torch.utils.tensorboard",

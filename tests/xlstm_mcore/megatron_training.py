@@ -109,7 +109,7 @@ def megatrons_steps(steps):
     for step in range(steps):
         losses, *_, norm, _, _ = training.train_step(
             forward_step,
-            RerunDataIterator(iter(work.global_batch(RUN, step))),
+            RerunDataIterator(iter(work.random_batches(RUN, step))),
             model,
             optimizer,
             schedule,

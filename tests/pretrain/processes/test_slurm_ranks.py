@@ -124,7 +124,7 @@ def stand_in(monkeypatch, name, function="main"):
         ("pretrain.commands.train", ["train", "RUN"]),
         ("pretrain.commands.evaluate", ["evaluate", "CKPT", "RUN"]),
         ("pretrain.commands.generate", ["generate", "CKPT"]),
-        ("pretrain.commands.self_test", ["self-test", "RUN"]),
+        ("pretrain.self_test.resume", ["self-test", "RUN"]),
     ],
 )
 def test_commands_of_several_processes_take_their_rank(

@@ -184,7 +184,7 @@ def memory_of(config, mode, rank=0, world=1) -> dict:
             engine.models[-1].output_layer.register_forward_hook(
                 lambda *_: after_forward.append(dict(mode.meter.live))
             )
-            engine.forward_backward(work.global_batch(config, 0)[:1])
+            engine.forward_backward(work.random_batches(config, 0)[:1])
             engine.close()
     finally:
         layout.close()
