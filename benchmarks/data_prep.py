@@ -291,7 +291,7 @@ def packing(folder: Path, corpus: Path, tokenizer: Path) -> None:
     """Padding, cut documents and the overhead of tars."""
     from data_prep.build.build import build
     from data_prep.tools.repack import repack
-    from xlstm_io.shards.shard import BlockIndex
+    from xlstm_io.shards.index import BlockIndex
 
     whole = quietly(build, build_config(corpus, tokenizer, folder / "p"))
     for name in ("concat", "best_fit"):

@@ -42,7 +42,8 @@ def rule_of(error: Mapping[str, Any]) -> str:
     """
     kind, context = error["type"], error.get("ctx", {})
     if kind == "too_long":
-        return f"must have {context['max_length']} values"
+        most = "at most " if context.get("field_type") == "List" else ""
+        return f"must have {most}{context['max_length']} values"
     if kind == "less_than_equal":
         return f"must be less than or equal to {context['le']:g}"
     if kind == "value_error":

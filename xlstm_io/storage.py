@@ -120,6 +120,21 @@ def file_version(path: Location) -> str:
         return str(path.fs.ukey(path.key))
 
 
+def open_plain(path: Path) -> int:
+    """A descriptor of a plain local file, for reading; links are followed.
+
+    Opening a pipe waits for whoever writes into it, and a device may do anything.
+
+    Raises:
+        OSError: there is none, it cannot be read, or it is a folder, a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a plain file but a folder, pipe or device")
+    return descriptor
+
+
 def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
     """A whole small file.
 
@@ -150,7 +165,8 @@ def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
     if data is not None:
         return data
     if isinstance(path, Path):
-        return path.read_bytes()
+        with open(open_plain(path), "rb") as file:
+            return file.read(limit)
     with os_errors(path):
         return bytes(path.fs.cat_file(path.key))
 
@@ -158,7 +174,7 @@ def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
 def open_file(path: Location) -> BinaryIO:
     """An existing file, opened for reading from its start."""
     if isinstance(path, Path):
-        return path.open("rb")
+        return open(open_plain(path), "rb")
     with os_errors(path):
         return cast(BinaryIO, path.fs.open(path.key, "rb"))
 

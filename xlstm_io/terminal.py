@@ -5,6 +5,7 @@ messages. A terminal would obey an escape code in them.
 """
 
 import os
+import reprlib
 import select
 import sys
 from collections.abc import Callable
@@ -24,6 +25,18 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """A name for use inside of a message: printable, and with its line ends spelled out too."""
     return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, cut where it is long: for values of files in messages."""
+    text = _shortener.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 120
+_shortener.maxlong = 30
+_shortener.maxlevel = 2
 
 
 def _spelled(character: str) -> str:

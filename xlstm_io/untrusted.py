@@ -20,22 +20,30 @@ LocationT = TypeVar("LocationT", Path, RemotePath)
 
 @dataclass(frozen=True)
 class Limits:
-    """The most bytes of each kind of file that is read whole.
+    """The most bytes of each kind of file that is read whole; docs/security.md has the table.
 
     Attributes:
         checkpoint_json: `manifest.json` and `metadata.json` of a checkpoint; a thousand times what
             a 7B model needs.
         shard_manifest: `manifest.json` of a shard folder; about 400 bytes for each shard.
         shard_index: `.idx.npz` of one shard; 56 bytes for each MiB of it.
+        shard_block: one member of a shard's tar; a block has about 1 MiB.
         tokenizer: a SentencePiece model, a `tokenizer.json` or its `tokenizer_config.json`.
         yaml: a run file, or a file of `data_prep build`.
+        note: a small JSON file: `SOURCE.json`, `state.json` of a dataset, a record of a shard.
+        build_state: `build.json` and the plans in `OUT/_work`; some 150 bytes for each input file.
+        json_values: values of one JSON file (not bytes), so a manifest of 700,000 shards.
     """
 
     checkpoint_json: int = 1 << 30
-    shard_manifest: int = 1 << 30
+    shard_manifest: int = 1 << 28
     shard_index: int = 1 << 28
+    shard_block: int = 1 << 28
     tokenizer: int = 1 << 28
     yaml: int = 1 << 20
+    note: int = 1 << 20
+    build_state: int = 1 << 28
+    json_values: int = 8_000_000
 
 
 LIMITS = Limits()

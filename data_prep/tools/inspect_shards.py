@@ -60,7 +60,7 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
         if local < entry.rows:
             break
         local -= entry.rows
-    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    reader = ShardReader(manifest, entry)
     tokens = np.empty(manifest.row_tokens, reader.dtype)
     try:
         segments = reader.row(local, tokens)

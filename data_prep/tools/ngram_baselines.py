@@ -98,7 +98,7 @@ def _pairs(manifest: Manifest, split: str, progress: Progress | None) -> Iterato
     vocab = np.uint64(manifest.vocab_size)
     done = 0
     for entry in manifest.shards(split):
-        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        reader = ShardReader(manifest, entry)
         try:
             for number in range(reader.num_blocks):
                 block = reader.block(number)

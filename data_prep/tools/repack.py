@@ -173,7 +173,7 @@ def stored_documents(
     Raises:
         CorruptShardError: damaged bytes.
     """
-    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    reader = ShardReader(manifest, entry)
 
     def blocks() -> Iterator[Block]:
         for number in range(reader.num_blocks):

@@ -10,9 +10,10 @@ import xxhash
 
 from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
+from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, row_masks
-from xlstm_io.shards.shard import CorruptShardError, ShardReader
+from xlstm_io.shards.shard import ShardReader
 from xlstm_io.terminal import counted
 
 _CHUNK = 1 << 22
@@ -76,7 +77,7 @@ def _tokenizer_problems(manifest: Manifest) -> Iterator[str]:
 def _shard_problems(manifest: Manifest, entry: ShardEntry, full: bool) -> list[str]:
     reader = None
     try:
-        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        reader = ShardReader(manifest, entry)
         return list(_content_problems(manifest, entry, reader)) if full else []
     except CorruptShardError as error:
         return [str(error)]

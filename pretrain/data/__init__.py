@@ -11,7 +11,7 @@ from pretrain.data.dataset import DataError, TokenDataset
 from pretrain.data.loader import TrainLoader, ValidLoader
 from pretrain.data.plan import DataPlan, open_plan, open_valid
 from pretrain.data.quarantine import DamagedRow, Quarantine
-from xlstm_io.shards.shard import CorruptShardError
+from xlstm_io.shards.index import CorruptShardError
 
 __all__ = [
     "Batch",

@@ -25,6 +25,7 @@ import xxhash
 
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.remote import RemotePath, os_errors
+from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -32,7 +33,6 @@ from xlstm_io.shards.manifest import (
     load_manifest,
     place_of,
 )
-from xlstm_io.shards.shard import CorruptShardError
 from xlstm_io.storage import open_file, read_file, replacing, write_atomic
 from xlstm_io.untrusted import LIMITS
 

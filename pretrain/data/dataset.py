@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from pretrain.data.cache import CacheSettings, ShardCache
 from xlstm_io.errors import ShardFormatError, UserError
 from xlstm_io.remote import is_remote
+from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import PADDING, row_masks, token_dtype
-from xlstm_io.shards.shard import CorruptShardError, ShardReader, check_size
+from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_size
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
 _ALL_PADDING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
@@ -112,7 +113,7 @@ class TokenDataset:
             )
         self.max_open = _MAX_OPEN_SHARDS
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._checked: dict[int, bytearray] = {}
+        self._checked: dict[int, CheckedBlocks] = {}
         self._damaged: dict[tuple[int, int | None], CorruptShardError] = {}
         self._lock = threading.Lock()  # a prefetching thread and its owner may share the dataset
 
@@ -232,21 +233,14 @@ class TokenDataset:
             self._damaged[shard, error.block] = error.with_traceback(None)
             raise
 
-    def _reader(self, root: Path, entry: ShardEntry, number: int) -> ShardReader:
-        manifest, checked = self.manifest, self._checked.get(number)
-        return ShardReader(root, entry, manifest.row_tokens, manifest.dtype, checked=checked)
-
     def _shard(self, number: int) -> ShardReader:
         reader = self._open.get(number)
         if reader is None:
             if len(self._open) >= self.max_open:
                 self._open.popitem(last=False)[1].close()
             entry = self._entries[number]
-            if self._cache is None:
-                reader = self._reader(self.manifest.root, entry, number)
-            else:
-                with self._cache.holding(entry) as root:
-                    reader = self._reader(root, entry, number)
+            with contextlib.nullcontext() if self._cache is None else self._cache.holding(entry):
+                reader = ShardReader(self.manifest, entry, self._checked.get(number))
             self._checked[number] = reader.checked
             self._open[number] = reader
         self._open.move_to_end(number)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.data.dataset import DataError
-from xlstm_io.shards.shard import CorruptShardError
+from xlstm_io.shards.index import CorruptShardError
 
 log = logging.getLogger(__name__)
 

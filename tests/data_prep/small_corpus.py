@@ -87,7 +87,7 @@ def documents_of(out, split, source=None) -> list[str]:
 
 
 def _stream_of_rows(manifest, entry) -> list[list[int]]:
-    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    reader = ShardReader(manifest, entry)
     stream = []
     for number in range(entry.rows):
         tokens = np.empty(manifest.row_tokens, reader.dtype)
@@ -108,7 +108,7 @@ def _stream_of_rows(manifest, entry) -> list[list[int]]:
 
 
 def _documents_of_parts(manifest, entry) -> list[list[int]]:
-    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    reader = ShardReader(manifest, entry)
     parts: dict[int, list[int]] = {}
     for number in range(reader.num_blocks):
         block = reader.block(number)

@@ -31,7 +31,7 @@ def test_plain_webdataset_reads_what_we_read(packing, build_flags, tmp_path, mon
     assert len(found) == sum(entry.rows for entry in manifest.shards("train")) > 20
     number = 0
     for entry in manifest.shards("train"):
-        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        reader = ShardReader(manifest, entry)
         tokens = np.empty(manifest.row_tokens, reader.dtype)
         for row in range(entry.rows):
             segments = reader.row(row, tokens)

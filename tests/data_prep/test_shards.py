@@ -10,15 +10,16 @@ import webdataset as wds
 import data_prep
 from tests.data_prep.small_corpus import run
 from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
 from xlstm_io.shards.rows import parse_block
-from xlstm_io.shards.shard import CorruptShardError, ShardReader
+from xlstm_io.shards.shard import ShardReader
 
 
 def readers(root):
     manifest = load_manifest(root)
     for entry in manifest.shards("train") + manifest.shards("valid"):
-        yield ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        yield ShardReader(manifest, entry)
 
 
 def read_all(root):
@@ -164,7 +165,7 @@ def test_every_byte_of_a_tar_is_vouched_for(copy):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        reader = ShardReader(copy, entry, manifest.row_tokens, manifest.dtype)
+        reader = ShardReader(manifest, entry)
         with pytest.raises(CorruptShardError):
             for number in range(reader.num_blocks):
                 reader.block(number)

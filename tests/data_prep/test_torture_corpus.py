@@ -171,7 +171,7 @@ def test_ids_are_equal_in_shards_prompts_and_exports(torture, torture_shards):
     stored = []
     for split in ("train", "valid"):
         for entry in manifest.shards(split):
-            reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+            reader = ShardReader(manifest, entry)
             for number in range(reader.num_blocks):
                 stored += reader.block(number).tokens[:, :-1].ravel().tolist()
     in_shards = _between(stored, manifest.bos_id, manifest.eos_id)

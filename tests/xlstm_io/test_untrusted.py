@@ -19,8 +19,9 @@ from pretrain.data.cache import CacheSettings
 from tests.xlstm_io.conftest import change_manifest
 from xlstm_io.checkpoint.manifest import manifest_checksum, read_manifest
 from xlstm_io.errors import CheckpointError, ShardFormatError, TokenizerFileError, UserError
+from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest
-from xlstm_io.shards.shard import CorruptShardError, ShardReader
+from xlstm_io.shards.shard import ShardReader
 from xlstm_io.storage import RemotePath
 from xlstm_io.tokenizer.open import open_tokenizer
 from xlstm_io.untrusted import LIMITS, check_name, inside
@@ -161,7 +162,7 @@ def test_a_link_out_of_a_folder_of_shards_is_not_read(shards, tmp_path, place):
     file.symlink_to(tmp_path / "real")
     manifest = load_manifest(shards)
     with pytest.raises(ShardFormatError, match=OUTSIDE):
-        ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        ShardReader(manifest, entry)
     with pytest.raises(UserError, match=OUTSIDE):
         repack(shards, 8, tmp_path / "repacked", workers=1)
     assert (tmp_path / "real").exists()
@@ -207,7 +208,7 @@ def test_files_over_their_limit_are_not_read(shards):
     manifest = load_manifest(shards)
     os.truncate(shards / entry.index, LIMITS.shard_index + 1)  # sparse
     with pytest.raises(CorruptShardError, match="are not read"):
-        ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        ShardReader(manifest, entry)
     os.truncate(shards / MANIFEST_NAME, LIMITS.shard_manifest + 1)
     with pytest.raises(ShardFormatError, match="are not read"):
         load_manifest(shards)
@@ -261,4 +262,4 @@ def test_an_index_that_is_none_is_damage_even_with_the_right_hash(shards, kind):
     change_manifest(shards, lambda fields: first_shard(fields).__setitem__("index_xxh3", digest))
     manifest = load_manifest(shards)
     with pytest.raises(CorruptShardError, match="a readable index"):
-        ShardReader(manifest.root, manifest.shards("train")[0], manifest.row_tokens, manifest.dtype)
+        ShardReader(manifest, manifest.shards("train")[0])

@@ -9,14 +9,17 @@ resumes only on data of the same hash.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.field_errors import key_of, rule_of
-from xlstm_io.storage import read_file, write_atomic
+from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.storage import write_atomic
+from xlstm_io.terminal import shortened
+from xlstm_io.tokenizer.base import TOKENIZER_FILES
 from xlstm_io.untrusted import LIMITS, check_name, inside
 
 MANIFEST_NAME = "manifest.json"
@@ -24,89 +27,135 @@ FORMAT = "xtok-wds"
 VERSION = 1
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _hex_of(digits: int) -> AfterValidator:
+    pattern = re.compile(f"[0-9a-f]{{{digits}}}")
+
+    def check(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"must be {digits} hexadecimal digits")
+        return text
+
+    return AfterValidator(check)
 
 
-class ShardEntry(_Model):
+# A petabyte; sums over all shards stay below 2^63.
+Count = Annotated[int, Field(ge=0, lt=1 << 50)]
+Xxh3 = Annotated[str, _hex_of(16)]
+Sha256 = Annotated[str, _hex_of(64)]
+
+
+def _train_or_valid(text: str) -> str:
+    if text not in ("train", "valid"):
+        raise ValueError("must be train or valid")
+    return text
+
+
+SplitName = Annotated[str, AfterValidator(_train_or_valid)]
+# It is part of the shards' paths.
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+
+
+class ShardEntry(StrictModel):
     """One tar of blocks. `path` and `index` are relative to the manifest's folder."""
 
     path: str
     index: str
-    rows: int
-    tokens: int
+    rows: Count
+    tokens: Count
     """Document tokens with bos and eos; neither the overlap between rows nor padding counts."""
-    targets: int
+    targets: Count
     """Positions that the loss counts: one less than the tokens of each document."""
-    pad_tokens: int
-    docs: int
-    bytes_in: int
+    pad_tokens: Count
+    docs: Count
+    bytes_in: Count
     """UTF-8 bytes of the documents' texts."""
-    bytes: int
+    bytes: Count
     """Size of the tar."""
-    xxh3: str
-    index_xxh3: str
+    xxh3: Xxh3
+    index_xxh3: Xxh3
 
 
-class SplitEntry(_Model):
+class SplitEntry(StrictModel):
     """Totals of a split of one source, and its shards in row order."""
 
-    rows: int
-    tokens: int
-    targets: int
-    pad_tokens: int
-    docs: int
-    bytes_in: int
+    rows: Count
+    tokens: Count
+    targets: Count
+    pad_tokens: Count
+    docs: Count
+    bytes_in: Count
     shards: list[ShardEntry]
 
 
-class SourceEntry(_Model):
+class SourceEntry(StrictModel):
     """One named corpus; `provenance` is its licence and origin note, where one was given."""
 
-    name: str
+    name: SourceName
     provenance: dict[str, Any] | None
-    documents_read: int
-    dropped: dict[str, int]
+    documents_read: Count
+    dropped: dict[str, Count]
     """Documents that were left out, by reason (duplicate, empty, malformed, filters by name)."""
-    filters: dict[str, Any] = {}
+    filters: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the filters that were applied, by name."""
-    splits: dict[str, SplitEntry]
+    splits: dict[SplitName, SplitEntry]
 
 
-class TokenizerEntry(_Model):
+class TokenizerEntry(StrictModel):
     """The tokenizer that made the ids; `path` is relative to the manifest's folder."""
 
     type: Literal["sentencepiece", "huggingface"]
     path: str
-    sha256: str
-    vocab_size: int
+    sha256: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
 
 
-class Manifest(_Model):
+class Manifest(StrictModel):
     """`manifest.json`. Obtain one with `load_manifest`, which checks it."""
 
     version: Literal[1]
     format: Literal["xtok-wds"]
     dtype: Literal["uint16", "uint32"]
-    seq_len: int
+    seq_len: Annotated[int, Field(ge=1, le=1 << 26)]
     row_tokens: int
     """Tokens stored per row: seq_len + 1; neighbouring rows of concat share one token."""
-    block_rows: int
+    block_rows: Annotated[int, Field(ge=1, le=1 << 32)]
     packing: Literal["concat", "best_fit"]
     add_bos: bool
     add_eos: bool
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
     tokenizer: TokenizerEntry
-    valid_fraction: float
+    valid_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
     config_hash: str
-    sources: list[SourceEntry]
+    sources: Annotated[list[SourceEntry], Field(max_length=10_000)]
     code: dict[str, str]
-    hash: str
-    checksum: str
+    hash: Sha256
+    checksum: Sha256
 
     _root: Path = PrivateAttr(default=Path("."))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if self.row_tokens != self.seq_len + 1:
+            problems.append(f"row_tokens={self.row_tokens} must be seq_len + 1={self.seq_len + 1}")
+        for name in ("bos_id", "eos_id", "pad_id"):
+            if getattr(self, name) >= self.vocab_size:
+                problems.append(
+                    f"{name}={getattr(self, name)} must be below vocab_size={self.vocab_size}"
+                )
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            problems.append("the names of the sources must differ")
+        row_bytes = self.row_tokens * (2 if self.dtype == "uint16" else 4)
+        for split in self.split_names():
+            for entry in self.shards(split):
+                if entry.rows * row_bytes > entry.bytes:
+                    problems.append(f"{entry.path}: {entry.rows} rows in {entry.bytes} bytes")
+        if problems:
+            raise ValueError("; ".join(problems[:3]))
+        return self
 
     @property
     def root(self) -> Path:
@@ -134,9 +183,10 @@ class Manifest(_Model):
         Raises:
             ShardFormatError: a link leads from one of them out of the folder.
         """
-        folder = PurePosixPath(self.tokenizer.path).parent
-        files = sorted(self.tokenizer_path.parent.iterdir())
-        return [self.place((folder / file.name).as_posix()) for file in files if file.is_file()]
+        path = PurePosixPath(self.tokenizer.path)
+        names = sorted({path.name, *TOKENIZER_FILES})
+        places = [self.place((path.parent / name).as_posix()) for name in names]
+        return [place for place in places if place.is_file()]
 
     def place(self, name: str) -> Path:
         """Absolute path of a file that the manifest names.
@@ -196,40 +246,36 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         raise ShardFormatError(
             f"{file.parent} is not a folder of shards; build one with `python -m data_prep build`"
         )
+    remedy = (
+        "restore it, or delete it and run `python -m data_prep build` again, which keeps "
+        "finished shards"
+    )
     try:
-        raw = read_file(file, LIMITS.shard_manifest, links=True)
+        fields = read_json(
+            file, LIMITS.shard_manifest, remedy=remedy, links=True, error=ShardFormatError
+        )
     except FileNotFoundError:
         raise ShardFormatError(
             f"{file} does not exist: the build is unfinished or this is another folder; "
             "run `python -m data_prep build` (again) with this --out, it keeps finished shards"
         ) from None
-    except OSError as error:
-        raise ShardFormatError(f"{file} cannot be read: {error.strerror or error}") from error
-    try:
-        fields = json.loads(raw)
-        if not isinstance(fields, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ShardFormatError(
-            f"{file} is not valid JSON ({error}): it is damaged; restore it, or delete it and "
-            "run `python -m data_prep build` again, which keeps finished shards"
-        ) from None
     if fields.get("format") != FORMAT or fields.get("version") != VERSION:
         raise ShardFormatError(
-            f"{file} has format={fields.get('format')!r} version={fields.get('version')!r}; "
+            f"{file} has format={shortened(fields.get('format'))} "
+            f"version={shortened(fields.get('version'))}; "
             f"this code reads format={FORMAT!r} version={VERSION}; rebuild the shards"
         )
-    if fields.get("checksum") != _digest(fields, "checksum"):
-        raise ShardFormatError(
-            f"{file} does not match its checksum: it was edited or damaged; restore it, or delete "
-            "it and run `python -m data_prep build` again, which keeps finished shards"
-        )
     try:
-        manifest = Manifest.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{key_of(first['loc'])} {rule_of(first)}"
-        raise ShardFormatError(f"{file}: {where}; rebuild the shards") from None
+        unchanged = fields.get("checksum") == _digest(fields, "checksum")
+    except RecursionError:
+        unchanged = False
+    if not unchanged:
+        raise ShardFormatError(
+            f"{file} does not match its checksum: it was edited or damaged; {remedy}"
+        )
+    manifest = checked(
+        Manifest, fields, named_in=file, remedy="rebuild the shards", error=ShardFormatError
+    )
     entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
     names = [name for entry in entries for name in (entry.path, entry.index)]
     for name in (manifest.tokenizer.path, *names):

@@ -56,12 +56,42 @@ def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype: np.dtype | str) 
         doc: payload of the `.doc` member.
         row_tokens: tokens of a row.
         dtype: stored token type, as the manifest names it.
+
+    Raises:
+        ValueError: the sizes of the two do not fit together.
     """
     tokens = np.frombuffer(tok, np.dtype(dtype).newbyteorder("<")).reshape(-1, row_tokens)
     numbers = np.frombuffer(doc, "<u4")
     first = len(tokens) + 1
+    if len(numbers) < first:
+        raise ValueError(f"{len(numbers)} offsets for {len(tokens)} rows")
     last = first + int(numbers[first - 1])
     return Block(tokens, numbers[:first], numbers[first:last], numbers[last:])
+
+
+def block_problem(block: Block, vocab_size: int, *, best_fit: bool) -> str:
+    """What is wrong with the numbers in a block; empty if its rows can be used.
+
+    Args:
+        block: from `parse_block`.
+        vocab_size: of the tokenizer.
+        best_fit: whether its segments belong to documents that the block names.
+    """
+    offsets, segments = block.offsets.astype(np.int64), block.segments
+    if block.tokens.size and int(block.tokens.max()) >= vocab_size:
+        return f"the id {block.tokens.max()}, which is not below vocab_size={vocab_size}"
+    if offsets[0] != 0 or offsets[-1] != len(segments) or (np.diff(offsets) < 1).any():
+        return "offsets of rows that do not ascend from 0 to the number of segments"
+    if len(block.documents) != (len(segments) if best_fit else 0):
+        return f"{len(block.documents)} documents of {len(segments)} segments"
+    position = (segments & np.uint32(POSITION_MASK)).astype(np.int64)
+    steps = np.diff(position, prepend=-1)
+    steps[offsets[:-1]] = 1  # a row begins anew
+    if (position >= block.tokens.shape[1]).any() or position[offsets[:-1]].any():
+        return "segments that lie outside their rows"
+    if (steps < 1).any():
+        return "segments that do not ascend in their rows"
+    return ""
 
 
 def row_masks(

@@ -25,121 +25,28 @@ with the last token of the part before, so that no target is lost.
 """
 
 import bisect
-import io
 import os
 import tarfile
-import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import xxhash
 
-from xlstm_io.errors import ShardFormatError
-from xlstm_io.shards.manifest import ShardEntry, place_of
-from xlstm_io.shards.rows import Block, parse_block
-from xlstm_io.storage import read_file, temporary_path, write_atomic
-from xlstm_io.untrusted import LIMITS
+from xlstm_io.shards.index import BlockIndex, CorruptShardError, cause_of
+from xlstm_io.shards.manifest import Manifest, ShardEntry, place_of
+from xlstm_io.shards.rows import Block, block_problem, parse_block
+from xlstm_io.storage import file_size, open_plain, temporary_path, write_atomic
 
 _TARGET_BLOCK_BYTES = 1 << 20
-
-
-# What is said to be there, in place of a file that is gone.
-MISSING = "the file is missing"
-
-
-class CorruptShardError(ShardFormatError):
-    """Bytes of a shard are not those that were written.
-
-    Attributes:
-        path: the file.
-        block: number of the block; None: the whole file.
-        offset: where, in bytes.
-        expected: what the index or manifest says.
-        got: what is there.
-    """
-
-    def __init__(self, path: str | Path, block: int | None, offset: int, expected: str, got: str):
-        self.path, self.block, self.offset = str(path), block, offset
-        self.expected, self.got = expected, got
-        where = "file" if block is None else f"block {block}"
-        found = f"{where} at byte {offset} is damaged: expected {expected}, got {got}"
-        rest = "delete it and its .idx.npz and "
-        if got == MISSING:
-            found, rest = MISSING, ""
-        super().__init__(
-            f"{path}: {found}; restore the file, or {rest}run `python -m data_prep build` again"
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from the arguments, so that worker processes can raise it."""
-        return type(self), (self.path, self.block, self.offset, self.expected, self.got)
-
-
-def _there(error: OSError) -> str:
-    """What is in the place of a file that cannot be read."""
-    return MISSING if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+_ATTEMPTS = 3  # at a row of a file that changes while it is read
 
 
 def default_block_rows(row_tokens: int, dtype: np.dtype) -> int:
     """Rows per block that make a block of about 1 MiB."""
     return max(1, _TARGET_BLOCK_BYTES // (row_tokens * dtype.itemsize))
-
-
-@dataclass(frozen=True)
-class BlockIndex:
-    """Where the blocks of one shard lie: arrays of one entry per block.
-
-    Attributes:
-        off: offset of the `.tok` payload in the tar.
-        size: its bytes.
-        xxh3: its hash.
-        doc_off: offset of the `.doc` payload.
-        doc_size: its bytes.
-        doc_xxh3: its hash.
-        rows: rows of the block.
-    """
-
-    off: np.ndarray
-    size: np.ndarray
-    xxh3: np.ndarray
-    doc_off: np.ndarray
-    doc_size: np.ndarray
-    doc_xxh3: np.ndarray
-    rows: np.ndarray
-
-    def to_bytes(self) -> bytes:
-        """The `.idx.npz` file (the same bytes for the same index)."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
-        return buffer.getvalue()
-
-    @classmethod
-    def load(cls, path: Path, expected_xxh3: str) -> Self:
-        """Read an index file.
-
-        Raises:
-            CorruptShardError: its bytes have another hash than the manifest says, it is missing, or
-                it is not an index.
-        """
-        try:
-            raw = read_file(path, LIMITS.shard_index, links=True)
-        except OSError as error:
-            raise CorruptShardError(path, None, 0, "a readable index", _there(error)) from None
-        got = xxhash.xxh3_64_hexdigest(raw)
-        if got != expected_xxh3:
-            raise CorruptShardError(path, None, 0, f"xxh3 {expected_xxh3}", f"xxh3 {got}")
-        try:
-            # `to_bytes` compresses nothing, so a small file cannot claim large arrays.
-            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-                if sum(member.file_size for member in archive.infolist()) > len(raw):
-                    raise ValueError("its arrays are larger than the file")
-            with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
-            raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
 
 
 class _HashingFile:
@@ -248,49 +155,78 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix("").with_suffix(".idx.npz")
 
 
-class ShardReader:
-    """Random access to the rows of one tar. A block is checked when it is first touched.
-
-    Checked are the hashes of both payloads and every other byte: headers, padding and, with the
-    last block, the end of the archive. So no byte of a tar can change unnoticed.
+class CheckedBlocks:
+    """Which blocks of a shard were compared with their hashes, while the file was as it is now.
 
     Args:
-        root: the manifest's folder.
+        blocks: number of blocks.
+
+    Attributes:
+        left: for each block how many more rows it gives before it is checked again.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.left = [0] * blocks
+        self._file: tuple[int, ...] = ()
+
+    def follow(self, descriptor: int) -> bool:
+        """Forget what was checked if the file has changed since; whether it has.
+
+        A change shows by size, by the times of the last change, or by another file under its name.
+        """
+        about = os.fstat(descriptor)
+        now = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev)
+        if now == self._file:
+            return False
+        self._file = now
+        self.left = [0] * len(self.left)
+        return True
+
+
+class ShardReader:
+    """Random access to the rows of one tar. A block is checked before one of its rows is given.
+
+    Checked are the hashes of both payloads and every other byte (headers, padding and, with the
+    last block, the end of the archive), and that the numbers in them can be used: ids of the
+    vocabulary, segments inside their rows. A block is checked again when the file has changed, and
+    when it has given as many rows as it has: a disk may change bytes without a new time.
+
+    Args:
+        manifest: of the shard's folder.
         entry: the shard.
-        row_tokens: tokens of a row, as the manifest says.
-        dtype: stored token type, as the manifest says.
-        checked: one byte per block, 1 where it was checked before; a dataset keeps it while it
+        checked: what an earlier reader of this shard has checked; a dataset keeps it while it
             closes and opens the shard.
 
     Raises (from every method):
         CorruptShardError: missing, unreadable or short file, or other bytes than were written.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        entry: ShardEntry,
-        row_tokens: int,
-        dtype: np.dtype | str,
-        checked: bytearray | None = None,
-    ):
+    def __init__(self, manifest: Manifest, entry: ShardEntry, checked: CheckedBlocks | None = None):
+        root = manifest.root
         self.path = place_of(root, entry.path)
-        self.entry, self.row_tokens = entry, row_tokens
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._row_bytes = row_tokens * self.dtype.itemsize
-        self.index = BlockIndex.load(place_of(root, entry.index), entry.index_xxh3)
+        self.entry, self.row_tokens = entry, manifest.row_tokens
+        self._vocab_size, self._best_fit = manifest.vocab_size, manifest.packing == "best_fit"
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._row_bytes = self.row_tokens * self.dtype.itemsize
+        index_file = place_of(root, entry.index)
+        self.index = BlockIndex.load(index_file, entry.index_xxh3)
+        problem = self.index.problem(entry.bytes, self._row_bytes)
+        if problem:
+            raise CorruptShardError(index_file, None, 0, "an index of the tar", problem)
         self._first_row = [0, *np.cumsum(self.index.rows.astype(np.int64)).tolist()]
         self._offsets = self.index.off.tolist()
         self._docs: dict[int, np.ndarray] = {}  # about 4 bytes for each row and document
-        self.checked = bytearray(len(self.index.rows)) if checked is None else checked
+        self.checked = CheckedBlocks(self.num_blocks) if checked is None else checked
         if self._first_row[-1] != entry.rows:
             got = f"{self._first_row[-1]} rows in its index"
             raise CorruptShardError(self.path, None, 0, f"{entry.rows} rows", got)
         check_size(root, entry)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = open_plain(self.path)
         except OSError as error:
-            raise CorruptShardError(self.path, None, 0, "a readable file", _there(error)) from None
+            raise CorruptShardError(
+                self.path, None, 0, "a readable file", cause_of(error)
+            ) from None
 
     @property
     def num_blocks(self) -> int:
@@ -317,29 +253,53 @@ class ShardReader:
             rest = self._read(number, end, self.entry.bytes - end)
             if rest.count(0) != len(rest):
                 raise CorruptShardError(self.path, number, end, "zeros to the end", "other bytes")
-        self.checked[number] = 1
-        return parse_block(tok, doc, self.row_tokens, self.dtype)
+        try:
+            block = parse_block(tok, doc, self.row_tokens, self.dtype)
+            problem = block_problem(block, self._vocab_size, best_fit=self._best_fit)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            at = self._offsets[number]
+            raise CorruptShardError(self.path, number, at, "rows of tokens", problem)
+        return block
 
     def row(self, number: int, out: np.ndarray) -> np.ndarray:
         """Read one row's tokens into `out` [row_tokens] (of the stored type); its segments."""
         block = self.block_of(number)
-        if not self.checked[block]:
-            self.block(block)
         local = number - self._first_row[block]
         offset = self._offsets[block] + local * self._row_bytes
-        try:
-            size = os.preadv(self._fd, [out.data], offset)
-        except OSError as error:
-            raise self._unreadable(block, offset, self._row_bytes, error) from None
-        if size != self._row_bytes:
-            raise self._short(block, offset, self._row_bytes)
+        for _ in range(_ATTEMPTS):
+            if self.checked.follow(self._fd):
+                self._docs.clear()
+            if not self.checked.left[block]:
+                self._check(block)
+            try:
+                size = os.preadv(self._fd, [out.data], offset)
+            except OSError as error:
+                raise self._unreadable(block, offset, self._row_bytes, error) from None
+            if size != self._row_bytes:
+                raise self._short(block, offset, self._row_bytes)
+            doc = self._doc(block)
+            if not self.checked.follow(self._fd):
+                self.checked.left[block] -= 1
+                start = self._first_row[block + 1] - self._first_row[block] + 1
+                return doc[start + int(doc[local]) : start + int(doc[local + 1])]
+        raise CorruptShardError(self.path, block, offset, "a finished file", "one being written")
+
+    def _doc(self, block: int) -> np.ndarray:
+        """The numbers of a checked block's `.doc` member."""
         doc = self._docs.get(block)
         if doc is None:
             index = self.index
             raw = self._verified(block, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
             doc = self._docs[block] = np.frombuffer(raw, "<u4")
-        start = self._first_row[block + 1] - self._first_row[block] + 1
-        return doc[start + int(doc[local]) : start + int(doc[local + 1])]
+        return doc
+
+    def _check(self, number: int) -> None:
+        """Check a block, and count from anew the rows that it gives."""
+        self._docs.pop(number, None)
+        self.block(number)
+        self.checked.left[number] = int(self.index.rows[number])
 
     def _read(self, block: int, offset: int, size: int) -> bytes:
         try:
@@ -351,7 +311,7 @@ class ShardReader:
         return data
 
     def _unreadable(self, block: int, offset: int, size: int, error: OSError) -> CorruptShardError:
-        return CorruptShardError(self.path, block, offset, f"{size} bytes", _there(error))
+        return CorruptShardError(self.path, block, offset, f"{size} bytes", cause_of(error))
 
     def _short(self, block: int, offset: int, size: int) -> CorruptShardError:
         got = f"the end of the file at {os.fstat(self._fd).st_size}"
@@ -388,9 +348,9 @@ def check_size(root: Path, entry: ShardEntry) -> None:
     """
     path = place_of(root, entry.path)
     try:
-        size = path.stat().st_size
+        size = file_size(path, links=True)
     except OSError as error:
-        raise CorruptShardError(path, None, 0, f"{entry.bytes} bytes", _there(error)) from None
+        raise CorruptShardError(path, None, 0, f"{entry.bytes} bytes", cause_of(error)) from None
     if size != entry.bytes:
         raise CorruptShardError(
             path, None, min(size, entry.bytes), f"{entry.bytes} bytes", f"{size} bytes"

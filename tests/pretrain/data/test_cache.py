@@ -14,7 +14,7 @@ from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings
 from tests.http_server import serve
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.shards.shard import CorruptShardError
+from xlstm_io.shards.index import CorruptShardError
 
 SIZES = [30, 20, 25, 22]
 

@@ -1,6 +1,7 @@
 """Damage of every kind: an error with its place, or rows counted in quarantine; never silence."""
 
 import json
+import os
 import random
 import shutil
 
@@ -20,7 +21,8 @@ from pretrain.data import (
     TrainLoader,
 )
 from xlstm_io.shards.manifest import load_manifest, write_manifest
-from xlstm_io.shards.shard import ShardReader
+from xlstm_io.shards.rows import Block
+from xlstm_io.shards.shard import ShardReader, ShardWriter
 
 SEQ_LEN = 8
 FLIPS, TRUNCATIONS = 40, 8  # of each of the folder's five files
@@ -91,7 +93,7 @@ def test_no_damage_passes(copy, whole):
 
 def test_an_error_names_path_block_offset_expected_and_got(copy):
     entry = load_manifest(copy).shards("train")[1]
-    reader = ShardReader(copy, entry, SEQ_LEN + 1, "uint16")
+    reader = ShardReader(load_manifest(copy), entry)
     offset = int(reader.index.off[1])
     raw = bytearray(reader.path.read_bytes())
     raw[offset + 3] ^= 16
@@ -123,7 +125,7 @@ def test_manifest_of_another_folder_is_noticed(copy, tmp_path):
 def damaged_plan(copy):
     """A plan over shards of which one block is broken; the samples of its first epoch that are."""
     entry = load_manifest(copy).shards("train")[0]
-    reader = ShardReader(copy, entry, SEQ_LEN + 1, "uint16")
+    reader = ShardReader(load_manifest(copy), entry)
     raw = bytearray(reader.path.read_bytes())
     raw[int(reader.index.off[1])] ^= 1
     reader.path.write_bytes(raw)
@@ -190,3 +192,86 @@ def test_a_missing_shard_is_known_at_the_start_or_quarantined_whole(copy):
         TokenDataset(copy, seq_len=SEQ_LEN)
     found = TokenDataset(copy, seq_len=SEQ_LEN, quarantine=True).read(np.arange(22))
     assert [place for place, _ in found.damaged] == list(range(13, 22))
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["edited", "with its old time"])
+def test_tokens_that_change_after_their_first_check_are_noticed(copy, keep_time):
+    """An edit shows by the file's times; whoever sets them back changes the inode's time."""
+    data = TokenDataset(copy, seq_len=SEQ_LEN)
+    data.read(np.arange(22))
+    path = copy / data.manifest.shards("train")[0].path
+    about = path.stat()
+    reader = ShardReader(data.manifest, data.manifest.shards("train")[0])
+    with open(path, "r+b") as file:
+        file.seek(int(reader.index.off[0]) + 2)
+        file.write(b"\1\0")
+    if keep_time:
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    with pytest.raises(CorruptShardError, match="block 0"):
+        data.read(np.arange(22))
+
+
+def test_a_shard_that_was_replaced_while_it_was_closed_is_checked_again(copy):
+    data = TokenDataset(copy, seq_len=SEQ_LEN)
+    data.read(np.arange(22))
+    data.close()
+    path = copy / data.manifest.shards("train")[0].path
+    raw = bytearray(path.read_bytes())
+    raw[int(ShardReader(data.manifest, data.manifest.shards("train")[0]).index.off[0])] ^= 1
+    path.unlink()
+    path.write_bytes(raw)
+    with pytest.raises(CorruptShardError, match="block 0"):
+        data.read(np.arange(22))
+
+
+def test_a_block_is_hashed_again_after_as_many_rows_as_it_has(copy, monkeypatch):
+    """A disk may change bytes without a new time of the file."""
+    manifest = load_manifest(copy)
+    reader = ShardReader(manifest, manifest.shards("train")[0])
+    hashed = []
+    monkeypatch.setattr(
+        reader, "block", lambda number, real=reader.block: hashed.append(number) or real(number)
+    )
+    out = np.empty(manifest.row_tokens, reader.dtype)
+    for _ in range(3 * manifest.block_rows):
+        reader.row(0, out)
+    assert hashed == [0, 0, 0]
+    reader.row(manifest.block_rows, out)
+    assert hashed[3:] == [1]
+
+
+def test_a_file_that_never_stands_still_is_an_error(copy, monkeypatch):
+    manifest = load_manifest(copy)
+    reader = ShardReader(manifest, manifest.shards("train")[0])
+    monkeypatch.setattr(reader.checked, "follow", lambda descriptor: True)
+    with pytest.raises(CorruptShardError, match="being written"):
+        reader.row(0, np.empty(manifest.row_tokens, reader.dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    {
+        "ids": (lambda b: b.tokens.__setitem__((0, 0), 60_000), "not below vocab_size"),
+        "reversed offsets": (lambda b: b.offsets.__setitem__(1, 0), "do not ascend"),
+        "offsets beyond": (lambda b: b.offsets.__setitem__(1, 1 << 30), "do not ascend"),
+        "positions": (lambda b: b.segments.__setitem__(0, 9999), "outside their rows"),
+    }.values(),
+    ids=["ids", "reversed offsets", "offsets beyond", "positions"],
+)
+def test_hostile_numbers_with_right_hashes_are_one_message(copy, change, words):
+    """Whoever writes a folder also writes its hashes."""
+    manifest = load_manifest(copy)
+    entry = manifest.shards("train")[0]
+    reader = ShardReader(manifest, entry)
+    blocks = [reader.block(number) for number in range(reader.num_blocks)]
+    with ShardWriter(copy / entry.path) as writer:
+        for block in blocks:
+            changed = Block(*(array.copy() for array in vars(block).values()))
+            change(changed)
+            writer.write(changed)
+        written = writer.close()
+    fields = json.loads((copy / "manifest.json").read_bytes())
+    fields["sources"][0]["splits"]["train"]["shards"][0] |= vars(written)
+    write_manifest(copy, fields)
+    with pytest.raises(CorruptShardError, match=words):
+        TokenDataset(copy, seq_len=SEQ_LEN).read(np.arange(22))

@@ -78,7 +78,7 @@ def test_damaged_block_is_an_error_when_it_is_read(shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     data = TokenDataset(copy, "train", seq_len=16)
     entry = data.manifest.shards("train")[1]
-    reader = ShardReader(copy, entry, 17, "uint16")
+    reader = ShardReader(data.manifest, entry)
     raw = bytearray(reader.path.read_bytes())
     raw[int(reader.index.doc_off[0]) + 1] ^= 4
     reader.path.write_bytes(raw)
