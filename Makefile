@@ -45,15 +45,16 @@ pretrain: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
-# Against pip xlstm and mlstm-kernels, whose licence is not Apache-2.0: see tests/peers.txt.
+# Against pip xlstm and mlstm-kernels, whose licence is not Apache-2.0 (see tests/peers.txt), and under
+# lm-evaluation-harness, which brings forty packages.
 test-peers: setup-peers
-	.venv-peers/bin/python -m pytest tests/xlstm_mcore/test_peers.py
+	.venv-peers/bin/python -m pytest tests/xlstm_mcore/test_peers.py tests/pretrain/evaluation/test_harness.py
 
 setup-peers: .venv-peers/.installed
 
 .venv-peers/.installed: pyproject.toml $(CONSTRAINTS) tests/peers.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python $(INSTALL) -e '.[dev]' -r tests/peers.txt
+	.venv-peers/bin/python $(INSTALL) -e '.[dev,eval]' -r tests/peers.txt
 	@touch $@
 
 lint: $(INSTALLED)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.commands import plan, rehearse, self_test
+from pretrain.commands import downstream, plan, rehearse, self_test
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -124,6 +124,8 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", "loss of a checkpoint on a validation split")
     add_evaluation(evaluate)
     _add_config(evaluate, optional=True)
+
+    downstream.add_arguments(add("downstream", "tasks of lm-evaluation-harness on a checkpoint"))
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
     report.add_argument(
@@ -284,12 +286,13 @@ CONFIG_COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig, list[str]], 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "generate": _generate,
+    "downstream": downstream.run,
     "report": _report,
     "rewind": _rewind,
     "demo": _demo,
 }
 # Commands that several processes run together, each as one rank.
-RANK_COMMANDS = ("train", "self-test", "evaluate", "generate")
+RANK_COMMANDS = ("train", "self-test", "evaluate", "generate", "downstream")
 
 
 def _positive_nproc(options: argparse.Namespace) -> int | None:

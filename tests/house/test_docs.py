@@ -54,6 +54,10 @@ RUN_ELSEWHERE = {
         "tests/dist/test_layout_self_test.py",
         '"self-test", str(path), "--nproc", "2", "--layout", "--small"',
     ),
+    "python -m pretrain downstream runs/first --tasks lambada_openai,hellaswag,arc_easy": (
+        "tests/pretrain/evaluation/test_harness.py",
+        '"downstream", str(root / "run"), "--include"',
+    ),
     "python -m pretrain self-test my.yaml --nproc 2": (
         MAKE_PRETRAIN,
         '"pretrain", "self-test", path',
