@@ -1,18 +1,20 @@
 """Kernels of the xLSTM cells: tensors in, tensors out, no modules and no process groups.
 
 Public functions: `mlstm_chunkwise` (training), `mlstm_step` (one token), `slstm_scan`,
-`slstm_step`, `causal_conv1d` and `multihead_norm`. The specification of each cell is its
-`reference.py`; every backend is tested against it in float64. Autocast changes none of them:
-results are those of the dtypes of the arguments, as without it.
+`slstm_step`, `lstm_scan`, `lstm_step`, `causal_conv1d` and `multihead_norm`. The specification of
+each cell is its `reference.py`; every backend is tested against it in float64. Autocast changes
+none of them: results are those of the dtypes of the arguments, as without it.
 """
 
 from xlstm_kernels.conv import causal_conv1d
 from xlstm_kernels.mlstm import mlstm_chunkwise, mlstm_step
 from xlstm_kernels.norm import multihead_norm
-from xlstm_kernels.slstm import slstm_scan, slstm_step
+from xlstm_kernels.slstm import lstm_scan, lstm_step, slstm_scan, slstm_step
 
 __all__ = [
     "causal_conv1d",
+    "lstm_scan",
+    "lstm_step",
     "mlstm_chunkwise",
     "mlstm_step",
     "multihead_norm",

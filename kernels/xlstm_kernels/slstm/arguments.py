@@ -5,6 +5,11 @@ from torch import Tensor
 from xlstm_kernels.common.checks import check_choice, check_float, check_like, check_state
 
 FORGET_GATES = ("sigmoid", "exp")
+INPUT_GATES = ("exp", "sigmoid")
+
+CELLS = ("slstm", "slstm_sigmoid", "lstm")
+"""What one step of a scan computes from its pre-activations: the sLSTM, the sLSTM with a sigmoid
+input gate, and the LSTM, whose state has no n and m."""
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 """(h, c, n, m), each [b, heads, d]."""
@@ -16,6 +21,7 @@ def check_arguments(
     bias: Tensor,
     state: State | None,
     forget_gate: str,
+    input_gate: str,
     *,
     time: bool,
 ) -> None:
@@ -34,6 +40,12 @@ def check_arguments(
     check_like("recurrent_weight", recurrent_weight, (4, heads, d, d), weight_layout, gate_preacts)
     check_like("bias", bias, (4, heads, d), "[4, heads, d]", gate_preacts)
     check_choice("forget_gate", forget_gate, FORGET_GATES)
+    check_choice("input_gate", input_gate, INPUT_GATES)
     if state is not None:
         part = ((gate_preacts.shape[0], heads, d), "[b, heads, d]")
         check_state(state, {name: part for name in "hcnm"}, gate_preacts)
+
+
+def cell_of(input_gate: str) -> str:
+    """The sLSTM's entry of `CELLS` with this input gate."""
+    return "slstm" if input_gate == "exp" else "slstm_sigmoid"

@@ -52,7 +52,7 @@ def scan_operator(
     name: str,
     *,
     forward: Callable[..., Results],
-    allocate: Callable[[Tensor], Results],
+    allocate: Callable[[Tensor, str], Results],
     backward: Callable[..., Gradients],
     allocate_gradients: Callable[[Kept], Gradients],
     keeps_output: bool = False,
@@ -61,17 +61,17 @@ def scan_operator(
 
     Args:
         name: Name of the operator.
-        forward: From gate_preacts, recurrent_weight, bias, state (`PartialState`), boundaries and
-            whether the forget gate is a sigmoid.
-        allocate: `Results` of the right shapes, dtypes and strides from gate_preacts.
+        forward: From gate_preacts, recurrent_weight, bias, state (`PartialState`), boundaries,
+            whether the forget gate is a sigmoid, and the cell (one of `CELLS`).
+        allocate: `Results` of the right shapes, dtypes and strides from gate_preacts and cell.
         backward: From `Kept`, d_out (or None), the gradients of h, c and n of the last state (or
-            None each), and whether the forget gate is a sigmoid.
+            None each), whether the forget gate is a sigmoid, and the cell.
         allocate_gradients: `Gradients` of the right shapes, dtypes and strides from `Kept`.
         keeps_output: Whether the backward pass reads h, which is then kept.
 
     Returns:
-        The operator: (gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget)
-        to [out, h, c, n, m, *saved].
+        The operator: (gate_preacts, recurrent_weight, bias, h, c, n, m, boundaries, sigmoid_forget,
+        cell) to [out, h, c, n, m, *saved].
     """
 
     @torch_op(name)
@@ -85,14 +85,16 @@ def scan_operator(
         m: Tensor | None,
         boundaries: Tensor | None,
         sigmoid_forget: bool,
+        cell: str = "slstm",
     ) -> list[Tensor]:
         state = (h, c, n, m)
-        results = forward(gate_preacts, recurrent_weight, bias, state, boundaries, sigmoid_forget)
+        tensors = gate_preacts, recurrent_weight, bias
+        results = forward(*tensors, state, boundaries, sigmoid_forget, cell)
         return [results.out, *results.last, *results.saved]
 
     @scan_forward.register_fake
-    def _(gate_preacts, *_):
-        results = allocate(gate_preacts)
+    def _(gate_preacts, *rest):
+        results = allocate(gate_preacts, rest[8] if len(rest) > 8 else "slstm")
         return [results.out, *results.last, *results.saved]
 
     @torch_op(f"{name}_backward")
@@ -107,16 +109,17 @@ def scan_operator(
         d_c: Tensor | None,
         d_n: Tensor | None,
         sigmoid_forget: bool,
+        cell: str,
     ) -> list[Tensor]:
         kept = Kept(recurrent_weight, h_first, boundaries, out, saved)
-        return list(backward(kept, d_out, (d_h, d_c, d_n), sigmoid_forget))
+        return list(backward(kept, d_out, (d_h, d_c, d_n), sigmoid_forget, cell))
 
     @scan_backward.register_fake
     def _(recurrent_weight, h_first, boundaries, out, saved, *_):
         return list(allocate_gradients(Kept(recurrent_weight, h_first, boundaries, out, saved)))
 
     def save(ctx, inputs, output):
-        _, recurrent_weight, _, h, _, _, _, boundaries, ctx.sigmoid_forget = inputs
+        _, recurrent_weight, _, h, _, _, _, boundaries, ctx.sigmoid_forget, ctx.cell = inputs
         h, out = (h, output[0]) if keeps_output else (None, None)
         ctx.save_for_backward(recurrent_weight, h, boundaries, out, *output[5:])
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
@@ -125,11 +128,10 @@ def scan_operator(
 
     def differentiate(ctx, d_outputs):
         weight, h_first, boundaries, out, *saved = ctx.saved_tensors
-        grads = scan_backward(
-            *(weight, h_first, boundaries, out, saved), *d_outputs[:4], ctx.sigmoid_forget
-        )
+        kept = weight, h_first, boundaries, out, saved
+        grads = scan_backward(*kept, *d_outputs[:4], ctx.sigmoid_forget, ctx.cell)
         pairs = zip(grads, ctx.dtypes, strict=True)
-        return *(grad.to(dtype) if dtype else None for grad, dtype in pairs), None, None, None
+        return *(grad.to(dtype) if dtype else None for grad, dtype in pairs), *[None] * 4
 
     scan_forward.register_autograd(differentiate, setup_context=save)
     return scan_forward

@@ -1,7 +1,7 @@
-"""The sLSTM step recurrence, one token at a time: the specification of every other sLSTM kernel.
+"""The step recurrences of sLSTM and LSTM, one token at a time: the specification of the kernels.
 
-xLSTM (arXiv 2405.04517), eq. 8-17. Written to be read and to be run in float64; autograd through
-it gives the reference gradients.
+xLSTM (arXiv 2405.04517), eq. 8-17 for the sLSTM and eq. 2-7 for the LSTM. Written to be read and to
+be run in float64; autograd through them gives the reference gradients.
 """
 
 import torch
@@ -19,6 +19,7 @@ def slstm_recurrence(
     *,
     boundaries: Tensor | None = None,
     forget_gate: str = "sigmoid",
+    input_gate: str = "exp",
 ) -> tuple[Tensor, State]:
     """Hidden states h [b, s, heads, d] and last state (h, c, n, m), in the dtype of the input.
 
@@ -38,11 +39,40 @@ def slstm_recurrence(
         recurrent = torch.einsum("bhd,ghde->bghe", h, recurrent_weight)
         i, f, z, o = (gate_preacts[:, t] + recurrent + bias).unbind(1)
         log_f = logsigmoid(f) if forget_gate == "sigmoid" else f
-        m_new = torch.maximum(log_f + m, i).detach()
-        decay, write = (log_f + m - m_new).exp(), (i - m_new).exp()
+        log_i = i if input_gate == "exp" else logsigmoid(i)
+        m_new = torch.maximum(log_f + m, log_i).detach()
+        decay, write = (log_f + m - m_new).exp(), (log_i - m_new).exp()
         c = decay * c + write * z.tanh()
         n = decay * n + write
         m = m_new
         h = o.sigmoid() * c / n
         hs.append(h)
     return torch.stack(hs, dim=1), (h, c, n, m)
+
+
+def lstm_recurrence(
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    *,
+    boundaries: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Hidden states h [b, s, heads, d] and last state (h, c), in the dtype of the input.
+
+    Arguments as in `xlstm_kernels.lstm_scan`.
+    """
+    h = c = gate_preacts.new_zeros(gate_preacts[:, 0, 0].shape)
+    if initial_state is not None:
+        h, c = initial_state
+    hs = []
+    for t in range(gate_preacts.shape[1]):
+        if boundaries is not None:
+            start = boundaries[:, t, None, None]
+            h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
+        recurrent = torch.einsum("bhd,ghde->bghe", h, recurrent_weight)
+        i, f, z, o = (gate_preacts[:, t] + recurrent + bias).unbind(1)
+        c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+        h = o.sigmoid() * c.tanh()
+        hs.append(h)
+    return torch.stack(hs, dim=1), (h, c)

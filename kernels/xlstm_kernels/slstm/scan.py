@@ -6,10 +6,10 @@ from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import check_boundaries
-from xlstm_kernels.slstm.arguments import State, check_arguments
+from xlstm_kernels.slstm.arguments import State, cell_of, check_arguments
 
 
-def _operator(backend: str) -> Callable:
+def operator_of(backend: str) -> Callable:
     """The custom op behind `backend`; imported when it is used, since its library may be absent."""
     if backend == "torch":
         from xlstm_kernels.slstm.torch.scan import scan_forward
@@ -29,12 +29,13 @@ def slstm_scan(
     return_last_state: bool = False,
     boundaries: Tensor | None = None,
     forget_gate: str = "sigmoid",
+    input_gate: str = "exp",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     """Hidden states of the sLSTM over a sequence.
 
-    Everything is computed in float32, in float64 for float64 gate_preacts. The input gate is
-    exponential. Gradients are exact, into and out of h, c and n; m carries none.
+    Everything is computed in float32, in float64 for float64 gate_preacts. Gradients are exact,
+    into and out of h, c and n; m carries none.
 
     Args:
         gate_preacts: Pre-activations [b, s, 4, heads, d] in the order i, f, z, o, of any float
@@ -48,6 +49,7 @@ def slstm_scan(
         boundaries: bool [b, s], True at the first token of a document: the state before it is
             forgotten.
         forget_gate: "sigmoid" or "exp".
+        input_gate: "exp", as in the paper, or "sigmoid".
         backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
@@ -56,10 +58,12 @@ def slstm_scan(
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
     """
-    check_arguments(gate_preacts, recurrent_weight, bias, initial_state, forget_gate, time=True)
+    tensors = gate_preacts, recurrent_weight, bias
+    check_arguments(*tensors, initial_state, forget_gate, input_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
-    chosen = select_backend("slstm_scan", backend, gate_preacts, d=gate_preacts.shape[-1])
+    cell, d = cell_of(input_gate), gate_preacts.shape[-1]
+    chosen = select_backend("slstm_scan", backend, gate_preacts, d=d, cell=cell)
     state = initial_state if initial_state is not None else (None,) * 4
     sigmoid = forget_gate == "sigmoid"
-    h, *rest = _operator(chosen)(gate_preacts, recurrent_weight, bias, *state, boundaries, sigmoid)
+    h, *rest = operator_of(chosen)(*tensors, *state, boundaries, sigmoid, cell)
     return (h, tuple(rest[:4])) if return_last_state else h

@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import compute_dtype
-from xlstm_kernels.slstm.arguments import State, check_arguments
+from xlstm_kernels.slstm.arguments import State, cell_of, check_arguments
 
 
 @torch.no_grad()
@@ -17,6 +17,7 @@ def slstm_step(
     state: State,
     *,
     forget_gate: str = "sigmoid",
+    input_gate: str = "exp",
     backend: str | None = None,
 ) -> Tensor:
     """Hidden state of one token; the state is updated in place.
@@ -29,6 +30,7 @@ def slstm_step(
         bias: [4, heads, d].
         state: (h, c, n, m), each [b, heads, d]; changed in place. Zeros are a fresh state.
         forget_gate: "sigmoid" or "exp".
+        input_gate: "exp" or "sigmoid".
         backend: "torch" or "triton"; None for the best one.
 
     Returns:
@@ -39,24 +41,33 @@ def slstm_step(
     """
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
-    check_arguments(gate_preacts, recurrent_weight, bias, state, forget_gate, time=False)
-    d = gate_preacts.shape[-1]
-    if select_backend("slstm_step", backend, gate_preacts, d=d) == "triton":
+    tensors = gate_preacts, recurrent_weight, bias
+    check_arguments(*tensors, state, forget_gate, input_gate, time=False)
+    facts = {"d": gate_preacts.shape[-1], "cell": cell_of(input_gate)}
+    if select_backend("slstm_step", backend, gate_preacts, **facts) == "triton":
         from xlstm_kernels.slstm.triton.step import slstm_step_triton
 
         sigmoid = forget_gate == "sigmoid"
-        return slstm_step_triton(gate_preacts, recurrent_weight, bias, *state, sigmoid)
+        return slstm_step_triton(*tensors, *state, sigmoid)
     with torch.autocast(gate_preacts.device.type, enabled=False):
-        return _step(gate_preacts, recurrent_weight, bias, state, forget_gate)
+        return _step(*tensors, state, forget_gate, input_gate)
 
 
-def _step(gate_preacts, recurrent_weight, bias, state, forget_gate):
-    h, c, n, m = state
+def gates_of_token(
+    gate_preacts: Tensor, recurrent_weight: Tensor, bias: Tensor, h: Tensor
+) -> tuple[Tensor, ...]:
+    """Pre-activations of i, f, z, o with the recurrent part and the bias, [b, heads, d] each."""
     dtype = compute_dtype(gate_preacts.dtype)
     # [b, heads, 1, d] @ [heads, d, d] for each gate
     recurrent = h.to(dtype)[:, None, :, None] @ recurrent_weight.to(dtype)
-    i, f, z, o = (gate_preacts.to(dtype) + recurrent.squeeze(-2) + bias.to(dtype)).unbind(1)
-    m_old = m.to(dtype).masked_fill(n == 0, -torch.inf)
+    return (gate_preacts.to(dtype) + recurrent.squeeze(-2) + bias.to(dtype)).unbind(1)
+
+
+def _step(gate_preacts, recurrent_weight, bias, state, forget_gate, input_gate):
+    h, c, n, m = state
+    i, f, z, o = gates_of_token(gate_preacts, recurrent_weight, bias, h)
+    i = i if input_gate == "exp" else logsigmoid(i)
+    m_old = m.to(i.dtype).masked_fill(n == 0, -torch.inf)
     carried = (logsigmoid(f) if forget_gate == "sigmoid" else f) + m_old
     m_new = torch.maximum(carried, i)
     decay, write = (carried - m_new).exp(), (i - m_new).exp()

@@ -114,17 +114,20 @@ def copy(y, y0, x, x0, d):
 
 @compiled
 def forward(
-    first_task, end_task, batch, steps, heads, d, width, sigmoid_forget,
+    first_task, end_task, batch, steps, heads, d, width, slots, sigmoid_forget, lstm,
     preacts, bias, matrix, starts, sums, acts, decays, hs, cs, ns, ms, out,
 ):  # fmt: skip
     """All steps of the tasks from `first_task` to before `end_task`.
 
     preacts [batch, steps, 4, heads, d] and bias [4, heads, d] in; matrix [heads, 4 width / TILE,
     width, TILE] in; starts [batch, steps] uint8 in; sums [heads, batch, 4, width] is scratch.
-    acts [heads, batch, steps, 4, width] gets write gate, d decay / d pre-activation, tanh(z),
-    sigmoid(o); decays [heads, batch, steps, width]; hs, cs, ns [heads, batch, steps + 1, width]:
-    states before each step and after the last, of which the first are given (h is zeroed where a
-    document starts); ms [heads, batch, width] in and out; out [batch, steps, heads, d] gets h.
+    acts [heads, batch, steps, slots, width] gets write gate, d decay / d pre-activation, tanh(z),
+    sigmoid(o), and, with 5 slots, d write / d pre-activation of a sigmoid input gate (with 4 the
+    input gate is exponential, and the derivative is the gate itself); decays [heads, batch, steps,
+    width]; hs, cs, ns [heads, batch, steps + 1, width]: states before each step and after the last,
+    of which the first are given (h is zeroed where a document starts); ms [heads, batch, width] in
+    and out. With `lstm` n is 1, and m is 0, or -inf where nothing is remembered. out [batch, steps,
+    heads, d] gets h.
     """
     blocks = (batch + ROWS - 1) // ROWS
     for task in range(first_task, end_task):
@@ -132,7 +135,7 @@ def forward(
         rows = min(ROWS, batch - first)
         index = head * batch + first
         for t in range(steps):
-            acts0 = (index * steps + t) * 4 * width
+            acts0 = (index * steps + t) * slots * width
             states0 = (index * (steps + 1) + t) * width
             for row in range(rows):
                 b = first + row
@@ -154,11 +157,29 @@ def forward(
             )  # fmt: skip
             for row in range(rows):
                 y = (index + row) * 4 * width
-                a, now = acts0 + row * steps * 4 * width, states0 + row * (steps + 1) * width
+                a, now = acts0 + row * steps * slots * width, states0 + row * (steps + 1) * width
                 for j in range(0, width, LANES):
                     i, f = load(sums, y + j), load(sums, y + width + j)
                     z, o = load(sums, y + 2 * width + j), load(sums, y + 3 * width + j)
                     m = load(ms, (index + row) * width + j)
+                    if lstm:
+                        write, decay = sigmoid(i), where_less(m, 0.0, 0.0, sigmoid(f))
+                        z, o = tanh(z), sigmoid(o)
+                        c = decay * load(cs, now + j) + write * z
+                        store(acts, a + j, write)
+                        store(acts, a + width + j, decay * sigmoid(0.0 - f))
+                        store(acts, a + 2 * width + j, z)
+                        store(acts, a + 3 * width + j, o)
+                        store(acts, a + 4 * width + j, write * sigmoid(0.0 - i))
+                        store(decays, ((index + row) * steps + t) * width + j, decay)
+                        store(ms, (index + row) * width + j, 0.0)
+                        store(cs, now + width + j, c)
+                        store(ns, now + width + j, 1.0)
+                        store(hs, now + width + j, o * tanh(c))
+                        continue
+                    if slots == 5:
+                        e = exp_negative(0.0 - magnitude(i))
+                        i = where_less(i, 0.0, i, 0.0) - log1p_unit(e)  # log of the gate
                     if sigmoid_forget:
                         e = exp_negative(0.0 - magnitude(f))
                         carried = where_less(f, 0.0, f, 0.0) - log1p_unit(e) + m
@@ -179,6 +200,8 @@ def forward(
                     store(acts, a + width + j, decay * closing)
                     store(acts, a + 2 * width + j, z)
                     store(acts, a + 3 * width + j, o)
+                    if slots == 5:
+                        store(acts, a + 4 * width + j, write * sigmoid(0.0 - load(sums, y + j)))
                     store(decays, ((index + row) * steps + t) * width + j, decay)
                     store(cs, now + width + j, c)
                     store(ns, now + width + j, n)
@@ -188,7 +211,7 @@ def forward(
 
 @compiled
 def backward(
-    first_task, end_task, batch, steps, heads, d, width,
+    first_task, end_task, batch, steps, heads, d, width, slots, lstm,
     d_out, matrix, starts, acts, decays, cs, ns, d_h, d_c, d_n, d_step, d_preacts,
 ):  # fmt: skip
     """All steps of the tasks from `first_task` to before `end_task`, backwards.
@@ -209,7 +232,7 @@ def backward(
                 add(
                     d_h, at * width, d_h, at * width, d_out, ((b * steps + t) * heads + head) * d, d
                 )
-                a, now = (at * steps + t) * 4 * width, (at * (steps + 1) + t) * width
+                a, now = (at * steps + t) * slots * width, (at * (steps + 1) + t) * width
                 g = at * 4 * width
                 for j in range(0, width, LANES):
                     write, closing = load(acts, a + j), load(acts, a + width + j)
@@ -217,10 +240,17 @@ def backward(
                     decay = load(decays, (at * steps + t) * width + j)
                     dh = load(d_h, at * width + j)
                     c, inverse = load(cs, now + width + j), 1.0 / load(ns, now + width + j)
-                    h = o * c * inverse
-                    dc = load(d_c, at * width + j) + dh * o * inverse
-                    dn = load(d_n, at * width + j) - dh * h * inverse
-                    store(d_step, g + j, write * (dc * z + dn))
+                    if lstm:
+                        squashed = tanh(c)
+                        h = o * squashed
+                        dc = load(d_c, at * width + j) + dh * o * (1.0 - squashed * squashed)
+                        dn = 0.0 * h
+                    else:
+                        h = o * c * inverse
+                        dc = load(d_c, at * width + j) + dh * o * inverse
+                        dn = load(d_n, at * width + j) - dh * h * inverse
+                    slope = write if slots == 4 else load(acts, a + 4 * width + j)
+                    store(d_step, g + j, slope * (dc * z + dn))
                     d_f = closing * (dc * load(cs, now + j) + dn * load(ns, now + j))
                     store(d_step, g + width + j, d_f)
                     store(d_step, g + 2 * width + j, dc * write * (1.0 - z * z))

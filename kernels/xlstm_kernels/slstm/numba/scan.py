@@ -15,7 +15,7 @@ from torch import Tensor
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 
 
-def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm") -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
     if like.device.type != "cpu":
         return f"the compiled loops run on the CPU, not on {like.device.type}; use another backend"
@@ -79,13 +79,14 @@ def _starts(boundaries: Tensor | None, b: int, s: int) -> Tensor:
     return boundaries.contiguous().view(torch.uint8)
 
 
-def allocate(gate_preacts: Tensor) -> Results:
+def allocate(gate_preacts: Tensor, cell: str) -> Results:
     """Fresh tensors for the results; for what is saved see `loops.forward`."""
     b, s, heads, d, width = _shapes(gate_preacts)
     new = gate_preacts.new_empty
     wide = {"dtype": torch.float32}
     last = tuple(new(b, heads, d, **wide) for _ in range(4))
-    acts, decays = new(heads, b, s, 4, width, **wide), new(heads, b, s, width, **wide)
+    slots = 4 if cell == "slstm" else 5
+    acts, decays = new(heads, b, s, slots, width, **wide), new(heads, b, s, width, **wide)
     states = [new(heads, b, s + 1, width, **wide) for _ in range(3)]
     return Results(new(b, s, heads, d), last, [acts, decays, *states])
 
@@ -97,12 +98,13 @@ def forward(
     state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
+    cell: str,
 ) -> Results:
     """The forward pass; see `slstm_scan` and `loops.forward`."""
     from xlstm_kernels.slstm.numba import loops
 
     b, s, heads, d, width = _shapes(gate_preacts)
-    results = allocate(gate_preacts)
+    results = allocate(gate_preacts, cell)
     out, (acts, decays, hs, cs, ns) = results.out, results.saved
     for buffer, x in zip((hs, cs, ns), state[:3], strict=True):
         buffer[:, :, 0] = _per_head(x, heads, b, d, width)
@@ -111,7 +113,7 @@ def forward(
     wide = out if out.dtype == torch.float32 else out.float()
     _run(
         loops.forward, heads, b, loops.ROWS,
-        b, s, heads, d, width, sigmoid_forget,
+        b, s, heads, d, width, acts.shape[3], sigmoid_forget, cell == "lstm",
         gate_preacts.float().contiguous(), bias.float().contiguous(),
         _tiles(matrix, loops.TILE), _starts(boundaries, b, s),
         ms.new_empty(heads, b, 4, width), acts, decays, hs, cs, ns, ms, wide,
@@ -135,9 +137,9 @@ def allocate_gradients(kept: Kept) -> Gradients:
 
 
 def backward(
-    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool, cell: str
 ) -> Gradients:
-    """The backward pass. The derivative of the forget gate is in what was saved."""
+    """The backward pass. The derivatives of both gates are in what was saved."""
     from xlstm_kernels.slstm.numba import loops
 
     recurrent_weight, (acts, decays, hs, cs, ns) = kept.recurrent_weight, kept.saved
@@ -150,7 +152,7 @@ def backward(
     d_states = [_per_head(x, heads, b, d, width) for x in d_last]
     _run(
         loops.backward, heads, b, loops.ROWS,
-        b, s, heads, d, width,
+        b, s, heads, d, width, acts.shape[3], cell == "lstm",
         d_out.float().contiguous(), _tiles(matrix, loops.TILE), _starts(kept.boundaries, b, s),
         acts, decays, cs, ns, *d_states, acts.new_empty(heads, b, 4, width), d_preacts,
     )  # fmt: skip

@@ -37,11 +37,11 @@ def _starts(boundaries: Tensor | None, steps: int) -> tuple[Tensor | None, list[
     return boundaries.t()[:, None, :, None], boundaries.any(0).tolist()
 
 
-def allocate(gate_preacts: Tensor) -> Results:
-    """Fresh tensors for the results.
+def allocate(gate_preacts: Tensor, cell: str) -> Results:
+    """Fresh tensors for the results, of the same sizes for every cell.
 
     Saved are gates, factors, h, c and n of all steps, time first: [s, heads, b, ..., d], gates in
-    the order i, f, z, o. h, c and n have a step more, the initial state.
+    the order i, f, z, o. h, c and n have a step more, the initial state. The LSTM has n = 1.
     """
     b, s, _, heads, d = gate_preacts.shape
     dtype = compute_dtype(gate_preacts.dtype)
@@ -62,6 +62,7 @@ def forward(
     state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
+    cell: str,
 ) -> Results:
     """The forward pass; see `slstm_scan` and `allocate`."""
     b, s, _, heads, d = gate_preacts.shape
@@ -80,6 +81,8 @@ def forward(
     hs[0], cs[0], ns[0] = (_per_head(x, hs[0]) for x in state[:3])
     m = _per_head(state[3], hs[0]).masked_fill(ns[0] == 0, -torch.inf)
     starts, has_start = _starts(boundaries, s)
+    if cell == "lstm":
+        ns[1:] = 1
 
     pre = gates.view(s, heads, b, 4 * d).unbind(0)
     i, f, z, o = (gate.unbind(0) for gate in gates.unbind(3))
@@ -90,9 +93,18 @@ def forward(
         if has_start[t]:
             h_prev, m = h_prev.masked_fill(starts[t], 0), m.masked_fill(starts[t], -torch.inf)
         pre[t].baddbmm_(h_prev, R)
+        if cell == "lstm":
+            torch.sigmoid(i[t], out=write[t])
+            torch.sigmoid(f[t], out=decay[t])
+            if has_start[t]:
+                decay[t].masked_fill_(starts[t], 0)
+            torch.mul(write[t], z[t].tanh_(), out=c[t + 1]).addcmul_(decay[t], c[t])
+            torch.tanh(c[t + 1], out=h[t + 1]).mul_(o[t].sigmoid_())
+            continue
+        log_i = i[t] if cell == "slstm" else logsigmoid(i[t])
         carried = (logsigmoid(f[t]) if sigmoid_forget else f[t]) + m
-        m = torch.maximum(carried, i[t])
-        torch.sub(i[t], m, out=write[t])
+        m = torch.maximum(carried, log_i)
+        torch.sub(log_i, m, out=write[t])
         torch.sub(carried, m, out=decay[t])
         both[t].exp_()
         torch.mul(write[t], z[t].tanh_(), out=c[t + 1]).addcmul_(decay[t], c[t])
@@ -114,7 +126,7 @@ def allocate_gradients(kept: Kept) -> Gradients:
 
 
 def backward(
-    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool, cell: str
 ) -> Gradients:
     """The backward pass."""
     gates, factors, hs, cs, ns = kept.saved
@@ -127,8 +139,12 @@ def backward(
 
     # Local derivatives of all steps: what one step's d_h, d_c and d_n become.
     by_h = torch.empty_like(factors)  # d_h -> d_c, d_n
-    torch.div(o, ns[1:], out=by_h[..., 0, :])
-    torch.div(hs[1:], ns[1:], out=by_h[..., 1, :]).neg_()
+    if cell == "lstm":
+        torch.mul(o, 1 - cs[1:].tanh().square_(), out=by_h[..., 0, :])
+        by_h[..., 1, :] = 0
+    else:
+        torch.div(o, ns[1:], out=by_h[..., 0, :])
+        torch.div(hs[1:], ns[1:], out=by_h[..., 1, :]).neg_()
     h_to_o = torch.addcmul(hs[1:], hs[1:], o, value=-1)  # d_h -> pre-activation of o
     by_c = gates.new_empty(s, heads, b, 3, d)  # d_c -> pre-activations of i, f, z
     by_n = gates.new_empty(s, heads, b, 2, d)  # d_n -> pre-activations of i, f
@@ -138,6 +154,10 @@ def backward(
     torch.addcmul(write, by_c[..., 0, :], z, value=-1, out=by_c[..., 2, :])
     by_n[..., 0, :] = write
     torch.mul(closing, ns[:-1], out=by_n[..., 1, :])
+    if cell != "slstm":  # the derivative of the input gate's sigmoid
+        opening = torch.sigmoid(-gates[..., 0, :])
+        by_c[..., 0, :] *= opening
+        by_n[..., 0, :] *= opening
 
     d_hs = gates.new_zeros(s + 1, heads, b, d)
     if d_out is not None:

@@ -20,11 +20,13 @@ MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
 
 
-def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm") -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
     reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is not None:
         return reason
+    if cell != "slstm":
+        return "it has the sLSTM with an exponential input gate only; use 'torch'"
     if d > MOST:
         return f"a head of {d} exceeds {MOST}; use more heads, or 'torch'"
     return None
@@ -143,7 +145,7 @@ def _bytes(boundaries: Tensor | None) -> Tensor | None:
     return None if boundaries is None else boundaries.contiguous().view(torch.uint8)
 
 
-def allocate(gate_preacts: Tensor) -> Results:
+def allocate(gate_preacts: Tensor, cell: str) -> Results:
     """Fresh tensors for the results. Saved is what `KEPT` names."""
     b, s, _, heads, d = gate_preacts.shape
     last = tuple(gate_preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4))
@@ -157,6 +159,7 @@ def forward(
     state: PartialState,
     boundaries: Tensor | None,
     sigmoid_forget: bool,
+    cell: str,
 ) -> Results:
     """The forward pass; see `slstm_scan`."""
     preacts, steps = gate_preacts.contiguous(), gate_preacts.shape[1]
@@ -191,7 +194,7 @@ def allocate_gradients(kept: Kept) -> Gradients:
 
 
 def backward(
-    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool
+    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool, cell: str
 ) -> Gradients:
     """The backward pass. The derivative of the forget gate is in what was saved."""
     boundaries, out, acts = kept.boundaries, kept.out, kept.saved[0]
