@@ -73,5 +73,15 @@ class XLSTMConfig(TransformerConfig):
 
     @property
     def slstm_ffn_dim(self) -> int:
-        """Inner width of the classic sLSTM block's GeGLU."""
+        """Inner width of the classic sLSTM block's GeGLU, and of the LSTM block's."""
         return dimensions(self.model).slstm_ffn
+
+    @property
+    def slstm_conv_dim(self) -> int:
+        """Taps of the convolution in the sLSTM and LSTM blocks."""
+        return dimensions(self.model).slstm_conv
+
+    @property
+    def mamba_dim(self) -> int:
+        """Inner width of the Mamba-2 block."""
+        return dimensions(self.model).mamba

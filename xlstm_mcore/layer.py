@@ -13,9 +13,10 @@ from torch import Tensor
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.mixers.attention import AttentionMixer
+from xlstm_mcore.mixers.mamba2 import Mamba2Mixer
 from xlstm_mcore.mixers.mlstm import MLSTMMixer
 from xlstm_mcore.mixers.mlstm_classic import ClassicMLSTMMixer
-from xlstm_mcore.mixers.slstm import SLSTMMixer
+from xlstm_mcore.mixers.slstm import LSTMMixer, SLSTMMixer
 from xlstm_mcore.modules.feed_forward import FeedForward
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.recompute import selective
@@ -42,6 +43,8 @@ def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
         "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), ModuleSpec(FeedForward, params=swiglu)),
         "m": XLSTMLayerSubmodules(ModuleSpec(ClassicMLSTMMixer)),
         "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+        "l": XLSTMLayerSubmodules(ModuleSpec(LSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+        "d": XLSTMLayerSubmodules(ModuleSpec(Mamba2Mixer)),
         "*": XLSTMLayerSubmodules(
             ModuleSpec(AttentionMixer), ModuleSpec(FeedForward, params=swiglu)
         ),

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from xlstm_mcore.pattern import parse_pattern
+from xlstm_mcore.pattern import parse_pattern, spelled_out
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -24,9 +24,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _readable(pattern: str) -> str:
-    """The pattern itself; raises PatternError where it cannot be read."""
-    parse_pattern(pattern)
-    return pattern
+    """The pattern, letter by letter; raises PatternError where it cannot be read."""
+    letters = spelled_out(pattern)
+    parse_pattern(letters)
+    return letters
 
 
 class Section(BaseModel):
@@ -41,7 +42,8 @@ class ModelConfig(Section):
     """The model."""
 
     pattern: Annotated[str, AfterValidator(_readable)]
-    """a letter per layer: M 7B-style mLSTM, m classic mLSTM, s sLSTM, * attention; | cuts stages"""
+    """a letter per layer: M 7B-style mLSTM, m classic mLSTM, s sLSTM, l LSTM, d Mamba-2, *
+    attention; | cuts stages; xLSTM[7:1]x48 is read and written out"""
     hidden_size: PositiveInt
     """width of the residual stream"""
     num_heads: PositiveInt
@@ -75,21 +77,34 @@ class ModelConfig(Section):
     qkv_block_size: PositiveInt = 4
     """m: size of the diagonal blocks of the q, k and v projections"""
     conv_width: NonNegativeInt = 4
-    """m and s: taps of the causal convolution; 0 leaves it out, and its SiLU"""
+    """m, s, l and d: taps of the causal convolution; 0 leaves it out, and its SiLU"""
+    slstm_conv_width: NonNegativeInt | None = None
+    """s and l: their own conv_width; null for conv_width"""
     slstm_ffn_dim_factor: PositiveFloat = 1.3
-    """s: feed-forward width over hidden_size, rounded up to round_up_to"""
+    """s and l: feed-forward width over hidden_size, rounded up to round_up_to"""
     head_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
-    """M, m and s: norm of each head's output; none keeps only its weight"""
+    """M, m, s and l: norm of each head's output; none keeps only its weight"""
     mlstm_gate: Literal["exp", "sigmoid"] = "exp"
     """M and m: activation of the input gate"""
     mlstm_normalize: bool = True
     """M and m: divide by the normaliser state; false for the bare numerator"""
     mlstm_input_gate: bool = True
     """M and m: false holds the input gate at 1; its parameters stay, without effect"""
-    mlstm_forget_gate: bool = True
-    """M and m: false holds the forget gate at 1; its parameters stay, without effect"""
+    mlstm_forget_gate: bool | Literal["bias"] = True
+    """M and m: false holds the forget gate at 1, bias at a learned value per head that no input
+    changes; the parameters left out stay, without effect"""
+    slstm_input_gate: Literal["exp", "sigmoid"] = "exp"
+    """s: activation of the input gate"""
     slstm_forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
     """s: activation of the forget gate"""
+    slstm_recurrent_init: Literal["zeros", "normal"] = "zeros"
+    """s and l: initial recurrent weights; normal has the deviation 1 / sqrt(width of a head)"""
+    mamba_dim_factor: PositiveFloat = 2.0
+    """d: inner width over hidden_size, rounded up to whole heads"""
+    mamba_head_dim: PositiveInt = 64
+    """d: width of a head"""
+    mamba_state_dim: PositiveInt = 128
+    """d: width of B and C, which all heads share"""
     attention_heads: PositiveInt | None = None
     """*: heads of attention; null for num_heads"""
     attention_kv_heads: PositiveInt | None = None

@@ -52,7 +52,7 @@ def _head_widths(config: RunConfig) -> Iterator[str]:
         widths += [("hidden_size times model.v_dim_factor", dims.v)]
     if "m" in letters:
         widths += [("hidden_size times model.up_dim_factor (rounded up)", dims.up)]
-    if "s" in letters:
+    if {"s", "l"} & set(letters):
         widths += [("hidden_size", model.hidden_size)]
     for name, width in widths:
         if width == 0:
@@ -70,7 +70,7 @@ def _ffn_over_tensor(config: RunConfig) -> Iterator[str]:
     for users, key, width in (
         ("M*", "ffn_dim_factor", dims.ffn),
         ("m", "up_dim_factor", dims.up),
-        ("s", "slstm_ffn_dim_factor", dims.slstm_ffn),
+        ("sl", "slstm_ffn_dim_factor", dims.slstm_ffn),
     ):
         if set(users) & set(letters) and width % tensor:
             yield (

@@ -6,6 +6,7 @@ from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import RunConfig
 from xlstm_io.terminal import counted
 from xlstm_mcore.pattern import parse_pattern, shorten
+from xlstm_mcore.sizes.dimensions import dimensions
 
 
 def letters_of(config: RunConfig) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def _virtual(config: RunConfig) -> Iterator[str]:
 
 def _heads_over_tensor(config: RunConfig) -> Iterator[str]:
     tensor, heads = config.layout.tensor, config.model.num_heads
-    if heads % tensor and set(letters_of(config)) != {"*"}:
+    if heads % tensor and set(letters_of(config)) - {"*", "d"}:
         yield (
             f"layout.tensor={tensor} does not divide model.num_heads={heads}; "
             f"use {choices(divisors(heads))}"
@@ -73,14 +74,14 @@ def _sequence_length(config: RunConfig) -> Iterator[str]:
 
 
 def _tokens_over_context(config: RunConfig) -> Iterator[str]:
-    if "m" not in letters_of(config):
+    if not {"m", "d"} & set(letters_of(config)):
         return
     layout, length, before = config.layout, config.data.seq_len, config.model.conv_width - 1
     fit = [n for n in divisors(length) if n == 1 or length // n >= before]
     if layout.context > 1 and length // layout.context < before:
         yield (
             f"layout.context={layout.context} leaves {length // layout.context} tokens of "
-            f"data.seq_len={length} to a process, but the convolution of m looks back "
+            f"data.seq_len={length} to a process, but the convolution of m and d looks back "
             f"model.conv_width - 1 = {before} tokens, into one process at most; use "
             f"layout.context={choices(fit)}"
         )
@@ -88,13 +89,32 @@ def _tokens_over_context(config: RunConfig) -> Iterator[str]:
 
 def _heads_over_context(config: RunConfig) -> Iterator[str]:
     layout, heads = config.layout, config.model.num_heads
-    if "s" not in letters_of(config) or layout.context == 1 or heads % layout.tensor:
+    if not {"s", "l"} & set(letters_of(config)):
+        return
+    if layout.context == 1 or heads % layout.tensor:
         return
     if heads % (layout.tensor * layout.context):
         yield (
             f"model.num_heads={heads} does not split over layout.tensor={layout.tensor} times "
-            f"layout.context={layout.context} processes, and an sLSTM head (s in model.pattern) "
+            f"layout.context={layout.context} processes, and a head of s or l "
             f"cannot be cut; use layout.context={choices(divisors(heads // layout.tensor))}"
+        )
+
+
+def _mamba_over_tensor(config: RunConfig) -> Iterator[str]:
+    if "d" not in letters_of(config):
+        return
+    model, tensor = config.model, config.layout.tensor
+    heads = dimensions(model).mamba // model.mamba_head_dim
+    if heads % tensor:
+        yield (
+            f"layout.tensor={tensor} does not divide the {heads} heads of d, which come of "
+            f"model.mamba_head_dim={model.mamba_head_dim}; use {choices(divisors(heads))}"
+        )
+    if model.mamba_state_dim % tensor:
+        yield (
+            f"layout.tensor={tensor} does not divide model.mamba_state_dim="
+            f"{model.mamba_state_dim}; use {choices(divisors(model.mamba_state_dim))}"
         )
 
 
@@ -107,4 +127,5 @@ LAYOUT_CHECKS = (
     _sequence_length,
     _tokens_over_context,
     _heads_over_context,
+    _mamba_over_tensor,
 )

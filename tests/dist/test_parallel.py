@@ -53,6 +53,7 @@ CASES = [
     ("classic", "cp2_tp2_sp", {"memory__recompute": "selective"}),
     ("large", "cp2", {"memory__recompute": "full"}),
     ("hybrid", "pp2", {}),
+    ("baselines", "cp2_tp2_sp", {"memory__recompute": "selective"}),
     ("large", "cp4", {}),
     ("large", "cp2_pp2", {"model__tie_embeddings": True}),
     ("large_deep", "cp2_pp2_vpp2", {}),

@@ -38,6 +38,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "logit_soft_cap": None,
     },
     "mixed": {"pattern": "Msms", "hidden_size": 64, "num_heads": 4, **SMOOTH},
+    "baselines": {
+        "pattern": "dl",
+        "hidden_size": 64,
+        "num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_state_dim": 16,
+        **SMOOTH,
+    },
     "hybrid": {
         "pattern": "M*",
         "hidden_size": 64,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_kernels.slstm.reference import slstm_recurrence
+from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
 
 
 def cap(x, limit):
@@ -72,11 +72,18 @@ def mlstm_cell(q, k, v, i, f, config, boundaries):
     return h.transpose(1, 2)
 
 
+def gate_input(x, w, gate, config):
+    """What an mLSTM gate gets from its input; nothing where the forget gate is a bias alone."""
+    if gate == "f" and config.mlstm_forget_gate == "bias":
+        return 0.0
+    return x @ w(f"{gate}gate.weight").T
+
+
 def mlstm_7b(x, w, config, boundaries):
     heads = config.num_heads
     q, k, v = (split_heads(x @ w(f"{n}_proj.weight").T, heads) for n in "qkv")
     i, f = (
-        cap(x @ w(f"{g}gate.weight").T + w(f"{g}gate.bias"), config.gate_soft_cap).transpose(1, 2)
+        cap(gate_input(x, w, g, config) + w(f"{g}gate.bias"), config.gate_soft_cap).transpose(1, 2)
         for g in "if"
     )
     h = mlstm_cell(q, k, v, i, f, config, boundaries)
@@ -97,29 +104,56 @@ def mlstm_classic(x, w, config, boundaries):
         blocks(t, f"{n}_proj.weight").flatten(2) for t, n in ((x_c, "q"), (x_c, "k"), (x_m, "v"))
     )
     seen = torch.cat((q, k, v), dim=-1)
-    i, f = ((seen @ w(f"{g}gate.weight").T + w(f"{g}gate.bias")).transpose(1, 2) for g in "if")
+    i, f = ((gate_input(seen, w, g, config) + w(f"{g}gate.bias")).transpose(1, 2) for g in "if")
     q, k, v = (split_heads(t, heads) for t in (q, k, v))
     h = mlstm_cell(q, k, v, i, f, config, boundaries)
     h = head_norm(h, w("head_norm.weight"), config)
     return ((h + w("learnable_skip") * x_c) * F.silu(z)) @ w("out_proj.weight").T
 
 
-def slstm(x, w, config, boundaries):
-    x_c = conv(x, w("conv.weight"), w("conv.bias"), boundaries) if config.conv_width else x
+def slstm(x, w, config, boundaries, letter="s"):
+    taps = config.conv_width if config.slstm_conv_width is None else config.slstm_conv_width
+    x_c = conv(x, w("conv.weight"), w("conv.bias"), boundaries) if taps else x
 
     def headwise(t, name):
         return torch.einsum("bshi,hoi->bsho", t.unflatten(-1, (config.num_heads, -1)), w(name))
 
     sources = {"igate": x_c, "fgate": x_c, "zgate": x, "ogate": x}
     preacts = torch.stack([headwise(t, f"{g}.weight") for g, t in sources.items()], dim=2)
-    h, _ = slstm_recurrence(
-        preacts,
-        w("recurrent_weight"),
-        w("bias"),
-        boundaries=boundaries,
-        forget_gate=config.slstm_forget_gate,
-    )
+    cell = preacts, w("recurrent_weight"), w("bias")
+    if letter == "l":
+        h, _ = lstm_recurrence(*cell, boundaries=boundaries)
+    else:
+        gates = {"forget_gate": config.slstm_forget_gate, "input_gate": config.slstm_input_gate}
+        h, _ = slstm_recurrence(*cell, boundaries=boundaries, **gates)
     return head_norm(h, w("head_norm.weight"), config)
+
+
+def lstm(x, w, config, boundaries):
+    return slstm(x, w, config, boundaries, letter="l")
+
+
+def mamba2(x, w, config, boundaries):
+    """arXiv 2405.21060: S = exp(-dt A) S + dt x B^T, y = S C + D x, one token at a time."""
+    projected = {n: x @ w(f"{n}_proj.weight").T for n in ("z", "x", "b", "c", "dt")}
+    if config.conv_width:
+        for n in "xbc":
+            taps = w(f"{n}_conv.weight"), w(f"{n}_conv.bias")
+            projected[n] = conv(projected[n], *taps, boundaries)
+    values = projected["x"].unflatten(-1, (-1, config.mamba_head_dim))  # [b, s, heads, P]
+    dt = F.softplus(projected["dt"] + w("dt_bias"))
+    state = x.new_zeros(*values[:, 0].shape, config.mamba_state_dim)
+    rows = []
+    for t in range(x.shape[1]):
+        state = state.masked_fill(boundaries[:, t, None, None, None], 0.0)
+        decay = torch.exp(-dt[:, t] * w("a_log").exp())[..., None, None]
+        write = torch.einsum("bhp,bn->bhpn", dt[:, t, :, None] * values[:, t], projected["b"][:, t])
+        state = decay * state + write
+        rows.append(torch.einsum("bhpn,bn->bhp", state, projected["c"][:, t]))
+    y = torch.stack(rows, dim=1) + w("skip")[:, None] * values
+    y = y.flatten(2) * F.silu(projected["z"])
+    y = y / (y.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * w("gated_norm.weight")
+    return y @ w("out_proj.weight").T
 
 
 def attention(x, w, config, boundaries):
@@ -163,8 +197,15 @@ def ffn(x, w, activation):
 def losses(weights, config, tokens, labels, boundaries):
     """Token losses [b, s] in nats, from global fp64 tensors `weights`."""
     x = weights["embedding.word_embeddings.weight"][tokens]
-    mixers = {"M": mlstm_7b, "m": mlstm_classic, "s": slstm, "*": attention}
-    activations = {"M": F.silu, "s": F.gelu, "*": F.silu}
+    mixers = {
+        "M": mlstm_7b,
+        "m": mlstm_classic,
+        "s": slstm,
+        "l": lstm,
+        "d": mamba2,
+        "*": attention,
+    }
+    activations = {"M": F.silu, "s": F.gelu, "l": F.gelu, "*": F.silu}
     for number, letter in enumerate(config.layer_letters):
         prefix = f"decoder.layers.{number}."
         y = norm(x, weights[f"{prefix}mixer_norm.weight"], config)

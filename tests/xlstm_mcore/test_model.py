@@ -46,6 +46,17 @@ MODELS = {
         "slstm_forget_gate": "exp",
     },
     "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
+    "lstm": {"pattern": "ll", "norm": "layernorm", "norm_eps": 1e-4},
+    "mamba": {"pattern": "dd", "norm_eps": 1e-4, "mamba_head_dim": 16, "mamba_state_dim": 8},
+    "baselines": {
+        "pattern": "dlMms",
+        "norm_eps": 1e-3,
+        "mamba_head_dim": 16,
+        "mamba_state_dim": 8,
+        "slstm_conv_width": 0,
+        "slstm_input_gate": "sigmoid",
+        "mlstm_forget_gate": "bias",
+    },
     "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rotary_base": 100.0},
 }
 
@@ -110,7 +121,7 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
 
 
 @pytest.mark.parametrize(
-    "name", ["7b", "classic-m", "classic-s", "mixed", "attention", "no-conv", "bare"]
+    "name", ["7b", "classic-m", "classic-s", "mixed", "attention", "no-conv", "bare", "baselines"]
 )
 def test_generation_state_equals_one_pass(groups, name):
     """Prefill and steps with a cache give the logits of the whole sequence at once."""
@@ -187,8 +198,74 @@ def test_losses_are_the_same_when_the_logits_are_not_held(groups, name):
         torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_mamba2_equals_transformers(groups):
+    """The same weights in transformers' `Mamba2Mixer`: outputs and every gradient."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    model_keys = MODELS["mamba"] | {"norm_eps": 1e-5}
+    keys = {"hidden_size": 32, "num_heads": 2, "vocab_size": 40, **model_keys}
+    (model,) = build_model(make_config(keys), groups, seed=1)
+    ours = model.decoder.layers[0].mixer
+    there = Mamba2Mixer(
+        transformers.Mamba2Config(
+            num_heads=4, head_dim=16, hidden_size=32, state_size=8, expand=2, n_groups=1,
+            chunk_size=8, use_bias=False, use_conv_bias=True, hidden_act="silu", rms_norm=True,
+        ),
+        layer_idx=0,
+    )  # fmt: skip
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+        pairs = {
+            "in_proj.weight": ours.in_proj.weight,
+            "conv1d.weight": ours.conv_weight[:, None],
+            "conv1d.bias": ours.conv_bias,
+            "A_log": ours.a_log,
+            "dt_bias": ours.dt_bias,
+            "D": ours.skip,
+            "norm.weight": ours.norm_weight,
+            "out_proj.weight": ours.out_proj.weight,
+        }
+        assert pairs.keys() == dict(there.named_parameters()).keys()
+        for name, parameter in there.named_parameters():
+            parameter.copy_(pairs[name])
+    x = torch.randn(19, 2, 32, generator=rng)
+    weight = torch.randn(19, 2, 32, generator=rng)
+    got = ours(x, None)
+    want = there(x.transpose(0, 1)).transpose(0, 1)
+    assert (got - want).abs().max() < 1e-6 * want.abs().max()
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    grads = {
+        "in_proj.weight": ours.in_proj.weight.grad,
+        "conv1d.weight": ours.conv_weight.grad[:, None],
+        "conv1d.bias": ours.conv_bias.grad,
+        "A_log": ours.a_log.grad,
+        "dt_bias": ours.dt_bias.grad,
+        "D": ours.skip.grad,
+        "norm.weight": ours.norm_weight.grad,
+        "out_proj.weight": ours.out_proj.weight.grad,
+    }
+    for name, parameter in there.named_parameters():
+        error = (grads[name] - parameter.grad).abs().max()
+        assert error < 1e-5 * parameter.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1e-30, 1e-8, 1.0, 90.0, 1e4])
+def test_a_decay_survives_its_logit(exponent):
+    from xlstm_mcore.mixers.mamba2 import decay_logit
+
+    x = torch.tensor(exponent, requires_grad=True)
+    decay = torch.nn.functional.logsigmoid(decay_logit(x))
+    decay.backward()
+    assert decay.item() == pytest.approx(-exponent, rel=1e-6, abs=1e-19)
+    assert torch.isfinite(x.grad)
+
+
 def test_bf16_model_runs_close_to_fp32(groups):
-    section = {"hidden_size": 32, "num_heads": 2, "vocab_size": 40, "pattern": "Mms"}
+    section = {"hidden_size": 64, "num_heads": 2, "vocab_size": 40, "pattern": "Mmsld"}
     tokens = torch.arange(12)[None]
     logits = []
     for precision in ("fp32", "bf16"):
@@ -248,6 +325,31 @@ class TestInitialisation:
         assert forget[0] == 5 and forget[-1] == -7 and (forget.diff() < 0).all()
         power = 0.3 + 1.3 * 2 / 3
         assert forget[5].item() == pytest.approx(5 - 12 * (5 / 15) ** power, rel=1e-5)
+
+    def test_of_the_baselines(self):
+        """Mamba-2's time steps and decays (arXiv 2405.21060), and the LSTM's forget bias of 1."""
+        config = make_config(
+            {
+                "pattern": "dls",
+                "hidden_size": 64,
+                "num_heads": 4,
+                "vocab_size": 128,
+                "slstm_recurrent_init": "normal",
+            }
+        )
+
+        def value(name, shape):
+            return initial_value(f"decoder.layers.{name}", shape, config, 0)
+
+        steps = torch.nn.functional.softplus(value("0.mixer.dt_bias", (4096,)))
+        assert 0.001 <= steps.min() < 0.0011 and 0.09 < steps.max() <= 0.1
+        decays_ = value("0.mixer.a_log", (4096,)).exp()
+        assert 1 <= decays_.min() < 1.1 and 15.9 < decays_.max() <= 16
+        assert torch.equal(value("0.mixer.skip", (4,)), torch.ones(4))
+        bias = value("1.mixer.bias", (4, 4, 16))
+        assert torch.equal(bias[1], torch.ones(4, 16)) and not bias[[0, 2, 3]].any()
+        recurrent = value("2.mixer.recurrent_weight", (4, 4, 64, 64))
+        assert recurrent.std().item() == pytest.approx(1 / 8, rel=0.02)
 
     def test_depends_on_seed_and_name_only(self):
         name, shape = "decoder.layers.0.mixer.q_proj.weight", (8, 8)

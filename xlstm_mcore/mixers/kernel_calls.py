@@ -15,6 +15,8 @@ from torch import Tensor
 
 from xlstm_kernels import (
     causal_conv1d,
+    lstm_scan,
+    lstm_step,
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
@@ -63,41 +65,82 @@ def run_mlstm(
         igate, fgate = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap)
         gate_soft_cap = None
     igate, fgate = _apply_gate_ablations(config, igate, fgate)
+    options = {
+        "gate": config.mlstm_gate,
+        "normalize": config.mlstm_normalize,
+        "eps": config.cell_eps,
+        "gate_soft_cap": gate_soft_cap,
+    }
+    return _matrix_memory(config, (q, k, v, igate, fgate), boundaries, cache, context, options)
+
+
+def run_mamba2(
+    config: XLSTMConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fgate: Tensor,
+    boundaries: Tensor | None,
+    cache: dict | None,
+    context: ContextParallel,
+) -> Tensor:
+    """The recurrence of Mamba-2 over this rank's `s` tokens: `C = decay C + k v^T`, `h = q C`.
+
+    It is the mLSTM with a sigmoid input gate that is held open, and without the normaliser.
+    Arguments and result are those of `run_mlstm`; `decay = sigmoid(fgate)`.
+    """
+    igate = torch.full_like(fgate, 60.0)  # its sigmoid is 1 to the last bit in fp64
+    options = {"gate": "sigmoid", "normalize": False}
+    return _matrix_memory(config, (q, k, v, igate, fgate), boundaries, cache, context, options)
+
+
+def _matrix_memory(
+    config: XLSTMConfig,
+    inputs: tuple[Tensor, ...],
+    boundaries: Tensor | None,
+    cache: dict | None,
+    context: ContextParallel,
+    options: dict[str, Any],
+) -> Tensor:
+    """The mLSTM's kernels over `inputs` (q, k, v and the gates), by chunks or for one token."""
+    _, k, v, igate, fgate = inputs
+    options = options | {"backend": config.kernel_backend}
     boundaries = context.local_slice(boundaries)
     if cache is None:
         gates = igate, fgate, boundaries
-        state = entering_state(k, v, *gates, context.group, gate=config.mlstm_gate)
+        state = entering_state(k, v, *gates, context.group, gate=options["gate"])
     else:
         state = cache.get("mlstm")
-    if state is not None and q.shape[2] == 1 and _may_step(boundaries):
-        token = (t.squeeze(2) for t in (q, k, v, igate, fgate))
-        h = mlstm_step(*token, state, gate_soft_cap=gate_soft_cap, **_mlstm_options(config))
-        return h.unsqueeze(2)
+    if state is not None and k.shape[2] == 1 and _may_step(boundaries):
+        token = (t.squeeze(2) for t in inputs)
+        return mlstm_step(*token, state, **options).unsqueeze(2)
     h = mlstm_chunkwise(
-        q,
-        k,
-        v,
-        igate,
-        fgate,
+        *inputs,
         state,
         chunk_size=config.chunk_size,
         return_last_state=cache is not None,
         boundaries=boundaries,
-        gate_soft_cap=gate_soft_cap,
-        **_mlstm_options(config),
+        **options,
     )
     if cache is not None:
         h, cache["mlstm"] = h
     return h
 
 
-def _mlstm_options(config: XLSTMConfig) -> dict[str, Any]:
-    return {
-        "gate": config.mlstm_gate,
-        "normalize": config.mlstm_normalize,
-        "eps": config.cell_eps,
-        "backend": config.kernel_backend,
-    }
+def gate_weight(config: XLSTMConfig, weight: Tensor) -> Tensor:
+    """The weight of both gates, with zeros where the forget gate has its bias alone.
+
+    The product with 0 gives the parameter a gradient, which is zero: data-parallel wrappers that
+    reduce gradients as they come wait for every one.
+
+    Args:
+        config: `mlstm_forget_gate` is read.
+        weight: Rows of the input gate, then as many of the forget gate.
+    """
+    if config.mlstm_forget_gate != "bias":
+        return weight
+    igate, fgate = weight.chunk(2)
+    return torch.cat((igate, 0.0 * fgate))
 
 
 def _apply_gate_ablations(
@@ -157,7 +200,37 @@ def run_slstm(
 
 
 def _slstm_options(config: XLSTMConfig) -> dict[str, Any]:
-    return {"forget_gate": config.slstm_forget_gate, "backend": config.kernel_backend}
+    return {
+        "forget_gate": config.slstm_forget_gate,
+        "input_gate": config.slstm_input_gate,
+        "backend": config.kernel_backend,
+    }
+
+
+def run_lstm(
+    config: XLSTMConfig,
+    gate_preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    boundaries: Tensor | None,
+    cache: dict | None,
+) -> Tensor:
+    """The LSTM over `s` tokens of the whole row; arguments and result are those of `run_slstm`."""
+    state = None if cache is None else cache.get("lstm")
+    if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
+        return lstm_step(gate_preacts.squeeze(1), recurrent_weight, bias, state).unsqueeze(1)
+    h = lstm_scan(
+        gate_preacts,
+        recurrent_weight,
+        bias,
+        state,
+        return_last_state=cache is not None,
+        boundaries=boundaries,
+        backend=config.kernel_backend,
+    )
+    if cache is not None:
+        h, cache["lstm"] = h
+    return h
 
 
 def run_conv(

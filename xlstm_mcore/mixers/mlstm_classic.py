@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
-from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_mlstm
+from xlstm_mcore.mixers.kernel_calls import gate_weight, run_conv, run_head_norm, run_mlstm
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
@@ -94,7 +94,8 @@ class ClassicMLSTMMixer(Mixer):
     def _gates(self, *qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations of both gates, `[b, heads/tp, s]`, from q, k, v `[b, heads, s, d]`."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
-        weight = torch.cat((self.igate_weight, self.fgate_weight)).to(dtype)
+        both = torch.cat((self.igate_weight, self.fgate_weight))
+        weight = gate_weight(self.config, both).to(dtype)
         partial = recompute_in_backward(_project_heads, weight, *qkv)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head

@@ -1,4 +1,4 @@
-"""The classic sLSTM mixer (xLSTM, arXiv 2405.04517, figure 10), parallel by heads.
+"""The classic sLSTM mixer (xLSTM, arXiv 2405.04517, figure 10) and the LSTM, parallel by heads.
 
 Convolution, gates and recurrence are block-diagonal over heads, so a rank needs its own channels
 only: with sequence parallelism one all-to-all brings them in and one takes the result back. The
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
-from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_slstm
+from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_lstm, run_slstm
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
 
@@ -25,6 +25,8 @@ class SLSTMMixer(Mixer):
     See `Mixer` for the arguments.
     """
 
+    run_cell = staticmethod(run_slstm)
+
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
@@ -34,8 +36,9 @@ class SLSTMMixer(Mixer):
         d = self.head_dim
 
         self.conv_weight = self.conv_bias = None
-        if config.conv_width:
-            self.conv_weight = self.split_parameter(["conv.weight"], (width, config.conv_width))
+        taps = config.slstm_conv_dim
+        if taps:
+            self.conv_weight = self.split_parameter(["conv.weight"], (width, taps))
             self.conv_bias = self.split_parameter(["conv.bias"], (width,))
         self.gate_weight = self.split_parameter([f"{g}.weight" for g in GATES], (heads, d, d))
         self.recurrent_weight = self._four_gates("recurrent_weight", (4, heads, d, d))
@@ -57,7 +60,7 @@ class SLSTMMixer(Mixer):
         x = self.context.to_heads(self.region.to_heads(x)).transpose(0, 1)  # [b, s, heads * d]
         weight, bias = mine(self.conv_weight, 0), mine(self.conv_bias, 0)
         x_c = run_conv(self.config, x, weight, bias, boundaries, cache)
-        h = run_slstm(
+        h = self.run_cell(
             self.config,
             self._gate_preacts(x, x_c),
             mine(self.recurrent_weight, 1),
@@ -86,3 +89,9 @@ class SLSTMMixer(Mixer):
             product = torch.bmm(rows, columns).view(heads, b, s, 2, d)
             parts.append(product.permute(1, 2, 3, 0, 4))
         return torch.cat(parts, dim=2)
+
+
+class LSTMMixer(SLSTMMixer):
+    """The same block around the LSTM's cell: the paper's baseline "LSTM (Block)"."""
+
+    run_cell = staticmethod(run_lstm)

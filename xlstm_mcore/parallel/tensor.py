@@ -50,6 +50,17 @@ class TensorParallelRegion:
             return out.view(s // self.size, b, h * self.size)
         return tensor_parallel.gather_from_tensor_model_parallel_region(x, group=self.group)
 
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """All ranks' parts of the last dimension, side by side: `[..., c/tp] -> [..., c]`."""
+        if self.size == 1:
+            return x
+        return tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(x, group=self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum partial results over ranks, for each rank to use in its own part of what follows."""
+        total = tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(total, group=self.group)
+
     def sum_and_split(self, x: Tensor) -> Tensor:
         """Sum partial results over ranks and keep this rank's slice of the last dimension."""
         total = tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group)

@@ -10,11 +10,11 @@ _KINDS: list[tuple[str, str, bool]] = [
     ("embedding", r"embedding\..*", False),
     ("head", r"output_layer\.weight", True),
     ("norm", r".*norm\.weight", False),
-    ("skip", r".*\.learnable_skip", False),
+    ("skip", r".*\.(learnable_skip|skip)", False),
     ("recurrent", r".*\.recurrent_weight", False),
-    ("conv", r".*\.conv\.weight", True),
+    ("conv", r".*\.([xbc]_)?conv\.weight", True),
     ("projection", r".*\.(\w+_proj|[ifzo]gate)\.weight", True),
-    ("bias", r".*bias", False),
+    ("bias", r".*(bias|\.a_log)", False),
 ]
 
 KINDS = tuple(kind for kind, _, _ in _KINDS)

@@ -3,7 +3,8 @@
 Every global tensor has its own random stream, seeded by the run's seed and the tensor's name,
 and every rank copies its slices from the whole. Nothing depends on the order in which modules are
 built or on how they are sharded. Formulas: spec of the reference implementations, sections 1a, 1b
-(small init: Nguyen and Salazar 2019; wang init: Wang and Komatsuzaki, GPT-J).
+(small init: Nguyen and Salazar 2019; wang init: Wang and Komatsuzaki, GPT-J; Mamba-2's own
+parameters: Dao and Gu 2024, arXiv 2405.21060).
 """
 
 import hashlib
@@ -37,8 +38,26 @@ def _ones(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> N
 
 
 def _conv(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
-    bound = 1 / math.sqrt(config.conv_width)  # torch's Conv1d default at one input channel
+    width = config.slstm_conv_dim if config.layer_letters[layer] in "sl" else config.conv_width
+    bound = 1 / math.sqrt(width)  # torch's Conv1d default at one input channel
     t.uniform_(-bound, bound, generator=rng)
+
+
+def _recurrent(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    if config.slstm_recurrent_init == "normal":
+        t.normal_(0.0, 1 / math.sqrt(t.shape[-2]), generator=rng)
+    else:
+        t.zero_()
+
+
+def _a_log(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    t.uniform_(1.0, 16.0, generator=rng).log_()
+
+
+def _dt_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    """Time steps from 0.001 to 0.1, uniform in their logarithm; softplus gives them back."""
+    dt = t.uniform_(math.log(1e-3), math.log(1e-1), generator=rng).exp()
+    t.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def _fgate_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
@@ -53,7 +72,11 @@ def _igate_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator
 
 
 def _slstm_bias(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
-    """Zero except for the forget gate, which falls from 5 to -7 over a head's channels."""
+    """Zero except for the forget gate: it falls from 5 to -7 over a head's channels; 1 in `l`."""
+    if config.layer_letters[layer] == "l":
+        t.zero_()
+        t[1] = 1.0
+        return
     depth = layer / max(1, config.num_layers - 1)
     position = torch.arange(t.shape[-1]) / max(1, t.shape[-1] - 1)
     t.zero_()
@@ -64,11 +87,13 @@ _RULES: list[tuple[str, Rule]] = [
     (r"embedding\..*", _small),
     (r"output_layer\.weight", _small),
     (r".*norm\.weight", _ones),
-    (r".*\.learnable_skip", _ones),
-    (r".*\.(q|k|v|up|z|gate)_proj\.weight", _small),
+    (r".*\.(learnable_skip|skip)", _ones),
+    (r".*\.(q|k|v|up|z|gate|x|b|c|dt)_proj\.weight", _small),
     (r".*\.(out|down)_proj\.weight", _wang),
-    (r".*\.conv\.(weight|bias)", _conv),
-    (r".*\.recurrent_weight", _zeros),
+    (r".*\.([xbc]_)?conv\.(weight|bias)", _conv),
+    (r".*\.recurrent_weight", _recurrent),
+    (r".*\.a_log", _a_log),
+    (r".*\.dt_bias", _dt_bias),
     (r".*\.mixer\.bias", _slstm_bias),
     (r".*\.igate\.bias", _igate_bias),
     (r".*\.fgate\.bias", _fgate_bias),
@@ -99,7 +124,7 @@ def initial_value(name: str, shape: Iterable[int], config: XLSTMConfig, seed: in
 def _rule(name: str, config: XLSTMConfig, layer: int) -> Rule:
     if re.fullmatch(r".*\.(i|f|z|o)gate\.weight|.*\.ogate\.weight", name):
         # sLSTM gates are headwise projections of the input; mLSTM gates start from their biases.
-        return _small if config.layer_letters[layer] == "s" else _zeros
+        return _small if config.layer_letters[layer] in "sl" else _zeros
     for pattern, rule in _RULES:
         if re.fullmatch(pattern, name):
             return rule

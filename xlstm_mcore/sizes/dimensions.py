@@ -15,7 +15,9 @@ class Dimensions:
         v: width of v and of the output gate in an `M` block, over all heads.
         ffn: feed-forward width of `M` and `*`.
         up: width inside an `m` block.
-        slstm_ffn: feed-forward width of `s`.
+        slstm_ffn: feed-forward width of `s` and `l`.
+        mamba: width inside a `d` block, a multiple of its heads' width.
+        slstm_conv: taps of the convolution in `s` and `l`.
     """
 
     qk: int
@@ -23,6 +25,8 @@ class Dimensions:
     ffn: int
     up: int
     slstm_ffn: int
+    mamba: int
+    slstm_conv: int
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -43,6 +47,8 @@ def dimensions(model: ModelConfig) -> Dimensions:
         ffn=round_up(hidden * model.ffn_dim_factor, multiple),
         up=round_up(hidden * model.up_dim_factor, multiple),
         slstm_ffn=round_up(hidden * model.slstm_ffn_dim_factor, multiple),
+        mamba=round_up(hidden * model.mamba_dim_factor, model.mamba_head_dim),
+        slstm_conv=model.conv_width if model.slstm_conv_width is None else model.slstm_conv_width,
     )
 
 

@@ -56,12 +56,20 @@ def block_flops(letter: str, model: ModelConfig, seq_len: int | None) -> dict[st
             "conv": 2 * model.conv_width * dims.up,
             "cell": heads * mlstm_cell_flops(dims.up // heads, dims.up // heads),
         }
-    if letter == "s":
+    if letter in ("s", "l"):
         return {
             "projections": 2 * 4 * hidden * (hidden // heads),
             "feed_forward": 6 * hidden * dims.slstm_ffn,
-            "conv": 2 * model.conv_width * hidden,
+            "conv": 2 * dims.slstm_conv * hidden,
             "cell": 2 * 4 * hidden * (hidden // heads),  # h_{t-1} times four recurrent matrices
+        }
+    if letter == "d":
+        inner, state = dims.mamba, model.mamba_state_dim
+        return {
+            "projections": 2 * hidden * (3 * inner + 2 * state + inner // model.mamba_head_dim),
+            "feed_forward": 0,
+            "conv": 2 * model.conv_width * (inner + 2 * state),
+            "cell": 4 * inner * state,  # write B x^T, read C
         }
     if letter == "*":
         if seq_len is None:
@@ -126,15 +134,22 @@ def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> i
     """Bytes of one sequence's state in generation after `tokens` tokens.
 
     It is the same after any number of them but for attention, which keeps k and v of each. Cell
-    states are fp32 (C, n, m of mLSTM; h, c, n, m of sLSTM); the convolutions keep their last
-    inputs, and attention k and v, in the activations' type of `activation_bytes` bytes.
+    states are fp32 (C, n, m of mLSTM and Mamba-2; h, c, n, m of sLSTM; h, c of LSTM); the
+    convolutions keep their last inputs, and attention k and v, in the activations' type of
+    `activation_bytes` bytes.
     """
     dims, heads = dimensions(model), model.num_heads
-    taps = max(model.conv_width - 1, 0) * activation_bytes
+    taps, slstm_taps = (
+        max(width - 1, 0) * activation_bytes for width in (model.conv_width, dims.slstm_conv)
+    )
+    state = model.mamba_state_dim
     each = {
         "M": 4 * (dims.qk * (dims.v // heads) + dims.qk + heads),
         "m": 4 * (dims.up * (dims.up // heads) + dims.up + heads) + taps * dims.up,
-        "s": 4 * 4 * model.hidden_size + taps * model.hidden_size,
+        "s": 4 * 4 * model.hidden_size + slstm_taps * model.hidden_size,
+        "l": 4 * 2 * model.hidden_size + slstm_taps * model.hidden_size,
+        "d": 4 * (dims.mamba * state + (state + 1) * (dims.mamba // model.mamba_head_dim))
+        + taps * (dims.mamba + 2 * state),
     }
     letters = parse_pattern(model.pattern).letters
     if "*" in letters:

@@ -30,15 +30,26 @@ def block_parameters(letter: str, model: ModelConfig) -> int:
             + hidden * dims.up  # out_proj
         )
         ffn = 0
-    elif letter == "s":
+    elif letter in ("s", "l"):
         head_dim = hidden // heads
         mixer = (
-            (hidden * (model.conv_width + 1) if model.conv_width else 0)  # conv
+            (hidden * (dims.slstm_conv + 1) if dims.slstm_conv else 0)  # conv
             + 2 * 4 * heads * head_dim * head_dim  # four gate projections, recurrent_weight
             + 4 * hidden  # bias
             + hidden  # head_norm
         )
         ffn = hidden + 3 * dims.slstm_ffn * hidden
+    elif letter == "d":
+        inner, state = dims.mamba, model.mamba_state_dim
+        mamba_heads, convolved = inner // model.mamba_head_dim, inner + 2 * state
+        mixer = (
+            hidden * (inner + convolved + mamba_heads)  # z_proj; x_proj, b_proj, c_proj; dt_proj
+            + (convolved * (model.conv_width + 1) if model.conv_width else 0)  # x, b, c
+            + 3 * mamba_heads  # a_log, dt_bias, skip
+            + inner  # gated_norm
+            + hidden * inner  # out_proj
+        )
+        ffn = 0
     elif letter == "*":
         q_heads, kv_heads = attention_heads(model)
         head_dim = hidden // q_heads

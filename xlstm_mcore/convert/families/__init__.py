@@ -25,7 +25,13 @@ def choose(model: ModelConfig, name: str | None = None) -> ModuleType:
         ConvertError: The family that is asked for cannot express the model.
     """
     if name is None:
-        return next(f for f in FAMILIES.values() if f.unsupported_reason(model) is None)
+        for family in FAMILIES.values():
+            if family.unsupported_reason(model) is None:
+                return family
+        raise ConvertError(
+            f"{custom.unsupported_reason(model)}, so this model has no export; evaluate and "
+            "generate read its checkpoints directly"
+        )
     reason = FAMILIES[name].unsupported_reason(model)
     if reason is not None:
         raise ConvertError(f"{reason}, so this model cannot be exported exactly as {name}")

@@ -1,4 +1,4 @@
-"""This project's own class, `xlstm_blocks`: every pattern and every key of the model.
+"""This project's own class, `xlstm_blocks`: the papers' blocks with every key of theirs.
 
 The class is one file, `xlstm_mcore/hf/modeling_xlstm_blocks.py`. It travels with the weights, and
 `import xlstm_mcore.hf` registers it where this package is installed. Its names are ours after the
@@ -51,8 +51,27 @@ SAME_KEYS = (
 )
 
 
+#: Keys of which the class knows some values only.
+_EXPORTED: dict[str, tuple[Any, ...]] = {
+    "slstm_input_gate": ("exp",),
+    "mlstm_forget_gate": (True, False),
+}
+
+
 def unsupported_reason(model: ModelConfig) -> str | None:
-    """Why the class cannot compute a model; it can compute every one."""
+    """Why the class cannot compute a model, as a sentence without its full stop.
+
+    The baselines of the papers' experiments are not exported, nor are the variants of cells that
+    only those need.
+    """
+    unknown = sorted(set(model.pattern) - set(TABLE.layers) - {"|"})
+    if unknown:
+        return f"the {NAME} class has no {unknown[0]} block, which model.pattern names"
+    for key, known in _EXPORTED.items():
+        if getattr(model, key) not in known:
+            return f"the {NAME} class does not have model.{key}={getattr(model, key)}"
+    if model.slstm_conv_width not in (None, model.conv_width):
+        return f"the {NAME} class has model.conv_width in the sLSTM too"
     return None
 
 
@@ -95,6 +114,12 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
     missing = [key for key in ("pattern", *SAME_KEYS) if key not in config.values]
     if missing:
         raise ConvertError(f"{config.source} has no {', '.join(missing)}")
+    unknown = set(str(config.values["pattern"])) - set(TABLE.layers) - {"|"}
+    if unknown:
+        raise ConvertError(
+            f"{config.source}: pattern has {min(unknown)!r}; the {NAME} class has the blocks "
+            f"{', '.join(TABLE.layers)}"
+        )
     vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
     widths = {name: config.integer(f"{name}_dim") for name in ("ffn", "up", "slstm_ffn", "qk", "v")}
     return {
