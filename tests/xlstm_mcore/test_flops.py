@@ -39,11 +39,12 @@ def elementwise_slstm(preacts, recurrent_weight, bias, state=None, **options):
     return (preacts + bias).prod(2) + recurrent_weight.mean()
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm", "M*"])
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm", "M*", "ld"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeypatch):
     monkeypatch.setattr(kernel_calls, "mlstm_chunkwise", elementwise_mlstm)
     monkeypatch.setattr(kernel_calls, "slstm_scan", elementwise_slstm)
+    monkeypatch.setattr(kernel_calls, "lstm_scan", elementwise_slstm)
     monkeypatch.setattr(mlstm_classic, "TILE", 1)  # products with the zeros in a tile do not count
     monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries: q * k * v)
     groups = single_process_groups()
@@ -115,7 +116,7 @@ def test_attention_is_counted_by_the_mean_of_what_a_token_sees():
         training_flops(shape)
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s", "*"])
+@pytest.mark.parametrize("pattern", ["M", "m", "s", "l", "d", "*"])
 def test_state_bytes_equal_the_caches(pattern):
     groups = single_process_groups()
     config = make_config({**SMALL, "pattern": pattern})

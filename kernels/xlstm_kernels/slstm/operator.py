@@ -85,7 +85,7 @@ def scan_operator(
         m: Tensor | None,
         boundaries: Tensor | None,
         sigmoid_forget: bool,
-        cell: str = "slstm",
+        cell: str,
     ) -> list[Tensor]:
         state = (h, c, n, m)
         tensors = gate_preacts, recurrent_weight, bias
@@ -94,7 +94,7 @@ def scan_operator(
 
     @scan_forward.register_fake
     def _(gate_preacts, *rest):
-        results = allocate(gate_preacts, rest[8] if len(rest) > 8 else "slstm")
+        results = allocate(gate_preacts, rest[-1])
         return [results.out, *results.last, *results.saved]
 
     @torch_op(f"{name}_backward")

@@ -263,8 +263,8 @@ def test_custom_ops_follow_the_rules_of_torch():
     half = [x.detach().bfloat16().requires_grad_() for x in x[:5]]
     check(forward, (*half, *[None] * 4, 16, False, False, False, 1e-6))
     x = [x.requires_grad_() for x in slstm_inputs()]
-    check(scan_torch.scan_forward, (*x[:6], x[6].detach(), boundaries, True))
-    check(scan_torch.scan_forward, (x[0].bfloat16(), *x[1:3], *[None] * 5, False))
+    check(scan_torch.scan_forward, (*x[:6], x[6].detach(), boundaries, True, "slstm"))
+    check(scan_torch.scan_forward, (x[0].bfloat16(), *x[1:3], *[None] * 5, False, "slstm"))
     x, weight, bias, _ = (x.requires_grad_() for x in conv_inputs())
     document = torch.zeros(B, S, dtype=torch.long)
     check(conv_module.conv_taps, (x, weight, bias, document))

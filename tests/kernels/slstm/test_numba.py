@@ -163,8 +163,8 @@ def test_custom_op_follows_the_rules_of_torch():
     x, R, b = (x.requires_grad_() for x in make_inputs((3, 2, 20), 5).values())
     state = [torch.rand(3, 2, 20, requires_grad=True) for _ in range(3)] + [torch.zeros(3, 2, 20)]
     boundaries = torch.zeros(3, 5, dtype=torch.bool)
-    torch.library.opcheck(scan_forward, (x, R, b, *state, boundaries, True))
-    torch.library.opcheck(scan_forward, (x.bfloat16(), R, b, *[None] * 5, False))
+    torch.library.opcheck(scan_forward, (x, R, b, *state, boundaries, True, "slstm"))
+    torch.library.opcheck(scan_forward, (x.bfloat16(), R, b, *[None] * 5, False, "slstm"))
 
 
 def test_float64_goes_to_the_torch_backend():

@@ -136,8 +136,9 @@ def test_custom_op_follows_the_rules_of_torch():
     boundaries = torch.zeros(3, 2, dtype=torch.bool)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     op = scan_triton.scan_forward
-    torch.library.opcheck(op, (x, R, b, *state, boundaries, True), test_utils=tests)
-    torch.library.opcheck(op, (x.bfloat16(), R, b, *[None] * 5, False), test_utils=tests)
+    torch.library.opcheck(op, (x, R, b, *state, boundaries, True, "slstm"), test_utils=tests)
+    half = (x.bfloat16(), R, b, *[None] * 5, False, "slstm")
+    torch.library.opcheck(op, half, test_utils=tests)
 
 
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
