@@ -75,7 +75,7 @@ def mlstm_cell(q, k, v, i, f, config, boundaries):
 def gate_input(x, w, gate, config):
     """What an mLSTM gate gets from its input; nothing where the forget gate is a bias alone."""
     if gate == "f" and config.mlstm_forget_gate == "bias":
-        return 0.0
+        return x.new_zeros(*x.shape[:2], config.num_heads)
     return x @ w(f"{gate}gate.weight").T
 
 

@@ -14,7 +14,10 @@ from pretrain.checkpoint import TensorSlice, save_checkpoint
 from tests.xlstm_mcore.convert.hf_models import ARCHITECTURES, our_model
 from tests.xlstm_mcore.test_model import global_tensors
 from xlstm_mcore.convert import cli
+from xlstm_mcore.convert.errors import ConvertError
+from xlstm_mcore.convert.families import choose
 from xlstm_mcore.inference import model_logits
+from xlstm_mcore.settings import ModelConfig
 
 VOCAB = 470  # more than the tokenizer's: the rest is padding
 
@@ -97,3 +100,20 @@ def test_the_folder_loads_trains_and_saves_without_this_project(tmp_path, spm):
         "configuration_xlstm_blocks.py",
         "modeling_xlstm_blocks.py",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pattern": "ml"}, "no l block"),
+        ({"pattern": "md"}, "no d block"),
+        ({"pattern": "ms", "slstm_input_gate": "sigmoid"}, "slstm_input_gate=sigmoid"),
+        ({"pattern": "ms", "slstm_conv_width": 0}, "conv_width in the sLSTM too"),
+        ({"pattern": "M", "mlstm_forget_gate": "bias"}, "mlstm_forget_gate=bias"),
+    ],
+)
+def test_a_baseline_has_no_export_and_the_message_says_why(changes, says):
+    model = ModelConfig(hidden_size=16, num_heads=2, vocab_size=8, **changes)
+    for name in (None, "xlstm_blocks"):
+        with pytest.raises(ConvertError, match=says):
+            choose(model, name)
