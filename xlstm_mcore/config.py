@@ -82,6 +82,6 @@ class XLSTMConfig(TransformerConfig):
         return dimensions(self.model).slstm_conv
 
     @property
-    def mamba_dim(self) -> int:
+    def ssm_dim(self) -> int:
         """Inner width of the Mamba-2 block."""
         return dimensions(self.model).mamba

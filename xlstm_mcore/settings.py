@@ -99,11 +99,11 @@ class ModelConfig(Section):
     """s: activation of the forget gate"""
     slstm_recurrent_init: Literal["zeros", "normal"] = "zeros"
     """s and l: initial recurrent weights; normal has the deviation 1 / sqrt(width of a head)"""
-    mamba_dim_factor: PositiveFloat = 2.0
+    ssm_dim_factor: PositiveFloat = 2.0
     """d: inner width over hidden_size, rounded up to whole heads"""
-    mamba_head_dim: PositiveInt = 64
+    ssm_head_dim: PositiveInt = 64
     """d: width of a head"""
-    mamba_state_dim: PositiveInt = 128
+    ssm_state_dim: PositiveInt = 128
     """d: width of B and C, which all heads share"""
     attention_heads: PositiveInt | None = None
     """*: heads of attention; null for num_heads"""

@@ -105,16 +105,16 @@ def _mamba_over_tensor(config: RunConfig) -> Iterator[str]:
     if "d" not in letters_of(config):
         return
     model, tensor = config.model, config.layout.tensor
-    heads = dimensions(model).mamba // model.mamba_head_dim
+    heads = dimensions(model).mamba // model.ssm_head_dim
     if heads % tensor:
         yield (
             f"layout.tensor={tensor} does not divide the {heads} heads of d, which come of "
-            f"model.mamba_head_dim={model.mamba_head_dim}; use {choices(divisors(heads))}"
+            f"model.ssm_head_dim={model.ssm_head_dim}; use {choices(divisors(heads))}"
         )
-    if model.mamba_state_dim % tensor:
+    if model.ssm_state_dim % tensor:
         yield (
-            f"layout.tensor={tensor} does not divide model.mamba_state_dim="
-            f"{model.mamba_state_dim}; use {choices(divisors(model.mamba_state_dim))}"
+            f"layout.tensor={tensor} does not divide model.ssm_state_dim="
+            f"{model.ssm_state_dim}; use {choices(divisors(model.ssm_state_dim))}"
         )
 
 

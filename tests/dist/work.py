@@ -42,8 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "pattern": "dl",
         "hidden_size": 64,
         "num_heads": 4,
-        "mamba_head_dim": 16,
-        "mamba_state_dim": 16,
+        "ssm_head_dim": 16,
+        "ssm_state_dim": 16,
         **SMOOTH,
     },
     "hybrid": {

@@ -140,9 +140,9 @@ def mamba2(x, w, config, boundaries):
         for n in "xbc":
             taps = w(f"{n}_conv.weight"), w(f"{n}_conv.bias")
             projected[n] = conv(projected[n], *taps, boundaries)
-    values = projected["x"].unflatten(-1, (-1, config.mamba_head_dim))  # [b, s, heads, P]
+    values = projected["x"].unflatten(-1, (-1, config.ssm_head_dim))  # [b, s, heads, P]
     dt = F.softplus(projected["dt"] + w("dt_bias"))
-    state = x.new_zeros(*values[:, 0].shape, config.mamba_state_dim)
+    state = x.new_zeros(*values[:, 0].shape, config.ssm_state_dim)
     rows = []
     for t in range(x.shape[1]):
         state = state.masked_fill(boundaries[:, t, None, None, None], 0.0)

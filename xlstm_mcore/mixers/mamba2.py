@@ -28,8 +28,8 @@ class Mamba2Mixer(Mixer):
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str
     ) -> None:
         super().__init__(config, pg_collection, prefix)
-        inner, state = config.mamba_dim, config.mamba_state_dim
-        heads, size = inner // config.mamba_head_dim, self.region.size
+        inner, state = config.ssm_dim, config.ssm_state_dim
+        heads, size = inner // config.ssm_head_dim, self.region.size
         self.inner, self.state, self.num_heads = inner // size, state // size, heads // size
         self.full_inner = inner
 

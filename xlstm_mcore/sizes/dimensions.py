@@ -47,7 +47,7 @@ def dimensions(model: ModelConfig) -> Dimensions:
         ffn=round_up(hidden * model.ffn_dim_factor, multiple),
         up=round_up(hidden * model.up_dim_factor, multiple),
         slstm_ffn=round_up(hidden * model.slstm_ffn_dim_factor, multiple),
-        mamba=round_up(hidden * model.mamba_dim_factor, model.mamba_head_dim),
+        mamba=round_up(hidden * model.ssm_dim_factor, model.ssm_head_dim),
         slstm_conv=model.conv_width if model.slstm_conv_width is None else model.slstm_conv_width,
     )
 

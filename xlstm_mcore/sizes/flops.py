@@ -64,9 +64,9 @@ def block_flops(letter: str, model: ModelConfig, seq_len: int | None) -> dict[st
             "cell": 2 * 4 * hidden * (hidden // heads),  # h_{t-1} times four recurrent matrices
         }
     if letter == "d":
-        inner, state = dims.mamba, model.mamba_state_dim
+        inner, state = dims.mamba, model.ssm_state_dim
         return {
-            "projections": 2 * hidden * (3 * inner + 2 * state + inner // model.mamba_head_dim),
+            "projections": 2 * hidden * (3 * inner + 2 * state + inner // model.ssm_head_dim),
             "feed_forward": 0,
             "conv": 2 * model.conv_width * (inner + 2 * state),
             "cell": 4 * inner * state,  # write B x^T, read C
@@ -142,13 +142,13 @@ def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> i
     taps, slstm_taps = (
         max(width - 1, 0) * activation_bytes for width in (model.conv_width, dims.slstm_conv)
     )
-    state = model.mamba_state_dim
+    state = model.ssm_state_dim
     each = {
         "M": 4 * (dims.qk * (dims.v // heads) + dims.qk + heads),
         "m": 4 * (dims.up * (dims.up // heads) + dims.up + heads) + taps * dims.up,
         "s": 4 * 4 * model.hidden_size + slstm_taps * model.hidden_size,
         "l": 4 * 2 * model.hidden_size + slstm_taps * model.hidden_size,
-        "d": 4 * (dims.mamba * state + (state + 1) * (dims.mamba // model.mamba_head_dim))
+        "d": 4 * (dims.mamba * state + (state + 1) * (dims.mamba // model.ssm_head_dim))
         + taps * (dims.mamba + 2 * state),
     }
     letters = parse_pattern(model.pattern).letters

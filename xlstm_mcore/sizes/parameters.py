@@ -40,8 +40,8 @@ def block_parameters(letter: str, model: ModelConfig) -> int:
         )
         ffn = hidden + 3 * dims.slstm_ffn * hidden
     elif letter == "d":
-        inner, state = dims.mamba, model.mamba_state_dim
-        mamba_heads, convolved = inner // model.mamba_head_dim, inner + 2 * state
+        inner, state = dims.mamba, model.ssm_state_dim
+        mamba_heads, convolved = inner // model.ssm_head_dim, inner + 2 * state
         mixer = (
             hidden * (inner + convolved + mamba_heads)  # z_proj; x_proj, b_proj, c_proj; dt_proj
             + (convolved * (model.conv_width + 1) if model.conv_width else 0)  # x, b, c
