@@ -63,9 +63,9 @@ def test_every_broken_rule_is_in_one_message():
         ),
         (
             {"model__pattern": "m", "data__seq_len": 16, "layout__context": 8},
-            "leaves 2 tokens of data.seq_len=16 to a process, but the convolution of m looks back "
-            "model.conv_width - 1 = 3 tokens, into one process at most; use layout.context=1, 2 "
-            "or 4",
+            "leaves 2 tokens of data.seq_len=16 to a process, but the convolution of m and d looks "
+            "back model.conv_width - 1 = 3 tokens, into one process at most; use layout.context=1, "
+            "2 or 4",
         ),
         (
             {"model__pattern": "Ms", "layout__context": 8},
