@@ -42,8 +42,7 @@ class ModelConfig(Section):
     """The model."""
 
     pattern: Annotated[str, AfterValidator(_readable)]
-    """a letter per layer: M 7B-style mLSTM, m classic mLSTM, s sLSTM, l LSTM, d Mamba-2, *
-    attention; | cuts stages; xLSTM[7:1]x48 is read and written out"""
+    """letter per layer: M or m mLSTM, s sLSTM, l LSTM, d Mamba-2, * attention; | cuts stages"""
     hidden_size: PositiveInt
     """width of the residual stream"""
     num_heads: PositiveInt
@@ -91,8 +90,7 @@ class ModelConfig(Section):
     mlstm_input_gate: bool = True
     """M and m: false holds the input gate at 1; its parameters stay, without effect"""
     mlstm_forget_gate: bool | Literal["bias"] = True
-    """M and m: false holds the forget gate at 1, bias at a learned value per head that no input
-    changes; the parameters left out stay, without effect"""
+    """M and m: false holds the forget gate at 1, bias at a learned value; unused weights stay"""
     slstm_input_gate: Literal["exp", "sigmoid"] = "exp"
     """s: activation of the input gate"""
     slstm_forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
