@@ -11,7 +11,8 @@ import numpy as np
 
 from xlstm_io.shards.manifest import Manifest, write_manifest
 from xlstm_io.shards.rows import Block, token_dtype
-from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
+from xlstm_io.shards.shard import default_block_rows, index_path
+from xlstm_io.shards.writer import ShardWriter
 
 _EMPTY = np.empty(0, np.uint32)
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from xlstm_io.shards.manifest import ShardEntry
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block
-from xlstm_io.shards.shard import ShardWriter, default_block_rows, index_path
+from xlstm_io.shards.shard import default_block_rows, index_path
+from xlstm_io.shards.writer import ShardWriter
 
 _BUFFER_PARTS = 10_000
 _BUFFER_TOKENS = 1 << 23

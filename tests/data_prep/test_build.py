@@ -15,7 +15,7 @@ from data_prep.build.pack import BestFitPacker, ConcatPacker, as_stored
 from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.errors import Interrupted
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.shards.shard import ShardWriter
+from xlstm_io.shards.writer import ShardWriter
 
 
 def test_every_document_once_in_order_and_lossless(shards, texts):

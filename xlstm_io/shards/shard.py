@@ -27,10 +27,7 @@ with the last token of the part before, so that no target is lost.
 import bisect
 import os
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import numpy as np
 import xxhash
@@ -38,7 +35,7 @@ import xxhash
 from xlstm_io.shards.index import BlockIndex, CorruptShardError, cause_of
 from xlstm_io.shards.manifest import Manifest, ShardEntry, place_of
 from xlstm_io.shards.rows import Block, block_problem, parse_block
-from xlstm_io.storage import file_size, open_plain, temporary_path, write_atomic
+from xlstm_io.storage import file_size, open_plain
 
 _TARGET_BLOCK_BYTES = 1 << 20
 _ATTEMPTS = 3  # at a row of a file that changes while it is read
@@ -49,105 +46,16 @@ def default_block_rows(row_tokens: int, dtype: np.dtype) -> int:
     return max(1, _TARGET_BLOCK_BYTES // (row_tokens * dtype.itemsize))
 
 
-class _HashingFile:
-    """A file that is written from front to back, with a running xxh3."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.hash, self.position = file, xxhash.xxh3_64(), 0
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.position += len(data)
-        return self.file.write(data)
-
-
-def _tar_header(name: str, size: int) -> bytes:
+def tar_header(name: str, size: int) -> bytes:
     """The bytes before a payload; mtime, uid and gid are 0: nothing depends on the machine."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _member(block: int, suffix: str) -> str:
+def member_name(block: int, suffix: str) -> str:
+    """`b000042.tok`."""
     return f"b{block:06d}.{suffix}"
-
-
-@dataclass(frozen=True)
-class WrittenShard:
-    """What `ShardEntry` records about the bytes of a shard.
-
-    Attributes:
-        rows: rows in all blocks.
-        bytes: size of the tar.
-        xxh3: hash of the tar.
-        index_xxh3: hash of the index file.
-    """
-
-    rows: int
-    bytes: int
-    xxh3: str
-    index_xxh3: str
-
-
-class ShardWriter:
-    """Writes one tar and its index; nothing appears under the final names before `close`.
-
-    Use as a context manager: leaving it with an exception removes the unfinished file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = temporary_path(path)
-        self._file = open(self._temporary, "wb")
-        self._hashing = _HashingFile(self._file)
-        self._entries: list[tuple[int, int, int, int, int, int, int]] = []
-
-    def _add(self, name: str, payload: bytes) -> tuple[int, int, int]:
-        self._hashing.write(_tar_header(name, len(payload)))
-        offset = self._hashing.position
-        self._hashing.write(payload)
-        self._hashing.write(bytes(-len(payload) % tarfile.BLOCKSIZE))
-        return offset, len(payload), xxhash.xxh3_64_intdigest(payload)
-
-    def write(self, block: Block) -> None:
-        """Append one block."""
-        number = len(self._entries)
-        tok = self._add(_member(number, "tok"), block.tokens.tobytes())
-        doc = self._add(_member(number, "doc"), block.doc_bytes())
-        self._entries.append((*tok, *doc, len(block.tokens)))
-
-    def close(self) -> WrittenShard:
-        """Finish both files and let them appear under their names."""
-        end = 2 * tarfile.BLOCKSIZE  # the end of an archive, then up to a whole record
-        self._hashing.write(bytes(end + -(self._hashing.position + end) % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        table = np.array(self._entries, np.uint64).reshape(len(self._entries), 7)
-        index = BlockIndex(*(np.ascontiguousarray(column) for column in table.T))
-        raw = index.to_bytes()
-        write_atomic(index_path(self.path), raw)
-        os.replace(self._temporary, self.path)
-        return WrittenShard(
-            rows=int(index.rows.sum()),
-            bytes=self._hashing.position,
-            xxh3=self._hashing.hash.hexdigest(),
-            index_xxh3=xxhash.xxh3_64_hexdigest(raw),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
 
 
 def index_path(tar: Path) -> Path:
@@ -322,7 +230,7 @@ class ShardReader:
     ) -> bytes:
         """A member's payload; its header, hash and padding are those that were written."""
         offset, size = int(offsets[block]), int(sizes[block])
-        header = _tar_header(_member(block, suffix), size)
+        header = tar_header(member_name(block, suffix), size)
         padded = size + -size % tarfile.BLOCKSIZE
         data = self._read(block, offset - len(header), len(header) + padded)
         payload = memoryview(data)[len(header) : len(header) + size]
