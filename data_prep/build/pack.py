@@ -8,16 +8,19 @@ row, marked CONTINUATION.
 Improve Language Modeling"): only a document longer than a row is cut, into as few parts as
 possible, and rows are filled up with padding. A part after a cut begins with the last token of the
 part before.
+
+Both take documents with labels, too: an array [2, n] of tokens and labels in place of one [n] of
+tokens. All is cut along the last axis, so a label stays with its token.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from xlstm_io.shards.manifest import ShardEntry
-from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block
+from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block, no_label
 from xlstm_io.shards.shard import default_block_rows, index_path
 from xlstm_io.shards.writer import ShardWriter
 
@@ -33,6 +36,42 @@ def as_stored(ids: np.ndarray, bos_id: int, eos_id: int, dtype: np.dtype) -> np.
     return tokens
 
 
+def with_labels(tokens: np.ndarray, learnt: np.ndarray) -> np.ndarray:
+    """A document with the next token as the label where that is to be learnt.
+
+    Args:
+        tokens: [n], as `as_stored` gives them.
+        learnt: bool [n]: whether the loss of predicting this token counts.
+
+    Returns:
+        [2, n], tokens and labels.
+    """
+    labels = np.full_like(tokens, no_label(tokens.dtype))
+    labels[:-1][learnt[1:]] = tokens[1:][learnt[1:]]
+    return np.stack([tokens, labels])
+
+
+def _padding(pad_id: int, labels: bool, dtype: np.dtype) -> np.ndarray:
+    """What fills up rows, [] without and [2, 1] with labels."""
+    return np.array([[pad_id], [no_label(dtype)]] if labels else pad_id, dtype)
+
+
+def _count_targets(document: np.ndarray) -> int:
+    """The labels of a document; without them all tokens but the first are targets."""
+    if document.ndim == 1:
+        return len(document) - 1
+    return int((document[1] != no_label(document.dtype)).sum())
+
+
+def _block(rows: np.ndarray, offsets: Any, segments: Any, documents: Any) -> Block:
+    """A block of rows [n, seq_len + 1], or of rows with labels [2, n, seq_len + 1]."""
+    places = (np.asarray(part, np.uint32) for part in (offsets, segments, documents))
+    if rows.ndim == 2:
+        return Block(rows, *places)
+    # Nothing is predicted from the last token of a row: it begins the next one, or ends a document.
+    return Block(rows[0], *places, labels=np.ascontiguousarray(rows[1, :, :-1]))
+
+
 class ConcatPacker:
     """Collects documents and yields blocks of `block_rows` rows; the last one is shorter.
 
@@ -41,12 +80,15 @@ class ConcatPacker:
         block_rows: rows per block.
         dtype: stored token type.
         pad_id: fills up the last row.
+        labels: whether documents have labels.
     """
 
-    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
-        self.seq_len, self.block_rows, self.dtype = seq_len, block_rows, dtype
-        self.pad_id = pad_id
-        self.docs = self.tokens = self.pad_tokens = 0
+    def __init__(
+        self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int, labels: bool = False
+    ):
+        self.seq_len, self.block_rows = seq_len, block_rows
+        self._pad = _padding(pad_id, labels, dtype)
+        self.docs = self.tokens = self.targets = self.pad_tokens = 0
         self._parts: list[np.ndarray] = []
         self._starts: list[int] = []
         self._length = 0  # tokens in _parts; _starts counts from the first of them
@@ -56,8 +98,9 @@ class ConcatPacker:
         self._starts.append(self._length)
         self._parts.append(tokens)
         self.docs += 1
-        self.tokens += len(tokens)
-        self._length += len(tokens)
+        self.tokens += tokens.shape[-1]
+        self.targets += _count_targets(tokens)
+        self._length += tokens.shape[-1]
         if self._length > self.block_rows * self.seq_len:
             yield from self._full_blocks()
 
@@ -66,29 +109,32 @@ class ConcatPacker:
         if self._length > 1:
             rows = -(-(self._length - 1) // self.seq_len)
             self.pad_tokens = rows * self.seq_len + 1 - self._length
-            stream = np.concatenate([*self._parts, np.full(self.pad_tokens, self.pad_id)])
+            padding = np.repeat(np.atleast_1d(self._pad), self.pad_tokens, axis=-1)
+            stream = np.concatenate([*self._parts, padding], axis=-1)
             starts = np.array(self._starts, np.int64)
-            yield self._block(stream.astype(self.dtype), starts, rows, self._length)
+            yield self._block(stream, starts, rows, self._length)
         self._parts, self._starts, self._length = [], [], 0
 
     def _full_blocks(self) -> Iterator[Block]:
-        stream, starts = np.concatenate(self._parts), np.array(self._starts, np.int64)
+        stream = np.concatenate(self._parts, axis=-1)
+        starts = np.array(self._starts, np.int64)
         step = self.block_rows * self.seq_len
         first = 0
-        while len(stream) - first > step:
+        while stream.shape[-1] - first > step:
             inside = starts[(starts >= first) & (starts <= first + step)] - first
-            yield self._block(stream[first : first + step + 1], inside, self.block_rows)
+            yield self._block(stream[..., first : first + step + 1], inside, self.block_rows)
             first += step
-        self._parts = [stream[first:].copy()]
+        self._parts = [stream[..., first:].copy()]
         self._starts = (starts[starts >= first] - first).tolist()
-        self._length = len(stream) - first
+        self._length = stream.shape[-1] - first
 
     def _block(
         self, stream: np.ndarray, starts: np.ndarray, rows: int, padding_at: int | None = None
     ) -> Block:
-        """Cut `stream` [rows * seq_len + 1] into rows; `starts` are the documents' in it."""
+        """Cut `stream` [..., rows * seq_len + 1] into rows; `starts` are the documents' in it."""
         s = self.seq_len
-        tokens = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, s + 1)[::s])
+        windows = np.lib.stride_tricks.sliding_window_view(stream, s + 1, axis=-1)
+        tokens = np.ascontiguousarray(windows[..., ::s, :])
         row, position = np.divmod(starts, s)
         own = row < rows
         # A start at a row's first position is also the overlapping last position of the row before:
@@ -97,20 +143,24 @@ class ConcatPacker:
         unstarted = np.setdiff1d(np.arange(rows), row[position == 0])
         entries_row = [row[own], row[shared] - 1, unstarted]
         entries = [position[own], np.full(shared.sum(), s), np.full(len(unstarted), CONTINUATION)]
-        if padding_at is not None and padding_at < len(stream):
+        if padding_at is not None and padding_at < stream.shape[-1]:
             entries_row.append(np.array([rows - 1]))
             entries.append(np.array([(padding_at - (rows - 1) * s) | PADDING]))
         owner = np.concatenate(entries_row).astype(np.int64)
         segments = np.concatenate(entries).astype(np.uint32)
         order = np.lexsort((segments & np.uint32(PADDING - 1), owner))
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=rows))])
-        return Block(tokens, offsets.astype(np.uint32), segments[order], np.empty(0, np.uint32))
+        return _block(tokens, offsets, segments[order], ())
 
 
 class _DocumentPart(NamedTuple):
     document: int  # number within the shard
     continues: bool
     tokens: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[-1]
 
 
 class BestFitPacker:
@@ -127,12 +177,15 @@ class BestFitPacker:
         block_rows: rows per block.
         dtype: stored token type.
         pad_id: fills up the rows.
+        labels: whether documents have labels.
     """
 
-    def __init__(self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int):
-        self.row_tokens, self.block_rows, self.dtype = seq_len + 1, block_rows, dtype
-        self.pad_id = pad_id
-        self.docs = self.tokens = self.pad_tokens = 0
+    def __init__(
+        self, seq_len: int, block_rows: int, dtype: np.dtype, pad_id: int, labels: bool = False
+    ):
+        self.row_tokens, self.block_rows = seq_len + 1, block_rows
+        self._pad = _padding(pad_id, labels, dtype)
+        self.docs = self.tokens = self.targets = self.pad_tokens = 0
         self._buffer: list[_DocumentPart] = []
         self._buffered_tokens = 0
         self._open: dict[int, list[list[_DocumentPart]]] = {}  # rows by their free space
@@ -142,17 +195,18 @@ class BestFitPacker:
 
     def add(self, tokens: np.ndarray) -> Iterator[Block]:
         """Append one document (of `as_stored`); yields the blocks that it completes."""
-        for first in range(0, len(tokens) - 1, self.row_tokens - 1):
+        for first in range(0, tokens.shape[-1] - 1, self.row_tokens - 1):
             # Its own copy: a short rest must not keep a long document in memory.
-            kept = tokens[first : first + self.row_tokens].copy()
+            kept = tokens[..., first : first + self.row_tokens].copy()
             part = _DocumentPart(self.docs, first > 0, kept)
-            if len(part.tokens) == self.row_tokens:
+            if part.length == self.row_tokens:
                 self._rows.append([part])
             else:
                 self._buffer.append(part)
-                self._buffered_tokens += len(part.tokens)
+                self._buffered_tokens += part.length
         self.docs += 1
-        self.tokens += len(tokens)
+        self.tokens += tokens.shape[-1]
+        self.targets += _count_targets(tokens)
         if len(self._buffer) >= _BUFFER_PARTS or self._buffered_tokens >= _BUFFER_TOKENS:
             self._place()
             limit = min(_OPEN_ROWS, max(1, _BUFFER_TOKENS // self.row_tokens))
@@ -170,9 +224,9 @@ class BestFitPacker:
         self._rows = []
 
     def _place(self) -> None:
-        self._buffer.sort(key=lambda part: -len(part.tokens))  # stable: ties in input order
+        self._buffer.sort(key=lambda part: -part.length)  # stable: ties in input order
         for part in self._buffer:
-            size = len(part.tokens)
+            size = part.length
             fitting = self._free >> size
             if fitting:
                 space = size + (fitting & -fitting).bit_length() - 1
@@ -203,33 +257,31 @@ class BestFitPacker:
             self._rows.append(self._take(space))
 
     def _block(self, rows: list[list[_DocumentPart]]) -> Block:
-        tokens = np.full((len(rows), self.row_tokens), self.pad_id, self.dtype)
+        shape = (*self._pad.shape[:-1], len(rows), self.row_tokens)
+        tokens = np.broadcast_to(self._pad[..., None], shape).copy()
         offsets, segments, documents = [0], list[int](), list[int]()
         for number, row in enumerate(rows):
             position = 0
             for part in row:
-                tokens[number, position : position + len(part.tokens)] = part.tokens
+                tokens[..., number, position : position + part.length] = part.tokens
                 segments.append(position | (CONTINUATION if part.continues else 0))
                 documents.append(part.document)
-                position += len(part.tokens)
+                position += part.length
             if position < self.row_tokens:
                 segments.append(position | PADDING)
                 documents.append(NO_DOCUMENT)
                 self.pad_tokens += self.row_tokens - position
             offsets.append(len(segments))
-        return Block(
-            tokens,
-            np.array(offsets, np.uint32),
-            np.array(segments, np.uint32),
-            np.array(documents, np.uint32),
-        )
+        return _block(tokens, offsets, segments, documents)
 
 
 Packing = Literal["concat", "best_fit"]
 Packer = ConcatPacker | BestFitPacker
 
 
-def make_packer(packing: Packing, seq_len: int, dtype: np.dtype, pad_id: int) -> Packer:
+def make_packer(
+    packing: Packing, seq_len: int, dtype: np.dtype, pad_id: int, labels: bool = False
+) -> Packer:
     """The packer of a shard, with blocks of about 1 MiB.
 
     Args:
@@ -237,11 +289,12 @@ def make_packer(packing: Packing, seq_len: int, dtype: np.dtype, pad_id: int) ->
         seq_len: inputs per row; rows hold seq_len + 1 tokens.
         dtype: stored token type.
         pad_id: fills up rows.
+        labels: whether documents have labels, see the module.
     """
     block_rows = default_block_rows(seq_len + 1, dtype)
     if packing == "concat":
-        return ConcatPacker(seq_len, block_rows, dtype, pad_id)
-    return BestFitPacker(seq_len, block_rows, dtype, pad_id)
+        return ConcatPacker(seq_len, block_rows, dtype, pad_id, labels)
+    return BestFitPacker(seq_len, block_rows, dtype, pad_id, labels)
 
 
 def write_shard(
@@ -252,7 +305,7 @@ def write_shard(
     Args:
         root: folder of the shards.
         path: of the tar, relative to `root`.
-        documents: each as `as_stored`; an error among them leaves no file.
+        documents: each as `as_stored` or `with_labels`; an error among them leaves no file.
         packer: a new one.
         bytes_in: UTF-8 bytes of the documents' texts.
 
@@ -271,7 +324,7 @@ def write_shard(
         index=index_path(Path(path)).as_posix(),
         rows=written.rows,
         tokens=packer.tokens,
-        targets=packer.tokens - packer.docs,  # the first token of a document is not a target
+        targets=packer.targets,
         pad_tokens=packer.pad_tokens,
         docs=packer.docs,
         bytes_in=bytes_in,

@@ -7,7 +7,7 @@ import numpy as np
 
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, load_manifest
-from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK
+from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, no_label
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
@@ -21,7 +21,8 @@ def describe(out: Path) -> str:
     manifest = load_manifest(out)
     lines = [
         f"{manifest.root}  hash {manifest.hash[:12]}",
-        f"rows of {manifest.seq_len} tokens (+1), {manifest.dtype}, {manifest.packing}; "
+        f"rows of {manifest.seq_len} tokens (+1), {manifest.dtype}, {manifest.packing}"
+        f"{', with labels' if manifest.labels else ''}; "
         f"{manifest.block_rows} rows a block",
         f"tokenizer {manifest.tokenizer.type}, {manifest.vocab_size} pieces, "
         f"bos {manifest.bos_id}, eos {manifest.eos_id}, pad {manifest.pad_id}, "
@@ -62,16 +63,21 @@ def show_row(out: Path, row: int, split: str = "train") -> str:
         local -= entry.rows
     reader = ShardReader(manifest, entry)
     tokens = np.empty(manifest.row_tokens, reader.dtype)
+    labels = np.full(manifest.row_tokens, no_label(reader.dtype), reader.dtype)
     try:
-        segments = reader.row(local, tokens)
+        segments = reader.row(local, tokens, labels[:-1] if manifest.labels else None)
     finally:
         reader.close()
     lines = [f"row {row} of {split}: {entry.path}, row {local} of the shard"]
-    return "\n".join(lines + _marked(manifest, tokenizer, tokens, segments))
+    return "\n".join(lines + _marked(manifest, tokenizer, tokens, segments, labels))
 
 
 def _marked(
-    manifest: Manifest, tokenizer: Tokenizer, tokens: np.ndarray, segments: np.ndarray
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    labels: np.ndarray,
 ) -> list[str]:
     colour = sys.stdout.isatty()
     starts = (segments & np.uint32(POSITION_MASK)).tolist()
@@ -87,4 +93,17 @@ def _marked(
         if not segment & PADDING:
             text = tokenizer.decode(tokens[start:end])
             lines.append(f"{_COLOURS[number % 2]}{text}{_RESET}" if colour else text)
+            lines += _labels(tokenizer, labels, start, end)
     return lines
+
+
+def _labels(tokenizer: Tokenizer, labels: np.ndarray, start: int, end: int) -> list[str]:
+    """A line for each run of neighbouring positions with labels."""
+    places = start + np.flatnonzero(labels[start:end] != no_label(labels.dtype))
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    return [
+        f"    labels of {run[0]}{f'..{run[-1]}' if len(run) > 1 else ''}: "
+        f"{tokenizer.decode(labels[run])}"
+        for run in runs
+        if len(run)
+    ]

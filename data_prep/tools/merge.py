@@ -33,7 +33,7 @@ from xlstm_io.storage import temporary_path
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import open_tokenizer
 
-_SAME = ("dtype", "seq_len", "packing", "block_rows", "bos_id", "eos_id", "pad_id")
+_SAME = ("dtype", "seq_len", "packing", "labels", "block_rows", "bos_id", "eos_id", "pad_id")
 
 
 def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> Manifest:

@@ -24,7 +24,7 @@ import numpy as np
 from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import Manifest, load_manifest
-from xlstm_io.shards.rows import row_masks
+from xlstm_io.shards.rows import no_label, row_masks
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.storage import write_atomic
 
@@ -102,11 +102,14 @@ def _pairs(manifest: Manifest, split: str, progress: Progress | None) -> Iterato
         try:
             for number in range(reader.num_blocks):
                 block = reader.block(number)
-                shape = (len(block.tokens), manifest.seq_len)
-                loss_mask, _ = row_masks(block.segment_rows(), block.segments, shape)
-                counted = loss_mask > 0
-                tokens = block.tokens.astype(np.uint64)
-                yield tokens[:, :-1][counted] * vocab + tokens[:, 1:][counted]
+                tokens, targets = block.tokens[:, :-1], block.tokens[:, 1:]
+                if block.labels is None:
+                    segments = block.segment_rows(), block.segments
+                    counted = row_masks(*segments, tokens.shape)[0] > 0
+                else:
+                    targets = block.labels
+                    counted = targets != no_label(targets.dtype)
+                yield tokens[counted].astype(np.uint64) * vocab + targets[counted]
         finally:
             reader.close()
         done += entry.bytes

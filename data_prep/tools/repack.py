@@ -26,7 +26,14 @@ from xlstm_io.shards.manifest import (
     place_of,
     write_manifest,
 )
-from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, POSITION_MASK, Block
+from xlstm_io.shards.rows import (
+    CONTINUATION,
+    NO_DOCUMENT,
+    PADDING,
+    POSITION_MASK,
+    Block,
+    no_label,
+)
 from xlstm_io.shards.shard import ShardReader, default_block_rows
 from xlstm_io.storage import remove_temporaries, write_atomic
 
@@ -139,7 +146,7 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
     """Pack one shard again and keep its entry under `_work`."""
     manifest, old = task.manifest, task.entry
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    packer = make_packer(task.packing, task.seq_len, dtype, manifest.pad_id)
+    packer = make_packer(task.packing, task.seq_len, dtype, manifest.pad_id, manifest.labels)
     place_of(task.out, old.path)  # refuses a name that leads out of the folder
     documents = _counted(manifest, old, tick)
     entry = write_shard(task.out, old.path, documents, packer, bytes_in=old.bytes_in)
@@ -151,7 +158,7 @@ def _counted(manifest: Manifest, entry: ShardEntry, tick: Tick) -> Iterator[np.n
     """The documents of a shard, compared with the manifest's counts at the end."""
     documents = tokens = 0
     for document in stored_documents(manifest, entry, tick):
-        documents, tokens = documents + 1, tokens + len(document)
+        documents, tokens = documents + 1, tokens + document.shape[-1]
         yield document
     if (documents, tokens) != (entry.docs, entry.tokens):
         raise PrepError(
@@ -163,7 +170,7 @@ def _counted(manifest: Manifest, entry: ShardEntry, tick: Tick) -> Iterator[np.n
 def stored_documents(
     manifest: Manifest, entry: ShardEntry, tick: Callable[[int], None] = lambda amount: None
 ) -> Iterator[np.ndarray]:
-    """The documents of a shard, each as its ids with bos and eos.
+    """The documents of a shard, each as its ids with bos and eos, and with its labels [2, n].
 
     Args:
         manifest: of the folder.
@@ -192,22 +199,34 @@ def _uncut(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
     held: list[np.ndarray] = []  # of the document that goes on
     last = np.empty(0, manifest.dtype)  # the row's last token, which the next row begins with
     for block in blocks:
+        rows = _with_labels(block)
         positions = block.segments & np.uint32(POSITION_MASK)
         places = block.segment_rows() * manifest.seq_len + positions
         inside = positions < manifest.seq_len
         padding = (block.segments & np.uint32(PADDING)) != 0
         starts = places[inside & ~padding & ((block.segments & np.uint32(CONTINUATION)) == 0)]
-        stream, last = block.tokens[:, :-1].reshape(-1), block.tokens[-1, -1:]
+        stream = rows[..., :-1].reshape(*rows.shape[:-2], -1)
+        last = rows[..., -1, -1:]
         if padding.any():
-            stream, last = np.append(stream, last)[: places[padding][0]], last[:0]
-        for number, part in enumerate(np.split(stream, starts)):
+            whole = np.concatenate([stream, last], axis=-1)
+            stream, last = whole[..., : places[padding][0]], last[..., :0]
+        for number, part in enumerate(np.split(stream, starts, axis=-1)):
             if number and held:
-                yield np.concatenate(held)
+                yield np.concatenate(held, axis=-1)
                 held = []
-            if len(part):
+            if part.shape[-1]:
                 held.append(part)
     if held:
-        yield np.concatenate([*held, last])
+        yield np.concatenate([*held, last], axis=-1)
+
+
+def _with_labels(block: Block) -> np.ndarray:
+    """The rows of a block [rows, row_tokens], or [2, rows, row_tokens] where it has labels."""
+    if block.labels is None:
+        return block.tokens
+    # The last token of a row has its label where it stands again, or ends a document.
+    labels = np.pad(block.labels, ((0, 0), (0, 1)), constant_values=no_label(block.labels.dtype))
+    return np.stack([block.tokens, labels])
 
 
 def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
@@ -216,7 +235,9 @@ def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]
     for block in blocks:
         positions = (block.segments & np.uint32(POSITION_MASK)).tolist()
         documents, offsets = block.documents.tolist(), block.offsets.tolist()
-        for row, tokens in enumerate(block.tokens):
+        rows = _with_labels(block)
+        for row in range(rows.shape[-2]):
+            tokens = rows[..., row, :]
             first, last = offsets[row], offsets[row + 1]
             ends = [*positions[first + 1 : last], manifest.row_tokens]
             for number, start, end in zip(
@@ -225,6 +246,8 @@ def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]
                 if number == NO_DOCUMENT:
                     continue
                 parts = held.setdefault(number, [])
-                parts.append(tokens[start + bool(parts) : end].copy())
-                if parts[-1][-1] == manifest.eos_id:
-                    yield np.concatenate(held.pop(number))
+                if parts:  # its last token begins this part, with its label
+                    parts[-1] = parts[-1][..., :-1]
+                parts.append(tokens[..., start:end].copy())
+                if tokens[..., end - 1].flat[0] == manifest.eos_id:
+                    yield np.concatenate(held.pop(number), axis=-1)

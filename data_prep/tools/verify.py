@@ -12,7 +12,7 @@ from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
-from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, row_masks
+from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, no_label, row_masks
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.terminal import counted
 
@@ -107,7 +107,8 @@ def _content_problems(manifest: Manifest, entry: ShardEntry, reader: ShardReader
         yield str(CorruptShardError(reader.path, None, 0, f"xxh3 {entry.xxh3}", digest.hexdigest()))
     if damaged:
         return
-    names = [f"b{n:06d}.{kind}" for n in range(reader.num_blocks) for kind in ("tok", "doc")]
+    kinds = ("tok", "doc", "lab") if manifest.labels else ("tok", "doc")
+    names = [f"b{n:06d}.{kind}" for n in range(reader.num_blocks) for kind in kinds]
     try:
         with tarfile.open(reader.path) as tar:
             found = tar.getnames()
@@ -123,12 +124,16 @@ def _content_problems(manifest: Manifest, entry: ShardEntry, reader: ShardReader
 
 
 def count_block(block: Block, seq_len: int) -> tuple[int, int]:
-    """(documents that start in a block, targets that its loss masks leave)."""
-    loss_mask, _ = row_masks(block.segment_rows(), block.segments, (len(block.tokens), seq_len))
+    """(documents that start in a block, targets that its labels or its loss masks leave)."""
+    if block.labels is not None:
+        targets = int((block.labels != no_label(block.labels.dtype)).sum())
+    else:
+        shape = (len(block.tokens), seq_len)
+        targets = int(row_masks(block.segment_rows(), block.segments, shape)[0].sum())
     starts = (block.segments & np.uint32(CONTINUATION | PADDING)) == 0
     # A start at the shared last position is counted by the row that it begins, if there is one.
     counted = starts & ((block.segments & np.uint32(POSITION_MASK)) < seq_len)
-    return int(counted.sum()), int(loss_mask.sum())
+    return int(counted.sum()), targets
 
 
 def _block_problems(manifest: Manifest, block: Block) -> Iterator[str]:
@@ -143,3 +148,9 @@ def _block_problems(manifest: Manifest, block: Block) -> Iterator[str]:
     position = (block.segments & np.uint32(POSITION_MASK)).astype(np.int64)
     if (position > manifest.seq_len).any() or (position[offsets[:-1]] != 0).any():
         yield "document positions lie outside their rows"
+    if block.labels is not None:
+        labelled = block.labels != no_label(block.labels.dtype)
+        padding = (block.segments & np.uint32(PADDING)) != 0
+        for row, start in zip(block.segment_rows()[padding], position[padding], strict=True):
+            if labelled[row, start:].any():
+                yield f"row {row} has labels in its padding"

@@ -20,8 +20,9 @@ class Batch:
 
     Attributes:
         tokens: Int64.
-        labels: Int64, the next token.
-        loss_mask: Float32; 0 where the label belongs to another document or is padding, else 1.
+        labels: Int64, the next token, or what the shards have as labels.
+        loss_mask: Float32; 1 where the loss counts. It is 0 where the next token belongs to another
+            document or is padding, and where the shards have no label.
         boundaries: Bool; True at the first token of a document.
     """
 
@@ -54,14 +55,8 @@ class Batch:
     @classmethod
     def of(cls, rows: Rows) -> Batch:
         """All rows as one batch."""
-        tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]
-        loss_mask, boundaries = rows.masks()
-        return cls(
-            torch.from_numpy(tokens.astype(np.int64)),
-            torch.from_numpy(labels.astype(np.int64)),
-            torch.from_numpy(loss_mask),
-            torch.from_numpy(boundaries),
-        )
+        tokens = rows.tokens[:, :-1].astype(np.int64)
+        return cls(*map(torch.from_numpy, (tokens, rows.targets(), *rows.masks())))
 
     def split(self, micro_batch: int) -> list[Batch]:
         """The micro-batches of `micro_batch` rows; they are views of this batch's tensors."""

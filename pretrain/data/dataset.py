@@ -16,7 +16,7 @@ from xlstm_io.errors import ShardFormatError, UserError
 from xlstm_io.remote import is_remote
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
-from xlstm_io.shards.rows import PADDING, row_masks, token_dtype
+from xlstm_io.shards.rows import PADDING, no_label, row_masks, token_dtype
 from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_size
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
@@ -37,6 +37,8 @@ class Rows:
 
     Attributes:
         tokens: `[n, seq_len + 1]` of the stored type.
+        labels: `[n, seq_len]` of the same type, `no_label` where there is no loss. None: the label
+            of a token is the next one, as the segments say.
         segments: Uint32, the segments of all rows (see `xlstm_io.shards.shard`).
         owner: Int64, the row among the n that each segment belongs to.
         damaged: `(place among the n, error)` of each row whose bytes on disk are not those that
@@ -44,6 +46,7 @@ class Rows:
     """
 
     tokens: np.ndarray
+    labels: np.ndarray | None
     segments: np.ndarray
     owner: np.ndarray
     damaged: list[tuple[int, CorruptShardError]]
@@ -51,13 +54,30 @@ class Rows:
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """loss_mask float32 and boundaries bool, each [n, seq_len]; see `row_masks`."""
         rows, row_tokens = self.tokens.shape
-        return row_masks(self.owner, self.segments, (rows, row_tokens - 1))
+        loss_mask, boundaries = row_masks(self.owner, self.segments, (rows, row_tokens - 1))
+        if self.labels is not None:
+            loss_mask = (self.labels != no_label(self.labels.dtype)).astype(np.float32)
+        return loss_mask, boundaries
+
+    def targets(self) -> np.ndarray:
+        """Int64 [n, seq_len]: what each position is to predict; an id where there is no loss, too.
+
+        The loss of every position is computed before the mask is applied.
+        """
+        if self.labels is None:
+            return self.tokens[:, 1:].astype(np.int64)
+        labelled = self.labels != no_label(self.labels.dtype)
+        return np.where(labelled, self.labels, 0).astype(np.int64)
 
     def padded(self, rows: int, pad_id: int) -> Rows:
         """The same rows, followed by padding without a loss, `rows` in all."""
-        missing = rows - len(self.tokens)
+        missing, labels = rows - len(self.tokens), self.labels
+        if labels is not None:
+            none = no_label(labels.dtype)
+            labels = np.pad(labels, ((0, missing), (0, 0)), constant_values=none)
         return Rows(
             np.pad(self.tokens, ((0, missing), (0, 0)), constant_values=pad_id),
+            labels,
             np.concatenate([self.segments, np.repeat(_ALL_PADDING, missing)]),
             np.concatenate([self.owner, np.arange(len(self.tokens), rows)]),
             self.damaged,
@@ -141,8 +161,9 @@ class TokenDataset:
         places: np.ndarray,
         tokens: np.ndarray,
         segments: list[np.ndarray],
+        labels: np.ndarray | None = None,
     ) -> list[tuple[int, CorruptShardError]]:
-        """Read rows into `tokens[places]` and `segments[places]`.
+        """Read rows into `tokens[places]`, `segments[places]` and, where given, `labels[places]`.
 
         They are read in the order in which they lie on disk. See `read_rows`.
 
@@ -160,13 +181,16 @@ class TokenDataset:
             for place, shard, row in zip(
                 places.tolist(), shards.tolist(), local.tolist(), strict=True
             ):
+                own = None if labels is None else labels[place]
                 try:
-                    segments[place] = self._row(shard, row, tokens[place])
+                    segments[place] = self._row(shard, row, tokens[place], own)
                 except CorruptShardError as error:
                     if not self.quarantine:
                         raise
                     tokens[place] = self.manifest.pad_id
                     segments[place] = _ALL_PADDING
+                    if own is not None:
+                        own[:] = no_label(own.dtype)
                     damaged.append((place, error))
         return damaged
 
@@ -219,7 +243,9 @@ class TokenDataset:
                 f"contradict vocab_size={manifest.vocab_size}, seq_len={seq_len}; rebuild"
             )
 
-    def _row(self, shard: int, row: int, out: np.ndarray) -> np.ndarray:
+    def _row(
+        self, shard: int, row: int, tokens: np.ndarray, labels: np.ndarray | None
+    ) -> np.ndarray:
         """One row of a shard. What was found damaged once is not read again."""
         try:
             if self._damaged:
@@ -228,7 +254,11 @@ class TokenDataset:
                     known = self._damaged.get((shard, self._shard(shard).block_of(row)))
                 if known is not None:
                     raise known
-            return self._shard(shard).row(row, out)
+            own = labels if self.manifest.labels else None
+            segments = self._shard(shard).row(row, tokens, own)
+            if labels is not None and own is None:
+                _label_by_the_next_token(tokens, segments, labels)
+            return segments
         except CorruptShardError as error:
             self._damaged[shard, error.block] = error.with_traceback(None)
             raise
@@ -261,14 +291,23 @@ def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndar
     rows = np.asarray(rows, np.int64)
     seq_len = datasets[0].seq_len
     tokens = np.empty((len(rows), seq_len + 1), datasets[0].dtype)
+    labels = None
+    if any(dataset.manifest.labels for dataset in datasets):
+        labels = np.empty((len(rows), seq_len), tokens.dtype)
     segments = [_ALL_PADDING] * len(rows)
     damaged: list[tuple[int, CorruptShardError]] = []
     for number in np.unique(which).tolist():
         places = np.flatnonzero(which == number)
-        damaged += datasets[number].fill(rows[places], places, tokens, segments)
+        damaged += datasets[number].fill(rows[places], places, tokens, segments, labels)
     owner = np.repeat(np.arange(len(rows)), [len(part) for part in segments])
     flat = np.concatenate(segments) if segments else np.empty(0, np.uint32)
-    return Rows(tokens, flat, owner, sorted(damaged, key=lambda item: item[0]))
+    return Rows(tokens, labels, flat, owner, sorted(damaged, key=lambda item: item[0]))
+
+
+def _label_by_the_next_token(tokens: np.ndarray, segments: np.ndarray, out: np.ndarray) -> None:
+    """The labels that stand for a row of ordinary shards, beside rows that have labels."""
+    loss_mask, _ = row_masks(np.zeros(len(segments), np.int64), segments, (1, len(out)))
+    out[:] = np.where(loss_mask[0] > 0, tokens[1:], no_label(out.dtype))
 
 
 __all__ = ["CorruptShardError", "DataError", "NoRowsError", "Rows", "TokenDataset", "read_rows"]

@@ -14,6 +14,8 @@ from xlstm_io.errors import ShardFormatError
 from xlstm_io.storage import read_file
 from xlstm_io.untrusted import LIMITS
 
+_LABEL_COLUMNS = 3  # the last ones of an index
+
 MISSING = "the file is missing"
 """What is said to be there, in place of a file that is gone."""
 
@@ -63,6 +65,9 @@ class BlockIndex:
         doc_size: its bytes.
         doc_xxh3: its hash.
         rows: rows of the block.
+        lab_off: offset of the `.lab` payload; this and the next two are None without labels.
+        lab_size: its bytes.
+        lab_xxh3: its hash.
     """
 
     off: np.ndarray
@@ -72,16 +77,29 @@ class BlockIndex:
     doc_size: np.ndarray
     doc_xxh3: np.ndarray
     rows: np.ndarray
+    lab_off: np.ndarray | None = None
+    lab_size: np.ndarray | None = None
+    lab_xxh3: np.ndarray | None = None
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by name."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
 
     def to_bytes(self) -> bytes:
         """The `.idx.npz` file (the same bytes for the same index)."""
         buffer = io.BytesIO()
-        np.savez(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
+        np.savez(buffer, **self.columns())
         return buffer.getvalue()
 
     @classmethod
-    def load(cls, path: Path, expected_xxh3: str) -> Self:
+    def load(cls, path: Path, expected_xxh3: str, *, labels: bool = False) -> Self:
         """Read an index file.
+
+        Args:
+            path: the file.
+            expected_xxh3: its hash.
+            labels: whether the shard has labels.
 
         Raises:
             CorruptShardError: its bytes have another hash than the manifest says, it is missing, or
@@ -95,35 +113,40 @@ class BlockIndex:
         if got != expected_xxh3:
             raise CorruptShardError(path, None, 0, f"xxh3 {expected_xxh3}", f"xxh3 {got}")
         try:
-            return cls(**parse_npz(raw, {field.name: "<u8" for field in fields(cls)}))
+            names = [field.name for field in fields(cls)][: None if labels else -_LABEL_COLUMNS]
+            return cls(**parse_npz(raw, dict.fromkeys(names, "<u8")))
         except ValueError as error:
             raise CorruptShardError(path, None, 0, "a readable index", str(error)) from None
 
-    def problem(self, size: int, row_bytes: int) -> str:
+    def problem(self, size: int, row_bytes: int, label_bytes: int) -> str:
         """What is wrong with the numbers; empty if every block lies in the tar behind the last.
 
         Args:
             size: bytes of the tar.
             row_bytes: bytes of a row's tokens.
+            label_bytes: bytes of a row's labels.
         """
-        columns = [getattr(self, field.name) for field in fields(self)]
-        if len({len(column) for column in columns}) > 1:
+        columns = self.columns()
+        if len({len(column) for column in columns.values()}) > 1:
             return "arrays of different lengths"
         if not len(self.rows):
             return "no blocks"
         largest = max(size, LIMITS.shard_block)
-        if any((column > largest).any() for column in (*columns[:2], *columns[3:5], self.rows)):
+        measures = [column for name, column in columns.items() if not name.endswith("xxh3")]
+        if any((column > largest).any() for column in measures):
             return f"numbers beyond the tar's {size} bytes"
-        off, tok, doc_off, doc, rows = (
-            column.astype(np.int64)
-            for column in (self.off, self.size, self.doc_off, self.doc_size, self.rows)
-        )
+        off, tok, doc_off, doc, rows, *labels = (column.astype(np.int64) for column in measures)
         if max(tok.max(), doc.max()) > LIMITS.shard_block:
             return f"a member of more than {LIMITS.shard_block} bytes, which are not read"
         if (rows < 1).any() or (rows * row_bytes != tok).any():
             return "sizes that do not fit the rows"
-        begins = np.column_stack([off, doc_off]).reshape(-1) - tarfile.BLOCKSIZE
-        ends = np.column_stack([_padded(off + tok), _padded(doc_off + doc)]).reshape(-1)
+        members = [(off, tok), (doc_off, doc)]
+        if labels:
+            members.append((labels[0], labels[1]))
+            if (rows * label_bytes != labels[1]).any():
+                return "sizes of labels that do not fit the rows"
+        begins = np.column_stack([begin for begin, _ in members]).reshape(-1) - tarfile.BLOCKSIZE
+        ends = np.column_stack([_padded(begin + bytes_) for begin, bytes_ in members]).reshape(-1)
         if (begins[1:] != ends[:-1]).any() or begins[0] != 0 or ends[-1] > size:
             return "members that do not lie one behind the other in the tar"
         if (doc % 4).any() or (doc < 4 * (rows + 1)).any():

@@ -64,7 +64,7 @@ class ShardEntry(StrictModel):
     tokens: Count
     """Document tokens with bos and eos; neither the overlap between rows nor padding counts."""
     targets: Count
-    """Positions that the loss counts: one less than the tokens of each document."""
+    """Positions that the loss counts: one less than the tokens of each document, or the labels."""
     pad_tokens: Count
     docs: Count
     bytes_in: Count
@@ -103,7 +103,7 @@ class SourceEntry(StrictModel):
 class TokenizerEntry(StrictModel):
     """The tokenizer that made the ids; `path` is relative to the manifest's folder."""
 
-    type: Literal["sentencepiece", "huggingface"]
+    type: Literal["sentencepiece", "huggingface", "symbols"]
     path: str
     sha256: Sha256
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
@@ -127,6 +127,8 @@ class Manifest(StrictModel):
     pad_id: Count
     tokenizer: TokenizerEntry
     valid_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
+    labels: bool = False
+    """Whether every block has a `.lab` member: labels of its own instead of the next tokens."""
     config_hash: str
     sources: Annotated[list[SourceEntry], Field(max_length=10_000)]
     code: dict[str, str]

@@ -1,6 +1,6 @@
 """Rows of tokens in a block: where documents begin, what is padding, and which positions count.
 
-Segments and flags: see `xlstm_io.shards.shard`.
+Segments, flags and labels: see `xlstm_io.shards.shard`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 65_535 else np.dtype("<u4")
 
 
+def no_label(dtype: np.dtype | str) -> int:
+    """The stored label of a position without a loss; `token_dtype` leaves this value to no id."""
+    return int(np.iinfo(np.dtype(dtype)).max)
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of packed rows.
@@ -28,12 +33,15 @@ class Block:
         segments: uint32, `position | flags` of each segment.
         documents: uint32. best_fit: the document of each segment (NO_DOCUMENT: padding). concat:
             empty.
+        labels: `[rows, row_tokens - 1]`, of the stored type, `no_label` where there is no loss.
+            None: the label of a token is the next one, as `row_masks` says.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     segments: np.ndarray
     documents: np.ndarray
+    labels: np.ndarray | None = None
 
     def doc_bytes(self) -> bytes:
         """Payload of the `.doc` member."""
@@ -46,8 +54,10 @@ class Block:
         return np.repeat(np.arange(len(self.tokens)), offsets[1:] - offsets[:-1])
 
 
-def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype: np.dtype | str) -> Block:
-    """Turn the payloads of a `.tok` and a `.doc` member back into a Block.
+def parse_block(
+    tok: bytes, doc: bytes, row_tokens: int, dtype: np.dtype | str, lab: bytes | None = None
+) -> Block:
+    """Turn the payloads of a `.tok` and a `.doc` member, and of a `.lab` member, back into a Block.
 
     A plain `webdataset` pipeline decodes its samples with it, too.
 
@@ -56,17 +66,20 @@ def parse_block(tok: bytes, doc: bytes, row_tokens: int, dtype: np.dtype | str) 
         doc: payload of the `.doc` member.
         row_tokens: tokens of a row.
         dtype: stored token type, as the manifest names it.
+        lab: payload of the `.lab` member, where there is one.
 
     Raises:
-        ValueError: the sizes of the two do not fit together.
+        ValueError: the sizes of the members do not fit together.
     """
-    tokens = np.frombuffer(tok, np.dtype(dtype).newbyteorder("<")).reshape(-1, row_tokens)
+    stored = np.dtype(dtype).newbyteorder("<")
+    tokens = np.frombuffer(tok, stored).reshape(-1, row_tokens)
+    labels = None if lab is None else np.frombuffer(lab, stored).reshape(len(tokens), -1)
     numbers = np.frombuffer(doc, "<u4")
     first = len(tokens) + 1
     if len(numbers) < first:
         raise ValueError(f"{len(numbers)} offsets for {len(tokens)} rows")
     last = first + int(numbers[first - 1])
-    return Block(tokens, numbers[:first], numbers[first:last], numbers[last:])
+    return Block(tokens, numbers[:first], numbers[first:last], numbers[last:], labels)
 
 
 def block_problem(block: Block, vocab_size: int, *, best_fit: bool) -> str:
@@ -91,6 +104,10 @@ def block_problem(block: Block, vocab_size: int, *, best_fit: bool) -> str:
         return "segments that lie outside their rows"
     if (steps < 1).any():
         return "segments that do not ascend in their rows"
+    if block.labels is not None:
+        given = block.labels[block.labels != no_label(block.labels.dtype)]
+        if given.size and int(given.max()) >= vocab_size:
+            return f"the label {given.max()}, which is not below vocab_size={vocab_size}"
     return ""
 
 

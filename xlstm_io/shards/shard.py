@@ -8,6 +8,8 @@ Layout of a folder (every path in `manifest.json` is relative to it)::
         b000000.tok   little-endian uint16|uint32 [rows, seq_len + 1]
         b000000.doc   little-endian uint32: rows + 1 offsets, then the segments of each row;
                       best_fit: then the document of each segment, numbered within the shard
+        b000000.lab   only where the manifest says `labels`: little-endian, of the tokens' type,
+                      [rows, seq_len]: the label of each input, or the largest number for none
     <source>/<split>/shard-00000042.idx.npz   offsets, sizes and xxh3 of every block
     tokenizer/tokenizer.model                 the tokenizer travels with its ids
     manifest.json                             written last
@@ -22,6 +24,9 @@ Position 0 always has one; CONTINUATION says that the document began in an earli
 that the rest of the row is padding. In `concat` rows a continuation stands at position 0 and goes
 on from the row before. In `best_fit` rows it may stand anywhere: a part of a cut document begins
 with the last token of the part before, so that no target is lost.
+
+Labels are for what a mask over next tokens cannot say: a task whose answers do not stand in the
+input, or a text of which only some parts are to be learnt.
 """
 
 import bisect
@@ -94,7 +99,7 @@ class CheckedBlocks:
 class ShardReader:
     """Random access to the rows of one tar. A block is checked before one of its rows is given.
 
-    Checked are the hashes of both payloads and every other byte (headers, padding and, with the
+    Checked are the hashes of the payloads and every other byte (headers, padding and, with the
     last block, the end of the archive), and that the numbers in them can be used: ids of the
     vocabulary, segments inside their rows. A block is checked again when the file has changed, and
     when it has given as many rows as it has: a disk may change bytes without a new time.
@@ -117,8 +122,9 @@ class ShardReader:
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._row_bytes = self.row_tokens * self.dtype.itemsize
         index_file = place_of(root, entry.index)
-        self.index = BlockIndex.load(index_file, entry.index_xxh3)
-        problem = self.index.problem(entry.bytes, self._row_bytes)
+        self.index = BlockIndex.load(index_file, entry.index_xxh3, labels=manifest.labels)
+        label_bytes = self._row_bytes - self.dtype.itemsize
+        problem = self.index.problem(entry.bytes, self._row_bytes, label_bytes)
         if problem:
             raise CorruptShardError(index_file, None, 0, "an index of the tar", problem)
         self._first_row = [0, *np.cumsum(self.index.rows.astype(np.int64)).tolist()]
@@ -156,13 +162,16 @@ class ShardReader:
         index = self.index
         tok = self._verified(number, "tok", index.off, index.size, index.xxh3)
         doc = self._verified(number, "doc", index.doc_off, index.doc_size, index.doc_xxh3)
+        lab, end = None, int(index.doc_off[number]) + len(doc)
+        if index.lab_off is not None and index.lab_size is not None and index.lab_xxh3 is not None:
+            lab = self._verified(number, "lab", index.lab_off, index.lab_size, index.lab_xxh3)
+            end = int(index.lab_off[number]) + len(lab)
         if number == self.num_blocks - 1:
-            end = int(index.doc_off[number]) + len(doc)
             rest = self._read(number, end, self.entry.bytes - end)
             if rest.count(0) != len(rest):
                 raise CorruptShardError(self.path, number, end, "zeros to the end", "other bytes")
         try:
-            block = parse_block(tok, doc, self.row_tokens, self.dtype)
+            block = parse_block(tok, doc, self.row_tokens, self.dtype, lab)
             problem = block_problem(block, self._vocab_size, best_fit=self._best_fit)
         except ValueError as error:
             problem = str(error)
@@ -171,8 +180,14 @@ class ShardReader:
             raise CorruptShardError(self.path, number, at, "rows of tokens", problem)
         return block
 
-    def row(self, number: int, out: np.ndarray) -> np.ndarray:
-        """Read one row's tokens into `out` [row_tokens] (of the stored type); its segments."""
+    def row(self, number: int, out: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """Read one row's tokens and, where asked for, its labels; its segments.
+
+        Args:
+            number: of the row in this shard.
+            out: `[row_tokens]`, of the stored type.
+            labels: `[row_tokens - 1]`, of the stored type; the shard must have labels.
+        """
         block = self.block_of(number)
         local = number - self._first_row[block]
         offset = self._offsets[block] + local * self._row_bytes
@@ -181,12 +196,11 @@ class ShardReader:
                 self._docs.clear()
             if not self.checked.left[block]:
                 self._check(block)
-            try:
-                size = os.preadv(self._fd, [out.data], offset)
-            except OSError as error:
-                raise self._unreadable(block, offset, self._row_bytes, error) from None
-            if size != self._row_bytes:
-                raise self._short(block, offset, self._row_bytes)
+            self._read_into(out, block, offset)
+            if labels is not None:
+                assert self.index.lab_off is not None, "the manifest says whether there are labels"
+                first = int(self.index.lab_off[block])
+                self._read_into(labels, block, first + local * labels.nbytes)
             doc = self._doc(block)
             if not self.checked.follow(self._fd):
                 self.checked.left[block] -= 1
@@ -208,6 +222,14 @@ class ShardReader:
         self._docs.pop(number, None)
         self.block(number)
         self.checked.left[number] = int(self.index.rows[number])
+
+    def _read_into(self, out: np.ndarray, block: int, offset: int) -> None:
+        try:
+            size = os.preadv(self._fd, [out.data], offset)
+        except OSError as error:
+            raise self._unreadable(block, offset, out.nbytes, error) from None
+        if size != out.nbytes:
+            raise self._short(block, offset, out.nbytes)
 
     def _read(self, block: int, offset: int, size: int) -> bytes:
         try:

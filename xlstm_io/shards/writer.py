@@ -57,7 +57,7 @@ class ShardWriter:
         self._temporary = temporary_path(path)
         self._file = open(self._temporary, "wb")
         self._hashing = _HashingFile(self._file)
-        self._entries: list[tuple[int, int, int, int, int, int, int]] = []
+        self._entries: list[tuple[int, ...]] = []
 
     def _add(self, name: str, payload: bytes) -> tuple[int, int, int]:
         self._hashing.write(tar_header(name, len(payload)))
@@ -71,7 +71,10 @@ class ShardWriter:
         number = len(self._entries)
         tok = self._add(member_name(number, "tok"), block.tokens.tobytes())
         doc = self._add(member_name(number, "doc"), block.doc_bytes())
-        self._entries.append((*tok, *doc, len(block.tokens)))
+        entry = (*tok, *doc, len(block.tokens))
+        if block.labels is not None:
+            entry += self._add(member_name(number, "lab"), block.labels.tobytes())
+        self._entries.append(entry)
 
     def close(self) -> WrittenShard:
         """Finish both files and let them appear under their names."""
@@ -80,7 +83,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        table = np.array(self._entries, np.uint64).reshape(len(self._entries), 7)
+        columns = max(map(len, self._entries), default=7)
+        table = np.array(self._entries, np.uint64).reshape(len(self._entries), columns)
         index = BlockIndex(*(np.ascontiguousarray(column) for column in table.T))
         raw = index.to_bytes()
         write_atomic(index_path(self.path), raw)

@@ -13,8 +13,9 @@ from xlstm_io.storage import Location
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HF_NAME, HF_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+SYMBOLS_NAME = "symbols.json"
 
-TOKENIZER_FILES = (SENTENCEPIECE_NAME, HF_NAME, HF_CONFIG_NAME)
+TOKENIZER_FILES = (SENTENCEPIECE_NAME, HF_NAME, HF_CONFIG_NAME, SYMBOLS_NAME)
 """The names of all files that tokenizers travel with."""
 
 
@@ -45,7 +46,7 @@ class Tokenizer(ABC):
         pad_id: id of padding, or None.
     """
 
-    kind: ClassVar[Literal["sentencepiece", "huggingface"]]
+    kind: ClassVar[Literal["sentencepiece", "huggingface", "symbols"]]
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None

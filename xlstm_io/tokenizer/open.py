@@ -1,25 +1,32 @@
 """Opening a tokenizer by its file or folder, or from the bytes of its files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from xlstm_io.errors import TokenizerFileError
 from xlstm_io.storage import Location, exists, is_folder, location, read_file
-from xlstm_io.tokenizer.base import HF_CONFIG_NAME, HF_NAME, SENTENCEPIECE_NAME, Tokenizer
+from xlstm_io.tokenizer.base import (
+    HF_CONFIG_NAME,
+    HF_NAME,
+    SENTENCEPIECE_NAME,
+    SYMBOLS_NAME,
+    Tokenizer,
+)
+from xlstm_io.tokenizer.symbols import SymbolsTokenizer
 from xlstm_io.untrusted import LIMITS
 
 
 def open_tokenizer(path: str | Location) -> Tokenizer:
-    """The tokenizer in a file (`.model`, `tokenizer.json`) or in a folder that has one.
+    """The tokenizer in a file (`.model`, `tokenizer.json`, `symbols.json`) or in a folder with one.
 
     Args:
-        path: the file or folder, local or an fsspec URL; in a folder with both files
-            `tokenizer.model` is taken.
+        path: the file or folder, local or an fsspec URL; in a folder with several
+            `tokenizer.model` is taken first.
 
     Raises:
         TokenizerFileError: there is none, or the file is not a tokenizer.
     """
     path = location(path)
-    names = (SENTENCEPIECE_NAME, HF_NAME)
+    names = (SENTENCEPIECE_NAME, HF_NAME, SYMBOLS_NAME)
     try:
         if is_folder(path):
             path = next((path / name for name in names if exists(path / name)), path / names[0])
@@ -32,14 +39,16 @@ def read_tokenizer_files(path: Location) -> dict[str, bytes]:
     """The bytes of a tokenizer's files under the names with which they travel.
 
     Args:
-        path: a SentencePiece model, or a `tokenizer.json` with its `tokenizer_config.json` beside
-            it.
+        path: a SentencePiece model, a `tokenizer.json` with its `tokenizer_config.json` beside it,
+            or a `symbols.json`.
 
     Raises:
         TokenizerFileError: one of them is not there, cannot be read, or is too large.
     """
     files = {SENTENCEPIECE_NAME: path}
-    if path.name.endswith(".json"):
+    if path.name == SYMBOLS_NAME:
+        files = {SYMBOLS_NAME: path}
+    elif path.name.endswith(".json"):
         files = {HF_NAME: path, HF_CONFIG_NAME: path.parent / HF_CONFIG_NAME}
     try:
         return {name: read_file(file, LIMITS.tokenizer, links=True) for name, file in files.items()}
@@ -58,12 +67,18 @@ def tokenizer_from_files(files: Mapping[str, bytes], path: Location) -> Tokenize
     Raises:
         TokenizerFileError: they are not a tokenizer.
     """
-    is_json = SENTENCEPIECE_NAME not in files
+    opens: Callable[[Location, Mapping[str, bytes]], Tokenizer]
+    if SENTENCEPIECE_NAME in files:
+        opens, kind = _open_sentencepiece, "a SentencePiece model"
+    elif SYMBOLS_NAME in files:
+        opens, kind = SymbolsTokenizer, "a list of symbols"
+    else:
+        opens, kind = _open_hugging_face, "a Hugging Face tokenizer"
     try:
-        return _open_hugging_face(path, files) if is_json else _open_sentencepiece(path, files)
+        return opens(path, files)
     except Exception as error:  # tokenizers raises bare Exception
-        kind = f"a Hugging Face tokenizer: {error}" if is_json else "a SentencePiece model"
-        raise TokenizerFileError(f"{path} is not {kind}") from error
+        why = "" if opens is _open_sentencepiece else f": {error}"
+        raise TokenizerFileError(f"{path} is not {kind}{why}") from error
 
 
 # Each library takes a moment to import: only the one that is needed is.

@@ -107,7 +107,7 @@ class _Row:
         self.on_text: Callable[[str], None] = lambda text: None
         self._stream = TextStream(tokenizer, self.ids)
         self._sampling = sampling
-        self._end = tokenizer.document_ids().eos
+        self._end = tokenizer.eos_id
         self._tokens: list[int] = []
         self._text, self._shown = "", 0
         self._ended_by = ""

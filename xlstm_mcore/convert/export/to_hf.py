@@ -23,6 +23,7 @@ from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.storage import Location, location
 from xlstm_io.tokenizer import Tokenizer
+from xlstm_io.tokenizer.symbols import SymbolsTokenizer
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.card import NO_BOS, model_card
 from xlstm_mcore.convert.export.folder import MARKER, building, check_replaceable, put_files
@@ -152,6 +153,11 @@ def check_tensors(reader: CheckpointReader, family: ModuleType, model: ModelConf
 def _find_tokenizer(path: Location, given: Location | None, vocab: int) -> Tokenizer:
     """The tokenizer to ship; ConvertError if the model is too small for it."""
     tokenizer = tokenizer_of(path, given)
+    if isinstance(tokenizer, SymbolsTokenizer):
+        raise ConvertError(
+            f"{path} was trained on the symbols of a synthetic task, which no Hugging Face "
+            "tokenizer knows; read it with `python -m pretrain generate` or `load_model`"
+        )
     if tokenizer.vocab_size > vocab:
         raise ConvertError(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
