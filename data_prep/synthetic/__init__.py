@@ -1,0 +1,1 @@
+"""Synthetic tasks as corpora: samples are generated, and become shards with labels."""
