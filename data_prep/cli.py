@@ -5,19 +5,16 @@ The exit codes are those of `xlstm_io.errors.ExitCode`.
 
 import os
 import sys
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass, field, make_dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import tyro
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from data_prep.build.build import build
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_options import build_config, explain
+from data_prep.config import BuildConfig
 from data_prep.jobs.progress import say
 from data_prep.options import parse
 from data_prep.sources.documents import Fields, TextSplit
@@ -38,10 +35,8 @@ from xlstm_io.errors import (
     UserError,
     is_machine_failure,
 )
-from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.signals import stop_signals_raise
 from xlstm_io.terminal import one_line, tell, until_nobody_reads
-from xlstm_io.yaml_file import read_yaml
 
 _PROGRAM = "python -m data_prep"
 
@@ -280,72 +275,10 @@ def _usage() -> str:
     return "\n".join([*lines, *(f"  {name:{width}}  {_HELP[name]}" for name in _NAMES)])
 
 
-def _build_config(arguments: list[str], prog: str) -> BuildConfig:
-    """Settings from `[prep.yaml] [--key value ...]`; flags win over the file."""
-    values: dict[str, Any] = {}
-    if arguments and not arguments[0].startswith("-"):
-        values = read_yaml(arguments[0], of="prep.yaml", example="`seq_len: 256`", error=PrepError)
-        arguments = arguments[1:]
-    description = (
-        "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
-        "file are the flags below, and flags win."
-    )
-    parsed = parse(_build_flags(values), arguments, prog, description)
-    return BuildConfig.model_validate({**vars(parsed), "sources": values.get("sources", [])})
-
-
-def _build_flags(values: dict[str, Any]) -> type:
-    """The fields of BuildConfig as a plain dataclass with `values` as defaults.
-
-    The command line fills it without pydantic, whose errors would come out in the parser's words;
-    the values are validated together afterwards.
-
-    Raises:
-        PrepError: some of `values` are wrong (missing ones may come as flags).
-    """
-    try:
-        BuildConfig.model_validate(values)
-    except ValidationError as error:
-        # What is missing may come as a flag, and with it rules about several keys may be kept.
-        later = {(), *((name,) for name in BuildConfig.model_fields)}
-        found = error.errors()
-        given = [e for e in found if e["loc"] and (e["type"] != "missing" or e["loc"] not in later)]
-        if given:
-            raise PrepError(_explain(given)) from None
-    if isinstance(values.get("input"), str):
-        values = {**values, "input": [values["input"]]}
-    members = []
-    for name, info in BuildConfig.model_fields.items():
-        if name == "sources":  # for prep.yaml alone
-            continue
-        kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
-        own = tyro.MISSING if info.is_required() else info.get_default(call_default_factory=True)
-        default = values.get(name, own)
-        members.append((name, kind, field(default_factory=partial(copy, default))))
-    return make_dataclass("BuildFlags", members, kw_only=True)
-
-
-def _explain(errors: Sequence[ErrorDetails]) -> str:
-    """All errors of a configuration in one message."""
-    parts = []
-    for item in errors:
-        key = key_of(item["loc"])
-        if item["type"] == "extra_forbidden":
-            model = SourceConfig if len(item["loc"]) > 1 else BuildConfig
-            parts.append(f"{key} is not a setting; use one of {', '.join(model.model_fields)}")
-        elif item["type"] == "missing":
-            parts.append(f"{key} is missing")
-        elif not key:  # a rule about several keys
-            parts.append(rule_of(item))
-        else:
-            parts.append(f"{key}={item['input']!r} {rule_of(item)}")
-    return "; ".join(dict.fromkeys(parts))
-
-
 def _run(name: str, arguments: list[str]) -> None:
     prog = f"{_PROGRAM} {name}"
     if name == "build":
-        build(_build_config(arguments, prog))
+        build(build_config(arguments, prog))
     else:
         parse(_COMMANDS[name], arguments, prog).run()
 
@@ -383,7 +316,7 @@ def _main(argv: list[str] | None) -> int:
         _tell(name, str(error))
         return ExitCode.BAD_INPUT
     except ValidationError as error:
-        _tell(name, _explain(error.errors()))
+        _tell(name, explain(error.errors()))
         return ExitCode.BAD_INPUT
     except BrokenPipeError:
         raise
