@@ -19,6 +19,7 @@ from data_prep.jobs.progress import say
 from data_prep.options import parse
 from data_prep.sources.documents import Fields, TextSplit
 from data_prep.sources.malformed import MAX_BAD_SHARE, check_max_bad_share
+from data_prep.synthetic.command import main as synthetic
 from data_prep.tools.collect import collect
 from data_prep.tools.import_megatron import ImportSettings, import_megatron
 from data_prep.tools.inspect_shards import describe, show_row
@@ -255,13 +256,14 @@ _COMMANDS: dict[str, type[_Command]] = {
     "inspect": Inspect,
     "baselines": Baselines,
 }
-"""The commands whose options are a dataclass; `build` also reads a file."""
+"""The commands whose options are a dataclass; `build` also reads a file, `synthetic` a task."""
 
 _BUILD_HELP = "Tokenize and pack a corpus into shards: build [prep.yaml] [--key value ...]"
 _HELP = {name: (command.__doc__ or "").splitlines()[0] for name, command in _COMMANDS.items()} | {
-    "build": _BUILD_HELP
+    "build": _BUILD_HELP,
+    "synthetic": "Make the shards of a synthetic task: formal languages, recall, ListOps",
 }
-_NAMES = (*list(_COMMANDS)[:2], "build", *list(_COMMANDS)[2:])
+_NAMES = (*list(_COMMANDS)[:2], "build", "synthetic", *list(_COMMANDS)[2:])
 _ALIASES = {"tokenize": "tokenizer"}
 
 
@@ -279,6 +281,8 @@ def _run(name: str, arguments: list[str]) -> None:
     prog = f"{_PROGRAM} {name}"
     if name == "build":
         build(build_config(arguments, prog))
+    elif name == "synthetic":
+        synthetic(arguments, prog)
     else:
         parse(_COMMANDS[name], arguments, prog).run()
 
