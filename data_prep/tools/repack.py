@@ -90,6 +90,11 @@ def repack(
     out = out or shards.with_name(f"{shards.name}-{seq_len}")
     if seq_len < 2:
         raise PrepError(f"--seq-len {seq_len}: must be at least 2")
+    if not manifest.add_eos:
+        raise PrepError(
+            f"{shards} holds samples, whose ends are not stored; make them again for rows of "
+            f"{seq_len} (`python -m data_prep synthetic --seq-len {seq_len}`)"
+        )
     if (seq_len, packing) == (manifest.seq_len, manifest.packing):
         raise PrepError(f"{shards} has --seq-len {seq_len} and packing {packing} already")
     settings = {"from": manifest.hash, "seq_len": seq_len, "packing": packing}
