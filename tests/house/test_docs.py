@@ -25,6 +25,7 @@ from tests.house.documents import (
 from xlstm_io.errors import exit_code_table
 
 DATA_PREP = "tests/data_prep/test_documented.py"
+SYNTHETIC = "tests/data_prep/synthetic/test_corpus.py"
 MAKE_PRETRAIN = "tests/pretrain/test_make_pretrain.py"
 EXAMPLE_TESTS = "tests/house/test_examples.py"
 
@@ -58,6 +59,14 @@ RUN_ELSEWHERE = {
         "tests/pretrain/evaluation/test_harness.py",
         '"downstream", str(root / "run"), "--include"',
     ),
+    "python -m benchmarks.synthetic_tasks": (SYNTHETIC, "synthetic_tasks.main("),
+    **{
+        f"python -m data_prep {command}": (SYNTHETIC, "docs/synthetic.md")
+        for command in (
+            "synthetic parity --out tasks/parity --validation-length 256 --dense",
+            "inspect tasks/parity/train --row 0",
+        )
+    },
     "python -m pretrain self-test my.yaml --nproc 2": (
         MAKE_PRETRAIN,
         '"pretrain", "self-test", path',

@@ -6,11 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from benchmarks import synthetic_tasks
 from data_prep.synthetic.command import TASKS
 from data_prep.synthetic.rows import assign
 from data_prep.tools.inspect_shards import show_row
 from tests.data_prep.small_corpus import run, tree_bytes
 from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE
+from tests.house.documents import commands, read
 from xlstm_io.errors import UserError
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.shards.rows import PADDING, POSITION_MASK, no_label
@@ -165,6 +167,12 @@ def test_rows_are_filled_and_no_sample_is_cut():
     assert lengths.sum() / (40 * len(held)) > 0.97
 
 
+def test_the_benchmark_has_a_line_for_each_task(capsys):
+    synthetic_tasks.main(["--seconds", "0.01", "--tokens", "2000"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(TASKS)
+
+
 def test_symbols_are_read_and_written_with_blanks(tmp_path):
     assert run("synthetic", "cycle-nav", "--out", tmp_path, *FEW) == 0
     tokenizer = open_tokenizer(tmp_path / "train" / "tokenizer")
@@ -189,3 +197,35 @@ def test_samples_are_not_packed_again(tmp_path, capsys):
     assert "python -m data_prep synthetic" in capsys.readouterr().err
     state = json.loads((tmp_path / "train" / "_work" / "synthetic.json").read_text())
     assert state["task"] == "parity"
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    """As docs/synthetic.md shows them, with fewer samples."""
+    monkeypatch.chdir(tmp_path)
+    page = commands("docs/synthetic.md")
+    make = next(words for words in page if " --dense" in words)
+    show = next(words for words in page if " inspect " in words)
+    assert run(*make.split()[3:], *FEW) == 0
+    capsys.readouterr()
+    assert run(*show.split()[3:]) == 0
+    assert "labels of 0..39: " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("tasks/parity/*")) == [
+        "train",
+        "validation-256",
+    ]
+
+
+def test_the_table_of_the_page_is_the_tasks():
+    """Examples are solved by the definitions, and the numbers are those of the tasks."""
+    rows = [line.strip("| ").split(" | ") for line in read("docs/synthetic.md").splitlines()]
+    table = {row[0].strip("`"): row for row in rows if len(row) == 5 and row[0][0] == "`"}
+    assert list(table) == list(TASKS)
+    for name, (_, shown, answer, symbols, chance) in table.items():
+        task = TASKS[name](out="unused")
+        assert len(task.symbols()) == int(symbols)
+        if name != "mqar":
+            assert task.chance == pytest.approx(1 / int(chance.removeprefix("1/")))
+            words = shown.strip("`").split()
+            assert set(words) <= set(task.symbols())
+            labels = SOLVED[name](words).values()
+            assert list(labels) == answer.split("`")[1].split()
