@@ -65,11 +65,13 @@ def _count_targets(document: np.ndarray) -> int:
 
 def _block(rows: np.ndarray, offsets: Any, segments: Any, documents: Any) -> Block:
     """A block of rows [n, seq_len + 1], or of rows with labels [2, n, seq_len + 1]."""
-    places = (np.asarray(part, np.uint32) for part in (offsets, segments, documents))
+    offsets, segments = np.asarray(offsets, np.uint32), np.asarray(segments, np.uint32)
+    documents = np.asarray(documents, np.uint32)
     if rows.ndim == 2:
-        return Block(rows, *places)
+        return Block(rows, offsets, segments, documents)
     # Nothing is predicted from the last token of a row: it begins the next one, or ends a document.
-    return Block(rows[0], *places, labels=np.ascontiguousarray(rows[1, :, :-1]))
+    labels = np.ascontiguousarray(rows[1, :, :-1])
+    return Block(rows[0], offsets, segments, documents, labels)
 
 
 class ConcatPacker:

@@ -54,9 +54,10 @@ def _pack(samples: Samples, seq_len: int, dtype: np.dtype, documents: int) -> Bl
     numbers = np.concatenate([documents + np.arange(count), np.full(rows, NO_DOCUMENT)])
     order = np.lexsort((position, owner))
     offsets = np.concatenate([[0], np.bincount(owner, minlength=rows).cumsum()])
-    segments = (position | flags)[order]
-    parts = (part.astype(np.uint32) for part in (offsets, segments, numbers[order]))
-    return Block(tokens, *parts, labels=labels)
+    segments = (position | flags)[order].astype(np.uint32)
+    return Block(
+        tokens, offsets.astype(np.uint32), segments, numbers[order].astype(np.uint32), labels
+    )
 
 
 def assign(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

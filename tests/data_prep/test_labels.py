@@ -11,9 +11,10 @@ from data_prep.build.pack import as_stored, make_packer, write_shard
 from data_prep.tools.ngram_baselines import _pairs
 from data_prep.tools.repack import stored_documents
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
+from xlstm_io.shards.index import BlockIndex, CorruptShardError
 from xlstm_io.shards.manifest import load_manifest, write_manifest
 from xlstm_io.shards.rows import Block, no_label, parse_block, row_masks
-from xlstm_io.shards.shard import BlockIndex, CorruptShardError, ShardReader
+from xlstm_io.shards.shard import ShardReader
 from xlstm_io.shards.writer import ShardWriter
 
 DTYPE = np.dtype("<u2")
@@ -69,12 +70,11 @@ def write(root, packing, seq_len, documents, labels=True):
 def read_rows(manifest):
     """Tokens, segments and labels of each row, one by one."""
     (entry,) = manifest.shards("train")
-    reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+    reader = ShardReader(manifest, entry)
     rows = []
     for number in range(entry.rows):
         tokens, labels = np.empty(manifest.row_tokens, DTYPE), np.empty(manifest.seq_len, DTYPE)
-        segments = reader.row(number, tokens)
-        reader.labels(number, labels)
+        segments = reader.row(number, tokens, labels)
         rows.append((tokens, segments, labels))
     reader.close()
     return rows
@@ -146,14 +146,14 @@ def test_every_byte_of_labels_is_checked(tmp_path):
     (entry,) = manifest.shards("train")
     path = tmp_path / entry.path
     whole = path.read_bytes()
-    reader = ShardReader(tmp_path, entry, 17, "uint16")
+    reader = ShardReader(manifest, entry)
     offset, size = int(reader.index.lab_off[0]), int(reader.index.lab_size[0])
     reader.close()
     for place in (offset - 512, offset, offset + size - 1, offset + size, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        reader = ShardReader(tmp_path, entry, 17, "uint16")
+        reader = ShardReader(manifest, entry)
         with pytest.raises(CorruptShardError):
-            reader.labels(0, np.empty(16, DTYPE))
+            reader.row(0, np.empty(17, DTYPE), np.empty(16, DTYPE))
         reader.close()
 
 
@@ -179,11 +179,11 @@ def test_verify_finds_labels_that_cannot_be(tmp_path, capsys):
 
     assert problems([5, EOS, NONE, NONE])[0] == 0
     for labels, manifest_labels, says in (
-        ([5, 64_000, NONE, NONE], True, "label 64000 is not below vocab_size=600"),
+        ([5, 64_000, NONE, NONE], True, "the label 64000, which is not below vocab_size=600"),
         ([5, NONE, NONE, EOS], True, "row 0 has labels in its padding"),
         ([5, NONE, NONE, NONE], True, "1 targets, the manifest says 1 and 2"),
-        ([5, EOS, NONE, NONE], False, "labels=False of the manifest is not what the tar has"),
-        (None, True, "labels=True of the manifest is not what the tar has"),
+        ([5, EOS, NONE, NONE], False, "expected zeros to the end, got other bytes"),
+        (None, True, "'lab_off.npy'"),
     ):
         code, out = problems(labels, manifest_labels)
         assert code == 2 and says in out, out
@@ -213,11 +213,12 @@ def test_an_index_with_some_columns_of_labels_is_damaged(tmp_path):
     columns |= {f"doc_{name}": columns["off"] for name in ("off", "size", "xxh3")}
     path = tmp_path / "x.idx.npz"
     every = ("lab_off", "lab_size", "lab_xxh3")
-    for extra, good in (((), True), (every[:1], False), (every, True)):
+    for extra, labels, good in (((), False, True), (every[:1], True, False), (every, True, True)):
         np.savez(path, **columns, **{name: columns["off"] for name in extra})
         digest = xxhash.xxh3_64_hexdigest(path.read_bytes())
         if good:
-            assert (BlockIndex.load(path, digest).lab_off is None) == (not extra)
+            found = BlockIndex.load(path, digest, labels=labels)
+            assert (found.lab_off is None) == (not labels)
         else:
             with pytest.raises(CorruptShardError, match="a readable index"):
-                BlockIndex.load(path, digest)
+                BlockIndex.load(path, digest, labels=labels)

@@ -81,7 +81,7 @@ class BlockIndex:
     lab_size: np.ndarray | None = None
     lab_xxh3: np.ndarray | None = None
 
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, Any]:
         """The arrays that there are, by name."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: column for name, column in columns.items() if column is not None}

@@ -71,7 +71,7 @@ class ShardWriter:
         number = len(self._entries)
         tok = self._add(member_name(number, "tok"), block.tokens.tobytes())
         doc = self._add(member_name(number, "doc"), block.doc_bytes())
-        entry = (*tok, *doc, len(block.tokens))
+        entry: tuple[int, ...] = (*tok, *doc, len(block.tokens))
         if block.labels is not None:
             entry += self._add(member_name(number, "lab"), block.labels.tobytes())
         self._entries.append(entry)

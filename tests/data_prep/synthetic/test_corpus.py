@@ -28,13 +28,12 @@ def samples_of(folder, split):
     names = open_tokenizer(manifest.tokenizer_path)
     found = []
     for entry in manifest.shards(split):
-        reader = ShardReader(manifest.root, entry, manifest.row_tokens, manifest.dtype)
+        reader = ShardReader(manifest, entry)
         none = no_label(reader.dtype)
         for number in range(entry.rows):
             tokens = np.empty(manifest.row_tokens, reader.dtype)
             labels = np.empty(manifest.seq_len, reader.dtype)
-            segments = reader.row(number, tokens)
-            reader.labels(number, labels)
+            segments = reader.row(number, tokens, labels)
             starts = (segments & POSITION_MASK).tolist()
             assert segments[-1] & PADDING and not (segments[:-1] & PADDING).any()
             for start, end in pairwise(starts):
@@ -209,10 +208,8 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run(*show.split()[3:]) == 0
     assert "labels of 0..39: " in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("tasks/parity/*")) == [
-        "train",
-        "validation-256",
-    ]
+    folders = sorted(path.name for path in tmp_path.glob("tasks/parity/*"))
+    assert folders == ["train", "validation-256"]
 
 
 def test_the_table_of_the_page_is_the_tasks():
