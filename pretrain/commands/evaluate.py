@@ -6,10 +6,11 @@ In one process, or tensor parallel over all processes of torchrun.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from pretrain.checkpoint import read_manifest
 from pretrain.commands.generate import check_split
 from pretrain.config import RunConfig
 from pretrain.config.schema import ValidConfig
-from pretrain.data import Batch, TokenDataset, ValidLoader, open_valid
+from pretrain.data import Batch, TokenDataset, open_valid
 from pretrain.engines.base import LossSum, mean_of
+from pretrain.evaluation.answers import Answers, exact_documents, losses_and_hits
 from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
@@ -38,11 +40,15 @@ class SetLoss:
         sum: over its unmasked tokens.
         targets_per_byte: of the set's text.
         by: tokens from 2^n to 2^(n + 1) - 1, by n, of what they were asked to be sorted by.
+        answers: of a set with labels, how they were answered.
+        answers_by: the same, sorted as `by`; by position there are no samples.
     """
 
     sum: LossSum
     targets_per_byte: float
     by: Mapping[int, LossSum] = field(default_factory=dict)
+    answers: Answers | None = None
+    answers_by: Mapping[int, Answers] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -71,6 +77,7 @@ def main(
         config: the run file whose data and batch to use; the model is the checkpoint's.
         by: what the loss is also shown by, one of `BY`: "position" counts the tokens of the
             document up to the predicting one, "length" all of the document that are in the row.
+            Sets with labels also show accuracy and exact matches.
         as_json: print one JSON object.
 
     Returns:
@@ -109,38 +116,76 @@ def evaluate(path: Location | str, config: RunConfig, by: str | None = None) -> 
 def measure(
     model: torch.nn.Module, dataset: TokenDataset, config: RunConfig, by: str | None = None
 ) -> SetLoss:
-    """The loss of a model on one set."""
-    # Sum of the losses and number of tokens, by powers of two.
-    sums = torch.zeros(2, _BUCKETS, dtype=torch.float64)
-    for batch in ValidLoader(dataset, micro_batch=config.data.micro_batch):
-        batch = batch.to(cpu_runtime.device())
-        losses = model(batch.tokens, batch.boundaries, batch.labels)
-        bucket = _sizes(batch, by).log2().long().flatten() if by else None
-        for line, weights in zip(sums, (losses * batch.loss_mask, batch.loss_mask), strict=True):
-            if bucket is None:
-                line[0] += weights.sum().item()
-            else:
-                each = weights.double().flatten()
-                line += torch.bincount(bucket, each, minlength=_BUCKETS).cpu()
-    total, tokens = sums.sum(1).tolist()
-    groups = {n: LossSum(*values) for n, values in enumerate(sums.t().tolist()) if by and values[1]}
-    return SetLoss(LossSum(total, int(tokens)), dataset.targets_per_byte, groups)
+    """The loss of a model on one set, and of a set with labels how they are answered."""
+    # Sum of the losses, tokens, right ones, samples and exact ones, by powers of two.
+    sums = torch.zeros(5, _BUCKETS, dtype=torch.float64)
+    for batch, ends in _batches(dataset, config.data.micro_batch):
+        document = _documents(batch)
+        sizes = _lengths(document, ends) if by == "length" else _positions(document)
+        bucket = sizes.log2().long() if by else torch.zeros_like(document)
+        if dataset.manifest.labels:
+            losses, hits = losses_and_hits(model, batch)
+            asked, exact = exact_documents(document, hits, batch.loss_mask)
+            # A document's number is below its first position, so all its positions are there.
+            of_document = bucket.new_zeros(bucket.shape).scatter_(1, document, bucket)
+            counted = [(hits * batch.loss_mask, bucket), (asked, of_document), (exact, of_document)]
+        else:
+            losses, counted = model(batch.tokens, batch.boundaries, batch.labels), []
+        counted = [(losses * batch.loss_mask, bucket), (batch.loss_mask, bucket), *counted]
+        for line, (weights, places) in zip(sums, counted, strict=False):
+            each = weights.double().flatten()
+            line += torch.bincount(places.flatten(), each, minlength=_BUCKETS).cpu()
+    groups = {n: values for n, values in enumerate(sums.t().tolist()) if by and values[1]}
+    total = sums.sum(1).tolist()
+    return SetLoss(
+        _loss(total),
+        dataset.targets_per_byte,
+        {n: _loss(values) for n, values in groups.items()},
+        _answers(total, by) if dataset.manifest.labels else None,
+        {n: _answers(values, by) for n, values in groups.items() if dataset.manifest.labels},
+    )
 
 
-def _sizes(batch: Batch, by: str) -> Tensor:
-    """For every token what `by` sorts it by, fp64 `[b, s]`, from 1.
+def _batches(dataset: TokenDataset, micro_batch: int) -> Iterator[tuple[Batch, Tensor]]:
+    """All rows of a set, each batch with the positions `[b]` where the padding of rows begins."""
+    device = cpu_runtime.device()
+    for first in range(0, dataset.num_rows, micro_batch):
+        rows = dataset.read(np.arange(first, min(first + micro_batch, dataset.num_rows)))
+        yield Batch.of(rows).to(device), torch.from_numpy(rows.ends()).to(device)
+
+
+def _documents(batch: Batch) -> Tensor:
+    """The number in its row of the document of each position, int64 `[b, s]`.
 
     A row that begins in the middle of a document knows nothing of its beginning.
     """
     starts = batch.boundaries.clone()
     starts[:, 0] = True
-    place = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
-    if by == "position":
-        first = torch.where(starts, place, 0).cummax(1).values
-        return (place - first + 1).double()
-    document = starts.long().cumsum(1) - 1
-    lengths = torch.zeros_like(document).scatter_add_(1, document, torch.ones_like(document))
-    return lengths.gather(1, document).double()
+    return starts.long().cumsum(1) - 1
+
+
+def _positions(document: Tensor) -> Tensor:
+    """The place of each position in its document, fp64 `[b, s]`, from 1."""
+    place = torch.arange(document.shape[1], device=document.device).expand(document.shape)
+    starts = torch.diff(document, dim=1, prepend=document.new_full((len(document), 1), -1)) > 0
+    return (place - torch.where(starts, place, 0).cummax(1).values + 1).double()
+
+
+def _lengths(document: Tensor, ends: Tensor) -> Tensor:
+    """The length of each position's document without the padding behind it, fp64 `[b, s]`."""
+    place = torch.arange(document.shape[1], device=document.device)
+    there = (place < ends[:, None]).long()
+    lengths = torch.zeros_like(document).scatter_add_(1, document, there)
+    return lengths.gather(1, document).clamp(min=1).double()
+
+
+def _loss(values: list[float]) -> LossSum:
+    return LossSum(values[0], int(values[1]))
+
+
+def _answers(values: list[float], by: str | None) -> Answers:
+    _, labels, right, samples, exact = map(int, values)
+    return Answers(labels, right, *((0, 0) if by == "position" else (samples, exact)))
 
 
 def _sources_apart(config: RunConfig) -> RunConfig:
@@ -164,12 +209,12 @@ def _as_text(path: Location | str, found: Mapping[str, SetLoss], by: str | None)
         lines.append(
             f"{path}{f', {name}' if name else ''}: {measured.loss:.4f} nats per token, "
             f"perplexity {math.exp(measured.loss):.2f}, {measured.bits_per_byte:.4f} bits per "
-            f"byte, over {measured.sum.tokens:,} tokens"
+            f"byte, over {measured.sum.tokens:,} tokens{_as_words(measured.answers)}"
         )
         for n, group in measured.by.items():
             lines.append(
                 f"  {by} {_bucket(n):>15}  {group.mean:.4f} nats per token, {group.tokens:,.0f} "
-                "tokens"
+                f"tokens{_as_words(measured.answers_by.get(n))}"
             )
     if len(found) > 1:
         mean = mean_of(measured.sum for measured in found.values())
@@ -185,14 +230,35 @@ def _as_json(path: Location | str, found: Mapping[str, SetLoss], by: str | None)
             "perplexity": math.exp(measured.loss),
             "bits_per_byte": measured.bits_per_byte,
             "tokens": measured.sum.tokens,
+            **_as_fields(measured.answers),
         }
         if by in ("position", "length"):
             sets[name][by] = {
-                _bucket(n): {"loss": group.mean, "tokens": int(group.tokens)}
+                _bucket(n): {
+                    "loss": group.mean,
+                    "tokens": int(group.tokens),
+                    **_as_fields(measured.answers_by.get(n)),
+                }
                 for n, group in measured.by.items()
             }
     mean = mean_of(measured.sum for measured in found.values())
     return json.dumps({"checkpoint": str(path), "loss": mean, "sets": sets})
+
+
+def _as_words(answers: Answers | None) -> str:
+    if answers is None:
+        return ""
+    samples = f", {answers.exact_match:.4f} of {answers.samples:,} samples exact"
+    return f", accuracy {answers.accuracy:.4f}{samples if answers.samples else ''}"
+
+
+def _as_fields(answers: Answers | None) -> dict[str, float]:
+    if answers is None:
+        return {}
+    fields: dict[str, float] = {"accuracy": answers.accuracy}
+    if answers.samples:
+        fields |= {"exact_match": answers.exact_match, "samples": answers.samples}
+    return fields
 
 
 def _bucket(power: int) -> str:

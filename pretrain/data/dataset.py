@@ -16,7 +16,7 @@ from xlstm_io.errors import ShardFormatError, UserError
 from xlstm_io.remote import is_remote
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
-from xlstm_io.shards.rows import PADDING, no_label, row_masks, token_dtype
+from xlstm_io.shards.rows import PADDING, POSITION_MASK, no_label, row_masks, token_dtype
 from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_size
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
@@ -58,6 +58,14 @@ class Rows:
         if self.labels is not None:
             loss_mask = (self.labels != no_label(self.labels.dtype)).astype(np.float32)
         return loss_mask, boundaries
+
+    def ends(self) -> np.ndarray:
+        """Int64 [n]: the position where the padding of each row begins, or seq_len."""
+        ends = np.full(len(self.tokens), self.tokens.shape[1] - 1)
+        padding = (self.segments & np.uint32(PADDING)) != 0
+        position = (self.segments[padding] & np.uint32(POSITION_MASK)).astype(np.int64)
+        ends[self.owner[padding]] = np.minimum(position, ends[self.owner[padding]])
+        return ends
 
     def targets(self) -> np.ndarray:
         """Int64 [n, seq_len]: what each position is to predict; an id where there is no loss, too.

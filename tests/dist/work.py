@@ -234,6 +234,7 @@ class PlainTokenizer:
     """Stands in for a tokenizer: the ids of a prompt are its numbers, and so is the text of ids."""
 
     vocab_size = 96
+    eos_id = -1
 
     @staticmethod
     def prompt_ids(text: str) -> list[int]:

@@ -60,6 +60,15 @@ RUN_ELSEWHERE = {
         '"downstream", str(root / "run"), "--include"',
     ),
     "python -m benchmarks.synthetic_tasks": (SYNTHETIC, "synthetic_tasks.main("),
+    "python -m pretrain evaluate RUN --by length": (
+        "tests/pretrain/test_synthetic_task.py",
+        'command("evaluate", "RUN", "--by", "length")',
+    ),
+    "python -m pretrain evaluate RUN --data.path tasks/parity/validation-256 --data.seq-len 256 "
+    "--by position --json": (
+        "tests/pretrain/test_synthetic_task.py",
+        'command("evaluate", "RUN", *far, "--by", "position", "--json")',
+    ),
     **{
         f"python -m data_prep {command}": (SYNTHETIC, "docs/synthetic.md")
         for command in (

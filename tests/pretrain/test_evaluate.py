@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from benchmarks.synthetic_shards import write_shards
 from pretrain.commands import evaluate
 from pretrain.data import ValidLoader, open_valid
 from pretrain.engines.base import LossSum, mean_of
+from pretrain.evaluation import answers
+from tests.data_prep import small_corpus
+from tests.data_prep.synthetic.stored import samples_of
 from tests.pretrain.run_files import config
 
 SEQ_LEN = 24
@@ -98,7 +102,72 @@ def test_text_and_json_name_every_set(run):
 
 
 def test_documents_of_a_row_have_places_and_lengths():
-    starts = torch.tensor([[False, False, True, False, False, True]])
-    batch = type("", (), {"boundaries": starts})
-    assert evaluate._sizes(batch, "position").tolist() == [[1, 2, 1, 2, 3, 1]]
-    assert evaluate._sizes(batch, "length").tolist() == [[2, 2, 3, 3, 3, 1]]
+    """The second row ends in padding, which belongs to no document's length."""
+    starts = torch.tensor([[0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    document = evaluate._documents(SimpleNamespace(boundaries=starts))
+    assert document.tolist() == [[0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1]]
+    assert evaluate._positions(document).tolist() == [[1, 2, 1, 2, 3, 1], [1, 2, 1, 2, 3, 4]]
+    lengths = evaluate._lengths(document, torch.tensor([6, 4]))
+    assert lengths.tolist() == [[2, 2, 3, 3, 3, 1], [2, 2, 2, 2, 2, 2]]
+
+
+class Guesses:
+    """A model that takes every answer for the symbol a, with the logit 2 above the others."""
+
+    config = SimpleNamespace(vocab_tokens=3, vocab_size=5)
+
+    def __call__(self, tokens, boundaries):
+        logits = torch.zeros(*tokens.shape, 5)
+        logits[..., 1], logits[..., 4] = 2.0, 9.0  # the last ids are not in the vocabulary
+        return logits
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    out = tmp_path_factory.mktemp("task")
+    flags = ["--length", "3-12", "--seq-len", SEQ_LEN, "--samples", 20, "--validation-samples", 90]
+    assert small_corpus.run("synthetic", "parity", "--out", out, *flags, "--dense") == 0
+    return out / "train"
+
+
+@pytest.mark.parametrize("by", [None, "position", "length"])
+@pytest.mark.parametrize("rows_at_once", [1, 64])
+def test_labels_are_counted_as_right_and_samples_as_exact(task, by, rows_at_once, monkeypatch):
+    monkeypatch.setattr(answers, "gather_vocabulary", lambda model, logits: logits)
+    monkeypatch.setattr(answers, "_MOST_LOGITS", rows_at_once * SEQ_LEN * 5)
+    run = config(data__path=str(task), data__seq_len=SEQ_LEN, data__micro_batch=4)
+    (dataset,) = open_valid(run.data).values()
+    got = evaluate.measure(Guesses(), dataset, run, by)
+
+    groups, whole, loss = {}, [0, 0, 0, 0], 0.0
+    for symbols, labels in samples_of(task, "valid"):
+        right = {place: answer == "a" for place, answer in labels.items()}
+        places = {n: int(math.log2(n + 1 if by == "position" else len(symbols))) for n in labels}
+        for n, group in places.items():
+            each = groups.setdefault(group, [0, 0, 0, 0])
+            each[0], each[1] = each[0] + 1, each[1] + right[n]
+            loss += math.log(2 + math.exp(2.0)) - 2.0 * right[n]
+        if by == "length":
+            each = groups[int(math.log2(len(symbols)))]
+            each[2], each[3] = each[2] + 1, each[3] + all(right.values())
+        counted = (len(labels), sum(right.values()), 1, all(right.values()))
+        whole = [total + more for total, more in zip(whole, counted, strict=True)]
+    if by == "position":
+        whole[2:] = 0, 0
+    assert whole[0] > whole[1] > 0
+    assert got.answers == answers.Answers(*whole)
+    assert got.sum.tokens == whole[0] and got.sum.total == pytest.approx(loss, rel=1e-5)
+    found = {n: (a.labels, a.right, a.samples, a.exact) for n, a in got.answers_by.items()}
+    assert found == ({n: tuple(each) for n, each in groups.items()} if by else {})
+
+
+def test_accuracy_is_told_beside_the_loss():
+    right = answers.Answers(100, 75, 10, 4)
+    found = {"": evaluate.SetLoss(LossSum(50.0, 100), 0.5, {3: LossSum(9, 4)}, right, {3: right})}
+    text = evaluate._as_text("ckpt", found, "length")
+    assert "0.5000 nats per token" in text
+    assert "over 100 tokens, accuracy 0.7500, 0.4000 of 10 samples exact" in text
+    assert text.endswith("4 tokens, accuracy 0.7500, 0.4000 of 10 samples exact")
+    (body,) = json.loads(evaluate._as_json("ckpt", found, "length"))["sets"].values()
+    assert (body["accuracy"], body["exact_match"], body["samples"]) == (0.75, 0.4, 10)
+    assert body["length"]["8-15"]["accuracy"] == 0.75

@@ -1,7 +1,6 @@
 """Batches of prompts of unequal length write what each prompt writes alone."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,9 +84,7 @@ def test_rows_that_end_leave_the_batch(monkeypatch):
     greedy = Sampling(max_tokens=10, temperature=0)
     whole = tokens_of(model, prompts, greedy)
     end = whole[0][4]
-    monkeypatch.setattr(
-        PlainTokenizer, "document_ids", staticmethod(lambda: SimpleNamespace(bos=0, eos=end))
-    )
+    monkeypatch.setattr(PlainTokenizer, "eos_id", end)
     widths = []
     forward = model.forward
 

@@ -1,7 +1,6 @@
 """The command: folders, seeds, rows, two splits without a sample in common, and its messages."""
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,36 +11,13 @@ from data_prep.synthetic.rows import assign
 from data_prep.tools.inspect_shards import show_row
 from tests.data_prep.small_corpus import run, tree_bytes
 from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE
+from tests.data_prep.synthetic.stored import samples_of
 from tests.house.documents import commands, read
 from xlstm_io.errors import UserError
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.shards.rows import PADDING, POSITION_MASK, no_label
-from xlstm_io.shards.shard import ShardReader
 from xlstm_io.tokenizer import open_tokenizer
 
 FEW = ("--samples", 60, "--validation-samples", 20)
-
-
-def samples_of(folder, split):
-    """Symbols and labels by position of every sample in the shards."""
-    manifest = load_manifest(folder)
-    names = open_tokenizer(manifest.tokenizer_path)
-    found = []
-    for entry in manifest.shards(split):
-        reader = ShardReader(manifest, entry)
-        none = no_label(reader.dtype)
-        for number in range(entry.rows):
-            tokens = np.empty(manifest.row_tokens, reader.dtype)
-            labels = np.empty(manifest.seq_len, reader.dtype)
-            segments = reader.row(number, tokens, labels)
-            starts = (segments & POSITION_MASK).tolist()
-            assert segments[-1] & PADDING and not (segments[:-1] & PADDING).any()
-            for start, end in pairwise(starts):
-                own = labels[start:end]
-                given = {n: names.token(int(x)) for n, x in enumerate(own) if x != none}
-                found.append((names.decode(tokens[start:end]).split(), given))
-        reader.close()
-    return found
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "listops"])
