@@ -22,7 +22,8 @@ from pretrain.data import (
 )
 from xlstm_io.shards.manifest import load_manifest, write_manifest
 from xlstm_io.shards.rows import Block
-from xlstm_io.shards.shard import ShardReader, ShardWriter
+from xlstm_io.shards.shard import ShardReader
+from xlstm_io.shards.writer import ShardWriter
 
 SEQ_LEN = 8
 FLIPS, TRUNCATIONS = 40, 8  # of each of the folder's five files
