@@ -44,6 +44,20 @@ SplitOfText = Annotated[
         "blank lines)."
     ),
 ]
+PromptField = Annotated[
+    str,
+    Field(description="Field (jsonl) of a text that is not learnt; with completion_field."),
+]
+CompletionField = Annotated[
+    str, Field(description="Field (jsonl) of the text that follows the prompt, and is learnt.")
+]
+SegmentsField = Annotated[
+    str,
+    Field(
+        description="Field (jsonl) of a list of {text, loss: true|false}: the parts of a text, "
+        "where those with loss: true are learnt."
+    ),
+]
 Licence = Annotated[
     str,
     Field(
@@ -74,6 +88,9 @@ class SourceConfig(BaseModel):
     text_split: SplitOfText = "file"
     licence: Licence = ""
     origin: Origin = ""
+    prompt_field: PromptField = ""
+    completion_field: CompletionField = ""
+    segments_field: SegmentsField = ""
     keep: dict[str, Rule] = Field(default_factory=dict, max_length=100)
     """Rules on other fields: the values that are kept, or {min:, max:, none_of:}."""
     sample: float = Field(1.0, gt=0.0, le=1.0)
@@ -84,7 +101,21 @@ class SourceConfig(BaseModel):
     def fields(self) -> Fields:
         """Where readers find the documents."""
         rules = tuple(field_rule(name, rule) for name, rule in self.keep.items())
-        return Fields(self.text_field, self.id_field, self.text_split, rules)
+        labelled = (self.prompt_field, self.completion_field, self.segments_field)
+        return Fields(self.text_field, self.id_field, self.text_split, rules, *labelled)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if bool(self.prompt_field) != bool(self.completion_field):
+            raise ValueError("prompt_field and completion_field belong together")
+        if self.prompt_field and self.segments_field:
+            raise ValueError("give either prompt_field and completion_field, or segments_field")
+        return self
+
+    def labelled_fields(self) -> dict[str, str]:
+        """The fields of what is learnt and what is not, where they are set."""
+        names = ("prompt_field", "completion_field", "segments_field")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def choice(self) -> dict[str, Any]:
         """`keep` and `sample` where they are set, as manifests show them."""
@@ -118,6 +149,9 @@ class BuildConfig(BaseModel):
     text_field: TextField = "text"
     id_field: IdField = "id"
     text_split: SplitOfText = "file"
+    prompt_field: PromptField = ""
+    completion_field: CompletionField = ""
+    segments_field: SegmentsField = ""
     licence: Licence = ""
     origin: Origin = ""
     sources: list[SourceConfig] = Field(default_factory=list)
@@ -177,6 +211,11 @@ class BuildConfig(BaseModel):
         shared = SourceConfig.model_fields.keys() & BuildConfig.model_fields.keys()
         return [SourceConfig(name=self.source, **{key: getattr(self, key) for key in shared})]
 
+    @property
+    def labels(self) -> bool:
+        """Whether the shards have labels: some source says what is learnt and what is not."""
+        return any(source.labelled_fields() for source in self.all_sources())
+
     def filters(self) -> TextFilters:
         """The rules for leaving texts out."""
         names = [field.name for field in fields(TextFilters) if field.name != "functions"]
@@ -188,7 +227,10 @@ class BuildConfig(BaseModel):
         names = ("seq_len", "packing", "valid_fraction", "shard_mb")
         sources = {
             source.name: f"{source.text_field!r} of {source.text_split}"
-            + "".join(f", {key} {value}" for key, value in source.choice().items())
+            + "".join(
+                f", {key} {value}"
+                for key, value in {**source.choice(), **source.labelled_fields()}.items()
+            )
             for source in self.all_sources()
         }
         chosen = {name: getattr(self, name) for name in names}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
+from data_prep.build.pack import Packing, as_stored, make_packer, with_labels, write_shard
 from data_prep.build.plan import SPLITS, Corpus, ShardPlan
 from data_prep.build.scan import FileScan, InputFile
 from data_prep.config import BuildConfig
 from data_prep.jobs.workers import Tick
-from data_prep.sources.documents import Document, text_hash
+from data_prep.sources.documents import Document, Part, text_hash
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import ShardEntry
@@ -60,6 +60,7 @@ class EncodeTask:
         out: folder of the build.
         seq_len: context length.
         packing: "concat" or "best_fit".
+        labels: whether the build has labels.
     """
 
     plan: ShardPlan
@@ -70,6 +71,7 @@ class EncodeTask:
     out: Path
     seq_len: int
     packing: Packing
+    labels: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def encode_tasks(
             out=out,
             seq_len=config.seq_len,
             packing=config.packing,
+            labels=config.labels,
         )
         for shard in shards
     ]
@@ -150,19 +153,23 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal checked, lossy
-        for texts, size in _batches(task):
-            encoded = tokenizer.encode(texts)
+        for batch, size in _batches(task):
+            texts = [document.text for document in batch]
+            if task.labels:
+                encoded, learnt = _encode_parts(tokenizer, batch)
+            else:
+                encoded, learnt = tokenizer.encode(texts), []
             if checked < _ROUND_TRIPS:
                 lossy += _count_lossy(tokenizer, texts, encoded, _ROUND_TRIPS - checked)
                 checked = min(_ROUND_TRIPS, checked + len(texts))
             lengths = np.array([len(document) + 2 for document in encoded])
             bins = (BINS_PER_OCTAVE * np.log2(lengths)).astype(np.int64)
             histogram[:] += np.bincount(bins, minlength=_BINS)
-            for document in encoded:
-                yield as_stored(document, ids.bos, ids.eos, dtype)
+            stored = (as_stored(document, ids.bos, ids.eos, dtype) for document in encoded)
+            yield from map(with_labels, stored, learnt) if task.labels else stored
             tick(size)
 
-    packer = make_packer(task.packing, task.seq_len, dtype, ids.pad)
+    packer = make_packer(task.packing, task.seq_len, dtype, ids.pad, task.labels)
     entry = write_shard(
         task.out, shard_path(task.plan), documents(), packer, bytes_in=task.plan.bytes_in
     )
@@ -170,6 +177,26 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     stored = {**record.__dict__, "entry": entry.model_dump()}
     write_atomic(record_path(task.out, task.plan), json.dumps(stored).encode() + b"\n")
     return record
+
+
+def _encode_parts(
+    tokenizer: Tokenizer, documents: list[Document]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids of each document, part by part, and which tokens of the stored document are learnt.
+
+    A part is encoded by itself, as a prompt is when a model continues it. The eos belongs to the
+    last part. A text without parts is learnt as a whole.
+    """
+    parts = [document.parts or (Part(document.text, True),) for document in documents]
+    encoded = iter(tokenizer.encode([part.text for each in parts for part in each]))
+    ids, learnt = [], []
+    for each in parts:
+        own = [next(encoded) for _ in each]
+        ids.append(np.concatenate(own))
+        flags = [part.learnt for part in each]
+        counts = [len(piece) for piece in own]
+        learnt.append(np.concatenate([[False], np.repeat(flags, counts), flags[-1:]]))
+    return ids, learnt
 
 
 @lru_cache(maxsize=1)
@@ -189,13 +216,13 @@ def _count_lossy(
     return sum(tokenizer.decode(ids) != text for text, ids in pairs)
 
 
-def _batches(task: EncodeTask) -> Iterator[tuple[list[str], int]]:
-    """The shard's texts in order, in batches of about 256 KB; each with its UTF-8 bytes.
+def _batches(task: EncodeTask) -> Iterator[tuple[list[Document], int]]:
+    """The shard's documents in order, in batches of about 256 KB; each with its UTF-8 bytes.
 
     Raises:
         PrepError: a file no longer holds what the scan saw.
     """
-    texts: list[str] = []
+    documents: list[Document] = []
     size = 0
     for part in task.parts:
         count, offset = part.last - part.first, part.offset + part.first
@@ -209,17 +236,17 @@ def _batches(task: EncodeTask) -> Iterator[tuple[list[str], int]]:
             if not isinstance(item, Document):
                 raise _changed(part)
             data = item.text.encode("utf-8")
-            if record != item.record or tuple(digest) != text_hash(data):
+            if record != item.record or tuple(digest) != text_hash(item.identity(data)):
                 raise _changed(part)
-            texts.append(item.text)
+            documents.append(item)
             size += len(data)
             if size >= _BATCH_BYTES:
-                yield texts, size
-                texts, size = [], 0
+                yield documents, size
+                documents, size = [], 0
         if next(expected, None) is not None:
             raise _changed(part)
-    if texts:
-        yield texts, size
+    if documents:
+        yield documents, size
 
 
 def _changed(part: ShardPart) -> PrepError:

@@ -84,6 +84,7 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
             "vocab_size": tokenizer.vocab_size,
         },
         "valid_fraction": config.valid_fraction,
+        **({"labels": True} if config.labels else {}),
         "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         "sources": [
             {

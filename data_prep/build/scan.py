@@ -125,7 +125,8 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
             for item in tally.documents(read_documents(task.file.path, task.file.fields)):
                 data = item.text.encode("utf-8")
                 verdict = _judge(task.filters, task.file, item)
-                held.append((text_hash(data), len(data), item.record, item.offset, verdict))
+                digest_of = text_hash(item.identity(data))
+                held.append((digest_of, len(data), item.record, item.offset, verdict))
                 if len(held) >= _CHUNK_ROWS:
                     flush()
                 unticked += len(data)
@@ -196,6 +197,8 @@ def scan_path(file: InputFile, fingerprint: list, filters: TextFilters, work: Pa
     key = repr([fingerprint, file.fields, filters.settings()])
     if file.fields.keep:
         key += repr(file.fields.keep)
+    if file.fields.labelled:
+        key += repr((file.fields.prompt, file.fields.completion, file.fields.segments))
     return work / "scan" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"
 
 

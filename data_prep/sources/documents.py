@@ -1,7 +1,7 @@
 """What readers give: documents, and records that are none; and where both lie in a file."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import xxhash
 
@@ -32,6 +32,9 @@ class Fields:
         split: what of a text file is a document: all of it, each line, or what blank lines
             separate.
         keep: rules on other fields.
+        prompt: key of a text that is read and not learnt; with `completion` in place of `text`.
+        completion: key of the text behind it, which is learnt.
+        segments: key of a list of `{"text": ..., "loss": true|false}` in place of all these.
     """
 
     text: str = "text"
@@ -39,9 +42,24 @@ class Fields:
     split: TextSplit = "file"
     # Not in the representation, after which stored scans of earlier versions are named.
     keep: tuple[FieldRule, ...] = field(default=(), repr=False)
+    prompt: str = field(default="", repr=False)
+    completion: str = field(default="", repr=False)
+    segments: str = field(default="", repr=False)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether some parts of a document are learnt and others are not."""
+        return bool(self.prompt or self.segments)
 
 
 DEFAULT_FIELDS = Fields()
+
+
+class Part(NamedTuple):
+    """A part of a document, and whether the loss of its tokens counts."""
+
+    text: str
+    learnt: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class Document:
         stored: bytes of its record in the file.
         values: of the fields for which there are rules, in the order of `Fields.keep`; None where a
             field is not there.
+        parts: what the text consists of, where some of it is not learnt.
     """
 
     record: int
@@ -65,6 +84,14 @@ class Document:
     offset: int = 0
     stored: int = field(default=0, compare=False)
     values: tuple[Any, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    def identity(self, data: bytes) -> bytes:
+        """What the document is known by: `data`, its text in UTF-8, and where it is learnt."""
+        if not self.parts:
+            return data
+        shape = ",".join(f"{len(part.text)}{'+' if part.learnt else '-'}" for part in self.parts)
+        return data + b"\xff" + shape.encode()  # a byte that no UTF-8 has
 
 
 @dataclass(frozen=True)

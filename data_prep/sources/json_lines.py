@@ -21,6 +21,7 @@ from data_prep.sources.documents import (
     Fields,
     Item,
     Malformed,
+    Part,
     printable,
     too_large,
 )
@@ -62,7 +63,9 @@ def read_json_lines(
 def _parse(path: str, number: int, line: bytes, fields: Fields, offset: int) -> Item:
     try:
         record = _record(line)
-        text = _text(record, fields)
+        parts = _parts(record, fields) if fields.labelled else ()
+        text = "".join(part.text for part in parts) if parts else _text(record, fields.text)
+        _check_size(text)
     except ValueError as error:
         return Malformed(number, f"{path}:{number + 1}", str(error), len(line))
     name = find(record, fields.id)
@@ -71,7 +74,7 @@ def _parse(path: str, number: int, line: bytes, fields: Fields, offset: int) -> 
     else:
         label = f"{base_name(path)}:{number + 1}"
     values = tuple(_value(record, rule.field) for rule in fields.keep)
-    return Document(number, label, text, offset, len(line), values)
+    return Document(number, label, text, offset, len(line), values, parts)
 
 
 def _value(record: dict[str, Any], name: str) -> Any:
@@ -93,25 +96,45 @@ def _record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _text(record: dict[str, Any], fields: Fields) -> str:
-    """The text of a record; ValueError with the reason where there is none that can be used."""
-    text = find(record, fields.text)
+def _text(record: dict[str, Any], name: str) -> str:
+    """The text in a field; ValueError with the reason where there is none that can be used."""
+    text = find(record, name)
     if text is None:
         return ""  # as an empty field of a table
     if isinstance(text, Unreadable):
-        raise ValueError(f"field {fields.text!r}: {text.reason}")
+        raise ValueError(f"field {name!r}: {text.reason}")
     if not isinstance(text, str):
         keys = ", ".join(sorted(map(printable, record))[:8])
-        raise ValueError(f"no text in field {fields.text!r}; it has: {keys}")
+        raise ValueError(f"no text in field {name!r}; it has: {keys}")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ValueError(
+            f"field {name!r} has half of a surrogate pair, or bytes that are not UTF-8"
+        )
+    return text
+
+
+def _check_size(text: str) -> None:
     if len(text) > LARGEST_TEXT // 4:  # a character has at most four bytes
         size = len(text.encode("utf-8", "replace"))
         if size > LARGEST_TEXT:
             raise ValueError(too_large(size))
-    if not text.isascii() and _SURROGATE.search(text):
-        raise ValueError(
-            f"field {fields.text!r} has half of a surrogate pair, or bytes that are not UTF-8"
-        )
-    return text
+
+
+def _parts(record: dict[str, Any], fields: Fields) -> tuple[Part, ...]:
+    """The parts of a document of which some are not learnt; ValueError where there are none."""
+    if not fields.segments:
+        prompt, completion = _text(record, fields.prompt), _text(record, fields.completion)
+        return Part(prompt, False), Part(completion, True)
+    segments = find(record, fields.segments)
+    if not isinstance(segments, list) or not segments:
+        raise ValueError(f"no list with segments in field {fields.segments!r}")
+    for number, segment in enumerate(segments, 1):
+        if not isinstance(segment, dict) or not isinstance(segment.get("loss"), bool):
+            raise ValueError(
+                f"segment {number} in field {fields.segments!r} is not "
+                '{"text": ..., "loss": true|false}'
+            )
+    return tuple(Part(_text(segment, "text"), segment["loss"]) for segment in segments)
 
 
 def find(record: dict[str, Any], name: str) -> Any:
