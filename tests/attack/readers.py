@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.build.state import STATE_NAME, load_state
-from data_prep.cli import _build_config
+from data_prep.build_options import build_config
 from data_prep.sources.documents import Fields
 from data_prep.sources.files import expand_inputs, provenance_notes
 from data_prep.sources.megatron import MegatronCorpus
@@ -30,9 +30,10 @@ from pretrain.config.load import load_config
 from slurm.site import load_site
 from slurm.state import Life, RunState, State
 from slurm.status import describe, lines
-from tests.data_prep.small_corpus import make_texts, save_hf_tokenizer
+from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.tokenizer import open_tokenizer
+from xlstm_io.tokenizer.symbols import SymbolsTokenizer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/0.1.0"
@@ -116,6 +117,20 @@ def _encode(file: Path) -> None:
     for ids in tokenizer.encode([*TEXTS[:20], "\u2581 \U0001f600"]):
         tokenizer.decode(ids)
     assert tokenizer.vocab_size and len(tokenizer.sha256) == 64
+
+
+def _segments() -> bytes:
+    parts = [[{"text": "Say:", "loss": False}, {"text": text, "loss": True}] for text in TEXTS]
+    return b"".join(json.dumps({"segments": each}).encode() + b"\n" for each in parts)
+
+
+def _task(pattern: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        counts = ("--samples", 40, "--validation-samples", 5)
+        assert run("synthetic", "parity", "--out", folder, *counts) == 0
+        return next((folder / "train").glob(pattern))
+
+    return make
 
 
 def _copy_of(tree: str, file: str) -> Callable[[Path], Path]:
@@ -218,7 +233,23 @@ READERS = [
     Reader("tokenizer.model", _copy_of("shards/tokenizer", "tokenizer.model"), _encode),
     Reader("tokenizer.json", _hugging_face("tokenizer.json"), _encode),
     Reader("tokenizer_config.json", _hugging_face("tokenizer_config.json"), _encode),
-    Reader("prep.yaml", _prep_yaml, lambda file: _build_config([str(file)], "build")),
+    Reader("JSON lines, segments", _file("a.jsonl", _segments), _documents(segments="segments")),
+    Reader(
+        "symbols.json",
+        _file("symbols.json", lambda: SymbolsTokenizer.file_of(["_", "a", "b"])),
+        lambda file: open_tokenizer(file).decode([0, 1, 2]),
+    ),
+    Reader(
+        "labelled shards: tar",
+        _task("task/train/*.tar"),
+        lambda file: verify(file.parents[2], full=True),
+    ),
+    Reader(
+        "labelled shards: index",
+        _task("task/train/*.npz"),
+        lambda file: verify(file.parents[2], full=True),
+    ),
+    Reader("prep.yaml", _prep_yaml, lambda file: build_config([str(file)], "build")),
     Reader("build.json", _build_state, _read_state),
     Reader("shards: manifest.json", _copy_of("shards", "manifest.json"), _shards),
     Reader("shards: tar", _copy_of("shards", "corpus/train/*.tar"), _shards),
