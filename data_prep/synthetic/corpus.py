@@ -23,7 +23,14 @@ from data_prep.synthetic.rows import as_blocks
 from data_prep.synthetic.task import PAD, Samples, Span, Task, inside
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
-from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest, place_of, write_manifest
+from xlstm_io.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    load_manifest,
+    place_of,
+    write_manifest,
+)
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows, index_path
 from xlstm_io.shards.writer import ShardWriter
@@ -78,6 +85,8 @@ def write_corpora(name: str, task: Task) -> list[Manifest]:
             f"--samples {task.samples} --validation-samples {task.validation_samples}: there must "
             "be one of each at least"
         )
+    if task.seed < 0:
+        raise PrepError(f"--seed {task.seed}: must not be negative")
     if task.seq_len is not None and task.seq_len < span.high:
         raise PrepError(
             f"--seq-len {task.seq_len} holds no sample of {span.high} tokens; leave it out, or "
@@ -93,61 +102,58 @@ def write_corpora(name: str, task: Task) -> list[Manifest]:
 def _write_folder(name: str, task: Task, folder: str, splits: list[Split]) -> Manifest:
     out = task.out / folder
     longest = max(split.span.high for split in splits)
-    seq_len = max(2, longest if task.seq_len is None else max(task.seq_len, longest))
+    seq_len = max(2, longest, task.seq_len or 0)
     settings = _settings(name, task, seq_len, splits)
     if is_finished(out, _STATE_NAME, settings):
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
     write_atomic(out / "_work" / _STATE_NAME, json.dumps(settings).encode() + b"\n")
-    symbols = task.symbols()
-    tokenizer = SymbolsTokenizer.file_of(symbols)
-    path = f"tokenizer/{SYMBOLS_NAME}"
-    write_atomic(place_of(out, path), tokenizer)
-    dtype = token_dtype(len(symbols))
+    tokenizer = SymbolsTokenizer.file_of(task.symbols())
+    write_atomic(place_of(out, f"tokenizer/{SYMBOLS_NAME}"), tokenizer)
     made = {split.name: list(_shards(name, task, out, split, seq_len)) for split in splits}
-    documents = sum(entry.docs for entries in made.values() for entry in entries)
-    shards = {key: split_fields([e.model_dump() for e in made[key]]) for key in made}
-    manifest = write_manifest(
-        out,
-        {
-            "dtype": dtype.name,
-            "seq_len": seq_len,
-            "row_tokens": seq_len + 1,
-            "block_rows": default_block_rows(seq_len + 1, dtype),
-            "packing": "best_fit",
-            "add_bos": False,
-            "add_eos": False,
-            "bos_id": PAD,
-            "eos_id": PAD,
-            "pad_id": PAD,
-            "tokenizer": {
-                "type": SymbolsTokenizer.kind,
-                "path": path,
-                "sha256": hashlib.sha256(tokenizer).hexdigest(),
-                "vocab_size": len(symbols),
-            },
-            "valid_fraction": VALID_SHARE,
-            "labels": True,
-            "config_hash": hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
-            "sources": [
-                {
-                    "name": _SOURCE,
-                    "provenance": {"origin": f"generated: {name}", **settings["options"]},
-                    "documents_read": documents,
-                    "dropped": {},
-                    "splits": shards,
-                }
-            ],
-            "code": {"version": metadata.version("xlstm-pretrain")},
-        },
-    )
+    source = {
+        "name": _SOURCE,
+        "provenance": {"origin": f"generated: {name}", **settings["options"]},
+        "documents_read": sum(entry.docs for entries in made.values() for entry in entries),
+        "dropped": {},
+        "splits": {key: split_fields([e.model_dump() for e in made[key]]) for key in made},
+    }
+    fields = _format(seq_len, len(task.symbols()), hashlib.sha256(tokenizer).hexdigest())
+    identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    manifest = write_manifest(out, {**fields, "config_hash": identity, "sources": [source]})
     for key, split in manifest.sources[0].splits.items():
         say(
             f"{out} {key}: {split.docs} samples, {split.tokens} tokens, {split.targets} labels, "
             f"{split.rows} rows of {seq_len}"
         )
-    say(f"manifest {out / 'manifest.json'}  hash {manifest.hash[:12]}")
+    say(f"manifest {out / MANIFEST_NAME}  hash {manifest.hash[:12]}")
     return manifest
+
+
+def _format(seq_len: int, symbols: int, sha256: str) -> dict[str, Any]:
+    """The fields of a manifest that say how the shards are written."""
+    dtype = token_dtype(symbols)
+    return {
+        "dtype": dtype.name,
+        "seq_len": seq_len,
+        "row_tokens": seq_len + 1,
+        "block_rows": default_block_rows(seq_len + 1, dtype),
+        "packing": "best_fit",
+        "add_bos": False,
+        "add_eos": False,
+        "bos_id": PAD,
+        "eos_id": PAD,
+        "pad_id": PAD,
+        "tokenizer": {
+            "type": SymbolsTokenizer.kind,
+            "path": f"tokenizer/{SYMBOLS_NAME}",
+            "sha256": sha256,
+            "vocab_size": symbols,
+        },
+        "valid_fraction": VALID_SHARE,
+        "labels": True,
+        "code": {"version": metadata.version("xlstm-pretrain")},
+    }
 
 
 def _settings(name: str, task: Task, seq_len: int, splits: list[Split]) -> dict[str, Any]:

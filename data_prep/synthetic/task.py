@@ -16,6 +16,7 @@ from xlstm_io.errors import PrepError
 
 PAD = 0
 """Id of padding in every task."""
+_LONGEST = 1 << 20
 NONE = -1
 """What stands in `Samples.labels` for a position without a label."""
 
@@ -61,6 +62,8 @@ class Span(NamedTuple):
         span = cls(int(low), int(high) if dash else int(low))
         if not 1 <= span.low <= span.high:
             raise PrepError(f"{option} {text}: the first length is at least 1 and not the larger")
+        if span.high > _LONGEST:
+            raise PrepError(f"{option} {text}: a sample has at most {_LONGEST} tokens")
         return span
 
     def __str__(self) -> str:

@@ -105,6 +105,8 @@ def test_a_corpus_of_several_shards_and_blocks_is_the_same(tmp_path, monkeypatch
         (("mqar", "--out", "x", "--dense"), "there is no option --dense"),
         (("parity", "--out", "x", "--length", "9-3"), "--length 9-3: the first length"),
         (("parity", "--out", "x", "--length", "many"), "--length many: write a length such as 64"),
+        (("parity", "--out", "x", "--length", "9999999"), "at most 1048576 tokens"),
+        (("parity", "--out", "x", "--seed", "-1"), "--seed -1"),
         (("parity", "--out", "x", "--samples", "0"), "--samples 0"),
         (("parity", "--out", "x", "--seq-len", "20"), "--seq-len 20 holds no sample of 40"),
         (("repetition", "--out", "x", "--length", "7"), "there are no samples of 7 tokens"),
