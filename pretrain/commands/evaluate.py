@@ -141,8 +141,12 @@ def measure(
         _loss(total),
         dataset.targets_per_byte,
         {n: _loss(values) for n, values in groups.items()},
-        _answers(total, by) if dataset.manifest.labels else None,
-        {n: _answers(values, by) for n, values in groups.items() if dataset.manifest.labels},
+        _answers(total) if dataset.manifest.labels else None,
+        {
+            n: _answers(values if by == "length" else [*values[:3], 0, 0])
+            for n, values in groups.items()
+            if dataset.manifest.labels
+        },
     )
 
 
@@ -183,9 +187,8 @@ def _loss(values: list[float]) -> LossSum:
     return LossSum(values[0], int(values[1]))
 
 
-def _answers(values: list[float], by: str | None) -> Answers:
-    _, labels, right, samples, exact = map(int, values)
-    return Answers(labels, right, *((0, 0) if by == "position" else (samples, exact)))
+def _answers(values: list[float]) -> Answers:
+    return Answers(*map(int, values[1:]))
 
 
 def _sources_apart(config: RunConfig) -> RunConfig:
