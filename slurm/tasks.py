@@ -4,7 +4,7 @@ Unlike training they have no policy: each can be submitted again, and goes on fr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm import scheduler
@@ -33,10 +33,12 @@ class TaskPlan(JobPlan):
     Attributes:
         file: where the batch file goes.
         restarts: how often an element of an array is started again after a signal.
+        option: of the command, which takes the number of an array's element.
     """
 
     file: Path
     restarts: int
+    option: str = "--task"
 
 
 def shards_of(file: Path) -> Path:
@@ -106,6 +108,33 @@ def plan_conversion(
     words = ("-m", "xlstm_mcore.convert", "to-hf", str(folder / checkpoint), str(folder / out))
     jobs = _folder_beside(folder / out)
     return [_task(site, jobs, folder, f"{job_name(folder / out)}-convert", words)]
+
+
+def plan_array(
+    name: str,
+    results: Path,
+    site: Site,
+    words: Sequence[str],
+    *,
+    elements: int,
+    option: str,
+    folder: Path | None = None,
+) -> TaskPlan:
+    """An array of any command that works on a part of something, one process each.
+
+    Args:
+        name: of the job.
+        results: the folder that the elements write into.
+        site: the cluster; each element asks for GPUs where it has them.
+        words: the command, for Python.
+        elements: of the array.
+        option: of the command, which takes the number of an element.
+        folder: where the jobs work; the current folder if None.
+    """
+    folder = folder or Path.cwd()
+    jobs = _folder_beside(results)
+    plan = _task(site, jobs, folder, name, words, array=elements, gpus=True)
+    return replace(plan, option=option)
 
 
 def _folder_beside(out: Path) -> Path:

@@ -34,7 +34,10 @@ class ExitCode(IntEnum):
     DONE = 0, "done"
     BUG = 1, "a bug of ours, with its traceback"
     BAD_INPUT = 2, "bad input or configuration: one message, no traceback"
-    REFUTED = 3, "a comparison failed: of an export, of ranks, of a layout, or of memory with a GPU"
+    REFUTED = (
+        3,
+        "a comparison failed: of exports, ranks, layouts, memory, or a claim with --strict",
+    )
     # 70 and 75 follow sysexits.h: EX_SOFTWARE (here: what we run on) and EX_TEMPFAIL.
     MACHINE_FAILED = (
         70,

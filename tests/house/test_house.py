@@ -19,6 +19,7 @@ FOLDERS = {
     "pretrain": ROOT / "pretrain",
     "slurm": ROOT / "slurm",
     "data_prep": ROOT / "data_prep",
+    "experiments": ROOT / "experiments",
 }
 ALLOWED = {
     "xlstm_io": set(),
@@ -27,6 +28,7 @@ ALLOWED = {
     "pretrain": {"xlstm_io", "xlstm_kernels", "xlstm_mcore"},
     "slurm": {"xlstm_io", "xlstm_kernels", "xlstm_mcore", "pretrain"},
     "data_prep": {"xlstm_io"},
+    "experiments": {"xlstm_io", "xlstm_kernels", "xlstm_mcore", "pretrain", "slurm", "data_prep"},
 }
 PEERS = {"xlstm", "mlstm_kernels", "flashrnn", "fla"}
 # It travels with exports as one file.

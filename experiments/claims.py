@@ -1,0 +1,229 @@
+"""Claims of the papers, and the rules by which what was measured holds them or not.
+
+A verdict is true, false, or null. It is null where the numbers do not decide: a cell is missing, a
+difference is within its error, or a model has not even fitted its training data.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SOLVED, FAILED = 0.95, 0.1
+"""Scaled accuracies: from the first on a task is solved, up to the second it is not."""
+
+
+class Claim(BaseModel):
+    """What the paper says, and the rule that decides.
+
+    Rules:
+        separates: the models of `solve` reach `SOLVED` on `measure`, those of `fail` stay below
+            `FAILED`; accuracies are scaled, 0 is a guess and 1 is right.
+        lower: `measure` of `model` is below that of `than` by more than two standard errors.
+        slope: of log `measure` over log `over`, at most `at_most` and more than `more_than`.
+        ratio: `measure` of `than` over that of `model` at the largest `over`, at least `at_least`.
+        constant: the largest `measure` of `model` over the smallest is at most `at_most`.
+        rises: the last `measure` of `model` over `over` exceeds the first by the factor `at_least`.
+        below: every `measure` of `model` is at most `at_most`.
+
+    `at` restricts a rule to rows with these values on the axes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    claim: str
+    where: str
+    rule: Literal["separates", "lower", "slope", "ratio", "constant", "rises", "below"]
+    measure: str
+    solve: list[str] = []
+    fail: list[str] = []
+    model: str | None = None
+    than: str | None = None
+    over: str | None = None
+    at: dict[str, str | float] = {}
+    at_most: float | None = None
+    more_than: float | None = None
+    at_least: float | None = None
+
+    def text(self) -> str:
+        """The rule in words."""
+        if self.rule == "separates":
+            parts = [f"{' and '.join(self.solve)} >= {SOLVED}"] if self.solve else []
+            parts += [f"{' and '.join(self.fail)} <= {FAILED}"] if self.fail else []
+            return f"scaled accuracy of {self.measure}: {', '.join(parts)}"
+        if self.rule == "lower":
+            return f"{self.measure}: {self.model} below {self.than} by over two standard errors"
+        if self.rule == "ratio":
+            return (
+                f"{self.measure}: {self.than} over {self.model} >= {self.at_least:g} at the "
+                f"largest {self.over}"
+            )
+        if self.rule == "constant":
+            return f"{self.measure} of {self.model}: largest over smallest <= {self.at_most:g}"
+        if self.rule == "below":
+            return f"{self.measure} of {self.model} <= {self.at_most:g}"
+        if self.rule == "rises":
+            return f"{self.measure} of {self.model}: last over first >= {self.at_least:g}"
+        limits = [
+            f"<= {self.at_most:g}" if self.at_most is not None else "",
+            f"> {self.more_than:g}" if self.more_than is not None else "",
+        ]
+        slope = " and ".join(filter(None, limits))
+        return f"slope of log {self.measure} of {self.model} over log {self.over} {slope}"
+
+
+def verdict(
+    claim: Claim, best: Sequence[Mapping[str, Any]], enough_for: Sequence[str], trained: str | None
+) -> dict[str, Any]:
+    """The verdict on one claim.
+
+    Args:
+        claim: the claim.
+        best: the rows of the table of best cells (`experiments.table`).
+        enough_for: models that the size is known to be enough for.
+        trained: the measure of the training lengths, scaled, that says whether a model has fitted.
+
+    Returns:
+        `claim`, `where`, `rule`, `measured`, `holds`, and `why` where it is null.
+    """
+    best = [row for row in best if claim.at.items() <= row["values"].items()]
+    judges = {
+        "lower": _lower,
+        "slope": _slope,
+        "ratio": _ratio,
+        "constant": _constant,
+        "rises": _rises,
+        "below": _below,
+    }
+    if claim.rule == "separates":
+        measured, holds, why = _separates(claim, best, enough_for, trained)
+    else:
+        measured, holds, why = judges[claim.rule](claim, best)
+    found = {"claim": claim.claim, "where": claim.where, "rule": claim.text()}
+    found |= {"measured": measured, "holds": holds}
+    return found if holds is not None else found | {"why": why}
+
+
+Judged = tuple[dict[str, Any], bool | None, str]
+
+
+def _separates(
+    claim: Claim,
+    best: Sequence[Mapping[str, Any]],
+    enough_for: Sequence[str],
+    trained: str | None,
+) -> Judged:
+    measured: dict[str, Any] = {}
+    refuted, open_ = False, []
+    for model in (*claim.solve, *claim.fail):
+        rows = [row for row in best if row["model"] == model]
+        numbers = [row["scaled"].get(claim.measure) for row in rows]
+        if not rows or None in numbers:
+            open_.append(f"{model} is not measured")
+            continue
+        measured[model] = round(min(numbers) if model in claim.solve else max(numbers), 4)
+        if model in claim.fail:
+            refuted |= measured[model] > FAILED
+        elif measured[model] < SOLVED:
+            fitted = trained is None or all(row["scaled"][trained] >= SOLVED for row in rows)
+            if fitted or model in enough_for:
+                refuted = True
+            else:
+                open_.append(f"{model} has not fitted its training data")
+    if refuted:
+        return measured, False, ""
+    return measured, None if open_ else True, "; ".join(open_)
+
+
+def _rows(claim: Claim, best: Sequence[Mapping[str, Any]], model: str | None) -> list[Any]:
+    return [row for row in best if row["model"] == model and claim.measure in row["mean"]]
+
+
+def _lower(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    pair = [_rows(claim, best, model) for model in (claim.model, claim.than)]
+    if not all(pair):
+        return {}, None, "not both models are measured"
+    ours, other = pair[0][0], pair[1][0]
+    difference = other["mean"][claim.measure] - ours["mean"][claim.measure]
+    if min(ours["n"], other["n"]) < 2:
+        return {"difference": difference}, None, "one seed has no standard error"
+    error = math.sqrt(sum(row["std"][claim.measure] ** 2 / row["n"] for row in (ours, other)))
+    measured = {"difference": round(difference, 6), "standard error": round(error, 6)}
+    if abs(difference) <= 2 * error:
+        return measured, None, "the difference is within two standard errors"
+    return measured, difference > 0, ""
+
+
+def curve(
+    best: Sequence[Mapping[str, Any]], model: str | None, over: str | None, measure: str
+) -> list[tuple[float, float]]:
+    """`(value of the axis, measure)` of a model, in rising order of the axis."""
+    points = [
+        (float(row["values"][over]), float(row["mean"][measure]))
+        for row in best
+        if row["model"] == model and over in row["values"] and measure in row["mean"]
+    ]
+    return sorted(points)
+
+
+def slope_of(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of log y over log x, of the upper half of the points, at least three.
+
+    Small sizes are ruled by what each call costs; the law shows at large ones.
+    """
+    points = points[-max(3, (len(points) + 1) // 2) :]
+    x, y = ([math.log(p[k]) for p in points] for k in (0, 1))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return rise / sum((a - mean_x) ** 2 for a in x)
+
+
+def _slope(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    points = curve(best, claim.model, claim.over, claim.measure)
+    if len(points) < 3:
+        return {}, None, "fewer than three sizes are measured"
+    slope = slope_of(points)
+    holds = (claim.at_most is None or slope <= claim.at_most) and (
+        claim.more_than is None or slope > claim.more_than
+    )
+    return {"slope": round(slope, 3)}, holds, ""
+
+
+def _ratio(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    ours, other = (
+        dict(curve(best, model, claim.over, claim.measure)) for model in (claim.model, claim.than)
+    )
+    shared = sorted(ours.keys() & other.keys())
+    if not shared:
+        return {}, None, "the two have no size in common"
+    assert claim.at_least is not None
+    ratio = other[shared[-1]] / ours[shared[-1]]
+    return {"at": shared[-1], "ratio": round(ratio, 2)}, ratio >= claim.at_least, ""
+
+
+def _constant(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    points = [y for _, y in curve(best, claim.model, claim.over, claim.measure)]
+    if len(points) < 2:
+        return {}, None, "fewer than two sizes are measured"
+    assert claim.at_most is not None
+    ratio = max(points) / min(points)
+    return {"largest over smallest": round(ratio, 3)}, ratio <= claim.at_most, ""
+
+
+def _rises(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    points = [y for _, y in curve(best, claim.model, claim.over, claim.measure)]
+    if len(points) < 2:
+        return {}, None, "fewer than two sizes are measured"
+    assert claim.at_least is not None
+    ratio = points[-1] / points[0]
+    return {"last over first": round(ratio, 3)}, ratio >= claim.at_least, ""
+
+
+def _below(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    rows = _rows(claim, best, claim.model)
+    if not rows:
+        return {}, None, f"{claim.model} is not measured"
+    assert claim.at_most is not None
+    largest = max(row["mean"][claim.measure] for row in rows)
+    return {"largest": largest}, largest <= claim.at_most, ""

@@ -1,0 +1,195 @@
+"""The command line `python -m experiments`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.definition import SIZES, Cell, cells_of, chosen, load, names
+from experiments.grid import Body, Grid, go_through
+from xlstm_io.errors import ConfigError, ExitCode, Interrupted, MachineFailed, UserError
+from xlstm_io.terminal import counted, say
+
+DEFAULT_OUT = "runs/experiments"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description="The papers' experiments: grids of runs, tables, figures and verdicts.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        if name != "list":
+            command.add_argument("name", metavar="NAME", help="an experiment of `list`")
+            command.add_argument("--size", choices=SIZES, default="toy", help="(default: toy)")
+            command.add_argument(
+                "--out",
+                type=Path,
+                default=Path(DEFAULT_OUT),
+                metavar="DIR",
+                help=f"folder of all grids (default: {DEFAULT_OUT})",
+            )
+        return command
+
+    add("list", "the experiments, their sizes and what these cost")
+    run = add("run", "make the data, run all cells, draw and judge; goes on where it stopped")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time")
+    run.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only these cells, such as model=Transformer or lr=0.003; may be given several times",
+    )
+    cell = add("cell", "run one cell, as the elements of a Slurm array do")
+    cell.add_argument("--number", type=int, required=True, metavar="I", help="of the cell, from 0")
+    array = add("slurm", "print the batch file of a Slurm array with an element per cell")
+    array.add_argument("--site", metavar="FILE", help="site file (see docs/slurm.md)")
+    array.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a key of the site file; may be given several times",
+    )
+    report = add("report", "table, figure and verdicts of what is done so far")
+    for command in (run, report):
+        command.add_argument(
+            "--strict",
+            action="store_true",
+            help=f"end with {ExitCode.REFUTED:d} where a claim does not hold",
+        )
+    return parser
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    options = _parser().parse_args(words)
+    if options.command == "list":
+        return _list()
+    grid = Grid.open(options.name, options.size, options.out)
+    if options.command == "slurm":
+        return _slurm(grid, options)
+    if options.command == "report":
+        return _report(grid, strict=options.strict)
+    if options.command == "cell":
+        cells = grid.cells
+        if not 0 <= options.number < len(cells):
+            raise ConfigError(
+                f"--number {options.number}: {grid.name} has the cells 0 to {len(cells) - 1} at "
+                f"this size"
+            )
+        return _cell(grid, cells[options.number])
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: at least one cell runs at a time")
+    return _run(grid, chosen(grid.cells, options.only), options.jobs, strict=options.strict)
+
+
+def _list() -> int:
+    for name in names():
+        experiment = load(name)
+        say(f"{name}: {experiment.title}  [{experiment.source}]")
+        for size_name, size in experiment.sizes.items():
+            say(f"  {size_name:6} {counted(len(cells_of(size)), 'cell'):>10}  {size.about}")
+    return ExitCode.DONE
+
+
+def _body(grid: Grid, cells: Sequence[Cell]) -> Body:
+    """What a cell of this kind of experiment does; what they need is made and imported here."""
+    if grid.experiment.kind == "kernels":
+        from experiments import kernel_times
+
+        return kernel_times.body
+    if grid.experiment.kind == "generation":
+        from experiments import generation
+
+        return generation.body
+    from experiments import measure, training  # noqa: F401  (what the children need of torch)
+    from pretrain.commands import train  # noqa: F401
+
+    training.prepare(grid, cells)
+    return training.body
+
+
+def _run(grid: Grid, cells: Sequence[Cell], jobs: int, *, strict: bool) -> int:
+    open_ = [cell for cell in cells if grid.result(cell) is None]
+    say(
+        f"{grid.name}, {grid.size_name}: {counted(len(cells), 'cell')}, "
+        f"{len(cells) - len(open_)} of them done; {grid.folder}"
+    )
+    if open_:
+        code = go_through(grid, open_, _body(grid, open_), jobs)
+        if code != ExitCode.DONE:
+            return code
+    return _report(grid, strict=strict)
+
+
+def _cell(grid: Grid, cell: Cell) -> int:
+    if grid.result(cell) is None:
+        code = go_through(grid, [cell], _body(grid, [cell]))
+        if code != ExitCode.DONE:
+            return code
+        if grid.result(cell) is None:
+            owner = grid.claim(cell).owner()
+            if owner is None:
+                raise MachineFailed(f"{cell}: {grid.last_attempt(cell)}; give the command again")
+            say(f"{cell}: {owner} is at work on it")
+    return ExitCode.DONE
+
+
+def _report(grid: Grid, *, strict: bool) -> int:
+    from experiments import table
+
+    made, judged = table.write(grid)
+    say(table.as_markdown(grid, made, judged).rstrip())
+    say(
+        f"\nwritten: {grid.folder}/{{{table.TABLE_FILE},{table.TEXT_FILE},{table.VERDICT_FILE},"
+        f"{table.FIGURE_FILE}}}"
+    )
+    refuted = any(item["holds"] is False for item in judged)
+    return ExitCode.REFUTED if strict and refuted else ExitCode.DONE
+
+
+def _slurm(grid: Grid, options: Any) -> int:
+    from slurm.render import render
+    from slurm.site import load_site
+    from slurm.tasks import plan_array
+
+    words = ("-m", "experiments", "cell", grid.name, "--size", grid.size_name)
+    words += ("--out", str(Path.cwd() / options.out))
+    site = load_site(options.site, options.set)
+    plan = plan_array(
+        f"{grid.name}-{grid.size_name}",
+        Path.cwd() / grid.folder,
+        site,
+        words,
+        elements=len(grid.cells),
+        option="--number",
+    )
+    print(render(plan), end="")
+    return ExitCode.DONE
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command; returns its exit code. A user's mistake is one message, and exit code 2."""
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except MachineFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.MACHINE_FAILED
+    except Interrupted:
+        return ExitCode.STOPPED
+    except BrokenPipeError:  # `list | head`
+        return ExitCode.NOBODY_READS
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,246 @@
+"""What an experiment is: a YAML file of `definitions/`, read and checked.
+
+An experiment compares models on data. Its cells are all combinations of models, data and axes (such
+as learning rate and seed) of one size: toy, small or paper.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from experiments.claims import Claim
+from xlstm_io.errors import ConfigError
+from xlstm_io.yaml_file import read_yaml
+
+DEFINITIONS = Path(__file__).with_name("definitions")
+SIZES = ("toy", "small", "paper")
+
+Value = str | int | float | bool | None
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskData(Strict):
+    """Data of a synthetic task."""
+
+    task: str
+    """a task of `data_prep synthetic`"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """its options, by the names of the task's fields"""
+
+
+class Measure(Strict):
+    """A number of a cell, taken from what was measured on one set."""
+
+    set: str
+    """`trained`, or the length of another validation folder"""
+    value: Literal["accuracy", "loss", "squared_error"] = "accuracy"
+    """what is read"""
+    at_least_position: int = 1
+    """only positions from here on count; a power of two"""
+
+
+class Size(Strict):
+    """How large the grid is."""
+
+    about: str
+    """what it is for, and how long it takes"""
+    data: dict[str, TaskData] = Field(default_factory=dict)
+    """data by name; each is one value of the axis `data`"""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """keys of the run file of all cells"""
+    models: list[str]
+    """names of `models`"""
+    model_keys: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """keys of the run file for one model at this size"""
+    axes: dict[str, list[Value]] = Field(default_factory=dict)
+    """`lr`, `seed`, and whatever the kind of experiment knows"""
+    most: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """largest value on an axis for a model that cannot go further: model, axis, value"""
+    enough_for: list[str] = Field(default_factory=list)
+    """models that were seen to fit their training data at this size"""
+
+
+class Figure(Strict):
+    """The picture of an experiment."""
+
+    kind: Literal["positions", "bars", "squares", "lines"]
+    """accuracy over position, a bar per model, a square per model and data, or a line per model
+    over an axis"""
+    measure: str
+    """the number that is drawn"""
+    label: str
+    """the axis of the numbers"""
+    over: str | None = None
+    """lines: the axis below"""
+    at: dict[str, Value] = Field(default_factory=dict)
+    """only rows with these values on the axes"""
+    logarithmic: bool = False
+    """lines: both axes"""
+
+
+class Experiment(Strict):
+    """An experiment of the papers."""
+
+    title: str
+    """one line"""
+    source: str
+    """the paper, and where in it"""
+    kind: Literal["training", "kernels", "generation"] = "training"
+    """what a cell is: a run that is measured, or a measurement"""
+    run: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """sections of the run file that all cells share"""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """warmup steps over all steps of a run"""
+    models: dict[str, dict[str, Any]]
+    """keys of the run file by the model's name"""
+    sizes: dict[str, Size]
+    """by name"""
+    measures: dict[str, Measure] = Field(default_factory=dict)
+    """numbers of a cell, by name"""
+    choose: str | None = None
+    """the measure by which the learning rate is chosen"""
+    claims: list[Claim]
+    """what the paper says"""
+    figure: Figure
+    """its picture"""
+    published: dict[str, float | dict[str, float]] = Field(default_factory=dict)
+    """the paper's own numbers by model (and data), where they exist as numbers"""
+
+    def published_for(self, model: str, values: Mapping[str, Any]) -> float | None:
+        """The paper's number for a model, on the data that `values` names."""
+        found = self.published.get(model)
+        return found.get(str(values.get("data"))) if isinstance(found, dict) else found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run or measurement of a grid.
+
+    Attributes:
+        number: its place in the grid.
+        model: name of its model.
+        values: its value on every axis, `data` among them where there are several.
+    """
+
+    number: int
+    model: str
+    values: Mapping[str, Value]
+
+    @cached_property
+    def name(self) -> str:
+        """A name for folders: `xLSTM01-lr0.003-seed0`."""
+        words = [_plain(self.model)]
+        words += [f"{key}{_plain(str(value))}" for key, value in self.values.items()]
+        return "-".join(words)
+
+    def __str__(self) -> str:
+        values = (f"{key} {value}" for key, value in self.values.items())
+        return ", ".join([self.model, *values])
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "", text.replace("*", "x"))
+
+
+def names() -> list[str]:
+    """The names of all experiments."""
+    return sorted(path.stem for path in DEFINITIONS.glob("*.yaml"))
+
+
+def load(name: str) -> Experiment:
+    """An experiment by its name.
+
+    Raises:
+        ConfigError: there is none of that name, or its file is wrong.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"there is no experiment {name!r}; did you mean {near}? All: {', '.join(known)}"
+        )
+    path = DEFINITIONS / f"{name}.yaml"
+    raw = read_yaml(path, of="experiment", example="title:, models:", error=ConfigError)
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def size_of(name: str, experiment: Experiment, size: str) -> Size:
+    """One size of an experiment.
+
+    Raises:
+        ConfigError: it does not have that size.
+    """
+    if size not in experiment.sizes:
+        raise ConfigError(f"--size {size}: {name} has the sizes {', '.join(experiment.sizes)}")
+    return experiment.sizes[size]
+
+
+def cells_of(size: Size) -> list[Cell]:
+    """All cells of a size, in an order that never changes."""
+    axes: dict[str, Sequence[Value]] = dict(size.axes)
+    if len(size.data) > 1:
+        axes["data"] = list(size.data)
+    combinations = (
+        (str(model), dict(zip(axes, values, strict=True)))
+        for model, *values in itertools.product(size.models, *axes.values())
+    )
+    possible = (item for item in combinations if _is_possible(size, *item))
+    return [Cell(number, model, values) for number, (model, values) in enumerate(possible)]
+
+
+def _is_possible(size: Size, model: str, values: Mapping[str, Value]) -> bool:
+    limits = size.most.get(model, {})
+    return all(float(str(values[axis])) <= most for axis, most in limits.items())
+
+
+def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that `--only` names, such as `model=ss`, `lr=0.003`; several of a key are either.
+
+    Raises:
+        ConfigError: a word is not of that form, or no cell has the value.
+    """
+    wanted: dict[str, set[str]] = {}
+    for word in only:
+        key, equals, value = word.partition("=")
+        values = {_axis(cell, key) for cell in cells}
+        if not equals or value not in values:
+            given = ", ".join(sorted(v for v in values if v is not None))
+            keys = ", ".join(["model", *(cells[0].values if cells else ())])
+            raise ConfigError(
+                f"--only {word}: write KEY=VALUE with a key of {keys}"
+                + (f"; {key} is one of {given}" if given else "")
+            )
+        wanted.setdefault(key, set()).add(value)
+    return [c for c in cells if all(_axis(c, key) in values for key, values in wanted.items())]
+
+
+def _axis(cell: Cell, key: str) -> str | None:
+    if key == "model":
+        return cell.model
+    return str(cell.values[key]) if key in cell.values else None
+
+
+def groups(cells: Sequence[Cell]) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Each model with each of its values but for learning rate and seed, once."""
+    seen = []
+    for cell in cells:
+        key = (cell.model, {k: v for k, v in cell.values.items() if k not in ("lr", "seed")})
+        if key not in seen:
+            seen.append(key)
+            yield key

@@ -1,0 +1,140 @@
+"""The figure of a grid, as the paper's: one picture, drawn from its table."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.claims import curve
+from experiments.definition import Experiment, Figure
+
+
+def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
+    """Draw the best cells of a table into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    kind = experiment.figure.kind
+    if kind == "positions":
+        _positions(axes, experiment, table)
+    elif kind == "bars":
+        _bars(axes, experiment, table)
+    elif kind == "squares":
+        _squares(axes, experiment, table)
+    else:
+        _lines(axes, experiment.figure, table)
+    axes.set_title(f"{table['title']} ({table['size']} size)", fontsize=10, loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _positions(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
+    """Scaled accuracy over the position in a sample, a line per model."""
+    measure = experiment.measures[experiment.figure.measure]
+    longest = 1
+    for model, rows in _best_rows(table):
+        sets = [row["sets"][measure.set] for row in rows if measure.set in row.get("sets", {})]
+        if not sets:
+            continue
+        chance = sets[0]["chance"]
+        groups = [group["from"] for group in sets[0]["by_position"]]
+        means = [
+            sum(s["by_position"][n]["accuracy"] for s in sets) / len(sets)
+            for n in range(len(groups))
+        ]
+        scaled = [(value - chance) / (1 - chance) for value in means]
+        axes.plot(groups, scaled, marker="o", markersize=3.5, label=model)
+        longest = max(longest, *groups)
+    lengths = {row["trained_to"] for _, rows in _best_rows(table) for row in rows}
+    for length in lengths:
+        axes.axvline(length, color="0.6", linewidth=0.8, linestyle="--", label="trained to here")
+    axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":", label="guess")
+    axes.set_xscale("log", base=2)
+    ticks = [2**n for n in range(int(math.log2(longest)) + 1)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("position in the sample, from")
+    axes.set_ylabel(experiment.figure.label)
+    axes.set_ylim(-0.12, 1.08)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
+    """A bar per model and its values, with the deviation over seeds, and the paper's number."""
+    name = experiment.figure.measure
+    rows = [row for row in table["best"] if name in row["mean"]]
+    scaled = experiment.measures[name].value == "accuracy"
+    heights = [row["scaled"][name] if scaled else row["mean"][name] for row in rows]
+    labels = ["\n".join([row["model"], *map(str, row["values"].values())]) for row in rows]
+    errors = [row["std"].get(name, 0.0) for row in rows]
+    axes.bar(range(len(rows)), heights, yerr=errors, color="#4477aa", width=0.7, label="here")
+    published = [experiment.published_for(row["model"], row["values"]) for row in rows]
+    for place, number in enumerate(published):
+        if number is not None:
+            axes.plot([place - 0.35, place + 0.35], [number] * 2, color="#cc3311")
+    if any(number is not None for number in published):
+        axes.plot([], [], color="#cc3311", label="the paper")
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylabel(experiment.figure.label)
+
+
+def _squares(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
+    """A square for each model and each of the data, with the number in it; the paper's below."""
+    name = experiment.figure.measure
+    rows = [row for row in table["best"] if name in row["scaled"]]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    data = list(dict.fromkeys(str(row["values"].get("data", "")) for row in rows))
+    squares = [[float("nan")] * len(data) for _ in models]
+    for row in rows:
+        across = data.index(str(row["values"].get("data", "")))
+        down = models.index(row["model"])
+        squares[down][across] = row["scaled"][name]
+        text = f"{row['scaled'][name]:.2f}"
+        number = experiment.published_for(row["model"], row["values"])
+        text += "" if number is None else f"\n({number:.2f})"
+        axes.text(across, down, text, ha="center", va="center", fontsize=6)
+    axes.imshow(squares, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    axes.set_xticks(range(len(data)), data, rotation=40, ha="right", fontsize=7)
+    axes.set_yticks(range(len(models)), models, fontsize=8)
+    axes.set_xlabel(f"{experiment.figure.label}; in brackets the paper's, where it is printed")
+
+
+def _lines(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
+    """A line per model over an axis."""
+    best = [row for row in table["best"] if figure.at.items() <= row["values"].items()]
+    for model in dict.fromkeys(row["model"] for row in best):
+        points = curve(best, model, figure.over, figure.measure)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=model)
+    if figure.logarithmic:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    axes.set_xlabel(figure.over)
+    axes.set_ylabel(figure.label)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _best_rows(table: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """The cells behind each row of the best, with its label."""
+    found = []
+    for best in table["best"]:
+        label = ", ".join([best["model"], *map(str, best["values"].values())])
+        found.append(
+            (
+                label,
+                [
+                    row
+                    for row in table["cells"]
+                    if row["status"] == "done"
+                    and row["model"] == best["model"]
+                    and row["values"].get("lr") == best["lr"]
+                    and best["values"].items() <= row["values"].items()
+                ],
+            )
+        )
+    return found

@@ -1,0 +1,87 @@
+"""What a trained model answers on a labelled set: accuracy and loss by position, squared error."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.commands import evaluate
+from pretrain.config import RunConfig
+from pretrain.data import TokenDataset, ValidLoader
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_mcore.inference import open_model
+from xlstm_mcore.model import XLSTMModel
+
+_TOKENS = 4096  # of a forward pass
+
+
+@torch.no_grad()
+def measure(
+    config: RunConfig, shards: Path, numbers: Sequence[float | None] | None = None
+) -> dict[str, Any]:
+    """Measure the newest checkpoint of a run on the validation split of a folder.
+
+    Args:
+        config: the run.
+        shards: a folder of shards, of the task that the run was trained on.
+        numbers: the number that each id stands for, None for other ids; without them there is no
+            squared error.
+
+    Returns:
+        `accuracy`, `loss` (nats), `answers`, and `by_position`: a list of the same for the tokens
+        number `from` to `2 from - 1` of their samples. With `numbers` also `squared_error`.
+    """
+    seq_len = load_manifest(shards).seq_len
+    rows = max(1, _TOKENS // seq_len)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"micro_batch": rows})}
+    )
+    dataset = TokenDataset(str(shards), "valid", seq_len=seq_len)
+    model = open_model(config.run.dir)
+    found = evaluate.measure(model, dataset, config, "position")
+    assert found.answers is not None, f"{shards} has no labels"
+    groups = [
+        {
+            "from": 2**n,
+            "answers": answers.labels,
+            "accuracy": answers.accuracy,
+            "loss": found.by[n].mean,
+        }
+        for n, answers in found.answers_by.items()
+    ]
+    whole = {
+        "answers": found.answers.labels,
+        "accuracy": found.answers.accuracy,
+        "loss": found.loss,
+        "by_position": groups,
+    }
+    if numbers is not None:
+        whole["squared_error"] = squared_error(model, dataset, numbers, rows)
+    return whole
+
+
+def squared_error(
+    model: XLSTMModel, dataset: TokenDataset, numbers: Sequence[float | None], rows: int
+) -> float:
+    """Mean squared error of the numbers that a model says.
+
+    A model says the mean of the numbers over its probabilities for the ids that stand for one.
+
+    Args:
+        model: in one process.
+        dataset: whose labels are ids of numbers.
+        numbers: the number of each id, None for other ids.
+        rows: that are read at once.
+    """
+    ids = torch.tensor([number is not None for number in numbers])
+    of_id = torch.tensor([0.0 if number is None else number for number in numbers])
+    total, answers = 0.0, 0
+    for batch in ValidLoader(dataset, micro_batch=rows):
+        logits = model(batch.tokens, batch.boundaries).float()
+        said = logits[..., ids].softmax(-1) @ of_id[ids]
+        error = (said - of_id[batch.labels]).square()
+        asked = batch.loss_mask > 0
+        total += error[asked].double().sum().item()
+        answers += int(asked.sum())
+    return total / max(1, answers)

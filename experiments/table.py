@@ -1,0 +1,185 @@
+"""The table of a grid: a row for every cell, done or not, and the best of them by model."""
+
+import datetime
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.claims import verdict
+from experiments.definition import groups
+from experiments.grid import Grid
+from pretrain.watching.provenance import provenance
+from xlstm_io.storage import write_atomic
+
+TABLE_FILE, TEXT_FILE = "table.json", "table.md"
+VERDICT_FILE, FIGURE_FILE = "verdict.json", "figure.png"
+NOT_STARTED = "not started"
+
+
+def make(grid: Grid) -> dict[str, Any]:
+    """The table of a grid, from the results that there are."""
+    rows = [_row(grid, cell) for cell in grid.cells]
+    found = provenance([])
+    return {
+        "experiment": grid.name,
+        "size": grid.size_name,
+        "title": grid.experiment.title,
+        "source": grid.experiment.source,
+        "code": found["code"],
+        "versions": found["versions"],
+        "machine": f"{platform.machine()}, {found['device'] or 'CPU'}",
+        "date": datetime.date.today().isoformat(),
+        "cells": rows,
+        "best": best_of(grid, rows),
+    }
+
+
+def _row(grid: Grid, cell: Any) -> dict[str, Any]:
+    row = {"number": cell.number, "model": cell.model, "values": dict(cell.values)}
+    result = grid.result(cell)
+    if result is not None:
+        return row | {k: v for k, v in result.items() if k not in ("cell", "number")}
+    owner = grid.claim(cell).owner()
+    reason = f"at work: {owner}" if owner else grid.last_attempt(cell) or NOT_STARTED
+    return row | {"status": "missing", "reason": reason}
+
+
+def best_of(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each model the rate with the best mean of `choose`, and its measures over the seeds.
+
+    A rate counts if any of its seeds is done. A model without a rate is one group.
+    """
+    done = [row for row in rows if row["status"] == "done"]
+    found = []
+    for model, values in groups(grid.cells):
+        mine = [
+            row for row in done if row["model"] == model and values.items() <= row["values"].items()
+        ]
+        by_rate: dict[Any, list[Mapping[str, Any]]] = {}
+        for row in mine:
+            by_rate.setdefault(row["values"].get("lr"), []).append(row)
+        if not by_rate:
+            continue
+        rate = max(by_rate, key=lambda lr: _worth(grid, by_rate[lr]))
+        chosen = by_rate[rate]
+        found.append(
+            {
+                "model": model,
+                "values": values,
+                "lr": rate,
+                "n": len(chosen),
+                "mean": _over(chosen, "measures", statistics.fmean),
+                "std": _over(chosen, "measures", _deviation),
+                "scaled": _over(chosen, "scaled", statistics.fmean),
+                "chance": chosen[0].get("chance"),
+                "parameters": chosen[0].get("parameters"),
+                "state_bytes": chosen[0].get("state_bytes"),
+            }
+        )
+    return found
+
+
+def _worth(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> float:
+    """The mean of the measure that rates are chosen by; larger is better."""
+    name = grid.experiment.choose
+    if name is None:
+        return 0.0
+    mean = statistics.fmean(row["measures"][name] for row in rows)
+    return mean if grid.experiment.measures[name].value == "accuracy" else -mean
+
+
+def _over(rows: Sequence[Mapping[str, Any]], key: str, function: Any) -> dict[str, float]:
+    names = rows[0].get(key, {})
+    return {name: function([row[key][name] for row in rows]) for name in names}
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def verdicts(grid: Grid, table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The verdicts on the experiment's claims that name models of this size."""
+    models = set(grid.size.models)
+    trained = grid.experiment.choose
+    found = []
+    for claim in grid.experiment.claims:
+        named = {*claim.solve, *claim.fail, *filter(None, (claim.model, claim.than))}
+        if named <= models:
+            found.append(verdict(claim, table["best"], grid.size.enough_for, trained))
+    return found
+
+
+def write(grid: Grid) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write table.json, table.md, verdict.json and figure.png; table and verdicts."""
+    from experiments.figure import draw
+
+    table = make(grid)
+    judged = verdicts(grid, table)
+    grid.folder.mkdir(parents=True, exist_ok=True)
+    for name, value in ((TABLE_FILE, table), (VERDICT_FILE, judged)):
+        text = json.dumps(value, indent=1)
+        write_atomic(grid.folder / name, text.encode() + b"\n")
+    write_atomic(grid.folder / TEXT_FILE, as_markdown(grid, table, judged).encode())
+    if table["best"]:
+        draw(grid.experiment, table, grid.folder / FIGURE_FILE)
+    return table, judged
+
+
+def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the best cells, the verdicts, and the cells that are missing or failed."""
+    measures = list(dict.fromkeys(name for row in table["best"] for name in row["mean"]))
+    values = list(dict.fromkeys(key for row in table["best"] for key in row["values"]))
+    scaled = any(row["scaled"] for row in table["best"])
+    head = ["model", *values, "rate", "n", *measures]
+    head += [*(f"{name}, scaled" for name in measures), "guess"] if scaled else []
+    published = [grid.experiment.published_for(r["model"], r["values"]) for r in table["best"]]
+    compared = any(number is not None for number in published)
+    head += ["the paper"] if compared else []
+    lines = [
+        f"# {grid.name}, {grid.size_name}: {table['title']}",
+        "",
+        f"{table['source']}. Measured on {table['date']}, {table['machine']}.",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
+    ]
+    for row, number in zip(table["best"], published, strict=True):
+        cells = [row["model"], *(str(row["values"].get(key, "")) for key in values)]
+        cells += ["" if row["lr"] is None else f"{row['lr']:g}", str(row["n"])]
+        cells += [_number(row["mean"].get(name), row["std"].get(name)) for name in measures]
+        if scaled:
+            cells += [_number(row["scaled"].get(name)) for name in measures]
+            cells.append(_number(row["chance"]))
+        cells += [_number(number)] if compared else []
+        lines.append(_line(cells))
+    lines += ["", *(f"- {verdict_line(item)}" for item in judged)]
+    open_ = [row for row in table["cells"] if row["status"] != "done"]
+    new = [str(row["number"]) for row in open_ if row["reason"] == NOT_STARTED]
+    if open_:
+        lines += ["", f"{len(open_)} of {len(table['cells'])} cells have no numbers:", ""]
+    for row in open_:
+        if row["reason"] != NOT_STARTED:
+            named = ", ".join([row["model"], *(f"{k} {v}" for k, v in row["values"].items())])
+            lines.append(f"- {row['number']} ({named}): {row['status']}, {row['reason']}")
+    lines += [f"- {NOT_STARTED}: {', '.join(new)}"] if new else []
+    return "\n".join(lines) + "\n"
+
+
+def verdict_line(item: Mapping[str, Any]) -> str:
+    """A verdict as one line."""
+    word = {True: "holds", False: "does not hold", None: "not decided"}[item["holds"]]
+    numbers = ", ".join(f"{k} {v:.3g}" for k, v in item["measured"].items()) or "nothing"
+    why = f"; {item['why']}" if item.get("why") else ""
+    return f'{word}: "{item["claim"]}" ({item["where"]}; {item["rule"]}; measured: {numbers}{why})'
+
+
+def _number(value: float | None, deviation: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" + (f" ± {deviation:.2g}" if deviation else "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

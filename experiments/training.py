@@ -1,0 +1,205 @@
+"""A cell that is a run: its data, its run file, the training, and what is measured afterwards."""
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.definition import Cell, TaskData
+from experiments.grid import Claim, Grid, Stopped
+from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.signals import StopSignal
+from xlstm_io.terminal import say
+
+TRAINED = "trained"
+RUN_FILE = "run.yaml"
+
+
+def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
+    """Make the shards of some cells, once; of several processes one makes them and others wait.
+
+    Raises:
+        PrepError: the task cannot be made as the definition says, or the folder holds other shards.
+    """
+    from data_prep.synthetic.corpus import write_corpora
+
+    for name in dict.fromkeys(data_name(grid, cell) for cell in cells):
+        data = grid.size.data[name]
+        claim = Claim(grid.folder / "claims" / f"data-{name}")
+        while not claim.take():
+            time.sleep(1.0)
+        try:
+            write_corpora(data.task, task_of(data, data_folder(grid, name)))
+        finally:
+            claim.release()
+
+
+def data_folder(grid: Grid, name: str) -> Path:
+    """Where the shards of one of a grid's data lie."""
+    return grid.folder / "data" / name
+
+
+def task_of(data: TaskData, out: Path) -> Any:
+    """The synthetic task of a definition, which will be written to `out`.
+
+    Raises:
+        ConfigError: there is no such task, or it has no such option.
+    """
+    from data_prep.synthetic.command import TASKS
+
+    if data.task not in TASKS:
+        raise ConfigError(f"there is no task {data.task!r}; use one of {', '.join(TASKS)}")
+    try:
+        return TASKS[data.task](out=out, **data.options)
+    except TypeError as error:
+        raise ConfigError(f"task {data.task}: {error}") from error
+
+
+def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a cell's run file.
+
+    Later ones win: the experiment's run, the size's keys, those of the model, those of the model at
+    this size, learning rate and seed.
+    """
+    experiment, size = grid.experiment, grid.size
+    if cell.model not in experiment.models:
+        raise ConfigError(f"{grid.name} has no model {cell.model!r} among its models")
+    shards = data_folder(grid, data_name(grid, cell)) / "train"
+    manifest = load_manifest(shards)
+    sections = {name: dict(keys) for name, keys in experiment.run.items()}
+    keys: dict[str, Any] = {
+        "run.dir": str(folder),
+        "data.path": str(shards),
+        "data.seq_len": manifest.seq_len,
+        "model.vocab_size": manifest.tokenizer.vocab_size,
+        **size.run,
+        **experiment.models[cell.model],
+        **size.model_keys.get(cell.model, {}),
+    }
+    if "lr" in cell.values:
+        keys["optimizer.lr"] = cell.values["lr"]
+    if "seed" in cell.values:
+        keys["run.seed"] = cell.values["seed"]
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    steps = sections["run"]["steps"]
+    sections.setdefault("schedule", {}).setdefault(
+        "warmup_steps", round(experiment.warmup_share * steps)
+    )
+    sections.setdefault("checkpoint", {}).setdefault("interval", steps)
+    sections.setdefault("evaluation", {}).setdefault("interval", steps)
+    return sections
+
+
+def data_name(grid: Grid, cell: Cell) -> str:
+    """Which of a grid's data a cell is trained on."""
+    return str(cell.values["data"]) if "data" in cell.values else next(iter(grid.size.data))
+
+
+def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, Any]:
+    """Train the run of a cell from where it stands, and measure it; see `grid.Body`.
+
+    Raises:
+        UserError: the run file is wrong, or the run diverged.
+        Stopped: the run was asked to stop, or another process is at work in its folder.
+    """
+    import torch
+
+    from pretrain.commands import train
+    from pretrain.config import config_from_dict, save_config
+    from pretrain.supervision.lease import LeaseHeldError
+    from xlstm_mcore.sizes.flops import state_bytes
+    from xlstm_mcore.sizes.parameters import count_parameters
+
+    torch.set_num_threads(1)
+    config = config_from_dict(run_file(grid, cell, folder), source=f"{grid.name} {cell}")
+    save_config(config, folder / RUN_FILE)
+    try:
+        code = train.main(config, stop)
+    except LeaseHeldError as error:
+        raise Stopped from error
+    if code == ExitCode.STOPPED:
+        raise Stopped
+    trained_s = resource.getrusage(resource.RUSAGE_SELF)
+    measured = measure_sets(grid, cell, config)
+    counts = count_parameters(config.model)
+    return {
+        "parameters": counts["total"],
+        "parameters_of_blocks": counts["blocks"],
+        "state_bytes": state_bytes(config.model, 4, config.data.seq_len),
+        "steps": config.run.steps,
+        "tokens": config.run.steps * config.tokens_per_step,
+        "cpu_seconds": round(trained_s.ru_utime + trained_s.ru_stime, 1),
+        "trained_to": _longest(grid, cell),
+        "chance": measured[TRAINED]["chance"],
+        "sets": measured,
+        "measures": measures_of(grid, measured),
+        "scaled": scaled_of(grid, measured),
+    }
+
+
+def _longest(grid: Grid, cell: Cell) -> int:
+    """Tokens of the longest sample that a cell is trained on."""
+    from data_prep.synthetic.task import Span
+
+    name = data_name(grid, cell)
+    return Span.parse(task_of(grid.size.data[name], data_folder(grid, name)).length, "length").high
+
+
+def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
+    """What `experiments.measure` finds on each validation set of a cell's data, by length."""
+    from experiments.measure import measure
+
+    name = data_name(grid, cell)
+    folder = data_folder(grid, name)
+    task = task_of(grid.size.data[name], folder)
+    found = {}
+    for shards in sorted(folder.iterdir()):
+        if not (shards / "manifest.json").exists():
+            continue
+        key = TRAINED if shards.name == "train" else shards.name.removeprefix("validation-")
+        found[key] = measure(config, shards, numbers_of(task)) | {"chance": task.chance}
+        say(f"{key}: accuracy {found[key]['accuracy']:.4f}, loss {found[key]['loss']:.4f}")
+    return found
+
+
+def numbers_of(task: Any) -> list[float | None] | None:
+    """The number in [0, 1] that each id of a task answers; None where answers are no numbers."""
+    from data_prep.synthetic.recall import NearestNeighbour
+
+    if not isinstance(task, NearestNeighbour):
+        return None
+    bins = {f"v{n}": (n + 0.5) / task.values for n in range(task.values)}
+    return [bins.get(symbol) for symbol in task.symbols()]
+
+
+def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
+    """The experiment's measures, from what was found on the sets."""
+    return {
+        name: _from(sets[measure.set], measure.value, measure.at_least_position)
+        for name, measure in grid.experiment.measures.items()
+        if measure.set in sets
+    }
+
+
+def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies scaled so that a guess is 0: `(a - chance) / (1 - chance)` (arXiv 2405.04517)."""
+    found = {}
+    for name, value in measures_of(grid, sets).items():
+        measure = grid.experiment.measures[name]
+        if measure.value == "accuracy":
+            chance = sets[measure.set]["chance"]
+            found[name] = (value - chance) / (1 - chance)
+    return found
+
+
+def _from(measured: Mapping[str, Any], value: str, first: int) -> float:
+    """The mean of a value over the positions from `first` on; the squared error is of them all."""
+    if value == "squared_error":
+        return measured[value]
+    groups = [g for g in measured["by_position"] if g["from"] >= first]
+    answers = sum(g["answers"] for g in groups)
+    return sum(g[value] * g["answers"] for g in groups) / answers if answers else float("nan")

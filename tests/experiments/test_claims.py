@@ -1,0 +1,113 @@
+"""The rules of verdicts on made numbers: each can hold, be refuted, and be left open."""
+
+import pytest
+
+from experiments.claims import Claim, slope_of, verdict
+
+
+def row(model, mean, *, std=0.0, n=3, scaled=None, **values):
+    means = mean if isinstance(mean, dict) else {"x": mean}
+    return {
+        "model": model,
+        "values": values,
+        "n": n,
+        "mean": means,
+        "std": dict.fromkeys(means, std),
+        "scaled": scaled or {},
+    }
+
+
+def judged(claim, best, enough_for=(), trained="trained"):
+    claim = Claim(claim="c", where="w", measure=claim.pop("measure", "x"), **claim)
+    return verdict(claim, best, enough_for, trained)["holds"]
+
+
+def accuracies(long, trained=1.0):
+    return {"long": long, "trained": trained}
+
+
+class TestSeparates:
+    def judge(self, s, m, enough_for=()):
+        claim = {"rule": "separates", "measure": "long", "solve": ["s"], "fail": ["m"]}
+        best = [row("s", 0, scaled=s)] + ([row("m", 0, scaled=m)] if m else [])
+        return judged(claim, best, enough_for)
+
+    def test_holds(self):
+        assert self.judge(accuracies(0.99), accuracies(0.01, trained=0.3)) is True
+
+    def test_the_one_that_should_fail_solves_it(self):
+        assert self.judge(accuracies(0.99), accuracies(0.5)) is False
+
+    def test_fitted_and_not_solved(self):
+        assert self.judge(accuracies(0.2, trained=0.99), accuracies(0.0)) is False
+
+    def test_not_fitted_leaves_it_open(self):
+        assert self.judge(accuracies(0.2, trained=0.5), accuracies(0.0)) is None
+
+    def test_not_fitted_though_the_size_is_known_to_be_enough(self):
+        assert self.judge(accuracies(0.0, trained=0.3), accuracies(0.0), ["s"]) is False
+
+    def test_a_missing_model_leaves_it_open(self):
+        assert self.judge(accuracies(0.99), None) is None
+
+    def test_the_worst_of_several_data_counts(self):
+        best = [
+            row("s", 0, scaled=accuracies(1.0), data="a"),
+            row("s", 0, scaled=accuracies(0.1), data="b"),
+        ]
+        claim = {"rule": "separates", "measure": "long", "solve": ["s"]}
+        assert judged(dict(claim), best) is False
+        assert judged({**claim, "at": {"data": "a"}}, best) is True
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "std", "n", "holds"),
+    [
+        (0.10, 0.20, 0.01, 3, True),
+        (0.20, 0.10, 0.01, 3, False),
+        (0.10, 0.11, 0.02, 3, None),
+        (0.10, 0.20, 0.01, 1, None),
+    ],
+)
+def test_lower_needs_two_standard_errors(better, worse, std, n, holds):
+    best = [row("a", better, std=std, n=n), row("b", worse, std=std, n=n)]
+    assert judged({"rule": "lower", "model": "a", "than": "b"}, best) is holds
+
+
+def line(model, power, sizes=(512, 1024, 2048, 4096, 8192), overhead=0.0):
+    return [row(model, 1e-6 * t**power + overhead, tokens=t) for t in sizes]
+
+
+def test_slope_is_that_of_the_upper_half():
+    points = [(t, 1e-3 + 1e-6 * t) for t in (16, 64, 256, 4096, 16384, 65536)]
+    assert slope_of(points) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("power", "linear", "square"), [(1.0, True, False), (2.0, False, True)])
+def test_slope(power, linear, square):
+    rule = {"rule": "slope", "model": "a", "over": "tokens"}
+    assert judged({**rule, "at_most": 1.1}, line("a", power)) is linear
+    assert judged({**rule, "more_than": 1.6}, line("a", power)) is square
+    assert judged({**rule, "at_most": 1.1}, line("a", power)[:2]) is None
+
+
+def test_ratio_is_taken_at_the_largest_size_of_both():
+    rule = {"rule": "ratio", "model": "a", "than": "b", "over": "tokens", "at_least": 10}
+    best = line("a", 1.0) + [row("b", 1e-6 * t * 12, tokens=t) for t in (512, 1024)]
+    assert judged(dict(rule), best) is True
+    assert judged({**rule, "at_least": 13}, best) is False
+    assert judged(dict(rule), line("a", 1.0)) is None
+
+
+def test_constant_rises_and_below():
+    flat, rising = line("a", 0.0), line("b", 1.0)
+    over = {"over": "tokens"}
+    assert judged({"rule": "constant", "model": "a", "at_most": 1.05, **over}, flat) is True
+    assert judged({"rule": "constant", "model": "b", "at_most": 1.05, **over}, rising) is False
+    assert judged({"rule": "rises", "model": "b", "at_least": 1.2, **over}, rising) is True
+    assert judged({"rule": "rises", "model": "a", "at_least": 1.2, **over}, flat) is False
+    assert judged({"rule": "below", "model": "a", "at_most": 2.0}, flat) is True
+    assert judged({"rule": "below", "model": "b", "at_most": 1e-3}, rising) is False
+    for rule in ("constant", "rises", "below"):
+        claim = {"rule": rule, "model": "c", "at_most": 1.0, "at_least": 1.0, **over}
+        assert judged(claim, flat) is None

@@ -1,0 +1,130 @@
+"""The experiments' files: read, cut into cells, and good run files at every size."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from experiments import cli, definition, training
+from experiments.claims import Claim
+from experiments.grid import Grid
+from xlstm_io.errors import ConfigError
+
+ALL = definition.names()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_definition_names_only_what_it_has(name):
+    experiment = definition.load(name)
+    for size_name, size in experiment.sizes.items():
+        assert set(size.models) <= set(experiment.models), size_name
+        assert set(size.model_keys) | set(size.enough_for) <= set(size.models), size_name
+        assert size.data or experiment.kind != "training", size_name
+        cells = definition.cells_of(size)
+        assert len({cell.name for cell in cells}) == len(cells), "two cells share a folder"
+        assert [cell.number for cell in cells] == list(range(len(cells)))
+    for claim in experiment.claims:
+        named = {*claim.solve, *claim.fail, *filter(None, (claim.model, claim.than))}
+        assert named and named <= set(experiment.models), claim.claim
+        assert claim.text()
+        if experiment.kind == "training":
+            assert claim.measure in experiment.measures
+    if experiment.kind == "training":
+        assert experiment.choose in experiment.measures
+        assert experiment.figure.measure in experiment.measures
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if definition.load(n).kind == "training"])
+def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
+    """At every size: unknown keys and broken rules would only show on the cluster."""
+    from pretrain.config import config_from_dict
+
+    shards = SimpleNamespace(seq_len=64, tokenizer=SimpleNamespace(vocab_size=96))
+    monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    for size_name in definition.load(name).sizes:
+        grid = Grid.open(name, size_name, tmp_path)
+        for data in grid.size.data.values():
+            training.task_of(data, tmp_path).check()
+        for cell in {(c.model, c.values.get("data")): c for c in grid.cells}.values():
+            sections = training.run_file(grid, cell, tmp_path / "cell")
+            config = config_from_dict(sections, f"{name} {size_name} {cell}")
+            assert config.schedule.warmup_steps == round(0.1 * config.run.steps)
+            assert config.optimizer.lr == cell.values["lr"]
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean parity"):
+        definition.load("paritty")
+
+
+def test_only_chooses_cells_and_refuses_what_there_is_not():
+    cells = Grid.open("parity", "toy", Path("out")).cells
+    found = definition.chosen(cells, ["model=LSTM", "lr=0.003"])
+    assert [(c.model, c.values["lr"]) for c in found] == [("LSTM", 0.003)] * 2
+    assert definition.chosen(cells, []) == cells
+    refused = {"model=GRU": "is one of LSTM", "lr": "write KEY=VALUE", "x=1": "key of"}
+    for word, says in refused.items():
+        with pytest.raises(ConfigError, match=says):
+            definition.chosen(cells, [word])
+
+
+def test_a_wrong_file_is_one_message(tmp_path, monkeypatch):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"title": "t", "model": {}}))
+    monkeypatch.setattr(definition, "DEFINITIONS", tmp_path)
+    with pytest.raises(ConfigError, match="source: Field required"):
+        definition.load("bad")
+
+
+def test_a_missing_option_of_a_task_is_one_message(tmp_path):
+    data = definition.TaskData(task="parity", options={"lenght": 3})
+    with pytest.raises(ConfigError, match="lenght"):
+        training.task_of(data, tmp_path)
+    with pytest.raises(ConfigError, match="use one of parity"):
+        training.task_of(definition.TaskData(task="paritty"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "paritty"], "did you mean parity"),
+        (["run", "parity", "--size", "small"], "has the sizes toy, paper"),
+        (["run", "parity", "--jobs", "0"], "at least one cell"),
+        (["cell", "parity", "--number", "24"], "has the cells 0 to 23"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(words, says, capsys, tmp_path):
+    assert cli.run([*words, "--out", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_says_sizes_and_cells(capsys):
+    assert cli.run(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ALL:
+        assert f"{name}: " in out
+    assert "24 cells" in out
+
+
+def test_the_array_has_an_element_for_every_cell(capsys, tmp_path):
+    assert cli.run(["slurm", "parity", "--size", "paper", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --array=0-35" in text
+    assert f"experiments cell parity --size paper --out {tmp_path} --number" in text
+    assert text.count('"$SLURM_ARRAY_TASK_ID"') == 1
+
+
+def test_report_of_nothing_lists_every_cell_as_missing(capsys, tmp_path):
+    assert cli.run(["report", "parity", "--out", str(tmp_path), "--strict"]) == 0
+    table = json.loads((tmp_path / "parity-toy" / "table.json").read_text())
+    assert {row["status"] for row in table["cells"]} == {"missing"}
+    verdicts = json.loads((tmp_path / "parity-toy" / "verdict.json").read_text())
+    assert verdicts and all(item["holds"] is None and item["why"] for item in verdicts)
+    assert "24 of 24 cells have no numbers" in capsys.readouterr().out
+
+
+def test_a_claim_is_a_rule_in_words():
+    claim = Claim(claim="c", where="w", rule="separates", measure="long", solve=["a"], fail=["b"])
+    assert claim.text() == "scaled accuracy of long: a >= 0.95, b <= 0.1"

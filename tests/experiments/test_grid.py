@@ -1,0 +1,164 @@
+"""Workers on a grid: claims, results, ends of every kind; without torch, with cells that do little.
+
+Each cell runs in a forked child, as in a real grid.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.definition import Cell, Experiment
+from experiments.grid import Claim, Grid, Stopped, go_through
+from xlstm_io.errors import ConfigError, ExitCode, MachineFailed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def grid(tmp_path):
+    experiment = Experiment.model_validate(
+        {
+            "title": "t",
+            "source": "s",
+            "models": {"a": {}, "b": {}},
+            "sizes": {"toy": {"about": "x", "models": ["a", "b"], "axes": {"seed": [0, 1, 2]}}},
+            "claims": [],
+            "figure": {"kind": "bars", "measure": "x", "label": "x"},
+        }
+    )
+    return Grid("made", experiment, "toy", experiment.sizes["toy"], tmp_path / "made-toy")
+
+
+def done(grid: Grid, cell: Cell, folder: Path, stop=None):
+    with (grid.folder / "order.txt").open("a") as order:
+        order.write(f"{cell.number} {os.getppid()}\n")
+    return {"measures": {"x": cell.number}, "scaled": {}}
+
+
+def numbers(grid):
+    return sorted(int(line.split()[0]) for line in (grid.folder / "order.txt").open())
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_cell_is_done_once(grid, jobs):
+    assert go_through(grid, grid.cells, done, jobs) == ExitCode.DONE
+    assert numbers(grid) == list(range(6))
+    assert [grid.result(cell)["measures"]["x"] for cell in grid.cells] == list(range(6))
+    assert not list((grid.folder / "claims").iterdir())
+    assert go_through(grid, grid.cells, done, jobs) == ExitCode.DONE
+    assert numbers(grid) == list(range(6)), "a finished cell is not run again"
+
+
+def test_a_failed_cell_is_a_result_with_its_reason(grid):
+    def some_fail(grid, cell, folder, stop):
+        if cell.number == 1:
+            raise ConfigError("model.num_heads=3 does not divide")
+        if cell.number == 2:
+            raise KeyError("surprise")
+        return done(grid, cell, folder)
+
+    assert go_through(grid, grid.cells, some_fail) == ExitCode.DONE
+    results = [grid.result(cell) for cell in grid.cells]
+    assert [r["status"] for r in results] == ["done", "failed", "failed", *["done"] * 3]
+    assert results[1]["reason"] == "model.num_heads=3 does not divide"
+    assert results[1]["exit_code"] == 2
+    assert results[2]["reason"] == "KeyError: 'surprise'"
+    assert "Traceback" in (grid.cell_folder(grid.cells[2]) / "output.log").read_text()
+
+
+def test_what_the_machine_did_is_tried_again_by_the_next_command(grid):
+    def killed(grid, cell, folder, stop):
+        if cell.number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if cell.number == 1:
+            raise MachineFailed("rank 3 is gone")
+        if cell.number == 2:
+            raise Stopped
+        return done(grid, cell, folder)
+
+    assert go_through(grid, grid.cells, killed) == ExitCode.DONE
+    assert [grid.last_attempt(cell) for cell in grid.cells[:4]] == [
+        "ended by signal SIGKILL",
+        "ended by exit code 70",
+        "ended by exit code 75",
+        None,
+    ]
+    assert [grid.result(cell) is None for cell in grid.cells] == [True] * 3 + [False] * 3
+    assert go_through(grid, grid.cells, done) == ExitCode.DONE
+    assert numbers(grid) == list(range(6))
+
+
+def test_a_claim_is_one_owners_until_he_is_gone(tmp_path):
+    claim = Claim(tmp_path / "claims" / "x")
+    assert claim.take() and not claim.take()
+    assert claim.owner() == f"process {os.getpid()} on {os.uname().nodename}"
+    claim.release()
+    assert claim.owner() is None and claim.take()
+    # A process that has ended on this machine.
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    owner = {"host": os.uname().nodename, "pid": ended.pid}
+    (claim.folder / "owner.json").write_text(json.dumps(owner))
+    assert claim.take()
+    # One of another machine, first at work and then silent.
+    (claim.folder / "owner.json").write_text(json.dumps({"host": "other", "pid": 1}))
+    assert not claim.take()
+    long_ago = time.time() - 1000
+    os.utime(claim.folder, (long_ago, long_ago))
+    assert claim.take()
+
+
+SCRIPT = """if True:
+    import sys, time
+    from pathlib import Path
+    sys.path[:0] = {path!r}
+    from tests.experiments.test_grid import grid as fixture, done
+    from experiments.grid import go_through
+    grid = fixture.__wrapped__(Path(sys.argv[1]))
+
+    def slow(grid, cell, folder, stop):
+        (folder / "at-work").touch()
+        time.sleep(float(sys.argv[2]))
+        return done(grid, cell, folder)
+
+    sys.exit(go_through(grid, grid.cells, slow))
+"""
+
+
+def start(grid, seconds):
+    script = SCRIPT.format(path=[str(ROOT), str(ROOT / "kernels")])
+    words = [sys.executable, "-c", script, str(grid.folder.parent), str(seconds)]
+    return subprocess.Popen(words, cwd=ROOT)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_processes_share_a_grid(grid):
+    both = [start(grid, 0.3), start(grid, 0.3)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert numbers(grid) == list(range(6))
+    parents = {line.split()[1] for line in (grid.folder / "order.txt").open()}
+    assert len(parents) == 2, "one process did it all"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_grid_that_was_ended_goes_on(grid, number):
+    process = start(grid, 0.3)
+    wait_for(lambda: grid.result(grid.cells[0]) is not None)
+    process.send_signal(number)
+    code = process.wait()
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.STOPPED)
+    time.sleep(0.5)  # an orphan finishes its cell, or is gone
+    assert go_through(grid, grid.cells, done) == ExitCode.DONE
+    assert all(grid.result(cell)["status"] == "done" for cell in grid.cells)

@@ -1,0 +1,82 @@
+"""Real grids, small ones: the papers' separation of the cells is seen, and a broken cell undoes it.
+
+They run in one process that imports torch once (`grids.py`), as a worker of a large grid does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory):
+    """The folders that `grids.py` wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("experiments")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.grids", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def read(grids, which, file):
+    out, _ = grids
+    return json.loads((out / which / file).read_text())
+
+
+def scaled(grids, which, measure):
+    table = read(grids, which, "table.json")
+    return {row["model"]: row["scaled"][measure] for row in table["best"]}
+
+
+def verdict(grids, which, word):
+    found = [v for v in read(grids, which, "verdict.json") if word in v["claim"]]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_parity_separates_memory_mixing_from_the_rest(grids):
+    accuracy = scaled(grids, "right/parity-toy", "long")
+    assert accuracy["xLSTM[0:1]"] >= 0.95 and accuracy["xLSTM[1:0]"] <= 0.1
+    assert verdict(grids, "right/parity-toy", "memory mixing")["holds"] is True
+
+
+def test_a_cut_of_memory_mixing_refutes_the_claim(grids):
+    assert scaled(grids, "cut/parity-toy", "long")["xLSTM[0:1]"] < 0.5
+    found = verdict(grids, "cut/parity-toy", "memory mixing")
+    assert found["holds"] is False
+    assert "parity strict: 3" in grids[1]
+
+
+def test_recall_separates_matrix_memory_from_the_rest(grids):
+    accuracy = scaled(grids, "right/mqar-toy", "recall")
+    assert accuracy["xLSTM[1:0]"] >= 0.95 and accuracy["xLSTM[0:1]"] <= 0.1
+    assert verdict(grids, "right/mqar-toy", "sLSTM is below")["holds"] is True
+
+
+def test_a_cell_is_an_ordinary_run_with_table_and_figure_of_the_grid(grids):
+    out, printed = grids
+    grid = out / "right" / "parity-toy"
+    assert (grid / "figure.png").stat().st_size > 10_000
+    assert "| model |" in (grid / "table.md").read_text()
+    (cell,) = (grid / "cells").glob("xLSTM01-*")
+    assert (cell / "run.yaml").exists() and (cell / "metrics.jsonl").exists()
+    assert any(cell.glob("checkpoints/step-*"))
+    result = json.loads((cell / "result.json").read_text())
+    assert result["sets"]["256"]["by_position"][-1]["from"] == 256
+    assert result["sets"]["256"]["chance"] == 0.5
+    rows = read(grids, "right/parity-toy", "table.json")["cells"]
+    assert len(rows) == 24
+    assert {row["status"] for row in rows} == {"done", "missing"}
+    assert "not decided" in printed  # models that were not run
