@@ -100,8 +100,13 @@ def verdict(
         measured, holds, why = _separates(claim, best, enough_for, trained)
     else:
         measured, holds, why = judges[claim.rule](claim, best)
-    found = {"claim": claim.claim, "where": claim.where, "rule": claim.text()}
-    found |= {"measured": measured, "holds": holds}
+    found = {
+        "claim": claim.claim,
+        "where": claim.where,
+        "rule": claim.text(),
+        "measured": measured,
+        "holds": holds,
+    }
     return found if holds is not None else found | {"why": why}
 
 

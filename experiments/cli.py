@@ -159,8 +159,8 @@ def _slurm(grid: Grid, options: Any) -> int:
     from slurm.site import load_site
     from slurm.tasks import plan_array
 
-    words = ("-m", "experiments", "cell", grid.name, "--size", grid.size_name)
-    words += ("--out", str(Path.cwd() / options.out))
+    out = str(Path.cwd() / options.out)
+    words = ("-m", "experiments", "cell", grid.name, "--size", grid.size_name, "--out", out)
     site = load_site(options.site, options.set)
     plan = plan_array(
         f"{grid.name}-{grid.size_name}",

@@ -121,7 +121,7 @@ def _lines(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
 
 def _best_rows(table: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
     """The cells behind each row of the best, with its label."""
-    found = []
+    found: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
     for best in table["best"]:
         label = ", ".join([best["model"], *map(str, best["values"].values())])
         found.append(

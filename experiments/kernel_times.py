@@ -1,7 +1,7 @@
 """A cell that is a measurement of a kernel: forward and backward over a sequence of some length.
 
-What is measured is CPU time of one thread, the least of several calls: on a machine that others use
-too it says more than the clock on the wall.
+What is measured is the least time of several calls. It is CPU time of one thread, which on a
+machine that others use too says more than the clock on the wall; on a GPU it is that clock.
 """
 
 import time
@@ -17,6 +17,7 @@ from experiments.grid import Grid
 from xlstm_io.signals import StopSignal
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, slstm_scan
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
+from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.mixers.attention import attend
 
 HEADS, WIDTH = 1, 64
@@ -39,13 +40,24 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
     return {"measures": measures, "scaled": {}, "cpu_seconds": seconds}
 
 
+def clock() -> float:
+    """Seconds: of this process's CPU time, or on a GPU of the wall."""
+    on_cpu = cpu_runtime.device().type == "cpu"
+    return time.process_time() if on_cpu else time.perf_counter()
+
+
+def wait_for(result: Tensor) -> None:
+    """Wait until a device has computed something."""
+    result.flatten()[0].item()
+
+
 def _least_seconds(call: Callable[[], None]) -> float:
     call()  # compiles loops and makes room
     least, total = float("inf"), 0.0
     while total < _LEAST_S:
-        started = time.process_time()
+        started = clock()
         call()
-        seconds = time.process_time() - started
+        seconds = clock() - started
         least, total = min(least, seconds), total + max(seconds, 1e-6)
     return least
 
@@ -54,11 +66,17 @@ def _forward_and_backward(function: Callable[..., Tensor], inputs: list[Tensor])
     for tensor in inputs:
         tensor.grad = None
     function(*inputs).sum().backward()
+    assert inputs[0].grad is not None
+    wait_for(inputs[0].grad)
+
+
+def _random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, device=cpu_runtime.device())
 
 
 def _mlstm_inputs(tokens: int) -> list[Tensor]:
     shapes = [(1, HEADS, tokens, WIDTH)] * 3 + [(1, HEADS, tokens)] * 2
-    inputs = [torch.randn(shape) for shape in shapes]
+    inputs = [_random(shape) for shape in shapes]
     inputs[4] += 3.0  # forget gates that remember
     return [tensor.requires_grad_() for tensor in inputs]
 
@@ -78,12 +96,12 @@ def _steps(tokens: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
 
 def _slstm(tokens: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
     shapes = (1, tokens, 4, HEADS, WIDTH), (4, HEADS, WIDTH, WIDTH), (4, HEADS, WIDTH)
-    inputs = [(0.1 * torch.randn(shape)).requires_grad_() for shape in shapes]
+    inputs = [(0.1 * _random(shape)).requires_grad_() for shape in shapes]
     return inputs, slstm_scan
 
 
 def _attention(tokens: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
-    inputs = [torch.randn(1, tokens, HEADS, WIDTH).requires_grad_() for _ in range(3)]
+    inputs = [_random((1, tokens, HEADS, WIDTH)).requires_grad_() for _ in range(3)]
     return inputs, lambda q, k, v: attend(q, k, v, None)
 
 
@@ -103,11 +121,8 @@ def _difference(form: str) -> float:
     exact = mlstm_recurrence(*(tensor.double() for tensor in inputs))[0]
     got = function(*inputs)
     if form == "steps":  # what generation uses, in fp32
-        state = (
-            torch.zeros(1, HEADS, WIDTH, WIDTH),
-            torch.zeros(1, HEADS, WIDTH),
-            torch.zeros(1, HEADS),
-        )
+        sizes = (1, HEADS, WIDTH, WIDTH), (1, HEADS, WIDTH), (1, HEADS)
+        state = tuple(torch.zeros(size, device=got.device) for size in sizes)
         tokens = (tuple(x[:, :, t] for x in inputs) for t in range(_COMPARED))
         got = torch.stack([mlstm_step(*token, state) for token in tokens], 2)
     return float((got - exact).abs().max() / exact.abs().max())

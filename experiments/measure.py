@@ -11,6 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_mcore.inference import open_model
+from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.model import XLSTMModel
 
 _TOKENS = 4096  # of a forward pass
@@ -74,10 +75,12 @@ def squared_error(
         numbers: the number of each id, None for other ids.
         rows: that are read at once.
     """
-    ids = torch.tensor([number is not None for number in numbers])
-    of_id = torch.tensor([0.0 if number is None else number for number in numbers])
+    device = cpu_runtime.device()
+    ids = torch.tensor([number is not None for number in numbers], device=device)
+    of_id = torch.tensor([0.0 if n is None else n for n in numbers], device=device)
     total, answers = 0.0, 0
     for batch in ValidLoader(dataset, micro_batch=rows):
+        batch = batch.to(device)
         logits = model(batch.tokens, batch.boundaries).float()
         said = logits[..., ids].softmax(-1) @ of_id[ids]
         error = (said - of_id[batch.labels]).square()

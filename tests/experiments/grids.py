@@ -31,6 +31,12 @@ def main(out: Path) -> None:
     assert cli.run([*parity, *right, "--strict"]) == 0
     mqar = ["run", "mqar", *cells("xLSTM[1:0]", "xLSTM[0:1]")]
     assert cli.run([*mqar, *right]) == 0
+    assert cli.run(["cell", "parity", "--number", "0", *right]) == 0  # done, so nothing to do
+    short = ["--only", "tokens=512", "--only", "tokens=1024", "--only", "tokens=2048"]
+    only = ["--only", "model=mLSTM, chunkwise"]
+    assert cli.run(["run", "parallel", *only, *short, *right]) == 0
+    only = ["--only", "model=Mamba-2", "--only", "batch=1", "--only", "context=16"]
+    assert cli.run(["run", "generation", *only, *right]) == 0
     cut_memory_mixing()
     code = cli.run(["run", "parity", *cells("xLSTM[0:1]"), "--out", str(out / "cut"), "--strict"])
     print("parity strict:", int(code))

@@ -13,6 +13,7 @@ from experiments.grid import Grid
 from xlstm_io.errors import ConfigError
 
 ALL = definition.names()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -108,11 +109,13 @@ def test_list_says_sizes_and_cells(capsys):
     assert "24 cells" in out
 
 
-def test_the_array_has_an_element_for_every_cell(capsys, tmp_path):
-    assert cli.run(["slurm", "parity", "--size", "paper", "--out", str(tmp_path)]) == 0
+def test_the_array_has_an_element_for_every_cell(capsys):
+    site = ["--site", str(ROOT / "slurm" / "examples" / "cpu.yaml")]
+    out = "/projects/grids"  # a folder that all nodes see
+    assert cli.run(["slurm", "parity", "--size", "paper", "--out", out, *site]) == 0
     text = capsys.readouterr().out
     assert "#SBATCH --array=0-35" in text
-    assert f"experiments cell parity --size paper --out {tmp_path} --number" in text
+    assert f"experiments cell parity --size paper --out {out} --number" in text
     assert text.count('"$SLURM_ARRAY_TASK_ID"') == 1
 
 

@@ -55,6 +55,7 @@ def test_the_squared_error_is_that_of_the_mean_number(monkeypatch):
         boundaries=None,
         labels=torch.tensor([[1, 2, 0]]),
         loss_mask=torch.tensor([[1.0, 1.0, 0.0]]),
+        to=lambda device: batch,
     )
     monkeypatch.setattr(measure, "ValidLoader", lambda dataset, micro_batch: [batch])
     error = measure.squared_error(lambda *_: logits, None, [None, 0.25, 0.75], rows=1)

@@ -65,6 +65,15 @@ def test_recall_separates_matrix_memory_from_the_rest(grids):
     assert verdict(grids, "right/mqar-toy", "sLSTM is below")["holds"] is True
 
 
+def test_measurements_are_grids_too(grids):
+    found = verdict(grids, "right/parallel-toy", "linear in the length")
+    assert found["holds"] is not None and 0.5 < found["measured"]["slope"] < 1.6
+    assert verdict(grids, "right/parallel-toy", "chunkwise form")["holds"] is True
+    assert verdict(grids, "right/generation-toy", "time per token of Mamba")["holds"] is None
+    (row,) = read(grids, "right/generation-toy", "table.json")["best"]
+    assert row["mean"]["milliseconds"] > 0
+
+
 def test_a_cell_is_an_ordinary_run_with_table_and_figure_of_the_grid(grids):
     out, printed = grids
     grid = out / "right" / "parity-toy"

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 # The console scripts, which pyproject.toml alone defines. `xlstm-pretrain` is also the name of the
 # project and stands in the formats of files: only followed by a command it is the script.
 SCRIPT = re.compile(
-    r"xlstm-data|xlstm-convert|xlstm-slurm|prog=f?\"xlstm-pretrain|program\(\"xlstm-pretrain"
+    r"xlstm-data|xlstm-convert|xlstm-slurm|xlstm-experiments|prog=f?\"xlstm-pretrain|program\(\"xlstm-pretrain"
     r"|xlstm-pretrain`?:? (launch|train|check|self-test|show|generate|evaluate)\b"
     r"|xlstm-pretrain`?:? (report|rewind|demo|downstream)\b"
 )
@@ -16,6 +16,7 @@ DEFINED_IN = {
     "pyproject.toml",
     "data_prep/__main__.py",
     "slurm/__main__.py",
+    "experiments/__main__.py",
     "tests/house/test_house.py",
 }
 

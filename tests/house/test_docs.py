@@ -155,6 +155,22 @@ RUN_ELSEWHERE = {
         "tests/data_prep/test_import_megatron.py",
         'run("import-megatron"',
     ),
+    **{
+        f"python -m experiments {words}": (f"tests/experiments/{file}", evidence)
+        for words, file, evidence in (
+            ("run parity --jobs 2", "grids.py", '["run", "parity"'),
+            ("run mqar --jobs 2", "grids.py", '["run", "mqar"'),
+            ("run parallel", "grids.py", '["run", "parallel"'),
+            ("run generation", "grids.py", '["run", "generation"'),
+            ("report parity", "test_definitions.py", '["report", "parity"'),
+            (
+                "slurm parity --size paper --site site.yaml > parity.sbatch",
+                "test_definitions.py",
+                '["slurm", "parity", "--size"',
+            ),
+            ("cell parity --number 0", "grids.py", '["cell", "parity", "--number", "0"'),
+        )
+    },
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),

@@ -160,7 +160,8 @@ def test_no_machine_of_ours_is_named():
 
 def test_console_scripts_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert set(scripts) == {"xlstm-data", "xlstm-pretrain", "xlstm-convert", "xlstm-slurm"}
+    names = ("data", "pretrain", "convert", "slurm", "experiments")
+    assert set(scripts) == {f"xlstm-{name}" for name in names}
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), target
