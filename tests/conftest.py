@@ -59,6 +59,11 @@ def pytest_addoption(parser):
         help="tests/dist/test_layouts_end_to_end.py: every layout of the matrix, not a sample",
     )
     parser.addoption(
+        "--many-ranks",
+        action="store_true",
+        help="tests/dist/test_many_ranks.py: layouts of 16 processes, and 300 steps",
+    )
+    parser.addoption(
         "--budget", action="store_true", help="print the minutes per folder beside what is planned"
     )
 

@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "ssm_state_dim": 16,
         **SMOOTH,
     },
+    "deep": {"pattern": "MsMmMsMm", "hidden_size": 64, "num_heads": 4, **SMOOTH},
     "hybrid": {
         "pattern": "M*",
         "hidden_size": 64,
