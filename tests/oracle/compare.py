@@ -99,9 +99,7 @@ def call(python: str, *words: str | Path) -> None:
         raise RuntimeError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
 
 
-def train_both(
-    shards: Path, work: Path, steps: int, size: dict[str, int], python: str = sys.executable
-) -> Losses:
+def train_both(shards: Path, work: Path, steps: int, size: dict[str, int], python: str) -> Losses:
     """Train both and read what they wrote."""
     save_model(work / "hf", size)
     run = run_file(work, shards, steps, size)
@@ -114,14 +112,8 @@ def train_both(
     records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").open()]
     oracle = json.loads((work / "oracle.json").read_text())
     ours = [record["loss"] for record in records if "loss" in record]
-    return Losses(
-        ours,
-        oracle["train"],
-        (
-            next(record["valid_loss"] for record in reversed(records) if "valid_loss" in record),
-            oracle["valid"],
-        ),
-    )
+    (valid,) = [record["valid_loss"] for record in records if "valid_loss" in record]
+    return Losses(ours, oracle["train"], (valid, oracle["valid"]))
 
 
 def draw(losses: Losses, path: Path) -> None:
@@ -141,8 +133,8 @@ def draw(losses: Losses, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Train both as the command line says."""
+def main(words: list[str] | None = None, python: str = sys.executable) -> Losses:
+    """Train both as the command line says, and print how far they part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shards", type=Path)
     parser.add_argument("--work", type=Path, required=True)
@@ -150,17 +142,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     for name, default in (("hidden", 256), ("heads", 4), ("blocks", 3), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     manifest = json.loads((asked.shards / "manifest.json").read_text())
     size = {name: getattr(asked, name) for name in ("hidden", "heads", "blocks", "batch")}
     size["vocab"] = manifest["tokenizer"]["vocab_size"]
     asked.work.mkdir(parents=True)
-    losses = train_both(asked.shards.resolve(), asked.work.resolve(), asked.steps, size)
+    losses = train_both(asked.shards.resolve(), asked.work.resolve(), asked.steps, size, python)
     if asked.figure:
         draw(losses, asked.figure)
     print(f"largest difference of the first 100 steps: {max(losses.differences()[:100]):.1e}")
     print(f"largest difference of the means over {WINDOW} steps: {max(losses.windows()):.1e}")
     print(f"validation: {losses.valid[0]:.5f} here, {losses.valid[1]:.5f} there")
+    return losses
 
 
 if __name__ == "__main__":

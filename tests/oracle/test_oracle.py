@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
-from tests.oracle import train
-from tests.oracle.compare import train_both
+from tests.oracle import compare, train
 from xlstm_io.shards.manifest import load_manifest
 
-SIZE = {"hidden": 32, "heads": 2, "blocks": 2, "batch": 8, "vocab": 330}
-STEPS = 20
+SIZE = "--steps 20 --hidden 32 --heads 2 --blocks 2 --batch 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,10 @@ def shards(tmp_path_factory):
 
 def test_losses_are_those_of_plain_torch(shards, tmp_path, warm_python):
     """Tensor parallel over two processes beside one: weights, order, clipping, decay, schedule."""
-    losses = train_both(shards, tmp_path, STEPS, SIZE, str(warm_python.executable))
-    assert len(losses.ours) == STEPS and losses.ours[-1] < losses.ours[0] - 0.5
+    words = [str(shards), "--work", str(tmp_path / "work"), "--figure", str(tmp_path / "both.png")]
+    losses = compare.main([*words, *SIZE], str(warm_python.executable))
+    assert (tmp_path / "both.png").stat().st_size
+    assert len(losses.ours) == 20 and losses.ours[-1] < losses.ours[0] - 0.5
     assert max(losses.differences()) < 1e-5
     assert abs(losses.valid[0] - losses.valid[1]) < 1e-5
 
