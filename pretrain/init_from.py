@@ -52,15 +52,9 @@ def start_from(config: RunConfig, data: DataPlan, engine: Engine, ranks: Ranks) 
         CheckpointError: there is no such checkpoint, it is of another model or tokenizer, or it
             has no optimizer state where that is asked for.
     """
-    wanted = config.run.init_from
-    assert wanted is not None
-
-    def find() -> tuple[Location, Manifest, list[Change]]:
-        path = resolve(wanted)
-        saved = parse_manifest(path)
-        return path, saved, _check(config, data, path, saved)
-
-    path, saved, changes = ranks.first(f"reading run.init_from={wanted}", find)
+    path, saved, changes = ranks.first(
+        f"reading run.init_from={config.run.init_from}", lambda: find_origin(config, data)
+    )
     with_optimizer = config.run.init_optimizer
     updates = int(saved.state.get("updates", 0)) if with_optimizer else 0
     engine.load_sharded_state(
@@ -69,8 +63,30 @@ def start_from(config: RunConfig, data: DataPlan, engine: Engine, ranks: Ranks) 
         ),
         updates,
     )
-    state = "with its optimizer state" if with_optimizer else "without its optimizer state"
-    return Origin(updates, changes, [f"starting from the weights of {path}, {state}"])
+    return Origin(updates, changes, [f"starting from {described(config, path)}"])
+
+
+def find_origin(config: RunConfig, data: DataPlan) -> tuple[Location, Manifest, list[Change]]:
+    """The checkpoint that `run.init_from` names, its manifest, and what differs from it.
+
+    Args:
+        config: the run.
+        data: the order of its data.
+
+    Raises:
+        CheckpointError: see `start_from`.
+    """
+    wanted = config.run.init_from
+    assert wanted is not None
+    path = resolve(wanted)
+    saved = parse_manifest(path)
+    return path, saved, _check(config, data, path, saved)
+
+
+def described(config: RunConfig, path: Location) -> str:
+    """What a run takes from a checkpoint, as the end of a sentence."""
+    state = "with" if config.run.init_optimizer else "without"
+    return f"the weights of {path}, {state} its optimizer state"
 
 
 def _check(config: RunConfig, data: DataPlan, path: Location, saved: Manifest) -> list[Change]:

@@ -12,9 +12,11 @@ from pretrain.config import RunConfig
 from pretrain.config.checks import check_vocabulary
 from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
 from pretrain.data.tokenizer_files import tokenizer_files
+from pretrain.init_from import described, find_origin
 from pretrain.resume import check_is_same_run, curve_of
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
+from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import CheckpointError, ConfigError, UserError
 from xlstm_io.storage import Location, location
 from xlstm_io.terminal import counted
@@ -109,7 +111,8 @@ def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
         passed = [f"{'':<18}passed over: {problem}" for problem in broken]
         if newest is None:
             check_nothing_is_lost(Path(config.run.dir), folder)
-            return [f"{'starts':<18}at step 0; {folder} holds no complete checkpoint", *passed]
+            start = f"{'starts':<18}at step 0; {folder} holds no complete checkpoint"
+            return [start, *passed, *_init_from(config, plan)]
         saved = read_manifest(newest)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
@@ -121,6 +124,19 @@ def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
         *passed,
         *changed,
         *(f"{'':<18}{note}" for note in notes),
+    ]
+
+
+def _init_from(config: RunConfig, plan: DataPlan) -> list[str]:
+    """The weights that the run would start from, opened, and what differs from their run."""
+    if config.run.init_from is None:
+        return []
+    path, _, changes = find_origin(config, plan)
+    with CheckpointReader(path):  # compares what the manifest says with the files
+        pass
+    return [
+        f"{'':<18}from {described(config, path)}",
+        *(f"{'':<18}other than there: {change}" for change in changes),
     ]
 
 

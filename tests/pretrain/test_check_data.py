@@ -4,12 +4,15 @@ import re
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.synthetic_shards import write_shards
 from pretrain import cli
+from pretrain.checkpoint import TensorSlice, save_checkpoint
 from pretrain.commands import check_data
-from pretrain.config import load_config
+from pretrain.config import config_from_dict, load_config
+from pretrain.data import open_plan
 from tests.dist.training_runs import tiny_run
 
 
@@ -104,3 +107,27 @@ def test_how_many_checkpoints_lie_there_at_once(tmp_path, shards):
     assert kept() == 3, "two, and one half written"
     assert kept(checkpoint__keep=99) == 12, "no more than are saved"
     assert kept(checkpoint__keep_best=2, checkpoint__keep_every=8) == 2 + 2 + 3 + 1
+
+
+def test_the_weights_that_a_run_would_start_from_are_opened(check, shards, tmp_path):
+    config = config_from_dict(tiny_run(tmp_path / "first", shards))
+    plan = open_plan(config.data, config.run.seed)
+    state = {"tokenizer": {"sha256": plan.manifest.tokenizer_sha256}}
+    part = TensorSlice("w", (2,), (0,), torch.ones(2))
+    saved = config.model_dump(mode="json")
+    first = save_checkpoint(tmp_path / "first", [part], state, saved, step=7)
+    origin = {"run__init_from": str(tmp_path / "first")}
+    code, out, err = check(**origin)
+    assert code == 0, err
+    assert f"from the weights of {first}, without its optimizer state" in out
+    code, out, _ = check(**origin, model__norm_eps=1e-3)
+    assert code == 0 and "other than there: model.norm_eps" in out
+    code, _, err = check(**origin, model__hidden_size=64)
+    assert code == 2 and "hidden_size: checkpoint 32, run 64" in err
+    code, _, err = check(**origin, run__init_optimizer=True)
+    assert code == 2 and "has no optimizer state; set it to false" in err
+    (first / "metadata.json").write_text("{}")
+    code, _, err = check(**origin)
+    assert code == 2 and "metadata.json has 2 bytes" in err
+    code, _, err = check(run__init_from=str(tmp_path / "gone"))
+    assert code == 2 and "gone: no such folder" in err
