@@ -264,3 +264,70 @@ def test_an_imported_classic_model_has_its_logits(groups, tmp_path, backend):
             ).contiguous()
     found = imported_logits(state, tmp_path / "x", tokens)
     assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """An export that `to-hf` compared while pip xlstm is installed, and logits by our model."""
+    from tests.xlstm_mcore.convert.small import REAL, make_weights, save, train_tokenizer
+    from xlstm_mcore.convert import cli
+    from xlstm_mcore.convert.tokenizer import corpus
+    from xlstm_mcore.inference import model_logits, open_model
+
+    root = tmp_path_factory.mktemp("export")
+    checkpoint = save(root, make_weights(), train_tokenizer(root / "tokenizer.model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "TEXTS", 100)
+        assert cli.main(["to-hf", str(root), str(root / "hf")]) == 0
+    tokens = torch.randint(REAL, (2, 64), generator=torch.Generator().manual_seed(0))
+    return root / "hf", tokens, model_logits(open_model(checkpoint), tokens)[..., :REAL]
+
+
+def close(found, wanted):
+    """The limit of `verify`: 1e-4 at a largest logit of 5."""
+    return (found - wanted).abs().max() < 1e-4 * wanted.abs().max() / 5
+
+
+def test_transformers_with_pip_xlstm_installed_has_the_logits_of_an_export(groups, export):
+    from transformers import AutoModelForCausalLM
+    from transformers.models.xlstm import modeling_xlstm
+
+    assert modeling_xlstm.is_xlstm_available(), "it would not compute with pip xlstm"
+    folder, tokens, wanted = export
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(model(tokens, use_cache=False).logits, wanted)
+
+
+def test_pip_xlstm_has_the_logits_of_an_export(groups, export):
+    """Its class takes the weights as they are, but for one name."""
+    import json
+
+    from safetensors.torch import load_file
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+    folder, tokens, wanted = export
+    config = json.loads((folder / "config.json").read_text())
+    peer = xLSTMLarge(
+        xLSTMLargeConfig(
+            embedding_dim=config["hidden_size"],
+            num_heads=config["num_heads"],
+            num_blocks=config["num_hidden_layers"],
+            vocab_size=config["vocab_size"],
+            norm_eps=config["norm_eps"],
+            ffn_proj_factor=config["ffn_proj_factor"],
+            return_last_states=True,
+            mode="train",
+            chunkwise_kernel="chunkwise--native_autograd",
+            sequence_kernel="native_sequence__native",
+            step_kernel="native",
+            chunk_size=16,
+            autocast_kernel_dtype="float32",
+        )
+    )
+    weights = load_file(folder / "model.safetensors")
+    weights["embedding.weight"] = weights.pop("backbone.embeddings.weight")
+    peer.load_state_dict(weights)
+    with torch.no_grad():
+        found = peer(tokens)
+    assert close(found[0] if isinstance(found, tuple) else found, wanted)
