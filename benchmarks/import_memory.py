@@ -5,7 +5,9 @@
 
 It writes a Hugging Face folder, imports it in a process of its own, and compares every tensor bit
 by bit. What is printed is that process's peak of resident memory, beside that of one which only
-starts. With the widths of the 7B and two layers the folder has 3.3 GB, and so has the checkpoint.
+starts. The process may take `LIMIT` bytes of address space beyond those of its start, so an import
+that needs more fails. With the widths of the 7B and two layers the folder has 3.3 GB, and so has
+the checkpoint.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from xlstm_mcore.convert.families import native_xlstm
 from xlstm_mcore.convert.tables import rows
 from xlstm_mcore.settings import ModelConfig
 
+LIMIT = 2 << 30
 CONVERT = "--convert"  # what follows is a command of the conversion, for the measured process
 
 
@@ -63,6 +66,9 @@ def check_equal(folder: Path, run: Path, model: ModelConfig) -> None:
 def main() -> None:
     """Parse the command line, measure, print."""
     if sys.argv[1:2] == [CONVERT]:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + LIMIT, now + LIMIT))
         code = convert(sys.argv[2:])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)  # KiB
         sys.exit(code)
@@ -92,6 +98,7 @@ def main() -> None:
     print(f"weights           {size:9.0f} MiB, every tensor equal after the import")
     print(f"largest tensor    {largest:9.0f} MiB")
     print(f"peak of an import {peak:9.0f} MiB, of which {start:.0f} MiB are there at its start")
+    print(f"limit             {LIMIT / 2**20:9.0f} MiB of address space beyond those of its start")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ RUN_ELSEWHERE = {
             "tests/xlstm_mcore/test_benchmarks.py",
             f'run("benchmarks.{name}"',
         )
-        for name in ("train_step_cpu", "parity")
+        for name in ("train_step_cpu", "parity", "import_memory", "generation")
     },
     "python -m pretrain plan my.yaml --gpus 128 --gpu h100 --write planned.yaml": (
         "tests/pretrain/planning/cases.py",

@@ -48,3 +48,13 @@ def test_memory_of_an_import(run):
     done = run("benchmarks.import_memory", "--hidden", 128, "--layers", 1, "--vocab", 100)
     assert done.returncode == 0, done.stderr
     assert "every tensor equal" in done.stdout
+
+
+def test_generation_beside_transformers(run, tmp_path):
+    small = ["--hidden", 128, "--layers", 1, "--vocab", 96, "--batches", 1, 3]
+    short = ["--prompt", 70, "--tokens", 5, "--rounds", 1, "--threads", 1]
+    done = run("benchmarks.generation", *small, *short, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [result["equal"]["tokens"] for result in results.values()] == [1, 1]
+    assert "x as fast (goal of the second 1.3x" in done.stdout
