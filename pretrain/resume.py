@@ -226,6 +226,12 @@ def check_is_same_run(
             f"{path} is an import, from which a run starts and does not continue; set "
             f"run.init_from={path.parent.parent} and another run.dir"
         )
+    if saved.state.get("step", saved.step) != saved.step:
+        raise CheckpointDamagedError(
+            f"{path}: state.step={saved.state['step']} is not the step {saved.step} of its manifest"
+        )
+    if "cursor" not in saved.state:
+        raise CheckpointDamagedError(f"{path} does not say how much data its run has consumed")
     consumed = DataCursor.from_dict(saved.state["cursor"]).consumed_samples
     now: dict[str, Any] = {
         **config.model_dump(mode="json"),
@@ -252,7 +258,9 @@ def curve_of(config: RunConfig, saved: Manifest, changes: list[Change]) -> tuple
     steps = config.run.steps
     if any(name.startswith("schedule.") for name in changed):
         return Curve(steps), ["the section schedule has changed: its curve is computed anew"]
-    before = int(saved.config.get("run", {}).get("steps", steps))
+    before = saved.config.get("run", {}).get("steps", steps)
+    if type(before) is not int or before < 1:
+        raise CheckpointDamagedError(f"step {saved.step}: its config says run.steps={before!r}")
     # Checkpoints of version 0.1 do not know of curves; no run of that version had a turn in it.
     known = saved.state.get("curve")
     curve = Curve(before) if known is None else Curve.from_dict(known)

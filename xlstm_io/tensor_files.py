@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 
-from xlstm_io.checkpoint.manifest import TensorInfo, parse_sizes
+from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, bytes_of
+from xlstm_io.checkpoint.schema import parse_sizes
 from xlstm_io.errors import UserError
+from xlstm_io.json_file import parse_json
 from xlstm_io.storage import (
     Location,
     RangeReader,
@@ -128,12 +130,12 @@ def read_json_file(path: Location) -> dict[str, Any]:
         TensorFileError: the file cannot be read, is too large, or holds something else.
     """
     try:
-        value = json.loads(read_file(path, JSON_BYTES, links=True))
+        value = parse_json(read_file(path, JSON_BYTES, links=True))
     except FileNotFoundError as error:
         raise TensorFileError(f"{path}: no such file") from error
     except OSError as error:
         raise TensorFileError(str(error)) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TensorFileError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TensorFileError(f"{path} does not hold a JSON object")
@@ -229,7 +231,7 @@ def _header(file: Location, ranges: RangeReader) -> dict[str, tuple[TensorInfo, 
             )
         text = bytearray(header_bytes)
         ranges.read_into(file, 8, memoryview(text))
-        header = json.loads(bytes(text))
+        header = parse_json(bytes(text))
         header.pop("__metadata__", None)
         found, data = {}, size - 8 - header_bytes
         for name, entry in header.items():

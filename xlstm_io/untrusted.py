@@ -23,8 +23,8 @@ class Limits:
     """The most bytes of each kind of file that is read whole; docs/security.md has the table.
 
     Attributes:
-        checkpoint_json: `manifest.json` and `metadata.json` of a checkpoint; a thousand times what
-            a 7B model needs.
+        checkpoint_json: `manifest.json` and `metadata.json` of a checkpoint; hundreds of times
+            what a 7B model needs.
         shard_manifest: `manifest.json` of a shard folder; about 400 bytes for each shard.
         shard_index: `.idx.npz` of one shard; 56 bytes for each MiB of it.
         shard_block: one member of a shard's tar; a block has about 1 MiB.
@@ -35,7 +35,7 @@ class Limits:
         json_values: values of one JSON file (not bytes), so a manifest of 700,000 shards.
     """
 
-    checkpoint_json: int = 1 << 30
+    checkpoint_json: int = 1 << 28
     shard_manifest: int = 1 << 28
     shard_index: int = 1 << 28
     shard_block: int = 1 << 28

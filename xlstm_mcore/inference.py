@@ -16,9 +16,9 @@ from xlstm_io.errors import CheckpointError
 from xlstm_io.storage import Location
 from xlstm_io.tokenizer.base import Tokenizer
 from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.checked_model import check_parameters, model_of
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
-from xlstm_mcore.old_keys import current_keys
 from xlstm_mcore.parameters.slices import named_slices
 
 
@@ -108,8 +108,8 @@ def open_model(path: Location | str, *, precision: str = "fp32") -> XLSTMModel:
     """
     groups = inference_groups()
     with CheckpointReader(resolve(path)) as reader:
-        section = current_keys(reader.manifest.config)["model"]
-        section = {**section, "pattern": section["pattern"].replace("|", "")}  # there is one stage
+        section = model_of(reader.manifest, reader.path)
+        check_parameters(section, reader.manifest, reader.path)
         config = make_config(section, precision=precision, layout={"tensor": groups.tp.size()})
         (model,) = build_model(config, groups, seed=0)
         for _, parameter, slices in named_slices(model):

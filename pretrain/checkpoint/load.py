@@ -4,9 +4,15 @@ from collections.abc import Sequence
 
 from pretrain.checkpoint.ranks import Ranks
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
-from xlstm_io.checkpoint.manifest import Manifest, name_broken, newest_first, parse_manifest
+from xlstm_io.checkpoint.manifest import (
+    Manifest,
+    is_unreadable,
+    name_broken,
+    newest_first,
+    parse_manifest,
+)
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
-from xlstm_io.errors import CheckpointError, UnfinishedError
+from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
 from xlstm_io.storage import Location
 
 
@@ -35,10 +41,15 @@ def load_checkpoint(
     """
 
     def read() -> None:
-        with CheckpointReader(path) as reader:
-            for part in slices:
-                if part.tensor.numel():
-                    reader.read_into(part)
+        try:
+            with CheckpointReader(path) as reader:
+                for part in slices:
+                    if part.tensor.numel():
+                        reader.read_into(part)
+        except OSError as error:
+            if is_unreadable(error):  # a bad sector, a file of another user: an older one may do
+                raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+            raise
         mine.append(reader.manifest)
 
     mine: list[Manifest] = []

@@ -9,7 +9,12 @@ from pathlib import Path
 from pretrain.checkpoint.ranks import RANK_TIMEOUT
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.lives import Lives
-from xlstm_io.checkpoint.manifest import MANIFEST_NAME, parse_manifest, step_folders
+from xlstm_io.checkpoint.manifest import (
+    MANIFEST_NAME,
+    is_unreadable,
+    parse_manifest,
+    step_folders,
+)
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
 
@@ -132,6 +137,13 @@ def apply_retention(
             except CheckpointDamagedError:
                 if not exists(path / MANIFEST_NAME):
                     attempts.append(path)
+            except CheckpointError:
+                # Another version of the format: it takes no place, and its program will read it.
+                continue
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
+                log.warning("%s cannot be read, and stays: %s", path, error)
         for old in to_delete(saved, retention, onset):
             # If the run went back to an earlier step, that is what it wants now.
             if old.path != just_saved:

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import zstandard
+from safetensors.torch import load_file
 
 from data_prep.build.state import STATE_NAME, load_state
 from data_prep.build_options import build_config
@@ -31,9 +33,11 @@ from slurm.site import load_site
 from slurm.state import Life, RunState, State
 from slurm.status import describe, lines
 from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer
+from tests.xlstm_mcore.convert.test_import import write_case
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.tokenizer import open_tokenizer
 from xlstm_io.tokenizer.symbols import SymbolsTokenizer
+from xlstm_mcore.convert.imports.plan import make_plan, open_hf
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/0.1.0"
@@ -209,6 +213,33 @@ def _megatron_documents(file: Path) -> None:
     deque(corpus.documents(0, len(corpus)), maxlen=0)
 
 
+def _model(name: str) -> Callable[[Path], Path]:
+    """A stranger's folder of a small model: with one file of weights, with several, or pickled."""
+
+    def make(folder: Path) -> Path:
+        write_case(folder / "theirs", "native")
+        weights = folder / "theirs/model.safetensors"
+        tensors = load_file(weights)
+        if name.endswith(".bin"):
+            weights.unlink()
+            torch.save(tensors, folder / "theirs" / name)
+        if name.endswith("index.json"):
+            weight_map = dict.fromkeys(tensors, "model.safetensors")
+            (folder / "theirs" / name).write_text(json.dumps({"weight_map": weight_map}))
+        return folder / "theirs" / name
+
+    return make
+
+
+def _import(file: Path) -> None:
+    foreign = open_hf(file.parent)
+    with foreign.tensors as tensors:
+        plan = make_plan(foreign)
+        plan.check()
+        for row in plan.rows:
+            tensors.read(row.theirs)
+
+
 READERS = [
     Reader("JSON lines", _file("a.jsonl", _lines), _documents()),
     Reader("gzip", _file("a.jsonl.gz", lambda: gzip.compress(_lines())), _documents()),
@@ -266,6 +297,15 @@ READERS = [
         lambda file: load_site(str(file)),
     ),
     Reader("slurm: state.json", _slurm_state, _story),
+    *(
+        Reader(f"Hugging Face: {name}", _model(name), _import)
+        for name in (
+            "config.json",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+        )
+    ),
     *(
         Reader(f"checkpoint: {name}", _copy_of(f"run/checkpoints/{step.name}", name), _tensors)
         for step in (GOLDEN / "run/checkpoints").glob("step-*")

@@ -150,6 +150,7 @@ def test_a_json_file_over_its_limit_is_not_read(tmp_path):
 def test_the_page_states_the_limits_as_they_are():
     page = (Path(__file__).parents[2] / "docs/security.md").read_text()
     stated = {
+        "`manifest.json`, `metadata.json` of a checkpoint": LIMITS.checkpoint_json,
         "manifest of shards": LIMITS.shard_manifest,
         "index of a shard": LIMITS.shard_index,
         "block of a shard: tokens, or segments": LIMITS.shard_block,

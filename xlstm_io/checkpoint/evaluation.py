@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xlstm_io.checkpoint.manifest import Manifest, parse_manifest
+from xlstm_io.json_file import parse_json
 from xlstm_io.storage import Location, read_file, write_atomic
 
 EVALUATION_NAME = "evaluation.json"
@@ -70,7 +71,7 @@ def read_evaluation(path: Location, manifest: Manifest) -> Evaluation | None:
         OSError: the file system refuses.
     """
     try:
-        body = json.loads(read_file(path / EVALUATION_NAME, _LIMIT))
+        body = parse_json(read_file(path / EVALUATION_NAME, _LIMIT))
         if body["manifest"] != manifest.checksum or body["step"] != manifest.step:
             return None
         sets = {str(name): _from_json(loss) for name, loss in body["sets"].items()}
@@ -78,7 +79,7 @@ def read_evaluation(path: Location, manifest: Manifest) -> Evaluation | None:
     except FileNotFoundError:
         loss, step = manifest.state.get("valid_loss"), manifest.state.get("valid_step")
         return None if loss is None or step != manifest.step else Evaluation(step, float(loss))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -21,6 +21,7 @@ import json
 import re
 
 from xlstm_io.errors import CheckpointDamagedError
+from xlstm_io.json_file import parse_json
 from xlstm_io.storage import Location, files, is_folder, read_file, write_atomic
 
 LIVES_FOLDER = "lives"
@@ -93,13 +94,15 @@ class Lives:
         if life not in self._records:
             path = self._folder / f"{life:06d}.json"
             try:
-                read = json.loads(read_file(path, _LIMIT))
-                keys = [key for key in ("start_step", "skip_samples") if key in read]
-                self._records[life] = {"start_step": int(read["start_step"])} | {
-                    key: int(read[key]) for key in keys
+                read = parse_json(read_file(path, _LIMIT))
+                record = {"start_step": read["start_step"]} | {
+                    key: read[key] for key in ("skip_samples",) if key in read
                 }
+                if not all(type(v) is int and 0 <= v < 1 << 62 for v in record.values()):
+                    raise ValueError("not a number of steps or samples")
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointDamagedError(
                     f"{path} does not say where life {life} began"
                 ) from error
+            self._records[life] = record
         return self._records[life]

@@ -23,9 +23,9 @@ This module needs neither the trainer nor torch.distributed, so that conversion 
 checkpoint work in one plain process. `pretrain.checkpoint` writes checkpoints.
 """
 
+import errno
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +37,12 @@ import xxhash
 
 from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
+from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
+from xlstm_io.json_file import checked, parse_json
 from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
 from xlstm_io.storage import subfolders as list_subfolders
+from xlstm_io.terminal import shortened
 from xlstm_io.untrusted import LIMITS, check_name
 
 FORMAT = "xlstm-pretrain checkpoint"
@@ -49,6 +52,7 @@ METADATA_NAME = "metadata.json"
 #: The folder of a run that holds its checkpoints.
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_PREFIX = "optimizer."
+_REMEDY = "use another copy of this checkpoint, or another checkpoint"
 _STEP_FOLDER = re.compile(r"step-(\d{8,18})-[\w.]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -72,8 +76,8 @@ class Manifest:
         created: When it was written, in seconds since 1970.
         files: Every other file of the checkpoint, by name.
         tensors: The global tensors, by name.
-        state: The training state, as JSON that only the trainer interprets.
-        config: The run's configuration, likewise.
+        state: The training state, as JSON with the values of `xlstm_io.checkpoint.schema.State`.
+        config: The run's configuration, as JSON that `pretrain.config` checks.
         versions: Versions of the programs that wrote it, by name.
         checksum: xxh3-64 of the manifest; see `manifest_checksum`.
     """
@@ -135,8 +139,8 @@ def read_manifest(path: Location | str, *, check_files: bool = True) -> Manifest
 def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifest:
     """`read_manifest` that leaves an OSError as it is.
 
-    A checkpoint that cannot be read just now is not a damaged one, so a search for the newest
-    sound checkpoint must end there and not pass it over.
+    A checkpoint that cannot be read just now is not a damaged one. Where storage does not answer, a
+    search for the newest sound checkpoint must end and not pass it over.
     """
     path = location(path)
     file = path / MANIFEST_NAME
@@ -148,29 +152,29 @@ def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifes
         raise CheckpointDamagedError(f"{file} is not the manifest of a checkpoint")
     if body.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format version {body.get('format_version')}, this program reads "
-            f"version {FORMAT_VERSION}; use the version of the program that wrote it"
+            f"{path}: checkpoint format version {shortened(body.get('format_version'))}, this "
+            f"program reads version {FORMAT_VERSION}; use the version of the program that wrote it"
         )
     try:
-        if body.get("complete") is not True or body.get("checksum") != manifest_checksum(body):
-            raise CheckpointDamagedError(f"{file} is incomplete or was altered")
-        manifest = Manifest(
-            step=int(body["step"]),
-            created=float(body["created"]),
-            files={n: WrittenFile(int(f["size"]), f["xxh3"]) for n, f in body["files"].items()},
-            tensors={
-                name: TensorInfo(parse_sizes(entry["shape"]), DTYPES[entry["dtype"]])
-                for name, entry in body["tensors"].items()
-            },
-            state=dict(body["state"]),
-            config=dict(body["config"]),
-            versions=dict(body["versions"]),
-            checksum=body["checksum"],
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointDamagedError(f"{file} is malformed: {error!r}") from error
+        whole = body.get("complete") is True and body.get("checksum") == manifest_checksum(body)
+    except RecursionError:
+        whole = False
+    if not whole:
+        raise CheckpointDamagedError(f"{file} is incomplete or was altered")
+    said = checked(ManifestBody, body, named_in=file, remedy=_REMEDY, error=CheckpointDamagedError)
+    manifest = Manifest(
+        step=said.step,
+        created=said.created,
+        files={name: WrittenFile(entry.size, entry.xxh3) for name, entry in said.files.items()},
+        tensors={
+            name: TensorInfo(tuple(entry.shape), DTYPES[entry.dtype])
+            for name, entry in said.tensors.items()
+        },
+        state=body["state"],
+        config=said.config,
+        versions=said.versions,
+        checksum=said.checksum,
+    )
     for name in manifest.files:
         check_name(name, named_in=file, error=CheckpointDamagedError)
         if not _FILE_NAME.fullmatch(name):  # stricter: a checkpoint has no folders in it
@@ -207,9 +211,9 @@ def verify_hashes(path: Location | str, manifest: Manifest) -> None:
 def read_json(path: Location) -> Any:
     """Parse a JSON file; OSError if it cannot be read, CheckpointDamagedError if it is not JSON."""
     try:
-        return json.loads(read_file(path, LIMITS.checkpoint_json))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{path} is not JSON: {error}") from error
+        return parse_json(read_file(path, LIMITS.checkpoint_json))
+    except ValueError as error:
+        raise CheckpointDamagedError(f"{path} is not JSON: {error}") from None
 
 
 def checkpoints_folder(root: Location | str) -> Location:
@@ -229,7 +233,11 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
 
     Newest is the highest step, and among attempts at the same step the last one written. What is
     wrong with those that are passed over is appended to `broken`. A checkpoint of a life of the run
-    that had been superseded is passed over like a broken one; see `xlstm_io.checkpoint.lives`.
+    that had been superseded is passed over like a broken one; see `xlstm_io.checkpoint.lives`. So
+    is one that only this process cannot read: a run that goes on from an older one supersedes it.
+
+    Raises:
+        OSError: the folder cannot be read, or its storage does not answer.
     """
     lives = Lives(checkpoints_folder(root))
     steps: dict[int, list[Location]] = {}
@@ -251,9 +259,18 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
                     )
             except CheckpointError as error:
                 broken.append(error)
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
+                broken.append(CheckpointError(f"{path} cannot be read: {error}"))
             else:
                 found.append((manifest.created, path))
         yield from (path for _, path in sorted(found, reverse=True))
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether one file cannot be read, as opposed to storage that does not answer."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP)
 
 
 def find_latest(root: Location | str, *, verify: bool = False) -> Location | None:
@@ -312,18 +329,3 @@ def _resolve(path: Location) -> Location:
         return latest
     reason = "; ".join(map(str, broken)) or f"it has no finished {step_folder_name(0, '<attempt>')}"
     raise CheckpointError(f"{path} holds no complete checkpoint: {reason}")
-
-
-def parse_sizes(values: Any) -> tuple[int, ...]:
-    """A shape or offset from JSON.
-
-    Raises:
-        ValueError: It is not a list of at most eight sizes.
-    """
-    if not isinstance(values, list) or len(values) > 8:
-        raise ValueError(f"{values!r} is not a shape")
-    if not all(type(v) is int and 0 <= v < 1 << 48 for v in values):
-        raise ValueError(f"{values!r} is not a shape")
-    if math.prod(values) >= 1 << 62:
-        raise ValueError(f"{values!r} is not a shape")
-    return tuple(values)

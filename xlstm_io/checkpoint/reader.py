@@ -24,14 +24,15 @@ from xlstm_io.checkpoint.manifest import (
     Manifest,
     TensorInfo,
     is_weight,
-    parse_sizes,
     read_json,
     read_manifest,
     resolve,
 )
 from xlstm_io.checkpoint.safetensors_stream import bytes_of, hash_file, view_as
+from xlstm_io.checkpoint.schema import parse_sizes
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, RangeReader, location
+from xlstm_io.terminal import shortened
 
 __all__ = [
     "STORED_SLICE_BYTES",
@@ -249,8 +250,10 @@ class CheckpointReader:
             for name, info in self.manifest.tensors.items():
                 stored[name] = []
                 for offset, shape, where, begin, xxh3 in body["tensors"][name]:
+                    if type(begin) is not int:
+                        raise ValueError(f"{name}: {begin!r} is not a place in a file")
                     part = StoredSlice(
-                        parse_sizes(offset), parse_sizes(shape), where, int(begin), str(xxh3)
+                        parse_sizes(offset), parse_sizes(shape), where, begin, str(xxh3)
                     )
                     size = math.prod(part.shape) * info.dtype.itemsize
                     # No byte counts twice, so that a small file cannot claim a huge tensor.
@@ -263,7 +266,7 @@ class CheckpointReader:
                 check_exact_cover(name, info.shape, [(p.offset, p.shape, 0) for p in stored[name]])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointDamagedError(
-                f"{file} does not describe the tensors: {error}"
+                f"{file} does not describe the tensors: {shortened(str(error))}"
             ) from error
         return stored
 

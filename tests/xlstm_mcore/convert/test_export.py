@@ -101,8 +101,8 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(exported, tmp_path, 
     weights, checkpoint, _ = exported
     out = tmp_path / "out"
     for changes, words in (
-        ({"hidden_size": "wide"}, "model.hidden_size must be a whole number"),
-        ({"norm_eps": -1.0}, "model.norm_eps must be greater than 0"),
+        ({"hidden_size": "wide"}, "model.hidden_size=wide must be a whole number"),
+        ({"norm_eps": -1.0}, "model.norm_eps=-1.0 must be greater than 0"),
         ({"hidden_size": 64}, "[700, 128], its config makes [700, 64]"),
         ({"pattern": "M"}, "no place for: ['decoder.layers.1."),
         ({"pattern": "MMM"}, "does not hold the tensor decoder.layers.2."),

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pydantic import ValidationError
 from transformers import GenerationConfig
 
 import xlstm_mcore.hf
 from xlstm_io.checkpoint.manifest import is_weight, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.tokenizer import tokenizer_of
-from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.storage import Location, location
 from xlstm_io.tokenizer import Tokenizer
 from xlstm_io.tokenizer.symbols import SymbolsTokenizer
+from xlstm_mcore.checked_model import model_of
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.card import NO_BOS, model_card
 from xlstm_mcore.convert.export.folder import MARKER, building, check_replaceable, put_files
@@ -31,7 +30,6 @@ from xlstm_mcore.convert.export.weights import INDEX, Plan, plan_files, write_we
 from xlstm_mcore.convert.families import choose, custom
 from xlstm_mcore.convert.tables import Row, rows
 from xlstm_mcore.convert.tokenizer.write import write_tokenizer
-from xlstm_mcore.old_keys import current_keys
 from xlstm_mcore.settings import ModelConfig
 
 #: Largest file of weights; a larger model is written into several.
@@ -92,7 +90,7 @@ def export(
     out = out.absolute() if isinstance(out, Path) else out
     check_replaceable(out)
     with CheckpointReader(resolve(checkpoint)) as reader:
-        model = model_of(reader)
+        model = model_of(reader.manifest, reader.path)
         chosen = choose(model, family)
         found = _find_tokenizer(reader.path, tokenizer, model.vocab_size)
         vocab = model.vocab_size if keep_padding else found.vocab_size
@@ -108,24 +106,6 @@ def export(
             written = {*plan.files, INDEX} if len(plan.files) > 1 else set(plan.files)
             put_files(Path(small), folder, keep=written)
     return Export(out, chosen.NAME, plan, parameters, padding, tuple(notes))
-
-
-def model_of(reader: CheckpointReader) -> ModelConfig:
-    """The model of a checkpoint, with today's keys and without pipeline cuts.
-
-    Raises:
-        ConvertError: Its configuration has no readable model section.
-    """
-    section = current_keys(reader.manifest.config).get("model")
-    if not isinstance(section, dict):
-        raise ConvertError(f"{reader.path}: its config has no model section")
-    try:
-        model = ModelConfig.model_validate(section)
-        return model.model_copy(update={"pattern": model.pattern.replace("|", "")})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = key_of(first["loc"])
-        raise ConvertError(f"{reader.path}: model.{key} {rule_of(first)}") from error
 
 
 def check_tensors(reader: CheckpointReader, family: ModuleType, model: ModelConfig) -> list[Row]:

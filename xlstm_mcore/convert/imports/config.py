@@ -5,13 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from xlstm_mcore.checked_model import LARGEST
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.tables import Shape
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import round_up
-
-LARGEST = 1 << 31
-"""Sizes above this are nonsense, whatever a file says."""
 
 
 class ForeignConfig:

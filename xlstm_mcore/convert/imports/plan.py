@@ -11,20 +11,18 @@ from typing import Any
 
 import torch
 import xxhash
-from pydantic import ValidationError
 
 from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
 from xlstm_io.storage import Location
 from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.yaml_file import YAMLTextError, parse_yaml
+from xlstm_mcore.checked_model import LARGEST, checked_model
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.families import FAMILIES, nxai_classic, nxai_large
-from xlstm_mcore.convert.imports.config import LARGEST, ForeignConfig
-from xlstm_mcore.convert.tables import Row, rows, sizes_of
-from xlstm_mcore.pattern import PatternError, parse_pattern
+from xlstm_mcore.convert.imports.config import ForeignConfig
+from xlstm_mcore.convert.tables import Row, rows
 from xlstm_mcore.settings import ModelConfig
-from xlstm_mcore.sizes.dimensions import dimensions
 from xlstm_mcore.sizes.parameters import count_parameters
 
 CONFIG_NAME = "config.json"
@@ -209,7 +207,7 @@ def make_plan(
         section["tie_embeddings"] = len(hashes) == 1
         if section["tie_embeddings"]:
             del found[table.head]  # the same matrix a second time
-    model = _validated(section, config, len(found))
+    model = checked_model(section, tensors=len(found), source=config.source, error=ConvertError)
     have = tuple(rows(table, model))
     left_over = sorted(set(found) - {row.theirs for row in have})
     vocab = model.vocab_size if vocab_size is None else vocab_size
@@ -223,34 +221,6 @@ def make_plan(
     else:
         padded = model
     return Plan(family.NAME, padded, have, found, tuple(left_over), vocab - model.vocab_size)
-
-
-def _validated(section: Mapping[str, Any], config: ForeignConfig, tensors: int) -> ModelConfig:
-    """The model of a section, if it is one that so many tensors can hold."""
-    pattern = section["pattern"]
-    if not isinstance(pattern, str) or len(pattern) > tensors:
-        raise ConvertError(f"{config.source}: the pattern has more layers than there are tensors")
-    try:
-        model = ModelConfig.model_validate(section)
-    except PatternError as error:
-        raise ConvertError(f"{config.source}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConvertError(
-            f"{config.source}: model.{where}={str(first['input'])[:60]}: {first['msg']}"
-        ) from error
-    largest = max(sizes_of(model).values())
-    if largest >= LARGEST:
-        raise ConvertError(f"{config.source}: a width of {largest} is not one of a model")
-    widths, letters = dimensions(model), set(parse_pattern(model.pattern).letters)
-    divided = {"M": (widths.qk, widths.v), "m": (widths.up,), "s": (model.hidden_size,), "*": ()}
-    for width in (width for letter in letters for width in divided[letter]):
-        if width % model.num_heads:
-            raise ConvertError(
-                f"{config.source}: {model.num_heads} heads do not divide a width of {width}"
-            )
-    return model
 
 
 def parse_changes(words: Iterable[str]) -> dict[str, Any]:

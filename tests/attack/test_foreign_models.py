@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.xlstm_mcore.convert.test_import import write_case
 from xlstm_mcore.convert import cli
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -142,13 +142,13 @@ def test_the_cache_of_the_hub_has_links_to_its_blobs(folder, tmp_path):
     [
         ({"model_type": "bert"}, "model_type='bert' cannot be imported; xlstm, llama"),
         ({"model_type": ["xlstm"]}, "cannot be imported"),
-        ({"num_heads": float("nan")}, "num_heads=nan must be a positive whole number"),
+        ({"num_heads": float("nan")}, "NaN is not a number of JSON"),
         ({"num_heads": -4}, "num_heads=-4 must be"),
         ({"num_heads": 1e300}, "must be a positive whole number"),
         ({"num_heads": 10**30}, "must be a positive whole number"),
         ({"num_heads": True}, "num_heads=True must be"),
         ({"num_heads": 5}, "heads do not divide"),
-        ({"norm_eps": float("inf")}, "norm_eps=inf must be a positive number"),
+        ({"norm_eps": float("inf")}, "Infinity is not a number of JSON"),
         ({"gate_soft_cap": "15"}, "gate_soft_cap='15' must be"),
         ({"hidden_size": 10**9}, "says hidden size 1000000000"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers, the tensors have 64 and 2"),
