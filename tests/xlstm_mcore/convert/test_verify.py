@@ -1,6 +1,7 @@
 """`verify` accepts an export of a checkpoint, and names what differs in another one."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.xlstm_mcore.convert.small import refused
 from xlstm_mcore.convert import cli
+from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.proof import verify
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -21,7 +23,7 @@ def test_verify_accepts_an_export_and_refuses_other_weights(exported, tmp_path, 
     assert report["passed"]
     results = {check["name"]: check["passed"] for check in report["checks"]}
     assert results.pop("padding") is None, "the class ignores the mask, so nothing is compared"
-    assert len(results) == 9 and all(results.values())
+    assert len(results) == 10 and all(results.values())
     other = shutil.copytree(folder, tmp_path / "other")
     stored = load_file(other / "model.safetensors")
     stored["backbone.blocks.1.mlstm_layer.igate_preact.bias"] += 0.5
@@ -55,10 +57,13 @@ def test_verify_notices_what_is_missing_or_changed(exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ({"xlstm_export.json": "{}"}, "is missing or damaged"),
-        ({"xlstm_export.json": '{"family": "bert", "dtype": "fp32"}'}, "is missing or damaged"),
+        ({"xlstm_export.json": "{}"}, "xlstm_export.json: family is missing; export the"),
+        ({"xlstm_export.json": '{"family": "bert"}'}, "family='bert' must be 'xlstm', 'llama'"),
+        ({"xlstm_export.json": "[" * 10_000}, "is not valid JSON"),
         ({"model.safetensors.index.json": '{"weight_map": {"a": "../x"}}'}, "outside its folder"),
-        ({"model.safetensors.index.json": '{"weight_map": 7}'}, "is damaged"),
+        ({"model.safetensors.index.json": '{"weight_map": 7}'}, "has no weight_map"),
+        ({"config.json": "[]"}, "does not hold a JSON object"),
+        ({"generation_config.json": "["}, "transformers cannot load"),
     ],
 )
 def test_a_damaged_export_is_one_message(exported, tmp_path, capsys, damage, words):
@@ -67,3 +72,41 @@ def test_a_damaged_export_is_one_message(exported, tmp_path, capsys, damage, wor
     for name, text in damage.items():
         (other / name).write_text(text)
     assert words in refused(capsys, "verify", checkpoint, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 1 << 20, "num_hidden_layers": 10**6},
+        {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}},
+    ],
+)
+def test_a_strangers_config_is_compared_before_anything_is_built(
+    exported, tmp_path, capsys, changes
+):
+    _, checkpoint, folder = exported
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "mine.py").write_text("raise SystemExit('it was run')")
+    config = json.loads((other / "config.json").read_text()) | changes
+    (other / "config.json").write_text(json.dumps(config))
+    assert cli.main(["verify", str(checkpoint), str(other)]) == 3
+    out = capsys.readouterr().out
+    assert "config: DIFFERENT; not the model's: " in out
+    assert "code: DIFFERENT" in out and "logits: not compared" in out
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(exported, tmp_path, capsys):
+    other = shutil.copytree(exported[2], tmp_path / "other")
+    (other / "generation_config.json").unlink()
+    os.mkfifo(other / "generation_config.json")
+    assert "is not a plain file" in refused(capsys, "verify", exported[1], other)
+
+
+def test_code_in_a_folder_is_never_run(exported, tmp_path):
+    folder = shutil.copytree(exported[2], tmp_path / "other")
+    (folder / "mine.py").write_text("raise SystemExit('it was run')")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConvertError, match="trust_remote_code stays off"):
+        verify.load_exported(folder)

@@ -4,18 +4,20 @@ A hook before a part's forward pass reads its weights, and one after it lets the
 of a model that is larger than the memory can be compared with those of another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
+from xlstm_io.tensor_files import TensorFiles
 from xlstm_mcore.build import make_config
+from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.inference import model_logits, single_process_groups
 from xlstm_mcore.model import XLSTMModel
 from xlstm_mcore.parameters.slices import named_slices, slices_of
@@ -74,16 +76,38 @@ def our_logits(
     return lambda tokens: model_logits(ours, tokens)
 
 
-def their_model(folder: Path, files: dict[str, Path]) -> PreTrainedModel:
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises over a stranger's folder into a ConvertError.
+
+    Code in a folder is never run: the classes of our own exports are registered.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a class of transformers may raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConvertError(
+            f"transformers cannot load {folder}: {first} (code in the folder is not run: "
+            "trust_remote_code stays off)"
+        ) from error
+
+
+def their_model(folder: Path, tensors: TensorFiles) -> PreTrainedModel:
     """The exported model by transformers, fp32, in evaluation mode.
 
     Args:
         folder: The export.
-        files: The file of weights that holds each tensor.
+        tensors: Its weights, which must stay open.
+
+    Raises:
+        ConvertError: transformers cannot load it.
     """
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with loading(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            ).eval()
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config))  # rotary positions, computed anew
@@ -93,10 +117,9 @@ def their_model(folder: Path, files: dict[str, Path]) -> PreTrainedModel:
         with torch.no_grad():
             for name, parameter in part.named_parameters():
                 key = f"{prefix}.{name}"
-                if key not in files and config.tie_word_embeddings:
+                if key not in tensors.infos and config.tie_word_embeddings:
                     key = embedding
-                with safe_open(files[key], framework="pt") as file:
-                    parameter.copy_(file.get_tensor(key))
+                parameter.copy_(tensors.read(key))
 
     names = {module: name for name, module in model.named_modules()}
     embedding = f"{names[model.get_input_embeddings()]}.weight"

@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Literal
 
 import torch
 import xxhash
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -22,17 +23,21 @@ import xlstm_mcore.hf
 from xlstm_io.checkpoint.manifest import resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
-from xlstm_io.storage import Location
+from xlstm_io.json_file import checked, read_json
+from xlstm_io.storage import Location, file_size
+from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME
-from xlstm_io.untrusted import inside
+from xlstm_io.untrusted import LIMITS
+from xlstm_mcore.checked_model import model_of
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.folder import MARKER
-from xlstm_mcore.convert.export.to_hf import check_tensors, model_of
-from xlstm_mcore.convert.export.weights import DTYPES, INDEX, Plan, plan_files, read_row
+from xlstm_mcore.convert.export.to_hf import check_tensors
+from xlstm_mcore.convert.export.weights import DTYPES, Plan, plan_files, read_row
 from xlstm_mcore.convert.families import FAMILIES
-from xlstm_mcore.convert.proof.streamed import our_logits, their_model
+from xlstm_mcore.convert.proof.streamed import loading, our_logits, their_model
 from xlstm_mcore.convert.tokenizer.write import check_folder
+from xlstm_mcore.settings import ModelConfig
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -60,6 +65,18 @@ class Check:
     detail: str
 
 
+class Marker(BaseModel):
+    """What `xlstm_export.json` says, as far as it is used here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    family: Literal[tuple(FAMILIES)]
+    dtype: Literal[tuple(DTYPES)]
+    vocab_size: PositiveInt
+    parameters: PositiveInt
+    auto_tokenizer: bool
+
+
 def verify(checkpoint: Location | str, folder: Path | str) -> list[Check]:
     """Compare a folder with its checkpoint and write `parity.json` and `parity.md` into it.
 
@@ -71,19 +88,20 @@ def verify(checkpoint: Location | str, folder: Path | str) -> list[Check]:
         ConvertError: The folder is not an export of this checkpoint's model.
     """
     folder = Path(folder)
-    about = _read_marker(folder)
-    with CheckpointReader(resolve(checkpoint)) as reader:
-        model = model_of(reader)
-        family = FAMILIES[about["family"]]
+    about = read_marker(folder)
+    with CheckpointReader(resolve(checkpoint)) as reader, open_tensors(folder) as theirs:
+        model = model_of(reader.manifest, reader.path)
+        family = FAMILIES[about.family]
         rows = check_tensors(reader, family, model)
-        plan = plan_files(rows, about["vocab_size"], about["dtype"], 1 << 62)
-        files = weight_files(folder)
-        checks = [_tensors(reader, plan, files)]
-        if checks[0].passed is not False or not _missing(plan, files):
+        plan = plan_files(rows, about.vocab_size, about.dtype, 1 << 62)
+        checks = [_config(folder, family, model, plan.vocab), _tensors(reader, plan, theirs)]
+        # Nothing is built that is larger than the checkpoint's model.
+        sound = checks[0].passed and not _missing(plan, theirs)
+        if sound:
             ours, nudged = (
                 our_logits(reader, model, DTYPES[plan.dtype], nudged=n) for n in (False, True)
             )
-            checks += _logits(ours, nudged, their_model(folder, files), plan.vocab)
+            checks += _logits(ours, nudged, their_model(folder, theirs), plan.vocab)
         trained = (reader.manifest.state.get("tokenizer") or {}).get("sha256")
     exact = open_tokenizer(folder)
     checks += [
@@ -91,8 +109,10 @@ def verify(checkpoint: Location | str, folder: Path | str) -> list[Check]:
         _tokenizer(folder, exact, trained, about),
         _generation_config(folder, exact),
     ]
-    if about["parameters"] <= SMALL:
+    if sound and about.parameters <= SMALL:
         checks += whole_model_checks(load_exported(folder), family.NAME)
+    elif not sound:
+        checks.append(Check("logits", None, "the folder does not hold the checkpoint's model"))
     else:
         why = f"the model has more than {SMALL:,} parameters, and they would all be in memory"
         checks += [Check(name, None, why) for name in ("generation with a cache", "padding")]
@@ -105,33 +125,13 @@ def passed(checks: list[Check]) -> bool:
     return all(check.passed is not False for check in checks)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of weights in which each tensor of an export lies.
-
-    Raises:
-        ConvertError: There are none, or the index is damaged or names a file outside the folder.
-    """
-    if not (folder / INDEX).is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise ConvertError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    try:
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = {str(key): name for key, name in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{folder / INDEX} is damaged: {error!r}") from error
-    return {
-        key: inside(folder, name, named_in=folder / INDEX, error=ConvertError)
-        for key, name in names.items()
-    }
-
-
 def load_exported(folder: Path | str) -> PreTrainedModel:
     """The exported model by transformers, fp32, evaluation mode."""
     disable_progress_bar()  # loading takes a moment, and the bar would litter a log
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with loading(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
 
 def whole_model_checks(model: PreTrainedModel, family: str) -> list[Check]:
@@ -183,35 +183,52 @@ def samples(
     return texts
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
+def read_marker(folder: Path) -> Marker:
+    """What an export says about itself.
+
+    Raises:
+        ConvertError: The folder is not an export of this version.
+        OSError: Something in it is not a plain file.
+    """
     if not (folder / "config.json").is_file():
         raise ConvertError(f"{folder} is not an exported folder: it has no config.json")
+    for path in folder.iterdir():
+        if not path.is_dir():
+            file_size(path, links=True)  # transformers would wait for ever at a pipe
+    remedy = "export the checkpoint again"
     try:
-        about = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        assert about["family"] in FAMILIES and about["dtype"] in DTYPES
-        return about
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        said = read_json(folder / MARKER, LIMITS.note, remedy=remedy, error=ConvertError)
+    except FileNotFoundError:
         raise ConvertError(
-            f"{folder} is not an export of this version: {MARKER} is missing or damaged; export "
-            "the checkpoint again"
-        ) from error
+            f"{folder} is not an export of this version: {MARKER} is missing; {remedy}"
+        ) from None
+    return checked(Marker, said, named_in=folder / MARKER, remedy=remedy, error=ConvertError)
 
 
-def _missing(plan: Plan, files: dict[str, Path]) -> bool:
-    return {row.theirs for row in plan.rows} != files.keys()
+def _missing(plan: Plan, theirs: TensorFiles) -> bool:
+    wanted = {row.theirs: plan.shape(row) for row in plan.rows}
+    return wanted != {name: info.shape for name, info in theirs.infos.items()}
 
 
-def _tensors(reader: CheckpointReader, plan: Plan, files: dict[str, Path]) -> Check:
+def _config(folder: Path, family: ModuleType, model: ModelConfig, vocab: int) -> Check:
+    """The keys of config.json that say what the model is; others may have been added."""
+    said = read_json_file(folder / "config.json")
+    wanted = json.loads(json.dumps(family.config(model) | {"vocab_size": vocab}))
+    other = sorted(key for key, value in wanted.items() if said.get(key) != value)
+    if other:
+        return Check("config", False, f"not the model's: {', '.join(other[:5])}")
+    return Check("config", True, f"{len(wanted)} keys are the model's")
+
+
+def _tensors(reader: CheckpointReader, plan: Plan, theirs: TensorFiles) -> Check:
     """Every tensor, by the hash of its bytes."""
-    wrong = sorted({row.theirs for row in plan.rows} ^ files.keys())
+    wrong = sorted({row.theirs for row in plan.rows} ^ theirs.infos.keys())
     if wrong:
         return Check("tensors", False, f"missing or too many: {', '.join(wrong[:5])}")
     for row in plan.rows:
-        with safe_open(files[row.theirs], framework="pt") as file:
-            theirs = file.get_tensor(row.theirs)
-        ours = read_row(reader, row, plan)
-        same = theirs.dtype == ours.dtype and theirs.shape == ours.shape
-        if not (same and _hash(theirs) == _hash(ours)):
+        info, ours = theirs.infos[row.theirs], read_row(reader, row, plan)
+        same = (info.dtype, info.shape) == (ours.dtype, ours.shape)
+        if not (same and _hash(theirs.read(row.theirs)) == _hash(ours)):
             wrong.append(row.theirs)
     if wrong:
         return Check("tensors", False, f"{len(wrong)} differ, such as {', '.join(wrong[:5])}")
@@ -265,13 +282,13 @@ def _code(folder: Path, family: str) -> Check:
     return Check("code", True, ", ".join(found) or f"none is needed, the model is a {family}")
 
 
-def _tokenizer(folder: Path, exact: Tokenizer, trained: str | None, about: dict[str, Any]) -> Check:
+def _tokenizer(folder: Path, exact: Tokenizer, trained: str | None, about: Marker) -> Check:
     """AutoTokenizer against the tokenizer of training, on the corpus of texts."""
     if trained not in (None, exact.sha256):
         return Check("tokenizer", False, f"{exact.path.name} is not the file of training")
-    if not about["auto_tokenizer"]:
+    if not about.auto_tokenizer:
         return Check("tokenizer", None, "AutoTokenizer is not to be used; see README.md")
-    config = json.loads((folder / HF_CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json_file(folder / HF_CONFIG_NAME)
     try:
         check_folder(folder, exact, remote_code="auto_map" in config)
     except ConvertError as error:
@@ -280,7 +297,8 @@ def _tokenizer(folder: Path, exact: Tokenizer, trained: str | None, about: dict[
 
 
 def _generation_config(folder: Path, exact: Tokenizer) -> Check:
-    config = GenerationConfig.from_pretrained(folder)
+    with loading(folder):
+        config = GenerationConfig.from_pretrained(folder)
     found = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
     wanted = (exact.bos_id, exact.eos_id, exact.pad_id)
     return Check("generation config", found == wanted, f"bos, eos and pad are {found}")

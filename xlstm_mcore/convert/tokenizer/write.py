@@ -96,7 +96,7 @@ def check_folder(folder: Path, tokenizer: Tokenizer, *, remote_code: bool) -> bo
             if remote_code:  # the same file as the one that travels, already imported
                 found = xlstm_mcore.hf.XLSTMSentencePieceTokenizer.from_pretrained(alone)
             else:
-                found = AutoTokenizer.from_pretrained(alone)
+                found = AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
             return corpus.check_equal(found, tokenizer, texts_for(tokenizer))
         except ConvertError:
             raise
