@@ -15,6 +15,7 @@ from pretrain.config import config_from_dict
 from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import UserError
 from xlstm_io.storage import Location, replacing
+from xlstm_io.terminal import printable
 from xlstm_mcore.generation.generate import Completion, generate
 from xlstm_mcore.generation.settings import Sampling
 from xlstm_mcore.inference import load_model
@@ -189,7 +190,8 @@ def _whole(completion: Completion) -> str:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    print(text, end=end, flush=True)
+    # A terminal would obey the escape codes that a model may write; a file gets what it wrote.
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def _write(path: Path, completions: list[Completion]) -> None:

@@ -89,6 +89,9 @@ def test_a_terminal_sees_the_text_as_it_comes(run, monkeypatch):
     assert cli.run(["generate", run, "--prompt", "the quick", "--max-tokens", "12"]) == 0
     assert shown[0] == "the quick" and len(shown) > 5
     assert all(later.startswith(before) for before, later in itertools.pairwise(shown))
+    shown.clear()
+    assert cli.run(["generate", run, "--prompt", "the\x1b[2J", "--max-tokens", "1"]) == 0
+    assert shown[-1].count("the\\x1b[2J") == 1, "a terminal obeys nothing that a model writes"
 
 
 def test_which_checkpoint_is_chosen(run, capsys):

@@ -5,7 +5,6 @@ hashes, and goes on with the next one.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.checkpoint.safetensors_stream import TensorHeader, hash_file, write_safetensors
 from xlstm_io.storage import Location, exists, read_file, write_atomic
+from xlstm_io.terminal import tell
 from xlstm_io.untrusted import LIMITS
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.tables import Row
@@ -115,7 +115,7 @@ def write_weights(reader: CheckpointReader, plan: Plan, folder: Location) -> Non
                 progress.update(len(rows))
                 continue
             if len(plan.files) > 1:
-                print(f"writing {name}", file=sys.stderr)
+                tell(f"writing {name}")
             file, _ = write_safetensors(folder / name, list(map(plan.header, rows)), tensor_of)
             finished[name] = {"size": file.size, "xxh3": file.xxh3}
             body = {"plan": _fingerprint(reader, plan), "files": finished}

@@ -9,6 +9,7 @@ import yaml
 
 from xlstm_io.errors import ExitCode
 from xlstm_io.storage import location
+from xlstm_io.terminal import say
 from xlstm_mcore.convert.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _import(arguments: argparse.Namespace, open_source: "Callable[[Location], Fo
     with foreign.tensors as tensors:
         plan = make_plan(foreign, changes=changes, vocab_size=arguments.vocab_size)
         if arguments.dry_run:
-            print(json.dumps(plan.as_json()) if arguments.json else plan.as_text())
+            say(json.dumps(plan.as_json()) if arguments.json else plan.as_text())
             return ExitCode.BAD_INPUT if plan.problems else ExitCode.DONE
         done = write(
             plan,
@@ -123,12 +124,12 @@ def _import(arguments: argparse.Namespace, open_source: "Callable[[Location], Fo
         )
     if arguments.json:
         facts = {"checkpoint": str(done.path), "parameters": done.parameters, "notes": done.notes}
-        print(json.dumps(plan.as_json() | facts))
+        say(json.dumps(plan.as_json() | facts))
         return ExitCode.DONE
     for note in done.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     section = plan.model.model_dump(mode="json", exclude_defaults=True)
-    print("the model section of a run file that starts from it:")
-    print(yaml.safe_dump({"model": section}, sort_keys=False), end="")
-    print(f"wrote {done.path}: {done.parameters:,} parameters, {plan.family}")
+    say("the model section of a run file that starts from it:")
+    say(yaml.safe_dump({"model": section}, sort_keys=False).rstrip())
+    say(f"wrote {done.path}: {done.parameters:,} parameters, {plan.family}")
     return ExitCode.DONE
