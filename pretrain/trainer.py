@@ -34,7 +34,7 @@ from pretrain.watching.metrics import MetricLogger
 from pretrain.watching.provenance import provenance
 from pretrain.watching.summary import describe_start, write_summary
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
-from xlstm_io.errors import ExitCode
+from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
 
 
@@ -191,6 +191,7 @@ class Trainer:
                 self.watchdog.moved(STEP, step)
                 self._report_finished_save(metrics)
             if stopping:
+                self._check_recorded(metrics)
                 if self.stop.requested:
                     why, step = self.stop.reason, self.state.step
                     metrics.message(f"stopped after step {step}: {why}; run again to continue")
@@ -218,7 +219,7 @@ class Trainer:
         data_wait = time.perf_counter() - started
         # Ranks hear of both at different times, and must leave the loop together.
         votes = (
-            self.stop.requested or step + 1 == until,
+            self.stop.requested or step + 1 == until or metrics.fault is not None,
             self.saver.failed,
             self.lease is not None and self.lease.lost,
         )
@@ -331,6 +332,16 @@ class Trainer:
     def _check_lease(self) -> None:
         """Raise Superseded on all ranks when a newer life has the run."""
         self.saver.ranks.first("looking at the lease", self._fence)
+
+    def _check_recorded(self, metrics: MetricLogger) -> None:
+        """Raise MachineFailed on all ranks when the run ends because a record was not written."""
+        fault = self.saver.ranks.broadcast(None if metrics.fault is None else str(metrics.fault))
+        if fault is not None:
+            self._write_progress("stopped")
+            raise MachineFailed(
+                f"writing to run.dir={self.dir} failed: {fault}; the run has saved "
+                f"{self.saver.last_good}; make room, and repeat the command"
+            )
 
     def _check_writable(self) -> None:
         """Write the configuration and try out the checkpoint folder, before any step is done."""

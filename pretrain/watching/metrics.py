@@ -59,6 +59,10 @@ class MetricLogger:
         writers: what else takes the numbers; closed with the logger.
         enabled: False makes every method do nothing (all ranks but one).
         stream: where progress goes; None for stderr.
+
+    Attributes:
+        fault: why a record could not be written; None as long as all were. Nothing more is written
+            then: the run saves and ends, as its checkpoints may lie on another disk.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class MetricLogger:
         stream: TextIO | None = None,
     ) -> None:
         self._enabled = enabled
+        self.fault: OSError | None = None
         if not enabled:
             return
         folder = Path(run_dir)
@@ -103,8 +108,19 @@ class MetricLogger:
             step: number of finished steps.
             values: plain numbers (no tensors), such as `tokens`, `loss` and `lr`.
         """
-        if not self._enabled:
+        if not self._enabled or self.fault is not None:
             return
+        try:
+            self._write(step, values)
+            for writer in self._writers:
+                writer.write(step, values)
+        except OSError as error:
+            self.fault = error
+            return
+        self._progress.show(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Put a record at the end of the file, in the place of the last one if it is its step."""
         if self._last.get("step") == step:
             self._file.truncate(self._last_offset)
             self._last = {**self._last, **values}
@@ -114,9 +130,6 @@ class MetricLogger:
         self._last_offset = self._file.tell()
         self._file.write(_line(self._last))
         self._file.flush()
-        for writer in self._writers:
-            writer.write(step, values)
-        self._progress.show(step, values)
 
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -131,4 +144,7 @@ class MetricLogger:
         self._progress.close()
         for writer in self._writers:
             writer.close()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what a full disk did not take is still to be written
+            self.fault = self.fault or error
