@@ -28,6 +28,29 @@ def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
     return isinstance(path, RemotePath) or _URL.match(os.fspath(path)) is not None
 
 
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s'\"]+@")
+_KEY = re.compile(
+    r"([?&;][^=&#\s]*(?:key|token|secret|sig|signature|password|credential|auth)[^=&#\s]*=)[^&#\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """A text in which URLs have no credentials: `s3://***@bucket/x`, `https://h/x?token=***`."""
+    if "://" not in text:
+        return text
+    return _KEY.sub(r"\1***", _USER.sub(r"\1***@", text))
+
+
+def masked_values(value: Any) -> Any:
+    """Values of JSON in which every text is `masked`."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, dict):
+        return {key: masked_values(item) for key, item in value.items()}
+    return [masked_values(item) for item in value] if isinstance(value, list) else value
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the name of the file in it.
 

@@ -4,6 +4,7 @@ Names in files that others made (keys of JSON, members of archives, fields of ta
 messages. A terminal would obey an escape code in them.
 """
 
+import logging
 import os
 import reprlib
 import select
@@ -13,6 +14,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from xlstm_io.errors import ExitCode
+from xlstm_io.remote import masked
 
 
 def printable(text: str) -> str:
@@ -43,15 +45,28 @@ def _spelled(character: str) -> str:
     return repr(character)[1:-1]
 
 
+def clean(text: str) -> str:
+    """What may be shown: printable, and no credentials in URLs."""
+    return printable(masked(text))
+
+
+class CleanFormatter(logging.Formatter):
+    """Messages of a log as `clean` text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return clean(super().format(record))
+
+
 def say(text: str) -> None:
     """Print text on stdout, at once."""
-    print(printable(text), flush=True)
+    print(clean(text), flush=True)
 
 
 def tell(text: str) -> None:
     """Print text on stderr, at once. A terminal that is gone does not matter."""
     with suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -62,12 +77,16 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 def until_nobody_reads(command: Callable[[], int]) -> int:
     """Run a command, and end it where whoever reads its output has ended, as `| head` does.
 
+    Warnings of the log, which may quote names of foreign files, are printed as `clean` text.
+
     Args:
         command: prints, and returns an exit code.
 
     Returns:
         The command's exit code, or `ExitCode.NOBODY_READS`.
     """
+    if logging.lastResort is not None:  # prints what no handler takes
+        logging.lastResort.setFormatter(CleanFormatter())
     try:
         code = command()
         sys.stdout.flush()

@@ -127,7 +127,10 @@ def _with_overrides(
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write every key with its value; `load_config(path)` gives an equal configuration."""
+    """Write every key with its value; `load_config(path)` gives an equal configuration.
+
+    Credentials in URLs are masked, so those are not equal.
+    """
     text = "# The resolved configuration of this run: every key, defaults included.\n"
     text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=4096)
     write_atomic(Path(path), text.encode())

@@ -7,10 +7,17 @@ Rules that need two fields are in `pretrain.config.checks`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 from pretrain.config.ramp import BatchRamp
+from xlstm_io.remote import masked_values
 from xlstm_mcore.settings import (
     Fraction,
     LayoutConfig,
@@ -332,6 +339,14 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_serializer(mode="wrap")
+    def _for_files(
+        self, dump: SerializerFunctionWrapHandler, about: SerializationInfo
+    ) -> dict[str, Any]:
+        """As JSON, which goes into files that are shared, without credentials of URLs."""
+        values = dump(self)
+        return masked_values(values) if about.mode == "json" else values
 
     @property
     def tokens_per_step(self) -> int:

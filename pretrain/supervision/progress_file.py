@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xlstm_io.errors import CheckpointError
+from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
 
 PROGRESS_FILE = "progress.json"
@@ -45,7 +46,7 @@ class Progress:
 
         A full disk does not end a run here: its checkpoints may lie elsewhere.
         """
-        data = json.dumps(asdict(self), indent=1).encode() + b"\n"
+        data = json.dumps(masked_values(asdict(self)), indent=1).encode() + b"\n"
         with suppress(OSError):
             write_atomic(folder / PROGRESS_FILE, data, sync=False)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.config import RunConfig, save_config
 from pretrain.run_folder import CONFIG_FILE, HISTORY_FILE, PROVENANCE_FILE, STARTS_FOLDER
 from xlstm_io.checkpoint import lives
+from xlstm_io.remote import masked
 from xlstm_io.storage import write_atomic
 
 if TYPE_CHECKING:  # who only reads a history needs no torch
@@ -119,7 +120,7 @@ def append(run: Path, line: Mapping[str, Any]) -> None:
     path = run / HISTORY_FILE
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as history:
-        history.write("\n" * torn + json.dumps(line, default=str) + "\n")
+        history.write("\n" * torn + masked(json.dumps(line, default=str)) + "\n")
         history.flush()
         os.fsync(history.fileno())
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from xlstm_io.checkpoint.manifest import TensorInfo, newest_first
 from xlstm_io.checkpoint.streamed import write_streamed
 from xlstm_io.errors import CheckpointError
+from xlstm_io.remote import masked
 from xlstm_io.storage import Location, exists, is_folder
 from xlstm_io.tensor_files import TensorFiles
 from xlstm_io.terminal import tell
@@ -141,7 +142,7 @@ def _state(plan: Plan, source: Location, words: Tokenizer | None) -> dict[str, A
         "valid_loss": None,
         "valid_step": None,
         "tokenizer": {} if words is None else {"sha256": words.sha256},
-        "imported": {"from": source.name, "family": plan.family},
+        "imported": {"from": masked(source.name), "family": plan.family},
     }
 
 
