@@ -7,6 +7,8 @@ to stop because one was asked to, or to end because the time is over.
 """
 
 import datetime
+import errno
+import ipaddress
 import os
 import socket
 import time
@@ -77,14 +79,29 @@ def _connect(place: Place, deadline: float, limit: float, stop: StopSignal | Non
             timeout=datetime.timedelta(seconds=max(CONNECT_S, limit)),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_loopback_listener(place) if hosts_it else None,
         )
-    except dist.DistError as error:
-        if "EADDRINUSE" not in str(error):
+    except (dist.DistError, OSError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         raise MachineFailed(
             f"rank 0: MASTER_PORT={place.port} is taken on {socket.gethostname()}; if it stays "
             "taken, give another"
         ) from error
+
+
+def _loopback_listener(place: Place) -> int | None:
+    """A socket that only this machine reaches, where all ranks are on it; None elsewhere.
+
+    torch's store listens on all interfaces and believes whoever connects.
+    """
+    if not ipaddress.ip_address(socket.gethostbyname(place.host)).is_loopback:
+        return None
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((place.host, place.port))
+        listener.listen(socket.SOMAXCONN)
+        return listener.detach()
 
 
 def _wait_for_rank_0(place: Place, deadline: float, limit: float, stop: StopSignal | None) -> None:

@@ -153,3 +153,12 @@ def test_a_real_signal_ends_the_wait_for_rank_0(port):
     os.kill(child.pid, signal.SIGTERM)
     child.join(20)
     assert child.exitcode == 75
+
+
+def test_the_store_of_one_machine_listens_on_loopback_alone(port):
+    """127.0.0.2 reaches what listens on all interfaces, and not what listens on 127.0.0.1."""
+    store = meet(Place(0, 1, "127.0.0.1", port), 20.0)
+    socket.create_connection(("127.0.0.1", port), 5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5)
+    del store
