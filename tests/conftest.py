@@ -64,6 +64,13 @@ def pytest_addoption(parser):
         help="tests/dist/test_many_ranks.py: layouts of 16 processes, and 300 steps",
     )
     parser.addoption(
+        "--round-trips",
+        type=int,
+        default=2,
+        metavar="N",
+        help="tests/dist/test_round_trips.py: architectures to draw; 16 or more on all layouts",
+    )
+    parser.addoption(
         "--budget", action="store_true", help="print the minutes per folder beside what is planned"
     )
 
