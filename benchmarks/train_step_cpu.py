@@ -69,7 +69,8 @@ def our_step(model: str, batch: int, length: int) -> Callable[[], None]:
     engine = MegatronEngine(config, layouts.start(config))
     tokens = torch.randint(0, VOCAB, (batch, length + 1))
     ones = torch.ones(batch, length)
-    data = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), ones, torch.zeros_like(ones).bool())
+    starts, sources = torch.zeros_like(ones).bool(), ones[:, :0].double()
+    data = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), ones, starts, sources)
 
     def step() -> None:
         train_step(engine, [data], 1e-4)

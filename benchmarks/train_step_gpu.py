@@ -87,7 +87,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         shape = (data.micro_batch, data.seq_len + 1)
         tokens = torch.randint(0, config.model.vocab_size, shape, generator=rng)
         ones = torch.ones(data.micro_batch, data.seq_len)
-        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], ones, torch.zeros_like(ones).bool()))
+        starts, sources = torch.zeros_like(ones).bool(), ones[:, :0].double()
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], ones, starts, sources))
     seconds = []
     for _ in range(steps + 2):  # two for compiling and for the allocator
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ class TrainState:
         loss: of the last step, nats per token; None where it was not finite, or not known.
         interval_loss: mean loss of the applied steps since the last log line, nats per token.
         interval_tokens: how many tokens that is the mean of.
+        interval_sources: the same steps by source, where several are told apart: the sum of the
+            losses and the number of tokens.
     """
 
     step: int = 0
@@ -56,19 +59,33 @@ class TrainState:
     loss: float | None = None
     interval_loss: float = 0.0
     interval_tokens: int = 0
+    interval_sources: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
     def saved_in(cls, manifest: Manifest) -> "TrainState":
         """The state that a checkpoint was saved with; those of 0.1.0 have no losses."""
-        return cls(**{f.name: manifest.state.get(f.name, f.default) for f in fields(cls)})
+        names = [f.name for f in fields(cls) if f.name in manifest.state]
+        return cls(**{name: manifest.state[name] for name in names})
 
-    def after(self, result: StepResult, seconds: float) -> "TrainState":
-        """The state after one more step, which took `seconds`."""
+    def after(
+        self, result: StepResult, seconds: float, sources: Sequence[str] = ()
+    ) -> "TrainState":
+        """The state after one more step.
+
+        Args:
+            result: of the step.
+            seconds: how long it took.
+            sources: names of the sources that the result tells apart.
+        """
         mean, tokens = self.interval_loss, self.interval_tokens
+        by_source = {**self.interval_sources}
         if result.accepted:
             tokens += result.tokens
             # So that the mean of one step is its loss to the last digit.
             mean += (result.loss - mean) * (result.tokens / max(tokens, 1))
+            for name, (loss, number) in zip(sources, result.sources, strict=True):
+                before = by_source.get(name, (0.0, 0))
+                by_source[name] = (before[0] + loss, before[1] + number)
         return TrainState(
             step=self.step + 1,
             updates=self.updates + result.accepted,
@@ -77,11 +94,12 @@ class TrainState:
             loss=result.loss if math.isfinite(result.loss) else None,
             interval_loss=mean,
             interval_tokens=tokens,
+            interval_sources=by_source,
         )
 
     def logged(self) -> "TrainState":
         """The state after a log line: the mean loss begins anew."""
-        return replace(self, interval_loss=0.0, interval_tokens=0)
+        return replace(self, interval_loss=0.0, interval_tokens=0, interval_sources={})
 
 
 @dataclass(frozen=True)

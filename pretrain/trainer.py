@@ -231,7 +231,7 @@ class Trainer:
             first = self.loader.consumed_samples - config.data.ramp.size(step)
             self._reject(RejectedStep(step + 1, result, limits, lr, first), metrics)
         self._interval.add(step, seconds, data_wait)
-        self.state = self.state.after(result, seconds)
+        self.state = self.state.after(result, seconds, self.data.source_names)
         self._step_seconds = seconds
         done = self.state.step
         self.watchdog.moved(STEP, done)  # the first step of a life still counts as start-up

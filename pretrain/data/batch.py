@@ -16,7 +16,8 @@ from pretrain.data.quarantine import DamagedRow
 class Batch:
     """One micro-batch of one data-parallel rank.
 
-    Every tensor is `[micro_batch, seq_len]`; `context_slice` cuts all but the boundaries.
+    Tensors are `[micro_batch, seq_len]` unless said otherwise; `context_slice` cuts those whose
+    positions are computed apart.
 
     Attributes:
         tokens: Int64.
@@ -24,12 +25,15 @@ class Batch:
         loss_mask: Float32; 1 where the loss counts. It is 0 where the next token belongs to another
             document or is padding, and where the shards have no label.
         boundaries: Bool; True at the first token of a document.
+        sources: Float64 `[micro_batch, sources]`, 1 at the source of each row and 0 elsewhere. It
+            has no columns where losses are not told apart by source.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     boundaries: torch.Tensor
+    sources: torch.Tensor
 
     def context_slice(self, rank: int, size: int) -> Batch:
         """The slice of every row that context-parallel rank `rank` of `size` computes.
@@ -45,18 +49,25 @@ class Batch:
             self.labels[:, mine].contiguous(),
             self.loss_mask[:, mine].contiguous(),
             self.boundaries,
+            self.sources,
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        parts = (self.tokens, self.labels, self.loss_mask, self.boundaries)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+        return Batch(*(part.to(device, non_blocking=True) for part in vars(self).values()))
 
     @classmethod
-    def of(cls, rows: Rows) -> Batch:
-        """All rows as one batch."""
+    def of(cls, rows: Rows, sources: np.ndarray | None = None) -> Batch:
+        """All rows as one batch.
+
+        Args:
+            rows: The rows.
+            sources: See `sources` of the class; None for no columns.
+        """
         tokens = rows.tokens[:, :-1].astype(np.int64)
-        return cls(*map(torch.from_numpy, (tokens, rows.targets(), *rows.masks())))
+        if sources is None:
+            sources = np.zeros((len(tokens), 0))
+        return cls(*map(torch.from_numpy, (tokens, rows.targets(), *rows.masks(), sources)))
 
     def split(self, micro_batch: int) -> list[Batch]:
         """The micro-batches of `micro_batch` rows; they are views of this batch's tensors."""

@@ -103,6 +103,9 @@ class TokenDataset:
         quarantine: Return damaged rows as padding without a loss instead of raising.
         cache: Where copies of the shards of a URL go.
 
+    Attributes:
+        sources: The folder's sources that the rows are of, in row order.
+
     Raises:
         DataError: The manifest is missing or damaged, it has another seq_len, the source is
             unknown, the split has no rows, or shards are missing or truncated. The sizes of all
@@ -135,6 +138,13 @@ class TokenDataset:
         self.shard_rows = np.array([entry.rows for entry in self._entries], np.int64)
         self._first_row = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self.num_rows = int(self._first_row[-1])
+        parts = [
+            (one.name, one.splits[split].rows)
+            for one in self.manifest.sources
+            if split in one.splits and source in (None, one.name)
+        ]
+        self.sources = [name for name, rows in parts if rows]
+        self._source_ends = np.cumsum([rows for _, rows in parts if rows])
         if self.num_rows == 0:
             raise NoRowsError(
                 f"{path} has no {split!r} rows; rebuild with another --valid-fraction or more text"
@@ -153,6 +163,10 @@ class TokenDataset:
         """Tokens that have a loss, over bytes of text."""
         targets, size = (sum(getattr(e, k) for e in self._entries) for k in ("targets", "bytes_in"))
         return targets / max(1, size)
+
+    def sources_of(self, rows: np.ndarray) -> np.ndarray:
+        """Place in `sources` of the source of each row."""
+        return np.searchsorted(self._source_ends, rows, side="right")
 
     def read(self, rows: np.ndarray) -> Rows:
         """Rows by number.

@@ -43,10 +43,12 @@ class StepRows(NamedTuple):
 
     Attributes:
         rows: Its rows, one micro-batch after the other.
+        sources: Place in the plan's `source_names` of each row's source.
         damaged: Those that are damaged, and padding without a loss here.
     """
 
     rows: Rows
+    sources: np.ndarray
     damaged: list[DamagedRow]
 
 
@@ -106,7 +108,7 @@ class _Steps:
                     DamagedRow.of(int(samples[n]), self.plan.names[which[n]], int(rows[n]), error)
                     for n, error in found.damaged
                 ]
-                yield StepRows(found, damaged)
+                yield StepRows(found, self.plan.sources_of(which, rows), damaged)
         except Exception as error:  # handed to the consumer, whatever it is
             yield error
 
@@ -212,7 +214,9 @@ class TrainLoader:
         self.consumed_samples += self._ramp.size(self.step)
         self.step += 1
         self.quarantine.add(item.damaged)
-        return Batch.of(item.rows).split(self._micro_batch)
+        names = len(self.plan.source_names)
+        sources = np.eye(names)[item.sources] if names else None
+        return Batch.of(item.rows, sources).split(self._micro_batch)
 
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""

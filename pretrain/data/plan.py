@@ -103,6 +103,19 @@ class DataPlan:
         """Read the rows that `locate` found; see `TokenDataset.read` for errors."""
         return read_rows(self.datasets, which, rows)
 
+    @property
+    def source_names(self) -> list[str]:
+        """The sources by which losses are told apart; none where all rows are of one source.
+
+        Those of a mixture, or those of the folder that `data.path` names.
+        """
+        names = self.names if len(self.names) > 1 else self.datasets[0].sources
+        return names if len(names) > 1 else []
+
+    def sources_of(self, which: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Place in `source_names` of the source of each row that `locate` found."""
+        return which if len(self.names) > 1 else self.datasets[0].sources_of(rows)
+
     def epochs(self, consumed: int) -> dict[str, float]:
         """How many passes over each source the first `consumed` samples make."""
         samples = self._blend.samples_of_sources(consumed)

@@ -53,8 +53,9 @@ class Engine(Protocol):
         """Accumulate the gradients of one global batch, given this replica's micro-batches.
 
         Returns:
-            fp64 `[2]` on the device: the sum of the unmasked tokens' losses over the global batch,
-            and the number of these tokens.
+            fp64 `[2 + 2 * sources]` on the device: the sum of the unmasked tokens' losses over the
+            global batch and the number of these tokens, then the sums of each source of
+            `Batch.sources`, and then their numbers.
         """
 
     def gradient_norm(self) -> Tensor:

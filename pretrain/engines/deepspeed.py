@@ -266,7 +266,7 @@ class DeepSpeedEngine(ModelEngine):
                 forward_only=forward_only,
                 loss_scale=loss_scale,
             )
-            return self._sum(losses)
+            return self._sum(losses, batches)
         sums = []
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
@@ -275,7 +275,7 @@ class DeepSpeedEngine(ModelEngine):
             sums.append(reported["sums"])
             if not forward_only:
                 self.engine.backward(loss, scale_wrt_gas=False)
-        return self._sum(sums)
+        return self._sum(sums, batches)
 
     def _weights(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Each parameter with the slices of the weights in compute precision that this rank has."""

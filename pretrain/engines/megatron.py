@@ -142,7 +142,7 @@ class MegatronEngine(ModelEngine):
             losses = run_microbatches(
                 self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
             )
-        return self._sum(losses)
+        return self._sum(losses, batches)
 
     def _gather_weights(self) -> None:
         """Finish what `overlap_param_gather` leaves to the next forward pass."""

@@ -74,24 +74,41 @@ def forward(
         total = (losses * batch.loss_mask).sum()
         tokens = batch.loss_mask.sum()
         sums = torch.stack((total.detach(), tokens)).double()
+        if batch.sources.shape[1]:
+            sums = torch.cat((sums, _sums_of_sources(losses.detach(), batch)))
         return total * loss_scale, tokens.int(), {"sums": sums}
 
     return output, loss_function
 
 
-def sum_losses(losses: list[Tensor], layout: Layout) -> Tensor:
+def _sums_of_sources(losses: Tensor, batch: Batch) -> Tensor:
+    """The sum of the unmasked tokens' losses of each source, and then the number of these tokens.
+
+    A product with the sources of the rows is exact, and has one order of summation on every device.
+
+    Returns:
+        fp64 `[2 * sources]`.
+    """
+    mask = batch.loss_mask
+    rows = torch.stack(((losses * mask).double().sum(1), mask.double().sum(1)))
+    return (rows @ batch.sources).flatten()
+
+
+def sum_losses(losses: list[Tensor], layout: Layout, sources: int) -> Tensor:
     """Add up the losses of micro-batches over the whole layout, without waiting for the device.
 
     Args:
-        losses: fp64 `[2]` each, the sum of the unmasked tokens' losses and their number.
+        losses: fp64 `[2 + 2 * sources]` each: the sum of the unmasked tokens' losses and their
+            number, then the sums of the sources, and then their numbers.
         layout: where this process stands.
+        sources: how many sources are told apart.
 
     Returns:
-        fp64 `[2]`, the same of the global batch.
+        The same of the global batch.
     """
     # Only the last stage has losses, the same ones on all its tensor-parallel ranks; each
     # context-parallel rank has those of its slice of the sequence.
-    total = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    total = torch.zeros(2 + 2 * sources, dtype=torch.float64, device=layout.device)
     for loss in losses:
         total += loss
     torch.distributed.all_reduce(total, group=layout.groups.dp_cp)
@@ -124,7 +141,7 @@ def evaluate(
             # The interleaved schedule takes whole groups only. What fills one up has no loss.
             group += [_without_loss(group[-1])] * (stages - len(group))
         sums = sums + run(group)
-    total, tokens = sums.tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
+    total, tokens = sums[:2].tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
     return LossSum(total, int(tokens))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
+from pretrain.data import Batch
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.state import is_owner, weight_slices
@@ -66,10 +67,10 @@ class ModelEngine:
             for part in weight_slices(parameter, slices):
                 yield parameter, part
 
-    def _sum(self, losses: list[Tensor]) -> Tensor:
+    def _sum(self, losses: list[Tensor], batches: list[Batch]) -> Tensor:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""
-        self.own_losses = losses
-        return sum_losses(losses, self.layout)
+        self.own_losses = [loss[:2] for loss in losses]
+        return sum_losses(losses, self.layout, batches[0].sources.shape[1])
 
     def _held_weights(self) -> Iterator[Held]:
         """Every parameter, where each data-parallel replica has all of it."""

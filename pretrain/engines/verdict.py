@@ -28,6 +28,8 @@ class StepResult:
         accepted: whether the update was applied; if not, weights and optimizer are as before.
         finite: whether loss and gradient were finite on every rank.
         votes: for each vote, whether any rank gave it.
+        sources: for each source that is told apart, the sum of its unmasked tokens' losses and
+            their number.
     """
 
     loss: float
@@ -36,6 +38,7 @@ class StepResult:
     accepted: bool
     finite: bool = True
     votes: tuple[bool, ...] = ()
+    sources: tuple[tuple[float, int], ...] = ()
 
 
 class Verdict:
@@ -50,13 +53,17 @@ class Verdict:
     def __init__(self, loss: Tensor, grad_norm: Tensor, flags: Tensor) -> None:
         self.grad_norm = grad_norm
         self.rejected = flags[0].float()
-        self._packed = torch.cat((loss, grad_norm.double().reshape(1), flags))
+        self._packed = torch.cat((grad_norm.double().reshape(1), flags, loss))
+        self._flags = len(flags)
         self._result: StepResult | None = None
 
     def read(self) -> StepResult:
         """Wait for the device and return what it found; the step's only such wait."""
         if self._result is None:
-            total, tokens, norm, rejected, infinite, *votes = self._packed.tolist()
+            norm, *values = self._packed.tolist()
+            rejected, infinite, *votes = values[: self._flags]
+            total, tokens, *sums = values[self._flags :]
+            of_sources = zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True)
             self._result = StepResult(
                 loss=total / max(1.0, tokens),
                 tokens=int(tokens),
@@ -64,6 +71,7 @@ class Verdict:
                 accepted=not rejected,
                 finite=not infinite,
                 votes=tuple(map(bool, votes)),
+                sources=tuple((total, int(tokens)) for total, tokens in of_sources),
             )
         return self._result
 
@@ -84,7 +92,7 @@ class Guard:
         """Decide on a step without waiting for the device; called by all ranks.
 
         Args:
-            loss: fp64 `[2]`, the sum of the unmasked tokens' losses and their number.
+            loss: see `pretrain.engines.base.Engine.forward_backward`.
             grad_norm: 2-norm of the whole gradient before clipping, a scalar.
             votes: what this rank votes for; a vote counts if any rank gives it.
         """

@@ -127,6 +127,7 @@ def _batches(config: RunConfig, number: int) -> list[Batch]:
             torch.zeros(shape, dtype=torch.int64),
             torch.ones(shape),
             torch.zeros(shape, dtype=torch.bool),
+            torch.zeros(shape[0], 0, dtype=torch.float64),
         )
         for _ in range(number)
     ]

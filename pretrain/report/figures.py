@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from pretrain.report.runs import RunRecord
@@ -111,6 +112,29 @@ def value_figure(
         axes.set_yscale("log")
     if len(runs) > 1:
         axes.legend(fontsize=7)
+    return _png(figure)
+
+
+def source_figure(runs: Sequence[RunRecord]) -> bytes | None:
+    """The smoothed training loss of each source, of one run or several.
+
+    Sources have colours, and runs have kinds of lines.
+
+    Returns:
+        A PNG image; None where no run told its sources apart.
+    """
+    keys = sorted({key for run in runs for key in run.keys_under("loss")})
+    if not keys:
+        return None
+    figure, axes = _figure("step", "loss (nats per token)", size=(5.2, 3.0))
+    for style, run in zip(cycle(("-", "--", ":", "-.")), runs):
+        for color, key in zip(cycle(COLORS), keys):
+            steps, values = run.points(key)
+            if steps:
+                label = key.removeprefix("loss/")
+                label = label if len(runs) == 1 else f"{name_of(run)}, {label}"
+                axes.plot(steps, smoothed(values), style, color=color, linewidth=1.2, label=label)
+    axes.legend(fontsize=7)
     return _png(figure)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from pretrain.report.figures import loss_figure, name_of, value_figure
+from pretrain.report.figures import loss_figure, name_of, source_figure, value_figure
 from pretrain.report.runs import RunRecord
 from pretrain.watching.progress import duration
 
@@ -41,6 +41,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
         ),
         values=_images(
             [
+                ("Loss by source, smoothed", source_figure(runs)),
                 ("Learning rate", value_figure(runs, "lr", "learning rate")),
                 (
                     "Gradient norm",

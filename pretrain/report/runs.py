@@ -53,8 +53,15 @@ class RunRecord:
 
         A record names a set `valid_loss/NAME`.
         """
+        return [
+            *(["valid_loss"] if self.points("valid_loss")[0] else []),
+            *self.keys_under("valid_loss"),
+        ]
+
+    def keys_under(self, name: str) -> list[str]:
+        """The recorded keys `name/...`, in the order in which they first came."""
         keys = {key: None for record in self.records for key in record}
-        return [key for key in keys if key == "valid_loss" or key.startswith("valid_loss/")]
+        return [key for key in keys if key.startswith(f"{name}/")]
 
 
 def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunRecord:

@@ -23,7 +23,7 @@ def random_batches(config: RunConfig, step: int) -> list[Batch]:
         starts = torch.rand(data.seq_len, generator=rng) < DOCUMENT_STARTS
         mask = torch.ones(data.seq_len)
         mask[:-1][starts[1:]] = 0.0
-        rows.append((row[:-1], row[1:], mask, starts))
+        rows.append((row[:-1], row[1:], mask, starts, torch.zeros(0, dtype=torch.float64)))
     size = data.micro_batch
     return [
         Batch(*(torch.stack(part) for part in zip(*rows[i : i + size], strict=True)))

@@ -48,9 +48,10 @@ class Interval:
         """The record of the interval that ends now; the next one begins.
 
         `loss` is the mean over the interval's applied steps, weighted by tokens, or that of the
-        last step where none was applied; `lr` and `grad_norm` are those of the last step. `skipped`
-        counts the run's steps without an update. Speeds are those of the whole run, waiting and
-        memory those of this rank.
+        last step where none was applied. `loss/NAME` is the same of one source, where several are
+        told apart and the interval has tokens of it. `lr` and `grad_norm` are those of the last
+        step. `skipped` counts the run's steps without an update. Speeds are those of the whole run,
+        waiting and memory those of this rank.
 
         Args:
             state: where the run stands after the interval's last step.
@@ -59,10 +60,16 @@ class Interval:
         """
         speed = self._tokens / max(self._seconds, 1e-9)
         count = max(self._count, 1)
+        sources = {
+            f"loss/{name}": total / tokens
+            for name, (total, tokens) in state.interval_sources.items()
+            if tokens
+        }
         record = {
             "time": round(time.time(), 3),
             "tokens": state.tokens,
             "loss": state.interval_loss if state.interval_tokens else result.loss,
+            **sources,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "skipped": state.step - state.updates,

@@ -76,6 +76,9 @@ def test_stopped_in_the_middle_and_resumed_on_other_processes(pool, shards, tmp_
     keys = ("loss", "grad_norm", "tokens")
     for key, expected, got in zip(keys, records(whole, *keys), records(cut, *keys), strict=True):
         assert len(expected) == STEPS and got == pytest.approx(expected, rel=1e-5), key
+    for key in ("loss/a", "loss/b"):
+        (expected,), (got,) = records(whole, key), records(cut, key)
+        assert len(expected) > 2 and got == pytest.approx(expected, rel=1e-5), key
     (mean,), (a,), (b,) = records(whole, "valid_loss", "valid_loss/a", "valid_loss/b")
     assert min(a, b) < mean < max(a, b)  # by their tokens: tests/pretrain/test_evaluate.py
     one, two = cursor(whole), cursor(cut)

@@ -217,4 +217,5 @@ def _batch(config: RunConfig, rows: int) -> Batch:
     shape = (rows, config.data.seq_len)
     tokens = torch.randint(0, config.model.vocab_size, (rows, shape[1] + 1), generator=rng)
     boundaries = torch.rand(shape, generator=rng) < 0.2
-    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(shape), boundaries)
+    sources = torch.zeros(rows, 0, dtype=torch.float64)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(shape), boundaries, sources)

@@ -35,7 +35,7 @@ HISTORY = [
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, lr=1e-3, records=40, history=HISTORY, **model):
+    def make(name, lr=1e-3, records=40, history=HISTORY, sources=False, **model):
         folder = tmp_path / name
         config = {
             "run": {"dir": str(folder), "steps": 400},
@@ -49,6 +49,7 @@ def make_run(tmp_path):
             for step in range(10, 10 * records + 1, 10):
                 record = {"step": step, "tokens": step * 30, "loss": 2 + 40 / step, "lr": lr}
                 record |= {"grad_norm": None if step == 30 else 1.0, "tokens_per_second": 900.0}
+                record |= {"loss/web": 2 + 30 / step, "loss/code": 2 + 50 / step} if sources else {}
                 if step % 100 == 0:
                     record |= {"valid_loss": 2.5, "valid_loss/web": 2.0, "valid_loss/code": 3.0}
                 file.write(json.dumps(record) + "\n")
@@ -110,6 +111,15 @@ def test_a_page_shows_where_the_weights_come_from(make_run):
         (start / "provenance.json").write_text(json.dumps({"code": {"commit": commit}}))
     text = Page(write_page([read_run(run.folder)])).text
     assert "c0ffee" in text and "0ld" not in text
+
+
+def test_losses_by_source_are_drawn_where_they_were_recorded(make_run):
+    plain, apart = make_run("first"), make_run("second", sources=True)
+    assert apart.keys_under("loss") == ["loss/web", "loss/code"]
+    name = "Loss by source, smoothed"
+    for runs in ([apart], [plain, apart]):
+        assert name in Page(write_page(runs)).images
+    assert name not in Page(write_page([plain])).images
 
 
 def test_runs_are_compared_by_what_differs(make_run):

@@ -84,8 +84,10 @@ def test_batches_are_the_rows_of_the_order(train, plan):
     assert torch.equal(torch.cat([b.loss_mask for b in batches]), loss_mask)
     assert torch.equal(torch.cat([b.boundaries for b in batches]), boundaries)
     kinds = [t.dtype for t in vars(batches[0]).values()]
-    assert kinds == [torch.int64, torch.int64, torch.float32, torch.bool]
-    assert all(t.shape == (2, 16) and t.is_contiguous() for t in vars(batches[0]).values())
+    assert kinds == [torch.int64, torch.int64, torch.float32, torch.bool, torch.float64]
+    *parts, sources = vars(batches[0]).values()
+    assert all(t.shape == (2, 16) and t.is_contiguous() for t in parts)
+    assert sources.shape == (2, 0), "all rows are of one source"
 
 
 TOPOLOGIES = [

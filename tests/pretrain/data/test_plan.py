@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.synthetic_shards import write_shards
 from pretrain.config import DataConfig
-from pretrain.data import DataError, DataPlan, Phase, TokenDataset, open_plan, open_valid
+from pretrain.config.ramp import BatchRamp
+from pretrain.data import (
+    DataError,
+    DataPlan,
+    Phase,
+    TokenDataset,
+    TrainLoader,
+    open_plan,
+    open_valid,
+)
 from pretrain.data.blend import CYCLE
 
 SOURCES = [
@@ -53,6 +63,29 @@ def test_every_epoch_of_every_source_holds_each_row_once(folders, shuffle):
         rest = mine[len(mine) // size * size :]
         assert len(set(rest.tolist())) == len(rest)
         assert plan.epochs(5000)[plan.names[number]] == len(mine) / size
+
+
+def test_every_row_of_a_step_knows_its_source(folders):
+    mixture = open_plan(data(folders), seed=5)
+    folder = open_plan(data(folders, sources=[], phases=[], path="big"), seed=5)
+    one = open_plan(data(folders, sources=[], phases=[], path="small"), seed=5)
+    assert mixture.source_names == ["books", "code", "web"]
+    assert folder.source_names == ["web", "code"], "in row order"
+    assert one.source_names == []
+    for plan in (mixture, folder, one):
+        which, rows = plan.locate(np.arange(16))
+        found = plan.sources_of(which, rows)
+        if plan is mixture:
+            assert (found == which).all()
+        else:  # the source web has the first 200 rows of its folder
+            assert (found == (rows >= 200)).all()
+        with TrainLoader(plan, BatchRamp(8), micro_batch=2) as loader:
+            step = [batch.sources for batch in next(loader)]
+        names = len(plan.source_names)
+        assert [part.shape for part in step] == [(2, names)] * 4
+        if names:
+            assert torch.cat(step).argmax(1).tolist() == found[:8].tolist()
+            assert (torch.cat(step).sum(1) == 1).all()
 
 
 def test_shares_follow_the_phases(folders):

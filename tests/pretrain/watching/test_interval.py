@@ -1,5 +1,7 @@
 """The record of an interval: its mean loss, equal after a resume, and what it counts."""
 
+import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +37,30 @@ def test_the_loss_is_the_mean_by_tokens_over_applied_steps():
     assert record["loss"] == pytest.approx((4.0 * 10 + 1.0 * 30) / 40)
     assert record["skipped"] == 1 and record["grad_norm"] == 0.5
     assert state.logged().interval_tokens == 0
+
+
+def test_the_loss_of_a_source_is_the_mean_over_its_tokens_and_survives_a_resume():
+    names, steps = ("web", "code"), [((30.0, 10), (4.0, 2)), ((2.0, 30), (0.0, 0))]
+    state, resumed = TrainState(), TrainState()
+    for sources in steps:
+        one = replace(result(1.0), sources=sources)
+        state = state.after(one, 1.0, names)
+        saved = json.loads(json.dumps(asdict(resumed.after(one, 1.0, names))))
+        resumed = TrainState.saved_in(SimpleNamespace(state=saved))
+    rejected = replace(result(9.0, accepted=False), sources=((9.0, 1), (9.0, 1)))
+    state = state.after(rejected, 1.0, names)
+    assert {name: list(sums) for name, sums in state.interval_sources.items()} == dict(
+        resumed.interval_sources
+    )
+    record = Interval(CONFIG, LAYOUT).take(state, one, lr=0.5)
+    assert record["loss/web"] == 32.0 / 40 and record["loss/code"] == 4.0 / 2
+    assert not state.logged().interval_sources
+
+
+def test_a_source_without_a_token_is_left_out():
+    one = replace(result(1.0), sources=((3.0, 2), (0.0, 0)))
+    record = Interval(CONFIG, LAYOUT).take(TrainState().after(one, 1.0, ("a", "b")), one, lr=0.5)
+    assert record["loss/a"] == 1.5 and "loss/b" not in record
 
 
 def test_an_interval_without_an_update_shows_the_last_loss():
