@@ -62,6 +62,7 @@ class Evidence:
         bad_nodes: what the preflight found, by node.
         unfit: why the preflight found no nodes fit, or "".
         tries: ports that this life has tried.
+        slow_nodes: nodes that the trainer has found slow for long.
     """
 
     records: Sequence[RankRecord] = ()
@@ -70,6 +71,7 @@ class Evidence:
     bad_nodes: dict[str, str] | None = None
     unfit: str = ""
     tries: int = 1
+    slow_nodes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,11 @@ def decide(
         )
     if limit:
         return replace(found, action=Action.FAIL, reason=f"{limit}; {found.reason}")
-    return replace(found, wait_s=_wait(life, past, policy))
+    # A slow node is left out only while there is room: the run can go on with it.
+    room = policy.max_excluded - len(left_out)
+    slow = [node for node in evidence.slow_nodes if node in life.nodes and node not in left_out]
+    exclude = (*found.exclude, *((node, "slow for long") for node in slow[: max(0, room)]))
+    return replace(found, exclude=exclude, wait_s=_wait(life, past, policy))
 
 
 def _first_words(life: Life, evidence: Evidence, past: Sequence[Life]) -> Decision:

@@ -207,6 +207,7 @@ def close(
         bad_nodes=bad_nodes,
         unfit=unfit,
         tries=tries,
+        slow_nodes=[str(node) for node in progress.get("stragglers") or ()],
     )
     past = [one for one in state.lives if one.number < life.number]
     decision = decide(life, evidence, past, policy, tuple(state.excluded))

@@ -7,7 +7,7 @@ the run once had a checkpoint, and so must not start anew because none is found.
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from xlstm_io.errors import CheckpointError
@@ -30,6 +30,7 @@ class Progress:
         checkpoint_step: its step, or None.
         step_seconds: of the last step; None before the first.
         save_seconds: of the last checkpoint, from its begin until it was complete; None before it.
+        stragglers: hosts that are slow now; see `pretrain.watching.ranks`.
     """
 
     status: str
@@ -40,6 +41,7 @@ class Progress:
     checkpoint_step: int | None = None
     step_seconds: float | None = None
     save_seconds: float | None = None
+    stragglers: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Replace the file in a run folder.

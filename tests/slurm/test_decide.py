@@ -233,3 +233,20 @@ def test_a_run_that_never_starts_is_given_up():
     assert decision.last_line == "ImportError: no module"
     slow = after(failed, now=fruitless(3, "", seconds=500.0), past=quick, policy=policy)
     assert slow.action is Action.REQUEUE
+
+
+def test_slow_nodes_are_left_out_while_there_is_room():
+    policy = Policy(steps=100, max_excluded=2)
+    now = life(9, nodes=("n1", "n2", "n3", "n4"))
+    told = after(rank(0, 75), now=now, policy=policy, slow_nodes=["n3", "n4", "gone"])
+    assert told.action is Action.REQUEUE
+    assert told.exclude == (("n3", "slow for long"), ("n4", "slow for long"))
+    told = after(
+        rank(0, 75), now=now, policy=policy, slow_nodes=["n2", "n3", "n4"], excluded=["n2"]
+    )
+    assert told.exclude == (("n3", "slow for long"),), "one is left out already, one more may be"
+    full = after(
+        rank(0, 75), now=now, policy=policy, slow_nodes=["n3"], excluded=["n1", "n2", "n0"]
+    )
+    assert full.action is Action.REQUEUE and not full.exclude, "the run goes on with it"
+    assert not after(rank(0, 2), now=now, policy=policy, slow_nodes=["n3"]).exclude

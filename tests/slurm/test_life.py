@@ -50,9 +50,10 @@ def test_a_life_begins_and_ends_and_the_next_goes_on(files):
     put_record(files, 1)
     put_checkpoint(files, 20)
     put_checkpoint(files, 30, complete=False)
-    write(files.run / "progress.json", {"step": 24})
+    write(files.run / "progress.json", {"step": 24, "stragglers": ["n2"]})
     told = lives.end(files, 1, tries=1)
     assert (told["ACTION"], told["EXIT"], told["WAIT"]) == ("requeue", 75, 0)
+    assert told["EXCLUDE"] == "n2", "the trainer has found it slow"
     (life,) = files.load().lives
     assert (life.checkpoint_step, life.last_step, life.cause) == (20, 24, "interrupted")
     assert begin(files, restart=1)["LIFE"] == 2
