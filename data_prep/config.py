@@ -46,10 +46,10 @@ SplitOfText = Annotated[
 ]
 PromptField = Annotated[
     str,
-    Field(description="Field (jsonl) of a text that is not learnt; with completion_field."),
+    Field(description="Field or column of a text that is not learnt; with completion_field."),
 ]
 CompletionField = Annotated[
-    str, Field(description="Field (jsonl) of the text that follows the prompt, and is learnt.")
+    str, Field(description="Field or column of the text that follows the prompt, and is learnt.")
 ]
 SegmentsField = Annotated[
     str,

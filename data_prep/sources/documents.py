@@ -47,6 +47,11 @@ class Fields:
     segments: str = field(default="", repr=False)
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The fields that hold the text, in their order; `segments` is none of them."""
+        return (self.prompt, self.completion) if self.prompt else (self.text,)
+
+    @property
     def labelled(self) -> bool:
         """Whether some parts of a document are learnt and others are not."""
         return bool(self.prompt or self.segments)

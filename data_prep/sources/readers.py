@@ -44,11 +44,12 @@ def read_documents(
         raise PrepError(
             f"{path}: a text file has no fields for `keep`; make it a source of its own"
         )
-    if fields.labelled and kind not in JSON_SUFFIXES:
+    if fields.segments and kind not in JSON_SUFFIXES:
         raise PrepError(
-            f"{path}: what is learnt and what is not is read from JSON lines alone (.jsonl); write "
-            "its rows as such"
+            f"{path}: segments are read from JSON lines alone; write its rows as .jsonl"
         )
+    if fields.prompt and kind not in JSON_SUFFIXES | TABLE_SUFFIXES:
+        raise PrepError(f"{path}: a text file has no fields for prompts; write it as .jsonl")
     try:
         if kind in JSON_SUFFIXES:
             yield from read_json_lines(path, fields, wanted, offset)

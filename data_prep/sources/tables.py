@@ -19,6 +19,7 @@ from data_prep.sources.documents import (
     Fields,
     Item,
     Malformed,
+    Part,
     printable,
     too_large,
 )
@@ -136,15 +137,17 @@ def _columns(path: str, schema: "pa.Schema", fields: Fields) -> list[str]:
     Raises:
         PrepError: there is none for the text.
     """
-    if not _has(schema, fields.text):
-        names = ", ".join(map(printable, schema.names[:20]))
-        raise PrepError(f"{path}: no column {fields.text!r}; set --text-field to one of {names}")
+    option = "--prompt-field and --completion-field" if fields.prompt else "--text-field"
+    for column in fields.texts:
+        if not _has(schema, column):
+            names = ", ".join(map(printable, schema.names[:20]))
+            raise PrepError(f"{path}: no column {column!r}; set {option} to one of {names}")
     for rule in fields.keep:
         if not _has(schema, rule.field):
             names = ", ".join(map(printable, schema.names[:20]))
             raise PrepError(f"{path}: no column {rule.field!r} for `keep`; it has {names}")
     named = [fields.id] if _has(schema, fields.id) else []
-    return list(dict.fromkeys([fields.text, *named, *(rule.field for rule in fields.keep)]))
+    return list(dict.fromkeys([*fields.texts, *named, *(rule.field for rule in fields.keep)]))
 
 
 def _has(schema: "pa.Schema", name: str) -> bool:
@@ -182,14 +185,14 @@ def _read_batches(
         if wanted is not None and number > wanted[-1]:
             return
         if _wants(wanted, number, batch.num_rows):
-            texts = _values(_column(batch, fields.text))
+            texts = zip(*(_values(_column(batch, name)) for name in fields.texts), strict=True)
             names = _names(batch, fields)
             columns = [_for_rules(_column(batch, rule.field)) for rule in fields.keep]
             values = zip(*columns, strict=True) if columns else itertools.repeat(())
             rows = zip(texts, names, values, strict=False)
-            for record, (text, name, others) in enumerate(rows, number):
+            for record, (found, name, others) in enumerate(rows, number):
                 if kept is None or record in kept:
-                    yield _item(path, record, text, name, others, fields)
+                    yield _item(path, record, found, name, others, fields)
         number += batch.num_rows
 
 
@@ -198,21 +201,31 @@ def _for_rules(array: "pa.Array") -> list[Any]:
 
 
 def _item(
-    path: str, record: int, text: Any, name: Any, others: tuple[Any, ...], fields: Fields
+    path: str,
+    record: int,
+    found: tuple[Any, ...],
+    name: Any,
+    others: tuple[Any, ...],
+    fields: Fields,
 ) -> Item:
+    """The document of a row, or what is wrong; `found` are the values of `fields.texts`."""
     label = f"{base_name(path)}:{record + 1}" if name is None else _label(name)
-    if text is None:
-        return Document(record, label, "", values=others)
     where = f"{path}:{record + 1}"
-    if not isinstance(text, bytes):
-        return Malformed(record, where, f"{type(text).__name__} in column {fields.text!r}")
-    if len(text) > LARGEST_TEXT:
-        return Malformed(record, where, too_large(len(text)), len(text))
-    try:
-        return Document(record, label, text.decode("utf-8"), 0, len(text), others)
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 (byte {error.start}) in column {fields.text!r}: {error.reason}"
-        return Malformed(record, where, reason, len(text))
+    texts, size = [], 0
+    for column, value in zip(fields.texts, found, strict=True):
+        value = b"" if value is None else value
+        if not isinstance(value, bytes):
+            return Malformed(record, where, f"{type(value).__name__} in column {column!r}")
+        size += len(value)
+        if size > LARGEST_TEXT:
+            return Malformed(record, where, too_large(size), size)
+        try:
+            texts.append(value.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 (byte {error.start}) in column {column!r}: {error.reason}"
+            return Malformed(record, where, reason, size)
+    parts = tuple(map(Part, texts, (False, True))) if fields.labelled else ()
+    return Document(record, label, "".join(texts), 0, size, others, parts)
 
 
 def _label(name: Any) -> str:

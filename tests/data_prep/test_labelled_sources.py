@@ -1,7 +1,10 @@
 """Sources that say which parts of a text are learnt."""
 
 import json
+import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.tools.repack import stored_documents
@@ -156,7 +159,23 @@ def test_fields_that_contradict_each_other(build, flags, message, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
-def test_other_files_than_json_lines_are_refused(build, tmp_path, capsys):
+def test_prompts_are_read_from_tables_as_from_lines(build, tmp_path, capsys):
+    pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "pairs.parquet", row_group_size=20)
+    assert build("--input", tmp_path / "pairs.parquet", *PROMPTS) == 0
+    assert learnt_texts(tmp_path / "out") == sorted(
+        (pair["prompt"] + pair["completion"], pair["completion"], True) for pair in PAIRS
+    )
+    shutil.rmtree(tmp_path / "out")
+    flags = ["--prompt-field", "prompt", "--completion-field", "answer"]
+    assert build("--input", tmp_path / "pairs.parquet", *flags) == 2
+    assert (
+        "no column 'answer'; set --prompt-field and --completion-field" in capsys.readouterr().err
+    )
+    assert build("--input", tmp_path / "pairs.parquet", "--segments-field", "prompt") == 2
+    assert "segments are read from JSON lines alone" in capsys.readouterr().err
+
+
+def test_a_text_file_has_no_prompts(build, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("loop cell")
     assert build("--input", tmp_path / "corpus.txt", *PROMPTS) == 2
-    assert "read from JSON lines alone" in capsys.readouterr().err
+    assert "a text file has no fields for prompts" in capsys.readouterr().err
