@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.tools.repack import stored_documents
-from tests.data_prep.small_corpus import documents_of, run
+from tests.data_prep.small_corpus import documents_of, run, tree_bytes
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.shards.rows import no_label
 from xlstm_io.tokenizer import open_tokenizer
@@ -179,3 +179,24 @@ def test_a_text_file_has_no_prompts(build, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("loop cell")
     assert build("--input", tmp_path / "corpus.txt", *PROMPTS) == 2
     assert "a text file has no fields for prompts" in capsys.readouterr().err
+
+
+def test_jobs_and_joined_folders_keep_labels(tokenizer_dir, tmp_path):
+    corpus = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    flags = ["--input", corpus, *PROMPTS, "--tokenizer", tokenizer_dir, "--seq-len", 16]
+    flags += ["--valid-fraction", 0.2, "--shard-mb", 0.002, "--workers", 1]
+    assert run("build", *flags, "--out", tmp_path / "one") == 0
+    for task in (0, 1):
+        assert run("build", *flags, "--out", tmp_path / "two", "--task", task, "--tasks", 2) == 0
+    assert run("merge", tmp_path / "two") == 0
+    assert tree_bytes(tmp_path / "one") == tree_bytes(tmp_path / "two")
+
+    others = [{**pair, "prompt": f"other {pair['prompt']}"} for pair in PAIRS]
+    flags[1] = write_lines(tmp_path / "others.jsonl", others)
+    assert run("build", *flags, "--out", tmp_path / "others", "--source", "others") == 0
+    joined = tmp_path / "joined"
+    assert run("merge", joined, "--inputs", tmp_path / "one", tmp_path / "others") == 0
+    assert run("verify", joined, "--full") == 0
+    assert load_manifest(joined).labels
+    both = learnt_texts(tmp_path / "one") + learnt_texts(tmp_path / "others")
+    assert learnt_texts(joined) == sorted(both)
