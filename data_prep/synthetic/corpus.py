@@ -171,14 +171,21 @@ def _settings(name: str, task: Task, seq_len: int, splits: list[Split]) -> dict[
 
 def _shards(name: str, task: Task, out: Path, split: Split, seq_len: int) -> Iterator[ShardEntry]:
     """Write the shards of a split."""
-    written = 0
-    with Progress(split.name, split.samples) as progress:
-        for number, batches in enumerate(_groups(_batches(name, task, split))):
+    symbols = task.symbols()
+    token_bytes = token_dtype(len(symbols)).itemsize
+    total = split.samples * (split.span.low + split.span.high) // 2
+
+    def followed(batches: Iterator[Samples]) -> Iterator[Samples]:
+        tokens = 0
+        for batch in batches:
+            tokens += int(batch.lengths.sum())
+            progress.set(tokens * token_bytes)
+            yield batch
+
+    with Progress(f"{name} {split.name}", total * token_bytes) as progress:
+        for number, batches in enumerate(_groups(followed(_batches(name, task, split)))):
             path = f"{_SOURCE}/{split.name}/shard-{number:08d}.tar"
-            entry = _write_shard(out, path, batches, seq_len, task.symbols())
-            written += entry.docs
-            progress.set(written)
-            yield entry
+            yield _write_shard(out, path, batches, seq_len, symbols)
 
 
 def _groups(batches: Iterator[Samples]) -> Iterator[list[Samples]]:

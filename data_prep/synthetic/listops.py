@@ -13,6 +13,7 @@ from data_prep.synthetic.task import Samples, Span, Task, at_the_end
 from xlstm_io.errors import PrepError
 
 _OPERATION_SHARE = 0.25
+_TREES = 16  # are drawn for each that is asked for, since most have another length
 _OPERATIONS = ("[MIN", "[MAX", "[MED", "[SM")
 _CLOSE = 1 + len(_OPERATIONS)
 _FIRST_DIGIT = _CLOSE + 1
@@ -82,9 +83,9 @@ class ListOps(Task):
         return self.draw(rng, len(lengths), Span(int(lengths.min()), int(lengths.max())))
 
     def draw(self, rng: np.random.Generator, count: int, span: Span) -> Samples:
-        """The trees of `count` that have a possible length of the span: few of them."""
+        """About `count` trees with a length of the span, or fewer where such lengths are rare."""
         self.possible_lengths(span)
-        levels = self._grow(rng, count, span.high)
+        levels = self._grow(rng, _TREES * count, span.high)
         _evaluate(levels)
         kept = (levels[0].sizes >= span.low) & (levels[0].sizes <= span.high)
         return _as_samples(levels, kept)

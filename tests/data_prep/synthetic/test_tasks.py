@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.synthetic.command import TASKS
 from data_prep.synthetic.expressions import expressions
+from data_prep.synthetic.listops import _TREES
 from data_prep.synthetic.recall import MultiQueryRecall, distinct
 from data_prep.synthetic.task import Span
 from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE
@@ -150,7 +151,7 @@ def test_trees_are_distributed_as_by_the_long_range_arena():
     slow = [slow_tree(1, 4, 5, rng) for _ in range(6000)]
     slow = [tree for tree in slow if 8 <= len(tree) <= 60]
     task = TASKS["listops"](out=OUT, max_depth=4, max_args=5)
-    fast = [symbols for symbols, _ in as_symbols(task, draw(task, 6000, "8-60"))]
+    fast = [symbols for symbols, _ in as_symbols(task, draw(task, 6000 // _TREES, "8-60"))]
     assert len(fast) == pytest.approx(len(slow), rel=0.1)
     for count in (len, lambda tree: tree.count("]"), lambda tree: tree.count("[SM")):
         expected, spread = np.mean([count(t) for t in slow]), np.std([count(t) for t in slow])
