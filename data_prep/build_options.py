@@ -14,21 +14,36 @@ from data_prep.config import BuildConfig, SourceConfig
 from data_prep.options import parse
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
+from xlstm_io.terminal import shortened
 from xlstm_io.yaml_file import read_yaml
 
 
-def build_config(arguments: list[str], prog: str) -> BuildConfig:
-    """Settings from `[prep.yaml] [--key value ...]`; flags win over the file."""
+def build_options(arguments: list[str], prog: str) -> tuple[BuildConfig, bool]:
+    """Settings from `[prep.yaml] [--key value ...]`, and whether functions may be run.
+
+    Flags win over the file. `--allow-functions` is a flag alone: prep.yaml may come from others.
+
+    Raises:
+        PrepError: the file or an option is wrong.
+    """
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = read_yaml(arguments[0], of="prep.yaml", example="`seq_len: 256`", error=PrepError)
+        if "allow_functions" in values:
+            raise PrepError(
+                f"{arguments[0]}: allow_functions is not a key of the file, which would allow "
+                "itself to run code; remove it and give --allow-functions with the command"
+            )
         arguments = arguments[1:]
     description = (
         "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
         "file are the flags below, and flags win."
     )
     parsed = parse(_build_flags(values), arguments, prog, description)
-    return BuildConfig.model_validate({**vars(parsed), "sources": values.get("sources", [])})
+    given = vars(parsed)
+    allow_functions = given.pop("allow_functions")
+    config = BuildConfig.model_validate({**given, "sources": values.get("sources", [])})
+    return config, allow_functions
 
 
 def _build_flags(values: dict[str, Any]) -> type:
@@ -59,6 +74,9 @@ def _build_flags(values: dict[str, Any]) -> type:
         own = tyro.MISSING if info.is_required() else info.get_default(call_default_factory=True)
         default = values.get(name, own)
         members.append((name, kind, field(default_factory=partial(copy, default))))
+    help_text = "Run the code that filter_functions names."
+    allowed = Annotated[bool, tyro.conf.arg(help=help_text)]
+    members.append(("allow_functions", allowed, field(default=False)))
     return make_dataclass("BuildFlags", members, kw_only=True)
 
 
@@ -75,5 +93,5 @@ def explain(errors: Sequence[ErrorDetails]) -> str:
         elif not key:  # a rule about several keys
             parts.append(rule_of(item))
         else:
-            parts.append(f"{key}={item['input']!r} {rule_of(item)}")
+            parts.append(f"{key}={shortened(item['input'])} {rule_of(item)}")
     return "; ".join(dict.fromkeys(parts))

@@ -13,7 +13,7 @@ import tyro
 from pydantic import ValidationError
 
 from data_prep.build.build import build
-from data_prep.build_options import build_config, explain
+from data_prep.build_options import build_options, explain
 from data_prep.config import BuildConfig
 from data_prep.jobs.progress import say
 from data_prep.options import parse
@@ -141,10 +141,12 @@ class Merge:
     """Finished folders to join (hard links where possible), each with sources of its own."""
     allow_duplicates: bool = False
     """Join folders that share documents, or whose documents cannot be compared."""
+    rename: list[str] = field(default_factory=list)
+    """With --inputs (one will do): OLD=NEW or FOLDER/OLD=NEW gives a source another name."""
 
     def run(self) -> None:
         """Do it."""
-        merge(self.out, self.inputs, allow_duplicates=self.allow_duplicates)
+        merge(self.out, self.inputs, allow_duplicates=self.allow_duplicates, rename=self.rename)
 
 
 @dataclass
@@ -280,7 +282,8 @@ def _usage() -> str:
 def _run(name: str, arguments: list[str]) -> None:
     prog = f"{_PROGRAM} {name}"
     if name == "build":
-        build(build_config(arguments, prog))
+        config, allow_functions = build_options(arguments, prog)
+        build(config, allow_functions=allow_functions)
     elif name == "synthetic":
         synthetic(arguments, prog)
     else:

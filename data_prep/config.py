@@ -154,6 +154,9 @@ class BuildConfig(BaseModel):
     segments_field: SegmentsField = ""
     licence: Licence = ""
     origin: Origin = ""
+    extends: str = ""
+    """A finished folder of shards: OUT gets its shards as they are (hard links), and new ones of
+    the files of input that it does not have."""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several corpora (in prep.yaml, instead of input): name, input, text_field, licence, ..."""
     min_chars: int = Field(0, ge=0)
@@ -167,9 +170,8 @@ class BuildConfig(BaseModel):
     max_mean_word_chars: float = Field(0.0, ge=0.0)
     """Drop texts whose words are longer on average; 0: no limit."""
     filter_functions: list[str] = Field(default_factory=list)
-    """Functions of your own, module:function, that say whether a text is kept."""
-    allow_functions: bool = False
-    """Run the code that filter_functions names."""
+    """Functions of your own, module:function, that say whether a text is kept. They are run only
+    with --allow-functions, which no file can give."""
     shard_mb: float = Field(64.0, gt=0)
     """Megabytes of text per shard. A shard is what one worker writes, and what is redone after a
     kill."""
@@ -191,11 +193,6 @@ class BuildConfig(BaseModel):
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             problems.append(f"sources: the names {', '.join(names)} must differ")
-        if self.filter_functions and not self.allow_functions:
-            problems.append(
-                f"filter_functions={self.filter_functions} would run code of yours; allow it with "
-                "--allow-functions"
-            )
         if (self.task is None) != (self.tasks is None) and self.tasks != 1:
             problems.append("task and tasks belong together")
         if self.task is not None and not 0 <= self.task < (self.tasks or 1):

@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="replace a key of the site file; may be given several times",
         )
+        command.add_argument(
+            "--allow-functions",
+            action="store_true",
+            help="for prep: run the code that filter_functions of the file names",
+        )
         command.epilog = OVERRIDES
     submit.add_argument(
         "--dry-run",
@@ -123,7 +128,9 @@ def _tasks(options: argparse.Namespace, site: Site, overrides: dict[str, Any]) -
 
     first, *rest = map(Path, options.paths)
     if options.kind == "prep":
-        return plan_preparation(first, shards_of(first), site, options.nodes)
+        allowed = options.allow_functions
+        out = shards_of(first)
+        return plan_preparation(first, out, site, options.nodes, allow_functions=allowed)
     if options.kind == "convert":
         return plan_conversion(first, rest[0], site)
     words = [word for key, value in overrides.items() for word in override_option(key, value)]
@@ -139,8 +146,11 @@ def _check_words(options: argparse.Namespace, overrides: dict[str, Any]) -> None
         raise UserError(f"{kind} takes {what}, and {len(paths)} words were given: {paths}")
     if kind in ("evaluate", "convert") and options.nodes != 1:
         raise UserError(f"--nodes {options.nodes}: {kind} runs on one node")
+    if options.allow_functions and kind != "prep":
+        raise UserError(f"--allow-functions is not an option of {kind}; only prep runs functions")
     if kind in ("prep", "convert") and overrides:
-        raise UserError(f"--{next(iter(overrides))} is not an option of {kind}")
+        keys = "; keys of a build belong into its file" if kind == "prep" else ""
+        raise UserError(f"--{next(iter(overrides))} is not an option of {kind}{keys}")
     if kind in ("evaluate", "convert") and not Path(paths[0]).is_dir():
         raise UserError(f"{paths[0]} is not a folder; give a run or a checkpoint")
 

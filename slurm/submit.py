@@ -135,7 +135,7 @@ def _check_nodes(files: RunState, site: Site, nodes: int, known: Sequence[str]) 
         if site.gpus_per_node > most:
             raise ConfigError(
                 f"gpus_per_node={site.gpus_per_node}, and no node of partition {site.partition} "
-                f"has more than {most}"
+                f"has more than {most}; use at most {most}, or another partition"
             )
     left = len(set(known) - set(files.load().excluded))
     if known and left < nodes:

@@ -50,7 +50,13 @@ def shards_of(file: Path) -> Path:
 
 
 def plan_preparation(
-    file: Path, out: Path, site: Site, elements: int, *, folder: Path | None = None
+    file: Path,
+    out: Path,
+    site: Site,
+    elements: int,
+    *,
+    folder: Path | None = None,
+    allow_functions: bool = False,
 ) -> list[TaskPlan]:
     """The jobs of `data_prep build`: an array, and the merge of its parts.
 
@@ -60,6 +66,7 @@ def plan_preparation(
         site: the cluster; its GPUs are not asked for.
         elements: of the array, one node each.
         folder: where the jobs work; the current folder if None.
+        allow_functions: run the code that the file names.
 
     Raises:
         UserError: the site does not go with the jobs.
@@ -69,7 +76,8 @@ def plan_preparation(
         raise UserError(f"--nodes {elements} is not an array; use 1 or more")
     out = folder / out
     jobs = _folder_beside(out)
-    build = ("-m", "data_prep", "build", str(folder / file), "--tasks", str(elements))
+    allowed = ("--allow-functions",) if allow_functions else ()
+    build = ("-m", "data_prep", "build", str(folder / file), "--tasks", str(elements), *allowed)
     merge = ("-m", "data_prep", "merge", str(out))
     array = _task(site, jobs, folder, f"{job_name(out)}-prep", build, array=elements)
     return [array, _task(site, jobs, folder, f"{job_name(out)}-merge", merge)]

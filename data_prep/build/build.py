@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 from data_prep.build.encode import ShardRecord, encode_shard, encode_tasks, load_record
+from data_prep.build.extend import new_files, take_over
 from data_prep.build.plan import Corpus, check_splits, plan_build
 from data_prep.build.report import Finished, finish_build
 from data_prep.build.scan import InputFile, scan_files
 from data_prep.build.state import check_same_settings, finished_manifest, load_state, save_state
 from data_prep.config import BuildConfig, JobShare
 from data_prep.jobs.progress import Progress, say
-from data_prep.jobs.workers import available_cpus, run_tasks
+from data_prep.jobs.workers import Workers, available_cpus
 from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.malformed import report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
@@ -31,21 +32,44 @@ from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 
-def build(config: BuildConfig) -> Manifest | None:
+def build(config: BuildConfig, *, allow_functions: bool = False) -> Manifest | None:
     """Run a build to its end.
+
+    Args:
+        config: its settings.
+        allow_functions: run the code that `filter_functions` names. It is not a setting, because
+            settings come from files, and files from others.
 
     Returns:
         The manifest; None when this is one job of several.
 
     Raises:
-        PrepError: bad inputs, or OUT holds shards of other settings or contents.
+        PrepError: bad inputs, functions that are not allowed, or OUT holds shards of other settings
+            or contents.
         TokenizerFileError: the tokenizer defines no bos or eos.
         Interrupted: a signal arrived; finished shards are kept.
     """
+    if config.filter_functions and not allow_functions:
+        raise PrepError(
+            f"filter_functions={config.filter_functions} would run code of yours; allow it in this "
+            "call with --allow-functions"
+        )
+    with Workers(config.workers or available_cpus()) as workers:
+        return _build(config, workers)
+
+
+def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
     started = time.monotonic()
-    out, share, workers = Path(config.out), _share(config), config.workers or available_cpus()
+    out, share = Path(config.out), _share(config)
     tokenizer, files = _open_tokenizer(config.tokenizer), _input_files(config)
     settings = {**config.settings(), "tokenizer": tokenizer.sha256}
+    for name in config.filter_functions:
+        say(f"runs the function {name} on every text ({settings['filters'][name]} of its file)")
+    earlier = None
+    if config.extends:
+        earlier = take_over(out, config, settings)
+        settings["extends"] = earlier.manifest.hash
+        files = new_files(earlier, files, config.extends)
     fingerprints = [file_fingerprint(file.path) for file in files]
 
     state = load_state(out)
@@ -64,7 +88,8 @@ def build(config: BuildConfig) -> Manifest | None:
     scans = scan_files(files, config.filters(), out / "_work", workers, share)
     tallies = [scan.tally(file.path) for file, scan in zip(files, scans, strict=True)]
     report_malformed(tallies, config.max_bad_share, out / "_work" / "malformed.log")
-    corpus = plan_build(out, config, files, fingerprints, scans)
+    known = () if earlier is None else (earlier.document_hashes(), earlier.shard_counts())
+    corpus = plan_build(out, config, files, fingerprints, scans, *known)
     check_splits(corpus.plan, config)
     if state is not None and state.corpus != corpus.digest:
         raise PrepError(
@@ -86,7 +111,7 @@ def build(config: BuildConfig) -> Manifest | None:
         )
         return None
     seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}
-    finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done)
+    finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done, earlier)
     return finish_build(out, finished)
 
 
@@ -124,7 +149,7 @@ def _encode(
     tokenizer: Tokenizer,
     corpus: Corpus,
     numbers: range,
-    workers: int,
+    workers: Workers,
 ) -> tuple[list[ShardRecord], int]:
     """Write those of the shards `numbers` that are not there.
 
@@ -140,7 +165,7 @@ def _encode(
     tasks = encode_tasks(out, config, tokenizer, corpus, [shards[place] for place in todo])
     todo_bytes = sum(task.plan.bytes_in for task in tasks)
     with Progress("tokenize", todo_bytes) as progress:
-        for number, record in run_tasks(encode_shard, tasks, workers, progress):
+        for number, record in workers.run(encode_shard, tasks, progress):
             records[todo[number]] = record
             say(f"{record.entry.path}: {record.entry.rows} rows, {record.entry.tokens} tokens")
     return [records[place] for place in range(len(shards))], todo_bytes

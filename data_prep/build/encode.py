@@ -1,25 +1,28 @@
 """Second pass: one planned shard becomes tokens, rows and a tar. Each shard stands alone."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
+from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, as_stored, make_packer, with_labels, write_shard
-from data_prep.build.plan import SPLITS, Corpus, ShardPlan
+from data_prep.build.plan import SPLITS, Corpus
 from data_prep.build.scan import FileScan, InputFile
+from data_prep.build.stored_plan import ShardPlan
 from data_prep.config import BuildConfig
 from data_prep.jobs.workers import Tick
 from data_prep.sources.documents import Document, Part, text_hash
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
-from xlstm_io.shards.manifest import ShardEntry
+from xlstm_io.json_file import StrictModel
+from xlstm_io.shards.manifest import Count, ShardEntry
 from xlstm_io.shards.rows import token_dtype
-from xlstm_io.shards.shard import index_path
-from xlstm_io.storage import write_atomic
+from xlstm_io.shards.shard import entry_is_there, index_path
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH_BYTES = 1 << 18
@@ -91,6 +94,15 @@ class ShardRecord:
     lossy: int
 
 
+class _RecordNote(StrictModel):
+    """A stored `ShardRecord`."""
+
+    entry: ShardEntry
+    histogram: Annotated[list[Count], Field(min_length=_BINS, max_length=_BINS)]
+    round_trips: Count
+    lossy: Count
+
+
 def shard_path(plan: ShardPlan) -> str:
     """`<source>/<split>/shard-00000042.tar`, relative to the folder of the build."""
     return f"{plan.source}/{plan.split}/shard-{plan.number:08d}.tar"
@@ -102,15 +114,19 @@ def record_path(out: Path, plan: ShardPlan) -> Path:
 
 
 def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
-    """The record of a finished shard; None unless its files are there with the recorded size."""
-    tar = out / shard_path(plan)
-    try:
-        stored = json.loads(record_path(out, plan).read_bytes())
-        record = ShardRecord(ShardEntry(**stored.pop("entry")), **stored)
-        intact = tar.stat().st_size == record.entry.bytes and index_path(tar).exists()
-    except (OSError, ValueError, KeyError, TypeError):
+    """The record of a finished shard; None unless its files are there with the recorded size.
+
+    Raises:
+        ShardFormatError: a link leads out of the folder.
+    """
+    note = read_note(_RecordNote, record_path(out, plan))
+    if note is None:
         return None
-    return record if intact else None
+    entry = note.entry
+    expected = (shard_path(plan), index_path(Path(shard_path(plan))).as_posix())
+    ours = (entry.path, entry.index) == expected and entry.docs == plan.documents
+    ours = ours and entry.docs == sum(note.histogram)
+    return ShardRecord(**vars(note)) if ours and entry_is_there(out, entry) else None
 
 
 def encode_tasks(
@@ -174,8 +190,7 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
         task.out, shard_path(task.plan), documents(), packer, bytes_in=task.plan.bytes_in
     )
     record = ShardRecord(entry, histogram.tolist(), checked, lossy)
-    stored = {**record.__dict__, "entry": entry.model_dump()}
-    write_atomic(record_path(task.out, task.plan), json.dumps(stored).encode() + b"\n")
+    write_note(record_path(task.out, task.plan), {**vars(record), "entry": entry.model_dump()})
     return record
 
 
@@ -229,6 +244,8 @@ def _batches(task: EncodeTask) -> Iterator[tuple[list[Document], int]]:
         assigned = np.fromfile(task.assignments, np.uint8, count, offset=offset)
         chosen = part.first + np.flatnonzero(assigned == SPLITS[task.plan.split])
         rows = part.scan.rows()[chosen]
+        if not len(rows):
+            continue
         expected = iter(zip(rows["record"].tolist(), rows["hash"].tolist(), strict=True))
         start = int(rows["offset"][0])
         for item in read_documents(part.file.path, part.file.fields, rows["record"], start):

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from xlstm_io.shards.manifest import ShardEntry
+from xlstm_io.shards.manifest import ShardEntry, place_of
 from xlstm_io.shards.rows import CONTINUATION, NO_DOCUMENT, PADDING, Block, no_label
 from xlstm_io.shards.shard import default_block_rows, index_path
 from xlstm_io.shards.writer import ShardWriter
@@ -314,7 +314,7 @@ def write_shard(
     Returns:
         The shard's entry for the manifest.
     """
-    with ShardWriter(root / path) as writer:
+    with ShardWriter(place_of(root, path)) as writer:
         for tokens in documents:
             for block in packer.add(tokens):
                 writer.write(block)

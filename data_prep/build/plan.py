@@ -8,65 +8,31 @@ the split assignment of each document (one byte: dropped, train or valid) lies i
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
+from data_prep.build.repeated import BUCKET_ROWS, find_repeated
 from data_prep.build.scan import FileScan, InputFile, rule_verdict
+from data_prep.build.stored_plan import (
+    CorpusPlan,
+    ShardPlan,
+    assignments_file,
+    load_plan,
+    store_plan,
+)
 from data_prep.config import BuildConfig
 from data_prep.sources.filters import KEPT, TextFilters
 from xlstm_io.errors import PrepError
-from xlstm_io.storage import temporary_path, write_atomic
+from xlstm_io.storage import temporary_path
 
 _SPLIT_RESOLUTION = 1_000_000
-_BUCKET_ROWS = 1 << 20
-_MAX_BUCKETS = 1 << 10
 _VERDICTS = 1 << 8  # values of SCAN_ROW's drop
 DROPPED, TRAIN, VALID = 0, 1, 2  # split assignments
 SPLITS = {"train": TRAIN, "valid": VALID}
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard: of each file, the rows of its scan from `first` up to `last`.
-
-    Among them are the shard's documents: those that are assigned to its split.
-
-    Attributes:
-        source: name of the source.
-        split: "train" or "valid".
-        number: from 0, within source and split.
-        documents: how many it holds.
-        bytes_in: UTF-8 bytes of their texts.
-        parts: (index into the files, first, last) of each file.
-    """
-
-    source: str
-    split: str
-    number: int
-    documents: int
-    bytes_in: int
-    parts: list[tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
-class CorpusPlan:
-    """All shards, and what was left out and why.
-
-    Attributes:
-        shards: source after source, train before valid.
-        documents_read: by source.
-        dropped: documents that were left out, by source and reason.
-        assignments: file with the split assignment of each document, file after file.
-    """
-
-    shards: list[ShardPlan]
-    documents_read: dict[str, int]
-    dropped: dict[str, dict[str, int]]
-    assignments: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +66,8 @@ def plan_build(
     files: list[InputFile],
     fingerprints: list[list],
     scans: list[FileScan],
+    earlier: np.ndarray | None = None,
+    shard_counts: dict[tuple[str, str], int] | None = None,
 ) -> Corpus:
     """Decide from the scans what goes into which shard.
 
@@ -109,12 +77,22 @@ def plan_build(
         files: the input files.
         fingerprints: of each file.
         scans: of each file.
+        earlier: hashes uint64 `[n, 2]` of documents that an extended folder holds.
+        shard_counts: shards of that folder, by source and split; the new ones count on.
     """
     work = out / "_work"
     shard_bytes = max(1, int(config.shard_mb * 1e6))
     samples = {source.name: source.sample for source in config.all_sources()}
     plan = plan_corpus(
-        files, scans, config.filters(), config.valid_fraction, shard_bytes, work, samples
+        files,
+        scans,
+        config.filters(),
+        config.valid_fraction,
+        shard_bytes,
+        work,
+        samples,
+        earlier,
+        shard_counts or {},
     )
     return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans))
 
@@ -137,6 +115,8 @@ def check_splits(plan: CorpusPlan, config: BuildConfig) -> None:
         why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         raise PrepError(f"--input: no document is left ({why}); look at the filters and the field")
     more = "give more documents (--text-split makes many of one large text file)"
+    if config.extends:
+        return  # the extended folder has both
     if config.valid_fraction > 0 and kept["valid"] == 0:
         raise PrepError(
             f"none of the {total} documents fell into validation with --valid-fraction "
@@ -157,6 +137,8 @@ def plan_corpus(
     shard_bytes: int,
     work: Path,
     samples: dict[str, float],
+    earlier: np.ndarray | None = None,
+    shard_counts: dict[tuple[str, str], int] | None = None,
 ) -> CorpusPlan:
     """Drop what filters say and repeated texts, choose the splits, and cut them into shards.
 
@@ -172,48 +154,35 @@ def plan_corpus(
         shard_bytes: a shard holds about this much text.
         work: `OUT/_work`.
         samples: by source, the share of its documents that is taken.
+        earlier: see `plan_build`.
+        shard_counts: see `plan_build`.
     """
     key = repr([corpus_digest(files, scans), valid_fraction, shard_bytes])
     if any(share < 1 for share in samples.values()):
         key += repr(samples)
+    if earlier is not None:
+        key += repr(sorted((shard_counts or {}).items())) + xxhash.xxh3_128_hexdigest(earlier.data)
     path = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     total = sum(scan.documents for scan in scans)
-    stored = _load(path, total)
+    stored = load_plan(path, files, scans)
     if stored is not None:
         return stored
-    file = _assignments_file(path)
+    file = assignments_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(file)
     try:
         assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
-        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent)
-        shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments))
+        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent, earlier)
+        counts = shard_counts or {}
+        shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments, counts))
         assignments.flush()
         del assignments
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
     plan = CorpusPlan(shards, read, dropped, str(file))
-    fields = {key: value for key, value in asdict(plan).items() if key != "assignments"}
-    write_atomic(path, json.dumps(fields).encode() + b"\n")
+    store_plan(path, plan)
     return plan
-
-
-def _assignments_file(path: Path) -> Path:
-    """The file of split assignments that belongs to the stored plan `path`."""
-    return path.with_suffix(".fate")
-
-
-def _load(path: Path, total: int) -> CorpusPlan | None:
-    file = _assignments_file(path)
-    try:
-        if file.stat().st_size != max(1, total):
-            return None
-        fields = json.loads(path.read_bytes())
-        shards = [ShardPlan(**shard) for shard in fields.pop("shards")]
-        return CorpusPlan(shards, **fields, assignments=str(file))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 def _drop(
@@ -223,6 +192,7 @@ def _drop(
     samples: dict[str, float],
     assignments: np.ndarray,
     scratch: Path,
+    earlier: np.ndarray | None,
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Mark in `assignments` which documents are dropped (0) and which are kept (1, TRAIN).
 
@@ -250,12 +220,18 @@ def _drop(
         malformed[file.source] += scan.malformed
         codes[file.source] += np.bincount(drop, minlength=_VERDICTS)
 
-    duplicates = dict.fromkeys(names, 0)
-    for repeated in find_repeated(_kept_hashes(scans, ends, assignments), int(ends[-1]), scratch):
+    by_file = np.zeros(len(files), np.int64)
+    known = 0 if earlier is None else len(earlier)
+    hashes = _kept_hashes(scans, ends, assignments, earlier)
+    for numbers in find_repeated(hashes, known + int(ends[-1]), scratch):
+        repeated = numbers[numbers >= known] - known
         assignments[repeated] = DROPPED
-        owners = np.bincount(np.searchsorted(ends, repeated, side="right"), minlength=len(files))
-        for file, count in zip(files, owners.tolist(), strict=True):
-            duplicates[file.source] += count
+        # Of the files that the bucket touches alone: there may be thousands of both.
+        owners, repeats = np.unique(np.searchsorted(ends, repeated, "right"), return_counts=True)
+        by_file[owners] += repeats
+    duplicates = dict.fromkeys(names, 0)
+    for file, count in zip(files, by_file.tolist(), strict=True):
+        duplicates[file.source] += count
 
     dropped = {}
     for name in names:
@@ -268,63 +244,27 @@ def _drop(
             "empty": counts["empty"],
             "malformed": malformed[name],
         }
-        chosen = filters.settings()
+        chosen = filters.chosen
         dropped[name] = always | {reason: counts[reason] for reason in reasons if reason in chosen}
         dropped[name] |= by_rule | ({"sample": unsampled[name]} if samples[name] < 1 else {})
     return read, dropped
 
 
 def _kept_hashes(
-    scans: list[FileScan], ends: np.ndarray, assignments: np.ndarray
+    scans: list[FileScan],
+    ends: np.ndarray,
+    assignments: np.ndarray,
+    earlier: np.ndarray | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(numbers, hashes) of the documents of an extended folder, then of those not dropped here."""
+    known = 0 if earlier is None else len(earlier)
+    for first in range(0, known, BUCKET_ROWS):
+        assert earlier is not None
+        part = earlier[first : first + BUCKET_ROWS]
+        yield np.arange(first, first + len(part)), part
     for scan, end in zip(scans, ends.tolist(), strict=True):
         kept = np.flatnonzero(assignments[end - scan.documents : end])
-        yield kept + (end - scan.documents), scan.rows()["hash"][kept]
-
-
-def find_repeated(
-    parts: Iterable[tuple[np.ndarray, np.ndarray]], total: int, scratch: Path
-) -> Iterator[np.ndarray]:
-    """Numbers of the texts whose hash a text of a smaller number has.
-
-    Args:
-        parts: (numbers [n], hashes uint64 [n, 2]), numbers ascending over all parts.
-        total: about how many texts there are.
-        scratch: folder for the buckets of a large corpus: texts are first spread over files by
-            their hash, then each file is sorted on its own.
-    """
-    buckets = min(_MAX_BUCKETS, 1 << max(0, total // _BUCKET_ROWS).bit_length())
-    if buckets == 1:
-        held = [_table(*part) for part in parts]
-        yield _repeated_in(np.concatenate(held) if held else np.empty((0, 3), np.uint64))
-        return
-    folder = temporary_path(scratch / "buckets")
-    folder.mkdir(parents=True)
-    shift = np.uint64(64 - (buckets.bit_length() - 1))
-    try:
-        for part in parts:
-            table = _table(*part)
-            bucket = (table[:, 0] >> shift).astype(np.int64)
-            order = np.argsort(bucket, kind="stable")
-            table, bucket = table[order], bucket[order]
-            present, first = np.unique(bucket, return_index=True)
-            for number, rows in zip(present, np.split(table, first[1:]), strict=True):
-                with open(folder / str(number), "ab") as file:
-                    file.write(rows.tobytes())
-        for path in folder.iterdir():
-            yield _repeated_in(np.fromfile(path, np.uint64).reshape(-1, 3))
-    finally:
-        shutil.rmtree(folder)
-
-
-def _table(numbers: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    return np.column_stack([hashes, numbers.astype(np.uint64)])
-
-
-def _repeated_in(table: np.ndarray) -> np.ndarray:
-    table = table[np.lexsort((table[:, 1], table[:, 0]))]  # stable: equal texts stay in order
-    repeated = (table[1:, :2] == table[:-1, :2]).all(axis=1)
-    return np.sort(table[1:, 2][repeated]).astype(np.int64)
+        yield known + kept + (end - scan.documents), scan.rows()["hash"][kept]
 
 
 def _cut(
@@ -333,11 +273,16 @@ def _cut(
     valid_fraction: float,
     shard_bytes: int,
     assignments: np.ndarray,
+    shard_counts: dict[tuple[str, str], int],
 ) -> Iterator[ShardPlan]:
     """Mark validation texts in `assignments` and cut each source's splits into shards."""
     limit = np.uint64(round(valid_fraction * _SPLIT_RESOLUTION))
     names = list(dict.fromkeys(file.source for file in files))
-    cuts = {(name, split): _Cutter(name, split, shard_bytes) for name in names for split in SPLITS}
+    cuts = {
+        (name, split): _Cutter(name, split, shard_bytes, shard_counts.get((name, split), 0))
+        for name in names
+        for split in SPLITS
+    }
     end = 0
     for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
         rows = scan.rows()
@@ -355,8 +300,9 @@ def _cut(
 class _Cutter:
     """Collects the documents of one split of one source into shards."""
 
-    def __init__(self, source: str, split: str, shard_bytes: int):
+    def __init__(self, source: str, split: str, shard_bytes: int, first: int):
         self.source, self.split, self.shard_bytes = source, split, shard_bytes
+        self._first = first  # number of its first shard
         self.shards: list[ShardPlan] = []
         self._total = 0
         self._place = -1  # of the last shard, in units of shard_bytes
@@ -373,7 +319,7 @@ class _Cutter:
         for place, start, stop in zip(present.tolist(), bounds[:-1], bounds[1:], strict=True):
             part = (file, int(chosen[start]), int(chosen[stop - 1]) + 1)
             size, parts = int(sizes[start:stop].sum()), [part]
-            documents, number = stop - start, len(self.shards)
+            documents, number = stop - start, self._first + len(self.shards)
             if place == self._place:  # goes on from the file before
                 open_shard = self.shards.pop()
                 number, parts = open_shard.number, open_shard.parts

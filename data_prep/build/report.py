@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.build.encode import BINS_PER_OCTAVE, ShardRecord
+from data_prep.build.extend import Earlier
 from data_prep.build.plan import Corpus
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
@@ -38,6 +39,7 @@ class Finished:
         records: of the shards, in the order of the plan.
         seconds: wall clock of the passes that this run did.
         bytes_done: text that this run tokenized.
+        earlier: the folder that the build extends, if any.
     """
 
     config: BuildConfig
@@ -47,6 +49,7 @@ class Finished:
     records: list[ShardRecord]
     seconds: dict[str, float]
     bytes_done: int
+    earlier: Earlier | None = None
 
 
 def finish_build(out: Path, finished: Finished) -> Manifest:
@@ -66,7 +69,19 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
     ids = tokenizer.document_ids()
     dtype = token_dtype(tokenizer.vocab_size)
     identity = {"settings": finished.settings, "corpus": finished.corpus.digest}
-    fields = {
+    sources = [
+        {
+            "name": source.name,
+            "provenance": _provenance(finished, source),
+            "documents_read": plan.documents_read[source.name],
+            "dropped": plan.dropped[source.name],
+            "filters": {**finished.settings["filters"], **source.choice()},
+            "splits": {split: _split(finished, source.name, split) for split in SPLIT_NAMES},
+        }
+        for source in config.all_sources()
+        if source.name in plan.documents_read  # extending, a source may have no new file
+    ]
+    fields: dict[str, Any] = {
         "dtype": dtype.name,
         "seq_len": config.seq_len,
         "row_tokens": config.seq_len + 1,
@@ -86,20 +101,37 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
         "valid_fraction": config.valid_fraction,
         **({"labels": True} if config.labels else {}),
         "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        "sources": [
-            {
-                "name": source.name,
-                "provenance": _provenance(finished, source),
-                "documents_read": plan.documents_read[source.name],
-                "dropped": plan.dropped[source.name],
-                "filters": {**finished.settings["filters"], **source.choice()},
-                "splits": {split: _split(finished, source.name, split) for split in SPLIT_NAMES},
-            }
-            for source in config.all_sources()
-        ],
+        "sources": sources,
         "code": {"version": metadata.version("xlstm-pretrain")},
     }
+    if finished.earlier is not None:
+        fields["sources"] = _joined(finished.earlier.manifest, sources)
+        fields["parent"] = finished.earlier.manifest.hash
     return write_manifest(out, fields)
+
+
+def _joined(parent: Manifest, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources of an extended folder, each followed by its new shards, then the new sources."""
+    new = {source["name"]: source for source in sources}
+    joined = []
+    for old in (source.model_dump() for source in parent.sources):
+        more = new.pop(old["name"], None)
+        if more is not None:
+            old["documents_read"] += more["documents_read"]
+            reasons = [*old["dropped"], *more["dropped"]]
+            old["dropped"] = {
+                reason: old["dropped"].get(reason, 0) + more["dropped"].get(reason, 0)
+                for reason in reasons
+            }
+            notes = [note for note in (old["provenance"], more["provenance"]) if note]
+            if len(notes) == 2 and notes[0] != notes[1]:
+                notes = [{"sources": notes}]
+            old["provenance"] = notes[0] if notes else None
+            for name, split in more["splits"].items():
+                shards = old["splits"].get(name, {"shards": []})["shards"]
+                old["splits"][name] = split_fields([*shards, *split["shards"]])
+        joined.append(old)
+    return [*joined, *new.values()]
 
 
 def _split(finished: Finished, source: str, split: str) -> dict[str, Any]:
@@ -143,7 +175,7 @@ def _report(out: Path, manifest: Manifest, finished: Finished) -> None:
                 f"{manifest.seq_len}, {part.pad_tokens} padding, "
                 f"{counted(len(part.shards), 'shard')}"
             )
-    say(f"tokens      {tokens} ({text / tokens:.2f} bytes/token)")
+    say(f"tokens      {tokens} ({text / max(1, tokens):.2f} bytes/token)")
     octaves = histogram.reshape(-1, BINS_PER_OCTAVE).sum(axis=1)
     lengths = [
         f"{count} of {1 << power}-{(2 << power) - 1}"
@@ -167,7 +199,7 @@ def _report(out: Path, manifest: Manifest, finished: Finished) -> None:
         "dropped": {s.name: s.dropped for s in manifest.sources},
         "documents": sum(entry.docs for entry in entries),
         "tokens": tokens,
-        "bytes_per_token": text / tokens,
+        "bytes_per_token": text / max(1, tokens),
         "pad_tokens": sum(entry.pad_tokens for entry in entries),
         "seconds": seconds,
         "mb_per_second": rate,

@@ -5,23 +5,27 @@ array share the pass without waiting for each other: each starts with files of i
 takes those that are not finished yet. A file that two jobs scan at once comes out the same.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_prep.build.notes import read_note, write_note
 from data_prep.config import JobShare
 from data_prep.jobs.progress import Progress
-from data_prep.jobs.workers import Tick, run_tasks
+from data_prep.jobs.workers import Tick, Workers
 from data_prep.sources.documents import Document, Fields, text_hash
 from data_prep.sources.files import file_fingerprint, file_size
 from data_prep.sources.filters import TextFilters
 from data_prep.sources.malformed import Tally
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
-from xlstm_io.storage import temporary_path, write_atomic
+from xlstm_io.json_file import StrictModel
+from xlstm_io.shards.manifest import Count
+from xlstm_io.storage import file_size as plain_file_size
+from xlstm_io.storage import temporary_path
 
 _CHUNK_ROWS = 1 << 14
 _TICK_BYTES = 1 << 20
@@ -58,6 +62,7 @@ class FileScan:
         digest: xxh3-128 over the hashes and verdicts in order.
         stored_bytes: bytes of the good records in the file; 0 in scans of version 0.1.
         malformed_bytes: bytes of the malformed ones; likewise.
+        rows_xxh3: xxh3-128 of the table; empty in scans of older versions.
     """
 
     table: str
@@ -67,6 +72,7 @@ class FileScan:
     digest: str
     stored_bytes: int = 0
     malformed_bytes: int = 0
+    rows_xxh3: str = ""
 
     def tally(self, path: str) -> Tally:
         """The counts of good and malformed records in the file `path`."""
@@ -84,6 +90,18 @@ class FileScan:
         if not self.documents:
             return np.empty(0, SCAN_ROW)
         return np.memmap(self.table, SCAN_ROW, "r", shape=(self.documents,))
+
+
+class _ScanNote(StrictModel):
+    """A stored `FileScan`."""
+
+    documents: Count
+    malformed: Count
+    examples: list[str]
+    digest: str
+    stored_bytes: Count = 0
+    malformed_bytes: Count = 0
+    rows_xxh3: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     table = task.path.with_suffix(".scan")
     table.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(table)
-    digest = xxhash.xxh3_128()
+    digest, whole = xxhash.xxh3_128(), xxhash.xxh3_128()
     tally = Tally(task.file.path)
     held: list[tuple] = []  # rows that are not written yet
     unticked = 0
@@ -119,6 +137,7 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
             def flush() -> None:
                 rows = np.array(held, SCAN_ROW)
                 _update(digest, rows)
+                whole.update(rows.tobytes())
                 file.write(rows.tobytes())
                 held.clear()
 
@@ -146,9 +165,10 @@ def scan_file(task: ScanTask, tick: Tick) -> FileScan:
         digest.hexdigest(),
         tally.good_bytes,
         tally.bad_bytes,
+        whole.hexdigest(),
     )
     fields = {key: value for key, value in asdict(scan).items() if key != "table"}
-    write_atomic(task.path, json.dumps(fields).encode() + b"\n", sync=False)
+    write_note(task.path, fields, sync=False)
     return scan
 
 
@@ -180,21 +200,37 @@ def rule_verdict(number: int) -> int:
 def load_scan(path: Path) -> FileScan | None:
     """The scan stored at `path`; None where it is absent or not what was written."""
     table = path.with_suffix(".scan")
-    try:
-        scan = FileScan(str(table), **json.loads(path.read_bytes()))
-        if table.stat().st_size != scan.documents * SCAN_ROW.itemsize:
-            return None
-    except (OSError, ValueError, TypeError):
+    note = read_note(_ScanNote, path)
+    if note is None:
         return None
-    digest, rows = xxhash.xxh3_128(), scan.rows()
+    scan = FileScan(str(table), **note.model_dump())
+    try:
+        if plain_file_size(table) != scan.documents * SCAN_ROW.itemsize:
+            return None
+    except OSError:
+        return None
+    digest, whole, rows = xxhash.xxh3_128(), xxhash.xxh3_128(), scan.rows()
     for first in range(0, len(rows), _CHUNK_ROWS):
-        _update(digest, rows[first : first + _CHUNK_ROWS])
-    return scan if digest.hexdigest() == scan.digest else None
+        part = rows[first : first + _CHUNK_ROWS]
+        _update(digest, part)
+        whole.update(part.tobytes())
+        ascending = (np.diff(part["record"]) > 0).all() and (part["record"] >= 0).all()
+        if not ascending or (part["offset"] < 0).any() or (part["size"] < 0).any():
+            return None
+    intact = digest.hexdigest() == scan.digest
+    return scan if intact and scan.rows_xxh3 in ("", whole.hexdigest()) else None
 
 
-def scan_path(file: InputFile, fingerprint: list, filters: TextFilters, work: Path) -> Path:
-    """Where the scan of a file is stored: the name depends on all that the scan depends on."""
-    key = repr([fingerprint, file.fields, filters.settings()])
+def scan_path(file: InputFile, fingerprint: list, filters: dict[str, Any], work: Path) -> Path:
+    """Where the scan of a file is stored: the name depends on all that the scan depends on.
+
+    Args:
+        file: the input file.
+        fingerprint: of it.
+        filters: `TextFilters.settings()`.
+        work: `OUT/_work`.
+    """
+    key = repr([fingerprint, file.fields, filters])
     if file.fields.keep:
         key += repr(file.fields.keep)
     if file.fields.labelled:
@@ -206,7 +242,7 @@ def scan_files(
     files: list[InputFile],
     filters: TextFilters,
     work: Path,
-    workers: int,
+    workers: Workers,
     share: JobShare,
 ) -> list[FileScan]:
     """Scan all files, beginning with this job's.
@@ -215,7 +251,7 @@ def scan_files(
         files: the input files.
         filters: the rules for leaving texts out.
         work: `OUT/_work`.
-        workers: processes.
+        workers: processes to use.
         share: which of the jobs this is.
 
     Returns:
@@ -224,13 +260,14 @@ def scan_files(
     Raises:
         PrepError: a file cannot be read.
     """
-    paths = [scan_path(file, file_fingerprint(file.path), filters, work) for file in files]
+    chosen = filters.settings()
+    paths = [scan_path(file, file_fingerprint(file.path), chosen, work) for file in files]
     stored = [load_scan(path) for path in paths]
     todo = [n for n in _order(len(files), share) if stored[n] is None]
     scans = {number: scan for number, scan in enumerate(stored) if scan is not None}
     with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
         tasks = [ScanTask(files[n], filters, paths[n]) for n in todo]
-        for place, scan in run_tasks(scan_file, tasks, workers, progress):
+        for place, scan in workers.run(scan_file, tasks, progress):
             scans[todo[place]] = scan
     return [scans[number] for number in range(len(files))]
 

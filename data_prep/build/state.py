@@ -1,17 +1,20 @@
 """The state of a build in `OUT/_work`: what it was begun with, and what of it is there."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from data_prep.build.notes import check_note, write_note
 from data_prep.build.scan import FileScan, InputFile, load_scan, scan_path
 from data_prep.config import BuildConfig
 from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, ShardFormatError
+from xlstm_io.json_file import StrictModel
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.shard import check_size
-from xlstm_io.storage import write_atomic
+from xlstm_io.untrusted import inside
 
 STATE_NAME = "build.json"
 
@@ -46,33 +49,44 @@ class BuildState:
 
     def stored_scans(self, out: Path) -> list[FileScan | None]:
         """The stored scan of each input file; None where it is gone."""
-        filters, work = self.build_config.filters(), out / "_work"
+        filters, work = self.settings["filters"], out / "_work"  # as they were: nothing is imported
         pairs = zip(self.input_files(), self.fingerprints, strict=True)
         return [load_scan(scan_path(*pair, filters, work)) for pair in pairs]
+
+
+class _StateNote(StrictModel):
+    """A stored `BuildState`."""
+
+    settings: dict[str, Any]
+    corpus: str
+    stamps: list[Annotated[list[int | str | None], Field(min_length=3, max_length=3)]]
+    files: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    config: dict[str, Any]
 
 
 def load_state(out: Path) -> BuildState | None:
     """The state of the build in `out`; None when no build was begun there.
 
     Raises:
-        PrepError: the file is damaged.
+        PrepError: the file is damaged, or a link leads out of the folder.
     """
-    path = out / "_work" / STATE_NAME
+    name = f"_work/{STATE_NAME}"
+    path = inside(out, name, named_in=out, error=PrepError)
     try:
-        stored = json.loads(path.read_bytes())
-        state = BuildState(
-            stored["settings"],
-            stored["corpus"],
-            stored["stamps"],
-            stored["files"],
-            stored["config"],
-        )
+        note = check_note(_StateNote, path, error=PrepError)
+        # Older versions kept there whether functions may be run.
+        config = {key: value for key, value in note.config.items() if key != "allow_functions"}
+        state = BuildState(note.settings, note.corpus, note.stamps, note.files, config)
         if len(state.input_files()) != len(state.fingerprints):
             raise ValueError("a fingerprint for each file")
+        if not all(isinstance(state.settings[key], dict) for key in ("filters", "sources")):
+            raise ValueError("filters and sources with their values")
         return state
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except PrepError as error:
+        raise PrepError(f"{error}; delete {out} or choose another --out") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PrepError(f"{path} is damaged; delete {out} or choose another --out") from None
 
 
@@ -93,7 +107,7 @@ def save_state(
         "files": names,
         "config": config.model_dump(),
     }
-    write_atomic(out / "_work" / STATE_NAME, json.dumps(stored, indent=1).encode() + b"\n")
+    write_note(out / "_work" / STATE_NAME, stored)
 
 
 def check_same_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -104,7 +118,7 @@ def check_same_settings(out: Path, stored: dict[str, Any], settings: dict[str, A
     """
     changed = [
         f"{key} {stored.get(key)} -> {value}"
-        for key, value in settings.items()
+        for key, value in {"extends": None, **settings}.items()
         if stored.get(key) != value
     ]
     if changed:

@@ -6,7 +6,6 @@ A local file is named by its plain path, anything else by an fsspec URL (`s3://b
 
 import codecs
 import glob
-import json
 import os
 import posixpath
 from collections import Counter
@@ -26,10 +25,13 @@ from data_prep.sources.names import (
     base_name,
     suffixes,
 )
-from data_prep.sources.streams import errors_of, open_raw
+from data_prep.sources.streams import errors_of
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
+from xlstm_io.json_file import parse_json
 from xlstm_io.remote import file_system, is_remote
+from xlstm_io.storage import location, read_file
+from xlstm_io.untrusted import LIMITS
 
 PROVENANCE_NAME = "SOURCE.json"
 """Licence and origin of the files beside it; never read as documents."""
@@ -126,13 +128,17 @@ def _expand_local(pattern: str) -> tuple[list[str], Counter[str]]:
 
 
 def _reader_of(folder: Path) -> Callable[[str], bytes]:
-    return lambda part: (folder / part).read_bytes()
+    return lambda part: _small_file(str(folder / part))
 
 
 def _expand_remote(pattern: str) -> tuple[list[str], Counter[str]]:
     others: Counter[str] = Counter()
     first, *rest = pattern.split("::")
     protocol = first.partition("://")[0]
+
+    def whole(name: str) -> str:
+        return "::".join([name if "://" in name else f"{protocol}://{name}", *rest])
+
     with errors_of(pattern):
         fs, path = file_system(pattern)
         if glob.has_magic(path):
@@ -142,14 +148,15 @@ def _expand_remote(pattern: str) -> tuple[list[str], Counter[str]]:
         elif fs.isdir(path):
             root = path.rstrip("/")
             below = [name[len(root) :].lstrip("/") for name in fs.find(root)]
-            chosen, others = _files_of_folder(below, lambda part: fs.cat_file(f"{root}/{part}"))
+            chosen, others = _files_of_folder(
+                below, lambda part: _small_file(whole(f"{root}/{part}"))
+            )
             names = [f"{root}/{part}" for part in chosen]
         else:
             names = [path] if fs.exists(path) else []
             if not names:
                 raise _nothing(pattern)
-    whole = (name if "://" in name else f"{protocol}://{name}" for name in names)
-    files = ["::".join([name, *rest]) for name in whole if base_name(name) != PROVENANCE_NAME]
+    files = [whole(name) for name in names if base_name(name) != PROVENANCE_NAME]
     return files, others
 
 
@@ -254,23 +261,32 @@ def provenance_notes(paths: list[str]) -> list[dict[str, Any]]:
     """The notes `SOURCE.json` beside the files: licence and origin.
 
     Raises:
-        PrepError: a note is not JSON.
+        PrepError: a note is not JSON, is larger than such notes are, or is not a plain file.
     """
     notes = []
     for folder in sorted({_folder(path) for path in paths}):
         head, *rest = folder.split("::") if is_remote(folder) else [folder]
         file = "::".join([posixpath.join(head, PROVENANCE_NAME), *rest])
         try:
-            with open_raw(file) as stream:
-                raw = stream.read()
-        except (OSError, PrepError):
-            continue  # none there
+            raw = _small_file(file)
+        except FileNotFoundError:
+            continue
         try:
-            note = json.loads(raw.removeprefix(codecs.BOM_UTF8))
-        except (ValueError, RecursionError) as error:
+            note = parse_json(raw.removeprefix(codecs.BOM_UTF8))
+        except ValueError as error:
             raise PrepError(f"{file}: not JSON ({error}); repair or remove it") from None
         notes.append(note if isinstance(note, dict) else {"note": note})
     return notes
+
+
+def _small_file(path: str) -> bytes:
+    """The bytes of a note; FileNotFoundError if it does not exist."""
+    try:
+        return read_file(location(path), LIMITS.note, links=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PrepError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _folder(path: str) -> str:

@@ -46,15 +46,20 @@ class TextFilters:
         rules = [field.name for field in fields(self)[:-1]]
         return ["kept", "empty", *rules, *self.functions]
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The rules that are switched on, and the functions, by name; imports nothing."""
+        rules = [(f.name, getattr(self, f.name), f.default) for f in fields(self)[:-1]]
+        switched_on = {name: value for name, value, default in rules if value != default}
+        return switched_on | dict.fromkeys(self.functions)
+
     def settings(self) -> dict[str, Any]:
         """The rules that are switched on, and the hash of each function's module.
 
         Raises:
             PrepError: a function cannot be imported.
         """
-        rules = [(f.name, getattr(self, f.name), f.default) for f in fields(self)[:-1]]
-        chosen = {name: value for name, value, default in rules if value != default}
-        return chosen | {name: _module_hash(name) for name in self.functions}
+        return self.chosen | {name: _module_hash(name) for name in self.functions}
 
     def judge(self, text: str) -> int:
         """0 to keep a text, else the number of the reason why not."""

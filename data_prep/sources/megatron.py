@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xlstm_io.errors import PrepError
+from xlstm_io.storage import file_size
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\0\0"
@@ -37,8 +38,9 @@ class MegatronCorpus:
     def __init__(self, prefix: str):
         index, self.bin = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
+            file_size(index, links=True)  # mapping a pipe would wait
             raw = np.memmap(index, np.uint8, "r")
-            size = self.bin.stat().st_size
+            size = file_size(self.bin, links=True)
         except (OSError, ValueError) as error:
             raise PrepError(
                 f"{prefix}: cannot be read ({error}); give the path without .idx and .bin"

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
@@ -20,6 +21,7 @@ import zstandard
 from data_prep.sources.names import COMPRESSION_SUFFIXES, suffixes
 from xlstm_io.errors import PrepError
 from xlstm_io.remote import file_system, is_remote, os_errors
+from xlstm_io.storage import open_plain
 
 CHUNK = 1 << 20
 DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
@@ -85,9 +87,18 @@ def errors_of(path: str) -> Iterator[None]:
 
 
 def open_raw(path: str) -> Stream:
-    """The bytes of a file as stored."""
+    """The bytes of a file as stored.
+
+    Raises:
+        PrepError: it is a pipe or a device; or a server does not give it.
+    """
     if not is_remote(path):
-        return Stream(io.FileIO(path), CHUNK)
+        try:
+            return Stream(io.FileIO(open_plain(Path(path))), CHUNK)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise PrepError(f"--input {error}; give files") from None
     with errors_of(path):
         fs, name = file_system(path)
         return Stream(_RemoteFile(path, fs.open(name, "rb")), CHUNK)

@@ -128,7 +128,7 @@ def _finished(record: Path, corpus: Path, settings: dict) -> bool:
     try:
         done = json.loads(record.read_bytes())
         same_size = corpus.stat().st_size == done["size"]
-        stored = done["settings"]
+        stored = dict(done["settings"])
     except FileNotFoundError:
         if corpus.exists():
             raise PrepError(

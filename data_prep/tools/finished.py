@@ -1,11 +1,12 @@
 """Whether a folder of shards is finished already, for the commands that make shards of shards."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from xlstm_io.errors import PrepError, ShardFormatError
+from xlstm_io.json_file import read_json
 from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.untrusted import LIMITS, inside
 
 
 def is_finished(out: Path, state_name: str, identity: dict[str, Any]) -> bool:
@@ -19,15 +20,14 @@ def is_finished(out: Path, state_name: str, identity: dict[str, Any]) -> bool:
     Raises:
         PrepError: the folder belongs to something else.
     """
-    state = out / "_work" / state_name
+    state = inside(out, f"_work/{state_name}", named_in=out, error=PrepError)
+    remedy = f"delete {out} or choose another --out"
     try:
-        stored = json.loads(state.read_bytes())
+        stored = read_json(state, LIMITS.note, remedy=remedy, error=PrepError)
     except FileNotFoundError:
         if out.exists() and any(out.iterdir()):
             raise PrepError(f"{out} was not made by this command; choose another --out") from None
         return False
-    except ValueError:
-        raise PrepError(f"{state} is damaged; delete {out} or choose another --out") from None
     if stored != identity:
         raise PrepError(f"{out} holds other shards or settings; choose another --out")
     try:

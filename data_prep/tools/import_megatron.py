@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
 from data_prep.build.report import SPLIT_NAMES, split_fields
 from data_prep.jobs.progress import Progress, say
@@ -24,9 +25,17 @@ from data_prep.sources.files import file_fingerprint
 from data_prep.sources.megatron import MegatronCorpus
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
-from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
+from xlstm_io.json_file import StrictModel
+from xlstm_io.shards.manifest import (
+    Count,
+    Manifest,
+    ShardEntry,
+    SplitName,
+    load_manifest,
+    write_manifest,
+)
 from xlstm_io.shards.rows import token_dtype
-from xlstm_io.shards.shard import default_block_rows
+from xlstm_io.shards.shard import default_block_rows, entry_is_there
 from xlstm_io.storage import remove_temporaries, write_atomic
 from xlstm_io.tokenizer import open_tokenizer
 
@@ -66,10 +75,22 @@ class ImportTask:
     out: Path
     settings: ImportSettings
 
+    def shard_path(self, split: str) -> str:
+        """The shard of a split, relative to `out`."""
+        return f"{self.settings.source}/{split}/shard-{self.number:08d}.tar"
+
     @property
     def record_path(self) -> Path:
         """Where the entries of the finished shards are kept."""
         return self.out / "_work" / "done" / f"{self.number:08d}.json"
+
+
+class _StretchNote(StrictModel):
+    """What is stored about a finished stretch."""
+
+    entries: dict[SplitName, ShardEntry]
+    read: Count
+    empty: Count
 
 
 def import_megatron(
@@ -171,15 +192,13 @@ def _tasks(
 
 
 def _load_record(task: ImportTask) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(task.record_path.read_bytes())
-        for entry in record["entries"].values():
-            intact = (task.out / entry["path"]).stat().st_size == entry["bytes"]
-            if not intact or not (task.out / entry["index"]).exists():
-                return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    note = read_note(_StretchNote, task.record_path)
+    if note is None:
         return None
-    return record
+    for split, entry in note.entries.items():
+        if entry.path != task.shard_path(split) or not entry_is_there(task.out, entry):
+            return None
+    return note.model_dump()
 
 
 def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
@@ -215,10 +234,10 @@ def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
     entries = {}
     for split, documents in kept.items():
         if documents:
-            path = f"{task.settings.source}/{split}/shard-{task.number:08d}.tar"
+            path = task.shard_path(split)
             packer = make_packer(task.settings.packing, task.settings.seq_len, dtype, ids.pad)
             entry = write_shard(task.out, path, documents, packer, bytes_in=text_bytes[split])
             entries[split] = entry.model_dump()
     record = {"entries": entries, "read": task.last - task.first, "empty": empty}
-    write_atomic(task.record_path, json.dumps(record).encode() + b"\n")
+    write_note(task.record_path, record)
     return record

@@ -7,56 +7,79 @@ two of them. Their files are linked instead of copied where the file system can.
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.build.encode import load_record
-from data_prep.build.plan import DROPPED, Corpus, find_repeated, plan_build
+from data_prep.build.extend import kept_hashes, link_file, load_earlier, stored_corpus
+from data_prep.build.plan import check_splits
+from data_prep.build.repeated import find_repeated
 from data_prep.build.report import Finished, finish_build
-from data_prep.build.state import STATE_NAME, BuildState, finished_manifest, load_state
+from data_prep.build.state import STATE_NAME, finished_manifest, load_state
 from data_prep.jobs.progress import Progress, say
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import (
     MANIFEST_NAME,
+    SOURCE_NAME,
     Manifest,
     load_manifest,
     place_of,
     write_manifest,
 )
 from xlstm_io.shards.shard import check_size
-from xlstm_io.storage import temporary_path
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import open_tokenizer
 
 _SAME = ("dtype", "seq_len", "packing", "labels", "block_rows", "bos_id", "eos_id", "pad_id")
 
 
-def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> Manifest:
+def merge(
+    out: Path,
+    inputs: list[Path],
+    *,
+    allow_duplicates: bool = False,
+    rename: Sequence[str] = (),
+) -> Manifest:
     """Without `inputs`: finish the build that several jobs shared. With: join these into `out`.
 
     Args:
         out: folder of the build, or a new folder.
         inputs: finished folders with equal formats, tokenizers and validation shares.
         allow_duplicates: join even if documents are in two folders, or cannot be compared.
+        rename: `OLD=NEW`, or `FOLDER/OLD=NEW` for a source of one of `inputs`.
 
     Raises:
         PrepError: folders that do not fit together, or unfinished ones.
     """
     if not inputs:
+        if rename:
+            raise PrepError(
+                "--rename needs --inputs; a folder keeps the names that it was built with"
+            )
         return merge_jobs(out)
-    if len(inputs) < 2:
-        raise PrepError("--inputs: name at least two folders to join")
+    if len(inputs) < 2 and not rename:
+        raise PrepError("--inputs: name at least two folders to join, or one with --rename")
     manifests = [load_manifest(folder) for folder in inputs]
-    _check_equal(inputs, manifests)
-    if not allow_duplicates:
+    names = _new_names(inputs, manifests, rename)
+    _check_equal(inputs, manifests, names)
+    if len(inputs) > 1 and not allow_duplicates:
         _check_distinct(inputs, manifests)
-    parts = [json.loads((manifest.root / MANIFEST_NAME).read_bytes()) for manifest in manifests]
+    parts = [manifest.model_dump(exclude={"parent"}) for manifest in manifests]
+    for part, renamed in zip(parts, names, strict=True):
+        for source in part["sources"]:
+            new = renamed[source["name"]]
+            for entry in (e for split in source["splits"].values() for e in split["shards"]):
+                entry["path"], entry["index"] = (
+                    _moved(entry[key], source["name"], new) for key in ("path", "index")
+                )
+            source["name"] = new
     hashes = [manifest.hash for manifest in manifests]
+    if rename:
+        hashes += [json.dumps(names, sort_keys=True)]
     fields = {
         **parts[0],
         "sources": [source for part in parts for source in part["sources"]],
@@ -68,30 +91,71 @@ def merge(out: Path, inputs: list[Path], *, allow_duplicates: bool = False) -> M
             return load_manifest(out)
         raise PrepError(f"{out} holds other shards; nothing was overwritten: choose another folder")
     entries = [
-        (manifest.root, entry)
-        for manifest in manifests
-        for split in ("train", "valid")
-        for entry in manifest.shards(split)
+        (manifest.root, entry, source.name, renamed[source.name])
+        for manifest, renamed in zip(manifests, names, strict=True)
+        for source in manifest.sources
+        for split in source.splits.values()
+        for entry in split.shards
     ]
-    with Progress("link", sum(entry.bytes for _, entry in entries)) as progress:
+    with Progress("link", sum(entry.bytes for _, entry, _, _ in entries)) as progress:
         done = 0
-        for root, entry in entries:
+        for root, entry, old, new in entries:
             check_size(root, entry)
             for name in (entry.path, entry.index):
-                _link(place_of(root, name), place_of(out, name))
+                link_file(place_of(root, name), place_of(out, _moved(name, old, new)))
             done += entry.bytes
             progress.set(done)
     for file in manifests[0].tokenizer_files():
-        _link(file, place_of(out, f"tokenizer/{file.name}"))
+        link_file(file, place_of(out, f"tokenizer/{file.name}"))
     manifest = write_manifest(out, fields)
-    names = ", ".join(source.name for source in manifest.sources)
-    say(
-        f"{out}: {counted(len(entries), 'shard')} of the sources {names}; hash {manifest.hash[:12]}"
-    )
+    joined = ", ".join(source.name for source in manifest.sources)
+    shards = counted(len(entries), "shard")
+    say(f"{out}: {shards} of the sources {joined}; hash {manifest.hash[:12]}")
     return manifest
 
 
-def _check_equal(inputs: list[Path], manifests: list[Manifest]) -> None:
+def _new_names(
+    inputs: list[Path], manifests: list[Manifest], rename: Sequence[str]
+) -> list[dict[str, str]]:
+    """For each input {name of a source: its name in the new folder}.
+
+    Raises:
+        PrepError: a word is not OLD=NEW, a source is not there, or a name is not usable.
+    """
+    wanted = {}
+    for word in rename:
+        old, separator, new = word.partition("=")
+        if not separator or not re.fullmatch(SOURCE_NAME, new) or new == "tokenizer":
+            raise PrepError(
+                f"--rename {word}: write OLD=NEW, and in NEW letters, digits, '.', '_' and '-', "
+                "but not 'tokenizer'"
+            )
+        wanted[old] = new
+    used = set()
+    names = []
+    for folder, manifest in zip(inputs, manifests, strict=True):
+        found = {}
+        for source in manifest.sources:
+            keys = (f"{folder}/{source.name}", source.name)
+            key = next((key for key in keys if key in wanted), None)
+            found[source.name] = source.name if key is None else wanted[key]
+            used.add(key)
+        names.append(found)
+    unknown = [old for old in wanted if old not in used]
+    if unknown:
+        there = ", ".join(sorted({source for found in names for source in found}))
+        raise PrepError(f"--rename {unknown[0]}: there is no such source; there are {there}")
+    return names
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """The path of a file of the source `old` that is called `new`."""
+    return new + path.removeprefix(old) if path.startswith(f"{old}/") else f"{new}/{path}"
+
+
+def _check_equal(
+    inputs: list[Path], manifests: list[Manifest], renamed: list[dict[str, str]]
+) -> None:
     for (a, first), (b, second) in pairwise(zip(inputs, manifests, strict=True)):
         problems = [
             f"{name} {getattr(first, name)} and {getattr(second, name)}"
@@ -103,10 +167,11 @@ def _check_equal(inputs: list[Path], manifests: list[Manifest]) -> None:
                 f"{a} and {b} do not fit together: {', '.join(problems)}; build them alike "
                 "(`repack` changes seq_len and packing)"
             )
-    names = [source.name for manifest in manifests for source in manifest.sources]
+    names = [new for found in renamed for new in found.values()]
     if len(set(names)) < len(names):
         raise PrepError(
-            f"the sources {', '.join(names)} must have names of their own; build with --source NAME"
+            f"the sources {', '.join(names)} must have names of their own; give them by --rename "
+            f"{inputs[-1]}/{names[-1]}=NEW"
         )
 
 
@@ -133,18 +198,6 @@ def _check_distinct(inputs: list[Path], manifests: list[Manifest]) -> None:
         raise PrepError(f"{repeated} of {total} documents are in an earlier folder too; {remedy}")
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none; appears at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
 def merge_jobs(out: Path) -> Manifest:
     """Write the manifest of a build that several jobs shared, once all its shards are there.
 
@@ -164,6 +217,7 @@ def merge_jobs(out: Path) -> Manifest:
     corpus = stored_corpus(out, state)
     if corpus is None:
         raise PrepError(f"{out}: scans in {out / '_work/scan'} are gone; run the build again")
+    check_splits(corpus.plan, state.build_config)
     shards = corpus.plan.shards
     stored = [load_record(out, shard) for shard in shards]
     records = [record for record in stored if record is not None]
@@ -175,34 +229,6 @@ def merge_jobs(out: Path) -> Manifest:
             "job t of n writes the numbers t, t + n, ...: run those jobs again (--task t --tasks "
             "n), or the build with --tasks 1, which does what is left"
         )
-    finished = Finished(
-        state.build_config, tokenizer, state.settings, corpus, records, seconds={}, bytes_done=0
-    )
+    config, earlier = state.build_config, load_earlier(out)
+    finished = Finished(config, tokenizer, state.settings, corpus, records, {}, 0, earlier)
     return finish_build(out, finished)
-
-
-def stored_corpus(out: Path, state: BuildState) -> Corpus | None:
-    """Input files and plan of a build as its state has them; None if scans are gone."""
-    stored = state.stored_scans(out)
-    scans = [scan for scan in stored if scan is not None]
-    if len(scans) < len(stored):
-        return None
-    return plan_build(out, state.build_config, state.input_files(), state.fingerprints, scans)
-
-
-def kept_hashes(out: Path) -> Iterator[np.ndarray]:
-    """Hashes uint64 [n, 2] of the documents in a finished build, file after file.
-
-    Raises:
-        PrepError: the build state is not there (the folder was repacked or joined, or `_work` was
-            deleted).
-    """
-    state = load_state(out)
-    corpus = None if state is None else stored_corpus(out, state)
-    if corpus is None:
-        raise PrepError(f"{out} does not say which documents it holds (_work is gone)")
-    assignments = np.fromfile(corpus.plan.assignments, np.uint8)
-    first = 0
-    for scan in corpus.scans:
-        yield scan.rows()["hash"][assignments[first : first + scan.documents] != DROPPED]
-        first += scan.documents

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, make_packer, write_shard
 from data_prep.build.report import split_fields
 from data_prep.jobs.progress import Progress, say
@@ -34,7 +35,7 @@ from xlstm_io.shards.rows import (
     Block,
     no_label,
 )
-from xlstm_io.shards.shard import ShardReader, default_block_rows
+from xlstm_io.shards.shard import ShardReader, default_block_rows, entry_is_there
 from xlstm_io.storage import remove_temporaries, write_atomic
 
 _STATE_NAME = "repack.json"
@@ -120,6 +121,7 @@ def repack(
     for source in fields["sources"]:
         for name, split in source["splits"].items():
             source["splits"][name] = split_fields([done[e["path"]] for e in split["shards"]])
+    fields.pop("parent", None)
     fields |= {
         "seq_len": seq_len,
         "row_tokens": seq_len + 1,
@@ -139,12 +141,10 @@ def repack(
 
 
 def _load_record(task: RepackTask) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(task.record_path.read_bytes())
-        intact = (task.out / entry["path"]).stat().st_size == entry["bytes"]
-        return entry if intact and (task.out / entry["index"]).exists() else None
-    except (OSError, ValueError, KeyError):
+    entry = read_note(ShardEntry, task.record_path)
+    if entry is None or (entry.path, entry.index) != (task.entry.path, task.entry.index):
         return None
+    return entry.model_dump() if entry_is_there(task.out, entry) else None
 
 
 def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
@@ -155,7 +155,7 @@ def repack_shard(task: RepackTask, tick: Tick) -> ShardEntry:
     place_of(task.out, old.path)  # refuses a name that leads out of the folder
     documents = _counted(manifest, old, tick)
     entry = write_shard(task.out, old.path, documents, packer, bytes_in=old.bytes_in)
-    write_atomic(task.record_path, json.dumps(entry.model_dump()).encode() + b"\n")
+    write_note(task.record_path, entry.model_dump())
     return entry
 
 

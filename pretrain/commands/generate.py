@@ -21,6 +21,8 @@ from xlstm_mcore.generation.settings import Sampling
 from xlstm_mcore.inference import load_model
 
 STDIN = "-"
+EXAMPLE = '{"prompt": "Once upon a time"}'
+"""A line of a file of prompts, for messages."""
 
 
 class Prompt(NamedTuple):
@@ -70,7 +72,7 @@ def main(
     check_split(path)
     asked = gather_prompts(prompt, prompts)
     if out is not None and not Path(out).absolute().parent.is_dir():
-        raise UserError(f"--out={out}: there is no such folder to write to")
+        raise UserError(f"--out={out}: there is no such folder to write to; make it first")
     model, words = load_model(path, tokenizer=tokenizer, precision=precision)
     main_process = model.tp_group.rank() == 0
     rows = len(asked) * sampling.num_samples
@@ -117,7 +119,7 @@ def gather_prompts(prompt: list[str] | None, prompts: str | None) -> list[Prompt
     if prompts is not None:
         asked += read_prompts(prompts, first=len(asked))
         if not asked:
-            raise UserError(f"{prompts} holds no prompt")
+            raise UserError(f"{prompts} holds no prompt; a line is such as {EXAMPLE}")
     return asked or [Prompt("", 0)]
 
 
@@ -145,13 +147,18 @@ def read_prompts(path: str, first: int = 0) -> Iterator[Prompt]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {place}: not JSON ({error})") from error
+            raise UserError(
+                f"{path}, line {place}: not JSON ({error}); write a line such as {EXAMPLE}"
+            ) from error
         value = {"prompt": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise UserError(f'{path}, line {place}: wanted {{"prompt": TEXT}}')
         own = value.get("number", number)
         if type(own) is not int or own < 0:
-            raise UserError(f"{path}, line {place}: number={own!r} must be 0, 1, 2, ...")
+            raise UserError(
+                f"{path}, line {place}: number={own!r} must be 0, 1, 2, ...; leave it out to "
+                "count lines"
+            )
         yield Prompt(value["prompt"], own)
 
 

@@ -22,7 +22,7 @@ import zstandard
 from safetensors.torch import load_file
 
 from data_prep.build.state import STATE_NAME, load_state
-from data_prep.build_options import build_config
+from data_prep.build_options import build_options
 from data_prep.sources.documents import Fields
 from data_prep.sources.files import expand_inputs, provenance_notes
 from data_prep.sources.megatron import MegatronCorpus
@@ -167,7 +167,7 @@ def _prep_yaml(folder: Path) -> Path:
 
 def _build_state(folder: Path) -> Path:
     stored = {
-        "settings": {"seq_len": 16},
+        "settings": {"seq_len": 16, "filters": {}, "sources": {}},
         "corpus": "0" * 64,
         "stamps": [["/a.jsonl", 5, 7]],
         "files": [["/a.jsonl", "corpus"]],
@@ -280,7 +280,7 @@ READERS = [
         _task("task/train/*.npz"),
         lambda file: verify(file.parents[2], full=True),
     ),
-    Reader("prep.yaml", _prep_yaml, lambda file: build_config([str(file)], "build")),
+    Reader("prep.yaml", _prep_yaml, lambda file: build_options([str(file)], "build")),
     Reader("build.json", _build_state, _read_state),
     Reader("shards: manifest.json", _copy_of("shards", "manifest.json"), _shards),
     Reader("shards: tar", _copy_of("shards", "corpus/train/*.tar"), _shards),

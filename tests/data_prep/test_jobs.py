@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.build.plan
+import data_prep.build.repeated
 from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
 
@@ -95,7 +95,7 @@ def test_array_with_gaps_is_refused(one_job, tmp_path, monkeypatch, capsys):
 
 def test_large_corpora_find_the_same_duplicates_in_buckets(one_job, tmp_path, monkeypatch):
     flags, single = one_job
-    monkeypatch.setattr(data_prep.build.plan, "_BUCKET_ROWS", 4)
+    monkeypatch.setattr(data_prep.build.repeated, "BUCKET_ROWS", 4)
     assert run("build", *flags, "--out", tmp_path / "out") == 0
     assert tree_bytes(tmp_path / "out") == tree_bytes(single)
     assert not list((tmp_path / "out").rglob("*buckets*"))
@@ -201,7 +201,7 @@ def test_filters_are_counted_by_reason(tmp_path, tokenizer_dir, texts, monkeypat
     flags += ["--filter-functions", "my_filters:no_zebra"]
     out = tmp_path / "out"
     assert run("build", *flags, "--out", out) == 2
-    assert "allow it with --allow-functions" in capsys.readouterr().err
+    assert "allow it in this call with --allow-functions" in capsys.readouterr().err
     assert run("build", *flags, "--out", out, "--allow-functions") == 0
     (source,) = load_manifest(out).sources
     assert source.dropped.pop("min_chars") == sum(len(text) < 20 for text in texts)

@@ -42,7 +42,8 @@ def test_schema_is_the_shipped_one():
 def test_manifest_on_disk_has_what_the_schema_requires(shards):
     fields = json.loads((shards / "manifest.json").read_text())
     schema = Manifest.model_json_schema()
-    assert set(schema["required"]) == set(fields) == set(schema["properties"]) - {"labels"}
+    optional = {"labels", "parent"}
+    assert set(schema["required"]) == set(fields) == set(schema["properties"]) - optional
     assert fields["row_tokens"] == fields["seq_len"] + 1
 
 

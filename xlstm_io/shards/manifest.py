@@ -52,7 +52,8 @@ def _train_or_valid(text: str) -> str:
 
 SplitName = Annotated[str, AfterValidator(_train_or_valid)]
 # It is part of the shards' paths.
-SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SourceName = Annotated[str, Field(pattern=SOURCE_NAME, max_length=200)]
 
 
 class ShardEntry(StrictModel):
@@ -131,6 +132,8 @@ class Manifest(StrictModel):
     """Whether every block has a `.lab` member: labels of its own instead of the next tokens."""
     config_hash: str
     sources: Annotated[list[SourceEntry], Field(max_length=10_000)]
+    parent: Sha256 | None = None
+    """The `hash` of the folder that this one extends (`build --extends`)."""
     code: dict[str, str]
     hash: Sha256
     checksum: Sha256
@@ -222,13 +225,22 @@ def _digest(fields: dict[str, Any], *without: str) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+_NOT_DATA = ("code", "hash", "checksum")  # of a manifest's fields
+
+
+def data_hash(root: Path) -> str:
+    """What `hash` of the manifest in `root` must be; `load_manifest` has checked the file."""
+    fields = read_json(root / MANIFEST_NAME, LIMITS.shard_manifest, links=True)
+    return _digest(fields, *_NOT_DATA)
+
+
 def write_manifest(root: Path, fields: dict[str, Any]) -> Manifest:
     """Complete `fields` with version, format and digests; write the manifest atomically.
 
     Must be the last thing that a build writes.
     """
     fields = {"version": VERSION, "format": FORMAT, **fields}
-    fields["hash"] = _digest(fields, "code", "hash", "checksum")
+    fields["hash"] = _digest(fields, *_NOT_DATA)
     fields["checksum"] = _digest(fields, "checksum")
     manifest = Manifest.model_validate(fields)
     write_atomic(root / MANIFEST_NAME, json.dumps(fields, indent=1).encode() + b"\n")

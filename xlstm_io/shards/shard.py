@@ -270,6 +270,19 @@ class ShardReader:
         return bytes(payload)
 
 
+def entry_is_there(root: Path, entry: ShardEntry) -> bool:
+    """Whether a shard's files are in `root`, the tar with its size.
+
+    Raises:
+        ShardFormatError: a link leads from one of them out of the folder.
+    """
+    try:
+        check_size(root, entry)
+    except CorruptShardError:
+        return False
+    return place_of(root, entry.index).is_file()
+
+
 def check_size(root: Path, entry: ShardEntry) -> None:
     """Compare a shard's size on disk with the manifest's; cheap enough for every shard at start.
 

@@ -1,0 +1,56 @@
+"""Small files of the build state, each with a checksum: one that is not what was written is redone.
+
+`_work` travels with a folder, and disks fail. A flipped bit in a plan would change the next build,
+and a stranger's note could name files anywhere. So a note is used only when its checksum is right
+and its schema holds; else it is as if it were not there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from xlstm_io.errors import UserError
+from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.storage import write_atomic
+from xlstm_io.untrusted import LIMITS
+
+_CHECKSUM = "checksum"
+NoteT = TypeVar("NoteT", bound=StrictModel)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def write_note(path: Path, fields: dict[str, Any], *, sync: bool = True) -> None:
+    """Write `fields` and their checksum, atomically; see `storage.write_atomic`."""
+    stored = {**fields, _CHECKSUM: _digest(fields)}
+    write_atomic(path, json.dumps(stored, indent=1).encode() + b"\n", sync=sync)
+
+
+def check_note(kind: type[NoteT], path: Path, *, error: type[UserError] = UserError) -> NoteT:
+    """The note at `path`. One of an older version has no checksum.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: of the class `error`: it is not what was written.
+    """
+    fields = read_json(path, LIMITS.build_state, error=error)
+    checksum = fields.pop(_CHECKSUM, None)
+    try:
+        damaged = checksum is not None and checksum != _digest(fields)
+    except RecursionError:
+        damaged = True
+    if damaged:
+        raise error(f"{path} does not match its checksum: it is damaged")
+    return checked(kind, fields, named_in=path, remedy="it is damaged", error=error)
+
+
+def read_note(kind: type[NoteT], path: Path) -> NoteT | None:
+    """The note at `path`; None where there is none, or it is not what was written."""
+    try:
+        return check_note(kind, path)
+    except (OSError, UserError):
+        return None
