@@ -225,7 +225,7 @@ def new_files(earlier: Earlier, files: list[InputFile], folder: str) -> list[Inp
     if not chosen:
         raise PrepError(f"--extends {folder}: it has all files of --input; there is nothing to add")
     if len(chosen) < len(files):
-        say(f"{counted(len(files) - len(chosen), 'file')} of --input are in {folder} already")
+        say(f"{folder} has {counted(len(files) - len(chosen), 'file')} of --input already")
     return chosen
 
 
