@@ -31,6 +31,7 @@ from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.json_file import parse_json
 from xlstm_io.remote import file_system, is_remote
 from xlstm_io.storage import location, read_file
+from xlstm_io.terminal import counted
 from xlstm_io.untrusted import LIMITS
 
 PROVENANCE_NAME = "SOURCE.json"
@@ -86,7 +87,7 @@ def expand_inputs(patterns: list[str]) -> list[str]:
         for file in files:
             _refuse_table_of_text(file)
         if not any(file_size(file) for file in files):
-            raise PrepError(f"--input {pattern}: empty ({len(files)} files of 0 bytes)")
+            raise PrepError(f"--input {pattern}: empty ({counted(len(files), 'file')} of 0 bytes)")
         found.update(files)
     # By parts, as in a walk through the folders: "a/b.txt" before "a.txt".
     return sorted(found, key=lambda path: path.split("/"))
@@ -122,6 +123,11 @@ def _expand_local(pattern: str) -> tuple[list[str], Counter[str]]:
             chosen, left_out = _files_of_folder(below, _reader_of(name))
             files += (str(name / part) for part in chosen)
             others += left_out
+        elif not name.is_file():
+            raise PrepError(
+                f"--input {name}: a pipe or device, not a file; a corpus is read twice, so write "
+                "it to a file"
+            )
         elif name.name != PROVENANCE_NAME:
             files.append(str(name))
     return files, others
