@@ -22,7 +22,7 @@ from xlstm_mcore.mixers.attention import attend
 
 HEADS, WIDTH = 1, 64
 CHUNK = 64
-_LEAST_S = 0.4  # that calls take together, so that a single one's noise does not count
+_LEAST_S = 2.0  # that calls take together: the least of many is the one that nobody disturbed
 _COMPARED = 256  # tokens over which the forms are compared; any error shows there
 
 
