@@ -26,6 +26,7 @@ class Claim(BaseModel):
         constant: the largest `measure` of `model` over the smallest is at most `at_most`.
         rises: the last `measure` of `model` over `over` exceeds the first by the factor `at_least`.
         below: every `measure` of `model` is at most `at_most`.
+        above: every `measure` of `model` is at least `at_least`.
 
     `at` restricts a rule to rows with these values on the axes.
     """
@@ -34,7 +35,7 @@ class Claim(BaseModel):
 
     claim: str
     where: str
-    rule: Literal["separates", "lower", "slope", "ratio", "constant", "rises", "below"]
+    rule: Literal["separates", "lower", "slope", "ratio", "constant", "rises", "below", "above"]
     measure: str
     solve: list[str] = []
     fail: list[str] = []
@@ -63,6 +64,8 @@ class Claim(BaseModel):
             return f"{self.measure} of {self.model}: largest over smallest <= {self.at_most:g}"
         if self.rule == "below":
             return f"{self.measure} of {self.model} <= {self.at_most:g}"
+        if self.rule == "above":
+            return f"{self.measure} of {self.model} >= {self.at_least:g}"
         if self.rule == "rises":
             return f"{self.measure} of {self.model}: last over first >= {self.at_least:g}"
         limits = [
@@ -94,7 +97,8 @@ def verdict(
         "ratio": _ratio,
         "constant": _constant,
         "rises": _rises,
-        "below": _below,
+        "below": _bounded,
+        "above": _bounded,
     }
     if claim.rule == "separates":
         measured, holds, why = _separates(claim, best, enough_for, trained)
@@ -225,10 +229,12 @@ def _rises(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
     return {"last over first": round(ratio, 3)}, ratio >= claim.at_least, ""
 
 
-def _below(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
-    rows = _rows(claim, best, claim.model)
-    if not rows:
+def _bounded(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    numbers = [row["mean"][claim.measure] for row in _rows(claim, best, claim.model)]
+    if not numbers:
         return {}, None, f"{claim.model} is not measured"
-    assert claim.at_most is not None
-    largest = max(row["mean"][claim.measure] for row in rows)
-    return {"largest": largest}, largest <= claim.at_most, ""
+    if claim.rule == "below":
+        assert claim.at_most is not None
+        return {"largest": max(numbers)}, max(numbers) <= claim.at_most, ""
+    assert claim.at_least is not None
+    return {"smallest": min(numbers)}, min(numbers) >= claim.at_least, ""

@@ -108,10 +108,12 @@ def _body(grid: Grid, cells: Sequence[Cell]) -> Body:
         from experiments import generation
 
         return generation.body
+    from experiments import data
+
+    data.prepare(grid, cells)
     from experiments import measure, training  # noqa: F401  (what the children need of torch)
     from pretrain.commands import train  # noqa: F401
 
-    training.prepare(grid, cells)
     return training.body
 
 

@@ -40,15 +40,30 @@ class TaskData(Strict):
     """its options, by the names of the task's fields"""
 
 
+class TextData(Strict):
+    """The sources of Python's standard library, with a tokenizer of their own."""
+
+    vocab_size: int
+    """ids of the tokenizer"""
+    seq_len: int
+    """tokens of a row"""
+    longer: list[int] = Field(default_factory=list)
+    """further lengths of rows to validate on"""
+
+
 class Measure(Strict):
     """A number of a cell, taken from what was measured on one set."""
 
     set: str
     """`trained`, or the length of another validation folder"""
-    value: Literal["accuracy", "loss", "squared_error"] = "accuracy"
+    value: Literal["accuracy", "loss", "perplexity", "squared_error"] = "accuracy"
     """what is read"""
     at_least_position: int = 1
     """only positions from here on count; a power of two"""
+    below_position: int | None = None
+    """and only those below; a power of two"""
+    less: str | None = None
+    """the name of a measure that is subtracted"""
 
 
 class Size(Strict):
@@ -56,7 +71,7 @@ class Size(Strict):
 
     about: str
     """what it is for, and how long it takes"""
-    data: dict[str, TaskData] = Field(default_factory=dict)
+    data: dict[str, TaskData | TextData] = Field(default_factory=dict)
     """data by name; each is one value of the axis `data`"""
     run: dict[str, Any] = Field(default_factory=dict)
     """keys of the run file of all cells"""

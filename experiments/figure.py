@@ -34,32 +34,38 @@ def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
 
 
 def _positions(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
-    """Scaled accuracy over the position in a sample, a line per model."""
+    """Scaled accuracy, or perplexity of text, over the position, a line per model."""
     measure = experiment.measures[experiment.figure.measure]
     longest = 1
     for model, rows in _best_rows(table):
         sets = [row["sets"][measure.set] for row in rows if measure.set in row.get("sets", {})]
         if not sets:
             continue
-        chance = sets[0]["chance"]
         groups = [group["from"] for group in sets[0]["by_position"]]
         means = [
-            sum(s["by_position"][n]["accuracy"] for s in sets) / len(sets)
+            sum(s["by_position"][n][measure.value] for s in sets) / len(sets)
             for n in range(len(groups))
         ]
-        scaled = [(value - chance) / (1 - chance) for value in means]
-        axes.plot(groups, scaled, marker="o", markersize=3.5, label=model)
+        if measure.value == "accuracy":
+            chance = sets[0]["chance"]
+            drawn = [(value - chance) / (1 - chance) for value in means]
+        else:
+            drawn = [math.exp(value) for value in means]
+        axes.plot(groups, drawn, marker="o", markersize=3.5, label=model)
         longest = max(longest, *groups)
     lengths = {row["trained_to"] for _, rows in _best_rows(table) for row in rows}
     for length in lengths:
         axes.axvline(length, color="0.6", linewidth=0.8, linestyle="--", label="trained to here")
-    axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":", label="guess")
+    if measure.value == "accuracy":
+        axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":", label="guess")
+        axes.set_ylim(-0.12, 1.08)
+    else:
+        axes.set_yscale("log")
     axes.set_xscale("log", base=2)
     ticks = [2**n for n in range(int(math.log2(longest)) + 1)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel("position in the sample, from")
+    axes.set_xlabel("position, from")
     axes.set_ylabel(experiment.figure.label)
-    axes.set_ylim(-0.12, 1.08)
     axes.legend(frameon=False, fontsize=8)
 
 

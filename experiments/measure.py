@@ -1,4 +1,4 @@
-"""What a trained model answers on a labelled set: accuracy and loss by position, squared error."""
+"""What a trained model is worth on a set: loss by position, and how labels are answered."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from pretrain.commands import evaluate
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
+from pretrain.engines.base import LossSum
+from pretrain.evaluation.answers import Answers
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_mcore.inference import open_model
 from xlstm_mcore.megatron import cpu_runtime
@@ -25,13 +27,14 @@ def measure(
 
     Args:
         config: the run.
-        shards: a folder of shards, of the task that the run was trained on.
+        shards: a folder of shards, of the task or text that the run was trained on.
         numbers: the number that each id stands for, None for other ids; without them there is no
             squared error.
 
     Returns:
-        `accuracy`, `loss` (nats), `answers`, and `by_position`: a list of the same for the tokens
-        number `from` to `2 from - 1` of their samples. With `numbers` also `squared_error`.
+        `loss` (nats), `answers` (positions with a loss), and `by_position`: a list of the same for
+        the tokens number `from` to `2 from - 1` of their samples or documents. With labels also
+        `accuracy`, and with `numbers` `squared_error`.
     """
     seq_len = load_manifest(shards).seq_len
     rows = max(1, _TOKENS // seq_len)
@@ -41,25 +44,18 @@ def measure(
     dataset = TokenDataset(str(shards), "valid", seq_len=seq_len)
     model = open_model(config.run.dir)
     found = evaluate.measure(model, dataset, config, "position")
-    assert found.answers is not None, f"{shards} has no labels"
     groups = [
-        {
-            "from": 2**n,
-            "answers": answers.labels,
-            "accuracy": answers.accuracy,
-            "loss": found.by[n].mean,
-        }
-        for n, answers in found.answers_by.items()
+        {"from": 2**n, **_numbers(loss, found.answers_by.get(n))} for n, loss in found.by.items()
     ]
-    whole = {
-        "answers": found.answers.labels,
-        "accuracy": found.answers.accuracy,
-        "loss": found.loss,
-        "by_position": groups,
-    }
+    whole: dict[str, Any] = {**_numbers(found.sum, found.answers), "by_position": groups}
     if numbers is not None:
         whole["squared_error"] = squared_error(model, dataset, numbers, rows)
     return whole
+
+
+def _numbers(loss: LossSum, answers: Answers | None) -> dict[str, float]:
+    numbers = {"answers": loss.tokens, "loss": loss.mean}
+    return numbers if answers is None else numbers | {"accuracy": answers.accuracy}
 
 
 def squared_error(

@@ -1,13 +1,20 @@
 """A cell that is a run: its data, its run file, the training, and what is measured afterwards."""
 
+import math
 import resource
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.definition import Cell, TaskData
-from experiments.grid import Claim, Grid, Stopped
+from experiments.data import (
+    TRAINING_FOLDER,
+    data_folder,
+    data_name,
+    task_of,
+    validation_folders,
+)
+from experiments.definition import Cell, Measure, TaskData
+from experiments.grid import Grid, Stopped
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.signals import StopSignal
@@ -15,46 +22,6 @@ from xlstm_io.terminal import say
 
 TRAINED = "trained"
 RUN_FILE = "run.yaml"
-
-
-def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
-    """Make the shards of some cells, once; of several processes one makes them and others wait.
-
-    Raises:
-        PrepError: the task cannot be made as the definition says, or the folder holds other shards.
-    """
-    from data_prep.synthetic.corpus import write_corpora
-
-    for name in dict.fromkeys(data_name(grid, cell) for cell in cells):
-        data = grid.size.data[name]
-        claim = Claim(grid.folder / "claims" / f"data-{name}")
-        while not claim.take():
-            time.sleep(1.0)
-        try:
-            write_corpora(data.task, task_of(data, data_folder(grid, name)))
-        finally:
-            claim.release()
-
-
-def data_folder(grid: Grid, name: str) -> Path:
-    """Where the shards of one of a grid's data lie."""
-    return grid.folder / "data" / name
-
-
-def task_of(data: TaskData, out: Path) -> Any:
-    """The synthetic task of a definition, which will be written to `out`.
-
-    Raises:
-        ConfigError: there is no such task, or it has no such option.
-    """
-    from data_prep.synthetic.command import TASKS
-
-    if data.task not in TASKS:
-        raise ConfigError(f"there is no task {data.task!r}; use one of {', '.join(TASKS)}")
-    try:
-        return TASKS[data.task](out=out, **data.options)
-    except TypeError as error:
-        raise ConfigError(f"task {data.task}: {error}") from error
 
 
 def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
@@ -66,7 +33,7 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     experiment, size = grid.experiment, grid.size
     if cell.model not in experiment.models:
         raise ConfigError(f"{grid.name} has no model {cell.model!r} among its models")
-    shards = data_folder(grid, data_name(grid, cell)) / "train"
+    shards = data_folder(grid, data_name(grid, cell)) / TRAINING_FOLDER
     manifest = load_manifest(shards)
     sections = {name: dict(keys) for name, keys in experiment.run.items()}
     keys: dict[str, Any] = {
@@ -92,11 +59,6 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     sections.setdefault("checkpoint", {}).setdefault("interval", steps)
     sections.setdefault("evaluation", {}).setdefault("interval", steps)
     return sections
-
-
-def data_name(grid: Grid, cell: Cell) -> str:
-    """Which of a grid's data a cell is trained on."""
-    return str(cell.values["data"]) if "data" in cell.values else next(iter(grid.size.data))
 
 
 def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, Any]:
@@ -134,7 +96,7 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
         "tokens": config.run.steps * config.tokens_per_step,
         "cpu_seconds": round(trained_s.ru_utime + trained_s.ru_stime, 1),
         "trained_to": _longest(grid, cell),
-        "chance": measured[TRAINED]["chance"],
+        "chance": measured[TRAINED].get("chance"),
         "sets": measured,
         "measures": measures_of(grid, measured),
         "scaled": scaled_of(grid, measured),
@@ -142,11 +104,14 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
 
 
 def _longest(grid: Grid, cell: Cell) -> int:
-    """Tokens of the longest sample that a cell is trained on."""
+    """Tokens of the longest sample, or row of text, that a cell is trained on."""
     from data_prep.synthetic.task import Span
 
-    name = data_name(grid, cell)
-    return Span.parse(task_of(grid.size.data[name], data_folder(grid, name)).length, "length").high
+    data = grid.size.data[data_name(grid, cell)]
+    if not isinstance(data, TaskData):
+        return data.seq_len
+    task = task_of(data, data_folder(grid, data_name(grid, cell)))
+    return Span.parse(task.length, "length").high
 
 
 def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
@@ -154,15 +119,15 @@ def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
     from experiments.measure import measure
 
     name = data_name(grid, cell)
-    folder = data_folder(grid, name)
-    task = task_of(grid.size.data[name], folder)
+    folder, data = data_folder(grid, name), grid.size.data[name]
+    task = task_of(data, folder) if isinstance(data, TaskData) else None
     found = {}
-    for shards in sorted(folder.iterdir()):
-        if not (shards / "manifest.json").exists():
-            continue
-        key = TRAINED if shards.name == "train" else shards.name.removeprefix("validation-")
-        found[key] = measure(config, shards, numbers_of(task)) | {"chance": task.chance}
-        say(f"{key}: accuracy {found[key]['accuracy']:.4f}, loss {found[key]['loss']:.4f}")
+    for key, shards in validation_folders(folder, TRAINED).items():
+        found[key] = measure(config, shards, None if task is None else numbers_of(task))
+        if task is not None:
+            found[key]["chance"] = task.chance
+        numbers = (f"{word} {n:.4f}" for word, n in found[key].items() if isinstance(n, float))
+        say(f"{key}: {', '.join(numbers)}")
     return found
 
 
@@ -178,11 +143,13 @@ def numbers_of(task: Any) -> list[float | None] | None:
 
 def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     """The experiment's measures, from what was found on the sets."""
-    return {
-        name: _from(sets[measure.set], measure.value, measure.at_least_position)
+    plain = {
+        name: _from(sets[measure.set], measure)
         for name, measure in grid.experiment.measures.items()
         if measure.set in sets
     }
+    less = {name: grid.experiment.measures[name].less for name in plain}
+    return {name: x - plain[less[name]] if less[name] else x for name, x in plain.items()}
 
 
 def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
@@ -196,10 +163,13 @@ def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _from(measured: Mapping[str, Any], value: str, first: int) -> float:
-    """The mean of a value over the positions from `first` on; the squared error is of them all."""
-    if value == "squared_error":
-        return measured[value]
-    groups = [g for g in measured["by_position"] if g["from"] >= first]
+def _from(measured: Mapping[str, Any], measure: Measure) -> float:
+    """The mean of a value over some positions; the squared error is of them all."""
+    if measure.value == "squared_error":
+        return measured[measure.value]
+    last = measure.below_position or float("inf")
+    groups = [g for g in measured["by_position"] if measure.at_least_position <= g["from"] < last]
     answers = sum(g["answers"] for g in groups)
-    return sum(g[value] * g["answers"] for g in groups) / answers if answers else float("nan")
+    key = "loss" if measure.value == "perplexity" else measure.value
+    mean = sum(g[key] * g["answers"] for g in groups) / max(1, answers)
+    return math.exp(mean) if measure.value == "perplexity" else mean

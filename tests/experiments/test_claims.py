@@ -108,6 +108,8 @@ def test_constant_rises_and_below():
     assert judged({"rule": "rises", "model": "a", "at_least": 1.2, **over}, flat) is False
     assert judged({"rule": "below", "model": "a", "at_most": 2.0}, flat) is True
     assert judged({"rule": "below", "model": "b", "at_most": 1e-3}, rising) is False
-    for rule in ("constant", "rises", "below"):
+    assert judged({"rule": "above", "model": "b", "at_least": 1e-4}, rising) is True
+    assert judged({"rule": "above", "model": "b", "at_least": 1e-3}, rising) is False
+    for rule in ("constant", "rises", "below", "above"):
         claim = {"rule": rule, "model": "c", "at_most": 1.0, "at_least": 1.0, **over}
         assert judged(claim, flat) is None

@@ -1,13 +1,14 @@
 """The experiments' files: read, cut into cells, and good run files at every size."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from experiments import cli, definition, training
+from experiments import cli, data, definition, training
 from experiments.claims import Claim
 from experiments.grid import Grid
 from xlstm_io.errors import ConfigError
@@ -46,8 +47,9 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "load_manifest", lambda path: shards)
     for size_name in definition.load(name).sizes:
         grid = Grid.open(name, size_name, tmp_path)
-        for data in grid.size.data.values():
-            training.task_of(data, tmp_path).check()
+        for one in grid.size.data.values():
+            if isinstance(one, definition.TaskData):
+                data.task_of(one, tmp_path).check()
         for cell in {(c.model, c.values.get("data")): c for c in grid.cells}.values():
             sections = training.run_file(grid, cell, tmp_path / "cell")
             config = config_from_dict(sections, f"{name} {size_name} {cell}")
@@ -79,11 +81,11 @@ def test_a_wrong_file_is_one_message(tmp_path, monkeypatch):
 
 
 def test_a_missing_option_of_a_task_is_one_message(tmp_path):
-    data = definition.TaskData(task="parity", options={"lenght": 3})
+    misspelt = definition.TaskData(task="parity", options={"lenght": 3})
     with pytest.raises(ConfigError, match="lenght"):
-        training.task_of(data, tmp_path)
+        data.task_of(misspelt, tmp_path)
     with pytest.raises(ConfigError, match="use one of parity"):
-        training.task_of(definition.TaskData(task="paritty"), tmp_path)
+        data.task_of(definition.TaskData(task="paritty"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +133,21 @@ def test_report_of_nothing_lists_every_cell_as_missing(capsys, tmp_path):
 def test_a_claim_is_a_rule_in_words():
     claim = Claim(claim="c", where="w", rule="separates", measure="long", solve=["a"], fail=["b"])
     assert claim.text() == "scaled accuracy of long: a >= 0.95, b <= 0.1"
+
+
+def test_measures_are_means_over_positions_weighted_by_answers(tmp_path):
+    grid = Grid.open("lengths", "toy", tmp_path)
+    groups = [
+        {"from": 32, "answers": 5, "loss": 9.0},
+        {"from": 64, "answers": 10, "loss": 2.0},
+        {"from": 128, "answers": 10, "loss": 7.0},
+        {"from": 512, "answers": 1, "loss": 2.0},
+        {"from": 1024, "answers": 3, "loss": 4.0},
+    ]
+    trained = [{"from": 1, "answers": 2, "loss": 1.0}, {"from": 2, "answers": 2, "loss": 3.0}]
+    sets = {"trained": {"by_position": trained}, "1024": {"by_position": groups}}
+    found = training.measures_of(grid, sets)
+    assert found == {"trained": 2.0, "inside": 2.0, "rise": (2.0 + 3 * 4.0) / 4 - 2.0}
+    assert training.scaled_of(grid, sets) == {}
+    measure = definition.Measure(set="trained", value="perplexity")
+    assert training._from(sets["trained"], measure) == pytest.approx(math.exp(2.0))

@@ -1,0 +1,108 @@
+"""The data of a grid: the shards of a synthetic task, or of text that every machine has."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.definition import Cell, TaskData, TextData
+from experiments.grid import Claim, Grid
+from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
+from xlstm_io.terminal import say
+
+TRAINING_FOLDER = "train"
+_LONGER = "validation-"  # before the length of a folder's rows or samples
+
+
+def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
+    """Make the shards of some cells, once; of several processes one makes them and others wait.
+
+    Raises:
+        PrepError: the data cannot be made as the definition says, or the folder holds others.
+        Interrupted: a command that makes them was asked to stop.
+    """
+    for name in dict.fromkeys(data_name(grid, cell) for cell in cells):
+        data, folder = grid.size.data[name], data_folder(grid, name)
+        claim = Claim(grid.folder / "claims" / f"data-{name}")
+        while not claim.take():
+            time.sleep(1.0)
+        try:
+            if isinstance(data, TaskData):
+                from data_prep.synthetic.corpus import write_corpora
+
+                write_corpora(data.task, task_of(data, folder))
+            else:
+                _make_text(data, folder)
+        finally:
+            claim.release()
+
+
+def data_name(grid: Grid, cell: Cell) -> str:
+    """Which of a grid's data a cell is trained on."""
+    return str(cell.values["data"]) if "data" in cell.values else next(iter(grid.size.data))
+
+
+def data_folder(grid: Grid, name: str) -> Path:
+    """Where the shards of one of a grid's data lie."""
+    return grid.folder / "data" / name
+
+
+def validation_folders(folder: Path, trained: str) -> dict[str, Path]:
+    """The folders of shards that cells are measured on, by length; that of training as `trained`.
+
+    Args:
+        folder: of one of a grid's data.
+        trained: the key of the folder that is trained on.
+    """
+    found = {}
+    for shards in sorted(folder.iterdir()):
+        if (shards / "manifest.json").exists():
+            at_training = shards.name == TRAINING_FOLDER
+            found[trained if at_training else shards.name.removeprefix(_LONGER)] = shards
+    return found
+
+
+def task_of(data: TaskData, out: Path) -> Any:
+    """The synthetic task of a definition, which will be written to `out`.
+
+    Raises:
+        ConfigError: there is no such task, or it has no such option.
+    """
+    from data_prep.synthetic.command import TASKS
+
+    if data.task not in TASKS:
+        raise ConfigError(f"there is no task {data.task!r}; use one of {', '.join(TASKS)}")
+    try:
+        return TASKS[data.task](out=out, **data.options)
+    except TypeError as error:
+        raise ConfigError(f"task {data.task}: {error}") from error
+
+
+def _make_text(data: TextData, folder: Path) -> None:
+    """Collect Python's standard library, train a tokenizer on it and pack it; what is made stays.
+
+    The commands are those of the demo (`pretrain.commands.demo`).
+    """
+    from pretrain.commands.demo import Places, Text, data_commands
+
+    work, shards = folder / "work", folder / TRAINING_FOLDER
+    places = Places(work, work / "run")
+    collect, tokenizer, build, _ = data_commands(
+        places, Text(vocab_size=data.vocab_size), data.seq_len
+    )
+    build[build.index("--out") + 1] = str(shards)
+    commands = [collect, tokenizer, build]
+    for length in data.longer:
+        out = str(folder / f"{_LONGER}{length}")
+        commands.append(
+            ["data_prep", "repack", str(shards), "--seq-len", str(length), "--out", out]
+        )
+    for command in commands:
+        say(f"python -m {' '.join(command)}")
+        code = subprocess.run([sys.executable, "-m", *command]).returncode
+        if code == ExitCode.STOPPED:
+            raise Interrupted
+        if code != ExitCode.DONE:
+            raise PrepError(f"`python -m {' '.join(command)}` ended with {code}")
