@@ -61,6 +61,8 @@ def _positions(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> N
         axes.set_ylim(-0.12, 1.08)
     else:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_xscale("log", base=2)
     ticks = [2**n for n in range(int(math.log2(longest)) + 1)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
