@@ -148,8 +148,11 @@ def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
         for name, measure in grid.experiment.measures.items()
         if measure.set in sets
     }
-    less = {name: grid.experiment.measures[name].less for name in plain}
-    return {name: x - plain[less[name]] if less[name] else x for name, x in plain.items()}
+    found = {}
+    for name, value in plain.items():
+        less = grid.experiment.measures[name].less
+        found[name] = value if less is None else value - plain[less]
+    return found
 
 
 def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
