@@ -9,15 +9,16 @@ from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 
 SEQ_LEN = 24
-DEEPSPEED = {"engine__name": "deepspeed"}
-CELLS = {
+MEGATRON = {
     "dp2_tp2_sp": (4, {"layout__tensor": 2, "layout__sequence": True}),
     "cp2_pp2": (4, {"layout__context": 2, "layout__pipeline": 2}),
-    "deepspeed_zero3": (2, {**DEEPSPEED, "engine__zero_stage": 3}),
-    "deepspeed_zero1_pp2": (2, {**DEEPSPEED, "engine__zero_stage": 1, "layout__pipeline": 2}),
+}
+DEEPSPEED = {
+    "zero3": (2, {"engine__zero_stage": 3}),
+    "zero1_pp2": (2, {"engine__zero_stage": 1, "layout__pipeline": 2}),
 }
 
-pytestmark = [pytest.mark.dist, needs_deepspeed]
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def run_config(task, **changes):
     return work.run_config("large", data__path=str(task), data__seq_len=SEQ_LEN, **changes)
 
 
-@pytest.mark.parametrize("cell", [name for name in CELLS if "deepspeed" not in name])
+@pytest.mark.parametrize("cell", MEGATRON)
 def test_gradients_of_a_labelled_task_are_those_of_one_process(pool, task, cell):
-    ranks, changes = CELLS[cell]
+    ranks, changes = MEGATRON[cell]
     ((loss, slices),) = pool(1, on_shards, work.fp64_gradients, run_config(task))
     expected = work.assemble([slices])
     answers = pool(ranks, on_shards, work.fp64_gradients, run_config(task, **changes))
@@ -69,10 +70,40 @@ def one_process(pool, task):
     return steps
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_labelled_task_trains_as_in_one_process(pool, task, one_process, cell):
-    ranks, changes = CELLS[cell]
-    for steps, _ in pool(ranks, on_shards, work.train, run_config(task, **changes)):
+@needs_deepspeed
+@pytest.mark.parametrize("cell", DEEPSPEED)
+def test_deepspeed_trains_a_labelled_task_as_one_process(pool, task, one_process, cell):
+    ranks, changes = DEEPSPEED[cell]
+    config = run_config(task, engine__name="deepspeed", **changes)
+    for steps, _ in pool(ranks, on_shards, work.train, config):
         for (loss, norm), (true_loss, true_norm) in zip(steps, one_process, strict=True):
             assert loss == pytest.approx(true_loss, rel=2e-6)
             assert norm == pytest.approx(true_norm, rel=1e-5)
+
+
+def answers_of(config):
+    """Losses and hits of a batch, and the model's own losses."""
+    import torch
+
+    from pretrain import layout as layouts
+    from pretrain.evaluation.answers import losses_and_hits
+
+    layout = layouts.start(config)
+    model_config = work.make_config(config.model, layout=config.layout, memory=config.memory)
+    (model,) = work.build_model(model_config, layout.groups, config.run.seed)
+    work.perturb([model])
+    batch = work.random_batches(config, 0)[0]
+    with torch.no_grad():
+        losses, hits = losses_and_hits(model, batch)
+        return losses, hits, model(batch.tokens, batch.boundaries, batch.labels)
+
+
+def test_tensor_parallel_ranks_find_the_same_answers(pool):
+    rows = {"data__micro_batch": 2}
+    ((losses, hits, own),) = pool(1, answers_of, work.run_config("large", **rows))
+    assert losses.shape == hits.shape == (2, 24)
+    assert losses.flatten().tolist() == pytest.approx(own.flatten().tolist(), abs=1e-5)
+    halves = {"layout__tensor": 2, "layout__sequence": True}
+    for theirs, found, _ in pool(2, answers_of, work.run_config("large", **rows, **halves)):
+        assert theirs.flatten().tolist() == pytest.approx(losses.flatten().tolist(), abs=1e-4)
+        assert found.equal(hits)
