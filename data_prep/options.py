@@ -23,12 +23,14 @@ def parse(kind: type, arguments: list[str], prog: str, description: str | None =
         SystemExit: help was asked for and printed.
     """
     said = io.StringIO()
+    # tyro draws the boxes that are read here only where stdout takes them.
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(output):
             return tyro.cli(kind, args=arguments, prog=prog, description=description)
     except SystemExit as end:
-        if end.code in (0, None):
-            raise
+        if end.code in (0, None):  # the help, drawn again for the stdout that there is
+            tyro.cli(kind, args=arguments, prog=prog, description=description)
         message = _in_one_line(said.getvalue())
     raise PrepError(f"{message}; `{prog} --help` lists the options")
 

@@ -1,5 +1,8 @@
 """Wrong options of a command: one line with value, rule and remedy."""
 
+import io
+import sys
+
 import pytest
 
 from data_prep.cli import main
@@ -24,6 +27,12 @@ def test_one_line_says_what_is_wrong(words, says, capfd):
     out, error = capfd.readouterr()
     assert out == "" and error.count("\n") == 1 and says in error, error
     assert not set("│╭╰─") & set(error)
+
+
+def test_a_terminal_without_utf_8_gets_the_same_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["build"]) == 2
+    assert "build: --tokenizer and --out are missing; " in capsys.readouterr().err
 
 
 def test_keys_of_a_file_are_named_without_their_control_characters(tmp_path, capfd):
