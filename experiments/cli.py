@@ -157,9 +157,9 @@ def _report(grid: Grid, *, strict: bool) -> int:
 
 
 def _slurm(grid: Grid, options: Any) -> int:
-    from slurm.render import render
-    from slurm.site import load_site
-    from slurm.tasks import plan_array
+    from slurm.batch_files.render import render
+    from slurm.batch_files.site import load_site
+    from slurm.batch_files.tasks import plan_array
 
     out = str(Path.cwd() / options.out)
     words = ("-m", "experiments", "cell", grid.name, "--size", grid.size_name, "--out", out)

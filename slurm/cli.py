@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slurm.site import Site, load_site
+from slurm.batch_files.site import Site, load_site
 from xlstm_io.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from slurm.tasks import TaskPlan
+    from slurm.batch_files.tasks import TaskPlan
 
 KINDS = ("train", "prep", "evaluate", "convert")
 OVERRIDES = "Keys of the run file can be given as options, such as --optimizer.lr 3e-4."
@@ -98,9 +98,9 @@ def _dispatch(words: Sequence[str]) -> int:
 
 def _job(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Render or submit a job."""
-    from slurm.render import render
+    from slurm.batch_files.render import render
+    from slurm.batch_files.tasks import submit_tasks
     from slurm.submit import make_plan, submit_training
-    from slurm.tasks import submit_tasks
 
     _check_words(options, overrides)
     site = load_site(options.site, options.set)
@@ -124,7 +124,12 @@ def _job(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def _tasks(options: argparse.Namespace, site: Site, overrides: dict[str, Any]) -> "list[TaskPlan]":
     from pretrain.config import override_option
-    from slurm.tasks import plan_conversion, plan_evaluation, plan_preparation, shards_of
+    from slurm.batch_files.tasks import (
+        plan_conversion,
+        plan_evaluation,
+        plan_preparation,
+        shards_of,
+    )
 
     first, *rest = map(Path, options.paths)
     if options.kind == "prep":

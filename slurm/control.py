@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from slurm import scheduler
-from slurm.state import STOP_FILE, RunState
+from slurm.job.state import STOP_FILE, RunState
 from slurm.submit import check_not_held, resubmit
 from xlstm_io.errors import UserError
 

@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 
 import slurm
+import slurm.job
 import xlstm_io
-from slurm.state import FOLDER
+from slurm.job.state import FOLDER
 
 MODULES = {
-    slurm: ("__init__.py", "state.py", "decide.py", "health.py", "life.py", "rank.py"),
+    slurm: ("__init__.py",),
+    slurm.job: ("__init__.py", "state.py", "decide.py", "health.py", "life.py", "rank.py"),
     xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
 }
 BATCH = "batch.sh"
@@ -24,10 +26,11 @@ def copy_job_files(run: Path) -> Path:
     folder = run / FOLDER / "job"
     for package, names in MODULES.items():
         source = Path(str(package.__file__)).parent
-        (folder / package.__name__).mkdir(parents=True, exist_ok=True)
+        target = folder.joinpath(*package.__name__.split("."))
+        target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            _replace(source / name, folder / package.__name__ / name)
-    _replace(Path(__file__).with_name(BATCH), folder / BATCH)
+            _replace(source / name, target / name)
+    _replace(Path(str(slurm.job.__file__)).with_name(BATCH), folder / BATCH)
     return folder
 
 

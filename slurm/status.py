@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm import scheduler
+from slurm.job.state import RunState, State
 from slurm.scheduler import QueuedJob
-from slurm.state import RunState, State
 from xlstm_io.errors import UserError
 
 

@@ -8,11 +8,11 @@ from pretrain.config import RunConfig, save_config
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import read_progress
 from slurm import scheduler
+from slurm.batch_files.plan import RUN_FILE, TrainingPlan, plan_training
+from slurm.batch_files.render import render
+from slurm.batch_files.site import Site
+from slurm.job.state import HEALTH_FILE, STOP_FILE, RunState, write
 from slurm.job_files import copy_job_files
-from slurm.plan import RUN_FILE, TrainingPlan, plan_training
-from slurm.render import render
-from slurm.site import Site
-from slurm.state import HEALTH_FILE, STOP_FILE, RunState, write
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.remote import is_remote
 from xlstm_io.storage import write_atomic

@@ -29,8 +29,8 @@ from data_prep.sources.megatron import MegatronCorpus
 from data_prep.sources.readers import read_documents
 from data_prep.tools.verify import verify
 from pretrain.config.load import load_config
-from slurm.site import load_site
-from slurm.state import Life, RunState, State
+from slurm.batch_files.site import load_site
+from slurm.job.state import Life, RunState, State
 from slurm.status import describe, lines
 from tests.data_prep.small_corpus import make_texts, run, save_hf_tokenizer
 from tests.xlstm_mcore.convert.test_import import write_case

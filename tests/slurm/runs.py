@@ -11,7 +11,7 @@ import yaml
 
 from pretrain.watching.metrics import read_metrics
 from slurm import cli
-from slurm.state import RunState
+from slurm.job.state import RunState
 from tests.dist.training_runs import tiny_run
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from slurm.decide import FATAL_XIDS, Action, Cause, Evidence, cause_of, decide
-from slurm.state import Life, Policy, RankRecord
+from slurm.job.decide import FATAL_XIDS, Action, Cause, Evidence, cause_of, decide
+from slurm.job.state import Life, Policy, RankRecord
 from xlstm_io.errors import ExitCode
 
 POLICY = Policy(steps=100)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from slurm import preflight
-from slurm.health import Health, Verdict, judge
-from slurm.preflight import Bad, check_command, check_disk, pairs
+from slurm.job import preflight
+from slurm.job.health import Health, Verdict, judge
+from slurm.job.preflight import Bad, check_command, check_disk, pairs
 
 NODES = ("n1", "n2", "n3", "n4")
 SOUND = {"versions": "Python 3.11", "clock": 100.0, "tflops": 50.0, "device_tflops": True}

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from slurm import life as lives
+from slurm.job import life as lives
+from slurm.job.rank import xids
+from slurm.job.state import Life, Policy, RankRecord, RunState, State, write
 from slurm.job_files import copy_job_files
-from slurm.rank import xids
-from slurm.state import Life, Policy, RankRecord, RunState, State, write
 
 JOB = "4711"
 
@@ -175,7 +175,7 @@ def test_the_state_survives_its_files(files):
 
 def test_a_folder_without_a_submission_is_one_message(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "slurm.life", "begin", str(tmp_path), "--job", JOB],
+        [sys.executable, "-m", "slurm.job.life", "begin", str(tmp_path), "--job", JOB],
         capture_output=True,
         text=True,
         check=False,
@@ -187,7 +187,9 @@ def test_a_folder_without_a_submission_is_one_message(tmp_path):
 def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     """An isolated Python with nothing installed: no torch, no pydantic, no package of ours."""
     job = copy_job_files(files.run)
-    script = "import sys; sys.path.insert(0, sys.argv.pop(1)); from slurm import life; life.main"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from slurm.job import life; life.main"
+    )
     script += "(sys.argv[1:]); print(*sorted(m for m in sys.modules if m.startswith(('slurm.'"
     script += ", 'xlstm_io'))), file=sys.stderr)"
     words = [sys.executable, "-I", "-S", "-c", script, str(job), "begin", str(files.run)]
@@ -197,7 +199,7 @@ def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     told = dict(line.split("=", 1) for line in shlex.split(done.stdout))
     assert told["XLSTM_LIFE"] == "1"
     assert told["XLSTM_LIFE_FOLDER"] == str(files.life_folder(1))  # with its space
-    assert "slurm.decide" in done.stderr
+    assert "slurm.job.decide" in done.stderr
 
 
 # One rank ---------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ def run_rank(files, tmp_path, script, number=None):
     folder = files.life_folder(1)
     folder.mkdir(parents=True)
     job = copy_job_files(files.run)
-    command = [sys.executable, "-S", str(job / "slurm/rank.py"), str(folder), "--"]
+    command = [sys.executable, "-S", str(job / "slurm/job/rank.py"), str(folder), "--"]
     process = subprocess.Popen(
         [*command, sys.executable, "-S", "-c", script], env={**os.environ, **RANK_VARIABLES}
     )

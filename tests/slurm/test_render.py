@@ -13,10 +13,10 @@ import yaml
 
 from pretrain.config import load_config
 from slurm import cli
-from slurm.plan import job_name, plan_training
-from slurm.render import render
-from slurm.site import Site, SiteError, load_site, site_from_dict, time_limit_seconds
-from slurm.tasks import plan_conversion, plan_evaluation, plan_preparation
+from slurm.batch_files.plan import job_name, plan_training
+from slurm.batch_files.render import render
+from slurm.batch_files.site import Site, SiteError, load_site, site_from_dict, time_limit_seconds
+from slurm.batch_files.tasks import plan_conversion, plan_evaluation, plan_preparation
 from xlstm_io.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_batch_files_are_bash(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["batch.sh", *(f"examples/{name}.sbatch" for name in (*NODES, *TASKS))]
+    "name", ["job/batch.sh", *(f"examples/{name}.sbatch" for name in (*NODES, *TASKS))]
 )
 def test_shellcheck_finds_nothing(name):
     if shutil.which("shellcheck") is None:
@@ -141,7 +141,9 @@ def test_every_key_of_the_preflight_reaches_it():
         "min_free_gb": {"run": 4.0, "scratch": 5.0},
     }
     before = plan(health={"preflight": True})
-    assert "-m slurm.preflight" in render(before) and "slurm.preflight" not in render(plan())
+    assert "-m slurm.job.preflight" in render(before) and "slurm.job.preflight" not in render(
+        plan()
+    )
     for key, value in keys.items():
         assert plan(health={"preflight": True, key: value}).health != before.health
 

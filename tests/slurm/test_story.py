@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm import scheduler, submit, tasks
-from slurm.site import site_from_dict
-from slurm.state import Life, RunState, State, write
+from slurm import scheduler, submit
+from slurm.batch_files import tasks
+from slurm.batch_files.site import site_from_dict
+from slurm.job.state import Life, RunState, State, write
 from slurm.status import describe, goodput, lines
 from tests.slurm.test_render import PROJECT, plan
 from xlstm_io.errors import ConfigError

@@ -18,7 +18,7 @@ OTHERS = {
     "Interrupted": "a request to stop",
     "Superseded": "another process does the work",
     "MachineFailed": "a rank, a worker or a disk failed",
-    "Bad": "a check of `slurm.preflight` has found a bad node",
+    "Bad": "a check of `slurm.job.preflight` has found a bad node",
 }
 
 

@@ -1,9 +1,9 @@
 """The batch script's questions: how does a life begin, and what follows its end?
 
-    python -m slurm.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
-    python -m slurm.life checked RUN --life N
-    python -m slurm.life end   RUN --life N --tries T
-    python -m slurm.life submitted RUN --job J
+    python -m slurm.job.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
+    python -m slurm.job.life checked RUN --life N
+    python -m slurm.job.life end   RUN --life N --tries T
+    python -m slurm.job.life submitted RUN --job J
 
 The first three print shell assignments, which `batch.sh` evaluates. What is decided is written to
 `state.json` and `story.jsonl` before the batch script acts on it, so that the next life knows it
@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from slurm.decide import Action, Cause, Decision, Evidence, decide
-from slurm.health import Health, judge, read_reports
-from slurm.state import HEALTH_FILE, Life, Policy, RunState, State, read_preflight, write
+from slurm.job.decide import Action, Cause, Decision, Evidence, decide
+from slurm.job.health import Health, judge, read_reports
+from slurm.job.state import HEALTH_FILE, Life, Policy, RunState, State, read_preflight, write
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.rendezvous import rendezvous_port
 
@@ -254,7 +254,7 @@ def shell(values: dict[str, object]) -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command line that `batch.sh` calls."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.life", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m slurm.job.life", description=__doc__)
     parser.add_argument("event", choices=("begin", "checked", "end", "submitted"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--job", default="")

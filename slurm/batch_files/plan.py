@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
-from slurm.health import Health
-from slurm.site import Site, SiteError, time_limit_seconds
-from slurm.state import FOLDER, Policy
+from slurm.batch_files.site import Site, SiteError, time_limit_seconds
+from slurm.job.health import Health
+from slurm.job.state import FOLDER, Policy
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ConfigError
 from xlstm_io.remote import is_remote

@@ -1,10 +1,10 @@
 """Checks of the nodes before a life, by one task per rank under `srun`.
 
-    srun ... python -m slurm.preflight LIFE_FOLDER
+    srun ... python -m slurm.job.preflight LIFE_FOLDER
 
 Every rank keeps `LIFE_FOLDER/preflight/RANK.json` and replaces it before every check, so that a
 node which hangs or dies is named with the check that it did not survive. What follows from the
-reports is `slurm.health`; no rank decides anything. On CPUs the same code runs with gloo.
+reports is `slurm.job.health`; no rank decides anything. On CPUs the same code runs with gloo.
 """
 
 import json
@@ -22,8 +22,8 @@ from types import FrameType
 from typing import Any
 
 from pretrain.processes.slurm_ranks import adopt_ranks
-from slurm.health import FOLDER, Health
-from slurm.state import HEALTH_FILE, write
+from slurm.job.health import FOLDER, Health
+from slurm.job.state import HEALTH_FILE, write
 
 COMMAND_S = 240  # of the site's own command
 RENDEZVOUS_S = 120

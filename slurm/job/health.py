@@ -1,8 +1,8 @@
 """What a preflight found, as nodes to leave out: a pure function of the reports of its ranks.
 
-Each rank of `slurm.preflight` keeps one file, which it replaces *before* every check. So the file
-of a node that hangs or dies says in which check it did, and a node without a file never answered.
-The report is made whatever became of the ranks.
+Each rank of `slurm.job.preflight` keeps one file, which it replaces *before* every check. So the
+file of a node that hangs or dies says in which check it did, and a node without a file never
+answered. The report is made whatever became of the ranks.
 """
 
 import json
@@ -71,7 +71,7 @@ def judge(reports: Sequence[Mapping[str, Any]], nodes: Sequence[str], limits: He
     """Which nodes are bad.
 
     Args:
-        reports: of the ranks, see `slurm.preflight`.
+        reports: of the ranks, see `slurm.job.preflight`.
         nodes: of the life.
         limits: what a node must be like.
     """

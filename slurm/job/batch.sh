@@ -15,7 +15,7 @@ xlstm_die() {
 }
 
 # The decisions, with the copies of their modules and nothing of the current folder.
-xlstm_ask() { PYTHONPATH="$XLSTM_RUN/slurm/job" "$XLSTM_PYTHON" -P -m slurm.life "$@"; }
+xlstm_ask() { PYTHONPATH="$XLSTM_RUN/slurm/job" "$XLSTM_PYTHON" -P -m slurm.job.life "$@"; }
 
 # Nodes of the list that this cluster knows: one unknown name makes Slurm refuse the whole list.
 xlstm_known() {
@@ -59,7 +59,7 @@ xlstm_submit() {
   fi
 }
 
-# See slurm.life.step_id_to_reach.
+# See slurm.job.life.step_id_to_reach.
 xlstm_burn() {
   local id=-1 tries=0
   while [ "$id" -lt "$XLSTM_BURN" ] && [ "$tries" -lt 300 ]; do

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from slurm.state import Life, Policy, RankRecord
+from slurm.job.state import Life, Policy, RankRecord
 from xlstm_io.errors import ExitCode
 
 START_S = 60.0  # a life that ends earlier has not really started

@@ -65,11 +65,11 @@ class Life:
         start_step: step of the newest complete checkpoint when it began.
         checkpoint_step: the same when it ended.
         last_step: steps done when it ended, saved or not.
-        cause: why it ended, a value of `slurm.decide.Cause`.
+        cause: why it ended, a value of `slurm.job.decide.Cause`.
         reason: the same in a sentence.
         node: the node that is to blame, or "".
         last_line: the last line of the first rank that failed, or "".
-        action: what was decided, a value of `slurm.decide.Action`.
+        action: what was decided, a value of `slurm.job.decide.Action`.
         step_id: the highest Slurm step id in which ranks ran; -1 when that is not known.
     """
 
@@ -130,7 +130,7 @@ class State:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """How a rank ended, as `slurm/rank.py` wrote it.
+    """How a rank ended, as `slurm/job/rank.py` wrote it.
 
     Attributes:
         rank: its number.

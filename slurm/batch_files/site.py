@@ -124,7 +124,7 @@ class Signal(_Section):
 
 
 class Restarts(_Section):
-    """The limits of restarting by itself; see `slurm.state.Policy`."""
+    """The limits of restarting by itself; see `slurm.job.state.Policy`."""
 
     without_progress: Count = 3
     """Lives in a row without a newer checkpoint, at most."""
@@ -146,7 +146,7 @@ class FreeSpace(_Section):
 
 
 class HealthSection(_Section):
-    """Checks of the nodes before every life; see `slurm.preflight`."""
+    """Checks of the nodes before every life; see `slurm.job.preflight`."""
 
     preflight: bool = False
     """Whether they are made."""

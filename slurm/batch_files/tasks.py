@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm import scheduler
-from slurm.plan import (
+from slurm.batch_files.plan import (
     JobPlan,
     check_site,
     common_fields,
@@ -16,9 +16,9 @@ from slurm.plan import (
     job_name,
     tasks_per_node,
 )
-from slurm.render import render
-from slurm.site import Site
-from slurm.state import FOLDER
+from slurm.batch_files.render import render
+from slurm.batch_files.site import Site
+from slurm.job.state import FOLDER
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import write_atomic
 from xlstm_io.yaml_file import read_yaml

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from slurm.plan import JobPlan
+from slurm.batch_files.plan import JobPlan
 
 TEMPLATES = Path(__file__).with_name("templates")
 

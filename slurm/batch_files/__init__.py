@@ -1,0 +1,1 @@
+"""A run file and a site as the text of a batch file."""
