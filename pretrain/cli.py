@@ -31,12 +31,14 @@ from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside
 from xlstm_io.errors import (
+    MACHINE_ERRNOS,
     ConfigError,
     ExitCode,
     Interrupted,
     MachineFailed,
     Superseded,
     UserError,
+    exit_code_of,
 )
 from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
 from xlstm_io.terminal import say, tell, until_nobody_reads
@@ -348,11 +350,16 @@ def run(argv: Sequence[str]) -> int:
         return _dispatch(argv)
     except UserError as error:
         tell(f"error: {error}")
-        return error.exit_code
+        return exit_code_of(error)
     except Superseded as error:
         tell(f"superseded: {error}")
         return ExitCode.SUPERSEDED
     except MachineFailed as error:
+        tell(f"error: {error}; the same command may be repeated")
+        return ExitCode.MACHINE_FAILED
+    except OSError as error:
+        if error.errno not in MACHINE_ERRNOS:
+            raise
         tell(f"error: {error}; the same command may be repeated")
         return ExitCode.MACHINE_FAILED
     except Interrupted:

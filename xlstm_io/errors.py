@@ -125,6 +125,16 @@ def is_machine_failure(error: BaseException) -> bool:
     return False
 
 
+def exit_code_of(error: UserError) -> ExitCode:
+    """What a command ends with after an error: 70 where storage fails behind it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in MACHINE_ERRNOS:
+            return ExitCode.MACHINE_FAILED
+        found = found.__cause__
+    return error.exit_code
+
+
 class MachineFailed(Exception):
     """What we run on failed: a rank, a worker, a disk; `ExitCode.MACHINE_FAILED`.
 

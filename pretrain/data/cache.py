@@ -58,7 +58,8 @@ class ShardCache:
     """The copies of one remote folder of shards.
 
     Raises:
-        ShardFormatError: no manifest there, or it cannot be read.
+        ShardFormatError: no manifest there, or it cannot be read; or the folder of the copies
+            cannot be written.
     """
 
     def __init__(self, url: str, settings: CacheSettings) -> None:
@@ -66,7 +67,13 @@ class ShardCache:
         self._remote = RemotePath(self.url)
         raw = self._download(MANIFEST_NAME, LIMITS.shard_manifest)
         self.root = settings.folder / xxhash.xxh3_128_hexdigest(raw)
-        write_atomic(self.root / MANIFEST_NAME, raw)
+        try:
+            write_atomic(self.root / MANIFEST_NAME, raw)
+        except OSError as error:
+            raise ShardFormatError(
+                f"data.cache_dir={settings.folder} cannot be written "
+                f"({error.strerror or error}); use another folder, or make room there"
+            ) from error
         self.manifest: Manifest = load_manifest(self.root)
         self._fetch_tokenizer()
 

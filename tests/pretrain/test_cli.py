@@ -1,6 +1,8 @@
 """The command line: exit codes, one message per mistake, help, and what reaches the modules."""
 
+import errno
 import gc
+import os
 import subprocess
 import sys
 import types
@@ -298,3 +300,14 @@ def test_check_prints_flops_and_the_state(capsys):
     assert "training FLOPs    4.036e+10 per token" in text
     assert "cell 1.0%" in text
     assert "generation state  134.48 MB per sequence" in text
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT])
+def test_storage_that_fails_is_one_message(number, monkeypatch, capsys):
+    def fails(options):
+        raise OSError(number, os.strerror(number), "/mnt/a-file")
+
+    monkeypatch.setitem(cli.COMMANDS, "show", fails)
+    assert cli.run(["show", "run"]) == 70
+    said = capsys.readouterr().err
+    assert "/mnt/a-file" in said and "the same command may be repeated" in said

@@ -1,6 +1,7 @@
 """One family of errors that a user can cause, and one table of exit codes."""
 
 import ast
+import errno
 import pickle
 import re
 from pathlib import Path
@@ -56,6 +57,23 @@ def test_errors_travel_between_processes(name):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert isinstance(again, UserError)
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (OSError(errno.EIO, "Input/output error", "manifest.json"), 70),
+        (OSError(errno.ESTALE, "Stale file handle", "manifest.json"), 70),
+        (PermissionError(errno.EACCES, "Permission denied", "manifest.json"), 2),
+        (KeyError("step"), 2),
+        (None, 2),
+    ],
+)
+def test_storage_that_fails_behind_a_message_is_the_machine(cause, code):
+    try:
+        raise errors.ShardFormatError("manifest.json cannot be read") from cause
+    except UserError as error:
+        assert errors.exit_code_of(error) == code
 
 
 def test_exit_codes_are_numbers_with_a_meaning():

@@ -54,6 +54,12 @@ def test_rows_come_from_copies_made_when_they_are_needed(folder, tmp_path):
     assert remote(folder, tmp_path, split="valid").num_rows == 3
 
 
+def test_a_place_for_copies_that_cannot_be_written_is_one_message(folder, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError, match=r"data.cache_dir=.*cache cannot be written"):
+        remote(folder, tmp_path)
+
+
 def test_an_object_store_works_alike(folder, tmp_path):
     fs = fsspec.filesystem("memory")
     fs.put(str(folder), "/bucket", recursive=True)
