@@ -74,6 +74,21 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def reopen_closed_streams() -> None:
+    """Give a process whose input, output or errors were closed (`2>&-`) an empty one.
+
+    Its first open files would get the numbers 0 to 2 otherwise, and whatever a library prints would
+    go into them, such as a checkpoint.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
 def until_nobody_reads(command: Callable[[], int]) -> int:
     """Run a command, and end it where whoever reads its output has ended, as `| head` does.
 
@@ -85,6 +100,7 @@ def until_nobody_reads(command: Callable[[], int]) -> int:
     Returns:
         The command's exit code, or `ExitCode.NOBODY_READS`.
     """
+    reopen_closed_streams()
     if logging.lastResort is not None:  # prints what no handler takes
         logging.lastResort.setFormatter(CleanFormatter())
     try:

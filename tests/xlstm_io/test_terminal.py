@@ -1,5 +1,6 @@
 """What reaches the terminal: no control characters, and a quiet end where nobody reads."""
 
+import shlex
 import subprocess
 import sys
 
@@ -49,6 +50,28 @@ def test_a_command_whose_reader_has_ended_ends_quietly():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(30) == ExitCode.NOBODY_READS
+
+
+CLOSED = """
+import sys
+from xlstm_io.terminal import until_nobody_reads
+def command():
+    with open(sys.argv[1], "w") as file:
+        print("on the terminal", file=sys.stderr, flush=True)
+        print("on the terminal", flush=True)
+        print(sys.stdin.read(), end="")
+        file.write(str(file.fileno() > 2))
+    return 3
+sys.exit(until_nobody_reads(command))
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_at_the_start_change_nothing_and_no_file_takes_their_place(closed, tmp_path):
+    words = shlex.join([sys.executable, "-c", CLOSED, str(tmp_path / "file")])
+    done = subprocess.run(["sh", "-c", f"exec {words} {closed}"], stdin=subprocess.DEVNULL)
+    assert done.returncode == 3
+    assert (tmp_path / "file").read_text() == "True"
 
 
 def test_another_broken_pipe_is_an_error_as_before():
