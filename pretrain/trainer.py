@@ -190,8 +190,8 @@ class Trainer:
                     self.saver.wait()
                 self.watchdog.moved(STEP, step)
                 self._report_finished_save(metrics)
+            self._check_recorded(metrics)
             if stopping:
-                self._check_recorded(metrics)
                 if self.stop.requested:
                     why, step = self.stop.reason, self.state.step
                     metrics.message(f"stopped after step {step}: {why}; run again to continue")

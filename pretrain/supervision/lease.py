@@ -27,10 +27,11 @@ from pathlib import Path
 from types import TracebackType
 
 from xlstm_io.errors import Superseded, UserError
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import read_file, write_atomic
 
 LEASE_FILE = "lease.json"
 LIVES_FOLDER = "lives"
+RECORD_BYTES = 1 << 20  # most that is read of a record
 RENEW_S = 30.0
 STALE_S = 300.0  # a holder on another machine that was silent for so long is taken to be gone
 _RECORD = re.compile(r"(\d{6,})\.json")
@@ -226,7 +227,7 @@ def _create(path: Path, data: bytes) -> None:
 def _holder(folder: Path, life: int) -> Holder | None:
     """Who took a life; None when its record cannot be read."""
     try:
-        return Holder(**json.loads(_record(folder, life).read_bytes()))
+        return Holder(**json.loads(read_file(_record(folder, life), RECORD_BYTES, links=True)))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -239,7 +240,7 @@ def _alive(folder: Path, life: int) -> str | None:
     """Why the holder of a life may still be at work; None when it is gone."""
     holder = _holder(folder, life)
     try:
-        sign = json.loads((folder / LEASE_FILE).read_bytes())
+        sign = json.loads(read_file(folder / LEASE_FILE, RECORD_BYTES, links=True))
         if sign["life"] == life and sign["status"] == "ended":
             return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xlstm_io.errors import CheckpointError
 from xlstm_io.remote import masked_values
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import read_file, write_atomic
 
 PROGRESS_FILE = "progress.json"
 
@@ -56,7 +56,7 @@ class Progress:
 def read_progress(folder: Path) -> Progress | None:
     """What the file in a run folder says; None when there is none, or it is not readable."""
     try:
-        return Progress(**json.loads((folder / PROGRESS_FILE).read_bytes()))
+        return Progress(**json.loads(read_file(folder / PROGRESS_FILE, 1 << 20, links=True)))
     except (OSError, ValueError, TypeError):
         return None
 

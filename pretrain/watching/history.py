@@ -118,6 +118,8 @@ def append(run: Path, line: Mapping[str, Any]) -> None:
     A line that a killed process began is left as it is; the new one does not join it.
     """
     path = run / HISTORY_FILE
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise OSError(f"{path} is not a file; move it away")
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as history:
         history.write("\n" * torn + masked(json.dumps(line, default=str)) + "\n")
@@ -126,14 +128,16 @@ def append(run: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's history, in order, without torn ones; none where there is no history.
+    """The lines of a run's history, in order, without torn and damaged ones.
 
     Raises:
         OSError: the file cannot be read.
     """
     path = run / HISTORY_FILE
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            found.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append(record)
     return found

@@ -4,8 +4,12 @@
 steps, flushed line by line, each step once. A run that resumes at step N drops what an earlier
 process logged beyond N, because those steps are computed again. Only one rank writes; the others
 hold a logger with `enabled=False`.
+
+It is a log and not a state: no run ends because of what somebody wrote into it, and a line that
+cannot be read is left out. Where it cannot be written, the run saves first and stops then.
 """
 
+import errno
 import json
 import math
 import os
@@ -16,25 +20,33 @@ from typing import Any, TextIO
 from pretrain.run_folder import METRICS_FILE
 from pretrain.watching.metric_writers import MetricWriter
 from pretrain.watching.progress import Progress
+from xlstm_io.errors import ConfigError
 from xlstm_io.storage import write_atomic
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`, in order, without a torn last line (after a crash)."""
+    """All records of a `metrics.jsonl`, in order.
+
+    What is not a record is left out: a line that a crash has torn, a damaged one, a foreign one.
+    """
     records = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for line in lines:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # not UTF-8, or not JSON
+                continue
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
     """Keep the records up to `step` finished steps; the last one of them."""
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return {}
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; move it away")
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     write_atomic(path, "".join(_line(record) for record in kept).encode())
     return kept[-1] if kept else {}
@@ -81,7 +93,7 @@ class MetricLogger:
             return
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
+        self._path = path = folder / METRICS_FILE
         # An evaluation that an earlier process did not finish adds to the record of its step.
         self._last = _drop_after(path, start_step)
         self._file = open(path, "a", encoding="utf-8")
@@ -116,11 +128,20 @@ class MetricLogger:
                 writer.write(step, values)
         except OSError as error:
             self.fault = error
+            self._progress.message(f"{error}: the run saves and stops")
             return
         self._progress.show(step, values)
 
     def _write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Put a record at the end of the file, in the place of the last one if it is its step."""
+        """Put a record at the end of the file, in the place of the last one if it is its step.
+
+        Raises:
+            OSError: that is not possible, or nobody would find it.
+        """
+        if not self._is_there():
+            raise FileNotFoundError(
+                errno.ENOENT, "removed or replaced while the run was at work", str(self._path)
+            )
         if self._last.get("step") == step:
             self._file.truncate(self._last_offset)
             self._last = {**self._last, **values}
@@ -130,6 +151,13 @@ class MetricLogger:
         self._last_offset = self._file.tell()
         self._file.write(_line(self._last))
         self._file.flush()
+
+    def _is_there(self) -> bool:
+        """Whether the path still names the file that is open here."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""

@@ -73,10 +73,31 @@ import errno
 def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the/file")
 """
+# The record fails, and the checkpoints can still be written.
+RECORD = (
+    FULL
+    + """
+import pretrain.watching.metrics as metrics
+real = metrics.MetricLogger._write
+metrics.MetricLogger._write = lambda *a: full() if a[1] == 5 else real(*a)
+"""
+)
+REMOVED = """
+import shutil
+import pretrain.trainer as trainer
+real, steps = trainer.train_step, []
+def train_step(*args):
+    steps.append(1)
+    if len(steps) == 2:
+        shutil.rmtree("run")
+    return real(*args)
+trainer.train_step = train_step
+"""
 LOG = FULL + "import pretrain.watching.metrics; pretrain.watching.metrics.MetricLogger.log = full"
 SAVE = FULL + "import xlstm_io.checkpoint.writer as save; save.write_safetensors = full"
 CONFIG = FULL + "import pretrain.trainer; pretrain.trainer.save_config = full"
 CACHE = FULL + "import pretrain.data.plan as plan; plan.DataPlan.read = full"
+SAVED = "the run has saved run/checkpoints/step-00000006"
 BUG = "import pretrain.trainer; pretrain.trainer.train_step = lambda *a: 1 / 0"
 WORKER = """
 import signal, threading
@@ -94,13 +115,34 @@ DataPlan.read = read
     ("fault", "code", "words", "options"),
     [
         (LOG, ExitCode.MACHINE_FAILED, "error: rank 0: [Errno 28] No space left on device", ()),
+        (
+            RECORD,
+            ExitCode.MACHINE_FAILED,
+            "the run has saved run/checkpoints/step-00000006",
+            ("--run.steps=9",),
+        ),
+        (
+            REMOVED,
+            ExitCode.MACHINE_FAILED,
+            "the run has saved run/checkpoints/step-00000006",
+            ("--run.steps=9",),
+        ),
         (SAVE, ExitCode.MACHINE_FAILED, "error: saving the checkpoint of step 6 failed", ()),
         (CONFIG, ExitCode.MACHINE_FAILED, "error: writing to run.dir=run failed: [Errno 28]", ()),
         (CACHE, ExitCode.MACHINE_FAILED, "error: rank 0: [Errno 28] No space", ()),
         (WORKER, ExitCode.MACHINE_FAILED, "error: rank 0: a worker process", ("--data.workers=1",)),
         (BUG, ExitCode.BUG, "ZeroDivisionError", ()),
     ],
-    ids=["log", "checkpoint", "configuration", "cache", "loader worker", "bug"],
+    ids=[
+        "log",
+        "record",
+        "folder removed",
+        "checkpoint",
+        "configuration",
+        "cache",
+        "loader worker",
+        "bug",
+    ],
 )
 def test_an_error_ends_the_process_with_its_last_words(tmp_path, fault, code, words, options):
     """And without waiting for a rank that may be gone."""
@@ -119,6 +161,9 @@ def test_an_error_ends_the_process_with_its_last_words(tmp_path, fault, code, wo
     assert words in text
     assert ("Traceback" in text) == (code == ExitCode.BUG), text
     assert time.monotonic() - started < 200
+    saved = {path.parent.name for path in folder.glob("run/checkpoints/*/manifest.json")}
+    if "has saved" in words:
+        assert any(name.startswith("step-00000006") for name in saved)
 
 
 def test_a_killed_rank_is_named_and_the_same_command_goes_on(tmp_path):

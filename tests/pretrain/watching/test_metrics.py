@@ -1,12 +1,16 @@
 """metrics.jsonl, TensorBoard events, and progress."""
 
+import errno
 import io
 import json
+import os
+import shutil
 
 import pytest
 
 from pretrain.watching.metrics import MetricLogger, read_metrics
 from pretrain.watching.progress import describe, duration
+from xlstm_io.errors import ConfigError
 
 
 def run(folder, first, last, loss=1.0, **keys):
@@ -65,6 +69,67 @@ def test_a_torn_last_line_is_forgotten(tmp_path):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     run(tmp_path, 3, 4)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\x80\xff\n",
+        b'{"step": 2, "loss": \xc3\x28}\n',
+        b"a note of mine\n",
+        b"[" * 100_000 + b"\n",
+        b"[1, 2]\n",
+        b"{}\n",
+        b'{"step": "2"}\n',
+        b'{"step": true}\n',
+        b"\n",
+    ],
+)
+def test_a_damaged_or_foreign_line_is_left_out_and_the_rest_kept(line, tmp_path):
+    run(tmp_path, 0, 4)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], line, *lines[1:]]))
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    run(tmp_path, 4, 5)
+    assert path.read_bytes().splitlines(keepends=True)[:4] == lines
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "broken link"])
+def test_something_else_in_the_place_of_the_log_is_one_message(kind, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    {
+        "folder": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/full"),
+        "broken link": lambda: path.symlink_to("nowhere"),
+    }[kind]()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is not a file"):
+        run(tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_log_that_nobody_would_find_is_noticed_at_the_next_record(how, tmp_path):
+    stream = io.StringIO()
+    with MetricLogger(tmp_path / "run", total_steps=3, stream=stream) as metrics:
+        metrics.log(1, {"loss": 2.0})
+        shutil.rmtree(tmp_path / "run")
+        if how == "replaced":
+            run(tmp_path / "run", 0, 1)
+        metrics.log(2, {"loss": 2.0})
+        metrics.log(3, {"loss": 2.0})
+    assert "removed or replaced while the run was at work" in str(metrics.fault)
+    assert stream.getvalue().count("the run saves and stops") == 1
+
+
+def test_a_full_disk_is_remembered_and_ends_nothing(tmp_path):
+    with MetricLogger(tmp_path, total_steps=3, stream=io.StringIO()) as metrics:
+        metrics.log(1, {"loss": 2.0})
+        os.dup2(os.open("/dev/full", os.O_WRONLY), metrics._file.fileno())
+        metrics._is_there = lambda: True
+        metrics.log(2, {"loss": 2.0})
+    assert metrics.fault.errno == errno.ENOSPC  # and what is held back is not missed at the end
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_log_file_gets_plain_lines(tmp_path):
