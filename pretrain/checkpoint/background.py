@@ -24,10 +24,10 @@ from pretrain.checkpoint.ranks import Ranks, background_ranks
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
 from xlstm_io.checkpoint.evaluation import Evaluation, write_evaluation
-from xlstm_io.checkpoint.manifest import step_of_folder
+from xlstm_io.checkpoint.manifest import MANIFEST_NAME, step_of_folder
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, Superseded, UserError
-from xlstm_io.storage import Location, location, make_folder, remove_folder, write_atomic
+from xlstm_io.storage import Location, exists, location, make_folder, remove_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +269,7 @@ class CheckpointSaver:
         stall: float | None,
     ) -> None:
         """Write and agree; keeps the outcome for the training loop."""
+        self._notice_removal()
         try:
             path = write_checkpoint(
                 self.folder,
@@ -290,6 +291,15 @@ class CheckpointSaver:
                 apply_retention(self.folder, self._retention, path, self.damaged, self.onset)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)
+
+    def _notice_removal(self) -> None:
+        """Say it when somebody has removed the newest checkpoint while the run was at work."""
+        good = self.last_good
+        if good is None or not self.ranks.is_first:
+            return
+        with suppress(OSError):  # the save that follows says what is wrong with the storage
+            if not exists(good / MANIFEST_NAME):
+                log.warning("the checkpoint %s is gone: somebody has removed or moved it", good)
 
     def _record(self, evaluation: Evaluation) -> None:
         """On the first rank: `evaluation.json`, and then what stays by the new loss."""

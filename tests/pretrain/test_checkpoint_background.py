@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -250,6 +251,20 @@ def test_a_loss_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplo
         path = find_latest(tmp_path)
     assert "could not write the validation loss" in caplog.text
     assert read_evaluation(path, parse_manifest(path)) is None
+
+
+def test_a_checkpoint_that_somebody_removed_is_missed_at_the_next_save(tmp_path, caplog):
+    with CheckpointSaver(tmp_path / "checkpoints") as saver:
+        saver.save(slices_of(1), {}, {}, step=1)
+        saver.save(slices_of(2), {}, {}, step=2)
+        saver.wait()
+        assert "is gone" not in caplog.text
+        lost = saver.last_good
+        shutil.rmtree(tmp_path / "checkpoints")
+        saver.save(slices_of(3), {}, {}, step=3)
+        saver.wait()
+    assert f"the checkpoint {lost} is gone: somebody has removed or moved it" in caplog.text
+    assert first_value(find_latest(tmp_path)) == 3.0
 
 
 def test_dead_attempts_go_and_living_ones_stay(tmp_path):
