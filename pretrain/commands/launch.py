@@ -21,7 +21,7 @@ run its Python handler.
 
 Failures. When a worker fails, the others get a few seconds to end by themselves (they lose their
 peer and usually do), then SIGTERM, then SIGKILL. If the launcher itself is killed, the kernel
-sends the workers SIGTERM (Linux).
+sends the workers SIGTERM (Linux), and `pretrain.processes.keeper` sees to those that stand still.
 """
 
 import os
@@ -37,6 +37,7 @@ from types import FrameType
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
+from pretrain.processes.keeper import Keeper
 from pretrain.run_folder import LOGS_FOLDER, life_logs
 from pretrain.supervision.lease import newest_life
 from pretrain.supervision.watchdog import last_phases
@@ -316,8 +317,10 @@ def run_workers(
         # Blocked until the handlers are in place, so that no early signal leaves workers behind.
         with stop_signals_blocked():
             workers = start_workers(command, nproc, log_dir)
+            keeper = Keeper([process.pid for process in workers.processes])
             previous = install(workers.handle)
         _wait(workers)
+        keeper.release()
     finally:
         restore(previous)
     return _exit_code(workers, phases or log_dir)

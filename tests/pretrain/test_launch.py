@@ -293,6 +293,21 @@ def test_workers_stop_when_the_launcher_is_killed(tmp_path):
     wait_for(tmp_path / "saved0", tmp_path / "saved1")
 
 
+def test_a_worker_that_stands_still_ends_when_the_launcher_is_killed(tmp_path):
+    process = subprocess.Popen(launcher(tmp_path, saving=0.1), stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    stopped = next(pid for pid in children if b"RANK=1" in environment_of(pid))
+    os.kill(int(stopped), signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(tmp_path / "saved0", tmp_path / "saved1")  # let go on, it heard that it has to stop
+
+
+def environment_of(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
 def run_config(folder: Path, **data):
     return config_from_dict(
         {
