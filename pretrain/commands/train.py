@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pretrain import layout as layouts
 from pretrain.config import RunConfig
+from pretrain.guard.kernel_check import check_kernels_once
 from pretrain.run_folder import LOGS_FOLDER, life_logs
 from pretrain.supervision.console import ConsoleLog
 from pretrain.supervision.failures import machine_failure
@@ -40,7 +41,7 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
     Raises:
         UserError: bad configuration, data, checkpoint, or a diverged loss.
         Superseded: a newer life of the run has taken over.
-        MachineFailed: another rank, a worker or a disk failed.
+        MachineFailed: another rank, a worker or a disk failed, or a kernel computes something else.
         Interrupted: the request to stop came before all ranks had.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -56,6 +57,7 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
             heard.end_after(60 * config.run.max_minutes)
         try:
             layout = layouts.start(config, heard)
+            check_kernels_once(config, layout.device)
             code = Trainer(config, layout, heard, lease, watchdog).train()
         except Exception as error:
             failure = machine_failure(error, rank)

@@ -11,6 +11,7 @@ from pretrain.config.checks import check_world, data_parallel_size
 from pretrain.config.load import (
     config_from_dict,
     config_of_checkpoint,
+    config_text,
     load_config,
     save_config,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "check_world",
     "config_from_dict",
     "config_of_checkpoint",
+    "config_text",
     "data_parallel_size",
     "load_config",
     "override_option",

@@ -131,6 +131,10 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
     Credentials in URLs are masked, so those are not equal.
     """
+    write_atomic(Path(path), config_text(config).encode())
+
+
+def config_text(config: RunConfig) -> str:
+    """What `save_config` writes."""
     text = "# The resolved configuration of this run: every key, defaults included.\n"
-    text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=4096)
-    write_atomic(Path(path), text.encode())
+    return text + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=4096)

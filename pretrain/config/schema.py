@@ -286,6 +286,8 @@ class GuardConfig(Section):
     """steps in a row without an update that stop a run, whatever the reason of each"""
     check_replicas: NonNegativeInt = 1000
     """steps between comparisons of what several ranks hold alike, bit for bit; 0: never"""
+    kernel_check: Literal["once", "always", "off"] = "once"
+    """compare the kernels with fp64 references before training; once: per device and driver"""
     hang_timeout: NonNegativeFloat | None = None
     """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: never"""
     startup_timeout: PositiveFloat = 1800.0

@@ -47,11 +47,11 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
     """
     return {
         "code": _code(Path(__file__).parents[1]),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": versions(),
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": cpu_runtime.device_name(),
-        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.exists() else None,
+        "driver": driver(),
         "command": [_USER_IN_URL.sub("", word) for word in sys.argv],
         "environment": {
             name: _USER_IN_URL.sub("", value)
@@ -70,7 +70,17 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
     }
 
 
-def _versions() -> Iterable[tuple[str, str]]:
+def driver() -> str | None:
+    """The version of the GPU's driver as it describes itself; None where there is none."""
+    return DRIVER.read_text().splitlines()[0] if DRIVER.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Python's version, and those of the packages that a run depends on."""
+    return {"python": platform.python_version(), **dict(_packages())}
+
+
+def _packages() -> Iterable[tuple[str, str]]:
     for package in PACKAGES:
         try:
             yield package, importlib.metadata.version(package)

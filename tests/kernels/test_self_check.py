@@ -1,0 +1,79 @@
+"""What a run tries before it trains: sound kernels pass, planted faults are named."""
+
+import pytest
+import torch
+
+from xlstm_kernels import mlstm_chunkwise, self_check, slstm_scan
+from xlstm_kernels.self_check import check_mlstm, check_slstm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_dim": 16, "v_dim": 32},
+        {"chunk_size": 16, "gate_soft_cap": 15.0, "eps": 1e-6},
+        {"gate": "sigmoid", "normalize": False, "heads": 1},
+    ],
+)
+def test_the_mlstm_agrees(dtype, options):
+    assert check_mlstm("cpu", dtype, backend="torch", **options) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+def test_the_slstm_agrees(dtype, forget_gate):
+    found = check_slstm("cpu", dtype, head_dim=16, backend="torch", forget_gate=forget_gate)
+    assert found == []
+
+
+class WrongGradient(torch.autograd.Function):
+    """The identity, with a gradient that is a tenth too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.1 * gradient
+
+
+def forgets_boundaries(*inputs, boundaries, **options):
+    return mlstm_chunkwise(*inputs, **options)
+
+
+def wrong_gradient_of_k(q, k, *rest, **options):
+    return mlstm_chunkwise(q, WrongGradient.apply(k), *rest, **options)
+
+
+def not_a_number(*inputs, **options):
+    return mlstm_chunkwise(*inputs, **options) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("planted", "named"),
+    [
+        (forgets_boundaries, ["hidden states", "gradient of q", "gradient of v"]),
+        (wrong_gradient_of_k, ["gradient of k"]),
+        (not_a_number, ["hidden states", "gradient of q"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_mlstm_kernel_is_named_with_its_tensor(planted, named, dtype, monkeypatch):
+    monkeypatch.setattr(self_check, "mlstm_chunkwise", planted)
+    problems = check_mlstm("cpu", dtype, qk_dim=16, v_dim=16, backend="torch")
+    assert problems
+    for text in named:
+        assert any(f"mlstm_chunkwise on cpu in {str(dtype)[6:]}, {text}" in p for p in problems)
+    if planted is wrong_gradient_of_k:
+        assert len(problems) == 1
+
+
+def test_a_wrong_slstm_kernel_is_named(monkeypatch):
+    def planted(gates, weight, bias, **options):
+        return slstm_scan(gates, weight.transpose(-1, -2), bias, **options)
+
+    monkeypatch.setattr(self_check, "slstm_scan", planted)
+    problems = check_slstm("cpu", torch.float32, head_dim=16, backend="torch")
+    assert any("slstm_scan on cpu in float32, hidden states: off by" in one for one in problems)

@@ -1,0 +1,65 @@
+"""When a run compares its kernels with their references, and what follows."""
+
+import json
+
+import pytest
+import torch
+
+from pretrain.guard import kernel_check
+from pretrain.guard.kernel_check import check_kernels_once
+from tests.pretrain.run_files import config
+from xlstm_io.errors import MachineFailed
+from xlstm_kernels import mlstm_chunkwise, self_check
+
+CPU, DEVICE = torch.device("cpu"), torch.device("meta")  # no kernel runs on the second
+SMALL = {
+    "model__hidden_size": 32,
+    "model__num_heads": 2,
+    "model__pattern": "Mms",
+    "model__kernel_backend": "torch",  # the others compile first
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / kernel_check.FOLDER
+
+
+def test_the_kernels_of_a_model_with_every_cell_agree(cache):
+    check_kernels_once(config(**SMALL, guard__kernel_check="always"), CPU)
+    (note,) = cache.iterdir()
+    assert json.loads(note.read_text())["precision"] == "fp32"
+
+
+def test_a_planted_wrong_kernel_stops_the_run_before_it_trains(cache, monkeypatch):
+    def planted(q, *rest, **options):
+        return mlstm_chunkwise(q * 1.1, *rest, **options)
+
+    monkeypatch.setattr(self_check, "mlstm_chunkwise", planted)
+    wanted = config(**SMALL, guard__kernel_check="always")
+    with pytest.raises(MachineFailed, match=r"mlstm_chunkwise on cpu in float32, hidden states"):
+        check_kernels_once(wanted, CPU)
+    assert not cache.exists()
+    check_kernels_once(config(**SMALL, guard__kernel_check="off"), CPU)
+    check_kernels_once(config(**SMALL), CPU)  # once: not on a CPU
+
+
+def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
+    looked = []
+    monkeypatch.setattr(kernel_check, "kernel_problems", lambda *_: looked.append(1) or [])
+    check_kernels_once(config(**SMALL), DEVICE)
+    check_kernels_once(config(**SMALL, run__steps=7), DEVICE)
+    assert len(looked) == 1
+    check_kernels_once(config(**SMALL, guard__kernel_check="always"), DEVICE)
+    assert len(looked) == 2
+    monkeypatch.setattr(kernel_check, "driver", lambda: "another")
+    check_kernels_once(config(**SMALL), DEVICE)
+    check_kernels_once(config(**SMALL, model__chunk_size=8), DEVICE)
+    assert len(looked) == 4
+
+
+def test_a_result_that_cannot_be_noted_is_no_error(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(kernel_check, "kernel_problems", lambda *_: [])
+    check_kernels_once(config(**SMALL), DEVICE)
