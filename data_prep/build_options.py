@@ -37,7 +37,7 @@ def build_options(arguments: list[str], prog: str) -> tuple[BuildConfig, bool]:
         arguments = arguments[1:]
     description = (
         "Tokenize and pack a corpus into shards. `build prep.yaml --key value`: the keys of the "
-        "file are the flags below, and flags win."
+        "file are the flags below, and flags win. --check only says whether it can begin."
     )
     parsed = parse(_build_flags(values), arguments, prog, description)
     given = vars(parsed)

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import tyro
 from pydantic import ValidationError
 
-from data_prep.build.build import build
+from data_prep.build.build import build, check_build
 from data_prep.build_options import build_options, explain
 from data_prep.config import BuildConfig
 from data_prep.jobs.progress import say
@@ -282,8 +282,9 @@ def _usage() -> str:
 def _run(name: str, arguments: list[str]) -> None:
     prog = f"{_PROGRAM} {name}"
     if name == "build":
-        config, allow_functions = build_options(arguments, prog)
-        build(config, allow_functions=allow_functions)
+        words = [word for word in arguments if word != CHECK]
+        config, allow_functions = build_options(words, prog)
+        (build if words == arguments else check_build)(config, allow_functions=allow_functions)
     elif name == "synthetic":
         synthetic(arguments, prog)
     else:

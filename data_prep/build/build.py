@@ -13,13 +13,20 @@ the number of workers. Duplicates are dropped by the plan, so this holds for the
 
 import time
 from pathlib import Path
+from typing import Any
 
 from data_prep.build.encode import ShardRecord, encode_shard, encode_tasks, load_record
 from data_prep.build.extend import new_files, take_over
 from data_prep.build.plan import Corpus, check_splits, plan_build
 from data_prep.build.report import Finished, finish_build
 from data_prep.build.scan import InputFile, scan_files
-from data_prep.build.state import check_same_settings, finished_manifest, load_state, save_state
+from data_prep.build.state import (
+    BuildState,
+    check_same_settings,
+    finished_manifest,
+    load_state,
+    save_state,
+)
 from data_prep.config import BuildConfig, JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Workers, available_cpus
@@ -49,11 +56,7 @@ def build(config: BuildConfig, *, allow_functions: bool = False) -> Manifest | N
         TokenizerFileError: the tokenizer defines no bos or eos.
         Interrupted: a signal arrived; finished shards are kept.
     """
-    if config.filter_functions and not allow_functions:
-        raise PrepError(
-            f"filter_functions={config.filter_functions} would run code of yours; allow it in this "
-            "call with --allow-functions"
-        )
+    _check_allowed(config, allow_functions)
     with Workers(config.workers or available_cpus()) as workers:
         return _build(config, workers)
 
@@ -72,18 +75,12 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
         files = new_files(earlier, files, config.extends)
     fingerprints = [file_fingerprint(file.path) for file in files]
 
-    state = load_state(out)
+    state = _begun(out, settings)
     if state is not None:
-        check_same_settings(out, state.settings, settings)
         manifest = finished_manifest(out)
         if manifest is not None and state.fingerprints == fingerprints:
             say(f"{out} is finished and its inputs are unchanged: nothing to do")
             return manifest
-    elif (out / MANIFEST_NAME).exists():
-        raise PrepError(
-            f"{out} holds finished shards without their build state (_work); nothing was "
-            "overwritten: choose another --out"
-        )
 
     scans = scan_files(files, config.filters(), out / "_work", workers, share)
     tallies = [scan.tally(file.path) for file, scan in zip(files, scans, strict=True)]
@@ -113,6 +110,53 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
     seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}
     finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done, earlier)
     return finish_build(out, finished)
+
+
+def check_build(config: BuildConfig, *, allow_functions: bool = False) -> None:
+    """Say whether a build can begin, without reading a document or writing a file.
+
+    Args:
+        config: the build.
+        allow_functions: whether `filter_functions` may run.
+
+    Raises:
+        PrepError: bad inputs, or OUT holds shards of other settings.
+        TokenizerFileError: the tokenizer defines no bos or eos.
+    """
+    _check_allowed(config, allow_functions)
+    out = Path(config.out)
+    _share(config)
+    tokenizer, files = _open_tokenizer(config.tokenizer), _input_files(config)
+    state = None
+    if not config.extends:  # what is extended is compared when it is opened
+        state = _begun(out, {**config.settings(), "tokenizer": tokenizer.sha256})
+    size = sum(int(file_fingerprint(file.path)[1] or 0) for file in files)
+    say(
+        f"{out} can be built: {counted(len(files), 'file')} of {size / 1e6:,.1f} MB, "
+        f"{tokenizer.vocab_size:,} tokens in the vocabulary"
+        + ("; what is there is kept" if state is not None else "")
+    )
+
+
+def _check_allowed(config: BuildConfig, allow_functions: bool) -> None:
+    if config.filter_functions and not allow_functions:
+        raise PrepError(
+            f"filter_functions={config.filter_functions} would run code of yours; allow it in this "
+            "call with --allow-functions"
+        )
+
+
+def _begun(out: Path, settings: dict[str, Any]) -> BuildState | None:
+    """The state of a build that has begun in a folder, with the same settings; None for none."""
+    state = load_state(out)
+    if state is not None:
+        check_same_settings(out, state.settings, settings)
+    elif (out / MANIFEST_NAME).exists():
+        raise PrepError(
+            f"{out} holds finished shards without their build state (_work); nothing was "
+            "overwritten: choose another --out"
+        )
+    return state
 
 
 def _share(config: BuildConfig) -> JobShare:

@@ -43,6 +43,20 @@ def test_rerun_is_a_no_op(build_flags, tmp_path, capsys, corpus):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
 
 
+def test_a_check_says_whether_a_build_can_begin_and_writes_nothing(build_flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("build", *build_flags, "--out", out, "--check") == 0
+    assert f"{out} can be built: 1 file of" in capsys.readouterr().out
+    assert not out.exists()
+    assert run("build", *build_flags, "--out", out) == 0
+    capsys.readouterr()
+    assert run("build", *build_flags, "--out", out, "--check") == 0
+    assert "what is there is kept" in capsys.readouterr().out
+    assert run("build", *build_flags, "--out", out, "--check", "--seq-len", 32) == 2
+    missing = ("--input", tmp_path / "nowhere", "--tokenizer", tmp_path, "--out", out)
+    assert run("build", *missing, "--check") == 2
+
+
 def test_same_contents_elsewhere_keep_all_shards(build_flags, shards, tmp_path, corpus):
     out, moved = shutil.copytree(shards, tmp_path / "out"), tmp_path / "moved.jsonl"
     shutil.copy(corpus, moved)
