@@ -34,12 +34,14 @@ from xlstm_io.errors import (
     MachineFailed,
     PrepError,
     UserError,
+    exit_code_of,
     is_machine_failure,
 )
 from xlstm_io.signals import stop_signals_raise
 from xlstm_io.terminal import one_line, tell, until_nobody_reads
 
 _PROGRAM = "python -m data_prep"
+CHECK = "--check"  # not a setting: what is built does not depend on it
 
 
 @dataclass(kw_only=True)
@@ -322,7 +324,7 @@ def _main(argv: list[str] | None) -> int:
             _run(name, arguments[1:])
     except UserError as error:
         _tell(name, str(error))
-        return ExitCode.BAD_INPUT
+        return exit_code_of(error)
     except ValidationError as error:
         _tell(name, explain(error.errors()))
         return ExitCode.BAD_INPUT

@@ -12,7 +12,9 @@ from xlstm_io.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from slurm.batch_files.tasks import TaskPlan
 
-KINDS = ("train", "prep", "evaluate", "convert")
+KINDS = ("train", "prep", "evaluate", "convert", "preflight")
+ONE_NODE = ("evaluate", "convert")
+AGAIN_MINUTES = 10.0
 OVERRIDES = "Keys of the run file can be given as options, such as --optimizer.lr 3e-4."
 
 
@@ -35,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
             "paths",
             nargs="+",
             metavar="FILE",
-            help="train RUN.yaml, prep BUILD.yaml, evaluate RUN, convert CKPT OUT",
+            help="train or preflight RUN.yaml, prep BUILD.yaml, evaluate RUN, convert CKPT OUT",
         )
         command.add_argument(
             "--nodes",
@@ -56,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
             "--allow-functions",
             action="store_true",
             help="for prep: run the code that filter_functions of the file names",
+        )
+        command.add_argument(
+            "--every-checkpoint",
+            type=float,
+            nargs="?",
+            const=AGAIN_MINUTES,
+            metavar="MINUTES",
+            help="evaluate each checkpoint of a run as it comes, looking again after so many "
+            f"minutes in the queue (default: {AGAIN_MINUTES:g})",
         )
         command.epilog = OVERRIDES
     submit.add_argument(
@@ -123,15 +134,18 @@ def _job(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _tasks(options: argparse.Namespace, site: Site, overrides: dict[str, Any]) -> "list[TaskPlan]":
-    from pretrain.config import override_option
+    from pretrain.config import load_config, override_option
     from slurm.batch_files.tasks import (
         plan_conversion,
         plan_evaluation,
+        plan_preflight,
         plan_preparation,
         shards_of,
     )
 
     first, *rest = map(Path, options.paths)
+    if options.kind == "preflight":
+        return plan_preflight(load_config(first, overrides), site, options.nodes)
     if options.kind == "prep":
         allowed = options.allow_functions
         out = shards_of(first)
@@ -139,7 +153,7 @@ def _tasks(options: argparse.Namespace, site: Site, overrides: dict[str, Any]) -
     if options.kind == "convert":
         return plan_conversion(first, rest[0], site)
     words = [word for key, value in overrides.items() for word in override_option(key, value)]
-    return plan_evaluation(first, site, words)
+    return plan_evaluation(first, site, words, every_minutes=options.every_checkpoint)
 
 
 def _check_words(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -149,14 +163,21 @@ def _check_words(options: argparse.Namespace, overrides: dict[str, Any]) -> None
     if len(paths) != wanted:
         what = "CKPT and OUT" if kind == "convert" else "one FILE"
         raise UserError(f"{kind} takes {what}, and {len(paths)} words were given: {paths}")
-    if kind in ("evaluate", "convert") and options.nodes != 1:
+    if kind in ONE_NODE and options.nodes != 1:
         raise UserError(f"--nodes {options.nodes}: {kind} runs on one node")
     if options.allow_functions and kind != "prep":
         raise UserError(f"--allow-functions is not an option of {kind}; only prep runs functions")
     if kind in ("prep", "convert") and overrides:
         keys = "; keys of a build belong into its file" if kind == "prep" else ""
         raise UserError(f"--{next(iter(overrides))} is not an option of {kind}{keys}")
-    if kind in ("evaluate", "convert") and not Path(paths[0]).is_dir():
+    if options.every_checkpoint is not None:
+        if kind != "evaluate":
+            raise UserError(f"--every-checkpoint is not an option of {kind}")
+        if not options.every_checkpoint > 0:
+            raise UserError(f"--every-checkpoint {options.every_checkpoint:g} must be above 0")
+        if (Path(paths[0]) / "manifest.json").exists():
+            raise UserError(f"{paths[0]} is one checkpoint; --every-checkpoint takes a run folder")
+    if kind in ONE_NODE and not Path(paths[0]).is_dir():
         raise UserError(f"{paths[0]} is not a folder; give a run or a checkpoint")
 
 

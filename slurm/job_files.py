@@ -18,7 +18,7 @@ MODULES = {
     slurm.job: ("__init__.py", "state.py", "decide.py", "health.py", "life.py", "rank.py"),
     xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
 }
-BATCH = "batch.sh"
+SHELL = ("batch.sh", "stage.sh")
 
 
 def copy_job_files(run: Path) -> Path:
@@ -30,7 +30,8 @@ def copy_job_files(run: Path) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
             _replace(source / name, target / name)
-    _replace(Path(str(slurm.job.__file__)).with_name(BATCH), folder / BATCH)
+    for name in SHELL:
+        _replace(Path(str(slurm.job.__file__)).with_name(name), folder / name)
     return folder
 
 

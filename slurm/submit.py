@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from pretrain.commands.check_data import describe_data
 from pretrain.config import RunConfig, save_config
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import read_progress
 from slurm import scheduler
-from slurm.batch_files.plan import RUN_FILE, TrainingPlan, plan_training
+from slurm.batch_files.plan import TrainingPlan, plan_training
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site
-from slurm.job.state import HEALTH_FILE, STOP_FILE, RunState, write
+from slurm.job.state import HEALTH_FILE, RUN_FILE, STOP_FILE, RunState, write
 from slurm.job_files import copy_job_files
 from xlstm_io.errors import ConfigError, UserError
-from xlstm_io.remote import is_remote
 from xlstm_io.storage import write_atomic
 
 BATCH_FILE = "train.sbatch"
@@ -52,7 +52,7 @@ def submit_training(
     """
     plan = make_plan(config, site, nodes)
     files = RunState(plan.run)
-    _check_data(config)
+    describe_data(config, leave_out="")  # what `pretrain check` refuses
     _check_run(files, plan)
     known = scheduler.known_nodes(site.partition)
     _check_nodes(files, site, nodes, known)
@@ -112,12 +112,6 @@ def check_not_held(files: RunState) -> None:
             f"{files.run} shows it, python -m slurm stop {files.run} ends it"
         )
     check_free(files.run)
-
-
-def _check_data(config: RunConfig) -> None:
-    for key, path in config.data.folders:
-        if not is_remote(path) and not Path(path).is_dir():
-            raise ConfigError(f"{key}={path!r} is not a folder; build one, or give another")
 
 
 def _check_run(files: RunState, plan: TrainingPlan) -> None:

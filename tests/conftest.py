@@ -56,7 +56,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-layouts",
         action="store_true",
-        help="tests/dist/test_layouts_end_to_end.py: every layout of the matrix, not a sample",
+        help="tests/dist/test_layouts_end_to_end.py: every layout of the matrix, not a sample; "
+        "tests/slurm: every way to place ranks on nodes",
     )
     parser.addoption(
         "--many-ranks",

@@ -26,8 +26,12 @@ OPTIMIZER_BYTES = 12  # of each parameter: fp32 master weight and two moments
 SHOWN = 12  # digits of a hash
 
 
-def describe_data(config: RunConfig) -> str:
+def describe_data(config: RunConfig, leave_out: str = " (--no-data leaves this out)") -> str:
     """Data, tokenizer, disk and run folder in a few lines.
+
+    Args:
+        config: the run.
+        leave_out: how the caller can leave this out, for the message.
 
     Raises:
         ConfigError: something is not as the run needs it; the message lists all of it.
@@ -54,9 +58,7 @@ def describe_data(config: RunConfig) -> str:
     if problems:
         count = counted(len(problems), "problem")
         found = "\n".join(f"  - {message}" for message in problems)
-        raise ConfigError(
-            f"{count} with what lies on this machine (--no-data leaves this out)\n{found}"
-        )
+        raise ConfigError(f"{count} with what lies on this machine{leave_out}\n{found}")
     return "\n".join(lines)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from pretrain.config import RunConfig, check_world
 from slurm.batch_files.site import Site, SiteError, time_limit_seconds
+from slurm.batch_files.staging import Staging, plan_staging
 from slurm.job.health import Health
-from slurm.job.state import FOLDER, Policy
+from slurm.job.state import FOLDER, RUN_FILE, Policy
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ConfigError
 from xlstm_io.remote import is_remote
 
-RUN_FILE = "run.yaml"
 # Folders that every node has for itself, where no other node finds a run.
 OWN_OF_A_NODE = ("/tmp", "/dev/shm")
 LEAST_SIGNAL_S = 120
@@ -95,6 +95,7 @@ class TrainingPlan(JobPlan):
         policy: the limits of restarting.
         signal_s: seconds between the signal and the time limit.
         health: what the preflight asks of a node; None for no preflight.
+        staging: what is copied to each node's own disk; None for nothing.
     """
 
     run: Path
@@ -103,6 +104,7 @@ class TrainingPlan(JobPlan):
     policy: Policy
     signal_s: int
     health: Health | None
+    staging: Staging | None
 
 
 def plan_training(
@@ -171,7 +173,8 @@ def plan_training(
             max_excluded=most,
         ),
         signal_s=signal_s,
-        health=_health(site),
+        health=health_of(site) if site.health.preflight else None,
+        staging=plan_staging(config, site, folder),
     )
 
 
@@ -354,7 +357,8 @@ def _container(site: Site, run: Path, folder: Path) -> list[str]:
     container = site.container
     if container.kind == "none":
         return []
-    mounts = ",".join(dict.fromkeys([*container.mounts, f"{folder}:{folder}", f"{run}:{run}"]))
+    own = [folder, run, *([site.scratch] if site.scratch else [])]
+    mounts = ",".join(dict.fromkeys([*container.mounts, *(f"{path}:{path}" for path in own)]))
     workdir = container.workdir or str(folder)
     if container.kind == "pyxis":
         return [f"--container-mounts={mounts}", f"--container-workdir={workdir}"]
@@ -363,11 +367,9 @@ def _container(site: Site, run: Path, folder: Path) -> list[str]:
     return [*words, str(container.image)]
 
 
-def _health(site: Site) -> Health | None:
-    """What the preflight asks of a node; None where there is none."""
+def health_of(site: Site) -> Health:
+    """What a preflight asks of a node."""
     wanted = site.health
-    if not wanted.preflight:
-        return None
     return Health(
         command=wanted.command,
         min_gemm_tflops=wanted.min_gemm_tflops,

@@ -145,6 +145,15 @@ class FreeSpace(_Section):
     """On the node's own disk, where there is one."""
 
 
+class Stage(_Section):
+    """What each node copies to its own disk (`scratch`) before the ranks start."""
+
+    data: bool = False
+    """The folders of shards."""
+    venv: bool = False
+    """The virtual environment of `python`, so that a thousand ranks do not import from one disk."""
+
+
 class HealthSection(_Section):
     """Checks of the nodes before every life; see `slurm.job.preflight`."""
 
@@ -207,6 +216,7 @@ class Site(_Section):
     """Variables of the ranks."""
     scratch: Line | None = None
     """Folder on the node's own disk, for compiled kernels and cached data; cleared at the end."""
+    stage: Stage = Stage()
     requeue: Literal["requeue", "chain", "never"] = "requeue"
     """How a run goes on: the same job again, the next job of a chain, or not by itself."""
     signal: Signal = Signal()

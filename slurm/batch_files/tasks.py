@@ -1,24 +1,30 @@
-"""Jobs around a run: preparing its data, evaluating it, converting a checkpoint.
+"""Jobs around a run: checking its nodes, preparing its data, evaluating it, converting it.
 
 Unlike training they have no policy: each can be submitted again, and goes on from what is finished.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from pretrain.config import RunConfig, config_text
 from slurm import scheduler
 from slurm.batch_files.plan import (
     JobPlan,
     check_site,
     common_fields,
     common_options,
+    health_of,
     job_name,
     tasks_per_node,
 )
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site
-from slurm.job.state import FOLDER
+from slurm.job.state import FOLDER, HEALTH_FILE, RUN_FILE
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import write_atomic
 from xlstm_io.yaml_file import read_yaml
@@ -34,11 +40,30 @@ class TaskPlan(JobPlan):
         file: where the batch file goes.
         restarts: how often an element of an array is started again after a signal.
         option: of the command, which takes the number of an array's element.
+        beside: further files that the job reads, by name; they lie beside the batch file.
+        check: a command that says, before anything queues, whether the job can begin.
     """
 
     file: Path
     restarts: int
     option: str = "--task"
+    beside: Mapping[str, str] = field(default_factory=dict)
+    check: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationPlan(TaskPlan):
+    """A job that evaluates every checkpoint of a run as it comes.
+
+    Attributes:
+        run: the run folder.
+        wait_s: seconds in the queue before it looks again.
+        requeue: how it comes back; of the site.
+    """
+
+    run: Path = Path()
+    wait_s: int = 0
+    requeue: str = "never"
 
 
 def shards_of(file: Path) -> Path:
@@ -77,14 +102,27 @@ def plan_preparation(
     out = folder / out
     jobs = _folder_beside(out)
     allowed = ("--allow-functions",) if allow_functions else ()
-    build = ("-m", "data_prep", "build", str(folder / file), "--tasks", str(elements), *allowed)
+    build = ("-m", "data_prep", "build", str(folder / file), *allowed)
     merge = ("-m", "data_prep", "merge", str(out))
-    array = _task(site, jobs, folder, f"{job_name(out)}-prep", build, array=elements)
+    array = _task(
+        site,
+        jobs,
+        folder,
+        f"{job_name(out)}-prep",
+        (*build, "--tasks", str(elements)),
+        array=elements,
+    )
+    array = replace(array, check=(*build, "--check"))
     return [array, _task(site, jobs, folder, f"{job_name(out)}-merge", merge)]
 
 
 def plan_evaluation(
-    run: Path, site: Site, options: Sequence[str], *, folder: Path | None = None
+    run: Path,
+    site: Site,
+    options: Sequence[str],
+    *,
+    every_minutes: float | None = None,
+    folder: Path | None = None,
 ) -> list[TaskPlan]:
     """The job of `pretrain evaluate`, tensor parallel over the ranks of one node.
 
@@ -92,13 +130,26 @@ def plan_evaluation(
         run: a run folder or a checkpoint.
         site: the cluster.
         options: keys of the run file, as words.
+        every_minutes: evaluate each checkpoint of the run as it comes, and wait so long in the
+            queue before looking again; None for one evaluation.
         folder: where the job works; the current folder if None.
     """
     folder = folder or Path.cwd()
     path = folder / run
     words = ("-m", "pretrain", "evaluate", str(path), *options)
     name = f"{job_name(path)}-evaluate"
-    return [_task(site, path / FOLDER, folder, name, words, ranks=tasks_per_node(site), gpus=True)]
+    plan = _task(site, path / FOLDER, folder, name, words, ranks=tasks_per_node(site), gpus=True)
+    if every_minutes is None:
+        return [plan]
+    return [
+        EvaluationPlan(
+            **{one.name: getattr(plan, one.name) for one in fields(plan)}
+            | {"template": "evaluate_each.sbatch.j2"},
+            run=path,
+            wait_s=math.ceil(60 * every_minutes),
+            requeue=site.requeue,
+        )
+    ]
 
 
 def plan_conversion(
@@ -115,7 +166,50 @@ def plan_conversion(
     folder = folder or Path.cwd()
     words = ("-m", "xlstm_mcore.convert", "to-hf", str(folder / checkpoint), str(folder / out))
     jobs = _folder_beside(folder / out)
-    return [_task(site, jobs, folder, f"{job_name(folder / out)}-convert", words)]
+    plan = _task(site, jobs, folder, f"{job_name(folder / out)}-convert", words)
+    return [replace(plan, check=(*words, "--dry-run"))]
+
+
+def plan_preflight(
+    config: RunConfig, site: Site, nodes: int, *, folder: Path | None = None
+) -> list[TaskPlan]:
+    """The job that checks nodes as every life of a run may, and trains nothing.
+
+    Args:
+        config: the run, whose kernels are tried and whose disk is looked at.
+        site: the cluster; its `health.preflight` is not asked.
+        nodes: to check.
+        folder: where the job works; the current folder if None.
+    """
+    folder = folder or Path.cwd()
+    run, tasks = folder / config.run.dir, tasks_per_node(site)
+    site = site.model_copy(update={"health": site.health.model_copy(update={"preflight": True})})
+    check_site(site, run)
+    jobs = run / FOLDER / "preflight"
+    options = common_options(
+        site,
+        name=f"{job_name(run)}-preflight",
+        nodes=nodes,
+        tasks=tasks,
+        output=f"{jobs}/%j.out",
+        signal_s=SIGNAL_S,
+        requeue=False,
+    )
+    return [
+        TaskPlan(
+            template="preflight.sbatch.j2",
+            **common_fields(site, folder, run, nodes=nodes, tasks=tasks),
+            scratch=None,
+            options=tuple(options),
+            words=(),
+            file=jobs / "preflight.sbatch",
+            restarts=0,
+            beside={
+                RUN_FILE: config_text(config),
+                HEALTH_FILE: json.dumps(asdict(health_of(site)), indent=1) + "\n",
+            },
+        )
+    ]
 
 
 def plan_array(
@@ -201,15 +295,20 @@ def submit_tasks(
         0.
 
     Raises:
-        UserError: Slurm refuses one of them, and none was submitted; or a file cannot be written.
+        UserError: a job could not begin, or Slurm refuses one of them, and none was submitted; or a
+            file cannot be written.
     """
     _check_array(plans, site)
+    for plan in plans if after is None else ():  # what that job makes is not there yet
+        _check_command(plan)
     for plan in plans:
         text = render(plan)
         if dry_run:
             print(text)
         try:
             plan.file.parent.mkdir(parents=True, exist_ok=True)
+            for name, more in plan.beside.items():
+                write_atomic(plan.file.with_name(name), more.encode())
             write_atomic(plan.file, text.encode())
         except OSError as error:
             raise ConfigError(f"{plan.file} cannot be written ({error.strerror})") from error
@@ -219,6 +318,18 @@ def submit_tasks(
         after = scheduler.submit(plan.file, options)
         print(after)
     return 0
+
+
+def _check_command(plan: TaskPlan) -> None:
+    """Ask the command itself whether it can begin; ConfigError with its words when not."""
+    if not plan.check:
+        return
+    words = [sys.executable, *plan.check]
+    done = subprocess.run(words, cwd=plan.folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        _, error, message = said.rpartition("error: ")
+        raise ConfigError(message if error else said.rpartition("\n")[2])
 
 
 def _check_array(plans: Sequence[TaskPlan], site: Site) -> None:

@@ -5,7 +5,7 @@
 
 XLSTM_EXIT='' XLSTM_REASON='' XLSTM_ACTION='' XLSTM_MODE='' XLSTM_EXCLUDE='' XLSTM_WAIT=0
 XLSTM_LIFE='' XLSTM_LIFE_FOLDER='' XLSTM_PORT='' XLSTM_BURN=-1 XLSTM_SUCCESSOR='' XLSTM_TERM=''
-XLSTM_NODES='' XLSTM_FIT=yes
+XLSTM_NODES='' XLSTM_FIT=yes XLSTM_STAGED=()
 
 xlstm_say() { printf '%s xlstm: %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -74,7 +74,7 @@ xlstm_burn() {
 xlstm_report() {
   {
     date
-    git -C "$(dirname "$0")" rev-parse HEAD 2>/dev/null
+    git rev-parse HEAD 2>/dev/null && git diff HEAD 2>/dev/null | sha256sum
     "$XLSTM_PYTHON" -m pip freeze 2>/dev/null
     nvidia-smi 2>/dev/null
     nvidia-smi topo -m 2>/dev/null
@@ -92,6 +92,16 @@ xlstm_preflight() {
   xlstm_say "the preflight ended with $?"
   said=$(xlstm_ask checked "$XLSTM_RUN" --life "$XLSTM_LIFE" --interrupted "$XLSTM_TERM") || exit 1
   eval "$said"
+}
+
+# Copies to the nodes' own disks, where the site wants them.
+xlstm_stage() {
+  declare -F xlstm_stage_step >/dev/null || return 0
+  if xlstm_wait xlstm_stage_step; then
+    xlstm_use_stage
+  else
+    xlstm_say "not every node has its copies; the ranks read what all nodes see"
+  fi
 }
 
 # Runs a command in the background and waits for it: a trapped signal ends `wait` early.
@@ -170,6 +180,7 @@ xlstm_life() {
   xlstm_chain "$1"
   xlstm_report &
   xlstm_preflight
+  [ -z "$XLSTM_FIT" ] || xlstm_stage
   xlstm_burn
   while :; do
     export MASTER_PORT=$XLSTM_PORT

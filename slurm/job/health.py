@@ -1,5 +1,9 @@
 """What a preflight found, as nodes to leave out: a pure function of the reports of its ranks.
 
+    python -m slurm.job.health FOLDER NODE ...
+
+prints it for a preflight that is a job of its own.
+
 Each rank of `slurm.job.preflight` keeps one file, which it replaces *before* every check. So the
 file of a node that hangs or dies says in which check it did, and a node without a file never
 answered. The report is made whatever became of the ranks.
@@ -7,11 +11,15 @@ answered. The report is made whatever became of the ranks.
 
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from slurm.job.state import HEALTH_FILE, write
+from xlstm_io.errors import ExitCode
 
 FOLDER = "preflight"
 MEETING = ("rendezvous", "links")  # checks that need the other nodes
@@ -54,6 +62,24 @@ class Verdict:
 
     bad_nodes: dict[str, str]
     failed: str = ""
+
+
+def judge_folder(folder: Path, nodes: Sequence[str]) -> tuple[Verdict, list[dict[str, Any]]]:
+    """Judge the reports in a folder, and write `preflight.json` there.
+
+    Args:
+        folder: of a life, or of a preflight that is a job of its own; what a node must be like lies
+            beside it.
+        nodes: that were checked.
+
+    Returns:
+        The verdict, and the reports.
+    """
+    limits = Health(**json.loads((folder.parent / HEALTH_FILE).read_bytes()))
+    reports = read_reports(folder)
+    verdict = judge(reports, nodes, limits)
+    write(folder / "preflight.json", {**asdict(verdict), "reports": reports})
+    return verdict, reports
 
 
 def read_reports(life_folder: Path) -> list[dict[str, Any]]:
@@ -163,3 +189,20 @@ def _bad_links(reports: Sequence[Mapping[str, Any]], limits: Health) -> Verdict:
     if slow and len(slow) == len(good):
         return Verdict({}, f"preflight: {why}, on every node")
     return Verdict(slow)
+
+
+def main(words: Sequence[str]) -> int:
+    """Print which nodes are fit; 70 when one is not, or the preflight was cut short."""
+    folder, nodes = Path(words[0]), words[1:]
+    verdict, reports = judge_folder(folder, nodes)
+    for node in nodes:
+        print(f"{node}: {verdict.bad_nodes.get(node) or verdict.failed or 'fit'}")
+    if any(report["interrupted"] for report in reports):
+        print("the preflight was cut short")
+        return ExitCode.MACHINE_FAILED
+    print(f"measured: {folder / 'preflight.json'}")
+    return ExitCode.MACHINE_FAILED if verdict.bad_nodes or verdict.failed else ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,17 +11,16 @@ whatever happens in between.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from slurm.job.decide import Action, Cause, Decision, Evidence, decide
-from slurm.job.health import Health, judge, read_reports
-from slurm.job.state import HEALTH_FILE, Life, Policy, RunState, State, read_preflight, write
+from slurm.job.health import judge_folder
+from slurm.job.state import Life, Policy, RunState, State, read_preflight
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.rendezvous import rendezvous_port
 
@@ -164,13 +163,9 @@ def checked(files: RunState, number: int, interrupted: bool) -> dict[str, object
         What the batch script is told: whether the nodes are `FIT`, "yes" or "".
     """
     life = next(one for one in files.load().lives if one.number == number)
-    limits = Health(**json.loads((files.folder / HEALTH_FILE).read_bytes()))
-    folder = files.life_folder(number)
     if interrupted:
         return {"FIT": ""}
-    reports = read_reports(folder)
-    verdict = judge(reports, life.nodes, limits)
-    write(folder / "preflight.json", {**asdict(verdict), "reports": reports})
+    verdict, reports = judge_folder(files.life_folder(number), life.nodes)
     cut_short = any(report["interrupted"] for report in reports)
     return {"FIT": "" if verdict.bad_nodes or verdict.failed or cut_short else "yes"}
 

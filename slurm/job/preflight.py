@@ -22,8 +22,9 @@ from types import FrameType
 from typing import Any
 
 from pretrain.processes.slurm_ranks import adopt_ranks
+from slurm.job.gpus import gpu_problems
 from slurm.job.health import FOLDER, Health
-from slurm.job.state import HEALTH_FILE, write
+from slurm.job.state import HEALTH_FILE, RUN_FILE, write
 
 COMMAND_S = 240  # of the site's own command
 RENDEZVOUS_S = 120
@@ -138,6 +139,24 @@ def check_devices(limits: Health) -> None:
     seen = torch.accelerator.device_count()
     if seen != limits.devices:
         raise Bad(f"{seen} devices can be seen, {limits.devices} are meant to be there")
+
+
+def check_gpus(job: str) -> None:
+    """Nothing of what `nvidia-smi` and the kernel know about a GPU makes it unfit."""
+    problems = gpu_problems(job)
+    if problems:
+        raise Bad("; ".join(problems))
+
+
+def check_kernels(run_file: Path) -> None:
+    """The kernels of the run compute its cells on this rank's device."""
+    from pretrain.config import load_config
+    from pretrain.guard.kernel_check import kernel_problems
+
+    problems = kernel_problems(load_config(run_file, quiet=True), _device())
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise Bad(problems[0] + more)
 
 
 def check_product(limits: Health, facts: dict[str, Any]) -> None:
@@ -260,9 +279,12 @@ def main(words: Sequence[str]) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         report.check("disk", lambda: check_disk(folder.parent.parent, limits, report.facts))
         report.check("command", lambda: check_command(limits))
+        if limits.devices:
+            report.check("gpus", lambda: check_gpus(os.environ["SLURM_JOB_ID"]))
     report.check("imports", lambda: report.facts.update(versions=versions()))
     report.check("devices", lambda: check_devices(limits))
     report.check("product", lambda: check_product(limits, report.facts))
+    report.check("kernels", lambda: check_kernels(folder.parent / RUN_FILE))
     if world > 1:
         report.check("rendezvous", lambda: check_rendezvous(report.facts))
         report.check("links", lambda: check_links(nodes, report.facts))

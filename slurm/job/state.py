@@ -3,6 +3,7 @@
     state.json      every life of the run, and the nodes that are left out; replaced as a whole
     story.jsonl     what happened, one line each; only appended to
     policy.json     the limits of restarting; written by `submit`, may be edited
+    run.yaml        the run file of the job, with every key
     health.json     what the preflight asks of a node, where there is one
     STOP            asks for a stop without a restart
     job/            the files that the batch script needs, copied at submission
@@ -26,6 +27,7 @@ from xlstm_io.errors import UserError
 FOLDER = "slurm"
 STOP_FILE = "STOP"
 HEALTH_FILE = "health.json"
+RUN_FILE = "run.yaml"
 LONGEST = 300  # characters of a line that is shown
 
 
@@ -266,11 +268,11 @@ class RunState:
 
     def progress(self) -> dict[str, Any]:
         """What the trainer's `progress.json` says; empty when there is none."""
-        return _read(self.run / "progress.json")
+        return read_json(self.run / "progress.json")
 
     def finished(self, policy: Policy) -> bool:
         """Whether all steps of the run are done."""
-        return int(_read(self.run / "summary.json").get("steps", -1)) >= policy.steps
+        return int(read_json(self.run / "summary.json").get("steps", -1)) >= policy.steps
 
 
 _Record = TypeVar("_Record", Life, State)
@@ -289,7 +291,7 @@ def _checked(record: _Record) -> _Record:
 
 def read_preflight(life_folder: Path) -> tuple[dict[str, str], str]:
     """What a life's preflight found: bad nodes with the reason, and why no node is fit, or ""."""
-    found = _read(life_folder / "preflight.json")
+    found = read_json(life_folder / "preflight.json")
     return dict(found.get("bad_nodes", {})), str(found.get("failed", ""))
 
 
@@ -304,7 +306,8 @@ def write(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none that can be read."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -134,6 +134,8 @@ RUN_ELSEWHERE = {
             ("submit train my.yaml --nodes 4 --dry-run", "policy.py", '"--dry-run"'),
             ("submit prep build.yaml --nodes 64", "policy.py", '"submit", "prep"'),
             ("submit evaluate RUN", "training.py", '"submit", "evaluate"'),
+            ("submit evaluate RUN --every-checkpoint", "policy.py", '"--every-checkpoint"'),
+            ("submit preflight my.yaml --nodes 4", "policy.py", '"submit", "preflight"'),
             ("submit convert RUN OUT", "training.py", '"submit", "convert"'),
             ("status RUN", "policy.py", '"status", run.run'),
             ("stop RUN", "policy.py", '"stop", run.run'),
@@ -181,6 +183,10 @@ RUN_ELSEWHERE = {
     "python -m benchmarks.loader": (
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
+    ),
+    "python -m pytest tests/slurm/test_on_slurm.py -k four_ranks --all-layouts": (
+        "tests/conftest.py",
+        '"--all-layouts"',
     ),
     "python -m pytest tests/attack --attacks 1000": ("tests/conftest.py", '"--attacks"'),
     "python -m data_prep import-megatron corpus/wiki_text_document --tokenizer tok --out wiki "

@@ -325,6 +325,7 @@ PARTITIONS = (
     ("crash", "n4,n5,n6", "PriorityTier=10 PreemptMode=OFF"),
     ("cut", "n7,n8", "PriorityTier=10 PreemptMode=OFF"),
     ("three", "n1,n2,n6", "PriorityTier=10 PreemptMode=OFF"),
+    ("four", "n1,n2,n3,n6", "PriorityTier=10 PreemptMode=OFF"),
 )
 # cred_expire: a requeued job waits for its old credential to expire, 120 s by default; 5 is the
 # least that is accepted. SlurmdTimeout: 300 s by default until a lost node is noticed.

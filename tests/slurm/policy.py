@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -318,7 +319,14 @@ def a_node_that_fails_its_preflight_is_left_out(make):
     free = {"min_free_gb": {"run": 0, "scratch": 0}}
     paths = {"env": {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}}
     keys = {**AT_ONCE, **paths, "partition": "three", "health": {**health, **free}}
-    run = make("preflight", nodes=2, site=keys).submit()
+    run = make("preflight", nodes=2, site=keys)
+    words = ("submit", "preflight", run.folder / "run.yaml", "--nodes", 2, *site(run))
+    job = said(run, *words).strip()  # checks, and trains nothing
+    run.submit()
+    assert run.cluster.wait_for_end(job, seconds=300) == {job: "FAILED"}
+    text = (run.files.folder / f"preflight/{job}.out").read_text()
+    assert "n1: command: [ $SLURMD_NODENAME != n1 ] ended with 1" in text and "n2: fit" in text
+    assert run.cluster.job(job)["ExitCode"] == "70:0"
     assert run.until_ended(400) == "COMPLETED"
     assert run.causes == ["preflight", "done"], run.log()
     assert [life.nodes for life in run.lives] == [("n1", "n2"), ("n2", "n6")]
@@ -328,6 +336,26 @@ def a_node_that_fails_its_preflight_is_left_out(make):
     assert (found["bad_nodes"], found["failed"]) == ({}, "")
     facts = [report["facts"] for report in found["reports"]]
     assert len(facts) == 2 and all(each["links"][0]["gbs"] > 0 for each in facts)
+
+
+@scenario
+def shards_are_copied_to_each_nodes_own_disk(make):
+    scratch = make.cluster.root / "scratch"
+    run = make("stage", steps=5, site={"scratch": str(scratch), "stage": {"data": True}})
+    shards = run.folder / "my shards"
+    shutil.copytree(make.shards, shards)
+    run.submit("--data.path", shards)
+    assert run.until_ended() == "COMPLETED", run.log()
+    for rank in (0, 1):
+        log = (run.files.life_folder(1) / f"rank-{rank:05d}.log").read_text()
+        assert f"reads {scratch}/xlstm-{run.job}/shards-0: " in log and "manifest.json" in log
+    left = make.cluster.root / "local" if make.cluster.netns else make.cluster.root
+    assert not list(left.glob(f"**/xlstm-{run.job}"))
+    # A folder that cannot be copied is read where it is.
+    run = make("unstaged", steps=5, site={"scratch": "/proc/none", "stage": {"data": True}})
+    run.submit("--data.path", shards)
+    assert run.until_ended() == "COMPLETED", run.log()
+    assert "the ranks read what all nodes see" in run.log()
 
 
 # Jobs around a run ------------------------------------------------------------------------------
@@ -374,6 +402,21 @@ exec {sys.executable} "$@"
         assert (run.folder / "shards" / path.relative_to(make.shards)).read_bytes() == (
             path.read_bytes()
         )
+
+
+@scenario
+def every_checkpoint_is_evaluated_as_it_comes(make):
+    run = make("each", steps=150)
+    words = ("submit", "evaluate", run.run, "--every-checkpoint", 0.05, *site(run))
+    job = said(run, *words).strip()  # there is none yet
+    assert run.submit().until_ended() == "COMPLETED"
+    assert run.cluster.wait_for_end(job) == {job: "COMPLETED"}
+    results = sorted((run.run / "evaluations").iterdir())
+    assert [path.stem for path in results] == sorted(
+        path.name for path in (run.run / "checkpoints").iterdir()
+    )
+    assert len(results) == 15 and json.loads(results[0].read_text())["loss"] == 1.5
+    assert int(run.cluster.job(job)["Restarts"]) > 0  # it waited in the queue
 
 
 def ended(run, job):

@@ -32,6 +32,12 @@ def alone(function):
     return scenario(function)
 
 
+def by_command(function):
+    """A scenario that runs with --all-layouts alone: it takes minutes."""
+    function.by_command = True
+    return scenario(function)
+
+
 def needs_root(function):
     """A scenario whose nodes crash, lose their network or have to find each other."""
     function.needs_root = True
@@ -134,14 +140,13 @@ class SlurmRun:
 class StubRun(SlurmRun):
     """A run whose trainer is tests/slurm/stub_trainer.py."""
 
-    def __init__(self, cluster, name, *, nodes=2, site=None, **stub):
+    def __init__(self, cluster, name, shards, *, nodes=2, site=None, **stub):
         config = {
             "run": {"steps": stub.get("steps", 40)},
-            "model": {"pattern": "MM", "hidden_size": 64, "num_heads": 2, "vocab_size": 64},
-            # A folder, which is all that a submission looks for.
-            "data": {"path": str(ROOT), "seq_len": 8, "global_batch": 8, "micro_batch": 1},
+            "model": {"pattern": "MM", "hidden_size": 64, "num_heads": 2, "vocab_size": 384},
+            "data": {"path": str(shards), "seq_len": 16, "global_batch": 8, "micro_batch": 1},
         }
-        train = f"exec {sys.executable} -S {STUB}"
+        train = f'exec {sys.executable} -S {STUB} "$@"'
         super().__init__(cluster, name, nodes=nodes, site=site, config=config, train=train)
         (self.run / "stub.json").write_text(json.dumps(stub))
 
@@ -169,12 +174,12 @@ def steps_of(run):
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in log if "loss" in line}
 
 
-def launched(run):
+def launched(run, ranks=2):
     """The losses of the same run by `launch` on this machine."""
     folder = run.folder / "launched"
-    words = [sys.executable, "-m", "pretrain", "launch", run.folder / "run.yaml", "--nproc", "2"]
+    words = [sys.executable, "-m", "pretrain", "launch", run.folder / "run.yaml"]
     done = subprocess.run(
-        [*map(str, words), "--run.dir", str(folder)],
+        [*map(str, words), "--nproc", str(ranks), "--run.dir", str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,10 +1,18 @@
 """What a preflight's reports say about nodes, without a cluster; and its checks, in one process."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
-from slurm.job import preflight
+from pretrain.config import save_config
+from slurm.job import health, preflight
+from slurm.job.gpus import ROWS, STATE, bad_values, others
 from slurm.job.health import Health, Verdict, judge
-from slurm.job.preflight import Bad, check_command, check_disk, pairs
+from slurm.job.preflight import Bad, check_command, check_disk, check_kernels, pairs
+from slurm.job.state import write
+from tests.pretrain.run_files import config as run_config
+from xlstm_kernels import mlstm_chunkwise, self_check
 
 NODES = ("n1", "n2", "n3", "n4")
 SOUND = {"versions": "Python 3.11", "clock": 100.0, "tflops": 50.0, "device_tflops": True}
@@ -130,3 +138,56 @@ def test_a_full_disk_is_found(tmp_path):
     assert len(facts["write_mbs"]) == 2 and list(tmp_path.iterdir()) == [tmp_path / "own"]
     with pytest.raises(Bad, match="GB free, 1000000000 are wanted"):
         check_disk(tmp_path, Health(min_free_run_gb=1e9), facts)
+
+
+def test_a_wrong_kernel_makes_its_node_unfit(tmp_path, monkeypatch):
+    save_config(run_config(model__hidden_size=32, model__num_heads=2), tmp_path / "run.yaml")
+    check_kernels(tmp_path / "run.yaml")
+
+    def planted(*inputs, **options):
+        return 1.1 * mlstm_chunkwise(*inputs, **options)
+
+    monkeypatch.setattr(self_check, "mlstm_chunkwise", planted)
+    with pytest.raises(Bad, match=r"mlstm_chunkwise on cpu in float32, hidden states: off by"):
+        check_kernels(tmp_path / "run.yaml")
+
+
+def test_a_preflight_of_its_own_says_which_nodes_are_fit(tmp_path, capsys):
+    write(tmp_path / "health.json", asdict(Health()))
+    for rank, node in enumerate(NODES):
+        bad = ("disk", "is full") if node == "n2" else None
+        write(tmp_path / f"7/preflight/{rank}.json", report(node, rank=rank, bad=bad))
+    assert health.main([str(tmp_path / "7"), *NODES]) == 70
+    said = capsys.readouterr().out.splitlines()
+    assert said[:4] == ["n1: fit", "n2: disk: is full", "n3: fit", "n4: fit"]
+    assert json.loads((tmp_path / "7/preflight.json").read_text())["bad_nodes"] == {
+        "n2": "disk: is full"
+    }
+    write(tmp_path / "7/preflight/1.json", report("n2", rank=1))
+    assert health.main([str(tmp_path / "7"), *NODES]) == 0
+
+
+# What nvidia-smi prints, as its manual says; never run on a GPU.
+
+
+def test_a_gpu_with_errors_that_stay_is_named():
+    sound = "0, 0, No, Not Active, Not Active\n1, [N/A], [N/A], Not Active, Not Active\n"
+    assert bad_values(sound, STATE) == [] and bad_values("", STATE) == []
+    broken = "0, 2, No, Not Active, Not Active\n1, 0, Yes, Not Active, Active\n"
+    assert bad_values(broken, STATE) == [
+        "GPU 0 has memory errors that ECC could not correct",
+        "GPU 1 has retired pages that wait for a restart",
+        "GPU 1 has clocks that heat has slowed down",
+    ]
+    assert bad_values("GPU-5f, No, Yes\n", ROWS) == [
+        "GPU GPU-5f has rows that could not be remapped"
+    ]
+
+
+def test_a_process_of_another_job_on_a_gpu_is_named():
+    known = {1: b"A=b\0SLURM_JOB_ID=7\0", 2: b"SLURM_JOB_ID=77\0", 3: b""}
+    text = "1, python\n2, python3\n3, [Not Found]\n4, in another container\n"
+    assert others(text, "7", known.get) == [
+        "another process is on a GPU: python3 (2)",
+        "another process is on a GPU: [Not Found] (3)",
+    ]

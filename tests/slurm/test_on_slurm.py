@@ -34,7 +34,7 @@ class Maker:
             return self._undisturbed
 
     def __call__(self, name, **keys):
-        self.made.append(StubRun(self.cluster, name, **keys))
+        self.made.append(StubRun(self.cluster, name, self.shards, **keys))
         return self.made[-1]
 
     def trainer(self, name, **keys):
@@ -51,10 +51,13 @@ def outcomes(cluster, shards, request):
         if item.path == Path(__file__)
     }
     make = Maker(cluster, shards)
+    all_layouts = request.config.getoption("--all-layouts")
     possible = {
         name: function
         for name, function in SCENARIOS.items()
-        if name in names and (cluster.netns or not hasattr(function, "needs_root"))
+        if name in names
+        and (cluster.netns or not hasattr(function, "needs_root"))
+        and (all_layouts or not hasattr(function, "by_command"))
     }
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         yield {
@@ -70,6 +73,8 @@ def outcomes(cluster, shards, request):
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS, key=lambda n: hasattr(SCENARIOS[n], "alone")))
 def test_on_slurm(outcomes, name):
+    if hasattr(SCENARIOS[name], "by_command") and name not in outcomes:
+        pytest.skip("runs by command: --all-layouts")
     if name not in outcomes:
         if os.environ.get(REQUIRED):
             pytest.fail(f"nodes have no network of their own, and {REQUIRED} is set")

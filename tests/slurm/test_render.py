@@ -1,22 +1,29 @@
 """Site files, plans and the text of batch files; none of this needs Slurm."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pretrain.config import load_config
-from slurm import cli
+from slurm import cli, submit
 from slurm.batch_files.plan import job_name, plan_training
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site, SiteError, load_site, site_from_dict, time_limit_seconds
-from slurm.batch_files.tasks import plan_conversion, plan_evaluation, plan_preparation
+from slurm.batch_files.tasks import (
+    plan_conversion,
+    plan_evaluation,
+    plan_preflight,
+    plan_preparation,
+)
 from xlstm_io.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +42,10 @@ NODES = {
 def tasks(kind, name):
     """The plan of a job around a run, on an example site."""
     loaded = load_site(str(EXAMPLES / f"{name}.yaml"))
+    if kind == "preflight":
+        return plan_preflight(load_config(DEMO, quiet=True), loaded, 2, folder=PROJECT)
+    if kind == "evaluate_each":
+        return plan_evaluation(Path("runs/r"), loaded, [], every_minutes=10, folder=PROJECT)
     if kind == "evaluate":
         run, words = Path("runs/r"), ["--data.path", "my shards"]
         return plan_evaluation(run, loaded, words, folder=PROJECT)
@@ -50,6 +61,8 @@ TASKS = {
     for kind, name in (
         ("prep", "cpu"),
         ("merge", "cpu"),
+        ("preflight", "cpu"),
+        ("evaluate_each", "gpu_modules"),
         ("evaluate", "gpu_modules"),
         ("convert", "gpu_modules"),
     )
@@ -180,6 +193,59 @@ def test_spaces_and_quotes_survive(tmp_path):
     assert lines[-1] == f"{AWKWARD}/r/slurm/run.yaml"
 
 
+def test_the_ranks_read_the_copies_where_every_node_has_them(tmp_path):
+    """What bash makes of the words, for a mixture whose folders have awkward names."""
+    sources = [
+        {"name": "a", "path": AWKWARD, "weight": 1},
+        {"name": "b", "path": "s3://b/c", "weight": 1},
+    ]
+    changes = ["--data.path", "null", "--data.cache_dir", "/cache", "--run.dir", "/projects/r"]
+    changes += ["--data.sources", json.dumps(sources)]
+    changes += ["--data.valid", json.dumps([{"name": "v", "path": AWKWARD}])]
+    config = load_config(DEMO, changes, quiet=True)
+    keys = {"scratch": "/my disk", "stage": {"data": True}, "tasks_per_node": 2}
+    text = render(plan_training(config, site(**keys), 1, folder=tmp_path))
+    text = text.replace('source "$XLSTM_RUN/slurm/job/batch.sh"', "srun() { :; }")
+    text = text.replace("exec srun", "printf '%s\\n'")
+    last = "XLSTM_SCRATCH=/x; xlstm_stage_step; xlstm_use_stage; xlstm_train_step"
+    text = text.replace("xlstm_life requeue", last)
+    done = subprocess.run(
+        ["bash", "-c", text],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            **os.environ,
+            "XLSTM_LIFE_FOLDER": "life",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "1",
+        },
+    )
+    lines = done.stdout.splitlines()
+    assert lines[lines.index("/bin/bash") + 2 :][:3] == ["/x", AWKWARD, "shards-0"]
+    options = dict(pairwise(lines))
+    copy = "/my disk/xlstm-7/shards-0"
+    read = json.loads(options["--data.sources"])
+    assert [one["path"] for one in read] == [copy, "s3://b/c"]
+    assert [one["weight"] for one in read] == [1.0, 1.0]
+    assert [one["path"] for one in json.loads(options["--data.valid"])] == [copy]
+    words = lines[lines.index("--data.sources") :][:4]
+    again = load_config(DEMO, [*changes[:4], *words], quiet=True)
+    assert again.data.sources[0].path == copy
+
+
+def test_a_virtual_environment_is_copied_and_anything_else_refused(tmp_path):
+    (tmp_path / "pyvenv.cfg").touch()
+    keys = {"scratch": "/local", "stage": {"venv": True}}
+    staged = plan(python=str(tmp_path / "bin/python"), **keys)
+    assert staged.staging.copies == ((str(tmp_path), "venv"),)
+    assert "XLSTM_RANK_PYTHON=$XLSTM_SCRATCH/venv/bin/python" in render(staged)
+    with pytest.raises(SiteError, match="is not in a virtual environment"):
+        plan(python="/usr/bin/python3", **keys)
+    with pytest.raises(SiteError, match=r"container\.kind=none"):
+        plan(container={"kind": "pyxis", "image": "i"}, **keys)
+
+
 def test_the_submitting_shell_does_not_leak_into_the_file(monkeypatch):
     monkeypatch.setenv("SECRET_OF_MINE", "do not print me")
     before = render(plan())
@@ -217,6 +283,7 @@ CHANGES = {
     "container": {"kind": "pyxis", "image": "i"},
     "network": {"interface": "ib0"},
     "signal": {"seconds": 900},
+    "stage": "needs a disk to copy to",
     "restarts": {"total": 7},
     "health": {"preflight": True},
 }
@@ -228,6 +295,11 @@ def test_every_key_of_the_site_changes_the_job_or_is_refused(key):
     if value == "refused":
         with pytest.raises(SiteError, match=f"{key}=refused"):
             plan(**{key: value})
+    elif key == "stage":
+        with pytest.raises(SiteError, match="set scratch, a folder on it"):
+            plan(stage={"data": True})
+        staged = plan(scratch="/local", stage={"data": True})
+        assert staged.staging and plan(scratch="/local").staging is None
     elif value is not None:
         assert plan(**{key: value}) != plan()
 
@@ -353,6 +425,8 @@ def test_an_array_names_its_share_and_asks_for_no_gpu():
         (["evaluate", "nowhere"], "nowhere is not a folder"),
         (["prep", "a.yaml", "--data.path", "x"], "--data.path is not an option of prep"),
         (["prep", "nowhere.yaml", "--site", str(EXAMPLES / "cpu.yaml")], "does not exist"),
+        (["prep", "a.yaml", "--every-checkpoint"], "--every-checkpoint is not an option of prep"),
+        (["evaluate", str(ROOT), "--every-checkpoint", "0"], "--every-checkpoint 0 must be above"),
         (["prep", str(DEMO), "--site", str(EXAMPLES / "cpu.yaml")], "has no out"),
     ],
 )
@@ -363,11 +437,13 @@ def test_words_that_do_not_fit_the_job_are_refused(words, message, capsys):
 
 def test_submitting_needs_slurm_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"partition": "a", "tasks_per_node": 2}))
-    (tmp_path / "shards").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")
     run = f"/var/tmp/{tmp_path.name}-does-not-exist"
     words = ["submit", "train", str(DEMO), "--site", str(tmp_path / "site.yaml"), "--run.dir", run]
-    assert cli.run([*words, "--data.path", str(tmp_path / "shards")]) == 2
+    assert cli.run([*words, "--data.path", str(tmp_path / "none")]) == 2
+    assert "problem with what lies on this machine\n" in capsys.readouterr().err
+    monkeypatch.setattr(submit, "describe_data", lambda *_, **__: "")
+    assert cli.run(words) == 2
     assert "sinfo is not on this machine" in capsys.readouterr().err
     assert cli.run(["status", str(tmp_path)]) == 2
     assert "was never submitted" in capsys.readouterr().err

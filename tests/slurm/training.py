@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.slurm.runs import ROOT, needs_root, said
+from tests.slurm.runs import ROOT, by_command, launched, needs_root, said
 
 STEPS = {"run__steps": 60, "checkpoint__interval": 10, "evaluation__interval": 100}
 
@@ -51,6 +51,57 @@ def a_run_lives_through_everything_bit_for_bit(make):
     assert run.repeated <= 30  # at most those since the last checkpoint, in lives 2 and 4
     assert lost[0] == lost[2] == lost[4] == 0
     evaluated_and_converted(run)
+
+
+@needs_root
+def a_run_changes_its_nodes_and_its_launcher_between_lives(make):
+    """Two nodes, then two ranks on one, then torchrun on two: every loss as without Slurm."""
+    run = make.trainer("moves", site={"partition": "main"}, **STEPS).submit()
+    run.until_running(step=12, seconds=300)
+    assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
+    run.nodes = 1
+    run.submit("--set", "tasks_per_node=2").until_running(life=2, step=30, seconds=300)
+    assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
+    assert [len(life.nodes) for life in run.lives] == [2, 1] and run.repeated == 0
+    said = torchrun(run, nodes=2, ranks_per_node=1)
+    assert said.count("2 processes on cpu") == 1, said
+    assert run.steps == make.undisturbed(run)
+
+
+@needs_root
+@by_command
+def four_ranks_train_the_same_however_nodes_hold_them(make):
+    """Four nodes with a rank, two with two, torchrun on two, and `launch`: bit for bit."""
+    keys = {**STEPS, "run__steps": 20, "data__micro_batch": 1}
+    found = {}
+    for nodes, ranks in ((4, 1), (2, 2)):
+        site = {"partition": "four", "tasks_per_node": ranks}
+        run = make.trainer(f"{nodes} by {ranks}", nodes=nodes, site=site, **keys).submit()
+        assert run.until_ended(500) == "COMPLETED", run.log()
+        found[f"{nodes} x {ranks}"] = run.steps
+    run = make.trainer("torchrun", site={"partition": "four"}, **keys)
+    torchrun(run, nodes=2, ranks_per_node=2)
+    found["torchrun"] = run.steps
+    expected = launched(run, ranks=4)
+    assert len(expected) == 20
+    assert all(steps == expected for steps in found.values()), found
+
+
+def torchrun(run, nodes, ranks_per_node):
+    """Train by one torchrun per node, and return what it said."""
+    script = f"""
+trap '' USR1  # it would die of it, and its workers would train on
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+exec {sys.executable} -m torch.distributed.run --nnodes {nodes} --nproc-per-node {ranks_per_node} \\
+  --node-rank "$SLURM_NODEID" --master-addr "$head" --master-port $((20000 + SLURM_JOB_ID)) \\
+  -m pretrain train '{run.folder}/run.yaml' --take-over
+"""
+    words = ["srun", "--partition=four", f"--nodes={nodes}", "--ntasks-per-node=1"]
+    environment = {**run.cluster.environment, **run.site["env"]}
+    done = run.cluster.run(
+        *words, "/bin/bash", "-c", script, env=environment, timeout=300, cwd=ROOT
+    )
+    return done.stdout + done.stderr
 
 
 def evaluated_and_converted(run):
