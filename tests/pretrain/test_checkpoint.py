@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,17 +274,6 @@ def test_retention_keeps_the_newest_and_never_the_one_before_the_new_is_complete
     assert again.exists() and second.exists() and third.exists()
     with pytest.raises(CheckpointError, match="keep=0"):
         save(tmp_path, step=4, keep=0)
-
-
-def test_a_step_of_another_format_version_disturbs_neither_saving_nor_retention(tmp_path):
-    first = save(tmp_path, step=1, keep=1)
-    later = first.with_name("step-00000009-later")
-    shutil.copytree(first, later)
-    body = json.loads((later / "manifest.json").read_text()) | {"format_version": 99}
-    (later / "manifest.json").write_text(json.dumps(body))
-    second = save(tmp_path, step=2, keep=1)
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {second.name, later.name}
-    assert find_latest(tmp_path) == second
 
 
 def _no_space(path, *_):

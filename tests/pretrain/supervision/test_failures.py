@@ -73,15 +73,6 @@ import errno
 def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the/file")
 """
-# The record fails, and the checkpoints can still be written.
-RECORD = (
-    FULL
-    + """
-import pretrain.watching.metrics as metrics
-real = metrics.MetricLogger._write
-metrics.MetricLogger._write = lambda *a: full() if a[1] == 5 else real(*a)
-"""
-)
 REMOVED = """
 import shutil
 import pretrain.trainer as trainer
@@ -115,18 +106,7 @@ DataPlan.read = read
     ("fault", "code", "words", "options"),
     [
         (LOG, ExitCode.MACHINE_FAILED, "error: rank 0: [Errno 28] No space left on device", ()),
-        (
-            RECORD,
-            ExitCode.MACHINE_FAILED,
-            "the run has saved run/checkpoints/step-00000006",
-            ("--run.steps=9",),
-        ),
-        (
-            REMOVED,
-            ExitCode.MACHINE_FAILED,
-            "the run has saved run/checkpoints/step-00000006",
-            ("--run.steps=9",),
-        ),
+        (REMOVED, ExitCode.MACHINE_FAILED, SAVED, ("--run.steps=9",)),
         (SAVE, ExitCode.MACHINE_FAILED, "error: saving the checkpoint of step 6 failed", ()),
         (CONFIG, ExitCode.MACHINE_FAILED, "error: writing to run.dir=run failed: [Errno 28]", ()),
         (CACHE, ExitCode.MACHINE_FAILED, "error: rank 0: [Errno 28] No space", ()),
@@ -135,7 +115,6 @@ DataPlan.read = read
     ],
     ids=[
         "log",
-        "record",
         "folder removed",
         "checkpoint",
         "configuration",
