@@ -172,7 +172,7 @@ def verdict_line(item: Mapping[str, Any]) -> str:
     word = {True: "holds", False: "does not hold", None: "not decided"}[item["holds"]]
     numbers = ", ".join(f"{k} {v:.3g}" for k, v in item["measured"].items()) or "nothing"
     why = f"; {item['why']}" if item.get("why") else ""
-    return f'{word}: "{item["claim"]}" ({item["where"]}; {item["rule"]}; measured: {numbers}{why})'
+    return f"{word}: {item['claim']} ({item['where']}; {item['rule']}; measured: {numbers}{why})"
 
 
 def _number(value: float | None, deviation: float | None = None) -> str:
