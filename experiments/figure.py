@@ -102,7 +102,7 @@ def _squares(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> Non
         across = data.index(str(row["values"].get("data", "")))
         down = models.index(row["model"])
         squares[down][across] = row["scaled"][name]
-        text = f"{row['scaled'][name]:.2f}"
+        text = f"{row['scaled'][name]:.2f}".replace("-0.00", "0.00")
         number = experiment.published_for(row["model"], row["values"])
         text += "" if number is None else f"\n({number:.2f})"
         axes.text(across, down, text, ha="center", va="center", fontsize=6)
