@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.plan_scale import measure
 
-#: Most memory of a build with one worker (docs/data.md): a document of 16 MiB and its ids.
+#: Most memory of a build with one worker, whose largest document has 16 MiB.
 MOST_BYTES = 2_500_000_000
 CORPORA = (("small", 20, 1000), ("more", 80, 1000), ("long", 20, 15 << 20))
 BUILD = """
