@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+CELLS_FILE = "cells.jsonl"
 CONFIG_FILE = "config.yaml"
 EVIDENCE_FOLDER = "evidence"
 HISTORY_FILE = "history.jsonl"

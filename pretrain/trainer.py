@@ -6,6 +6,7 @@ rate and its line in the log. Everything else in here decides what happens betwe
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
+from pretrain.watching.cells import CellWatcher
 from pretrain.watching.history import record_life
 from pretrain.watching.interval import Interval
 from pretrain.watching.metric_writers import open_writers
 from pretrain.watching.metrics import MetricLogger
 from pretrain.watching.provenance import provenance
+from pretrain.watching.ranks import RankWatcher
 from pretrain.watching.summary import describe_start, write_summary
+from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
@@ -44,6 +48,7 @@ def train_step(
     lr: float,
     guard: Guard = FINITE,
     votes: Sequence[bool] = (),
+    watchers: Sequence[StepWatcher] = (),
 ) -> StepResult:
     """One optimizer step of one global batch; called by all ranks.
 
@@ -56,11 +61,19 @@ def train_step(
         lr: learning rate.
         guard: the limits of this step.
         votes: what this rank votes for; see `StepResult.votes`.
+        watchers: what looks at this step; most steps have none.
     """
-    loss = engine.forward_backward(batches)
-    verdict = guard.judge(loss, engine.gradient_norm(), votes)
-    engine.step(lr, verdict)
-    return verdict.read()  # the only time in a step that the host waits for the device
+    with ExitStack() as watching:
+        for watcher in watchers:
+            watching.enter_context(watcher)
+        loss = engine.forward_backward(batches)
+        verdict = guard.judge(loss, engine.gradient_norm(), votes)
+        for watcher in watchers:
+            watcher.before_update()
+        engine.step(lr, verdict)
+        for watcher in watchers:
+            watcher.enqueued()
+        return verdict.read()  # the only time in a step that the host waits for the device
 
 
 class Trainer:
@@ -134,6 +147,8 @@ class Trainer:
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
+        self._ranks = RankWatcher(config, layout)
+        self._watchers = (CellWatcher(config, layout, self.engine), self._ranks)
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
         self._write_progress("running")
@@ -224,7 +239,8 @@ class Trainer:
             self.lease is not None and self.lease.lost,
         )
         limits = self.divergence.limits()
-        result = train_step(self.engine, batches, lr, limits, votes)
+        watchers = [watcher for watcher in self._watchers if watcher.due(step + 1)]
+        result = train_step(self.engine, batches, lr, limits, votes, watchers)
         seconds = time.perf_counter() - started
         self.divergence.note(step + 1, result)
         if not result.accepted:
@@ -240,6 +256,8 @@ class Trainer:
             self._write_progress("running")
             metrics.log(done, self._interval.take(self.state, result, lr))
             self.state = self.state.logged()
+        for watcher in watchers:
+            watcher.tell(WatchedStep(done, batches, data_wait), metrics)
         return result.votes
 
     def _reject(self, rejected: RejectedStep, metrics: MetricLogger) -> None:
@@ -302,6 +320,7 @@ class Trainer:
             checkpoint_step=None if good is None else step_of_folder(good),
             step_seconds=self._step_seconds,
             save_seconds=self._save_seconds,
+            stragglers=self._ranks.stragglers,
         ).write(self.dir)
 
     def _state_to_save(self) -> dict[str, Any]:

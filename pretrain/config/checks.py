@@ -212,6 +212,16 @@ def _tied_over_stages(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _cells(config: RunConfig) -> Iterator[str]:
+    cells, offload = config.logging.cells, config.engine.offload
+    if cells and offload != "none":
+        yield (
+            f"logging.cells={cells} reads gradients and optimizer state on the device, and "
+            f"engine.offload={offload} keeps them in host memory; use logging.cells=0 or "
+            "engine.offload=none"
+        )
+
+
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _magnitudes,
     *LAYOUT_CHECKS,
@@ -222,6 +232,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _qkv_blocks,
     _ablations,
     _init_from,
+    _cells,
     _recompute,
     *DATA_CHECKS,
     _schedule,

@@ -322,6 +322,10 @@ class LoggingConfig(Section):
     """also write TensorBoard events"""
     wandb: WandbConfig = WandbConfig()
     """also write to Weights & Biases"""
+    ranks: NonNegativeInt = 100
+    """steps between comparisons of the ranks, which name slow hosts; 0: never"""
+    cells: NonNegativeInt = 0
+    """steps between looks into every layer: gates, states, gradients and updates; 0: never"""
     peak_tflops: PositiveFloat | None = None
     """dense TFLOP/s of one device, for the utilisation (mfu); null for the maker's bf16 figure"""
 

@@ -109,6 +109,16 @@ class AdamWDistributed:
                     ):
                         yield parameter, found
 
+    def gradients(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter with the slices of its gradient in this rank's partition."""
+        for part in self.megatron.chained_optimizers:
+            for parameter, start, end in compat.partition_ranges(part):
+                gradient = compat.adam_state(part, parameter)["param"].grad
+                for found in partition_slices(
+                    slices_of(parameter), parameter.shape, gradient, start, end
+                ):
+                    yield parameter, found
+
     def set_updates(self, updates: int) -> None:
         """Tell that the state was loaded, and how many updates were done before."""
         for part in self.megatron.chained_optimizers:

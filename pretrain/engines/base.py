@@ -1,10 +1,10 @@
 """The protocols between the training loop, an engine and an engine's optimizer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
@@ -40,12 +40,14 @@ class Engine(Protocol):
     """A model with its optimizer on this run's layout; every method is called by all ranks.
 
     Attributes:
+        models: this rank's model chunks.
         num_parameters: parameters of the whole model.
         own_losses: this rank's losses of the last micro-batches that ran, before they were summed
             over ranks: fp64 `[2]` each, the sum of the unmasked tokens' losses and their number.
             Only ranks of the last pipeline stage have any.
     """
 
+    models: Sequence[nn.Module]
     num_parameters: int
     own_losses: list[Tensor]
 
@@ -60,6 +62,16 @@ class Engine(Protocol):
 
     def gradient_norm(self) -> Tensor:
         """Complete the gradients; the 2-norm of the whole gradient, a scalar on the device."""
+
+    def gradients(self) -> Iterator[TensorSlice]:
+        """The slices of the whole gradient that this rank counts, between its norm and the step.
+
+        Every element is counted by exactly one rank; the names are those of the weights. DeepSpeed
+        gathers gradients while the ranks go through them, so all ranks must go through all.
+        """
+
+    def masters(self) -> Iterator[TensorSlice]:
+        """The slices of the fp32 master weights that this rank counts, as for gradients."""
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
@@ -103,6 +115,9 @@ class Optimizer(Protocol):
 
     def clear_gradients(self) -> None:
         """Forget the gradients that `gradient_norm` took."""
+
+    def gradients(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter of the model with the slices of its gradient that `gradient_norm` took."""
 
     def slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Each parameter of the model with the slices of its fp32 master weight and state."""

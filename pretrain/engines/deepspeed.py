@@ -33,6 +33,7 @@ from pretrain.engines.base import LossSum
 from pretrain.engines.microbatches import evaluate, forward, run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.state import (
+    MASTER,
     OPTIMIZER_STATE,
     is_owner,
     optimizer_prefix,
@@ -90,6 +91,22 @@ class DeepSpeedEngine(ModelEngine):
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, a scalar; infinite where a gradient is not finite."""
         return compat.gradient_norm(self.engine.optimizer)
+
+    def gradients(self) -> Iterator[TensorSlice]:
+        """The slices of the whole gradient that this rank counts; gathered one by one."""
+        first_replica = self.layout.groups.dp_cp.rank() == 0
+        for _, parameter, slices in self._parameters():
+            gradient = compat.whole_gradient(parameter)
+            if first_replica and is_owner(parameter, self.layout):
+                for part in slices:
+                    values = part.local(gradient)
+                    yield TensorSlice(part.name, part.global_shape, part.global_offset, values)
+
+    def masters(self) -> Iterator[TensorSlice]:
+        """The slices of the fp32 master weights that this rank counts."""
+        for parameter, part in self._optimizer_slices():
+            if part.name.startswith(MASTER) and is_owner(parameter, self.layout):
+                yield part
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients.

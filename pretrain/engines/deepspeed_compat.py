@@ -226,6 +226,16 @@ def summed_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad if high_precision is None else high_precision
 
 
+def whole_gradient(parameter: Tensor) -> Tensor:
+    """The complete gradient of a local parameter, fp32, gathered from the partitions.
+
+    Called by all data-parallel ranks, after the last backward pass and before the step.
+    """
+    if hasattr(parameter, "ds_id"):  # stage 3
+        return parameter._z3_optimizer.get_fp32_grad_for_param(parameter).view(parameter.ds_shape)
+    return parameter.get_full_hp_grad()
+
+
 def gradient_norm(optimizer: Any) -> Tensor:
     """2-norm of the whole gradient before clipping; infinite where any gradient is not finite.
 

@@ -19,7 +19,7 @@ from pretrain.engines.base import LossSum, Optimizer
 from pretrain.engines.microbatches import evaluate, run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.muon import MuonWithAdamW
-from pretrain.engines.state import is_owner
+from pretrain.engines.state import MASTER, is_owner
 from pretrain.engines.verdict import Verdict
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
@@ -84,6 +84,20 @@ class MegatronEngine(ModelEngine):
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, a scalar on the device."""
         return self.optimizer.gradient_norm()
+
+    def gradients(self) -> Iterator[TensorSlice]:
+        """The slices of the whole gradient that this rank counts."""
+        return self._counted(self.optimizer.gradients())
+
+    def masters(self) -> Iterator[TensorSlice]:
+        """The slices of the fp32 master weights that this rank counts."""
+        return (p for p in self._counted(self.optimizer.slices()) if p.name.startswith(MASTER))
+
+    def _counted(self, parts: Iterable[tuple[Tensor, TensorSlice]]) -> Iterator[TensorSlice]:
+        """Those that no other rank counts."""
+        if self.optimizer.partitioned or self.layout.groups.dp_cp.rank() == 0:
+            return (part for parameter, part in parts if is_owner(parameter, self.layout))
+        return iter(())
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""

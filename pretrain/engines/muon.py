@@ -179,6 +179,16 @@ class MuonWithAdamW:
                     TensorSlice(name, part.global_shape, part.global_offset, tensor),
                 )
 
+    def gradients(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter with the slices of its gradient."""
+        for master in self._masters:
+            part, gradient = master.part, master.weight.grad
+            assert gradient is not None
+            yield (
+                master.parameter,
+                TensorSlice(part.name, part.global_shape, part.global_offset, gradient),
+            )
+
     def set_updates(self, updates: int) -> None:
         """Tell that the state was loaded, and how many updates were done before."""
         compat.set_adam_step(self._adam, updates)

@@ -24,6 +24,9 @@ def optimizer_prefix(key: str) -> str:
     return f"optimizer.state.{key}."
 
 
+MASTER = optimizer_prefix("param")
+
+
 def weight_slices(parameter: Tensor, slices: Sequence[ParameterSlice]) -> list[TensorSlice]:
     """The slices of a whole local parameter."""
     return [

@@ -40,7 +40,7 @@ def draw_loss(run: RunRecord, path: str | os.PathLike) -> None:
     valid_steps, valid_losses = run.points("valid_loss")
     if not steps and not valid_steps:
         raise UserError(f"{run.folder} has no loss to draw; train at least one logged step")
-    figure, axes = _figure("step", "loss (nats per token)")
+    figure, axes = new_figure("step", "loss (nats per token)")
     axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
     axes.plot(valid_steps, valid_losses, "o-", color="tab:orange", label="validation")
     _draw_baselines(run, axes)
@@ -58,7 +58,7 @@ def loss_figure(runs: Sequence[RunRecord], by: str) -> bytes | None:
     Returns:
         A PNG image; None where there is nothing to draw.
     """
-    figure, axes = _figure(by, "loss (nats per token)")
+    figure, axes = new_figure(by, "loss (nats per token)")
     drawn = False
     for number, run in enumerate(runs):
         color = COLORS[number % len(COLORS)]
@@ -81,7 +81,7 @@ def loss_figure(runs: Sequence[RunRecord], by: str) -> bytes | None:
     if len(runs) == 1:
         _draw_baselines(runs[0], axes)
     axes.legend(fontsize=8)
-    return _png(figure)
+    return figure_as_png(figure)
 
 
 def value_figure(
@@ -98,7 +98,7 @@ def value_figure(
     Returns:
         A PNG image; None where nothing was recorded.
     """
-    figure, axes = _figure("step", title, size=(5.2, 3.0))
+    figure, axes = new_figure("step", title, size=(5.2, 3.0))
     drawn = False
     for number, run in enumerate(runs):
         steps, values = run.points(key)
@@ -112,7 +112,7 @@ def value_figure(
         axes.set_yscale("log")
     if len(runs) > 1:
         axes.legend(fontsize=7)
-    return _png(figure)
+    return figure_as_png(figure)
 
 
 def source_figure(runs: Sequence[RunRecord]) -> bytes | None:
@@ -126,7 +126,7 @@ def source_figure(runs: Sequence[RunRecord]) -> bytes | None:
     keys = sorted({key for run in runs for key in run.keys_under("loss")})
     if not keys:
         return None
-    figure, axes = _figure("step", "loss (nats per token)", size=(5.2, 3.0))
+    figure, axes = new_figure("step", "loss (nats per token)", size=(5.2, 3.0))
     for style, run in zip(cycle(("-", "--", ":", "-.")), runs):
         for color, key in zip(cycle(COLORS), keys):
             steps, values = run.points(key)
@@ -135,7 +135,7 @@ def source_figure(runs: Sequence[RunRecord]) -> bytes | None:
                 label = label if len(runs) == 1 else f"{name_of(run)}, {label}"
                 axes.plot(steps, smoothed(values), style, color=color, linewidth=1.2, label=label)
     axes.legend(fontsize=7)
-    return _png(figure)
+    return figure_as_png(figure)
 
 
 def name_of(run: RunRecord) -> str:
@@ -149,7 +149,8 @@ def _draw_baselines(run: RunRecord, axes: "Axes") -> None:
         axes.axhline(value, color=color, linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
 
 
-def _figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> "tuple[Figure, Axes]":
+def new_figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> "tuple[Figure, Axes]":
+    """A figure with one pair of axes, and what they say; it needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -162,7 +163,8 @@ def _figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> "tuple[Figure
     return figure, axes
 
 
-def _png(figure: "Figure") -> bytes:
+def figure_as_png(figure: "Figure") -> bytes:
+    """The figure as a PNG image."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     return image.getvalue()

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from pretrain.report.figures import loss_figure, name_of, source_figure, value_figure
+from pretrain.report.layers import layer_figures
 from pretrain.report.runs import RunRecord
 from pretrain.watching.progress import duration
 
@@ -53,6 +54,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
                 ("Skipped steps", value_figure(runs, "skipped", "steps without an update")),
             ]
         ),
+        layers=_images(layer_figures(runs[0])) if len(runs) == 1 else [],
         stories=[(name_of(run), story(run)) for run in runs],
         origins=[
             (name_of(run), json.dumps(run.provenance, indent=2)) for run in runs if run.provenance

@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import (
+    CELLS_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     PROVENANCE_FILE,
@@ -32,6 +33,7 @@ class RunRecord:
         history: its starts and events, in order.
         baselines: n-gram losses in nats per token, by the name they are shown with.
         provenance: code, versions, machine, command and data of its newest start.
+        cells: its looks into the layers, in order; see `pretrain.watching.cells`.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class RunRecord:
     history: list[dict[str, Any]] = field(default_factory=list)
     baselines: Mapping[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    cells: list[dict[str, Any]] = field(default_factory=list)
 
     def points(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
         """Where `key` was recorded, by `step` or `tokens`, and what it was."""
@@ -77,6 +80,7 @@ def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunR
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the run.dir of a run")
     config_path, metrics_path = folder / CONFIG_FILE, folder / METRICS_FILE
+    cells_path = folder / CELLS_FILE
     if not config_path.exists():
         raise UserError(
             f"{folder} has no {CONFIG_FILE}, so it is not a run folder; give the run.dir of a run"
@@ -91,6 +95,7 @@ def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunR
         history=read_history(folder),
         baselines=baselines or {},
         provenance=_provenance(folder),
+        cells=read_metrics(cells_path) if cells_path.exists() else [],
     )
 
 

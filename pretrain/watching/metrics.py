@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain.run_folder import METRICS_FILE
+from pretrain.run_folder import CELLS_FILE, METRICS_FILE
 from pretrain.watching.metric_writers import MetricWriter
 from pretrain.watching.progress import Progress
 from xlstm_io.errors import ConfigError
@@ -96,6 +96,8 @@ class MetricLogger:
         self._path = path = folder / METRICS_FILE
         # An evaluation that an earlier process did not finish adds to the record of its step.
         self._last = _drop_after(path, start_step)
+        self._cells = folder / CELLS_FILE
+        _drop_after(self._cells, start_step)
         self._file = open(path, "a", encoding="utf-8")
         last = len(_line(self._last).encode()) if self._last else 0
         self._last_offset = path.stat().st_size - last
@@ -158,6 +160,27 @@ class MetricLogger:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
+
+    def log_cells(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Record a look into the layers, apart from the metrics; see `pretrain.watching.cells`.
+
+        Other writers get each figure as `cells/LAYER/NAME`.
+        """
+        if not self._enabled or not lines or self.fault is not None:
+            return
+        values = {}
+        for line in lines:
+            layer = line["layer"]
+            place = f"cells/{layer:02d}" if isinstance(layer, int) else f"cells/{layer}"
+            values |= {f"{place}/{k}": v for k, v in line.items() if isinstance(v, float)}
+        try:
+            with open(self._cells, "a", encoding="utf-8") as file:
+                file.write("".join(map(_line, lines)))
+            for writer in self._writers:
+                writer.write(lines[0]["step"], values)
+        except OSError as error:
+            self.fault = error
+            self._progress.message(f"{error}: the run saves and stops")
 
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""

@@ -59,7 +59,7 @@ def describe(values: Mapping[str, Any]) -> str:
     """Metrics as one short readable line: `loss 4.31  valid_loss 4.40  lr 1.0e-03 ...`."""
     words = []
     for key, value in values.items():
-        if key in _LEFT_OUT or (key == "skipped" and not value):
+        if key in _LEFT_OUT or key.startswith("ranks/") or (key == "skipped" and not value):
             continue
         if key == "data_wait_seconds":
             share = value / max(values.get("step_seconds", value), 1e-9)

@@ -45,6 +45,10 @@ def test_every_broken_rule_is_in_one_message():
             "layout.context=1 does not divide model.attention_kv_heads=2, the heads of k and v",
         ),
         ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
+        (
+            {"engine__name": "deepspeed", "engine__offload": "optimizer", "logging__cells": 5},
+            "use logging.cells=0 or engine.offload=none",
+        ),
         ({"layout__pipeline": 2}, "write 1 cut (|) into the pattern"),
         ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
         ({"model__pattern": "m", "model__num_heads": 3}, "model.num_heads=3 does not divide"),

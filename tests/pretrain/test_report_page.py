@@ -122,6 +122,21 @@ def test_losses_by_source_are_drawn_where_they_were_recorded(make_run):
     assert name not in Page(write_page([plain])).images
 
 
+def test_looks_into_the_layers_are_drawn(make_run):
+    run = make_run("first")
+    assert "Layers" not in Page(write_page([run])).text
+    lines = [
+        {"step": step, "layer": layer, "letter": "M", "igate_p50": -3.0, "grad_norm": 0.5}
+        | {"update_norm": 0.0, "weight_norm": 2.0, "fgate_p50": None}
+        for step in (100, 200)
+        for layer in (0, 1, "embedding")
+    ]
+    (run.folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_page([read_run(run.folder)]))
+    drawn = ["Input gate, median pre-activation", "Gradient norm, log10"]
+    assert page.images[-2:] == drawn and "Layers" in page.text
+
+
 def test_runs_are_compared_by_what_differs(make_run):
     runs = [make_run("first"), make_run("second", lr=3e-3, num_heads=4)]
     assert differences(runs) == [

@@ -25,6 +25,7 @@ import importlib
 import os
 import resource
 import sys
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -147,6 +148,23 @@ def memory_bytes() -> int:
         with open("/proc/self/statm", encoding="ascii") as pages:
             return int(pages.read().split()[1]) * resource.getpagesize()
     return torch.cuda.memory_allocated()
+
+
+def mark() -> Any:
+    """A point in this device's work: an event of the stream that computes, or the CPU's clock."""
+    if needed():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Seconds between two marks; waits until the device has passed the second one."""
+    if isinstance(last, float):
+        return last - first
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def activate() -> bool:

@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.observation import Observer
 from xlstm_mcore.modules.linear import input_projection, output_projection
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
@@ -25,7 +26,13 @@ class Mixer(nn.Module):
         config: The model's configuration.
         pg_collection: Process groups (`tp` and `cp` are read).
         prefix: Prefix of the parameters' global names, `decoder.layers.N.mixer.`.
+
+    Attributes:
+        observe: Called with what the cell did in each forward pass; None observes nothing. A mixer
+            without a cell ignores it.
     """
+
+    observe: Observer | None = None
 
     def __init__(
         self, config: XLSTMConfig, pg_collection: ProcessGroupCollection, prefix: str

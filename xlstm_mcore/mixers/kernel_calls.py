@@ -24,6 +24,7 @@ from xlstm_kernels import (
     slstm_step,
 )
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.observation import Observer, of_mlstm, of_slstm
 from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.mlstm_state import entering_state
@@ -40,6 +41,7 @@ def run_mlstm(
     cache: dict | None,
     context: ContextParallel,
     gate_soft_cap: float | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """The mLSTM cell over this rank's `s` tokens.
 
@@ -56,6 +58,7 @@ def run_mlstm(
         context: Where this rank's tokens lie in the row.
         gate_soft_cap: Cap of the pre-activations, or None. The kernels apply it, unless the capped
             gates are needed here too.
+        observe: Called with what the cell did, or None.
 
     Returns:
         Hidden states `[b, heads, s, v_dim]`.
@@ -71,7 +74,8 @@ def run_mlstm(
         "eps": config.cell_eps,
         "gate_soft_cap": gate_soft_cap,
     }
-    return _matrix_memory(config, (q, k, v, igate, fgate), boundaries, cache, context, options)
+    inputs = q, k, v, igate, fgate
+    return _matrix_memory(config, inputs, boundaries, cache, context, options, observe)
 
 
 def run_mamba2(
@@ -101,9 +105,10 @@ def _matrix_memory(
     cache: dict | None,
     context: ContextParallel,
     options: dict[str, Any],
+    observe: Observer | None = None,
 ) -> Tensor:
     """The mLSTM's kernels over `inputs` (q, k, v and the gates), by chunks or for one token."""
-    _, k, v, igate, fgate = inputs
+    q, k, v, igate, fgate = inputs
     options = options | {"backend": config.kernel_backend}
     boundaries = context.local_slice(boundaries)
     if cache is None:
@@ -118,12 +123,18 @@ def _matrix_memory(
         *inputs,
         state,
         chunk_size=config.chunk_size,
-        return_last_state=cache is not None,
+        return_last_state=cache is not None or observe is not None,
         boundaries=boundaries,
         **options,
     )
+    if cache is not None or observe is not None:
+        h, state = h
     if cache is not None:
-        h, cache["mlstm"] = h
+        cache["mlstm"] = state
+    if observe is not None:
+        capped = (soft_cap(gate, options["gate_soft_cap"]) for gate in (igate, fgate))
+        last = context.rank == context.size - 1
+        observe(of_mlstm(*capped, q, state, row_ends=last, normalize=options["normalize"]))
     return h
 
 
@@ -166,6 +177,7 @@ def run_slstm(
     bias: Tensor,
     boundaries: Tensor | None,
     cache: dict | None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """The sLSTM cell over `s` tokens of the whole row.
 
@@ -176,6 +188,7 @@ def run_slstm(
         bias: `[4, heads, d]`.
         boundaries: Bool `[b, s]`, True at the first token of a document, or None.
         cache: The layer's state between calls, or None; key "slstm" is read and updated.
+        observe: Called with what the cell did, or None.
 
     Returns:
         Hidden states `[b, s, heads, d]`.
@@ -190,12 +203,16 @@ def run_slstm(
         recurrent_weight,
         bias,
         state,
-        return_last_state=cache is not None,
+        return_last_state=cache is not None or observe is not None,
         boundaries=boundaries,
         **_slstm_options(config),
     )
+    if cache is not None or observe is not None:
+        h, state = h
     if cache is not None:
-        h, cache["slstm"] = h
+        cache["slstm"] = state
+    if observe is not None:
+        observe(of_slstm(gate_preacts, recurrent_weight, bias, h, state, boundaries))
     return h
 
 

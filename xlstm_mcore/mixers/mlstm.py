@@ -65,6 +65,7 @@ class MLSTMMixer(Mixer):
             cache,
             self.context,
             self.config.gate_soft_cap,
+            observe=self.observe,
         )
         return self.out_proj(recompute_in_backward(self._output, h, self.head_norm_weight, ogate))[
             0

@@ -78,7 +78,18 @@ class ClassicMLSTMMixer(Mixer):
             for source, weight in zip((x_c, x_c, x_m), self.qkv_weight.chunk(3), strict=True)
         )
         igate, fgate = self._gates(q, k, v)
-        h = run_mlstm(self.config, q, k, v, igate, fgate, boundaries, cache, self.context)
+        h = run_mlstm(
+            self.config,
+            q,
+            k,
+            v,
+            igate,
+            fgate,
+            boundaries,
+            cache,
+            self.context,
+            observe=self.observe,
+        )
         h = recompute_in_backward(
             self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z
         )

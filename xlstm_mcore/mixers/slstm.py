@@ -67,6 +67,7 @@ class SLSTMMixer(Mixer):
             mine(self.bias, 1),
             boundaries,
             cache,
+            observe=self.observe,
         )
         h = recompute_in_backward(self._head_norm, h, mine(self.head_norm_weight, 0)).transpose(
             0, 1
