@@ -33,6 +33,7 @@ from pretrain.watching.history import record_life
 from pretrain.watching.interval import Interval
 from pretrain.watching.metric_writers import open_writers
 from pretrain.watching.metrics import MetricLogger
+from pretrain.watching.profile import ProfileWatcher
 from pretrain.watching.provenance import provenance
 from pretrain.watching.ranks import RankWatcher
 from pretrain.watching.summary import describe_start, write_summary
@@ -148,7 +149,11 @@ class Trainer:
             dp_size=layout.dp_size,
         )
         self._ranks = RankWatcher(config, layout)
-        self._watchers = (CellWatcher(config, layout, self.engine), self._ranks)
+        self._watchers = (
+            CellWatcher(config, layout, self.engine),
+            self._ranks,
+            ProfileWatcher(config, layout, self.state.step),
+        )
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
         self._write_progress("running")

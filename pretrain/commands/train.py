@@ -15,6 +15,7 @@ from pretrain.run_folder import LOGS_FOLDER, life_logs
 from pretrain.supervision.console import ConsoleLog
 from pretrain.supervision.failures import machine_failure
 from pretrain.supervision.lease import Lease
+from pretrain.supervision.out_of_memory import out_of_memory
 from pretrain.supervision.watchdog import Limits, Watchdog
 from pretrain.trainer import Trainer
 from xlstm_io.signals import StopSignal
@@ -55,12 +56,21 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
     ):
         if config.run.max_minutes is not None:
             heard.end_after(60 * config.run.max_minutes)
+        trainer = None
         try:
             layout = layouts.start(config, heard)
             check_kernels_once(config, layout.device)
-            code = Trainer(config, layout, heard, lease, watchdog).train()
+            trainer = Trainer(config, layout, heard, lease, watchdog)
+            code = trainer.train()
         except Exception as error:
-            failure = machine_failure(error, rank)
+            failure = out_of_memory(
+                error,
+                config,
+                rank=rank,
+                processes=int(os.environ.get("WORLD_SIZE", "1")),
+                steps=0 if trainer is None else trainer.state.step - trainer.start.state.step,
+                folder=folder / LOGS_FOLDER,
+            ) or machine_failure(error, rank)
             if failure is None:
                 raise
             raise failure from error

@@ -313,6 +313,15 @@ class WandbConfig(Section):
     """offline: into the run's folder, for `wandb sync` later"""
 
 
+class ProfileConfig(Section):
+    """A profile of a few steps, on every rank."""
+
+    from_step: PositiveInt | None = None
+    """first step that is profiled, counted from 1; null: none"""
+    steps: PositiveInt = 3
+    """how many"""
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
@@ -326,6 +335,8 @@ class LoggingConfig(Section):
     """steps between comparisons of the ranks, which name slow hosts; 0: never"""
     cells: NonNegativeInt = 0
     """steps between looks into every layer: gates, states, gradients and updates; 0: never"""
+    profile: ProfileConfig = ProfileConfig()
+    """trace and table of a few steps, into profile/ of the run's folder"""
     peak_tflops: PositiveFloat | None = None
     """dense TFLOP/s of one device, for the utilisation (mfu); null for the maker's bf16 figure"""
 

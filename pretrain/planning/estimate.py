@@ -57,17 +57,8 @@ def estimate(config: RunConfig, gpus: int, gpu: Gpu) -> Estimate:
         gpus: how many.
         gpu: which.
     """
-    stages = config.model.pattern.split("|")
-    first_of_last = (len(stages) - 1) * gpus // len(stages)
-    counted = [count_rank(config, stages, 0, 0, gpus)]
-    if len(stages) > 1:
-        counted.append(count_rank(config, stages, len(stages) - 1, first_of_last, gpus))
-    fullest = max(counted, key=lambda counts: sum(counts.memory.values()))
-    sent = {
-        key: max(counts.sent.get(key, 0.0) for counts in counted)
-        for key in (TENSOR, DATA, PIPELINE)
-    }
-    seconds = _seconds(config, gpus, gpu, len(stages), sent)
+    fullest = count_fullest(config, gpus)
+    seconds = _seconds(config, gpus, gpu, len(config.model.pattern.split("|")), fullest.sent)
     step = sum(seconds.values())
     tokens = config.tokens_per_step / step
     work = training_flops(config.model, config.data.seq_len) * tokens
@@ -78,6 +69,26 @@ def estimate(config: RunConfig, gpus: int, gpu: Gpu) -> Estimate:
         work / (gpus * gpu.tflops * 1e12),
         gpu.memory - RESERVE - sum(fullest.memory.values()),
     )
+
+
+def count_fullest(config: RunConfig, gpus: int) -> Counts:
+    """The memory of the fullest rank, and the most that a rank sends, of the first and last stage.
+
+    Args:
+        config: the run with its layout, which fits the number of GPUs.
+        gpus: how many.
+    """
+    stages = config.model.pattern.split("|")
+    first_of_last = (len(stages) - 1) * gpus // len(stages)
+    counted = [count_rank(config, stages, 0, 0, gpus)]
+    if len(stages) > 1:
+        counted.append(count_rank(config, stages, len(stages) - 1, first_of_last, gpus))
+    fullest = max(counted, key=lambda counts: sum(counts.memory.values()))
+    sent = {
+        key: max(counts.sent.get(key, 0.0) for counts in counted)
+        for key in (TENSOR, DATA, PIPELINE)
+    }
+    return Counts(fullest.memory, sent)
 
 
 def count_rank(config: RunConfig, stages: list[str], stage: int, rank: int, gpus: int) -> Counts:

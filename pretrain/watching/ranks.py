@@ -31,11 +31,14 @@ from xlstm_mcore.megatron import cpu_runtime
 BEHIND = 0.08  # of the median: what makes a rank slow
 LOOKS = 20  # looks in a row after which a slow host is named
 FIGURES = ("compute", "data_wait", "host")
-# Every collective of torch goes through one of these, whatever name it was imported by.
-_CALLS = (
-    "allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced",
-    "allreduce", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast",
-    "gather", "recv", "reduce", "reduce_scatter", "_reduce_scatter_base",
+# Every collective of torch goes through one of these, whatever name it was imported by. Releases of
+# torch differ in some names; those that are not there are passed over.
+CALLS = (
+    "_allgather_base", "_end_coalescing", "_reduce_scatter_base", "all_gather_single",
+    "all_gather_single_coalesced", "all_to_all_single", "allgather", "allgather_coalesced",
+    "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced", "alltoall",
+    "alltoall_base", "barrier", "broadcast", "gather", "recv", "recv_anysource", "reduce",
+    "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
     "reduce_scatter_tensor_coalesced", "scatter", "send",
 )  # fmt: skip
 
@@ -185,7 +188,7 @@ class CollectiveTimer:
         """Begin to measure."""
         self.host_seconds, self._marks = 0.0, []
         self._owner = threading.current_thread()
-        for owner, names in ((dist.ProcessGroup, _CALLS), (dist.Work, ("wait",))):
+        for owner, names in ((dist.ProcessGroup, CALLS), (dist.Work, ("wait",))):
             for name in names:
                 if name in vars(owner):
                     # The descriptor goes back. What `getattr` gives is a function without a self.

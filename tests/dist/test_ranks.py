@@ -1,7 +1,9 @@
 """A slow rank is found although its collectives end at the same time on all ranks."""
 
+import inspect
 import json
 import os
+import re
 import time
 from unittest import mock
 
@@ -51,6 +53,16 @@ def test_waiting_for_a_slow_rank_is_not_computing(pool):
     (fast, whole), (slow, _) = pool(2, between_collectives)
     assert whole > 2.5 * SECONDS and slow > 3 * SECONDS
     assert fast < whole - 2 * SECONDS, "all three waits are taken off"
+
+
+def test_no_collective_of_this_torch_is_left_out():
+    source = inspect.getsource(dist.distributed_c10d)
+    called = set(re.findall(r"\bgroup\.([a-z_]+)\(", source))
+    silent = {"_get_backend", "_start_coalescing", "rank", "size"}
+    missing = {
+        name for name in called - silent - set(ranks.CALLS) if hasattr(dist.ProcessGroup, name)
+    }
+    assert not missing
 
 
 def train_with_a_slow_rank(raw):

@@ -28,6 +28,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,28 @@ def memory_bytes() -> int:
         with open("/proc/self/statm", encoding="ascii") as pages:
             return int(pages.read().split()[1]) * resource.getpagesize()
     return torch.cuda.memory_allocated()
+
+
+def device_memory_bytes() -> int:
+    """All memory of this process's device: the GPU's, or the machine's."""
+    if needed():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def save_memory_snapshot(path: Path) -> bool:
+    """Write what lies in the device's memory, for pytorch.org/memory_viz.
+
+    Returns:
+        Whether there is such a file now: there is none for a CPU, nor where it cannot be written.
+    """
+    if needed():
+        return False
+    try:
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def mark() -> Any:

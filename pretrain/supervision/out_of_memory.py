@@ -1,0 +1,69 @@
+"""What an error says when a device has no memory left: where it went, and what to change first.
+
+In the first steps of a life that is the run file's mistake. Later it is not: the same work fitted
+many times, so the memory was fragmented or somebody else's, and the same command may be repeated.
+"""
+
+from pathlib import Path
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.planning.advice import ask, text
+from xlstm_io.errors import ConfigError, MachineFailed
+from xlstm_mcore.megatron import cpu_runtime
+
+FIRST_STEPS = 3  # of a life, in which every tensor of a step has been there once
+
+
+def out_of_memory(
+    error: BaseException,
+    config: RunConfig,
+    *,
+    rank: int,
+    processes: int,
+    steps: int,
+    folder: Path,
+) -> ConfigError | MachineFailed | None:
+    """An error as the end of the device's memory, or None if it is something else.
+
+    Args:
+        error: what ended this rank.
+        config: the run.
+        rank: of this process.
+        processes: how many the run has.
+        steps: that this life has done.
+        folder: where a snapshot of the device's memory goes.
+
+    Returns:
+        A `ConfigError` in the first steps of a life, else a `MachineFailed`.
+    """
+    if not is_out_of_memory(error):
+        return None
+    used, peak = cpu_runtime.memory_bytes(), cpu_runtime.peak_memory_bytes()
+    limit = cpu_runtime.device_memory_bytes()
+    snapshot = folder / f"memory-rank_{rank}.pickle"
+    kept = cpu_runtime.save_memory_snapshot(snapshot)
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [
+        f"rank {rank} ran out of memory after {steps} steps of this start: {first_line}",
+        f"it held {used / 1e9:.2f} GB then, and {peak / 1e9:.2f} GB at most, of "
+        f"{limit / 1e9:.2f} GB",
+    ]
+    if kept:
+        lines.append(f"{snapshot} shows every block of it; open it at pytorch.org/memory_viz")
+    if steps >= FIRST_STEPS:
+        lines.append(
+            "earlier steps had room enough, so repeat the command; if it comes again, lower "
+            "data.micro_batch or use a higher memory.recompute"
+        )
+        return MachineFailed("\n".join(lines))
+    lines.append(text(ask(config, processes, limit), processes, limit))
+    return ConfigError("\n".join(lines))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation of tensors failed, on a GPU or in host memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
