@@ -6,9 +6,10 @@ The demo's own configuration (pretrain/configs/cpu_demo.yaml: two processes, log
 as there) trains through `pretrain.trainer.Trainer`; rank 0 times each part of the loop. The model
 is `engine.forward_backward`, `engine.gradient_norm` and `engine.step`. Everything else between two
 steps' starts is overhead: loader, verdict (with the wait for the other rank), logging, the stall of
-a checkpoint, and what is left. A part's cost per step is its median where it happens times how
-often it happens; checkpoints are taken more often here, to have several, and count as often as in
-the demo. Their writing in the background is not in it, and slows the model's steps that it meets.
+a checkpoint, the check of the replicas, and what is left. A part's cost per step is its median
+where it happens times how often it happens; checkpoints and checks are made more often here, to
+have several, and count as often as in the demo. The writing of checkpoints in the background is not
+in it, and slows the model's steps that it meets.
 
 Goal: at most 3 % of a step.
 """
@@ -35,6 +36,7 @@ DEMO = ROOT / "pretrain" / "configs" / "cpu_demo.yaml"
 GOAL = 0.03
 WARM_UP = 3  # steps that allocate and compile
 TIMES_FILE = "times.json"
+CHECK = "check of the replicas"
 MODEL = ("forward_backward", "gradient norm", "optimizer")
 QUICK = {
     "model.pattern": "M",
@@ -85,6 +87,7 @@ def worker(config: RunConfig) -> int:
     from pretrain import layout as layouts
     from pretrain.data import TrainLoader
     from pretrain.engines.verdict import Guard
+    from pretrain.guard.replicas import ReplicaWatcher
     from pretrain.trainer import Trainer
     from pretrain.watching.metrics import MetricLogger
     from xlstm_io.signals import StopSignal
@@ -109,6 +112,8 @@ def worker(config: RunConfig) -> int:
             (Guard, "judge"): "verdict",
             (MetricLogger, "log"): "logging",
             (trainer, "_save"): "checkpoint stall",
+            (ReplicaWatcher, "before_update"): CHECK,
+            (ReplicaWatcher, "tell"): CHECK,
         }
         for (owner, name), part in parts.items():
             setattr(owner, name, clock.timed(part, getattr(owner, name)))
@@ -119,20 +124,22 @@ def worker(config: RunConfig) -> int:
     return code
 
 
-def summarize(steps: Sequence[dict[str, float]], interval: int) -> tuple[float, dict[str, float]]:
-    """(median seconds of a step without a checkpoint, each part's seconds per step).
+def summarize(
+    steps: Sequence[dict[str, float]], intervals: dict[str, int]
+) -> tuple[float, dict[str, float]]:
+    """(median seconds of a step with neither checkpoint nor check, each part's seconds per step).
 
-    interval: steps between two checkpoints, in the run that the figures are for.
+    intervals: steps between two of the parts that are rare, in the run that the figures are for.
     """
     steps = [s | {"other": 2 * s["step"] - sum(s.values())} for s in steps[WARM_UP:]]
-    ordinary = [s for s in steps if "checkpoint stall" not in s]
+    ordinary = [s for s in steps if not intervals.keys() & s]
     costs = {}
     for part in dict.fromkeys(part for step in steps for part in step):
-        if part == "checkpoint stall":
-            rate = 1 / interval
+        if part in intervals:
+            rate = 1 / intervals[part]
         else:
             rate = sum(part in step for step in ordinary) / len(ordinary)
-        chosen = steps if part == "checkpoint stall" else ordinary
+        chosen = steps if part in intervals else ordinary
         costs[part] = rate * statistics.median([s[part] for s in chosen if part in s] or [0.0])
     return costs.pop("step"), costs
 
@@ -158,6 +165,7 @@ def measure(folder: Path, steps: int, quick: bool) -> tuple[float, dict[str, flo
         "data.path": str(folder / "shards"),
         "schedule.warmup_steps": 1,
         "checkpoint.interval": 7,  # not always at a logged step
+        "guard.check_replicas": 6,
         "evaluation.interval": steps,
         "evaluation.max_batches": 1,
         **(QUICK if quick else {}),
@@ -177,7 +185,8 @@ def measure(folder: Path, steps: int, quick: bool) -> tuple[float, dict[str, flo
     if code:
         raise SystemExit(f"the run ended with {code}; see above")
     times = json.loads((folder / "run" / TIMES_FILE).read_text(encoding="utf-8"))
-    return summarize(times, demo.checkpoint.interval)
+    intervals = {"checkpoint stall": demo.checkpoint.interval, CHECK: demo.guard.check_replicas}
+    return summarize(times, intervals)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

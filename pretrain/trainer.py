@@ -20,7 +20,7 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.guard.divergence import DivergedError, RejectedStep, diverged, keep_evidence
-from pretrain.guard.replicas import check_replicas
+from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
@@ -150,6 +150,7 @@ class Trainer:
         )
         self._ranks = RankWatcher(config, layout)
         self._watchers = (
+            ReplicaWatcher(config, layout, self.engine),
             CellWatcher(config, layout, self.engine),
             self._ranks,
             ProfileWatcher(config, layout, self.state.step),
@@ -193,9 +194,6 @@ class Trainer:
                 if superseded:
                     self._check_lease()  # raises on every rank
                 step = self.state.step
-                every = config.guard.check_replicas
-                if every and step % every == 0:  # before a damaged state could be saved
-                    check_replicas(self.engine, self.layout, since=step - every)
                 last = step == steps
                 save = last or stopping or step % config.checkpoint.interval == 0
                 if save:

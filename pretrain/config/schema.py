@@ -285,7 +285,7 @@ class GuardConfig(Section):
     max_skipped: PositiveInt = 50
     """steps in a row without an update that stop a run, whatever the reason of each"""
     check_replicas: NonNegativeInt = 1000
-    """steps between comparisons of what several ranks hold alike, bit for bit; 0: never"""
+    """steps between comparisons of what several ranks hold or compute, bit for bit; 0: never"""
     kernel_check: Literal["once", "always", "off"] = "once"
     """compare the kernels with fp64 references before training; once: per device and driver"""
     hang_timeout: NonNegativeFloat | None = None

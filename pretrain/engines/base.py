@@ -43,8 +43,8 @@ class Engine(Protocol):
         models: this rank's model chunks.
         num_parameters: parameters of the whole model.
         own_losses: this rank's losses of the last micro-batches that ran, before they were summed
-            over ranks: fp64 `[2]` each, the sum of the unmasked tokens' losses and their number.
-            Only ranks of the last pipeline stage have any.
+            over ranks, as `forward_backward` returns them. Only ranks of the last pipeline stage
+            have any.
     """
 
     models: Sequence[nn.Module]
@@ -92,6 +92,9 @@ class Engine(Protocol):
 
     def held(self) -> Iterator[Held]:
         """What this rank holds that other ranks may hold too, in the same order on all of them."""
+
+    def held_gradients(self) -> Iterator[Held]:
+        """The same of the whole gradient, between its norm and the step; see `gradients`."""
 
     def close(self) -> None:
         """Free the memory of model and optimizer, for a process that goes on without them."""

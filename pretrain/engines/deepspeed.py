@@ -163,6 +163,17 @@ class DeepSpeedEngine(ModelEngine):
             split = parameter.tensor_model_parallel
             yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
 
+    def held_gradients(self) -> Iterator[Held]:
+        """The gradients of what tensor-parallel ranks replicate, gathered from the partitions."""
+        # Those of an offloaded optimizer are in host memory, each rank's own part alone.
+        if self.layout.groups.tp.size() == 1 or self.config.engine.offload != "none":
+            return
+        for _, parameter, slices in self._parameters():
+            if not parameter.tensor_model_parallel:
+                gradient = compat.whole_gradient(parameter)
+                name = f"gradient of {slices[0].name}"
+                yield Held(name, gradient, over_data=False, over_tensor=True)
+
     def close(self) -> None:
         """Free the memory of model and optimizer."""
         compat.destroy(self.engine)

@@ -145,6 +145,13 @@ class MegatronEngine(ModelEngine):
             split = parameter.tensor_model_parallel
             yield Held(part.name, part.tensor, over_data=whole, over_tensor=not split)
 
+    def held_gradients(self) -> Iterator[Held]:
+        """What this rank holds of the gradient that other ranks may hold too."""
+        whole = not self.optimizer.partitioned
+        for parameter, part in self.optimizer.gradients():
+            name, split = f"gradient of {part.name}", parameter.tensor_model_parallel
+            yield Held(name, part.tensor, over_data=whole, over_tensor=not split)
+
     def close(self) -> None:
         """Free the memory of model and optimizer."""
         del self.optimizer  # weights in fp32 lead from it to DDP's hooks

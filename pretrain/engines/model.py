@@ -69,7 +69,7 @@ class ModelEngine:
 
     def _sum(self, losses: list[Tensor], batches: list[Batch]) -> Tensor:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""
-        self.own_losses = [loss[:2] for loss in losses]
+        self.own_losses = losses
         return sum_losses(losses, self.layout, batches[0].sources.shape[1])
 
     def _held_weights(self) -> Iterator[Held]:

@@ -184,7 +184,7 @@ def keep_evidence(
     """
     groups = layout.groups
     # Tensor-parallel ranks have the same losses, and context-parallel ranks parts of one row.
-    mine = [loss.tolist() for loss in losses] if groups.tp.rank() == 0 else []
+    mine = [loss[:2].tolist() for loss in losses] if groups.tp.rank() == 0 else []
     batches: dict[tuple[int, int], list[float]] = {}
     for replica, found in layout.gather((layout.dp_rank, mine)):
         for number, (total, tokens) in enumerate(found):

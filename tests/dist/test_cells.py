@@ -30,7 +30,7 @@ def look(model, changes):
     # Every replica looks at its first micro-batch: together the same two rows on every layout.
     results = []
     for step in range(2):
-        batches = work.global_batch(config, step)[layout.dp_rank :: layout.dp_size]
+        batches = work.random_batches(config, step)[layout.dp_rank :: layout.dp_size]
         results.append(train_step(engine, batches, 1e-2, watchers=[watcher]))
         lines = watcher.lines(step + 1, batches[0])
     return lines, results[-1].grad_norm

@@ -9,7 +9,9 @@ import pretrain.commands.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
-from pretrain.guard.replicas import bit_hash, check_replicas
+from pretrain.guard.replicas import ReplicaWatcher, bit_hash, check_replicas, check_twice
+from pretrain.trainer import train_step
+from pretrain.watching.watcher import WatchedStep
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
@@ -73,6 +75,86 @@ def train_and_flip(config, flips):
         if layout.rank == layout.world_size - 1:
             flip(tensor)
     return [*answers, said()]
+
+
+def compute_twice(config, wrong, deterministic):
+    """What is said when the last rank computes wrongly in some of its forward passes."""
+    engine, layout = work.make_engine(config)
+    batch = work.random_batches(config, 0)[layout.dp_rank]
+    passes = []
+
+    def spoil(module, inputs, output):
+        passes.append(None)
+        last = layout.rank == layout.world_size - 1
+        return output * (1 + 2**-20) if last and len(passes) in wrong else None
+
+    engine.models[-1].decoder.layers[-1].register_forward_hook(spoil)
+    try:
+        return check_twice(engine, layout, batch, 0, deterministic=deterministic)
+    except MachineFailed as error:
+        return str(error)
+
+
+ALWAYS, ONCE = (1, 2, 3), (2,)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        pytest.param(2, {}, id="dp2"),
+        pytest.param(4, {**TP2}, id="dp2-tp2"),
+        pytest.param(4, {"layout__pipeline": 2, "layout__virtual": 1}, id="dp2-pp2"),
+        pytest.param(2, {**ZERO, "engine__zero_stage": 3}, id="ds3", marks=needs_deepspeed),
+    ],
+)
+def test_a_wrong_computation_is_found(pool, ranks, changes):
+    config = work.run_config("large", **changes)
+    assert pool(ranks, compute_twice, config, (), True) == [[]] * ranks
+    last, before = ranks - 1, {2: 0, 4: 1 if changes.get("layout__tensor") else 2}[ranks]
+    for said in pool(ranks, compute_twice, config, ALWAYS, False):
+        assert f"rank {before} and rank {last} compute the same micro-batch differently" in said
+    for said in pool(ranks, compute_twice, config, ONCE, True):
+        assert f"rank {last} computes the same micro-batch in two ways" in said
+    for (said,) in pool(ranks, compute_twice, config, ONCE, False):
+        assert f"rank {last} computes the same micro-batch in two ways: a device is faulty" in said
+
+
+def differing_gradient(config, name):
+    """What is said when the last rank's gradient of a parameter differs before the update."""
+    engine, layout = work.make_engine(config)
+    watcher = ReplicaWatcher(config, layout, engine)
+    batches = work.random_batches(config, 0)[layout.dp_rank :: layout.dp_size]
+    original = type(engine).held_gradients
+
+    def held_gradients(engine):
+        for held in original(engine):
+            if held.name == f"gradient of {name}" and layout.rank == layout.world_size - 1:
+                flip(held.tensor)
+            yield held
+
+    with mock.patch.object(type(engine), "held_gradients", held_gradients):
+        watcher.due(1)
+        train_step(engine, batches, 1e-2, watchers=[watcher])
+    try:
+        watcher.tell(WatchedStep(1, batches, 0.0), mock.Mock())
+    except MachineFailed as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(TP2, id="tp2"),
+        pytest.param({**TP2, "layout__sequence": True}, id="tp2-sp"),
+        pytest.param({**TP2, **ZERO, "engine__zero_stage": 2}, id="ds2", marks=needs_deepspeed),
+    ],
+)
+def test_a_gradient_that_differs_between_tensor_ranks_is_found(pool, changes):
+    config = work.run_config("large", guard__check_replicas=1, **changes)
+    assert pool(2, differing_gradient, config, "nothing") == [""] * 2
+    for said in pool(2, differing_gradient, config, NORM):
+        assert f"gradient of {NORM} between tensor-parallel ranks: rank 0, 1 of 0, 1" in said
 
 
 WEIGHT, NORM = "decoder.layers.0.mixer.q_proj.weight", "decoder.layers.1.mixer_norm.weight"
