@@ -336,7 +336,6 @@ class Trainer:
             **asdict(self.state),
             "life": self.life,
             "provenance": self.provenance,
-            "evaluation_due": self.validation.due(self.state.step),
             "curve": self.start.curve.to_dict(),
             "divergence": self.divergence.to_dict(),
             "cursor": self.loader.cursor.to_dict(),

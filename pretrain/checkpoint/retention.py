@@ -32,8 +32,9 @@ class Retention:
     Attributes:
         keep: How many of the newest checkpoints (by step, then time); None for all.
         keep_every: Checkpoints of steps that this number divides are kept for ever; None for none.
-        keep_best: How many of those with the lowest validation loss, measured at their own step.
-            With it those also stay whose loss is still to be measured.
+        keep_best: How many of those with the lowest validation loss, measured at their own step. A
+            loss is measured before the next checkpoint is saved, or never: so a checkpoint that is
+            not the newest and has no loss is not waited for.
 
     Raises:
         CheckpointError: `keep` is less than 1.
@@ -59,7 +60,6 @@ class Saved:
         step: Its step.
         created: When its manifest was written, in seconds since 1970.
         valid_loss: The validation loss at its step; inf where none was measured.
-        unmeasured: Whether a loss is to be measured at its step, and is not there yet.
         finite: Whether the loss of its last step was finite.
     """
 
@@ -67,7 +67,6 @@ class Saved:
     step: int
     created: float
     valid_loss: float = math.inf
-    unmeasured: bool = False
     finite: bool = True
 
 
@@ -93,8 +92,6 @@ def to_delete(
     measured = [s for s in newest if s.valid_loss < math.inf]
     best = sorted(measured, key=lambda s: s.valid_loss)  # of equals the newest
     stay |= {s.path for s in best[: retention.keep_best]}
-    if retention.keep_best:  # the step that is being measured may be the best
-        stay |= {s.path for s in newest if s.unmeasured}
     stay |= {s.path for s in [s for s in newest if s.finite][:1]}
     if onset is not None:
         stay |= {s.path for s in [s for s in newest if s.step < onset][:1]}
@@ -161,10 +158,9 @@ def _about(path: Location) -> tuple[Saved, int]:
     """A checkpoint, and the life that wrote it."""
     manifest = parse_manifest(path)
     measured = read_evaluation(path, manifest)
-    due = bool(manifest.state.get("evaluation_due"))
     loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
     finite = manifest.state.get("loss", 0.0) is not None
-    saved = Saved(path, manifest.step, manifest.created, loss, due and measured is None, finite)
+    saved = Saved(path, manifest.step, manifest.created, loss, finite)
     return saved, int(manifest.state.get("life", 0))
 
 

@@ -205,22 +205,23 @@ def steps_in(folder):
     return sorted(int(p.name.split("-")[1]) for p in folder.iterdir())
 
 
-def test_a_step_that_is_being_measured_stays_until_its_loss_is_there(tmp_path):
-    """Nobody knows yet whether it is the best."""
+def test_a_step_whose_loss_is_never_measured_is_not_kept_for_good(tmp_path):
     retention = Retention(keep=1, keep_best=1)
     with CheckpointSaver(tmp_path, retention=retention) as saver:
         for step, loss in ((1, 2.0), (2, 3.0), (3, 1.0)):
-            saver.save(slices_of(step), {"evaluation_due": True}, {}, step=step)
+            saver.save(slices_of(step), {}, {}, step=step)
             saver.record(Evaluation(step, loss))
-        saver.save(slices_of(4), {"evaluation_due": True}, {}, step=4)
-        saver.save(slices_of(5), {"evaluation_due": False}, {}, step=5)
-        saver.save(slices_of(6), {}, {}, step=6)
+        saver.save(slices_of(4), {}, {}, step=4)
         saver.wait()
-        assert steps_in(tmp_path) == [3, 4, 6]
-    assert Retention(keep=1).keep_best == 0, "without a best nobody waits for a loss"
-    with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
+        assert steps_in(tmp_path) == [3, 4], "the newest may be measured yet"
+        saver.save(slices_of(5), {}, {}, step=5)
+        saver.record(Evaluation(5, 0.5))
+        saver.wait()
+        assert steps_in(tmp_path) == [5], "it is the best now"
+        saver.save(slices_of(6), {}, {}, step=6)
         saver.save(slices_of(7), {}, {}, step=7)
-    assert steps_in(tmp_path) == [7]
+        saver.wait()
+        assert steps_in(tmp_path) == [5, 7]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
