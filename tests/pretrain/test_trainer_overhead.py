@@ -32,7 +32,7 @@ def test_every_part_of_the_loop_is_measured(warm_python, monkeypatch, capfd):
     for part in (
         "gradient norm",
         "checkpoint stall",
-        "check of the replicas",
+        trainer_overhead.CHECK,
         "around the model: ",
     ):
         assert part in out
