@@ -26,7 +26,9 @@ from pretrain.checkpoint import (
 )
 from pretrain.commands.show import show
 from tests import fake_object_store
+from xlstm_io.checkpoint import reader
 from xlstm_io.checkpoint.manifest import manifest_checksum
+from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import hash_file
 from xlstm_io.storage import RemotePath, location
 
@@ -266,3 +268,22 @@ def test_a_url_is_remote_and_a_path_is_not():
     assert str(location("file:///a/b")) == "/a/b" and str(location("a/b")) == "a/b"
     path = RemotePath("s3://a/b/c")
     assert (path.name, str(path.parent), str(path / "d")) == ("c", "s3://a/b", "s3://a/b/c/d")
+
+
+def test_slices_whose_comparison_takes_days_are_refused(checkpoint, monkeypatch):
+    """A grid of single elements: nothing overlaps, and each is compared with all beside it."""
+    data = bytearray((checkpoint / DATA).read_bytes())
+    begin = len(data) - 4 * SHAPE[0] * SHAPE[1]
+
+    def grid(rows):
+        rows[:] = [
+            [[i, j], [1, 1], DATA, begin + 4 * (i * SHAPE[1] + j), "0" * 16]
+            for i in range(SHAPE[0])
+            for j in range(SHAPE[1])
+        ]
+
+    rewrite_rows(checkpoint, grid)
+    CheckpointReader(checkpoint)
+    monkeypatch.setattr(reader, "MOST_COMPARED", 500)
+    with pytest.raises(CheckpointDamagedError, match="too many of its slices lie side by side"):
+        CheckpointReader(checkpoint)

@@ -53,6 +53,9 @@ __all__ = [
 #: enough that reading a part of a tensor reads little else, and large enough for full speed.
 STORED_SLICE_BYTES = 16 << 20
 
+MOST_COMPARED = 50_000_000
+"""Comparisons of slices after which a tensor is refused: half a minute; a file can ask for days."""
+
 
 @dataclass(frozen=True)
 class TensorSlice:
@@ -300,8 +303,12 @@ def check_exact_cover(
     axis = max(range(len(shape)), key=lambda a: len({o[a] for o, _, _ in slices}), default=None)
     if axis is not None:
         active: list[tuple[Sequence[int], Sequence[int], int]] = []
+        compared = 0
         for part in sorted(slices, key=lambda p: p[0][axis]):
             offset, size, rank = part
+            compared += len(active)
+            if compared > MOST_COMPARED:
+                raise CheckpointError(f"{name}: too many of its slices lie side by side")
             active = [p for p in active if p[0][axis] + p[1][axis] > offset[axis]]
             for other_offset, other_size, other_rank in active:
                 if all(
