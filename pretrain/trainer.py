@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import CheckpointSaver, Retention, candidates_together
-from pretrain.config import RunConfig, save_config
+from pretrain.config import RunConfig, micro_batches, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
@@ -147,6 +147,7 @@ class Trainer:
             ),
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
+            micro_batches=lambda rows: micro_batches(config, layout.dp_size, rows),
         )
         self._ranks = RankWatcher(config, layout)
         self._watchers = (

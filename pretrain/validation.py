@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, micro_batches
 from pretrain.data import Batch, DataPlan, ValidLoader, open_valid
 from pretrain.engines.base import Engine, mean_of
 from pretrain.layout import Layout
@@ -82,7 +82,7 @@ class Validation:
 
     def _max_batches(self) -> int | None:
         """Batches of this replica per set; None for all."""
-        data, limit = self._config.data, self._config.evaluation.max_batches
+        limit = self._config.evaluation.max_batches
         if limit is None:
             return None
-        return limit * (data.global_batch // (data.micro_batch * self._layout.dp_size))
+        return limit * micro_batches(self._config, self._layout.dp_size)

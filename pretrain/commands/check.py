@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from pretrain.config import support
-from pretrain.config.checks import data_parallel_size
+from pretrain.config.checks import data_parallel_size, filled_rows, micro_batches
 from pretrain.config.schema import RunConfig
 from pretrain.supervision.progress_file import read_progress
 from xlstm_mcore.pattern import LETTERS, parse_pattern
@@ -92,12 +92,14 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     ]
     if world_size is not None:
         replicas = data_parallel_size(config, world_size)
-        micro = data.global_batch // (data.micro_batch * replicas)
+        micro = micro_batches(config, replicas)
         lines.append(
             f"on {world_size} processes    {replicas} data parallel replica"
             f"{'s' if replicas > 1 else ''}, {micro} micro-batches of {data.micro_batch} rows each "
             "per step"
         )
+        cost = filled_rows(config, replicas)
+        lines += [f"filled batch      {cost}"] if cost else []
     lines += [
         f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",

@@ -7,7 +7,7 @@ back gives an equal configuration. `check_world` adds the rules that need the nu
 Nothing here imports torch.
 """
 
-from pretrain.config.checks import check_world, data_parallel_size
+from pretrain.config.checks import check_world, data_parallel_size, filled_rows, micro_batches
 from pretrain.config.load import (
     config_from_dict,
     config_of_checkpoint,
@@ -51,7 +51,9 @@ __all__ = [
     "config_of_checkpoint",
     "config_text",
     "data_parallel_size",
+    "filled_rows",
     "load_config",
+    "micro_batches",
     "override_option",
     "save_config",
     "split_overrides",

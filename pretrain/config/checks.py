@@ -280,6 +280,35 @@ def _missing_packages(config: RunConfig) -> Iterator[str]:
         )
 
 
+def micro_batches(config: RunConfig, replicas: int, batch: int | None = None) -> int:
+    """Micro-batches of a step on each replica.
+
+    With `data.fill_batch` the last ones may hold rows without a loss.
+
+    Args:
+        config: the run.
+        replicas: data parallel size.
+        batch: rows of the global batch; None for that after the ramp.
+    """
+    data, layout = config.data, config.layout
+    number = -(-(batch or data.global_batch) // (data.micro_batch * replicas))
+    # The interleaved schedule takes whole groups only.
+    group = layout.pipeline if layout.virtual > 1 and data.fill_batch else 1
+    return -(-number // group) * group
+
+
+def filled_rows(config: RunConfig, replicas: int) -> str:
+    """What `data.fill_batch` costs on so many replicas; empty where it fills nothing up."""
+    rows = micro_batches(config, replicas) * config.data.micro_batch * replicas
+    wanted = config.data.global_batch
+    if rows == wanted:
+        return ""
+    return (
+        f"data.fill_batch computes {rows:,} rows for {wanted:,}: {rows / wanted - 1:.1%} more "
+        f"work per step, for {counted(replicas, 'replica')}"
+    )
+
+
 def check_world(config: RunConfig, world_size: int) -> int:
     """Check a run that is to start: its packages, and layout and batch for its processes.
 
@@ -297,21 +326,21 @@ def check_world(config: RunConfig, world_size: int) -> int:
     replicas = data_parallel_size(config, world_size)
     data, layout = config.data, config.layout
     rows = data.micro_batch * replicas
-    for place, batch in data.global_batches:
+    for place, batch in () if data.fill_batch else data.global_batches:
         if batch % rows:
             raise ConfigError(
                 f"{place}.global_batch={batch} does not split into data.micro_batch="
                 f"{data.micro_batch} rows on each of {replicas} data parallel replicas; use a "
                 f"multiple of {rows}, such as {batch + rows - batch % rows}, "
-                "or a smaller micro_batch"
+                "or a smaller micro_batch; data.fill_batch=true fills it with rows without a loss"
             )
-        micro_batches = batch // rows
-        if layout.virtual > 1 and micro_batches % layout.pipeline:
+        number = batch // rows
+        if layout.virtual > 1 and number % layout.pipeline:
             raise ConfigError(
                 f"layout.virtual={layout.virtual} needs a multiple of layout.pipeline="
-                f"{layout.pipeline} micro-batches per step, but there are {micro_batches} "
+                f"{layout.pipeline} micro-batches per step, but there are {number} "
                 f"({place}.global_batch={batch} over {rows} rows at a time); use {place}."
-                f"global_batch={rows * layout.pipeline * -(-micro_batches // layout.pipeline)}"
+                f"global_batch={rows * layout.pipeline * -(-number // layout.pipeline)}"
             )
     return replicas
 

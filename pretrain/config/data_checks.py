@@ -78,7 +78,7 @@ def _phase_order(config: RunConfig) -> Iterator[str]:
 def _batch(config: RunConfig) -> Iterator[str]:
     data = config.data
     for place, batch in data.global_batches:
-        if batch % data.micro_batch:
+        if batch % data.micro_batch and not data.fill_batch:
             yield (
                 f"data.micro_batch={data.micro_batch} does not divide {place}.global_batch="
                 f"{batch}; use {choices(divisors(batch))}"

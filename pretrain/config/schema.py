@@ -137,6 +137,8 @@ class DataConfig(Section):
     """rows per forward pass of one process"""
     batch_ramp: list[RampStage] = Field(default_factory=list)
     """smaller batches at the start"""
+    fill_batch: bool = False
+    """rows without a loss fill a global batch that the replicas do not divide; they cost time"""
     shuffle: Literal["row", "window"] = "row"
     """row mixes all rows; window mixes those of a few files at a time, for slow storage"""
     window_shards: PositiveInt = 16

@@ -56,6 +56,10 @@ class Batch:
         """The same batch on `device`."""
         return Batch(*(part.to(device, non_blocking=True) for part in vars(self).values()))
 
+    def without_loss(self) -> Batch:
+        """The same batch with every token masked."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
+
     @classmethod
     def of(cls, rows: Rows, sources: np.ndarray | None = None) -> Batch:
         """All rows as one batch.

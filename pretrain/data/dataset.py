@@ -321,7 +321,7 @@ def read_rows(datasets: Sequence[TokenDataset], which: np.ndarray, rows: np.ndar
     for number in np.unique(which).tolist():
         places = np.flatnonzero(which == number)
         damaged += datasets[number].fill(rows[places], places, tokens, segments, labels)
-    owner = np.repeat(np.arange(len(rows)), [len(part) for part in segments])
+    owner = np.repeat(np.arange(len(rows)), np.array([len(part) for part in segments], np.int64))
     flat = np.concatenate(segments) if segments else np.empty(0, np.uint32)
     return Rows(tokens, labels, flat, owner, sorted(damaged, key=lambda item: item[0]))
 

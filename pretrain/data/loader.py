@@ -18,10 +18,10 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset as wds
@@ -73,7 +73,9 @@ class _Steps:
         dp_size: int,
         first_step: int,
         consumed_samples: int,
+        micro_batches: Callable[[int], int],
     ) -> None:
+        self.micro_batches = micro_batches
         self.plan, self.ramp, self.micro_batch = plan, ramp, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.first_step = first_step
@@ -84,14 +86,18 @@ class _Steps:
         return count(self.first_step)
 
     def samples(self, step: int) -> np.ndarray:
-        """Sample numbers of this rank in a step, one micro-batch after the other."""
+        """Sample numbers of this rank in a step, one micro-batch after the other.
+
+        Those past the end of the global batch, which a filled batch has places for, are left out:
+        they would be the last of every rank.
+        """
         first = self.ramp.samples(step) + self._offset
+        end = first + self.ramp.size(step)
         starts = np.arange(
-            first + self.dp_rank * self.micro_batch,
-            first + self.ramp.size(step),
-            self.micro_batch * self.dp_size,
+            first + self.dp_rank * self.micro_batch, end, self.micro_batch * self.dp_size
         )
-        return (starts[:, None] + np.arange(self.micro_batch)).ravel()
+        samples = (starts[:, None] + np.arange(self.micro_batch)).ravel()
+        return samples[samples < end]
 
     def make(self, numbers: Iterator[int]) -> Iterator[Item]:
         """Read each step; this is the stage of the pipeline.
@@ -102,26 +108,33 @@ class _Steps:
         exception from a worker process as it is.
         """
         try:
-            for samples, which, rows in self._located(numbers):
+            for step, samples, which, rows in self._located(numbers):
                 found = self.plan.read(which, rows)
+                sources = self.plan.sources_of(which, rows)
+                places = self.micro_batches(self.ramp.size(step)) * self.micro_batch
+                if places > len(rows):
+                    found = found.padded(places, self.plan.manifest.pad_id)
+                    # Without a loss it does not matter whose they are.
+                    sources = np.pad(sources, (0, places - len(rows)))
                 damaged = [
                     DamagedRow.of(int(samples[n]), self.plan.names[which[n]], int(rows[n]), error)
                     for n, error in found.damaged
                 ]
-                yield StepRows(found, self.plan.sources_of(which, rows), damaged)
+                yield StepRows(found, sources, damaged)
         except Exception as error:  # handed to the consumer, whatever it is
             yield error
 
-    def _located(self, numbers: Iterator[int]) -> Iterator[tuple[np.ndarray, ...]]:
-        """The samples of each step, with their sources and rows."""
+    def _located(self, numbers: Iterator[int]) -> Iterator[tuple[Any, ...]]:
+        """Each step with its samples, and their sources and rows."""
         for step in numbers:
             window = [self.samples(step)]
-            more = _LOOK_AHEAD // len(window[0]) - 1
-            window += [self.samples(number) for number in islice(numbers, max(0, more))]
+            more = _LOOK_AHEAD // max(1, len(window[0])) - 1
+            steps = [step, *islice(numbers, max(0, more))]
+            window += [self.samples(number) for number in steps[1:]]
             ends = np.cumsum([len(part) for part in window])[:-1]
             samples = np.concatenate(window)
             found = (samples, *self.plan.locate(samples))
-            yield from zip(*(np.split(part, ends) for part in found), strict=True)
+            yield from zip(steps, *(np.split(part, ends) for part in found), strict=True)
 
 
 def _produce(pipeline: wds.DataPipeline, out: queue.Queue, stop: threading.Event) -> None:
@@ -151,6 +164,9 @@ class TrainLoader:
         workers: Processes that read ahead; 0 reads ahead in a thread of this process.
         quarantine: Where damaged rows go, if the plan's datasets return them as padding.
         skipped: Samples that were left out before; the cursor carries them on.
+        micro_batches: How many of them a rank has for a global batch of so many rows. Where they
+            have more places than there are rows, the last ones are padding without a loss. None:
+            there must be as many places as rows.
 
     Raises:
         ValueError: A batch of the ramp is not a multiple of micro_batch * dp_size, or a number is
@@ -172,11 +188,12 @@ class TrainLoader:
         workers: int = 0,
         quarantine: Quarantine | None = None,
         skipped: tuple[tuple[int, int], ...] = (),
+        micro_batches: Callable[[int], int] | None = None,
     ) -> None:
         _check_rank(dp_rank, dp_size)
+        per_step = max(micro_batch, 1) * dp_size
         for size in ramp.sizes:
-            if min(size, micro_batch) < 1 or size % (micro_batch * dp_size):
-                per_step = max(micro_batch, 1) * dp_size
+            if min(size, micro_batch) < 1 or (micro_batches is None and size % per_step):
                 near = max(1, round(size / per_step)) * per_step
                 raise ValueError(
                     f"global_batch={size} is not a positive multiple of "
@@ -189,7 +206,8 @@ class TrainLoader:
         self.plan, self.step, self.consumed_samples = plan, step, consumed
         self.quarantine = Quarantine(0) if quarantine is None else quarantine
         self._ramp, self._micro_batch, self._skipped = ramp, micro_batch, skipped
-        steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed)
+        micro_batches = micro_batches or (lambda rows: rows // per_step)
+        steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed, micro_batches)
         pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
         self._items = _Processes(pipeline, workers) if workers else _Thread(pipeline)
         self._error: BaseException | None = None

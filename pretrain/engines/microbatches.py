@@ -1,7 +1,6 @@
 """How the micro-batches of a global batch go through the model, and how their losses add up."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -139,11 +138,7 @@ def evaluate(
     while group := list(islice(rest, stages)):
         if len(model_chunks) > 1:
             # The interleaved schedule takes whole groups only. What fills one up has no loss.
-            group += [_without_loss(group[-1])] * (stages - len(group))
+            group += [group[-1].without_loss()] * (stages - len(group))
         sums = sums + run(group)
     total, tokens = sums[:2].tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
     return LossSum(total, int(tokens))
-
-
-def _without_loss(batch: Batch) -> Batch:
-    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pretrain.config import RunConfig, data_parallel_size
+from pretrain.config import RunConfig, data_parallel_size, micro_batches
 from pretrain.planning.tried import Estimate
 from pretrain.rehearsal.gpus import RESERVE, Gpu
 from pretrain.rehearsal.rank import rehearse_rank
@@ -143,7 +143,8 @@ def _seconds(
     work *= 1 + blocks * EXTRA_WORK[config.memory.recompute]
     compute = work / (gpus * gpu.tflops * 1e12 * EFFICIENCY)
     replicas = data_parallel_size(config, gpus)
-    number = data.global_batch // (data.micro_batch * replicas)
+    number = micro_batches(config, replicas)
+    compute *= number * data.micro_batch * replicas / data.global_batch  # with data.fill_batch
     inner = config.layout.tensor * config.layout.context
     within = gpu.gbs_node if inner <= GPUS_PER_NODE else gpu.gbs_network
     across = gpu.gbs_node if gpus <= GPUS_PER_NODE else gpu.gbs_network

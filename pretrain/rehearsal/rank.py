@@ -8,6 +8,7 @@ import torch
 
 from pretrain import layout as layouts
 from pretrain.config import RunConfig, data_parallel_size
+from pretrain.config import micro_batches as of_a_step
 from pretrain.data import Batch
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.layout import Layout
@@ -25,8 +26,7 @@ def micro_batches(config: RunConfig, world: int) -> tuple[int, int]:
     Twice the pipeline's stages show its warm-up, its steady state and its end. More of them repeat
     what these do.
     """
-    rows = config.data.micro_batch * data_parallel_size(config, world)
-    real = config.data.global_batch // rows
+    real = of_a_step(config, data_parallel_size(config, world))
     return min(real, 2 * config.layout.pipeline), real
 
 

@@ -29,7 +29,7 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.state import optimizer_prefix
 from pretrain.layout import Layout
-from pretrain.self_test.batches import random_batches
+from pretrain.self_test.batches import share_of
 from pretrain.self_test.compare import (
     FACTOR,
     FLOOR,
@@ -161,8 +161,7 @@ def _train(
         if step in SAVED:
             yield step, engine
         if step < STEPS:
-            batches = random_batches(config, step)[layout.dp_rank :: layout.dp_size]
-            result = train_step(engine, batches, config.optimizer.lr)
+            result = train_step(engine, share_of(config, layout, step), config.optimizer.lr)
             steps.append((result.loss, result.grad_norm))
     engine.close()
     del engine

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pretrain.config import RunConfig, support
+from pretrain.config import RunConfig, filled_rows, support
 from pretrain.data import DataPlan
 from pretrain.engines.base import Engine
 from pretrain.layout import Layout
@@ -35,6 +35,8 @@ def describe_start(
         f"{config.tokens_per_step:,} tokens per step, {data.num_rows:,} rows",
         f"data: {data.summary(start.cursor.consumed_samples)}",
     ]
+    cost = filled_rows(config, layout.dp_size)
+    lines += [cost] if cost else []
     if start.checkpoint is not None:
         lines.append(f"continuing from {start.checkpoint}")
     since = "changed since then" if start.checkpoint else "other than in run.init_from"

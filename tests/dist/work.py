@@ -13,7 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines import make_engine as engine_of
 from pretrain.engines.base import Engine
-from pretrain.self_test.batches import random_batches
+from pretrain.self_test.batches import random_batches, share_of
 from pretrain.self_test.weights import LEAST_IGATE_BIAS, noise
 from pretrain.trainer import train_step
 from xlstm_io.tokenizer import DocumentIds
@@ -112,8 +112,7 @@ def train_steps(
     """(loss, gradient norm) of steps ``first`` to ``last``, this replica's share of each batch."""
     results = []
     for step in range(first, last):
-        batches = random_batches(config, step)[layout.dp_rank :: layout.dp_size]
-        result = train_step(engine, batches, config.optimizer.lr)
+        result = train_step(engine, share_of(config, layout, step), config.optimizer.lr)
         results.append((result.loss, result.grad_norm))
     return results
 
@@ -189,7 +188,7 @@ def fp64_gradients(config: RunConfig) -> tuple[float, list[TensorSlice]]:
         )
         for chunk in chunks
     ]
-    batches = random_batches(config, 0)[layout.dp_rank :: layout.dp_size]
+    batches = share_of(config, layout, 0)
 
     def forward_step(iterator, model):
         batch = next(iterator).context_slice(layout.groups.cp.rank(), layout.groups.cp.size())

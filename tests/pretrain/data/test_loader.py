@@ -295,3 +295,33 @@ def test_validation_can_be_walked_again(valid):
 def test_a_batch_moves_to_a_device(valid):
     batch = next(iter(ValidLoader(valid, micro_batch=2)))
     assert same(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("size", "micro", "ranks"), [(8, 2, 3), (7, 2, 2), (2, 1, 3)])
+def test_a_filled_batch_has_the_same_rows_and_the_rest_gives_no_loss(
+    plan, size, micro, ranks, workers
+):
+    wanted = steps(plan, 3, ramp=BatchRamp(size), micro_batch=size)
+    number = -(-size // (micro * ranks))
+    filled = [
+        steps(
+            plan,
+            3,
+            ramp=BatchRamp(size),
+            micro_batch=micro,
+            dp_rank=rank,
+            dp_size=ranks,
+            workers=workers,
+            micro_batches=lambda rows: number,
+        )
+        for rank in range(ranks)
+    ]
+    for step, (whole,) in enumerate(wanted):
+        assert all(len(filled[rank][step]) == number for rank in range(ranks))
+        order = [filled[rank][step][part] for part in range(number) for rank in range(ranks)]
+        rows = {name: torch.cat([getattr(one, name) for one in order]) for name in vars(whole)}
+        for name, expected in vars(whole).items():
+            assert torch.equal(rows[name][:size], expected), name
+        assert len(rows["tokens"]) == number * micro * ranks
+        assert not rows["loss_mask"][size:].any()
