@@ -227,7 +227,12 @@ def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[st
     from pretrain.commands.evaluate import main
 
     return main(
-        options.checkpoint, config, which=options.which, by=options.by, as_json=options.json
+        options.checkpoint,
+        config,
+        which=options.which,
+        by=options.by,
+        times=options.times,
+        as_json=options.json,
     )
 
 

@@ -22,8 +22,16 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
         "--by",
-        choices=("position", "length", "source"),
-        help="also by a token's place in its document, by the document's length, or by source",
+        choices=("position", "length", "frequency", "source"),
+        help="also by a token's place in its document, by the document's length, by how often the "
+        "token is to be predicted, or by source",
+    )
+    parser.add_argument(
+        "--times",
+        type=int,
+        default=1,
+        metavar="K",
+        help="at K times the trained length: the state is carried over K rows, in linear time",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -28,7 +28,7 @@ from xlstm_io.terminal import say
 from xlstm_mcore.inference import open_model
 from xlstm_mcore.megatron import cpu_runtime
 
-BY = ("position", "length", "source")
+BY = ("position", "length", "frequency", "source")
 _BUCKETS = 40  # powers of two; no row is longer
 
 
@@ -67,6 +67,7 @@ def main(
     *,
     which: str | None = None,
     by: str | None = None,
+    times: int = 1,
     as_json: bool = False,
 ) -> int:
     """Print the loss of `checkpoint` on the validation split of `config.data`.
@@ -76,20 +77,25 @@ def main(
         which: which checkpoint of a run; see `xlstm_io.checkpoint.choose`.
         config: the run file whose data and batch to use; the model is the checkpoint's.
         by: what the loss is also shown by, one of `BY`: "position" counts the tokens of the
-            document up to the predicting one, "length" all of the document that are in the row.
-            Sets with labels also show accuracy and exact matches.
+            document up to the predicting one, "length" all of the document that are in the row,
+            "frequency" how often the target is one in the set. Sets with labels also show accuracy
+            and exact matches.
+        times: at so many times the trained length: the state is carried over so many rows.
         as_json: print one JSON object.
 
     Returns:
         0.
 
     Raises:
-        UserError: no checkpoint, no data, or the data were made with another tokenizer.
+        UserError: no checkpoint, no data, the data were made with another tokenizer, or their rows
+            do not continue each other.
     """
+    if times < 1:
+        raise ConfigError(f"--times={times} is not a length; use 1 or more")
     path = choose(checkpoint, which)
     if by == "source":
         config = _sources_apart(config)
-    found = evaluate(path, config, by if by != "source" else None)
+    found = evaluate(path, config, by if by != "source" else None, times)
     if os.environ.get("RANK", "0") != "0":
         return 0
     say(_as_json(path, found, by) if as_json else _as_text(path, found, by))
@@ -97,7 +103,9 @@ def main(
 
 
 @torch.no_grad()
-def evaluate(path: Location | str, config: RunConfig, by: str | None = None) -> dict[str, SetLoss]:
+def evaluate(
+    path: Location | str, config: RunConfig, by: str | None = None, times: int = 1
+) -> dict[str, SetLoss]:
     """The loss by validation set; see `main` for `by`, which is not "source" here."""
     sets = open_valid(config.data)
     trained_with = read_manifest(path).state.get("tokenizer", {}).get("sha256")
@@ -108,20 +116,40 @@ def evaluate(path: Location | str, config: RunConfig, by: str | None = None) -> 
                 f"{dataset.manifest.tokenizer_sha256}) than {path} was trained with (sha256 "
                 f"{trained_with}), so its ids mean other text; build the data with that tokenizer"
             )
+        if times > 1:
+            _check_rows_continue(dataset)
     check_split(path)
     model = open_model(path)
-    return {name: measure(model, dataset, config, by) for name, dataset in sets.items()}
+    return {name: measure(model, dataset, config, by, times) for name, dataset in sets.items()}
+
+
+def _check_rows_continue(dataset: TokenDataset) -> None:
+    manifest = dataset.manifest
+    if manifest.packing != "concat" or manifest.labels:
+        how = "labels" if manifest.labels else f"packing={manifest.packing}"
+        raise ConfigError(
+            f"--times carries the state from row to row, but {manifest.root} was built with {how}, "
+            "and its rows do not continue each other; build it with packing=concat"
+        )
 
 
 def measure(
-    model: torch.nn.Module, dataset: TokenDataset, config: RunConfig, by: str | None = None
+    model: torch.nn.Module,
+    dataset: TokenDataset,
+    config: RunConfig,
+    by: str | None = None,
+    times: int = 1,
 ) -> SetLoss:
     """The loss of a model on one set, and of a set with labels how they are answered."""
+    rows = config.data.micro_batch
+    frequency = _frequencies(dataset, rows) if by == "frequency" else None
     # Sum of the losses, tokens, right ones, samples and exact ones, by powers of two.
     sums = torch.zeros(5, _BUCKETS, dtype=torch.float64)
-    for batch, ends in _batches(dataset, config.data.micro_batch):
+    for batch, there in _batches(dataset, rows, times):
         document = _documents(batch)
-        sizes = _lengths(document, ends) if by == "length" else _positions(document)
+        sizes = _lengths(document, there) if by == "length" else _positions(document)
+        if frequency is not None:
+            sizes = frequency[batch.labels].clamp(min=1).double()
         bucket = sizes.log2().long() if by else torch.zeros_like(document)
         if dataset.manifest.labels:
             losses, hits = losses_and_hits(model, batch)
@@ -130,7 +158,7 @@ def measure(
             of_document = bucket.new_zeros(bucket.shape).scatter_(1, document, bucket)
             counted = [(hits * batch.loss_mask, bucket), (asked, of_document), (exact, of_document)]
         else:
-            losses, counted = model(batch.tokens, batch.boundaries, batch.labels), []
+            losses, counted = _losses(model, batch, times), []
         counted = [(losses * batch.loss_mask, bucket), (batch.loss_mask, bucket), *counted]
         for line, (weights, places) in zip(sums, counted, strict=False):
             each = weights.double().flatten()
@@ -150,12 +178,49 @@ def measure(
     )
 
 
-def _batches(dataset: TokenDataset, micro_batch: int) -> Iterator[tuple[Batch, Tensor]]:
-    """All rows of a set, each batch with the positions `[b]` where the padding of rows begins."""
-    device = cpu_runtime.device()
-    for first in range(0, dataset.num_rows, micro_batch):
-        rows = dataset.read(np.arange(first, min(first + micro_batch, dataset.num_rows)))
-        yield Batch.of(rows).to(device), torch.from_numpy(rows.ends()).to(device)
+def _losses(model: torch.nn.Module, batch: Batch, times: int) -> Tensor:
+    """The loss of each position; long rows in windows of the trained length, the state carried."""
+    if times == 1:
+        return model(batch.tokens, batch.boundaries, batch.labels)
+    cache: dict = {}
+    windows = zip(
+        *(part.chunk(times, 1) for part in (batch.tokens, batch.boundaries, batch.labels)),
+        strict=True,
+    )
+    return torch.cat([model(*window, cache=cache) for window in windows], 1)
+
+
+def _batches(
+    dataset: TokenDataset, micro_batch: int, times: int = 1
+) -> Iterator[tuple[Batch, Tensor]]:
+    """All rows of a set, `times` joined to one, and which positions are not padding.
+
+    The rows of a split continue each other in the order in which they were written, and a row that
+    begins with a document has a boundary there.
+    """
+    device, width = cpu_runtime.device(), dataset.seq_len
+    for first in range(0, dataset.num_rows, micro_batch * times):
+        last = min(first + micro_batch * times, dataset.num_rows)
+        rows = dataset.read(np.arange(first, last))
+        if (last - first) % times:
+            whole = -(-(last - first) // times) * times
+            rows = rows.padded(whole, dataset.manifest.pad_id)
+        there = torch.arange(width) < torch.from_numpy(rows.ends())[:, None]
+        batch = Batch.of(rows)
+        if times > 1:
+            parts = (batch.tokens, batch.labels, batch.loss_mask, batch.boundaries)
+            joined = [part.reshape(-1, times * width) for part in parts]
+            batch = Batch(*joined, batch.sources[::times])
+        yield batch.to(device), there.reshape(-1, times * width).to(device)
+
+
+def _frequencies(dataset: TokenDataset, micro_batch: int) -> Tensor:
+    """How often each id is a target of the set, int64 `[ids]`."""
+    size = dataset.manifest.vocab_size
+    counts = torch.zeros(size, dtype=torch.int64, device=cpu_runtime.device())
+    for batch, _ in _batches(dataset, micro_batch):
+        counts += torch.bincount(batch.labels[batch.loss_mask > 0], minlength=size)
+    return counts
 
 
 def _documents(batch: Batch) -> Tensor:
@@ -175,11 +240,9 @@ def _positions(document: Tensor) -> Tensor:
     return (place - torch.where(starts, place, 0).cummax(1).values + 1).double()
 
 
-def _lengths(document: Tensor, ends: Tensor) -> Tensor:
+def _lengths(document: Tensor, there: Tensor) -> Tensor:
     """The length of each position's document without the padding behind it, fp64 `[b, s]`."""
-    place = torch.arange(document.shape[1], device=document.device)
-    there = (place < ends[:, None]).long()
-    lengths = torch.zeros_like(document).scatter_add_(1, document, there)
+    lengths = torch.zeros_like(document).scatter_add_(1, document, there.long())
     return lengths.gather(1, document).clamp(min=1).double()
 
 
@@ -235,7 +298,7 @@ def _as_json(path: Location | str, found: Mapping[str, SetLoss], by: str | None)
             "tokens": measured.sum.tokens,
             **_as_fields(measured.answers),
         }
-        if by in ("position", "length"):
+        if by in BY and by != "source":
             sets[name][by] = {
                 _bucket(n): {
                     "loss": group.mean,

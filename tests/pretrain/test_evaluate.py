@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from pretrain.evaluation import answers
 from tests.data_prep import small_corpus
 from tests.data_prep.synthetic.stored import samples_of
 from tests.pretrain.run_files import config
+from tests.xlstm_mcore.test_generation_state import make_model
+from xlstm_io.errors import ConfigError
 
 SEQ_LEN = 24
 
@@ -69,6 +72,60 @@ def test_tokens_are_sorted_by_their_place_or_their_documents_length(run, dataset
     assert whole.sum.total == sum(map(sum, expected.values()))
 
 
+def test_tokens_are_sorted_by_how_often_they_are_targets(run, dataset):
+    expected, counts = {}, Counter()
+    batches = list(ValidLoader(dataset, micro_batch=2))
+    for batch in batches:
+        counts.update(batch.labels[batch.loss_mask > 0].tolist())
+    for batch in batches:
+        for label in batch.labels[batch.loss_mask > 0].tolist():
+            group = expected.setdefault(int(math.log2(counts[label])), [])
+            group.append(float(label % 7))
+    got = evaluate.measure(losses_of, dataset, run, "frequency")
+    assert got.by == {n: LossSum(sum(each), len(each)) for n, each in sorted(expected.items())}
+    assert len(expected) > 1
+
+
+@pytest.fixture(scope="module")
+def long_documents(tmp_path_factory):
+    """A run on rows that continue each other, and its validation set."""
+    shards = small_corpus.make_shards(tmp_path_factory.mktemp("long"))
+    run = config(data__path=str(shards), data__seq_len=16, data__micro_batch=2)
+    (dataset,) = open_valid(run.data).values()
+    return run, dataset
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("times", [2, 4])
+def test_longer_rows_are_those_of_one_pass_over_joined_rows(long_documents, times):
+    """The state is carried: the loss is that of the model on rows of so many times the length."""
+    run, dataset = long_documents
+    model = make_model("Mms*", vocab_size=336)
+    got = evaluate.measure(model, dataset, run, "position", times)
+    tokens, boundaries, labels, mask = (
+        torch.cat([getattr(batch, name) for batch in ValidLoader(dataset, micro_batch=1)])
+        for name in ("tokens", "boundaries", "labels", "loss_mask")
+    )
+    total = 0.0
+    for first in range(0, len(tokens), times):
+        joined = [
+            part[first : first + times].reshape(1, -1) for part in (tokens, boundaries, labels)
+        ]
+        total += (model(*joined) * mask[first : first + times].reshape(1, -1)).sum().item()
+    assert got.sum.tokens == int(mask.sum())
+    assert got.sum.total == pytest.approx(total, rel=1e-5)
+    assert sum(group.tokens for group in got.by.values()) == got.sum.tokens
+    alone = evaluate.measure(model, dataset, run)
+    assert abs(alone.sum.total - total) > 1e-4 * total  # what came before matters
+    assert max(got.by) > max(evaluate.measure(model, dataset, run, "position").by)
+
+
+def test_rows_that_do_not_continue_each_other_are_refused():
+    manifest = SimpleNamespace(packing="best_fit", labels=False, root="shards")
+    with pytest.raises(ConfigError, match="packing=best_fit, and its rows do not continue"):
+        evaluate._check_rows_continue(SimpleNamespace(manifest=manifest))
+
+
 def test_bits_per_byte_are_those_of_the_text(run, dataset):
     got = evaluate.measure(losses_of, dataset, run)
     entries = dataset.manifest.shards("valid")
@@ -107,7 +164,7 @@ def test_documents_of_a_row_have_places_and_lengths():
     document = evaluate._documents(SimpleNamespace(boundaries=starts))
     assert document.tolist() == [[0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1]]
     assert evaluate._positions(document).tolist() == [[1, 2, 1, 2, 3, 1], [1, 2, 1, 2, 3, 4]]
-    lengths = evaluate._lengths(document, torch.tensor([6, 4]))
+    lengths = evaluate._lengths(document, torch.arange(6) < torch.tensor([[6], [4]]))
     assert lengths.tolist() == [[2, 2, 3, 3, 3, 1], [2, 2, 2, 2, 2, 2]]
 
 
