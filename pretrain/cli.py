@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.commands import downstream, plan, rehearse, self_test
+from pretrain.commands import copies, downstream, plan, rehearse, self_test
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -128,6 +128,9 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_config(evaluate, optional=True)
 
     downstream.add_arguments(add("downstream", "tasks of lm-evaluation-harness on a checkpoint"))
+
+    for name, help in copies.HELP.items():
+        copies.add_arguments(name, add(name, help))
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
     report.add_argument(
@@ -294,6 +297,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "generate": _generate,
     "downstream": downstream.run,
+    **dict.fromkeys(copies.HELP, copies.run),
     "report": _report,
     "rewind": _rewind,
     "demo": _demo,

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = re.compile(
     r"xlstm-data|xlstm-convert|xlstm-slurm|xlstm-experiments|prog=f?\"xlstm-pretrain|program\(\"xlstm-pretrain"
     r"|xlstm-pretrain`?:? (launch|train|check|self-test|show|generate|evaluate)\b"
-    r"|xlstm-pretrain`?:? (report|rewind|demo|downstream)\b"
+    r"|xlstm-pretrain`?:? (report|rewind|demo|downstream|copy|prune|average|cooldown)\b"
 )
 DEFINED_IN = {
     "pyproject.toml",

@@ -9,6 +9,7 @@ import yaml
 
 from pretrain.commands.check import describe_run
 from pretrain.config import ConfigError, check_world, config_from_dict, load_config, save_config
+from pretrain.config.changes import Rule, init_changes
 from tests.pretrain.run_files import config, raw
 from xlstm_mcore.sizes.parameters import count_parameters
 from xlstm_mcore.sizes.presets import PRESETS
@@ -79,6 +80,19 @@ def test_shipped_files_validate_and_count_as_the_papers_say(path):
         assert 3.5e6 < total < 5e6
         assert check_world(loaded, 2) == 1
         assert check_world(loaded, 4) == 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("stages/*.yaml")), ids=lambda path: path.stem)
+def test_a_stage_has_the_model_of_the_run_that_it_starts_from(path):
+    stage = load_config(path)
+    first = load_config(CONFIGS / f"{Path(stage.run.init_from).name}.yaml")
+    changes = init_changes(first.model_dump(mode="json"), stage.model_dump(mode="json"))
+    assert all(change.rule not in (Rule.FIXED, Rule.ASKED) for change in changes), changes
+    assert stage.data.seq_len == 4 * first.data.seq_len and check_world(stage, 64) == 8
+    # As many tokens of a row on a GPU as before, so what fitted fits.
+    for run in (first, stage):
+        assert run.data.seq_len // run.layout.context == 8192
+        assert (run.layout.tensor, run.data.micro_batch) == (2, 1)
 
 
 def test_every_preset_has_a_file():
