@@ -4,6 +4,7 @@
 rate and its line in the log. Everything else in here decides what happens between two steps.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
+from pretrain.supervision.events import send
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
@@ -41,6 +43,7 @@ from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
+from xlstm_io.terminal import tell
 
 
 def train_step(
@@ -215,12 +218,14 @@ class Trainer:
                     why, step = self.stop.reason, self.state.step
                     metrics.message(f"stopped after step {step}: {why}; run again to continue")
                 self._write_progress("stopped")
+                self._tell("stopped", self.stop.reason if self.stop.requested else "")
                 return ExitCode.STOPPED
         self._check_lease()
         assert self.evaluation is not None  # the last step is always measured
         loss = self.evaluation.loss
         write_summary(self.dir, config, self.layout, self.engine, self.state, loss)
         self._write_progress("done")
+        self._tell("done")
         return ExitCode.DONE
 
     def _step(self, metrics: MetricLogger, until: int | None) -> tuple[bool, ...]:
@@ -275,7 +280,9 @@ class Trainer:
         key = self.divergence.must_stop(rejected.result)
         if key is not None:
             self._write_progress("diverged")
-            raise DivergedError(diverged(config, rejected, key, self.saver.last_good))
+            why = diverged(config, rejected, key, self.saver.last_good)
+            self._tell("diverged", why)
+            raise DivergedError(why)
         metrics.message(f"{rejected}; the update was not applied")
 
     def _evaluate(self, metrics: MetricLogger) -> bool:
@@ -309,6 +316,28 @@ class Trainer:
             )
             self._save_seconds = saved.seconds
             self._write_progress("running")
+
+    def _tell(self, event: str, why: str = "") -> None:
+        """Tell the command of `run.on_event`; on rank 0 of a run with a lease."""
+        command, good = self.config.run.on_event, self.saver.last_good
+        if command is None or self.lease is None:
+            return
+        loss = None if self.evaluation is None else self.evaluation.loss
+        problem = send(
+            command,
+            event,
+            {
+                "run": str(self.dir.resolve()),
+                "step": self.state.step,
+                "steps": self.config.run.steps,
+                "life": self.life,
+                "reason": why,
+                "checkpoint": None if good is None else str(good),
+                "valid_loss": loss if loss is not None and math.isfinite(loss) else None,
+            },
+        )
+        if problem is not None:
+            tell(problem)
 
     def _write_progress(self, status: str) -> None:
         """Tell other programs how far the run is; on rank 0."""

@@ -70,6 +70,7 @@ RULES: dict[str, Rules] = {
     "run.deterministic": _free(),
     "run.max_minutes": _free(_MEASURED),
     "run.grace_seconds": _free(_MEASURED),
+    "run.on_event": _free(_MEASURED),
     "model.pattern": Rules(Rule.FIXED, Rule.FIXED, f"{_SHAPE}; the cuts are free"),
     "model.hidden_size": _SHAPED,
     "model.num_heads": _SHAPED,

@@ -55,6 +55,8 @@ class RunSection(Section):
     """seconds from a stop signal to the kill that follows; check compares; null: not known"""
     max_minutes: PositiveFloat | None = None
     """minutes after which a start saves and ends with exit code 75; null for no limit"""
+    on_event: NonEmpty | None = None
+    """command that gets a JSON object on stdin when the run stops, diverges or ends"""
     deterministic: bool = False
     """on GPUs: only operations that give the same bits every time, where there is a choice"""
 

@@ -55,6 +55,36 @@ RUN_ELSEWHERE = {
         "tests/dist/test_layout_self_test.py",
         '"self-test", str(path), "--nproc", "2", "--layout", "--small"',
     ),
+    **{
+        f"python -m pretrain {command}": (f"tests/{file}", evidence)
+        for command, file, evidence in (
+            (
+                "evaluate runs/first --by position --times 4",
+                "pretrain/test_evaluate.py",
+                '"position", times',
+            ),
+            (
+                "cooldown runs/first --checkpoint 40000 --steps 4000 --out runs/first-at-40k",
+                "dist/test_cooldown_branch.py",
+                '"cooldown", str(run), "--checkpoint"',
+            ),
+            (
+                "average runs/first --last 5",
+                "pretrain/copies/test_copies.py",
+                '"average", folder, "--last"',
+            ),
+            (
+                "copy runs/first s3://bucket/first",
+                "pretrain/copies/test_copies.py",
+                '"copy", folder, url',
+            ),
+            (
+                "prune runs/first s3://bucket/first-weights",
+                "pretrain/copies/test_copies.py",
+                '"prune", folder',
+            ),
+        )
+    },
     "python -m pretrain downstream runs/first --tasks lambada_openai,hellaswag,arc_easy": (
         "tests/pretrain/evaluation/test_harness.py",
         '"downstream", str(root / "run"), "--include"',
