@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import CheckpointSaver, Retention, candidates_together
+from pretrain.checkpoint import CheckpointSaver, Ranks, Retention, candidates_together
 from pretrain.config import RunConfig, micro_batches, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
 from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
@@ -20,6 +20,7 @@ from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import FINITE, Guard, StepResult
+from pretrain.evaluation.samples import Samples
 from pretrain.guard.divergence import DivergedError, RejectedStep, diverged, keep_evidence
 from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
@@ -111,6 +112,7 @@ class Trainer:
         data, options = config.data, config.checkpoint
         self.data = open_plan(data, config.run.seed)
         self.validation = Validation(config, layout, self.data)
+        self.samples = Samples(config, layout, self.data.manifest, Ranks())
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device.type)
         self.saver = CheckpointSaver(
@@ -295,6 +297,8 @@ class Trainer:
         each = {f"valid_loss/{name}": loss for name, loss in found.sets.items()}
         metrics.log(step, {"valid_loss": found.loss, **(each if len(each) > 1 else {})})
         self.saver.record(found)
+        for sample in self.samples.take(self.engine, step, self.stop, self.watchdog):
+            metrics.message(f"{sample.prompt!r} goes on: {sample.text!r}")
         return True
 
     def _save(self, metrics: MetricLogger) -> None:

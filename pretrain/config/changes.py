@@ -119,6 +119,8 @@ RULES: dict[str, Rules] = {
     "checkpoint.*": _free(),
     "evaluation.max_batches": _said(_MEASURED),
     "evaluation.interval": _free(_MEASURED),
+    "evaluation.prompts": _free(_MEASURED),
+    "evaluation.prompt_tokens": _free(_MEASURED),
     "guard.stop_on_nonfinite": _said(_MEASURED),
     "guard.spikes": _said(),
     "guard.*": _free(_MEASURED),

@@ -259,6 +259,10 @@ class EvaluationConfig(Section):
     """steps between evaluations; the last step always evaluates"""
     max_batches: PositiveInt | None = None
     """global batches per evaluation; null for the whole split"""
+    prompts: list[str] = Field(default_factory=list)
+    """texts that the model continues at every evaluation, into samples.jsonl and the report"""
+    prompt_tokens: PositiveInt = 32
+    """tokens to add to each at most; each costs a forward pass over the short texts"""
 
 
 def _not_a_switch(value: Any) -> Any:

@@ -79,6 +79,9 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """Loss over batches without gradients, summed over the data-parallel replicas."""
 
+    def next_tokens(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """The likeliest token after each of some short texts, given as ids; the same everywhere."""
+
     def sharded_state(self) -> list[TensorSlice]:
         """The slices of the checkpoint that this rank saves."""
 

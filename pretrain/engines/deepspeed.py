@@ -178,6 +178,10 @@ class DeepSpeedEngine(ModelEngine):
         """Free the memory of model and optimizer."""
         compat.destroy(self.engine)
 
+    def _callables(self) -> list[nn.Module]:
+        """Stages 2 and 3 have their weights through DeepSpeed's engine alone."""
+        return [self.engine] if self.stage > 1 else self.model_chunks
+
     def _finish_part(self, part: nn.Module) -> None:
         """Stage 3 keeps its partition of a part before the next one is built."""
         if self.stage == 3:

@@ -1,7 +1,7 @@
 """What both engines share: the part of the model that this rank holds."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import sum_losses
+from pretrain.engines.next_tokens import next_tokens
 from pretrain.engines.state import is_owner, weight_slices
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
@@ -52,6 +53,17 @@ class ModelEngine:
         self.num_parameters = self._count_parameters()
         self._products = products_for(config.engine.precision, layout)
         self.own_losses: list[Tensor] = []
+
+    def next_tokens(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """See `pretrain.engines.base.Engine`."""
+        model = self.config.model
+        vocabulary = model.vocab_tokens or model.vocab_size
+        with self._products():
+            return next_tokens(self._callables(), texts, vocabulary, self.layout)
+
+    def _callables(self) -> list[nn.Module]:
+        """What is called for a forward pass of each of this rank's model chunks."""
+        return self.model_chunks
 
     def _finish_part(self, part: nn.Module) -> None:
         """Called with an embedding, layer or head that has its initial values; see build_model."""

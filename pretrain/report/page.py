@@ -56,6 +56,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
         ),
         layers=_images(layer_figures(runs[0])) if len(runs) == 1 else [],
         stories=[(name_of(run), story(run)) for run in runs],
+        samples=[(name_of(run), run.samples) for run in runs if run.samples],
         origins=[
             (name_of(run), json.dumps(run.provenance, indent=2)) for run in runs if run.provenance
         ],

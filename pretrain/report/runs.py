@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
+from pretrain.evaluation.sample_file import Sample, read_samples
 from pretrain.run_folder import (
     CELLS_FILE,
     CONFIG_FILE,
@@ -32,6 +33,7 @@ class RunRecord:
         summary: `summary.json`, or what the metrics say of an unfinished run; see `read_summary`.
         history: its starts and events, in order.
         baselines: n-gram losses in nats per token, by the name they are shown with.
+        samples: how its newest evaluation continued `evaluation.prompts`.
         provenance: code, versions, machine, command and data of its newest start.
         cells: its looks into the layers, in order; see `pretrain.watching.cells`.
     """
@@ -44,6 +46,7 @@ class RunRecord:
     baselines: Mapping[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     cells: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     def points(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
         """Where `key` was recorded, by `step` or `tokens`, and what it was."""
@@ -96,6 +99,7 @@ def read_run(folder: Path, baselines: Mapping[str, float] | None = None) -> RunR
         baselines=baselines or {},
         provenance=_provenance(folder),
         cells=read_metrics(cells_path) if cells_path.exists() else [],
+        samples=read_samples(folder),
     )
 
 
