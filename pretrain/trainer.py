@@ -4,7 +4,6 @@
 rate and its line in the log. Everything else in here decides what happens between two steps.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
 from pretrain.resume import resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
-from pretrain.supervision.events import send
+from pretrain.supervision.events import report
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import Progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
@@ -44,7 +43,6 @@ from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
-from xlstm_io.terminal import tell
 
 
 def train_step(
@@ -323,25 +321,10 @@ class Trainer:
 
     def _tell(self, event: str, why: str = "") -> None:
         """Tell the command of `run.on_event`; on rank 0 of a run with a lease."""
-        command, good = self.config.run.on_event, self.saver.last_good
-        if command is None or self.lease is None:
-            return
-        loss = None if self.evaluation is None else self.evaluation.loss
-        problem = send(
-            command,
-            event,
-            {
-                "run": str(self.dir.resolve()),
-                "step": self.state.step,
-                "steps": self.config.run.steps,
-                "life": self.life,
-                "reason": why,
-                "checkpoint": None if good is None else str(good),
-                "valid_loss": loss if loss is not None and math.isfinite(loss) else None,
-            },
-        )
-        if problem is not None:
-            tell(problem)
+        if self.lease is not None:
+            found, good = self.evaluation, self.saver.last_good
+            loss = None if found is None else found.loss
+            report(self.config, event, why, self.state.step, self.life, good, loss)
 
     def _write_progress(self, status: str) -> None:
         """Tell other programs how far the run is; on rank 0."""

@@ -5,11 +5,17 @@ it. Whatever it does, the run's exit code stays what it is.
 """
 
 import json
+import math
 import shlex
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from pretrain.config import RunConfig
+from xlstm_io.storage import Location
+from xlstm_io.terminal import tell
 
 LIMIT_S = 30.0  # a batch system kills soon after its signal
 
@@ -38,3 +44,39 @@ def send(command: str, event: str, about: Mapping[str, Any]) -> str | None:
     if done.returncode:
         return f"run.on_event={command!r} ended with exit code {done.returncode}"
     return None
+
+
+def report(
+    config: RunConfig,
+    event: str,
+    why: str,
+    step: int,
+    life: int,
+    checkpoint: Location | None,
+    loss: float | None,
+) -> None:
+    """Tell the command of a run, if it has one; what goes wrong is printed.
+
+    Args:
+        config: the run.
+        event: see `send`.
+        why: why it stopped or diverged.
+        step: finished steps.
+        life: which start of the run this is.
+        checkpoint: the newest checkpoint.
+        loss: the newest validation loss.
+    """
+    if config.run.on_event is None:
+        return
+    about = {
+        "run": str(Path(config.run.dir).resolve()),
+        "step": step,
+        "steps": config.run.steps,
+        "life": life,
+        "reason": why,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "valid_loss": loss if loss is not None and math.isfinite(loss) else None,
+    }
+    problem = send(config.run.on_event, event, about)
+    if problem is not None:
+        tell(problem)
