@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,6 +70,19 @@ def check_boundaries(boundaries: Tensor | None, batch: int, length: int, like: T
             f"{[batch, length]}; pass one flag for each token"
         )
     check_device("boundaries", boundaries, like)
+
+
+def check_no_tangents(kernel: str, *tensors: Tensor | None) -> None:
+    """Raise where forward-mode differentiation is asked for: custom operators would return zero.
+
+    Raises:
+        NotImplementedError: A tensor carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{kernel} has no forward-mode derivative; use backward()")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

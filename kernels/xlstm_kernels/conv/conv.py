@@ -10,6 +10,7 @@ from xlstm_kernels.common.checks import (
     check_choice,
     check_float,
     check_like,
+    check_no_tangents,
     compute_dtype,
 )
 from xlstm_kernels.common.torch_op import torch_op
@@ -44,7 +45,9 @@ def causal_conv1d(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
+    check_no_tangents("causal_conv1d", x, weight, bias, initial_state)
     check_float("x", x, 3, "[b, s, c]")
     b, s, c = x.shape
     check_float("weight", weight, 2, "[c, width]")

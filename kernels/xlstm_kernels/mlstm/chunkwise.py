@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import check_boundaries, check_choice
+from xlstm_kernels.common.checks import check_boundaries, check_choice, check_no_tangents
 from xlstm_kernels.mlstm.arguments import State, check_arguments, check_soft_cap, soft_cap
 from xlstm_kernels.mlstm.torch.chunkwise import mlstm_chunkwise_torch
 
@@ -69,7 +69,10 @@ def mlstm_chunkwise(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
+    state = initial_state or ()
+    check_no_tangents("mlstm_chunkwise", q, k, v, igate_preact, fgate_preact, *state)
     check_arguments(q, k, v, igate_preact, fgate_preact, initial_state, gate, time=True)
     check_boundaries(boundaries, q.shape[0], q.shape[2], q)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):

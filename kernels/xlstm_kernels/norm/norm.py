@@ -4,7 +4,13 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import check_choice, check_float, check_like, compute_dtype
+from xlstm_kernels.common.checks import (
+    check_choice,
+    check_float,
+    check_like,
+    check_no_tangents,
+    compute_dtype,
+)
 
 
 def multihead_norm(
@@ -32,6 +38,7 @@ def multihead_norm(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation on "triton".
     """
     if x.ndim < 2:
         raise ValueError(
@@ -46,6 +53,7 @@ def multihead_norm(
     if select_backend("multihead_norm", backend, x, d=d) == "triton":
         from xlstm_kernels.norm.triton import multihead_norm_triton
 
+        check_no_tangents("multihead_norm", x, weight, gate)
         return multihead_norm_triton(x, weight, kind, eps, gate)
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)

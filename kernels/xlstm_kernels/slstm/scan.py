@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import check_boundaries
+from xlstm_kernels.common.checks import check_boundaries, check_no_tangents
 from xlstm_kernels.slstm.arguments import State, cell_of, check_arguments
 
 
@@ -57,8 +57,10 @@ def slstm_scan(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
     tensors = gate_preacts, recurrent_weight, bias
+    check_no_tangents("slstm_scan", *tensors, *(initial_state or ()))
     check_arguments(*tensors, initial_state, forget_gate, input_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
     cell, d = cell_of(input_gate), gate_preacts.shape[-1]

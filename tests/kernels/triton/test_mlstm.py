@@ -104,6 +104,28 @@ def test_gate_soft_cap(cap, gate):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("shut", [-torch.inf, -1e30, -1e13])
+def test_shut_forget_gates(shut, gate):
+    """As tests/kernels/test_edges.py has it for the other backends: chunks, gradients, a step."""
+    x = make_inputs(40, heads=1)
+    x["f"][..., [3, 15, 16, 30]] = shut
+    leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+    h = kernel(leaves, chunk_size=16, gate=gate)["h"]
+    close = {name: t.clamp(min=-1e6).requires_grad_() for name, t in x.items()}
+    expected = recurrence({name: t.double() for name, t in close.items()}, gate=gate)["h"]
+    torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-4)
+    h.sum().backward()
+    expected.sum().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, close[name].grad, rtol=1e-3, atol=1e-3, msg=name)
+    state = (torch.zeros(1, 1, 24, 20), torch.zeros(1, 1, 24), torch.zeros(1, 1))
+    for t in range(5):
+        token = [x[name][:, :, t] for name in ("q", "k", "v", "i", "f")]
+        got = mlstm_step(*token, state, gate=gate, backend="triton")
+        torch.testing.assert_close(got.double(), expected[:, :, t], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk_size", [16, 31, 64, 128, 256, None])
 def test_chunk_sizes(chunk_size):
     """Chunks of 128 and 256 have several tiles of rows; 256 here is one chunk, padded."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.common.cumulative_sum import cumulative_sum
+from xlstm_kernels.common.gates import log_forget_gate
 
 # By the choice of m no exponent exceeds 0, but for the rounding of m: below 1 up to |m| = 1e7.
 # Beyond, gates have lost their meaning, and this bound keeps their exponentials finite.
@@ -84,7 +85,7 @@ def decays_of(
     b, heads, s = fgate_preact.shape
     chunks, length = D.shape[1:3]
     dtype = D.dtype
-    log_f = logsigmoid(fgate_preact.double())
+    log_f = log_forget_gate(fgate_preact)
     log_i = igate_preact.double() if exp_gate else logsigmoid(igate_preact.double())
     if exp_gate:
         # Rounded before it is used, so that the returned m and C belong together.

@@ -28,6 +28,7 @@ GRADIENT_PLANES = 5
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDING = tl.constexpr(1.0)  # bound of exponents, see `mlstm/torch/decays.py`
+CLOSED = tl.constexpr(-1e6)  # see `common/gates.py`
 LARGE = tl.constexpr(1e38)  # two of these still add up to a float32
 
 
@@ -73,7 +74,7 @@ def load_gates(
     b_log_i = tl.load(igate + o_t * stride_i, mask=m_t, other=0.0).to(tl.float64)
     if CAPPED:
         b_f, b_log_i = capped(b_f, cap), capped(b_log_i, cap)
-    b_log_f = log_sigmoid(b_f)
+    b_log_f = log_sigmoid(tl.where(b_f < CLOSED, CLOSED, b_f))
     if not EXP_GATE:
         b_log_i = log_sigmoid(b_log_i)
     b_log_f = tl.where(m_t, b_log_f, 0.0)

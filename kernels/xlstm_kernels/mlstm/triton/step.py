@@ -12,7 +12,7 @@ from torch import Tensor
 from xlstm_kernels.common.triton_launch import Launch, run_all
 from xlstm_kernels.mlstm.arguments import Inputs, State
 from xlstm_kernels.mlstm.triton.chunkwise import unsupported_reason
-from xlstm_kernels.mlstm.triton.gates import capped
+from xlstm_kernels.mlstm.triton.gates import CLOSED, capped, log_sigmoid
 from xlstm_kernels.mlstm.triton.tiles import block
 
 __all__ = ["mlstm_step_triton", "unsupported_reason"]
@@ -28,14 +28,14 @@ def step_gates(igate, fgate, m, i_row, cap, EXP_GATE: tl.constexpr, CAPPED: tl.c
     i = tl.load(igate + i_row).to(tl.float64)
     if CAPPED:
         f, i = capped(f, cap), capped(i, cap)
-    log_f = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+    log_f = log_sigmoid(tl.where(f < CLOSED, CLOSED, f))
     if EXP_GATE:
         old = tl.load(m + i_row).to(tl.float64)
         new = tl.maximum(log_f + old, i).to(tl.float32).to(tl.float64)
         f_gate = tl.exp(tl.minimum(log_f + old - new, 1.0))
         i_gate = tl.exp(tl.minimum(i - new, 1.0))
     else:
-        new = f * 0.0
+        new = log_f * 0.0
         f_gate = tl.exp(log_f)
         i_gate = 1.0 / (1.0 + tl.exp(tl.minimum(-i, 700.0)))
     return f_gate.to(tl.float32), i_gate.to(tl.float32), new.to(tl.float32)

@@ -81,7 +81,7 @@ def add_product(rows, x, x0, x_row, matrix, m0, inner, width, y, y0, y_row):
                 o = y0 + row * y_row + j
                 m = m0 + j * inner
                 a0, b0 = load(y, o), load(y, o + LANES)
-                a1, b1 = a0 * 0.0, b0 * 0.0
+                a1, b1 = load(matrix, m) * 0.0, load(matrix, m) * 0.0  # y may hold -inf
                 for k in range(x0 + row * x_row, x0 + row * x_row + inner, 2):
                     s, t = x[k], x[k + 1]
                     a0, b0 = a0 + load(matrix, m) * s, b0 + load(matrix, m + LANES) * s
