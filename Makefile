@@ -16,7 +16,7 @@ DATA   ?=
 TEXT_FIELD ?= text
 VOCAB  ?= 8192
 WORK   ?= runs/demo
-NPROC  ?= 2
+NPROC  ?=
 TESTS  ?= tests
 JOBS   ?= 2
 
@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 pretrain: $(INSTALLED)
-	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' --nproc $(NPROC) --text-field '$(TEXT_FIELD)' --vocab-size $(VOCAB) $(if $(DATA),--data '$(DATA)')
+	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' $(if $(NPROC),--nproc $(NPROC)) --text-field '$(TEXT_FIELD)' --vocab-size $(VOCAB) $(if $(DATA),--data '$(DATA)')
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)

@@ -25,6 +25,7 @@ from pretrain.config import (
 )
 from pretrain.config.reference import options_help
 from pretrain.options import add_checkpoint, add_demo, add_evaluation, add_generation
+from pretrain.processes.devices import set_device_defaults
 from pretrain.processes.environment import read_place
 from pretrain.processes.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
@@ -155,8 +156,9 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _import_megatron() -> None:
+def _import_megatron(config: RunConfig) -> None:
     """Import what a rank needs in half the time; see `xlstm_mcore.megatron.first_import`."""
+    set_device_defaults(config.layout.tensor)  # torch may read them when it is imported
     from xlstm_mcore.megatron.first_import import import_megatron
 
     import_megatron()
@@ -173,7 +175,7 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
         check_world(config, 1 if place is None else place.world_size)
         if place is None or place.rank == 0:
             _start_anew(options, config)
-        _import_megatron()
+        _import_megatron(config)
         from pretrain.commands.train import main
 
         # Python's full collections walk all objects, and torch's imports are 400,000 of them: one
@@ -226,7 +228,7 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    _import_megatron()
+    _import_megatron(config)
     from pretrain.commands.evaluate import main
 
     return main(

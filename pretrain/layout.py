@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.config import RunConfig, check_world
+from pretrain.processes.devices import set_device_defaults
 from pretrain.processes.environment import read_place
 from pretrain.processes.rendezvous import meet
 from xlstm_io.signals import StopSignal
@@ -134,9 +135,7 @@ def start(config: RunConfig, stop: StopSignal | None = None, *, alone: bool = Fa
     place = None if alone else read_place()
     world_size = 1 if place is None else place.world_size
     check_world(config, world_size)
-    # One queue of work per device, so that tensor-parallel messages start before the products they
-    # should hide behind, as megatron-core assumes; read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_device_defaults(config.layout.tensor)
     cpu_runtime.activate()
     if config.run.deterministic:
         make_deterministic()

@@ -50,7 +50,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "--vocab-size", type=int, default=8192, metavar="N", help="ids of the tokenizer"
     )
     parser.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
-    parser.add_argument("--nproc", type=int, default=2, metavar="N")
+    parser.add_argument("--nproc", type=int, metavar="N", help="default 2, or 1 with one GPU")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:

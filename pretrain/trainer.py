@@ -130,6 +130,8 @@ class Trainer:
         self.state, self.evaluation = self.start.state, self.start.evaluation
         self.divergence = self.start.divergence
         self.saver.onset = self.divergence.onset
+        if layout.device.type != "cpu":
+            self.saver.prepare(self.engine.sharded_state())
         self.learning_rate = self.start.curve.rates(config.optimizer.lr, config.schedule)
         self._check_writable()
         manifests = [dataset.manifest for dataset in self.data.datasets]

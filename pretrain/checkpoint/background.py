@@ -4,7 +4,8 @@
 serialises nothing and opens no file. A thread then writes the copy, hashes and syncs it, and agrees
 with the other ranks' threads (`pretrain.checkpoint.ranks`). Writing, hashing and copying release
 Python's lock, so the training loop keeps its pace. The copy's memory is kept for the next save: on
-a GPU it is pinned, and both pinning and first touching memory cost more than the copy itself.
+a GPU it is pinned, and both pinning and first touching memory cost more than the copy itself. So
+`CheckpointSaver.prepare` takes it in a thread when training starts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from xlstm_io.checkpoint.manifest import MANIFEST_NAME, step_of_folder
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, Superseded, UserError
 from xlstm_io.storage import Location, exists, location, make_folder, remove_folder, write_atomic
+from xlstm_mcore.megatron import cpu_runtime
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,30 @@ class HostCopy:
     def __init__(self) -> None:
         self._layout: list[tuple] = []
         self._copies: list[TensorSlice] = []
+        self._thread: threading.Thread | None = None
+
+    def prepare(self, slices: Sequence[TensorSlice]) -> None:
+        """Take the memory for copies of these slices in a thread; `take` waits for it.
+
+        In ordinary memory nothing is gained, and it stays with the system until the first save.
+        """
+        slices = [part for part in slices if part.tensor.numel()]
+        if not any(part.tensor.device.type != "cpu" for part in slices):
+            return
+
+        def allocate() -> None:
+            self._copies, self._layout = _allocate(slices), _layout_of(slices)
+
+        self._thread = threading.Thread(target=allocate, name="pin-memory", daemon=True)
+        self._thread.start()
 
     def take(self, slices: Sequence[TensorSlice]) -> list[TensorSlice]:
         """Copies of all slices; they are valid until the next call."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         slices = [part for part in slices if part.tensor.numel()]
-        layout = [(p.name, p.global_offset, p.tensor.shape, p.tensor.dtype) for p in slices]
+        layout = _layout_of(slices)
         if layout != self._layout:
             self._copies = []  # frees the memory before more is taken
             self._copies, self._layout = _allocate(slices), layout
@@ -76,15 +97,24 @@ class HostCopy:
         return self._copies
 
 
+def _layout_of(slices: Sequence[TensorSlice]) -> list[tuple]:
+    return [(p.name, p.global_offset, p.tensor.shape, p.tensor.dtype) for p in slices]
+
+
 def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
-    """The same slices with contiguous tensors, all in one allocation of host memory."""
+    """The same slices with contiguous tensors, all in one allocation of host memory.
+
+    It is pinned where it is, because torch's own pinned memory is rounded up to a power of two: 24
+    GB of a 7B model would take 32.
+    """
     starts, end = [], 0
     for part in slices:
         starts.append(end)
         size = part.tensor.numel() * part.tensor.element_size()
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    pinned = any(part.tensor.device.type != "cpu" for part in slices)
-    memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    memory = torch.empty(end, dtype=torch.uint8)
+    if any(part.tensor.device.type != "cpu" for part in slices):
+        cpu_runtime.pin(memory)
     copies = []
     for part, start in zip(slices, starts, strict=True):
         size = part.tensor.numel() * part.tensor.element_size()
@@ -156,6 +186,11 @@ class CheckpointSaver:
 
         what, remedy = f"writing to {self.folder}", "; use another checkpoint.dir, or run.dir"
         self.ranks.together(what, try_out, remedy)
+
+    def prepare(self, slices: Sequence[TensorSlice]) -> None:
+        """Take the host memory for saves of these slices now, in a thread, and not at the first."""
+        if self._asynchronous:
+            self._host_copy.prepare(slices)
 
     def save(
         self,

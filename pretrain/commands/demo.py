@@ -23,6 +23,7 @@ from types import FrameType
 
 from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
 from pretrain.config import load_config
+from pretrain.processes.devices import count_gpus
 from pretrain.supervision.progress_file import read_progress
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.signals import install, restore
@@ -146,6 +147,8 @@ def train_command(
     """The training run."""
     config = load_config(config_path(model))
     command = ["pretrain", "launch", str(config_path(model)), "--nproc", str(nproc)]
+    if nproc % config.layout.tensor:
+        command += ["--layout.tensor", "1", "--layout.sequence", "false"]
     command += ["--run.dir", str(places.run), "--run.steps", str(steps)]
     command += ["--data.path", str(places.shards)]
     if text.vocab_size != config.model.vocab_size:
@@ -172,7 +175,7 @@ def result_commands(places: Places, text: Text) -> list[list[str]]:
     return commands
 
 
-def make_command(model: str, steps: int, text: Text, work: str, nproc: int) -> str:
+def make_command(model: str, steps: int, text: Text, work: str, nproc: int | None) -> str:
     """The call of make that runs this demo with another number of steps."""
     given = {
         "MODEL": (model, "large"),
@@ -182,7 +185,7 @@ def make_command(model: str, steps: int, text: Text, work: str, nproc: int) -> s
         "WORK": (work, "runs/demo"),
     }
     words = [f"{k}={shlex.quote(v)}" for k, (v, usual) in given.items() if v and v != usual]
-    words += [f"NPROC={nproc}"] * (nproc != 2)
+    words += [f"NPROC={nproc}"] * (nproc is not None)
     return " ".join(["make pretrain", *words, f"STEPS={steps}"])
 
 
@@ -280,7 +283,7 @@ def main(
     text_field: str = "text",
     vocab_size: int = 8192,
     work: str,
-    nproc: int = 2,
+    nproc: int | None = None,
 ) -> int:
     """Run every stage.
 
@@ -291,7 +294,7 @@ def main(
         text_field: field or column of the text.
         vocab_size: ids of the tokenizer.
         work: folder for everything that the demo makes.
-        nproc: number of training processes.
+        nproc: number of training processes; None for two, or one where there is one GPU.
 
     Returns:
         The exit code of the first stage that does not end with 0, or 0.
@@ -303,7 +306,7 @@ def main(
     """
     text = Text(data, text_field, vocab_size)
     for name, value in (("--steps", steps), ("--nproc", nproc)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is too small; use 1 or more")
     if data is not None and not data.strip():
         raise ConfigError("--data is empty; give a file, a folder or a glob, or leave it out")
@@ -320,7 +323,8 @@ def main(
     started = time.monotonic()
     with Runner() as runner:
         commands = data_commands(places, text, config.data.seq_len)
-        commands.append(train_command(places, model, steps, nproc, text))
+        processes = nproc or (1 if count_gpus() == 1 else 2)
+        commands.append(train_command(places, model, steps, processes, text))
         code = run_all(runner, commands)
         if code != ExitCode.DONE:
             return code

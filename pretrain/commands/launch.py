@@ -37,6 +37,7 @@ from types import FrameType
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
+from pretrain.processes.devices import check_gpus
 from pretrain.processes.keeper import Keeper
 from pretrain.run_folder import LOGS_FOLDER, life_logs
 from pretrain.supervision.lease import newest_life
@@ -348,12 +349,14 @@ def launch(
         The run's exit code, see `run_workers`.
 
     Raises:
-        ConfigError: the layout does not fit `nproc`, or the data folder is missing.
+        ConfigError: the layout does not fit `nproc`, `nproc` does not fit the GPUs of this machine,
+            or the data folder is missing.
     """
     layout = config.layout
     if nproc is None:
         nproc = layout.tensor * layout.pipeline * layout.context
     check_world(config, nproc)
+    check_gpus(nproc)
     for key, path in config.data.folders if needs_data else ():
         if not is_remote(path) and not Path(path).is_dir():
             raise ConfigError(

@@ -9,6 +9,7 @@ import argparse
 import os
 
 from pretrain.config import RunConfig, check_world
+from pretrain.processes.devices import set_device_defaults
 from pretrain.processes.slurm_ranks import check_one_node
 from xlstm_io.errors import ConfigError
 
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) ->
     check_world(config, int(os.environ["WORLD_SIZE"]))
     from xlstm_mcore.megatron.first_import import import_megatron
 
+    set_device_defaults(config.layout.tensor)  # torch may read them when it is imported
     import_megatron()
     if options.layout:
         from pretrain.self_test.layout import main as compare_layout

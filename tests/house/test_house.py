@@ -38,6 +38,7 @@ CUDA_FILES = {
     "xlstm_mcore/megatron/cpu_runtime.py",
     "xlstm_mcore/megatron/compat.py",
     "pretrain/layout.py",
+    "pretrain/processes/devices.py",
     "slurm/job/decide.py",  # recognises what the driver and NCCL say
 }
 

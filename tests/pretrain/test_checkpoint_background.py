@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,41 @@ def test_the_host_holds_one_copy_of_the_slices_and_keeps_it():
     assert [a.tensor.data_ptr() for a in again] == [c.tensor.data_ptr() for c in copies]
     assert again[0].tensor[0, 0] == 9
     assert host.take(slices_of(5))[0].tensor[0, 0] == 5, "another layout gets other memory"
+
+
+class OnDevice:
+    """A tensor of a device: its size, and no data."""
+
+    device, dtype, shape = SimpleNamespace(type="gpu"), torch.float32, torch.Size((6, 4))
+
+    def numel(self):
+        return 24
+
+    def element_size(self):
+        return 4
+
+
+def test_memory_is_pinned_where_it_is_before_the_first_save(monkeypatch):
+    pinned = []
+
+    def pin(memory):
+        assert threading.current_thread() is not threading.main_thread()
+        pinned.append(memory.nbytes)
+
+    monkeypatch.setattr(background_module.cpu_runtime, "pin", pin)
+    host = HostCopy()
+    host.prepare([TensorSlice(name, (6, 4), (0, 0), OnDevice()) for name in "abc"])
+    host._thread.join()
+    assert pinned == [3 * 128], "one block, not rounded up to a power of two"
+    kept = host._copies
+    host.take([TensorSlice(name, (6, 4), (0, 0), torch.ones(6, 4)) for name in "abc"])
+    assert host._copies is kept and len(pinned) == 1
+
+
+def test_ordinary_memory_is_not_taken_before_the_first_save():
+    host = HostCopy()
+    host.prepare(slices_of(1))
+    assert host._thread is None and host._copies == []
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

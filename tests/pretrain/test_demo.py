@@ -95,6 +95,15 @@ def test_the_launch_command_is_a_valid_one():
             assert load_config(path, overrides).run.steps == steps
 
 
+@pytest.mark.parametrize(("gpus", "nproc"), [(0, "2"), (1, "1"), (2, "2")])
+def test_one_gpu_trains_in_one_process(stages, monkeypatch, gpus, nproc):
+    monkeypatch.setattr(demo, "count_gpus", lambda: gpus)
+    assert main(steps=5, work="w") == 0
+    launch = stages()[4]
+    assert launch[launch.index("--nproc") + 1] == nproc
+    assert ("--layout.tensor" in launch) == (nproc == "1")
+
+
 def test_own_data_get_their_own_folders(stages):
     assert main(steps=5, work="w", data="texts/*.txt") == 0
     collect = stages()[0]
@@ -119,7 +128,7 @@ def test_another_field_and_vocabulary_reach_every_stage(stages):
     others = (Text("texts"), Text("texts", "content"), Text("texts", vocab_size=4096))
     places = [Places.of(Path("w"), "large", one) for one in (text, *others)]
     assert len({place.data for place in places}) == len({place.run for place in places}) == 4
-    call = demo.make_command("large", 10, text, "runs/demo", 2)
+    call = demo.make_command("large", 10, text, "runs/demo", None)
     assert call == "make pretrain DATA=texts TEXT_FIELD=content VOCAB=4096 STEPS=10"
 
 

@@ -18,6 +18,7 @@ import pytest
 from pretrain.commands import launch
 from pretrain.commands.launch import run_workers, worker_environment
 from pretrain.config import ConfigError, config_from_dict
+from pretrain.processes import devices
 from pretrain.supervision.lease import Lease
 from xlstm_io.signals import REPEAT_WINDOW_S, STOPPING
 
@@ -325,6 +326,13 @@ def test_launch_refuses_before_any_process_starts(tmp_path, monkeypatch):
         launch.launch("run.yaml", run_config(tmp_path), 3)
     with pytest.raises(ConfigError, match=r"data.path=.*nowhere.* is not a folder"):
         launch.launch("run.yaml", run_config(tmp_path, path=str(tmp_path / "nowhere")), 2)
+
+
+def test_launch_refuses_more_processes_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "run_workers", lambda *args: pytest.fail("started workers"))
+    monkeypatch.setattr(devices, "count_gpus", lambda: 1)
+    with pytest.raises(ConfigError, match="2 processes need 2 GPUs"):
+        launch.launch("run.yaml", run_config(tmp_path), 2)
 
 
 def test_launch_starts_one_replica_and_passes_the_overrides_on(tmp_path, monkeypatch):
