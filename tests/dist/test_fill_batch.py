@@ -5,6 +5,7 @@ import pytest
 import pretrain.commands.train
 from pretrain.commands.check import describe_run
 from pretrain.config import ConfigError, check_world, config_from_dict, micro_batches
+from pretrain.run_folder import life_logs
 from pretrain.watching.metrics import read_metrics
 from tests.dist.training_runs import tiny_run
 
@@ -19,7 +20,7 @@ def losses(folder):
 
 
 @pytest.mark.dist
-def test_three_replicas_train_four_rows_as_one_process_does(pool, shards, tmp_path, capfd):
+def test_three_replicas_train_four_rows_as_one_process_does(pool, shards, tmp_path):
     changes = {"run__steps": 4, "data__batch_ramp": [{"steps": 1, "global_batch": 2}]}
     raw = tiny_run(tmp_path / "three", shards, data__fill_batch=True, **changes)
     assert pool(3, train, raw) == [0] * 3
@@ -31,7 +32,8 @@ def test_three_replicas_train_four_rows_as_one_process_does(pool, shards, tmp_pa
         assert filled[step][:2] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-2))
         assert filled[step][2] == tokens
     said = "data.fill_batch computes 6 rows for 4: 50.0% more work per step, for 3 replicas"
-    assert said in capfd.readouterr().err
+    log = life_logs(tmp_path / "three", 1) / "rank_0.log"
+    assert said in log.read_text(encoding="utf-8")
 
 
 def test_the_cost_is_said_before_the_run():

@@ -10,6 +10,7 @@ from pretrain.config import config_from_dict
 from pretrain.evaluation.sample_file import Sample, append_samples, read_samples
 from pretrain.report.page import write_page
 from pretrain.report.runs import read_run
+from pretrain.run_folder import life_logs
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
@@ -62,7 +63,8 @@ def test_a_run_tells_how_its_prompts_go_on(pool, shards, tmp_path, capfd):
     changes = {"evaluation__prompts": prompts, "evaluation__prompt_tokens": 5}
     raw = tiny_run(tmp_path, shards, run__steps=9, **changes)
     assert pool(2, train, raw) == [0, 0]
-    assert "'return loop' goes on: " in capfd.readouterr().err
+    log = life_logs(tmp_path, 1) / "rank_0.log"
+    assert "'return loop' goes on: " in log.read_text(encoding="utf-8")
     found = read_samples(tmp_path)
     assert [(one.step, one.prompt) for one in found] == [(9, prompt) for prompt in prompts]
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
