@@ -203,8 +203,13 @@ RUN_ELSEWHERE = {
             ("cell parity --number 0", "grids.py", '["cell", "parity", "--number", "0"'),
         )
     },
-    "python -m tests.oracle.compare shards --work beside --hidden 128 --blocks 2 --batch 8 "
-    "--figure losses.png": ("tests/oracle/test_oracle.py", "compare.main("),
+    **{
+        f"python -m tests.oracle.compare{words}": ("tests/oracle/test_oracle.py", "compare.main(")
+        for words in (
+            "",
+            " shards --work beside --hidden 128 --blocks 2 --batch 8 --figure losses.png",
+        )
+    },
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
