@@ -1,6 +1,5 @@
 """Shows what a folder of shards holds: its totals, or one row as text with its documents marked."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,6 @@ from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, no_label
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
-
-_COLOURS = ("\033[36m", "\033[33m")  # neighbouring documents alternate
-_RESET = "\033[0m"
 
 
 def describe(out: Path) -> str:
@@ -79,11 +75,10 @@ def _marked(
     segments: np.ndarray,
     labels: np.ndarray,
 ) -> list[str]:
-    colour = sys.stdout.isatty()
     starts = (segments & np.uint32(POSITION_MASK)).tolist()
     ends = [*starts[1:], manifest.row_tokens]
     lines = []
-    for number, (start, end, segment) in enumerate(zip(starts, ends, segments, strict=True)):
+    for start, end, segment in zip(starts, ends, segments, strict=True):
         kind = "document starts"
         if segment & CONTINUATION:
             kind = "document continues from an earlier row"
@@ -91,8 +86,7 @@ def _marked(
             kind = "padding"
         lines.append(f"--- tokens {start}..{end - 1}: {kind}")
         if not segment & PADDING:
-            text = tokenizer.decode(tokens[start:end])
-            lines.append(f"{_COLOURS[number % 2]}{text}{_RESET}" if colour else text)
+            lines.append(tokenizer.decode(tokens[start:end]))
             lines += _labels(tokenizer, labels, start, end)
     return lines
 
