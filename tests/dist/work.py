@@ -23,8 +23,9 @@ from xlstm_mcore.generation.settings import Sampling
 from xlstm_mcore.parameters.slices import is_shared, named_slices
 
 # The per-head norm of a first token's tiny output divides by it: with the usual eps of 1e-6
-# rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too.
-SMOOTH = {"norm_eps": 1e-2}
+# rounding errors of 1e-7 grow by orders of magnitude within three steps, in one process too. With
+# 1e-2 two mLSTM blocks still make 1e-4 of them, with this 1e-6.
+SMOOTH = {"norm_eps": 1e-1}
 
 MODELS: dict[str, dict[str, Any]] = {
     "large": {"pattern": "MM", "hidden_size": 64, "num_heads": 4, **SMOOTH},

@@ -19,6 +19,7 @@ OTHERS = {
     "Interrupted": "a request to stop",
     "Superseded": "another process does the work",
     "MachineFailed": "a rank, a worker or a disk failed",
+    "Stopped": "the run of a cell of a grid was asked to stop, and has saved",
     "Bad": "a check of `slurm.job.preflight` has found a bad node",
 }
 
