@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.commands.check_data import describe_data
-from pretrain.config import RunConfig, save_config
+from pretrain.config import RunConfig, runnable_text
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import read_progress
 from slurm import scheduler
@@ -81,7 +81,7 @@ def write_files(plan: TrainingPlan, config: RunConfig, text: str) -> None:
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
         copy_job_files(plan.run)
-        save_config(config, files.folder / RUN_FILE)
+        write_atomic(files.folder / RUN_FILE, runnable_text(config).encode())
         files.save_policy(plan.policy)
         if plan.health is not None:
             write(files.folder / HEALTH_FILE, asdict(plan.health))

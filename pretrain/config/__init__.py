@@ -11,8 +11,8 @@ from pretrain.config.checks import check_world, data_parallel_size, filled_rows,
 from pretrain.config.load import (
     config_from_dict,
     config_of_checkpoint,
-    config_text,
     load_config,
+    runnable_text,
     save_config,
 )
 from pretrain.config.overrides import override_option, split_overrides
@@ -49,12 +49,12 @@ __all__ = [
     "check_world",
     "config_from_dict",
     "config_of_checkpoint",
-    "config_text",
     "data_parallel_size",
     "filled_rows",
     "load_config",
     "micro_batches",
     "override_option",
+    "runnable_text",
     "save_config",
     "split_overrides",
 ]

@@ -18,6 +18,7 @@ from pretrain.config.messages import field_message
 from pretrain.config.overrides import parse_structured, split_overrides
 from pretrain.config.schema import RunConfig
 from xlstm_io.errors import ConfigError
+from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import counted
 from xlstm_io.yaml_file import read_yaml
@@ -131,10 +132,30 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
     Credentials in URLs are masked, so those are not equal.
     """
-    write_atomic(Path(path), config_text(config).encode())
+    write_atomic(Path(path), _text(config).encode())
 
 
-def config_text(config: RunConfig) -> str:
-    """What `save_config` writes."""
+def runnable_text(config: RunConfig) -> str:
+    """What `save_config` writes, for another process to run.
+
+    Raises:
+        ConfigError: URLs have credentials, which a file that others read does not get.
+    """
+    secret = [
+        f"{section}.{key}"
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+        if masked_values(value) != value
+    ]
+    if secret:
+        raise ConfigError(
+            f"{', '.join(secret)}: the URL has credentials, and the job's run file lies in the run "
+            "folder, where others can read it; give them in the environment, or in the "
+            "configuration of the storage's own package"
+        )
+    return _text(config)
+
+
+def _text(config: RunConfig) -> str:
     text = "# The resolved configuration of this run: every key, defaults included.\n"
     return text + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=4096)

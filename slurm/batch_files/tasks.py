@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from pretrain.config import RunConfig, config_text
+from pretrain.config import RunConfig, runnable_text
 from slurm import scheduler
 from slurm.batch_files.plan import (
     JobPlan,
@@ -205,7 +205,7 @@ def plan_preflight(
             file=jobs / "preflight.sbatch",
             restarts=0,
             beside={
-                RUN_FILE: config_text(config),
+                RUN_FILE: runnable_text(config),
                 HEALTH_FILE: json.dumps(asdict(health_of(site)), indent=1) + "\n",
             },
         )

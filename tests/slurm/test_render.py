@@ -435,6 +435,14 @@ def test_words_that_do_not_fit_the_job_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_credentials_do_not_reach_the_run_file_of_a_job():
+    """Masked, it would not run; and as it is, whoever reads the run folder would have them."""
+    config = load_config(DEMO, {"checkpoint.dir": "s3://key:secret@bucket/run"}, quiet=True)
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: the URL has credentials") as caught:
+        plan_preflight(config, load_site(str(EXAMPLES / "cpu.yaml")), 2, folder=PROJECT)
+    assert "secret" not in str(caught.value)
+
+
 def test_submitting_needs_slurm_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"partition": "a", "tasks_per_node": 2}))
     monkeypatch.setenv("PATH", "/nowhere")
