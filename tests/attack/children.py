@@ -39,7 +39,9 @@ def attempt(read: Callable[[], object]) -> Outcome:
         _run(read, sending)
     os.close(sending)
     parts, ended = [], False
-    while select.select([receiving], [], [], SECONDS)[0]:
+    waiting = select.poll()  # `select` takes no file number above 1023
+    waiting.register(receiving, select.POLLIN)
+    while waiting.poll(1000 * SECONDS):
         data = os.read(receiving, 1 << 16)
         if not data:
             ended = True

@@ -34,7 +34,7 @@ from xlstm_io.tokenizer import open_tokenizer, read_tokenizer_files
 from xlstm_mcore.convert.export.to_hf import export
 from xlstm_mcore.convert.families import custom
 from xlstm_mcore.convert.tables import rows
-from xlstm_mcore.inference import model_logits, open_model
+from xlstm_mcore.inference import model_logits, open_model, single_process_groups
 from xlstm_mcore.settings import ModelConfig
 
 MODEL = {"pattern": "Ms", "hidden_size": 32, "num_heads": 2, "vocab_size": 460, "round_up_to": 8}
@@ -43,6 +43,8 @@ MODEL = {"pattern": "Ms", "hidden_size": 32, "num_heads": 2, "vocab_size": 460, 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder with one checkpoint, which has all that today's programs write."""
+    # Once a process has left a group of gloo's, no fork of it can make one: these inherit it.
+    single_process_groups()
     folder = tmp_path_factory.mktemp("run")
     file = train_tokenizer(folder / "tokenizer.model")
     rng = torch.Generator().manual_seed(0)

@@ -165,8 +165,8 @@ def test_configurations_without_sense(folder, capsys, changes, words):
     ("changes", "words"),
     [
         ({"pattern": "M" * 10_000_000}, "more layers than there are tensors"),
-        ({"pattern": 7}, "more layers than there are tensors"),
-        ({"pattern": "Mxs*"}, "which is not a block"),
+        ({"pattern": 7}, "pattern has '7'"),
+        ({"pattern": "Mxs*"}, "pattern has 'x'"),
         ({"ffn_dim": 0}, "ffn_dim=0 must be"),
         ({"ffn_dim": 4096}, "has shape [192, 64]"),
         ({"hidden_size": "wide"}, "model.hidden_size=wide"),

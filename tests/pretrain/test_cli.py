@@ -263,7 +263,7 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
         "text_field": "text",
         "vocab_size": 8192,
         "work": "runs/demo",
-        "nproc": 2,
+        "nproc": None,
     }
 
 

@@ -46,7 +46,10 @@ class WarmProcess:
     def wait(self, timeout=None):
         """Its exit code (negative: the signal that killed it). TimeoutError after `timeout` s."""
         if self.returncode is None:
-            if not select.select([self._connection], [], [], timeout)[0]:
+            # Not `select`, which takes no file number above 1023.
+            waiting = select.poll()
+            waiting.register(self._connection, select.POLLIN)
+            if not waiting.poll(None if timeout is None else 1000 * timeout):
                 raise TimeoutError(f"the command still runs after {timeout} s")
             self.returncode = int(self._answers.readline())
             self._answers.close()

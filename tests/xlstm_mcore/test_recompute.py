@@ -92,7 +92,7 @@ class ElementwiseCell(torch.autograd.Function):
 @pytest.fixture
 def elementwise_cell(monkeypatch):
     monkeypatch.setattr(
-        mlstm, "run_mlstm", lambda config, *tensors: ElementwiseCell.apply(*tensors[:5])
+        mlstm, "run_mlstm", lambda config, *tensors, **_: ElementwiseCell.apply(*tensors[:5])
     )
 
 

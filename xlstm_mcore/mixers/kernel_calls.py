@@ -231,8 +231,12 @@ def run_lstm(
     bias: Tensor,
     boundaries: Tensor | None,
     cache: dict | None,
+    observe: Observer | None = None,
 ) -> Tensor:
-    """The LSTM over `s` tokens of the whole row; arguments and result are those of `run_slstm`."""
+    """The LSTM over `s` tokens of the whole row; arguments and result are those of `run_slstm`.
+
+    Its gates and state are not observed: `observe` is not called.
+    """
     state = None if cache is None else cache.get("lstm")
     if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
         return lstm_step(gate_preacts.squeeze(1), recurrent_weight, bias, state).unsqueeze(1)

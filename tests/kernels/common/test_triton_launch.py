@@ -62,11 +62,11 @@ def test_slstm_is_a_fixed_list_of_launches(launched, d, passes):
     starts = torch.empty(2, 6, dtype=torch.bool, device="meta")
     state = [wide(2, 2, d) for _ in range(4)]
     preacts, weight, bias = slstm_arguments(6, d)
-    out, _, saved = scan_triton.forward(preacts, weight, bias, state, starts, True)
+    out, _, saved = scan_triton.forward(preacts, weight, bias, state, starts, True, "slstm")
     assert len(launched) == passes[0]
     launched.clear()
     kept = Kept(weight, state[0], starts, out, saved)
-    scan_triton.backward(kept, out, state[:3], True)
+    scan_triton.backward(kept, out, state[:3], True, "slstm")
     assert len(launched) == passes[1]
 
 

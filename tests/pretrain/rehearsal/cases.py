@@ -52,7 +52,7 @@ def one_sided_collective():
 
 
 def wrong_group():
-    def sum_losses(losses, layout):
+    def sum_losses(losses, layout, sources):
         total = torch.stack(losses).sum(0) if losses else torch.zeros(2, device=layout.device)
         total = total.double()
         dist.all_reduce(total, group=layout.groups.dp_cp)
@@ -63,13 +63,13 @@ def wrong_group():
 
 
 def other_order_of_groups():
-    def sum_losses(losses, layout):
+    def sum_losses(losses, layout, sources):
         total = torch.zeros(2, dtype=torch.float64, device=layout.device)
         dist.all_reduce(total, group=layout.groups.mp)
         dist.all_reduce(total)
         return total
 
-    def swapped(losses, layout):
+    def swapped(losses, layout, sources):
         total = torch.zeros(2, dtype=torch.float64, device=layout.device)
         dist.all_reduce(total)
         dist.all_reduce(total, group=layout.groups.mp)

@@ -44,7 +44,7 @@ def test_a_stopped_rank_is_named_and_the_others_write_their_stacks(tmp_path):
         launcher.wait()
     assert "rank 0 has made no progress for" in out and "Traceback" not in out
     assert re.search(r"rank 1 was last seen in its \w+, after step \d+", out)
-    assert "forward_backward" in (folder / "run" / "logs" / "hang-0.txt").read_text()
+    assert "trainer.py" in (folder / "run" / "logs" / "hang-0.txt").read_text()
     assert not (folder / "run" / "logs" / "hang-1.txt").exists()
     assert not Path(f"/proc/{second}").exists()
 
