@@ -30,8 +30,8 @@ class Outcome:
     message: str = ""
 
 
-def attempt(read: Callable[[], object]) -> Outcome:
-    """Call `read` in a child of at most SECONDS and MEMORY."""
+def attempt(read: Callable[[], object], seconds: float = SECONDS) -> Outcome:
+    """Call `read` in a child of at most that time and MEMORY."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -41,7 +41,7 @@ def attempt(read: Callable[[], object]) -> Outcome:
     parts, ended = [], False
     waiting = select.poll()  # `select` takes no file number above 1023
     waiting.register(receiving, select.POLLIN)
-    while waiting.poll(1000 * SECONDS):
+    while waiting.poll(1000 * seconds):
         data = os.read(receiving, 1 << 16)
         if not data:
             ended = True
@@ -52,7 +52,7 @@ def attempt(read: Callable[[], object]) -> Outcome:
         os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not ended:
-        return Outcome(CRASHED, f"still running after {SECONDS} s")
+        return Outcome(CRASHED, f"still running after {seconds} s")
     if os.WIFSIGNALED(status):
         return Outcome(CRASHED, f"ended by {signal.Signals(os.WTERMSIG(status)).name}")
     kind, _, message = b"".join(parts).decode("utf-8", "backslashreplace").partition("\n")
