@@ -54,6 +54,7 @@ def a_run_lives_through_everything_bit_for_bit(make):
 
 
 @needs_root
+@by_command
 def a_run_changes_its_nodes_and_its_launcher_between_lives(make):
     """Two nodes, then two ranks on one, then torchrun on two: every loss as without Slurm."""
     run = make.trainer("moves", site={"partition": "main"}, **STEPS).submit()
