@@ -78,8 +78,9 @@ def test_figures_are_those_of_one_process(pool, ranks, model, changes):
             for key, value in expected[line["layer"]].items():
                 if isinstance(value, str):
                     assert line[key] == value
-                else:
-                    assert line[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (key, line)
+                else:  # a quantile is exact to a bin, and rounding may move one value to the next
+                    near = WIDTH if key.endswith(("_p05", "_p50", "_p95")) else 2e-4
+                    assert line[key] == pytest.approx(value, rel=2e-3, abs=near), (key, line)
 
 
 @needs_deepspeed
