@@ -36,9 +36,8 @@ class _Prefixes(Task):
         return Samples(np.where(there, tokens, 0).astype(np.int32), labels, lengths)
 
 
-@dataclass(kw_only=True)
-class Parity(_Prefixes):
-    """Whether the number of b's is even (a) or odd (b)."""
+class _TwoLetters(_Prefixes):
+    """A task about a's and b's whose answer is one of the two."""
 
     @property
     def chance(self) -> float:
@@ -48,6 +47,11 @@ class Parity(_Prefixes):
     def symbols(self) -> list[str]:
         """Padding and the two letters."""
         return ["_", "a", "b"]
+
+
+@dataclass(kw_only=True)
+class Parity(_TwoLetters):
+    """Whether the number of b's is even (a) or odd (b)."""
 
     def answered(self, rng: np.random.Generator, rows: int, width: int) -> tuple[np.ndarray, ...]:
         """See `_Prefixes`."""
@@ -56,17 +60,8 @@ class Parity(_Prefixes):
 
 
 @dataclass(kw_only=True)
-class EvenPairs(_Prefixes):
+class EvenPairs(_TwoLetters):
     """Whether the number of ab and ba is even (a) or odd (b)."""
-
-    @property
-    def chance(self) -> float:
-        """A guess between two letters."""
-        return 0.5
-
-    def symbols(self) -> list[str]:
-        """Padding and the two letters."""
-        return ["_", "a", "b"]
 
     def answered(self, rng: np.random.Generator, rows: int, width: int) -> tuple[np.ndarray, ...]:
         """See `_Prefixes`: the letter changes an even number of times if it is the first again."""

@@ -4,6 +4,7 @@ Definitions: arXiv 2405.04517, appendix B.1.1; the stack is that of Deletang et 
 (arXiv 2207.02098): its content is given bottom first, and answered top first.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,7 @@ class _Rearranged(Task):
         """Whether it is even."""
         return length >= 2 and length % 2 == 0
 
+    @abstractmethod
     def order(self, places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Which digit of a string each answer is.
 
@@ -133,7 +135,6 @@ class _Rearranged(Task):
             places: `[1, width]`: of the answers.
             sizes: `[n, 1]`: lengths of the strings.
         """
-        raise NotImplementedError
 
     def sample(self, rng: np.random.Generator, lengths: np.ndarray) -> Samples:
         """See `Task`."""
