@@ -133,6 +133,7 @@ def _check_rows_continue(dataset: TokenDataset) -> None:
         )
 
 
+@torch.no_grad()
 def measure(
     model: torch.nn.Module,
     dataset: TokenDataset,

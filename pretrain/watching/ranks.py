@@ -37,8 +37,8 @@ CALLS = (
     "_allgather_base", "_end_coalescing", "_reduce_scatter_base", "all_gather_single",
     "all_gather_single_coalesced", "all_to_all_single", "allgather", "allgather_coalesced",
     "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced", "alltoall",
-    "alltoall_base", "barrier", "broadcast", "gather", "recv", "recv_anysource", "reduce",
-    "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+    "alltoall_base", "barrier", "broadcast", "gather", "gather_single", "recv", "recv_anysource",
+    "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
     "reduce_scatter_tensor_coalesced", "scatter", "send",
 )  # fmt: skip
 
