@@ -34,7 +34,7 @@ class Turn:
     Attributes:
         at: finished steps when it was made.
         end: the step at which the curve ended before.
-        pace: steps of the curve before in one step from there on.
+        pace: steps of the curve before in one step from there on; 0 holds its last rate.
     """
 
     at: int
@@ -106,7 +106,7 @@ def continued(
         new, what = anew, "the curve of the new length is used"
     else:
         stretched = schedule.extend == "stretch"
-        pace = (before - done) / (steps - done) if stretched and steps > done else 1.0
+        pace = max(0, before - done) / (steps - done) if stretched and steps > done else 1.0
         new = Curve(curve.steps, (*curve.turns, Turn(done, before, pace)))
         what = "what is left of the curve is stretched over the steps that are left"
         if done >= before:

@@ -59,14 +59,7 @@ def test_cell_equals_one_process(pool, one_process, cell):
         assert error < 1e-4, f"{key}: {error:.2e}"
 
 
-MICRO_BATCHES = {"data__seq_len": 32, "data__global_batch": 16, "optimizer__clip_grad": 0.0}
-
-
-@pytest.fixture(scope="module")
-def bf16_sums(pool):
-    """16 bf16 gradients summed in an fp32 buffer by one process."""
-    config = work.run_config(MODEL, engine__precision="bf16", **MICRO_BATCHES)
-    return work.assemble(pool(1, work.first_moments, config, False))
+MICRO_BATCHES = {"data__seq_len": 32, "data__global_batch": 8, "optimizer__clip_grad": 0.0}
 
 
 def relative_errors(got, expected):
@@ -75,17 +68,6 @@ def relative_errors(got, expected):
         key: ((got[key] - value).norm() / value.norm().clamp(min=1e-12)).item()
         for key, value in expected.items()
     }
-
-
-@pytest.mark.parametrize("cell", BF16, ids=name)
-def test_gradients_are_summed_in_fp32(pool, bf16_sums, cell):
-    """In the buffer and through the reduction: a single rounding to bf16 would show as 1e-3."""
-    ranks, changes = ranks_and_changes(cell)
-    ranks = min(ranks, 2)
-    config = work.run_config(MODEL, **changes, **MICRO_BATCHES)
-    answers = pool(ranks, work.first_moments, config, False)
-    errors = relative_errors(work.assemble(answers), bf16_sums)
-    assert max(errors.values()) < 1e-6, errors
 
 
 BF16_TENSOR = [
@@ -97,17 +79,16 @@ BF16_TENSOR = [
 ]
 
 
-@pytest.mark.parametrize("cell", BF16_TENSOR, ids=name)
-def test_tensor_parallel_gradients_are_summed_in_fp32(pool, cell):
-    """As above, against the same tensor-parallel ranks with one micro-batch at a time.
-
-    Partial sums over tensor-parallel ranks are rounded to bf16 as activations are, so one process
-    has other gradients.
-    """
-    assert ranks_and_changes(cell)[0] == 4
-    config = work.run_config("large", **ranks_and_changes(cell)[1], **MICRO_BATCHES)
-    expected = work.assemble(pool(2, work.first_moments_one_by_one, config))
-    errors = relative_errors(work.assemble(pool(4, work.first_moments, config, False)), expected)
+@pytest.mark.parametrize("cell", BF16 + BF16_TENSOR, ids=name)
+def test_gradients_are_summed_in_fp32(pool, cell):
+    """In the buffer and through the reduction: a single rounding to bf16 would show as 1e-3."""
+    ranks, changes = ranks_and_changes(cell)
+    ranks = ranks if cell.tensor else min(ranks, 2)
+    model = "large" if cell.tensor else MODEL
+    config = work.run_config(model, **changes, **MICRO_BATCHES)
+    answers = pool(ranks, work.first_moments_two_ways, config)
+    at_once, by_few = (work.assemble(chunks) for chunks in zip(*answers, strict=True))
+    errors = relative_errors(at_once, by_few)
     assert max(errors.values()) < 1e-6, errors
 
 

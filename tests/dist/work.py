@@ -278,43 +278,44 @@ def _first_moments(engine: Engine) -> list[TensorSlice]:
     return [c for c in engine.sharded_state() if c.name.startswith("optimizer.state.exp_avg.")]
 
 
-def first_moments(config: RunConfig, mask: bool = True) -> list[TensorSlice]:
-    """Adam's first moment after one step: without clipping the gradient times 1 - beta1.
-
-    ``mask=False`` counts every token. When their number is a power of two, scaling the loss before
-    the backward pass or the gradient after it rounds alike in bf16, and engines differ by their
-    sums alone.
-    """
+def first_moments(config: RunConfig) -> list[TensorSlice]:
+    """Adam's first moment after one step: without clipping the gradient times 1 - beta1."""
     engine, layout = make_engine(config)
-    batches = random_batches(config, 0)
-    if not mask:
-        batches = list(map(unmasked, batches))
-    mine = batches[layout.dp_rank :: layout.dp_size]
+    mine = random_batches(config, 0)[layout.dp_rank :: layout.dp_size]
     assert train_step(engine, mine, config.optimizer.lr).accepted
     return _first_moments(engine)
+
+
+def first_moments_two_ways(config: RunConfig) -> tuple[list[TensorSlice], list[TensorSlice]]:
+    """`first_moments` with every token counted, and the same from many steps.
+
+    The same engine computes both, since on some processors a bf16 product depends on where its
+    operands lie in memory. When the number of tokens is a power of two, scaling the loss before the
+    backward pass or the gradient after it rounds alike in bf16.
+
+    Returns:
+        The moments of one step of all micro-batches, and those of steps of as few as the pipeline
+        takes, added up here in fp64. Each step starts from a moment of zero and changes no weight.
+    """
+    engine, layout = make_engine(config)
+    batches = list(map(unmasked, random_batches(config, 0)))[layout.dp_rank :: layout.dp_size]
+    moments = _first_moments(engine)
+    totals = [torch.zeros_like(chunk.tensor, dtype=torch.float64) for chunk in moments]
+    few = config.layout.pipeline
+    for start in range(0, len(batches), few):
+        torch._foreach_zero_([chunk.tensor for chunk in moments])
+        assert train_step(engine, batches[start : start + few], 0.0).accepted
+        for total, chunk in zip(totals, moments, strict=True):
+            total += chunk.tensor * few / len(batches)
+    by_few = [replace(c, tensor=total) for c, total in zip(moments, totals, strict=True)]
+    torch._foreach_zero_([chunk.tensor for chunk in moments])
+    assert train_step(engine, batches, 0.0).accepted
+    return moments, by_few
 
 
 def unmasked(batch: Batch) -> Batch:
     """The batch with every token counted."""
     return replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
-
-
-def first_moments_one_by_one(config: RunConfig) -> list[TensorSlice]:
-    """``first_moments(config, mask=False)`` of one replica, micro-batches added up here in fp64.
-
-    Each has a step of its own, which starts from a moment of zero and changes no weight.
-    """
-    engine, layout = make_engine(config)
-    assert layout.dp_size == 1
-    moments = _first_moments(engine)
-    totals = [torch.zeros_like(chunk.tensor, dtype=torch.float64) for chunk in moments]
-    batches = list(map(unmasked, random_batches(config, 0)))
-    for batch in batches:
-        torch._foreach_zero_([chunk.tensor for chunk in moments])
-        assert train_step(engine, [batch], 0.0).accepted
-        for total, chunk in zip(totals, moments, strict=True):
-            total += chunk.tensor / len(batches)
-    return [replace(c, tensor=total) for c, total in zip(moments, totals, strict=True)]
 
 
 def train_around_a_bad_step(config: RunConfig) -> tuple[list[bool], bool, Any]:

@@ -53,6 +53,18 @@ def save(root, values=None, step=7, **kw):
     return save_checkpoint(root, slices, STATE, CONFIG, step=step, **kw)
 
 
+@pytest.mark.parametrize(
+    "state", [{"life": 1 << 40}, {"curve": {"steps": 0, "turns": []}}, {"updates": -1}]
+)
+def test_a_manifest_that_no_reader_takes_is_not_written(tmp_path, state):
+    sound = save(tmp_path, step=1)
+    slices = [whole(n, t) for n, t in tensors().items()]
+    with pytest.raises(CheckpointError, match="this is a bug of the program: report it"):
+        save_checkpoint(tmp_path, slices, STATE | state, CONFIG, step=2)
+    assert find_latest(tmp_path) == sound
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [sound.name]
+
+
 def random_tiling(shape, rng, slices=1):
     """Cut a box into random boxes, recursively."""
     boxes = [((0,) * len(shape), tuple(shape))]

@@ -7,6 +7,7 @@ import pytest
 from pretrain.config import ConfigError, OptimizerConfig, ScheduleConfig
 from pretrain.lr_curve import Curve, continued
 from pretrain.lr_schedule import learning_rate
+from xlstm_io.checkpoint.schema import State
 
 PEAK, STEPS = 2.0, 100
 
@@ -137,6 +138,16 @@ def extended(done, before, steps, curve=None, **keys):
 
 def largest_jump(rate, steps):
     return max(abs(rate(step + 1) - rate(step)) for step in range(9, steps - 1))
+
+
+@pytest.mark.parametrize("extend", ["stretch", "hold"])
+@pytest.mark.parametrize("done", [0, 1, 60, 99, 100, 110])
+@pytest.mark.parametrize("steps", [70, 100, 150])
+def test_a_checkpoint_takes_every_curve(extend, done, steps):
+    """At 100 of 100 steps what is left of the curve is nothing, after that less than nothing."""
+    new, *_ = extended(done, 100, steps, extend=extend)
+    assert Curve.from_dict(State(curve=new.to_dict()).model_dump()["curve"]) == new
+    assert all(turn.pace >= 0 for turn in new.turns)
 
 
 @pytest.mark.parametrize("extend", ["stretch", "hold"])

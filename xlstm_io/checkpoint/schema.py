@@ -103,7 +103,8 @@ class _Turn(_Values):
 
     at: Count
     end: Count
-    pace: Annotated[float, Field(gt=0)]
+    pace: Annotated[float, Field(ge=0)]
+    """0 where the curve had ended and its last rate is held."""
 
 
 class _Curve(_Values):

@@ -34,7 +34,9 @@ from xlstm_io.checkpoint.safetensors_stream import (
     hash_file,
     write_safetensors,
 )
+from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointError
+from xlstm_io.json_file import checked
 from xlstm_io.storage import (
     Location,
     make_folder,
@@ -44,6 +46,8 @@ from xlstm_io.storage import (
 )
 
 log = logging.getLogger(__name__)
+
+_BUG = "no reader would take that, so it is not written; this is a bug of the program: report it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +182,8 @@ def finish_attempt(
         fence: Called right before the manifest is written.
 
     Raises:
-        CheckpointError: The slices do not hold every element of every tensor exactly once.
+        CheckpointError: The slices do not hold every element of every tensor exactly once, or a
+            reader would refuse the manifest.
         OSError: The file system refuses.
     """
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -230,6 +235,10 @@ def finish_attempt(
     # The checksum is over what a reader will parse (tuples are lists by then).
     manifest = json.loads(json.dumps(manifest))
     manifest["checksum"] = manifest_checksum(manifest)
+    # A checkpoint that no reader takes is worse than none: everybody would rely on it.
+    checked(
+        ManifestBody, manifest, named_in=path / MANIFEST_NAME, remedy=_BUG, error=CheckpointError
+    )
     fence()
     write_atomic(path / MANIFEST_NAME, json.dumps(manifest, indent=1).encode(), make_parents=False)
     sync_folder(path.parent)
