@@ -53,6 +53,9 @@ def read_table(path: str, kind: str, fields: Fields, wanted: np.ndarray | None) 
 def _with_our_errors(path: str, items: Iterator[Item]) -> Iterator[Item]:
     import pyarrow as pa
 
+    # mimalloc, pyarrow's own allocator, can crash in a process where the thread that loaded it is
+    # gone, as threads are after a fork (apache/arrow issues 50471 and 50908).
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
         yield from items
     except PrepError:
@@ -68,7 +71,8 @@ def _read_parquet(path: str, fields: Fields, wanted: np.ndarray | None) -> Itera
 
     with open_raw(path) as stream:
         try:
-            file = pq.ParquetFile(stream, page_checksum_verification=True)
+            # Without reading ahead, which has threads of its own, in a process made by a fork.
+            file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
         except pa.ArrowInvalid as error:
             raise PrepError(f"{path}: not a parquet file ({printable(error)})") from None
         columns = _columns(path, file.schema_arrow, fields)
