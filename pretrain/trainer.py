@@ -191,6 +191,7 @@ class Trainer:
                 metrics.message(line)
             # The life before this one may have ended before it had measured its last step.
             missing = self.evaluation is None and self.validation.due(self.state.step)
+            self.watchdog.ask(self.loader.waits_for)
             stopping = missing and not self._evaluate(metrics)
             self.watchdog.moved(STARTUP, self.state.step)
             while self.state.step < steps and not stopping:
@@ -278,11 +279,15 @@ class Trainer:
         """
         config, rows = self.config, self.config.data.micro_batch
         self.saver.onset = self.divergence.onset
-        keep_evidence(self.dir, self.life, rejected, self.engine.own_losses, self.layout, rows)
+        fault = keep_evidence(
+            self.dir, self.life, rejected, self.engine.own_losses, self.layout, rows
+        )
+        if fault is not None:
+            metrics.message(f"the samples of step {rejected.step} are not recorded: {fault}")
         key = self.divergence.must_stop(rejected.result)
         if key is not None:
             self._write_progress("diverged")
-            why = diverged(config, rejected, key, self.saver.last_good)
+            why = diverged(config, rejected, key, self.saver.last_good, fault is None)
             self._tell("diverged", why)
             raise DivergedError(why)
         metrics.message(f"{rejected}; the update was not applied")

@@ -13,14 +13,8 @@ the workers in turn, so their order does not depend on the number of workers.
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
-import signal
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from itertools import count, islice
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +25,8 @@ from pretrain.data.batch import Batch, DataCursor
 from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
-from xlstm_io.signals import signal_at_parents_death, stop_signals_blocked
+from pretrain.data.reading_ahead import ReadingProcesses, ReadingThread
 
-_PREFETCH_STEPS = 2  # of the thread, or of each worker process
-_POLL_SECONDS = 0.1  # how long a thread may outlive the loader that it works for
 _LOOK_AHEAD = 1024  # samples that are located at once, to spread numpy's cost per call over them
 
 
@@ -137,19 +129,6 @@ class _Steps:
             yield from zip(steps, *(np.split(part, ends) for part in found), strict=True)
 
 
-def _produce(pipeline: wds.DataPipeline, out: queue.Queue, stop: threading.Event) -> None:
-    """Fill `out` from the pipeline until `stop` or its end."""
-    for item in pipeline:
-        while not stop.is_set():
-            try:
-                out.put(item, timeout=_POLL_SECONDS)
-                break
-            except queue.Full:
-                continue
-        if stop.is_set():
-            return
-
-
 class TrainLoader:
     """Endless iterator over steps; each is the list of this rank's micro-batches.
 
@@ -209,8 +188,9 @@ class TrainLoader:
         micro_batches = micro_batches or (lambda rows: rows // per_step)
         steps = _Steps(plan, ramp, micro_batch, dp_rank, dp_size, step, consumed, micro_batches)
         pipeline = wds.DataPipeline(steps.numbers, wds.split_by_worker, steps.make)
-        self._items = _Processes(pipeline, workers) if workers else _Thread(pipeline)
+        self._items = ReadingProcesses(pipeline, workers) if workers else ReadingThread(pipeline)
         self._error: BaseException | None = None
+        self._waiting = False
 
     @property
     def cursor(self) -> DataCursor:
@@ -225,7 +205,9 @@ class TrainLoader:
     def __next__(self) -> list[Batch]:
         if self._error is not None:
             raise self._error
+        self._waiting = True
         item = self._items.get()
+        self._waiting = False
         if isinstance(item, BaseException):
             self._error = item
             raise item
@@ -236,6 +218,13 @@ class TrainLoader:
         sources = np.eye(names)[item.sources] if names else None
         return Batch.of(item.rows, sources).split(self._micro_batch)
 
+    def waits_for(self) -> str:
+        """Who is to give the step that `next` waits for; empty while it does not wait.
+
+        May be called from any thread.
+        """
+        return self._items.names() if self._waiting else ""
+
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""
         self._items.close()
@@ -245,101 +234,6 @@ class TrainLoader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Thread:
-    """A pipeline that runs ahead in a thread. It starts when the first item is asked for.
-
-    The thread refers to pipeline, queue and event but not to the loader, so that an abandoned
-    loader is collected and its finaliser ends the thread.
-    """
-
-    def __init__(self, pipeline: wds.DataPipeline) -> None:
-        self._stop = threading.Event()
-        self._queue: queue.Queue = queue.Queue(maxsize=_PREFETCH_STEPS)
-        self._thread = threading.Thread(
-            target=_produce,
-            args=(pipeline, self._queue, self._stop),
-            name="train-loader",
-            daemon=True,
-        )
-        self._finalizer = weakref.finalize(self, self._stop.set)
-
-    def get(self) -> Item:
-        """The next item; StopIteration after `close`."""
-        if self._stop.is_set():
-            raise StopIteration
-        if self._thread.ident is None:
-            self._thread.start()
-        return self._queue.get()
-
-    def close(self) -> None:
-        """End the thread and wait for it."""
-        self._finalizer()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-
-class _Processes:
-    """A pipeline that runs ahead in worker processes, which start with the first item.
-
-    Slurm and terminals signal every process, but the trainer alone handles a request to stop, so
-    the workers are forked with those signals blocked. DataLoader would send SIGTERM to end a
-    worker, which is one of them, so workers that are left are ended by SIGKILL. The kernel does
-    that too when the trainer itself is killed.
-    """
-
-    def __init__(self, pipeline: wds.DataPipeline, workers: int) -> None:
-        self._loader = wds.WebLoader(
-            pipeline,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=_PREFETCH_STEPS,
-            worker_init_fn=_end_with_the_trainer,
-        )
-        self._iterator: Iterator | None = None
-        self._workers: list[BaseProcess] = []
-        self._finalizer = weakref.finalize(self, _kill, self._workers)
-        self._closed = False
-
-    def get(self) -> Item:
-        """The next item; StopIteration after `close`."""
-        if self._closed:
-            raise StopIteration
-        if self._iterator is not None:
-            return next(self._iterator)
-        others = set(multiprocessing.active_children())
-        try:
-            with stop_signals_blocked():
-                self._iterator = iter(self._loader)
-                first = next(self._iterator)
-        finally:
-            self._workers += [p for p in multiprocessing.active_children() if p not in others]
-        return first
-
-    def close(self) -> None:
-        """End the processes and wait for them."""
-        self._closed = True
-        self._iterator = None  # DataLoader's iterator tells its workers to end when it goes
-        self._finalizer()
-
-
-def _end_with_the_trainer(worker: int) -> None:
-    """In a worker process, when it starts."""
-    signal_at_parents_death(signal.SIGKILL)
-
-
-def _as_it_is(item: Item) -> Item:
-    """No conversion. DataLoader's own would make tensors of arrays."""
-    return item
-
-
-def _kill(workers: list[BaseProcess]) -> None:
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-        worker.join()
 
 
 class ValidLoader:

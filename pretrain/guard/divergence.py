@@ -145,7 +145,9 @@ class RejectedStep:
         return f"step {self.step}: loss {found.loss}, gradient norm {found.grad_norm}: {kind}"
 
 
-def diverged(config: RunConfig, rejected: RejectedStep, key: str, good: Location | None) -> str:
+def diverged(
+    config: RunConfig, rejected: RejectedStep, key: str, good: Location | None, kept: bool = True
+) -> str:
     """What to tell the user when a step's update was rejected and the run stops.
 
     Args:
@@ -153,23 +155,28 @@ def diverged(config: RunConfig, rejected: RejectedStep, key: str, good: Location
         rejected: the step.
         key: what stops the run.
         good: the newest complete checkpoint.
+        kept: whether `keep_evidence` could write.
     """
     options = config.optimizer
     remedy = f"lower optimizer.lr={options.lr}"
     if options.clip_grad == 0:
         remedy += ", or clip gradients: optimizer.clip_grad=0 never does"
+    evidence = f"{EVIDENCE_FOLDER}/ in {config.run.dir} names the samples; " if kept else ""
     return (
         f"{rejected}, so the update was not applied and the run stops ({key}); "
         f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; "
-        f"{EVIDENCE_FOLDER}/ in {config.run.dir} names the samples; {remedy}, or go back and leave "
+        f"{evidence}{remedy}, or go back and leave "
         f"out these samples: python -m pretrain rewind {config.run.dir} --to STEP --skip-samples N"
     )
 
 
 def keep_evidence(
     run: Path, life: int, rejected: RejectedStep, losses: list[Tensor], layout: "Layout", rows: int
-) -> None:
+) -> OSError | None:
     """Write what is known of a rejected step into the run folder; called by all ranks.
+
+    No run ends because this file cannot be written: it would leave the other ranks waiting, and a
+    step that is skipped needs nothing of it.
 
     Args:
         run: the run folder.
@@ -179,8 +186,8 @@ def keep_evidence(
         layout: where this process stands.
         rows: rows of a micro-batch.
 
-    Raises:
-        OSError: the folder cannot be written.
+    Returns:
+        Why the file could not be written, on rank 0; None where it was, and on other ranks.
     """
     groups = layout.groups
     # Tensor-parallel ranks have the same losses, and context-parallel ranks parts of one row.
@@ -192,7 +199,7 @@ def keep_evidence(
             sums[0] += total
             sums[1] += tokens
     if not layout.is_main:
-        return
+        return None
     micro_batches = []
     for (replica, number), (total, tokens) in sorted(batches.items()):
         first = rejected.first_sample + (number * layout.dp_size + replica) * rows
@@ -215,4 +222,8 @@ def keep_evidence(
         "micro_batches": micro_batches,
     }
     path = run / EVIDENCE_FOLDER / f"step-{rejected.step:08d}-life-{life:06d}.json"
-    write_atomic(path, json.dumps(values, indent=1).encode() + b"\n")
+    try:
+        write_atomic(path, json.dumps(values, indent=1).encode() + b"\n")
+    except OSError as error:
+        return error
+    return None

@@ -88,6 +88,7 @@ class Watchdog:
         self._state = (STARTUP, 0, time.monotonic())  # replaced as a whole: no lock is needed
         self._slowest = 0.0
         self._written: tuple[str, int] | None = None
+        self._waits_for: Callable[[], str] = str
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -98,6 +99,14 @@ class Watchdog:
         if before == STEP == phase:
             self._slowest = max(self._slowest, now - since)
         self._state = (phase, step, now)
+
+    def ask(self, waits_for: Callable[[], str]) -> None:
+        """Ask this, from the watchdog's thread, what a rank that stands still is waiting for.
+
+        Args:
+            waits_for: half a sentence for the message; empty where it does not know.
+        """
+        self._waits_for = waits_for
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -145,6 +154,9 @@ class Watchdog:
             f"rank {self._rank} has made no progress for {silent:.0f} s (limit {limit:.0f} s) in "
             f"its {phase}, after step {step}"
         )
+        waits_for = self._waits_for()
+        if waits_for:
+            words += f": it waits for {waits_for}"
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:

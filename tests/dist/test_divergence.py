@@ -1,7 +1,9 @@
 """Spikes and other rejected steps in whole runs: alike on all ranks, exact on a resume."""
 
+import errno
 import json
 import math
+import os
 from unittest import mock
 
 import pytest
@@ -89,6 +91,28 @@ def test_a_spike_stops_the_run_where_that_is_asked_for(pool, shards, tmp_path):
         assert "a spike (limits: loss " in message and "guard.spikes.policy=stop" in message
         assert "step-00000006" in message and "evidence/ in" in message
     assert read_manifest(find_latest(tmp_path)).step == 6
+
+
+def train_without_room_for_evidence(raw, factors):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "evidence")
+    with mock.patch("pretrain.guard.divergence.write_atomic", side_effect=full):
+        return train(raw, factors)
+
+
+def test_a_full_disk_takes_no_evidence_and_the_run_goes_on(pool, shards, tmp_path):
+    raw = run_of(tmp_path, shards)
+    assert pool(2, train_without_room_for_evidence, raw, {SPIKE: 3.0}) == [0, 0]
+    assert read_manifest(find_latest(tmp_path)).state["updates"] == 11
+    assert not (tmp_path / "evidence").exists()
+    printed = (tmp_path / "logs" / "life-000001" / "rank_0.log").read_text()
+    assert "the samples of step 8 are not recorded: [Errno 28] No space left on device" in printed
+
+
+def test_a_full_disk_does_not_hide_why_a_run_stops(pool, shards, tmp_path):
+    raw = run_of(tmp_path, shards, guard__spikes={"policy": "stop", "window": 4})
+    main, other = pool(2, train_without_room_for_evidence, raw, {SPIKE: 3.0})
+    assert main.startswith("step 8: loss ") and "guard.spikes.policy=stop" in main
+    assert "evidence/" not in main and "evidence/" in other, "rank 0 alone writes, and prints"
 
 
 def test_a_run_that_skips_every_step_stops(pool, shards, tmp_path):

@@ -2,6 +2,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from pretrain.data import (
     TrainLoader,
     ValidLoader,
 )
-from pretrain.data import loader as loader_module
+from pretrain.data.reading_ahead import PREFETCH_STEPS
 from xlstm_io.signals import STOP_SIGNALS
 
 
@@ -217,6 +218,39 @@ def test_worker_processes_ignore_signals_and_end_with_the_loader(plan):
         next(loader)
 
 
+def test_a_worker_process_that_stands_still_is_named_while_it_is_waited_for(plan):
+    with TrainLoader(plan, BatchRamp(8), micro_batch=8, workers=1) as loader:
+        next(loader)
+        assert loader.waits_for() == ""
+        (worker,) = loader._items._workers
+        os.kill(worker.pid, signal.SIGSTOP)
+        # What it has read ahead is still given.
+        waiting = threading.Thread(target=lambda: list(itertools.islice(loader, 20)))
+        waiting.start()
+        wanted = f"the loader's worker processes read: {worker.pid} (stopped)"
+        deadline = time.monotonic() + 60
+        while wanted not in loader.waits_for():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(worker.pid, signal.SIGCONT)
+        waiting.join()
+        assert loader.waits_for() == ""
+
+
+def test_a_thread_that_is_waited_for_is_named(plan, monkeypatch):
+    go_on, whole_read = threading.Event(), DataPlan.read
+    monkeypatch.setattr(DataPlan, "read", lambda *args: go_on.wait() and whole_read(*args))
+    with TrainLoader(plan, BatchRamp(2), micro_batch=2) as loader:
+        waiting = threading.Thread(target=next, args=(loader,))
+        waiting.start()
+        deadline = time.monotonic() + 60
+        while loader.waits_for() != "the next batch, which a thread reads":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        go_on.set()
+        waiting.join()
+
+
 def threads():
     return [t for t in threading.enumerate() if t.name == "train-loader"]
 
@@ -249,7 +283,7 @@ def test_prefetch_is_bounded(plan, monkeypatch):
     with TrainLoader(plan, BatchRamp(2), micro_batch=2) as loader:
         next(loader)
         time.sleep(0.3)
-    assert len(made) <= loader_module._PREFETCH_STEPS + 2
+    assert len(made) <= PREFETCH_STEPS + 2
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,19 @@ def read(*args):
     return real(*args)
 DataPlan.read = read
 """
+STANDING = """
+import signal
+from pretrain.data.plan import DataPlan
+real, parent, reads = DataPlan.read, os.getpid(), []
+def read(*args):
+    reads.append(1)
+    if os.getpid() != parent and len(reads) == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*args)
+DataPlan.read = read
+"""
+
+WATCHED = ("--data.workers=1", "--guard.hang-timeout=5")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +124,7 @@ DataPlan.read = read
         (CONFIG, ExitCode.MACHINE_FAILED, "error: writing to run.dir=run failed: [Errno 28]", ()),
         (CACHE, ExitCode.MACHINE_FAILED, "error: rank 0: [Errno 28] No space", ()),
         (WORKER, ExitCode.MACHINE_FAILED, "error: rank 0: a worker process", ("--data.workers=1",)),
+        (STANDING, ExitCode.HANG, "(stopped); its stacks are in run/logs/hang-0.txt", WATCHED),
         (BUG, ExitCode.BUG, "ZeroDivisionError", ()),
     ],
     ids=[
@@ -120,6 +134,7 @@ DataPlan.read = read
         "configuration",
         "cache",
         "loader worker",
+        "loader worker that stands still",
         "bug",
     ],
 )

@@ -41,6 +41,16 @@ def test_a_rank_that_stands_still_writes_its_stacks_and_ends(tmp_path):
     assert about == {"rank": 3, "phase": "step", "step": 41}
 
 
+def test_the_message_says_what_the_rank_waits_for(tmp_path, capfd):
+    watchdog, ends = watch(tmp_path)
+    watchdog.ask(lambda: "the next batch")
+    with watchdog:
+        watchdog.moved(STEP, 41)
+        wait_for(lambda: ends)
+    words = "in its step, after step 41: it waits for the next batch"
+    assert words in capfd.readouterr().err and words in (tmp_path / "hang-3.txt").read_text()
+
+
 def test_a_rank_that_moves_is_left_alone(tmp_path):
     watchdog, ends = watch(tmp_path)
     with watchdog:
