@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.sources.documents import DEFAULT_FIELDS, Fields, Item, printable
-from data_prep.sources.json_lines import read_json_lines
+from data_prep.sources.formats.json_lines import read_json_lines
+from data_prep.sources.formats.tables import read_table
+from data_prep.sources.formats.text import read_parts, read_text
 from data_prep.sources.names import JSON_SUFFIXES, TABLE_SUFFIXES, suffixes
 from data_prep.sources.streams import DECOMPRESSION_ERRORS
-from data_prep.sources.tables import read_table
-from data_prep.sources.text import read_parts, read_text
 from xlstm_io.errors import PrepError
 
 

@@ -22,7 +22,7 @@ from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Tick, available_cpus, run_tasks
 from data_prep.sources.documents import text_hash
 from data_prep.sources.files import file_fingerprint
-from data_prep.sources.megatron import MegatronCorpus
+from data_prep.sources.formats.megatron import MegatronCorpus
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
 from xlstm_io.json_file import StrictModel

@@ -25,7 +25,7 @@ from data_prep.build.state import STATE_NAME, load_state
 from data_prep.build_options import build_options
 from data_prep.sources.documents import Fields
 from data_prep.sources.files import expand_inputs, provenance_notes
-from data_prep.sources.megatron import MegatronCorpus
+from data_prep.sources.formats.megatron import MegatronCorpus
 from data_prep.sources.readers import read_documents
 from data_prep.tools.verify import verify
 from pretrain.config.load import load_config

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from data_prep.sources.megatron import MegatronCorpus
+from data_prep.sources.formats.megatron import MegatronCorpus
 from tests.data_prep.small_corpus import documents_of, run, tree_bytes
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import load_manifest

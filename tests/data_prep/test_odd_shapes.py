@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.sources import apart
 from data_prep.sources.documents import LARGEST_TEXT, Document, Fields, Malformed
 from data_prep.sources.files import expand_inputs
-from data_prep.sources.json_lines import parse_leniently
+from data_prep.sources.formats import apart
+from data_prep.sources.formats.json_lines import parse_leniently
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
 

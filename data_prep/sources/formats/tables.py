@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.sources.apart import yield_apart
 from data_prep.sources.documents import (
     LARGEST_TEXT,
     Document,
@@ -23,6 +22,7 @@ from data_prep.sources.documents import (
     printable,
     too_large,
 )
+from data_prep.sources.formats.apart import yield_apart
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import DECOMPRESSION_ERRORS, open_raw, open_stream
 from xlstm_io.errors import PrepError

@@ -12,7 +12,7 @@ from data_prep.sources.documents import (
     TextSplit,
     too_large,
 )
-from data_prep.sources.lines import bounded_lines
+from data_prep.sources.formats.lines import bounded_lines
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import Stream, open_text
 from xlstm_io.errors import PrepError

@@ -25,7 +25,7 @@ from data_prep.sources.documents import (
     printable,
     too_large,
 )
-from data_prep.sources.lines import bounded_lines
+from data_prep.sources.formats.lines import bounded_lines
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import open_text
 

@@ -1,0 +1,1 @@
+"""What the files of a corpus look like: a module for each kind, which yields its documents."""
