@@ -223,7 +223,7 @@ class TrainLoader:
 
         May be called from any thread.
         """
-        return self._items.names() if self._waiting else ""
+        return self._items.waits_for() if self._waiting else ""
 
     def close(self) -> None:
         """End the thread or the processes and wait for them; the loader yields nothing more."""

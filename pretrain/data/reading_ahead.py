@@ -57,8 +57,8 @@ class ReadingThread:
             self._thread.start()
         return self._queue.get()
 
-    def names(self) -> str:
-        """Who makes the items."""
+    def waits_for(self) -> str:
+        """What `get` waits for, in the words of a message."""
         return "the next batch, which a thread reads"
 
     def close(self) -> None:
@@ -106,8 +106,8 @@ class ReadingProcesses:
             self._workers += [p for p in multiprocessing.active_children() if p not in others]
         return first
 
-    def names(self) -> str:
-        """Who makes the items: the processes, and what the kernel says that each does."""
+    def waits_for(self) -> str:
+        """The same: the processes, and what the kernel says that each does."""
         # Before the first item their numbers are not known yet.
         found = sorted(worker.pid for worker in self._workers if worker.pid is not None)
         each = ", ".join(f"{pid} ({_state(pid)})" for pid in found)
