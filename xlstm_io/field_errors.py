@@ -1,5 +1,6 @@
 """What pydantic says about a value, in plain words."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ _RULES = {
     "too_short": "must not be empty",
     "json_invalid": "is not JSON",
 }
+_DIGITS = re.compile(r"\^\[0-9a-f\]\{(\d+)\}\$")  # the pattern of a hash
 
 
 def rule_of(error: Mapping[str, Any]) -> str:
@@ -48,6 +50,8 @@ def rule_of(error: Mapping[str, Any]) -> str:
         return f"must be less than or equal to {context['le']:g}"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "string_pattern_mismatch" and (digits := _DIGITS.fullmatch(context["pattern"])):
+        return f"must be {digits[1]} hexadecimal digits"
     words = error["msg"]
     if kind == "literal_error":
         words = f"must be {context['expected']}"

@@ -7,6 +7,7 @@ its size is known to be sane.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -73,15 +74,37 @@ def check_name(
     return name
 
 
+def check_names(
+    names: Sequence[str], *, named_in: Location | str, error: type[UserError] = UserError
+) -> None:
+    """As `check_name` for each, and faster: a manifest may name tens of thousands of files.
+
+    The parts of all names are those of one long name, so one look finds whether any is bad.
+
+    Args:
+        names: what the file says.
+        named_in: the file that says it, for the message.
+        error: what is raised.
+
+    Raises:
+        UserError: of the class `error`, for the first name that breaks a rule.
+    """
+    if _broken_rule("/".join(names)):
+        for name in names:
+            check_name(name, named_in=named_in, error=error)
+
+
 def _broken_rule(name: object) -> str:
     """The rule that a name breaks; empty if it keeps them all."""
     if not isinstance(name, str) or not name:
         return "a name is a text that is not empty"
     if name.startswith("/"):
         return "a name must be relative"
-    if any(part in ("", ".", "..") for part in name.split("/")):
+    if any(part in f"/{name}/" for part in ("//", "/./", "/../")):
         return "a name must have no empty part, no . and no .."
-    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+    if "\0" in name or (
+        not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)
+    ):
         return "a name must be text that a file system can hold"
     return ""
 

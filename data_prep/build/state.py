@@ -13,7 +13,7 @@ from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, ShardFormatError
 from xlstm_io.json_file import StrictModel
 from xlstm_io.shards.manifest import Manifest, load_manifest
-from xlstm_io.shards.shard import check_size
+from xlstm_io.shards.shard import check_sizes
 from xlstm_io.untrusted import inside
 
 STATE_NAME = "build.json"
@@ -133,8 +133,8 @@ def finished_manifest(out: Path) -> Manifest | None:
     try:
         manifest = load_manifest(out)
         for split in ("train", "valid"):
+            check_sizes(manifest.root, manifest.shards(split))
             for entry in manifest.shards(split):
-                check_size(manifest.root, entry)
                 if not manifest.place(entry.index).exists():
                     return None
         return manifest if manifest.tokenizer_path.exists() else None

@@ -17,7 +17,7 @@ from xlstm_io.remote import is_remote
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import PADDING, POSITION_MASK, no_label, row_masks, token_dtype
-from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_size
+from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_sizes
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
 _ALL_PADDING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
@@ -248,8 +248,7 @@ class TokenDataset:
         if self._cache is not None:
             self._cache.check_sizes(self._entries)
             return
-        for entry in self._entries:
-            check_size(self.manifest.root, entry)
+        check_sizes(self.manifest.root, self._entries)
 
     def _check(self, path: str | os.PathLike) -> None:
         manifest, seq_len = self.manifest, self.seq_len

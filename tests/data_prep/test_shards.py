@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from xlstm_io.errors import ShardFormatError
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
 from xlstm_io.shards.rows import parse_block
-from xlstm_io.shards.shard import ShardReader
+from xlstm_io.shards.shard import ShardReader, check_sizes
 
 
 def readers(root):
@@ -112,6 +113,35 @@ def test_missing_files(copy):
     path.with_suffix("").with_suffix(".idx.npz").unlink()
     with pytest.raises(CorruptShardError, match=r"\.idx\.npz: the file is missing; restore"):
         read_all(copy)
+
+
+def test_sizes_of_all_shards_are_those_of_each(copy):
+    """Files and folders that are links, and what stands in place of a shard."""
+    manifest = load_manifest(copy)
+    entries = manifest.shards("train")
+    check_sizes(copy, entries)
+    tar, folder = copy / entries[0].path, (copy / entries[0].path).parent
+    elsewhere = tar.rename(copy / "elsewhere.tar")
+    with pytest.raises(CorruptShardError, match="No such file"):
+        check_sizes(copy, entries)
+    tar.symlink_to(elsewhere)
+    check_sizes(copy, entries)
+    tar.unlink()
+    os.mkfifo(tar)
+    with pytest.raises(CorruptShardError, match="is not a plain file"):
+        check_sizes(copy, entries)
+    tar.unlink()
+    elsewhere.rename(tar)
+    inside = folder.rename(copy / "other")
+    folder.symlink_to(inside)
+    check_sizes(copy, entries)
+    folder.unlink()
+    outside = inside.rename(copy.parent / "outside")
+    with pytest.raises(CorruptShardError, match="No such file"):
+        check_sizes(copy, entries)
+    folder.symlink_to(outside)
+    with pytest.raises(ShardFormatError, match="a link leads to"):
+        check_sizes(copy, entries)
 
 
 def test_fuzz_every_flip_is_noticed(copy):

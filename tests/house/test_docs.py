@@ -223,6 +223,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
     ),
+    "python -m benchmarks.loader_start --shards 20000": (
+        "tests/pretrain/data/test_loader_benchmark.py",
+        '"benchmarks.loader_start", *arguments',
+    ),
     "python -m pytest tests/slurm/test_on_slurm.py -k four_ranks --all-layouts": (
         "tests/conftest.py",
         '"--all-layouts"',

@@ -24,7 +24,7 @@ from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.storage import RemotePath
 from xlstm_io.tokenizer.open import open_tokenizer
-from xlstm_io.untrusted import LIMITS, check_name, inside
+from xlstm_io.untrusted import LIMITS, check_name, check_names, inside
 
 OUTSIDE = "names a file outside its folder"
 HOSTILE = {
@@ -49,6 +49,17 @@ def test_a_hostile_name_is_an_error_that_names_value_rule_and_file(tmp_path, nam
         with pytest.raises(ShardFormatError, match=OUTSIDE) as caught:
             call(name, named_in="in/manifest.json", error=ShardFormatError)
         assert "in/manifest.json" in str(caught.value) and repr(name) in str(caught.value)
+
+
+@hostile
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_hostile_name_among_many_is_the_one_that_is_named(name, place):
+    names = ["web/a.tar", "ü/.b", "..c/d.."]
+    check_names(names, named_in="in/manifest.json")
+    names.insert(place, name)
+    with pytest.raises(ShardFormatError, match=OUTSIDE) as caught:
+        check_names(names, named_in="in/manifest.json", error=ShardFormatError)
+    assert f": {name!r} (" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [None, 3, ["a"], {}, True, b"a"])
@@ -178,6 +189,22 @@ def test_a_link_in_the_output_is_not_written_through(shards, tmp_path):
     with pytest.raises(ShardFormatError, match=OUTSIDE):
         merge(out, [shards, other], allow_duplicates=True)
     assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("value", ["0" * 15, "0" * 15 + "g", "0" * 16 + "\n", "A" * 16])
+def test_a_hash_that_is_none_is_one_message(shards, value):
+    entry = ["sources", 0, "splits", "train", "shards", 1]
+
+    def change(fields):
+        for key in entry:
+            fields = fields[key]
+        fields["xxh3"] = value
+
+    change_manifest(shards, change)
+    with pytest.raises(
+        ShardFormatError, match=r"shards\[1\]\.xxh3=.* must be 16 hexadecimal digits"
+    ):
+        load_manifest(shards)
 
 
 def test_two_shards_of_one_file_are_an_error(shards):

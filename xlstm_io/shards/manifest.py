@@ -9,7 +9,6 @@ resumes only on data of the same hash.
 import hashlib
 import json
 import os
-import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -20,28 +19,18 @@ from xlstm_io.json_file import StrictModel, checked, read_json
 from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import shortened
 from xlstm_io.tokenizer.base import TOKENIZER_FILES
-from xlstm_io.untrusted import LIMITS, check_name, inside
+from xlstm_io.untrusted import LIMITS, check_names, inside
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "xtok-wds"
 VERSION = 1
 
 
-def _hex_of(digits: int) -> AfterValidator:
-    pattern = re.compile(f"[0-9a-f]{{{digits}}}")
-
-    def check(text: str) -> str:
-        if not pattern.fullmatch(text):
-            raise ValueError(f"must be {digits} hexadecimal digits")
-        return text
-
-    return AfterValidator(check)
-
-
 # A petabyte; sums over all shards stay below 2^63.
 Count = Annotated[int, Field(ge=0, lt=1 << 50)]
-Xxh3 = Annotated[str, _hex_of(16)]
-Sha256 = Annotated[str, _hex_of(64)]
+# Patterns, which pydantic matches without a call of Python: a manifest has two for each shard.
+Xxh3 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _train_or_valid(text: str) -> str:
@@ -292,8 +281,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     )
     entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
     names = [name for entry in entries for name in (entry.path, entry.index)]
-    for name in (manifest.tokenizer.path, *names):
-        check_name(name, named_in=file, error=ShardFormatError)
+    check_names([manifest.tokenizer.path, *names], named_in=file, error=ShardFormatError)
     if len(set(names)) < len(names):
         raise ShardFormatError(f"{file} names a file for two shards; rebuild the shards")
     manifest._root = file.parent.resolve()

@@ -31,7 +31,9 @@ input, or a text of which only some parts are to be learnt.
 
 import bisect
 import os
+import stat
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -283,8 +285,45 @@ def entry_is_there(root: Path, entry: ShardEntry) -> bool:
     return place_of(root, entry.index).is_file()
 
 
+def check_sizes(root: Path, entries: Sequence[ShardEntry]) -> None:
+    """As `check_size` for each shard, and faster: a run compares all of them at its start.
+
+    Each folder is looked at once for links that lead out of `root`, and its files are found from
+    there. Whatever is not a plain file of the right size is left to `check_size`.
+
+    Raises:
+        CorruptShardError: a file is missing or has another size.
+        ShardFormatError: a link leads out of `root`.
+    """
+    by_folder: dict[str, list[tuple[str, ShardEntry]]] = {}
+    for entry in entries:
+        folder, _, name = entry.path.rpartition("/")
+        by_folder.setdefault(folder, []).append((name, entry))
+    for folder, files in by_folder.items():
+        try:
+            opened = os.open(place_of(root, folder) if folder else root, os.O_DIRECTORY)
+        except OSError:
+            opened = None
+        try:
+            for name, entry in files:
+                if opened is None or _plain_size(name, opened) != entry.bytes:
+                    check_size(root, entry)
+        finally:
+            if opened is not None:
+                os.close(opened)
+
+
+def _plain_size(name: str, folder: int) -> int | None:
+    """Bytes of a plain file in an open folder; None where there is none."""
+    try:
+        about = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
+
+
 def check_size(root: Path, entry: ShardEntry) -> None:
-    """Compare a shard's size on disk with the manifest's; cheap enough for every shard at start.
+    """Compare a shard's size on disk with the manifest's.
 
     Raises:
         CorruptShardError: the file is missing or has another size.

@@ -1,8 +1,10 @@
+import os
 import shutil
 
 import numpy as np
 import pytest
 
+from benchmarks.loader_start import SEQ_LEN, many_shards
 from pretrain.data import CorruptShardError, DataError, TokenDataset
 from pretrain.data import dataset as dataset_module
 from xlstm_io.shards.shard import ShardReader
@@ -72,6 +74,15 @@ def test_missing_or_short_shard_is_noticed_at_once(shards, tmp_path):
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match="unfinished"):
         TokenDataset(copy, "train", seq_len=16)
+
+
+def test_folders_and_not_shards_are_searched_for_links(tmp_path, monkeypatch):
+    """A walk along the path of each shard took most of a start over 20,000 of them."""
+    many_shards(tmp_path, 300)
+    resolved, real = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda *a, **o: resolved.append(a) or real(*a, **o))
+    assert len(TokenDataset(tmp_path, "train", seq_len=SEQ_LEN).shard_rows) == 300
+    assert len(resolved) < 10
 
 
 def test_damaged_block_is_an_error_when_it_is_read(shards, tmp_path):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import loader
+from benchmarks import loader, loader_start
 
 
 @pytest.fixture
@@ -26,3 +26,11 @@ def test_the_command_prints_speed_and_resume(monkeypatch, capsys):
     loader.main()
     out = capsys.readouterr().out
     assert "128 rows of 16" in out and "with 2 worker processes" in out and "1e+13:" in out
+
+
+def test_the_start_over_many_shards_is_measured(monkeypatch, capsys):
+    arguments = ["--shards", "20", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.loader_start", *arguments])
+    loader_start.main()
+    out = capsys.readouterr().out
+    assert "20 shards" in out and "first batch" in out
