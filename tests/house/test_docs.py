@@ -223,7 +223,7 @@ RUN_ELSEWHERE = {
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
     ),
-    "python -m benchmarks.loader_start --shards 20000": (
+    "python -m benchmarks.loader_start": (
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader_start", *arguments',
     ),
