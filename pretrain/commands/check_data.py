@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.checkpoint import read_manifest
+from pretrain.checkpoint import Ranks, read_manifest
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_vocabulary
 from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.init_from import described, find_origin
-from pretrain.resume import check_is_same_run, curve_of
+from pretrain.resume import check_is_same_run, curve_of, with_vocab_tokens
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
 from xlstm_io.checkpoint.reader import CheckpointReader
@@ -111,6 +111,9 @@ def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
     try:
         newest = next(newest_first(folder, broken), None)
         passed = [f"{'':<18}passed over: {problem}" for problem in broken]
+        # As the trainer does: checkpoints have the number that the run file leaves out.
+        tokens, known = plan.manifest.vocab_size, [] if newest is None else [newest]
+        config = with_vocab_tokens(config, tokens, known, Ranks())
         if newest is None:
             check_nothing_is_lost(Path(config.run.dir), folder)
             start = f"{'starts':<18}at step 0; {folder} holds no complete checkpoint"

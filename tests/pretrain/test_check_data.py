@@ -97,6 +97,25 @@ def test_a_run_that_had_checkpoints_and_lost_them_is_said(check, tmp_path):
     assert code == 2 and "had done 9 steps and saved gone" in err
 
 
+def test_a_run_goes_on_from_its_own_checkpoint(check, shards, tmp_path):
+    """Also where the trainer has filled in what the run file leaves out."""
+    config = config_from_dict(tiny_run(tmp_path / "run", shards, model__vocab_tokens=96))
+    plan = open_plan(config.data, config.run.seed)
+    state = {
+        "tokenizer": {"sha256": plan.manifest.tokenizer_sha256},
+        "cursor": {"consumed_samples": 28, "plan": plan.describe(28)},
+    }
+    part = TensorSlice("w", (2,), (0,), torch.ones(2))
+    saved = config.model_dump(mode="json")
+    folder = save_checkpoint(tmp_path / "run" / "checkpoints", [part], state, saved, step=7)
+    code, out, err = check()
+    assert code == 0, err
+    assert f"continues         from step 7 of 24: {folder}" in out
+    assert "changed since then" not in out
+    code, _, err = check(model__vocab_tokens=100)
+    assert code == 2 and "model.vocab_tokens: checkpoint 96, run 100" in err
+
+
 def test_how_many_checkpoints_lie_there_at_once(tmp_path, shards):
     path = tmp_path / "run.yaml"
 
