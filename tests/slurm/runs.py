@@ -181,7 +181,7 @@ def launched(run, ranks=2):
     done = subprocess.run(
         [*map(str, words), "--nproc", str(ranks), "--run.dir", str(folder)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **run.site["env"]},
         capture_output=True,
         text=True,
         check=False,

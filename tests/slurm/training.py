@@ -54,9 +54,8 @@ def a_run_lives_through_everything_bit_for_bit(make):
 
 
 @needs_root
-@by_command
 def a_run_changes_its_nodes_and_its_launcher_between_lives(make):
-    """Two nodes, then two ranks on one, then torchrun on two: every loss as without Slurm."""
+    """Two nodes, then two ranks on one, then `srun` by hand: every loss as without Slurm."""
     run = make.trainer("moves", site={"partition": "main"}, **STEPS).submit()
     run.until_running(step=12, seconds=300)
     assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
@@ -64,8 +63,15 @@ def a_run_changes_its_nodes_and_its_launcher_between_lives(make):
     run.submit("--set", "tasks_per_node=2").until_running(life=2, step=30, seconds=300)
     assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
     assert [len(life.nodes) for life in run.lives] == [2, 1] and run.repeated == 0
-    said = torchrun(run, nodes=2, ranks_per_node=1)
-    assert said.count("2 processes on cpu") == 1, said
+    words = ["srun", "--partition=main", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m"]
+    done = run.cluster.run(
+        *[*words, "pretrain", "train", run.folder / "run.yaml"],
+        env={**run.cluster.environment, **run.site["env"]},
+        timeout=300,
+        cwd=ROOT,
+    )
+    said = done.stdout + done.stderr
+    assert said.count("2 processes on cpu") == 1, said  # and not two runs of one process
     assert run.steps == make.undisturbed(run)
 
 
@@ -117,16 +123,3 @@ def evaluated_and_converted(run):
     assert states == {job: "COMPLETED", other: "COMPLETED"}, texts
     assert "nats per token" in texts[0]
     assert (export / "config.json").exists()
-
-
-@needs_root
-def ranks_that_srun_started_by_hand_train_together(make):
-    run = make.trainer("by hand", site={"partition": "crash"}, **STEPS)
-    words = ["srun", "--partition=main", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m"]
-    environment = {**run.cluster.environment, **run.site["env"]}
-    done = run.cluster.run(
-        *words, "pretrain", "train", run.folder / "run.yaml", env=environment, timeout=300, cwd=ROOT
-    )
-    said = done.stdout + done.stderr
-    assert said.count("2 processes on cpu") == 1, said  # and not two runs of one process
-    assert run.steps == make.undisturbed(run)
