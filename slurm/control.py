@@ -4,7 +4,7 @@ from pathlib import Path
 
 from slurm import scheduler
 from slurm.job.state import STOP_FILE, RunState
-from slurm.submit import check_not_held, resubmit
+from slurm.submit import check_not_held, forgive, resubmit
 from xlstm_io.errors import UserError
 
 
@@ -44,6 +44,7 @@ def resume(run: Path) -> int:
     files = RunState(run)
     job = scheduler.first_queued(files.load().jobs)
     if job is not None and job.held:
+        forgive(files, job.job)
         scheduler.ask("scontrol", "release", job.job)
         files.tell("resume", f"job {job.job} was released", job=job.job)
         print(f"released job {job.job}")

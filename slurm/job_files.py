@@ -14,8 +14,16 @@ import xlstm_io
 from slurm.job.state import FOLDER
 
 MODULES = {
-    slurm: ("__init__.py",),
-    slurm.job: ("__init__.py", "state.py", "decide.py", "health.py", "life.py", "rank.py"),
+    slurm: ("__init__.py", "scheduler.py"),
+    slurm.job: (
+        "__init__.py",
+        "state.py",
+        "decide.py",
+        "follow.py",
+        "health.py",
+        "life.py",
+        "rank.py",
+    ),
     xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
 }
 SHELL = ("batch.sh", "stage.sh")

@@ -1,9 +1,14 @@
-"""What is asked of Slurm's own commands, once per call and never in a loop."""
+"""What is asked of Slurm's own commands, once per call and never in a loop.
 
+By the commands of `python -m slurm`, and by a job's batch script, whose Python has the standard
+library alone.
+"""
+
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,26 +82,50 @@ def submit(file: Path, options: Iterable[str]) -> str:
     return ask("sbatch", "--parsable", *options, str(file)).split(";")[0]
 
 
-def queued(job: str) -> QueuedJob | None:
-    """A job of the queue; None when it has left the queue."""
-    done = _run("squeue", "--noheader", f"--jobs={job}", "--format=%A|%T|%r|%S")
+def first_queued(jobs: Sequence[str]) -> QueuedJob | None:
+    """The first of several jobs that is in the queue; None when none is."""
+    if not jobs:
+        return None
+    done = _run("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A|%T|%r|%S")
     if done.returncode != 0 and "Invalid job id" in done.stderr:
         return None
     if done.returncode != 0:
         raise SlurmError(f"squeue: {done.stderr.strip()}")
-    lines = done.stdout.strip().splitlines()
-    return QueuedJob(*lines[0].split("|", 3)) if lines else None
+    found = [QueuedJob(*line.split("|", 3)) for line in done.stdout.strip().splitlines()]
+    return min(found, key=lambda one: jobs.index(one.job), default=None)
 
 
-def first_queued(jobs: Iterable[str]) -> QueuedJob | None:
-    """The first of several jobs that is in the queue."""
-    return next((found for job in jobs if (found := queued(job)) is not None), None)
+def running_jobs() -> list[str]:
+    """Numbers of this user's jobs that run; empty where Slurm does not say."""
+    user = f"--user={os.getuid()}"
+    return _run("squeue", "--noheader", user, "--states=RUNNING", "--format=%A").stdout.split()
+
+
+def nodes_of_job() -> list[str]:
+    """Names of the nodes of the job that this process is in."""
+    return ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+
+
+def all_nodes() -> list[str]:
+    """Names of all nodes of the cluster."""
+    return sorted(set(ask("sinfo", "--noheader", "--Node", "--format=%N").split()))
 
 
 def known_nodes(partition: str) -> list[str]:
     """Names of the nodes of a partition; empty when there is no such partition."""
     found = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N")
     return sorted(set(found.split()))
+
+
+def known_of(excluded: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The nodes of a list that this cluster knows: one unknown name and Slurm refuses them all."""
+    return sorted(set(excluded) & set(known))
+
+
+def exclude_option(excluded: Iterable[str], known: Iterable[str]) -> list[str]:
+    """`--exclude` with the nodes to leave out; nothing where there are none."""
+    names = known_of(excluded, known)
+    return [f"--exclude={','.join(names)}"] if names else []
 
 
 def gpus_of_nodes(partition: str) -> int:
@@ -119,6 +148,11 @@ def facts(partition: str) -> dict[str, str]:
         if match:
             found[name] = match[1]
     return found
+
+
+def facts_line(facts: Mapping[str, str]) -> str:
+    """The facts of a cluster in one line."""
+    return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 
 def seconds_of(value: str) -> int:

@@ -1,6 +1,7 @@
 """Submit a training run: check everything, write the files, hand them to Slurm."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,12 +13,10 @@ from slurm import scheduler
 from slurm.batch_files.plan import TrainingPlan, plan_training
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site
-from slurm.job.state import HEALTH_FILE, RUN_FILE, STOP_FILE, RunState, write
+from slurm.job.state import BATCH_FILE, HEALTH_FILE, RUN_FILE, STOP_FILE, RunState, write
 from slurm.job_files import copy_job_files
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import write_atomic
-
-BATCH_FILE = "train.sbatch"
 
 
 def make_plan(config: RunConfig, site: Site, nodes: int) -> TrainingPlan:
@@ -60,17 +59,21 @@ def submit_training(
     text = render(plan)
     write_files(plan, config, text)
     file = files.folder / BATCH_FILE
-    options = exclude_option(state.excluded, known)
+    options = scheduler.exclude_option(state.excluded, known)
     when = scheduler.test_only(file, options)
     if after is not None:
         options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    facts = scheduler.facts(site.partition)
+    notes = what_hurts(facts, site, plan)
     if dry_run:
         print(text)
-        for line in (when, *describe_cluster(site, plan)):
+        for line in (when, scheduler.facts_line(facts), *notes):
             print(f"# {line}")
         return 0
     job = scheduler.submit(file, options)
     note_submission(files, job)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(job)
     return 0
 
@@ -90,17 +93,18 @@ def write_files(plan: TrainingPlan, config: RunConfig, text: str) -> None:
         raise ConfigError(f"run.dir={plan.run} cannot be written ({error.strerror})") from error
 
 
-def exclude_option(excluded: Sequence[str] | dict[str, str], known: Sequence[str]) -> list[str]:
-    """`--exclude` with those nodes that this cluster knows: one unknown name and Slurm refuses."""
-    names = sorted(set(excluded) & set(known))
-    return [f"--exclude={','.join(names)}"] if names else []
-
-
 def note_submission(files: RunState, job: str) -> None:
-    """Write down that a job has the run from now on; what stopped the last one is answered."""
-    files.save(replace(files.load(), job=job, verdict=""))
-    (files.folder / STOP_FILE).unlink(missing_ok=True)
+    """Write down that a job has the run from now on, by the will of a person."""
+    forgive(files, job)
     files.tell("submit", f"job {job}", job=job)
+
+
+def forgive(files: RunState, job: str) -> None:
+    """Let a job have the run: what stopped the last one is answered, and all limits count anew."""
+    state = files.load()
+    since = state.lives[-1].number if state.lives else 0
+    files.save(replace(state, job=job, verdict="", since=since))
+    (files.folder / STOP_FILE).unlink(missing_ok=True)
 
 
 def check_not_held(files: RunState) -> None:
@@ -139,16 +143,19 @@ def _check_nodes(files: RunState, site: Site, nodes: int, known: Sequence[str]) 
         )
 
 
-def describe_cluster(site: Site, plan: TrainingPlan) -> list[str]:
-    """What the cluster is like, and what of it hurts this run."""
-    facts = scheduler.facts(site.partition)
-    lines = [", ".join(f"{name}={value}" for name, value in facts.items())]
+def what_hurts(facts: Mapping[str, str], site: Site, plan: TrainingPlan) -> list[str]:
+    """What of a cluster hurts this run, in sentences.
+
+    Args:
+        facts: what `scheduler.facts` says of the cluster.
+        site: the site file.
+        plan: of the run.
+    """
+    lines = []
     progress = read_progress(plan.run)
     save = (progress and progress.save_seconds) or 0.0
     kill_wait = scheduler.seconds_of(facts["KillWait"])
-    if not save:
-        lines.append("how long a save takes is known after the first one")
-    elif save > kill_wait:
+    if save > kill_wait:
         lines.append(
             f"a save takes {save:.0f} s and KillWait is {kill_wait} s: `scontrol requeue` and a "
             "preemption without grace lose the steps since the last checkpoint"
@@ -159,7 +166,9 @@ def describe_cluster(site: Site, plan: TrainingPlan) -> list[str]:
         lines.append("PreemptMode=CANCEL: a preempted job does not come back; use requeue: chain")
     timeout = scheduler.seconds_of(facts["SlurmdTimeout"])
     if timeout > 60:
-        lines.append(f"a lost node is noticed after SlurmdTimeout={timeout} s")
+        lines.append(
+            f"a lost node is noticed after SlurmdTimeout={timeout} s, and all ranks wait so long"
+        )
     return lines
 
 
@@ -172,12 +181,7 @@ def resubmit(files: RunState) -> str:
     file = files.folder / BATCH_FILE
     if not file.is_file():
         raise UserError(f"{files.run} was never submitted; use python -m slurm submit train")
-    known = ask_all_nodes()
-    job = scheduler.submit(file, exclude_option(files.load().excluded, known))
+    excluded = scheduler.exclude_option(files.load().excluded, scheduler.all_nodes())
+    job = scheduler.submit(file, excluded)
     note_submission(files, job)
     return job
-
-
-def ask_all_nodes() -> list[str]:
-    """Names of all nodes of the cluster."""
-    return sorted(set(scheduler.ask("sinfo", "--noheader", "--Node", "--format=%N").split()))

@@ -91,7 +91,6 @@ class TrainingPlan(JobPlan):
     Attributes:
         run: the run folder.
         tasks_per_node: ranks of a node.
-        requeue: how the run goes on; of the site.
         policy: the limits of restarting.
         signal_s: seconds between the signal and the time limit.
         health: what the preflight asks of a node; None for no preflight.
@@ -100,7 +99,6 @@ class TrainingPlan(JobPlan):
 
     run: Path
     tasks_per_node: int
-    requeue: str
     policy: Policy
     signal_s: int
     health: Health | None
@@ -162,7 +160,6 @@ def plan_training(
         words=(str(run / FOLDER / RUN_FILE),),
         run=run,
         tasks_per_node=tasks,
-        requeue=site.requeue,
         policy=Policy(
             steps=config.run.steps,
             checkpoints=None if is_remote(checkpoints) else str(folder / checkpoints),

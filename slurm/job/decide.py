@@ -154,6 +154,7 @@ def decide(
     past: Sequence[Life],
     policy: Policy,
     excluded: Sequence[str] = (),
+    since: int = 0,
 ) -> Decision:
     """What follows the end of a life.
 
@@ -163,6 +164,7 @@ def decide(
         past: the lives before it, in order.
         policy: the limits.
         excluded: the nodes that are left out already.
+        since: the limits count the lives after this number; a node is looked for in all of them.
     """
     if evidence.finished:
         return Decision(Action.DONE, Cause.DONE, f"all {policy.steps} steps are done")
@@ -175,7 +177,8 @@ def decide(
     if found.action is not Action.REQUEUE:
         return found
     left_out = sorted({*excluded, *(node for node, _ in found.exclude)})
-    limit = _limit(found, life, past, policy)
+    counted = [one for one in past if one.number > since]
+    limit = _limit(found, life, counted, policy)
     if found.exclude and len(left_out) > policy.max_excluded:
         limit = (
             f"{len(left_out)} nodes would be left out, and {policy.max_excluded} may be "
@@ -187,7 +190,7 @@ def decide(
     room = policy.max_excluded - len(left_out)
     slow = [node for node in evidence.slow_nodes if node in life.nodes and node not in left_out]
     exclude = (*found.exclude, *((node, "slow for long") for node in slow[: max(0, room)]))
-    return replace(found, exclude=exclude, wait_s=_wait(life, past, policy))
+    return replace(found, exclude=exclude, wait_s=_wait(life, counted, policy))
 
 
 def _first_words(life: Life, evidence: Evidence, past: Sequence[Life]) -> Decision:

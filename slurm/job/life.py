@@ -1,13 +1,13 @@
 """The batch script's questions: how does a life begin, and what follows its end?
 
-    python -m slurm.job.life begin RUN --job J --restart R --nodes "n1 n2" --running "J1 J2"
-    python -m slurm.job.life checked RUN --life N
-    python -m slurm.job.life end   RUN --life N --tries T
-    python -m slurm.job.life submitted RUN --job J
+    python -m slurm.job.life begin   RUN --job J --restart R
+    python -m slurm.job.life checked RUN --life N --interrupted ""
+    python -m slurm.job.life end     RUN --life N --tries T
+    python -m slurm.job.life follow  RUN --life N --job J --restart R --action A --wait S
 
 The first three print shell assignments, which `batch.sh` evaluates. What is decided is written to
-`state.json` and `story.jsonl` before the batch script acts on it, so that the next life knows it
-whatever happens in between.
+`state.json` and `story.jsonl` before anybody acts on it, so that the next life knows it whatever
+happens in between.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slurm import scheduler
 from slurm.job.decide import Action, Cause, Decision, Evidence, decide
+from slurm.job.follow import follow, say, submit_next
 from slurm.job.health import judge_folder
 from slurm.job.state import Life, Policy, RunState, State, read_preflight
 from xlstm_io.errors import ExitCode, UserError
@@ -53,8 +55,8 @@ def begin(
         running: the user's jobs that run now.
 
     Returns:
-        What the batch script is told: `EXIT` and `REASON`; or `LIFE`, `LIFE_FOLDER`, `PORT`, the
-        `BURN` that the step id must reach, and the nodes to `EXCLUDE`.
+        What the batch script is told: `EXIT` and `REASON`; or `LIFE`, `LIFE_FOLDER`, `NODES`, the
+        `HEAD` and the `PORT` where the ranks meet, and the `BURN` that the step id must reach.
     """
     policy, state = files.policy(), files.load()
     last = state.lives[-1] if state.lives else None
@@ -86,9 +88,9 @@ def begin(
         "LIFE": number,
         "LIFE_FOLDER": files.life_folder(number),
         "NODES": " ".join(nodes),
+        "HEAD": nodes[0],
         "PORT": rendezvous_port(int(job), number),
         "BURN": step_id_to_reach(state, job, restart),
-        "EXCLUDE": ",".join(sorted(state.excluded)),
     }
 
 
@@ -127,8 +129,8 @@ def end(files: RunState, number: int, tries: int) -> dict[str, object]:
         tries: how many ports it has tried.
 
     Returns:
-        What the batch script is told: `ACTION`, `REASON`, `EXIT`, the nodes to `EXCLUDE`, the
-        seconds to `WAIT`, and the next `PORT`.
+        What the batch script is told: `ACTION`, `REASON`, `EXIT`, the seconds to `WAIT`, and the
+        next `PORT`.
     """
     policy, state = files.policy(), files.load()
     life = next(one for one in state.lives if one.number == number)
@@ -144,8 +146,6 @@ def end(files: RunState, number: int, tries: int) -> dict[str, object]:
         "ACTION": decision.action,
         "REASON": decision.reason,
         "EXIT": int(code),
-        "MODE": policy.mode,
-        "EXCLUDE": ",".join(sorted(state.excluded)),
         "WAIT": decision.wait_s,
         "PORT": rendezvous_port(int(life.job), number + 1000 * tries),
     }
@@ -205,7 +205,7 @@ def close(
         slow_nodes=[str(node) for node in progress.get("stragglers") or ()],
     )
     past = [one for one in state.lives if one.number < life.number]
-    decision = decide(life, evidence, past, policy, tuple(state.excluded))
+    decision = decide(life, evidence, past, policy, tuple(state.excluded), state.since)
     if decision.action is Action.RETRY:
         _set_records_aside(files.life_folder(life.number), tries)
         life = replace(life, ended=None)
@@ -247,32 +247,53 @@ def shell(values: dict[str, object]) -> str:
     return "\n".join(f"XLSTM_{name}={shlex.quote(str(text))}" for name, text in values.items())
 
 
+def _begin(files: RunState, job: str, restart: int) -> dict[str, object]:
+    """`begin`, with what Slurm knows; in a chain the next job is submitted too."""
+    nodes = scheduler.nodes_of_job()  # without the names every node would be a world of its own
+    told = begin(files, job, restart, nodes, scheduler.running_jobs())
+    if "LIFE" not in told:
+        say(f"nothing to do: {told.pop('REASON')}")
+        return told
+    say(f"life {told['LIFE']} on {told['NODES']}")
+    if files.policy().mode == "chain":
+        # It waits from now on, so that it is there whatever ends this one.
+        submit_next(files, "--dependency=singleton")
+    return told
+
+
 def main(words: Sequence[str]) -> int:
     """The command line that `batch.sh` calls."""
     parser = argparse.ArgumentParser(prog="python -m slurm.job.life", description=__doc__)
-    parser.add_argument("event", choices=("begin", "checked", "end", "submitted"))
+    parser.add_argument("event", choices=("begin", "checked", "end", "follow"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--job", default="")
     parser.add_argument("--restart", type=int, default=0)
-    parser.add_argument("--nodes", default="")
-    parser.add_argument("--running", default="")
     parser.add_argument("--life", type=int, default=0)
-    parser.add_argument("--interrupted", default="")
+    parser.add_argument("--interrupted", type=bool, default=False)  # any text but the empty one
     parser.add_argument("--tries", type=int, default=1)
+    parser.add_argument("--action", default="")
+    parser.add_argument("--wait", type=int, default=0)
     options = parser.parse_args(words)
-    files = RunState(options.run)
-    if options.event == "submitted":
-        files.save(replace(files.load(), job=options.job))
-        files.tell("submit", f"job {options.job}, by the job before it", job=options.job)
-        return 0
+    files, life = RunState(options.run), options.life
+    told: dict[str, object] = {}
     if options.event == "begin":
-        nodes, running = options.nodes.split(), options.running.split()
-        values = begin(files, options.job, options.restart, nodes, running)
+        told = _begin(files, options.job, options.restart)
     elif options.event == "checked":
-        values = checked(files, options.life, bool(options.interrupted))
+        told = checked(files, life, options.interrupted)
+    elif options.event == "end":
+        told = end(files, life, options.tries)
+        say(f"{told['ACTION']}: {told.pop('REASON')}")
     else:
-        values = end(files, options.life, options.tries)
-    print(shell(values))
+        follow(
+            files,
+            options.job,
+            options.restart,
+            life=life,
+            action=options.action,
+            wait_s=options.wait,
+            interrupted=options.interrupted,
+        )
+    print(shell(told))
     return 0
 
 

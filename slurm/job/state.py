@@ -6,6 +6,7 @@
     run.yaml        the run file of the job, with every key
     health.json     what the preflight asks of a node, where there is one
     STOP            asks for a stop without a restart
+    train.sbatch    the batch file, which each further job of the run is submitted from
     job/            the files that the batch script needs, copied at submission
     life-000007/    logs and records of the ranks of a life
 
@@ -25,6 +26,8 @@ from typing import Any, TypeVar
 from xlstm_io.errors import UserError
 
 FOLDER = "slurm"
+BATCH_FILE = "train.sbatch"
+POLICY_FILE = "policy.json"
 STOP_FILE = "STOP"
 HEALTH_FILE = "health.json"
 RUN_FILE = "run.yaml"
@@ -111,12 +114,15 @@ class State:
         excluded: nodes that are left out, with the reason.
         verdict: why no further life is to start, or "".
         job: the job that was submitted last, or "". In a chain this is the one that waits.
+        since: number of the last life before a person submitted the run or let it go on; the limits
+            of restarting count later ones.
     """
 
     lives: tuple[Life, ...] = ()
     excluded: dict[str, str] = field(default_factory=dict)
     verdict: str = ""
     job: str = ""
+    since: int = 0
 
     @property
     def jobs(self) -> list[str]:
@@ -183,7 +189,8 @@ class RunState:
             lives = tuple(
                 _checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in raw["lives"]
             )
-            return _checked(State(lives, dict(raw["excluded"]), raw["verdict"], raw["job"]))
+            excluded, since = dict(raw["excluded"]), raw.get("since", 0)
+            return _checked(State(lives, excluded, raw["verdict"], raw["job"], since))
         except FileNotFoundError:
             return State()
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -217,7 +224,7 @@ class RunState:
         Raises:
             UserError: there is no readable file of them.
         """
-        path = self.folder / "policy.json"
+        path = self.folder / POLICY_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             return Policy(**{**raw, "waits": tuple(raw["waits"])})
@@ -228,7 +235,7 @@ class RunState:
 
     def save_policy(self, policy: Policy) -> None:
         """Write the limits."""
-        write(self.folder / "policy.json", asdict(policy))
+        write(self.folder / POLICY_FILE, asdict(policy))
 
     @property
     def stop_requested(self) -> bool:

@@ -14,6 +14,7 @@ from slurm.job import life as lives
 from slurm.job.rank import xids
 from slurm.job.state import Life, Policy, RankRecord, RunState, State, write
 from slurm.job_files import copy_job_files
+from slurm.submit import note_submission
 
 JOB = "4711"
 
@@ -46,14 +47,14 @@ def put_checkpoint(files, step, complete=True):
 def test_a_life_begins_and_ends_and_the_next_goes_on(files):
     told = begin(files)
     assert told["LIFE"] == 1 and told["PORT"] == 20000 + (4711 + 37) % 12000
-    assert told["BURN"] == -1 and told["EXCLUDE"] == ""
+    assert told["BURN"] == -1 and (told["HEAD"], told["NODES"]) == ("n1", "n1 n2")
     put_record(files, 1)
     put_checkpoint(files, 20)
     put_checkpoint(files, 30, complete=False)
     write(files.run / "progress.json", {"step": 24, "stragglers": ["n2"]})
     told = lives.end(files, 1, tries=1)
     assert (told["ACTION"], told["EXIT"], told["WAIT"]) == ("requeue", 75, 0)
-    assert told["EXCLUDE"] == "n2", "the trainer has found it slow"
+    assert files.load().excluded == {"n2": "slow for long"}, "the trainer has found it slow"
     (life,) = files.load().lives
     assert (life.checkpoint_step, life.last_step, life.cause) == (20, 24, "interrupted")
     assert begin(files, restart=1)["LIFE"] == 2
@@ -130,10 +131,17 @@ def test_the_batch_script_of_a_node_that_was_cut_off_changes_nothing(files):
     assert files.load() == before and before.lives[-1].number == 2
 
 
-def test_a_job_that_the_batch_script_submits_is_written_down(files):
-    begin(files)
-    lives.main(["submitted", str(files.run), "--job", "4712"])
-    assert files.load().jobs == [JOB, "4712"]
+def test_a_person_who_submits_again_gives_the_run_all_its_lives(files):
+    for restart in range(4):
+        told = begin(files, restart=restart)
+    assert "left no newer checkpoint" in told["REASON"]
+    note_submission(files, "4712")
+    for restart in range(2):
+        told = begin(files, job="4712", restart=restart)
+        assert lives.end(files, told["LIFE"], tries=1)["ACTION"] == "requeue"
+    told = begin(files, job="4712", restart=2)
+    assert lives.end(files, told["LIFE"], tries=1)["ACTION"] == "fail"
+    assert len(files.load().lives) == 6
 
 
 def test_step_ids_of_the_same_job_are_used_up(files):
@@ -175,7 +183,7 @@ def test_the_state_survives_its_files(files):
 
 def test_a_folder_without_a_submission_is_one_message(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "slurm.job.life", "begin", str(tmp_path), "--job", JOB],
+        [sys.executable, "-m", "slurm.job.life", "end", str(tmp_path), "--job", JOB],
         capture_output=True,
         text=True,
         check=False,
@@ -193,13 +201,18 @@ def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     script += "(sys.argv[1:]); print(*sorted(m for m in sys.modules if m.startswith(('slurm.'"
     script += ", 'xlstm_io'))), file=sys.stderr)"
     words = [sys.executable, "-I", "-S", "-c", script, str(job), "begin", str(files.run)]
+    for name, answer in (("scontrol", "n1\\nn2"), ("squeue", JOB)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '{answer}'\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
     done = subprocess.run(
-        [*words, "--job", JOB, "--nodes", "n1\nn2"], capture_output=True, text=True, check=True
+        [*words, "--job", JOB], env=environment, capture_output=True, text=True, check=True
     )
     told = dict(line.split("=", 1) for line in shlex.split(done.stdout))
     assert told["XLSTM_LIFE"] == "1"
     assert told["XLSTM_LIFE_FOLDER"] == str(files.life_folder(1))  # with its space
-    assert "slurm.job.decide" in done.stderr
+    assert (told["XLSTM_HEAD"], told["XLSTM_NODES"]) == ("n1", "n1 n2")
+    assert "xlstm: life 1 on n1 n2" in done.stderr and "slurm.job.decide" in done.stderr
 
 
 # One rank ---------------------------------------------------------------------------------------

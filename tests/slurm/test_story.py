@@ -10,7 +10,7 @@ from slurm.batch_files import tasks
 from slurm.batch_files.site import site_from_dict
 from slurm.job.state import Life, RunState, State, write
 from slurm.status import describe, goodput, lines
-from tests.slurm.test_render import PROJECT, plan
+from tests.slurm.plans import PROJECT, plan
 from xlstm_io.errors import ConfigError
 
 FACTS = {
@@ -98,21 +98,23 @@ def test_goodput_counts_the_life_at_work_until_now():
 
 
 def test_what_of_a_cluster_hurts_a_run_is_said(monkeypatch):
-    monkeypatch.setattr(scheduler, "facts", lambda partition: FACTS)
-    site = site_from_dict({"partition": "main"}, "site.yaml")
-    job = plan()
-    text = "\n".join(submit.describe_cluster(site, job))
-    assert "KillWait=30 sec" in text and "known after the first one" in text
+    site, job = site_from_dict({"partition": "main"}, "site.yaml"), plan()
+    text = "\n".join(submit.what_hurts(FACTS, site, job))
     assert "JobRequeue=0" in text and "use requeue: chain" in text
-    assert "noticed after SlurmdTimeout=300 s" in text
+    assert "noticed after SlurmdTimeout=300 s" in text and "a save takes" not in text
     saved = type("Progress", (), {"save_seconds": 90.0})()
     monkeypatch.setattr(submit, "read_progress", lambda folder: saved)
-    assert "a save takes 90 s and KillWait is 30 s" in "\n".join(submit.describe_cluster(site, job))
+    assert "a save takes 90 s and KillWait is 30 s" in "\n".join(
+        submit.what_hurts(FACTS, site, job)
+    )
+    good = {"JobRequeue": "1", "PreemptMode": "REQUEUE", "SlurmdTimeout": "60 sec"}
+    monkeypatch.setattr(submit, "read_progress", lambda folder: None)
+    assert submit.what_hurts({**FACTS, **good}, site, job) == []
 
 
 def test_only_nodes_that_the_cluster_knows_are_excluded():
-    assert submit.exclude_option({"n2": "x", "gone": "y"}, ["n1", "n2"]) == ["--exclude=n2"]
-    assert submit.exclude_option({"gone": "y"}, ["n1"]) == []
+    assert scheduler.exclude_option({"n2": "x", "gone": "y"}, ["n1", "n2"]) == ["--exclude=n2"]
+    assert scheduler.exclude_option({"gone": "y"}, ["n1"]) == []
 
 
 def test_an_array_beyond_the_limit_of_the_cluster_is_refused(monkeypatch):
