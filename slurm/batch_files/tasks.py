@@ -24,7 +24,8 @@ from slurm.batch_files.plan import (
 )
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site
-from slurm.job.state import FOLDER, HEALTH_FILE, RUN_FILE
+from slurm.job.state import FOLDER, HEALTH_FILE, POLICY_FILE, RUN_FILE, read_json
+from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import write_atomic
 from xlstm_io.yaml_file import read_yaml
@@ -133,6 +134,9 @@ def plan_evaluation(
         every_minutes: evaluate each checkpoint of the run as it comes, and wait so long in the
             queue before looking again; None for one evaluation.
         folder: where the job works; the current folder if None.
+
+    Raises:
+        ConfigError: every checkpoint of a run whose checkpoints lie elsewhere.
     """
     folder = folder or Path.cwd()
     path = folder / run
@@ -141,6 +145,7 @@ def plan_evaluation(
     plan = _task(site, path / FOLDER, folder, name, words, ranks=tasks_per_node(site), gpus=True)
     if every_minutes is None:
         return [plan]
+    _check_checkpoints_lie_in(path)
     return [
         EvaluationPlan(
             **{one.name: getattr(plan, one.name) for one in fields(plan)}
@@ -150,6 +155,17 @@ def plan_evaluation(
             requeue=site.requeue,
         )
     ]
+
+
+def _check_checkpoints_lie_in(run: Path) -> None:
+    """Nothing where a run has its checkpoints in its folder, as far as its last job says."""
+    own = run / CHECKPOINTS_FOLDER
+    folder = read_json(run / FOLDER / POLICY_FILE).get("checkpoints", str(own))
+    if folder is None or Path(folder).resolve() != own.resolve():
+        raise ConfigError(
+            f"checkpoint.dir of {run} is {folder or 'on an object store'}, and --every-checkpoint "
+            f"looks into {own}; evaluate its checkpoints one by one"
+        )
 
 
 def plan_conversion(
@@ -298,7 +314,8 @@ def submit_tasks(
         UserError: a job could not begin, or Slurm refuses one of them, and none was submitted; or a
             file cannot be written.
     """
-    _check_array(plans, site)
+    facts = scheduler.facts(site.partition)
+    _check_array(plans, facts)
     for plan in plans if after is None else ():  # what that job makes is not there yet
         _check_command(plan)
     for plan in plans:
@@ -312,7 +329,11 @@ def submit_tasks(
             write_atomic(plan.file, text.encode())
         except OSError as error:
             raise ConfigError(f"{plan.file} cannot be written ({error.strerror})") from error
-        scheduler.test_only(plan.file, [])
+        when = scheduler.test_only(plan.file, [])
+        if dry_run:
+            print(f"# {when}")
+    if dry_run:
+        print(f"# {scheduler.facts_line(facts)}")
     for plan in [] if dry_run else plans:
         options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
         after = scheduler.submit(plan.file, options)
@@ -332,8 +353,8 @@ def _check_command(plan: TaskPlan) -> None:
         raise ConfigError(message if error else said.rpartition("\n")[2])
 
 
-def _check_array(plans: Sequence[TaskPlan], site: Site) -> None:
-    most = scheduler.seconds_of(scheduler.facts(site.partition)["MaxArraySize"])
+def _check_array(plans: Sequence[TaskPlan], facts: Mapping[str, str]) -> None:
+    most = scheduler.seconds_of(facts["MaxArraySize"])
     for plan in plans:
         for option in plan.options:
             last = option.removeprefix("--array=0-")
