@@ -159,13 +159,13 @@ RUN_ELSEWHERE = {
     **{
         f"python -m slurm {words}": (f"tests/slurm/{file}", evidence)
         for words, file, evidence in (
-            ("render train my.yaml --nodes 4", "test_render.py", '"render", "train"'),
+            ("render train my.yaml --nodes 4", "test_cli.py", '"render", "train"'),
             ("submit train my.yaml --nodes 4", "runs.py", '"submit", "train"'),
             ("submit train my.yaml --nodes 4 --dry-run", "policy.py", '"--dry-run"'),
-            ("submit prep build.yaml --nodes 64", "policy.py", '"submit", "prep"'),
+            ("submit prep build.yaml --nodes 64", "other_jobs.py", '"submit", "prep"'),
             ("submit evaluate RUN", "training.py", '"submit", "evaluate"'),
-            ("submit evaluate RUN --every-checkpoint", "policy.py", '"--every-checkpoint"'),
-            ("submit preflight my.yaml --nodes 4", "policy.py", '"submit", "preflight"'),
+            ("submit evaluate RUN --every-checkpoint", "other_jobs.py", '"--every-checkpoint"'),
+            ("submit preflight my.yaml --nodes 4", "nodes.py", '"submit", "preflight"'),
             ("submit convert RUN OUT", "training.py", '"submit", "convert"'),
             ("status RUN", "policy.py", '"status", run.run'),
             ("stop RUN", "policy.py", '"stop", run.run'),

@@ -122,7 +122,7 @@ class Cluster:
         words = [program("munged"), "-F", f"--key-file={munge}/key", f"--socket={munge}/sock"]
         words += [f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
         self._start("munged", [*words, "--num-threads=2"])
-        self._until(lambda: (munge / "sock").exists(), 5, "munged does not answer")
+        self._until(lambda: (munge / "sock").exists(), 60, "munged does not answer")
         if self.netns:
             self._make_bridge()
         self._ports = free_ports(len(self.nodes) + 1)
@@ -131,7 +131,7 @@ class Cluster:
         for name in self.nodes:
             self.start_node(name)
         try:
-            self.wait_until_idle(20)
+            self.wait_until_idle(120)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.logs()}") from None
         return self
@@ -150,7 +150,7 @@ class Cluster:
         words += ["--mount-proc", "--kill-child=KILL", "/bin/bash", str(NODE_SCRIPT)]
         node = self._start(name, [*words, str(self.root), name, f"{self._subnet}.{number}/24"])
         children = Path(f"/proc/{node.pid}/task/{node.pid}/children")
-        self._until(lambda: children.read_text().strip(), 5, f"{name} does not start")
+        self._until(lambda: children.read_text().strip(), 60, f"{name} does not start")
         init = children.read_text().split()[0]
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", init)
         ip("link", "set", link, "master", self._bridge, "up")
@@ -191,7 +191,7 @@ class Cluster:
 
     # Commands -------------------------------------------------------------------------------
 
-    def run(self, *words, check=True, timeout=30, **keys):
+    def run(self, *words, check=True, timeout=120, **keys):
         """Run one of Slurm's commands from the machine that submits."""
         words = [program(words[0]) or words[0], *map(str, words[1:])]
         keys.setdefault("env", self.environment)
@@ -208,7 +208,7 @@ class Cluster:
         """Wait until `condition()` is true and return it; tells what did not happen otherwise."""
         return self._until(condition, seconds, what)
 
-    def wait_for_end(self, *jobs, seconds=120):
+    def wait_for_end(self, *jobs, seconds=400):
         """Wait until jobs have left the queue for good; their final states by job."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

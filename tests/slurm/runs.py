@@ -105,7 +105,12 @@ class SlurmRun:
         except AssertionError as error:
             raise AssertionError(f"{self.log()}\n{error}") from None
 
-    def until_running(self, life=1, step=1, seconds=120):
+    def until_ranks_start(self, life=1, seconds=300):
+        """Wait until all ranks of a life are there, whatever they do."""
+        ranks = self.nodes * self.site.get("tasks_per_node", 1)
+        self.wait(lambda run: len(run.files.records(life)) == ranks, seconds, "no rank starts")
+
+    def until_running(self, life=1, step=1, seconds=300):
         """Wait until a life trains, and has reached a step."""
 
         def running(run):
@@ -115,7 +120,7 @@ class SlurmRun:
         self.wait(running, seconds, f"life {life} does not reach step {step}")
         return self
 
-    def until_ended(self, seconds=150):
+    def until_ended(self, seconds=400):
         """Wait until nothing of the run is queued or runs any more; Slurm's last state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda run: run.state in ended, seconds, "the job does not end")

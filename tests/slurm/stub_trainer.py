@@ -2,11 +2,13 @@
 
 What it does, and which faults happen, is in RUN/stub.json:
 
-    {"steps": 40, "interval": 10, "step_s": 0.1, "saves": true, "import_s": 0,
+    {"steps": 40, "interval": 10, "step_s": 0.1, "saves": true, "import_life": 0, "hold_lives": 0,
      "faults": [{"life": 1, "rank": 1, "step": 5, "code": 74, "say": "the last line"}]}
 
 A fault without "life" happens in every life, one with "node" only there, and one with "once" at the
-first chance alone.
+first chance alone. The life `import_life` imports until a signal has come, and the first
+`hold_lives` lives do nothing from step 15 on until they are asked to stop: however slow the machine
+is, they are there to be stopped.
 """
 
 import json
@@ -19,9 +21,11 @@ from pathlib import Path
 if "evaluate" in sys.argv:
     print(json.dumps({"checkpoint": sys.argv[-1], "loss": 1.5}))
     sys.exit()
+HOLD = 15
 run = Path(os.environ["XLSTM_RUN"])
 rank, node = int(os.environ["RANK"]), os.environ["SLURMD_NODENAME"]
-plan = {"steps": 40, "interval": 10, "step_s": 0.1, "saves": True, "import_s": 0, "faults": []}
+plan = {"steps": 40, "interval": 10, "step_s": 0.1, "saves": True, "faults": []}
+plan |= {"import_life": 0, "hold_lives": 0}
 plan |= json.loads((run / "stub.json").read_text())
 life = 0
 asked = []
@@ -64,7 +68,8 @@ def fault(step):
             sys.exit(one["code"])
 
 
-time.sleep(plan["import_s"])
+while newest_life() == plan["import_life"] and not signal.sigpending():
+    time.sleep(0.05)
 numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 for number in numbers:
     signal.signal(number, lambda number, frame: asked.append(number))
@@ -76,6 +81,8 @@ if "--data.path" in sys.argv:
 print(f"life {life} goes on from step {step}, port {os.environ['MASTER_PORT']}", flush=True)
 while step < plan["steps"]:
     time.sleep(plan["step_s"])
+    while life <= plan["hold_lives"] and step >= HOLD and not asked and newest_life() == life:
+        time.sleep(0.05)
     step += 1
     if newest_life() > life:
         sys.exit(76)

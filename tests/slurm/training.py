@@ -28,19 +28,19 @@ def kill_rank(run, rank):
 def a_run_lives_through_everything_bit_for_bit(make):
     run = make.trainer("training", site={"partition": "crash"}, **STEPS).submit()
     # 1. A signal while Python imports.
-    run.wait(lambda run: len(run.files.records(1)) == 2, 300, "no rank starts")
+    run.until_ranks_start()
     run.cluster.run("scancel", "--signal=USR1", run.job)
     # 2. A rank is killed.
-    run.until_running(life=2, step=13, seconds=300)
+    run.until_running(life=2, step=13)
     kill_rank(run, 1)
     # 3. A requeue from outside.
-    run.until_running(life=3, step=22, seconds=300)
+    run.until_running(life=3, step=22)
     run.cluster.run("scontrol", "requeue", run.job)
     # 4. A node is lost.
-    run.until_running(life=4, step=33, seconds=300)
+    run.until_running(life=4, step=33)
     run.cluster.crash(run.lives[-1].nodes[1])
     # 5. The end.
-    assert run.until_ended(300) == "COMPLETED", run.log()
+    assert run.until_ended() == "COMPLETED", run.log()
     assert len(run.lives) == 5, run.log()
     assert "killed by signal 9" in run.lives[1].reason
     assert [record.code for record in run.files.records(1)] == [75, 75]
@@ -57,10 +57,10 @@ def a_run_lives_through_everything_bit_for_bit(make):
 def a_run_changes_its_nodes_and_its_launcher_between_lives(make):
     """Two nodes, then two ranks on one, then `srun` by hand: every loss as without Slurm."""
     run = make.trainer("moves", site={"partition": "main"}, **STEPS).submit()
-    run.until_running(step=12, seconds=300)
+    run.until_running(step=12)
     assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
     run.nodes = 1
-    run.submit("--set", "tasks_per_node=2").until_running(life=2, step=30, seconds=300)
+    run.submit("--set", "tasks_per_node=2").until_running(life=2, step=30)
     assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED", run.log()
     assert [len(life.nodes) for life in run.lives] == [2, 1] and run.repeated == 0
     words = ["srun", "--partition=main", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m"]
@@ -84,7 +84,7 @@ def four_ranks_train_the_same_however_nodes_hold_them(make):
     for nodes, ranks in ((4, 1), (2, 2)):
         site = {"partition": "four", "tasks_per_node": ranks}
         run = make.trainer(f"{nodes} by {ranks}", nodes=nodes, site=site, **keys).submit()
-        assert run.until_ended(500) == "COMPLETED", run.log()
+        assert run.until_ended() == "COMPLETED", run.log()
         found[f"{nodes} x {ranks}"] = run.steps
     run = make.trainer("torchrun", site={"partition": "four"}, **keys)
     torchrun(run, nodes=2, ranks_per_node=2)
@@ -117,7 +117,7 @@ def evaluated_and_converted(run):
     (job,) = said(run, "submit", "evaluate", run.run, *files).split()
     export = run.folder / "export"
     (other,) = said(run, "submit", "convert", run.run, export, *files).split()
-    states = run.cluster.wait_for_end(job, other, seconds=300)
+    states = run.cluster.wait_for_end(job, other)
     outputs = [run.files.folder / f"{job}.out", run.folder / f"export.slurm/{other}.out"]
     texts = [path.read_text() for path in outputs]
     assert states == {job: "COMPLETED", other: "COMPLETED"}, texts
