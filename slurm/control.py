@@ -31,7 +31,7 @@ def stop(run: Path, *, now: bool = False) -> int:
         return 0
     scheduler.ask("scancel", "--signal=USR1", job.job)
     files.tell("stop", f"job {job.job} was asked to save and stop", job=job.job)
-    print(f"job {job.job} saves and stops; python -m slurm resume {run} goes on")
+    print(f"job {job.job} saves and stops; {scheduler.command('resume', run)} goes on")
     return 0
 
 
@@ -42,7 +42,10 @@ def resume(run: Path) -> int:
         UserError: the run is finished, or a job has it, or Slurm refuses.
     """
     files = RunState(run)
-    job = scheduler.first_queued(files.load().jobs)
+    state = files.load()
+    if not state.job:
+        raise UserError(f"{run} was never submitted; use python -m slurm submit train")
+    job = scheduler.first_queued(state.jobs)
     if job is not None and job.held:
         forgive(files, job.job)
         scheduler.ask("scontrol", "release", job.job)

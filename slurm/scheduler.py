@@ -6,6 +6,7 @@ library alone.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,6 +149,11 @@ def facts(partition: str) -> dict[str, str]:
         if match:
             found[name] = match[1]
     return found
+
+
+def command(name: str, run: Path) -> str:
+    """A command of this package on a run, as it can be pasted into a shell."""
+    return f"python -m slurm {name} {shlex.quote(str(run))}"
 
 
 def facts_line(facts: Mapping[str, str]) -> str:

@@ -86,7 +86,7 @@ def goodput(state: State, progress: dict[str, Any]) -> float | None:
 
 def _next(files: RunState, state: State, job: QueuedJob | None) -> str:
     """What comes next, in a sentence."""
-    resume = f"python -m slurm resume {files.run}"
+    resume = scheduler.command("resume", files.run)
     if job is not None and job.held:
         return f"job {job.job} was left held; {resume} releases it"
     if job is not None and job.state == "RUNNING":

@@ -112,8 +112,9 @@ def check_not_held(files: RunState) -> None:
     job = scheduler.first_queued(files.load().jobs)
     if job is not None:
         raise UserError(
-            f"job {job.job} has the run {files.run} ({job.state}); python -m slurm status "
-            f"{files.run} shows it, python -m slurm stop {files.run} ends it"
+            f"job {job.job} has the run {files.run} ({job.state}); "
+            f"{scheduler.command('status', files.run)} shows it, "
+            f"{scheduler.command('stop', files.run)} ends it"
         )
     check_free(files.run)
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -281,9 +281,33 @@ def _set(raw: dict[str, Any], word: str) -> None:
         if not isinstance(raw, dict):
             raise SiteError(f"--set {word}: {section} has no keys")
     try:
-        raw[last] = parse_yaml(text)
+        value = parse_yaml(text)
     except YAMLTextError as error:
         raise SiteError(f"--set {word}: {error}") from None
+    # YAML takes 2:00 for the number 120, and the shell has removed the quotes.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    raw[last] = text if number and _wants_text([*sections, last]) else value
+
+
+def _wants_text(parts: Sequence[str]) -> bool:
+    """Whether a key takes text and no number."""
+
+    def types(annotation: Any) -> set[Any]:
+        if get_origin(annotation) is Annotated:
+            return types(get_args(annotation)[0])
+        return {annotation}.union(*map(types, get_args(annotation)))
+
+    model: type[BaseModel] = Site
+    for part in parts:
+        field = model.model_fields.get(part)
+        if field is None:
+            return False
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        else:
+            found = types(field.annotation)
+            return str in found and not found & {int, float}
+    return False
 
 
 def _message(error: Mapping[str, Any]) -> str:

@@ -3,7 +3,13 @@
 import pytest
 
 from slurm.batch_files.render import render
-from slurm.batch_files.site import Site, SiteError, site_from_dict, time_limit_seconds
+from slurm.batch_files.site import (
+    Site,
+    SiteError,
+    load_site,
+    site_from_dict,
+    time_limit_seconds,
+)
 from tests.slurm.plans import plan
 
 CHANGES = {
@@ -120,3 +126,18 @@ def test_all_problems_of_a_site_come_at_once():
 )
 def test_times_of_slurm(text, seconds):
     assert time_limit_seconds(text) == seconds
+
+
+def test_a_key_that_takes_text_takes_what_looks_like_a_number(tmp_path):
+    """YAML reads 2:00 as 120, and quotes do not come through the shell."""
+    path = tmp_path / "site.yaml"
+    path.write_text("partition: main\n")
+    words = ["time=12:00:00", "mem=0", "account=7", "env.OMP_NUM_THREADS=4", "nice=5"]
+    words += ["signal.seconds=300", "health.min_gemm_tflops=2", "network.env.A=1", "exclusive=no"]
+    site = load_site(str(path), words)
+    assert (site.time, site.mem, site.account, site.nice) == ("12:00:00", "0", "7", 5)
+    assert site.env == {"OMP_NUM_THREADS": "4"} and site.network.env == {"A": "1"}
+    assert (site.signal.seconds, site.health.min_gemm_tflops) == (300, 2.0)
+    assert site.exclusive is False
+    with pytest.raises(SiteError, match="nope is not a key"):
+        load_site(str(path), ["nope=1"])
