@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from experiments.scaling import LEAST_SIZES, optima, power_law, runs_of
+
+EXACT = 0.02
+"""The largest standard error of an exponent that is compared with a published one."""
 SOLVED, FAILED = 0.95, 0.1
 """Scaled accuracies: from the first on a task is solved, up to the second it is not."""
 
@@ -27,6 +31,9 @@ class Claim(BaseModel):
         rises: the last `measure` of `model` over `over` exceeds the first by the factor `at_least`.
         below: every `measure` of `model` is at most `at_most`.
         above: every `measure` of `model` is at least `at_least`.
+        dominates: at every budget the lowest `measure` of `model` is below that of `than`.
+        exponent: of the power law of the best parameters of `model` over the budget, from
+            `at_least` to `at_most`; null where its standard error is above `EXACT`.
 
     `at` restricts a rule to rows with these values on the axes.
     """
@@ -35,7 +42,18 @@ class Claim(BaseModel):
 
     claim: str
     where: str
-    rule: Literal["separates", "lower", "slope", "ratio", "constant", "rises", "below", "above"]
+    rule: Literal[
+        "separates",
+        "lower",
+        "slope",
+        "ratio",
+        "constant",
+        "rises",
+        "below",
+        "above",
+        "dominates",
+        "exponent",
+    ]
     measure: str
     solve: list[str] = []
     fail: list[str] = []
@@ -66,6 +84,13 @@ class Claim(BaseModel):
             return f"{self.measure} of {self.model} <= {self.at_most:g}"
         if self.rule == "above":
             return f"{self.measure} of {self.model} >= {self.at_least:g}"
+        if self.rule == "dominates":
+            return f"{self.measure}: {self.model} below {self.than} at the best of every budget"
+        if self.rule == "exponent":
+            return (
+                f"exponent of the best parameters of {self.model} over the budget from "
+                f"{self.at_least:g} to {self.at_most:g}"
+            )
         if self.rule == "rises":
             return f"{self.measure} of {self.model}: last over first >= {self.at_least:g}"
         limits = [
@@ -99,6 +124,8 @@ def verdict(
         "rises": _rises,
         "below": _bounded,
         "above": _bounded,
+        "dominates": _dominates,
+        "exponent": _exponent,
     }
     if claim.rule == "separates":
         measured, holds, why = _separates(claim, best, enough_for, trained)
@@ -238,3 +265,32 @@ def _bounded(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
         return {"largest": max(numbers)}, max(numbers) <= claim.at_most, ""
     assert claim.at_least is not None
     return {"smallest": min(numbers)}, min(numbers) >= claim.at_least, ""
+
+
+def _dominates(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    ours, other = (
+        {point.budget: point.loss for point in optima(runs_of(best, model, claim.measure))}
+        for model in (str(claim.model), str(claim.than))
+    )
+    shared = sorted(ours.keys() & other.keys())
+    if not shared:
+        return {}, None, "at no budget the best of both lies between the sizes that were run"
+    ahead = [other[budget] - ours[budget] for budget in shared]
+    measured = {"least ahead": round(min(ahead), 4), "most ahead": round(max(ahead), 4)}
+    if min(ahead) <= 0 < max(ahead):
+        return measured, None, "it is ahead at some budgets only"
+    if len(shared) < LEAST_SIZES:
+        return measured, None, f"fewer than {LEAST_SIZES} budgets can be compared"
+    return measured, min(ahead) > 0, ""
+
+
+def _exponent(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    points = optima(runs_of(best, str(claim.model), claim.measure))
+    law = power_law([p.budget for p in points], [p.parameters for p in points])
+    if law is None:
+        return {}, None, f"fewer than {LEAST_SIZES} budgets have their best between the sizes"
+    assert claim.at_least is not None and claim.at_most is not None
+    measured = {"exponent": round(law.exponent, 4), "standard error": round(law.error, 4)}
+    if law.error > EXACT:
+        return measured, None, "the runs do not determine the exponent"
+    return measured, claim.at_least <= law.exponent <= claim.at_most, ""

@@ -1,4 +1,4 @@
-"""The data of a grid: the shards of a synthetic task, or of text that every machine has."""
+"""The data of a grid: shards of a synthetic task, of text that every machine has, or given ones."""
 
 import subprocess
 import sys
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.definition import Cell, TaskData, TextData
+from experiments.definition import Cell, ShardsData, TaskData, TextData
 from experiments.grid import Claim, Grid
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
+from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.terminal import say
 
 TRAINING_FOLDER = "train"
@@ -33,6 +34,8 @@ def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
                 from data_prep.synthetic.corpus import write_corpora
 
                 write_corpora(data.task, task_of(data, folder))
+            elif isinstance(data, ShardsData):
+                _link(data, folder / TRAINING_FOLDER)
             else:
                 _make_text(data, folder)
         finally:
@@ -78,6 +81,23 @@ def task_of(data: TaskData, out: Path) -> Any:
         return TASKS[data.task](out=out, **data.options)
     except TypeError as error:
         raise ConfigError(f"task {data.task}: {error}") from error
+
+
+def _link(data: ShardsData, link: Path) -> None:
+    """Let the grid's folder of shards be the one that somebody has built."""
+    shards = Path(data.path)
+    if not (shards / "manifest.json").exists():
+        raise ConfigError(f"{shards} holds no shards; build them first: {data.build}")
+    seq_len = load_manifest(shards).seq_len
+    if seq_len != data.seq_len:
+        raise ConfigError(
+            f"{shards} has rows of {seq_len} tokens, and this size needs {data.seq_len}; build "
+            f"them again: {data.build}"
+        )
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.unlink(missing_ok=True)  # one that leads nowhere
+        link.symlink_to(shards.resolve(), target_is_directory=True)
 
 
 def _make_text(data: TextData, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What an experiment is: a YAML file of `definitions/`, read and checked.
 
 An experiment compares models on data. Its cells are all combinations of models, data and axes (such
-as learning rate and seed) of one size: toy, small or paper.
+as learning rate and seed) of one size: toy, small, large or paper.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from xlstm_io.errors import ConfigError
 from xlstm_io.yaml_file import read_yaml
 
 DEFINITIONS = Path(__file__).with_name("definitions")
-SIZES = ("toy", "small", "paper")
+SIZES = ("toy", "small", "large", "paper")
 
 Value = str | int | float | bool | None
 
@@ -51,6 +51,26 @@ class TextData(Strict):
     """further lengths of rows to validate on"""
 
 
+class ShardsData(Strict):
+    """Shards that somebody has built, for runs as large as the papers'."""
+
+    path: str
+    """their folder, from where the command is given"""
+    seq_len: int
+    """tokens of a row"""
+    build: str
+    """the command that builds them"""
+
+
+class Shape(Strict):
+    """A size of a model in a grid over sizes."""
+
+    layers: int
+    """blocks: the model's pattern is repeated until it has as many"""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """keys of the run file"""
+
+
 class Measure(Strict):
     """A number of a cell, taken from what was measured on one set."""
 
@@ -71,7 +91,7 @@ class Size(Strict):
 
     about: str
     """what it is for, and how long it takes"""
-    data: dict[str, TaskData | TextData] = Field(default_factory=dict)
+    data: dict[str, TaskData | TextData | ShardsData] = Field(default_factory=dict)
     """data by name; each is one value of the axis `data`"""
     run: dict[str, Any] = Field(default_factory=dict)
     """keys of the run file of all cells"""
@@ -79,8 +99,13 @@ class Size(Strict):
     """names of `models`"""
     model_keys: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """keys of the run file for one model at this size"""
+    run_files: dict[str, str] = Field(default_factory=dict)
+    """by model the run file of `pretrain/configs` that its cells start from, with axes in braces"""
+    shapes: dict[str, Shape] = Field(default_factory=dict)
+    """sizes of the models by name, which the axis `shape` takes"""
     axes: dict[str, list[Value]] = Field(default_factory=dict)
-    """`lr`, `seed`, and whatever the kind of experiment knows"""
+    """`lr`, `seed`, `shape`, `budget` (FLOPs of a run, in the place of its steps), and whatever the
+    kind of experiment knows"""
     most: dict[str, dict[str, float]] = Field(default_factory=dict)
     """largest value on an axis for a model that cannot go further: model, axis, value"""
     enough_for: list[str] = Field(default_factory=list)
@@ -90,9 +115,9 @@ class Size(Strict):
 class Figure(Strict):
     """The picture of an experiment."""
 
-    kind: Literal["positions", "bars", "squares", "lines"]
-    """accuracy over position, a bar per model, a square per model and data, or a line per model
-    over an axis"""
+    kind: Literal["positions", "bars", "squares", "lines", "budgets"]
+    """accuracy over position, a bar per model, a square per model and data, a line per model over
+    an axis, or the measure over parameters with a line per model and budget"""
     measure: str
     """the number that is drawn"""
     label: str

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.claims import curve
 from experiments.definition import Experiment, Figure
+from experiments.scaling import runs_of
 
 
 def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
@@ -24,6 +25,8 @@ def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
         _bars(axes, experiment, table)
     elif kind == "squares":
         _squares(axes, experiment, table)
+    elif kind == "budgets":
+        _budgets(axes, experiment.figure, table)
     else:
         _lines(axes, experiment.figure, table)
     axes.set_title(f"{table['title']} ({table['size']} size)", fontsize=10, loc="left")
@@ -123,6 +126,35 @@ def _lines(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
     axes.set_xlabel(figure.over)
+    axes.set_ylabel(figure.label)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _budgets(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
+    """The measure over parameters, a line per model and budget, and a star at each best size."""
+    for n, (model, fit) in enumerate(table["fits"].items()):
+        colour, label = f"C{n}", model
+        runs = runs_of(table["best"], model, figure.measure)
+        for budget in sorted({run.budget for run in runs}):
+            line = sorted((run.parameters, run.loss) for run in runs if run.budget == budget)
+            axes.plot(
+                *zip(*line, strict=True), marker="o", markersize=3.5, color=colour, label=label
+            )
+            label = None
+            axes.annotate(
+                f"{budget:.0e} FLOPs".replace("e+", "e"),
+                line[-1],
+                textcoords="offset points",
+                xytext=(5, -2),
+                fontsize=7,
+                color=colour,
+            )
+        for best in fit["optima"]:
+            axes.plot(best["parameters"], best["loss"], marker="*", markersize=11, color=colour)
+    axes.plot([], [], marker="*", linestyle="", color="0.4", label="best of a budget")
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("parameters")
     axes.set_ylabel(figure.label)
     axes.legend(frameon=False, fontsize=8)
 

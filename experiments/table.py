@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments import scaling
 from experiments.claims import verdict
 from experiments.definition import groups
 from experiments.grid import Grid
@@ -21,8 +22,9 @@ NOT_STARTED = "not started"
 def make(grid: Grid) -> dict[str, Any]:
     """The table of a grid, from the results that there are."""
     rows = [_row(grid, cell) for cell in grid.cells]
+    best = best_of(grid, rows)
     found = provenance([])
-    return {
+    table = {
         "experiment": grid.name,
         "size": grid.size_name,
         "title": grid.experiment.title,
@@ -32,8 +34,11 @@ def make(grid: Grid) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {found['device'] or 'CPU'}",
         "date": datetime.date.today().isoformat(),
         "cells": rows,
-        "best": best_of(grid, rows),
+        "best": best,
     }
+    if "budget" in grid.size.axes:
+        table["fits"] = scaling.fits(best, str(grid.experiment.choose))
+    return table
 
 
 def _row(grid: Grid, cell: Any) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def best_of(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "scaled": _over(chosen, "scaled", statistics.fmean),
                 "chance": chosen[0].get("chance"),
                 "parameters": chosen[0].get("parameters"),
+                "tokens": chosen[0].get("tokens"),
                 "state_bytes": chosen[0].get("state_bytes"),
             }
         )
@@ -154,6 +160,8 @@ def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[s
             cells.append(_number(row["chance"]))
         cells += [_number(number)] if compared else []
         lines.append(_line(cells))
+    if "fits" in table:
+        lines += ["", *scaling.lines(table["fits"])]
     lines += ["", *(f"- {verdict_line(item)}" for item in judged)]
     open_ = [row for row in table["cells"] if row["status"] != "done"]
     new = [str(row["number"]) for row in open_ if row["reason"] == NOT_STARTED]

@@ -13,13 +13,17 @@ from experiments.data import (
     task_of,
     validation_folders,
 )
-from experiments.definition import Cell, Measure, TaskData
+from experiments.definition import Cell, Measure, Shape, TaskData
 from experiments.grid import Grid, Stopped
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.signals import StopSignal
 from xlstm_io.terminal import say
+from xlstm_io.yaml_file import read_yaml
+from xlstm_mcore.settings import ModelConfig
+from xlstm_mcore.sizes.flops import training_flops
 
+CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
 TRAINED = "trained"
 RUN_FILE = "run.yaml"
 
@@ -27,15 +31,16 @@ RUN_FILE = "run.yaml"
 def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     """The sections of a cell's run file.
 
-    Later ones win: the experiment's run, the size's keys, those of the model, those of the model at
-    this size, learning rate and seed.
+    Later ones win: a run file that we ship or the experiment's run, the size's keys, those of the
+    model, those of the model at this size, the shape, learning rate and seed. A budget of FLOPs
+    gives the steps.
     """
     experiment, size = grid.experiment, grid.size
     if cell.model not in experiment.models:
         raise ConfigError(f"{grid.name} has no model {cell.model!r} among its models")
     shards = data_folder(grid, data_name(grid, cell)) / TRAINING_FOLDER
     manifest = load_manifest(shards)
-    sections = {name: dict(keys) for name, keys in experiment.run.items()}
+    sections = _first_sections(grid, cell)
     keys: dict[str, Any] = {
         "run.dir": str(folder),
         "data.path": str(shards),
@@ -52,6 +57,10 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     for key, value in keys.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    if "shape" in cell.values:
+        _take_shape(sections, size.shapes[str(cell.values["shape"])])
+    if "budget" in cell.values:
+        sections["run"]["steps"] = _steps_of(float(str(cell.values["budget"])), sections)
     steps = sections["run"]["steps"]
     sections.setdefault("schedule", {}).setdefault(
         "warmup_steps", round(experiment.warmup_share * steps)
@@ -59,6 +68,32 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     sections.setdefault("checkpoint", {}).setdefault("interval", steps)
     sections.setdefault("evaluation", {}).setdefault("interval", steps)
     return sections
+
+
+def _first_sections(grid: Grid, cell: Cell) -> dict[str, dict[str, Any]]:
+    """The sections that a cell's run file starts from."""
+    shipped = grid.size.run_files.get(cell.model)
+    if shipped is None:
+        return {name: dict(keys) for name, keys in grid.experiment.run.items()}
+    path = CONFIGS / shipped.format(**cell.values)
+    return read_yaml(path, of="run file", example="run:, model:", error=ConfigError)
+
+
+def _take_shape(sections: dict[str, dict[str, Any]], shape: Shape) -> None:
+    """Put a shape's keys into a run file, and repeat the pattern over its blocks."""
+    for key, value in shape.run.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    unit = sections["model"]["pattern"]
+    sections["model"]["pattern"] = (unit * shape.layers)[: shape.layers]
+
+
+def _steps_of(budget: float, sections: Mapping[str, Mapping[str, Any]]) -> int:
+    """Steps of a run that take so many FLOPs, forward and backward."""
+    seq_len = sections["data"]["seq_len"]
+    model = ModelConfig.model_validate(sections["model"])
+    of_a_step = training_flops(model, seq_len) * seq_len * sections["data"]["global_batch"]
+    return max(1, round(budget / of_a_step))
 
 
 def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, Any]:

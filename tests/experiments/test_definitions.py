@@ -24,6 +24,7 @@ def test_every_definition_names_only_what_it_has(name):
         assert set(size.models) <= set(experiment.models), size_name
         assert set(size.model_keys) | set(size.enough_for) <= set(size.models), size_name
         assert size.data or experiment.kind != "training", size_name
+        assert list(size.shapes) == size.axes.get("shape", []), size_name
         cells = definition.cells_of(size)
         assert len({cell.name for cell in cells}) == len(cells), "two cells share a folder"
         assert [cell.number for cell in cells] == list(range(len(cells)))
@@ -50,11 +51,15 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
         for one in grid.size.data.values():
             if isinstance(one, definition.TaskData):
                 data.task_of(one, tmp_path).check()
-        for cell in {(c.model, c.values.get("data")): c for c in grid.cells}.values():
+        each = {(c.model, c.values.get("data"), c.values.get("shape")): c for c in grid.cells}
+        for cell in each.values():
             sections = training.run_file(grid, cell, tmp_path / "cell")
             config = config_from_dict(sections, f"{name} {size_name} {cell}")
-            assert config.schedule.warmup_steps == round(0.1 * config.run.steps)
-            assert config.optimizer.lr == cell.values["lr"]
+            if cell.model not in grid.size.run_files:
+                own = round(0.1 * config.run.steps)
+                warmup = grid.size.run.get("schedule.warmup_steps", own)
+                assert config.schedule.warmup_steps == warmup
+            assert "lr" not in cell.values or config.optimizer.lr == cell.values["lr"]
 
 
 def test_an_unknown_name_gets_the_nearest():

@@ -74,6 +74,20 @@ def test_measurements_are_grids_too(grids):
     assert row["mean"]["milliseconds"] > 0
 
 
+def test_a_budget_is_spent_on_models_of_several_sizes(grids):
+    table = read(grids, "right/scaling-toy", "table.json")
+    rows = table["cells"]
+    assert {row["status"] for row in rows} == {"done"}
+    steps = [row["steps"] for row in rows]
+    assert steps == sorted(steps, reverse=True) and steps[0] > 3 * steps[-1]
+    assert [row["tokens"] for row in rows] == [n * 8 * 20 for n in steps]
+    assert {o["budget"] for o in table["fits"]["xLSTM"]["optima"]} <= {4e8}
+    assert table["fits"]["xLSTM"]["parameters"] is None
+    verdicts = read(grids, "right/scaling-toy", "verdict.json")
+    assert [v["holds"] for v in verdicts] == [None]
+    assert (grids[0] / "right/scaling-toy/figure.png").stat().st_size > 10_000
+
+
 def test_a_cell_is_an_ordinary_run_with_table_and_figure_of_the_grid(grids):
     out, printed = grids
     grid = out / "right" / "parity-toy"

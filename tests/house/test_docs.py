@@ -194,6 +194,7 @@ RUN_ELSEWHERE = {
             ("run mqar --jobs 2", "grids.py", '["run", "mqar"'),
             ("run parallel", "grids.py", '["run", "parallel"'),
             ("run generation", "grids.py", '["run", "generation"'),
+            ("run scaling", "grids.py", '["run", "scaling"'),
             ("report parity", "test_definitions.py", '["report", "parity"'),
             (
                 "slurm parity --size paper --site site.yaml > parity.sbatch",

@@ -17,7 +17,8 @@ class Preset:
 
     Attributes:
         family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228),
-            or "transformer", the Llama-like baseline that the first paper compares with.
+            or a baseline: "transformer", the Llama-like one that the first paper compares with,
+            "mamba2" (arXiv 2405.21060) in the shapes of its Mamba, and "lstm", its LSTM in a block.
         model: the keys of the `model:` section that the size fixes.
         parameters: the exact count.
         published: the number in the paper (or the reference code) in millions, as printed there;
@@ -56,6 +57,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-6,
         "ffn_dim_factor": 2.666,  # 8/3, so that rounding up adds nothing to 2048 and 4096
         "rotary_base": 10_000.0,
+        "gate_soft_cap": None,
+        "logit_soft_cap": None,
+    },
+    "mamba2": {
+        "norm": "rmsnorm",
+        "norm_eps": 1e-5,
+        "ssm_dim_factor": 2.0,
+        "ssm_head_dim": 64,
+        "ssm_state_dim": 128,
+        "conv_width": 4,
+        "gate_soft_cap": None,
+        "logit_soft_cap": None,
+    },
+    "lstm": {
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "slstm_ffn_dim_factor": 1.3,
+        "conv_width": 4,
         "gate_soft_cap": None,
         "logit_soft_cap": None,
     },
@@ -126,6 +145,16 @@ def _transformer(
     return Preset("transformer", shape | FAMILIES["transformer"], parameters, published)
 
 
+def _baseline(family: str, letter: str, hidden: int, layers: int, parameters: int) -> Preset:
+    shape = {
+        "pattern": letter * layers,
+        "hidden_size": hidden,
+        "num_heads": 4,
+        "vocab_size": PAPER_VOCAB,
+    }
+    return Preset(family, shape | FAMILIES[family], parameters, None)
+
+
 PRESETS: dict[str, Preset] = {
     "xlstm_125m_1to0": _classic(768, 24, False, 163_806_144, 163.8),
     "xlstm_125m_7to1": _classic(768, 24, True, 163_690_928, 163.7),
@@ -152,4 +181,9 @@ PRESETS: dict[str, Preset] = {
     "transformer_350m": _transformer(1024, 24, 16, 406_635_520, 407),
     "transformer_760m": _transformer(1536, 24, 16, 834_086_400, None),
     "transformer_1.3b": _transformer(2048, 24, 16, 1_420_396_544, None),
+    "mamba2_125m": _baseline("mamba2", "d", 768, 24, 167_635_392),
+    "mamba2_350m": _baseline("mamba2", "d", 1024, 48, 419_874_304),
+    "mamba2_760m": _baseline("mamba2", "d", 1536, 48, 857_452_800),
+    "mamba2_1.3b": _baseline("mamba2", "d", 2048, 48, 1_446_812_672),
+    "lstm_350m": _baseline("lstm", "l", 1024, 48, 402_457_600),
 }
