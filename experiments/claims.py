@@ -31,6 +31,8 @@ class Claim(BaseModel):
         rises: the last `measure` of `model` over `over` exceeds the first by the factor `at_least`.
         below: every `measure` of `model` is at most `at_most`.
         above: every `measure` of `model` is at least `at_least`.
+        wins: the loss of `model` (of tasks the wrong answers) is below that of `than` on a share of
+            the sources, at least `at_least`.
         dominates: at every budget the lowest `measure` of `model` is below that of `than`.
         exponent: of the power law of the best parameters of `model` over the budget, from
             `at_least` to `at_most`; null where its standard error is above `EXACT`.
@@ -51,6 +53,7 @@ class Claim(BaseModel):
         "rises",
         "below",
         "above",
+        "wins",
         "dominates",
         "exponent",
     ]
@@ -84,6 +87,8 @@ class Claim(BaseModel):
             return f"{self.measure} of {self.model} <= {self.at_most:g}"
         if self.rule == "above":
             return f"{self.measure} of {self.model} >= {self.at_least:g}"
+        if self.rule == "wins":
+            return f"{self.model} below {self.than} on >= {self.at_least:.1%} of the sources"
         if self.rule == "dominates":
             return f"{self.measure}: {self.model} below {self.than} at the best of every budget"
         if self.rule == "exponent":
@@ -124,6 +129,7 @@ def verdict(
         "rises": _rises,
         "below": _bounded,
         "above": _bounded,
+        "wins": _wins,
         "dominates": _dominates,
         "exponent": _exponent,
     }
@@ -265,6 +271,26 @@ def _bounded(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
         return {"largest": max(numbers)}, max(numbers) <= claim.at_most, ""
     assert claim.at_least is not None
     return {"smallest": min(numbers)}, min(numbers) >= claim.at_least, ""
+
+
+def _wins(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    pair = [_rows(claim, best, model) for model in (claim.model, claim.than)]
+    if not all(pair):
+        return {}, None, "not both models are measured"
+    ours, other = (
+        {
+            (source, *map(str, row["values"].values())): loss
+            for row in rows
+            for source, loss in row.get("by_source", {}).items()
+        }
+        for rows in pair
+    )
+    shared = ours.keys() & other.keys()
+    if not shared:
+        return {}, None, "no source is measured by itself"
+    assert claim.at_least is not None
+    won = sum(ours[name] < other[name] for name in shared)
+    return {"won": won, "sources": len(shared)}, won >= claim.at_least * len(shared), ""
 
 
 def _dominates(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:

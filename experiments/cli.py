@@ -108,6 +108,11 @@ def _body(grid: Grid, cells: Sequence[Cell]) -> Body:
         from experiments import generation
 
         return generation.body
+    if grid.experiment.kind == "downstream":
+        from experiments import downstream
+
+        downstream.check(grid, cells)
+        return downstream.body
     from experiments import data
 
     data.prepare(grid, cells)

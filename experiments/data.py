@@ -2,18 +2,23 @@
 
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiments.definition import Cell, ShardsData, TaskData, TextData
 from experiments.grid import Claim, Grid
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
 from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import say
 
 TRAINING_FOLDER = "train"
+_VALID_FRACTION_OF_PACKAGES = "0.2"  # a package has tens of files
 _LONGER = "validation-"  # before the length of a folder's rows or samples
 
 
@@ -100,10 +105,17 @@ def _link(data: ShardsData, link: Path) -> None:
         link.symlink_to(shards.resolve(), target_is_directory=True)
 
 
+def _sources(packages: Sequence[str]) -> list[dict[str, str]]:
+    """Packages of Python's standard library as the sources of a build."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return [{"name": name, "input": str(library / name)} for name in packages]
+
+
 def _make_text(data: TextData, folder: Path) -> None:
     """Collect Python's standard library, train a tokenizer on it and pack it; what is made stays.
 
-    The commands are those of the demo (`pretrain.commands.demo`).
+    The commands are those of the demo (`pretrain.commands.demo`). Packages are read from where the
+    library lies, each as a source of its own.
     """
     from pretrain.commands.demo import Places, Text, data_commands
 
@@ -113,6 +125,13 @@ def _make_text(data: TextData, folder: Path) -> None:
         places, Text(vocab_size=data.vocab_size), data.seq_len
     )
     build[build.index("--out") + 1] = str(shards)
+    if data.packages:
+        prep = work / "prep.yaml"
+        write_atomic(prep, yaml.safe_dump({"sources": _sources(data.packages)}).encode())
+        at = build.index("--input")
+        build[at : at + 2] = []
+        build.insert(build.index("build") + 1, str(prep))
+        build[build.index("--valid-fraction") + 1] = _VALID_FRACTION_OF_PACKAGES
     commands = [collect, tokenizer, build]
     for length in data.longer:
         out = str(folder / f"{_LONGER}{length}")

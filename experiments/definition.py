@@ -49,6 +49,8 @@ class TextData(Strict):
     """tokens of a row"""
     longer: list[int] = Field(default_factory=list)
     """further lengths of rows to validate on"""
+    packages: list[str] = Field(default_factory=list)
+    """only these packages of the library, each a source by itself"""
 
 
 class ShardsData(Strict):
@@ -78,9 +80,12 @@ class Measure(Strict):
     """`trained`, or the length of another validation folder"""
     value: Literal["accuracy", "loss", "perplexity", "squared_error"] = "accuracy"
     """what is read"""
-    at_least_position: int = 1
-    """only positions from here on count; a power of two"""
-    below_position: int | None = None
+    by: Literal["position", "frequency"] = "position"
+    """which tokens count: by their place in the document, or by how often the target is one in the
+    training data"""
+    at_least: int = 1
+    """only tokens from this place or frequency on count; a power of two"""
+    below: int | None = None
     """and only those below; a power of two"""
     less: str | None = None
     """the name of a measure that is subtracted"""
@@ -108,6 +113,8 @@ class Size(Strict):
     kind of experiment knows"""
     most: dict[str, dict[str, float]] = Field(default_factory=dict)
     """largest value on an axis for a model that cannot go further: model, axis, value"""
+    tasks: dict[str, str] = Field(default_factory=dict)
+    """downstream: tasks of lm-evaluation-harness, and the metric of each"""
     enough_for: list[str] = Field(default_factory=list)
     """models that were seen to fit their training data at this size"""
 
@@ -115,9 +122,10 @@ class Size(Strict):
 class Figure(Strict):
     """The picture of an experiment."""
 
-    kind: Literal["positions", "bars", "squares", "lines", "budgets"]
+    kind: Literal["positions", "bars", "squares", "lines", "budgets", "frequencies", "sources"]
     """accuracy over position, a bar per model, a square per model and data, a line per model over
-    an axis, or the measure over parameters with a line per model and budget"""
+    an axis, the measure over parameters with a line per model and budget, perplexity over the
+    frequency of the token, or perplexity by source"""
     measure: str
     """the number that is drawn"""
     label: str
@@ -137,7 +145,7 @@ class Experiment(Strict):
     """one line"""
     source: str
     """the paper, and where in it"""
-    kind: Literal["training", "kernels", "generation"] = "training"
+    kind: Literal["training", "kernels", "generation", "downstream"] = "training"
     """what a cell is: a run that is measured, or a measurement"""
     run: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """sections of the run file that all cells share"""
@@ -149,6 +157,8 @@ class Experiment(Strict):
     """by name"""
     measures: dict[str, Measure] = Field(default_factory=dict)
     """numbers of a cell, by name"""
+    by_source: bool = False
+    """whether the loss is also measured on every source by itself"""
     choose: str | None = None
     """the measure by which the learning rate is chosen"""
     claims: list[Claim]
@@ -156,12 +166,14 @@ class Experiment(Strict):
     figure: Figure
     """its picture"""
     published: dict[str, float | dict[str, float]] = Field(default_factory=dict)
-    """the paper's own numbers by model (and data), where they exist as numbers"""
+    """the paper's own numbers by model (and data or shape), where they exist as numbers"""
 
     def published_for(self, model: str, values: Mapping[str, Any]) -> float | None:
-        """The paper's number for a model, on the data that `values` names."""
+        """The paper's number for a model, on the data or of the shape that `values` names."""
         found = self.published.get(model)
-        return found.get(str(values.get("data"))) if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found
+        return found.get(str(values.get("data", values.get("shape"))))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
         _bars(axes, experiment, table)
     elif kind == "squares":
         _squares(axes, experiment, table)
+    elif kind == "frequencies":
+        _frequencies(axes, experiment, table)
+    elif kind == "sources":
+        _sources(axes, experiment.figure, table)
     elif kind == "budgets":
         _budgets(axes, experiment.figure, table)
     else:
@@ -74,11 +78,41 @@ def _positions(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> N
     axes.legend(frameon=False, fontsize=8)
 
 
+def _frequencies(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
+    """Perplexity over how often the token is a target in training, a line per model."""
+    measure = experiment.measures[experiment.figure.measure]
+    for model, rows in _best_rows(table):
+        lines = [row["sets"][measure.set]["by_frequency"] for row in rows]
+        # Seeds have the same data, so their groups are the same.
+        means = [
+            sum(g["loss"] for g in groups) / len(groups) for groups in zip(*lines, strict=True)
+        ]
+        places = [group["from"] for group in lines[0]]
+        axes.plot(places, [math.exp(m) for m in means], marker="o", markersize=3.5, label=model)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("times the token is a target in training, from")
+    axes.set_ylabel(experiment.figure.label)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _sources(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
+    """Perplexity on each source, a mark per model, in the order of the first model."""
+    rows = [row for row in table["best"] if row["by_source"]]
+    names = sorted(rows[0]["by_source"], key=rows[0]["by_source"].get) if rows else []
+    for row in rows:
+        heights = [math.exp(row["by_source"][name]) for name in names]
+        axes.plot(names, heights, marker="o", markersize=4, linestyle="", label=row["model"])
+    axes.tick_params(axis="x", rotation=40, labelsize=8)
+    axes.set_ylabel(figure.label)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
     """A bar per model and its values, with the deviation over seeds, and the paper's number."""
     name = experiment.figure.measure
     rows = [row for row in table["best"] if name in row["mean"]]
-    scaled = experiment.measures[name].value == "accuracy"
+    scaled = name in experiment.measures and experiment.measures[name].value == "accuracy"
     heights = [row["scaled"][name] if scaled else row["mean"][name] for row in rows]
     labels = ["\n".join([row["model"], *map(str, row["values"].values())]) for row in rows]
     errors = [row["std"].get(name, 0.0) for row in rows]

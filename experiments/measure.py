@@ -1,12 +1,13 @@
 """What a trained model is worth on a set: loss by position, and how labels are answered."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrain.commands import evaluate
+from pretrain.commands.evaluate import SetLoss
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
 from pretrain.engines.base import LossSum
@@ -21,7 +22,10 @@ _TOKENS = 4096  # of a forward pass
 
 @torch.no_grad()
 def measure(
-    config: RunConfig, shards: Path, numbers: Sequence[float | None] | None = None
+    config: RunConfig,
+    shards: Path,
+    numbers: Sequence[float | None] | None = None,
+    by: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure the newest checkpoint of a run on the validation split of a folder.
 
@@ -30,11 +34,14 @@ def measure(
         shards: a folder of shards, of the task or text that the run was trained on.
         numbers: the number that each id stands for, None for other ids; without them there is no
             squared error.
+        by: what the loss is also sorted by: "frequency" of the target in the training data,
+            "source".
 
     Returns:
         `loss` (nats), `answers` (positions with a loss), and `by_position`: a list of the same for
         the tokens number `from` to `2 from - 1` of their samples or documents. With labels also
-        `accuracy`, and with `numbers` `squared_error`.
+        `accuracy`, and with `numbers` `squared_error`. By frequency `by_frequency` is such a list,
+        and by source `by_source` has the loss of each.
     """
     seq_len = load_manifest(shards).seq_len
     rows = max(1, _TOKENS // seq_len)
@@ -44,13 +51,35 @@ def measure(
     dataset = TokenDataset(str(shards), "valid", seq_len=seq_len)
     model = open_model(config.run.dir)
     found = evaluate.measure(model, dataset, config, "position")
-    groups = [
-        {"from": 2**n, **_numbers(loss, found.answers_by.get(n))} for n, loss in found.by.items()
-    ]
-    whole: dict[str, Any] = {**_numbers(found.sum, found.answers), "by_position": groups}
+    whole: dict[str, Any] = {**_numbers(found.sum, found.answers), "by_position": _groups(found)}
+    if "frequency" in by:
+        trained = TokenDataset(str(config.data.path), "train", seq_len=config.data.seq_len)
+        counts = evaluate.frequencies(trained, rows)
+        sorted_ = evaluate.measure(model, dataset, config, "frequency", frequency=counts)
+        whole["by_frequency"] = _groups(sorted_)
+    if "source" in by:
+        whole["by_source"] = {
+            name: evaluate.measure(model, one, config).loss
+            for name, one in _sources(shards, seq_len).items()
+        }
     if numbers is not None:
         whole["squared_error"] = squared_error(model, dataset, numbers, rows)
     return whole
+
+
+def _sources(shards: Path, seq_len: int) -> dict[str, TokenDataset]:
+    """The sources of a folder that have validation rows."""
+    return {
+        source.name: TokenDataset(str(shards), "valid", seq_len=seq_len, source=source.name)
+        for source in load_manifest(shards).sources
+        if "valid" in source.splits and source.splits["valid"].rows
+    }
+
+
+def _groups(found: SetLoss) -> list[dict[str, float]]:
+    return [
+        {"from": 2**n, **_numbers(loss, found.answers_by.get(n))} for n, loss in found.by.items()
+    ]
 
 
 def _numbers(loss: LossSum, answers: Answers | None) -> dict[str, float]:

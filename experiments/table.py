@@ -78,6 +78,7 @@ def best_of(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "mean": _over(chosen, "measures", statistics.fmean),
                 "std": _over(chosen, "measures", _deviation),
                 "scaled": _over(chosen, "scaled", statistics.fmean),
+                "by_source": _over(chosen, "by_source", statistics.fmean),
                 "chance": chosen[0].get("chance"),
                 "parameters": chosen[0].get("parameters"),
                 "tokens": chosen[0].get("tokens"),

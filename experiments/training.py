@@ -135,6 +135,7 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
         "sets": measured,
         "measures": measures_of(grid, measured),
         "scaled": scaled_of(grid, measured),
+        "by_source": measured[TRAINED].get("by_source", {}),
     }
 
 
@@ -156,13 +157,16 @@ def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
     name = data_name(grid, cell)
     folder, data = data_folder(grid, name), grid.size.data[name]
     task = task_of(data, folder) if isinstance(data, TaskData) else None
+    numbers = None if task is None else numbers_of(task)
     found = {}
     for key, shards in validation_folders(folder, TRAINED).items():
-        found[key] = measure(config, shards, None if task is None else numbers_of(task))
+        by = {m.by for m in grid.experiment.measures.values() if m.set == key} - {"position"}
+        by |= {"source"} if grid.experiment.by_source and key == TRAINED else set()
+        found[key] = measure(config, shards, numbers, by)
         if task is not None:
             found[key]["chance"] = task.chance
-        numbers = (f"{word} {n:.4f}" for word, n in found[key].items() if isinstance(n, float))
-        say(f"{key}: {', '.join(numbers)}")
+        words = (f"{word} {n:.4f}" for word, n in found[key].items() if isinstance(n, float))
+        say(f"{key}: {', '.join(words)}")
     return found
 
 
@@ -177,16 +181,20 @@ def numbers_of(task: Any) -> list[float | None] | None:
 
 
 def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
-    """The experiment's measures, from what was found on the sets."""
+    """The experiment's measures, from what was found on the sets; without tokens there is none."""
+    measures = grid.experiment.measures
     plain = {
-        name: _from(sets[measure.set], measure)
-        for name, measure in grid.experiment.measures.items()
-        if measure.set in sets
+        name: value
+        for name, measure in measures.items()
+        if measure.set in sets and (value := _from(sets[measure.set], measure)) is not None
     }
     found = {}
     for name, value in plain.items():
-        less = grid.experiment.measures[name].less
-        found[name] = value if less is None else value - plain[less]
+        less = measures[name].less
+        if less is None:
+            found[name] = value
+        elif less in plain:
+            found[name] = value - plain[less]
     return found
 
 
@@ -201,13 +209,18 @@ def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _from(measured: Mapping[str, Any], measure: Measure) -> float:
-    """The mean of a value over some positions; the squared error is of them all."""
+def _from(measured: Mapping[str, Any], measure: Measure) -> float | None:
+    """The mean of a value over some positions or frequencies; the squared error is of them all.
+
+    None where no token is there.
+    """
     if measure.value == "squared_error":
         return measured[measure.value]
-    last = measure.below_position or float("inf")
-    groups = [g for g in measured["by_position"] if measure.at_least_position <= g["from"] < last]
+    last = measure.below or float("inf")
+    groups = [g for g in measured[f"by_{measure.by}"] if measure.at_least <= g["from"] < last]
     answers = sum(g["answers"] for g in groups)
+    if not answers:
+        return None
     key = "loss" if measure.value == "perplexity" else measure.value
-    mean = sum(g[key] * g["answers"] for g in groups) / max(1, answers)
+    mean = sum(g[key] * g["answers"] for g in groups) / answers
     return math.exp(mean) if measure.value == "perplexity" else mean

@@ -140,16 +140,29 @@ def measure(
     config: RunConfig,
     by: str | None = None,
     times: int = 1,
+    frequency: Tensor | None = None,
 ) -> SetLoss:
-    """The loss of a model on one set, and of a set with labels how they are answered."""
+    """The loss of a model on one set, and of a set with labels how they are answered.
+
+    Args:
+        model: in one process, or tensor parallel.
+        dataset: the set.
+        config: its `data.micro_batch` rows are read at once.
+        by: see `main`; not "source" here.
+        times: see `main`.
+        frequency: by frequency, how often each id is a target of other data, such as those of
+            training; see `frequencies`. None for the set's own.
+    """
     rows = config.data.micro_batch
-    frequency = _frequencies(dataset, rows) if by == "frequency" else None
+    if by == "frequency" and frequency is None:
+        frequency = frequencies(dataset, rows)
     # Sum of the losses, tokens, right ones, samples and exact ones, by powers of two.
     sums = torch.zeros(5, _BUCKETS, dtype=torch.float64)
     for batch, there in _batches(dataset, rows, times):
         document = _documents(batch)
         sizes = _lengths(document, there) if by == "length" else _positions(document)
-        if frequency is not None:
+        if by == "frequency":
+            assert frequency is not None
             sizes = frequency[batch.labels].clamp(min=1).double()
         bucket = sizes.log2().long() if by else torch.zeros_like(document)
         if dataset.manifest.labels:
@@ -215,8 +228,8 @@ def _batches(
         yield batch.to(device), there.reshape(-1, times * width).to(device)
 
 
-def _frequencies(dataset: TokenDataset, micro_batch: int) -> Tensor:
-    """How often each id is a target of the set, int64 `[ids]`."""
+def frequencies(dataset: TokenDataset, micro_batch: int) -> Tensor:
+    """How often each id is a target of a set, int64 `[ids]`; `micro_batch` rows at once."""
     size = dataset.manifest.vocab_size
     counts = torch.zeros(size, dtype=torch.int64, device=cpu_runtime.device())
     for batch, _ in _batches(dataset, micro_batch):

@@ -29,8 +29,8 @@ SMALLER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def load_smaller(name: str) -> definition.Experiment:
     """The experiment with the smaller toy size."""
     experiment = definition.load(name)
-    if name == "scaling":
-        return scaling_of_symbols(experiment)
+    if name in ("scaling", "rare-tokens"):
+        return on_symbols(experiment, name)
     if name not in SMALLER:
         return experiment
     keys, options = SMALLER[name]
@@ -43,17 +43,28 @@ def load_smaller(name: str) -> definition.Experiment:
     return definition.Experiment.model_validate(fields)
 
 
-def scaling_of_symbols(experiment: definition.Experiment) -> definition.Experiment:
-    """One budget and three sizes, on symbols that need no tokenizer."""
+def on_symbols(experiment: definition.Experiment, name: str) -> definition.Experiment:
+    """The experiment at its smallest, on symbols that need no tokenizer.
+
+    Scaling has one budget and three sizes, and rare tokens one cell of three steps.
+    """
     fields = experiment.model_dump()
     toy = fields["sizes"]["toy"]
     options = {"length": "3-20", "seq_len": 20, "samples": 4000, "validation_samples": 200}
-    toy["data"] = {"symbols": {"task": "parity", "options": options}}
-    toy["models"] = ["xLSTM"]
-    toy["shapes"] = {
-        f"w{width}": {"layers": 1, "run": {"model.hidden_size": width}} for width in (16, 32, 64)
-    }
-    toy["axes"] = {"budget": [4e8], "shape": list(toy["shapes"]), "lr": [0.003], "seed": [0]}
+    toy["data"] = {"symbols": {"task": "parity", "options": options | {"dense": True}}}
+    axes = {"lr": [0.003], "seed": [0]}
+    if name == "scaling":
+        toy["models"] = ["xLSTM"]
+        toy["shapes"] = {
+            f"w{width}": {"layers": 1, "run": {"model.hidden_size": width}}
+            for width in (16, 32, 64)
+        }
+        axes = {"budget": [4e8], "shape": list(toy["shapes"]), **axes}
+    else:
+        toy["models"] = ["mLSTM"]
+        toy["run"] = {"run.steps": 3}
+        fields["by_source"] = True
+    toy["axes"] = axes
     return definition.Experiment.model_validate(fields)
 
 
@@ -89,6 +100,7 @@ def main(out: Path) -> None:
     only = ["--only", "model=Mamba-2", "--only", "batch=1", "--only", "context=16"]
     assert cli.run(["run", "generation", *only, *right]) == 0
     assert cli.run(["run", "scaling", *right]) == 0
+    assert cli.run(["run", "rare-tokens", *right]) == 0
     cut_memory_mixing()
     code = cli.run(["run", "parity", *cells("xLSTM[0:1]"), "--out", str(out / "cut"), "--strict"])
     print("parity strict:", int(code))

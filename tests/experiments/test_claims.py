@@ -113,3 +113,19 @@ def test_constant_rises_and_below():
     for rule in ("constant", "rises", "below", "above"):
         claim = {"rule": rule, "model": "c", "at_most": 1.0, "at_least": 1.0, **over}
         assert judged(claim, flat) is None
+
+
+def test_wins_counts_the_sources_of_all_sizes():
+    def best(*losses, model="a"):
+        return [
+            row(model, 1.0, shape=n) | {"by_source": dict(zip("xyz", three, strict=True))}
+            for n, three in enumerate(losses)
+        ]
+
+    other = best((2.0, 2.0, 2.0), (2.0, 2.0, 2.0), model="b")
+    rule = {"rule": "wins", "model": "a", "than": "b"}
+    ours = best((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
+    assert judged({**rule, "at_least": 0.8}, ours + other) is True
+    assert judged({**rule, "at_least": 0.85}, ours + other) is False
+    assert judged({**rule, "at_least": 0.8}, ours) is None
+    assert judged({**rule, "at_least": 0.8}, [row("a", 1.0), row("b", 1.0)]) is None

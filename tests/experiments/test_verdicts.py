@@ -88,6 +88,18 @@ def test_a_budget_is_spent_on_models_of_several_sizes(grids):
     assert (grids[0] / "right/scaling-toy/figure.png").stat().st_size > 10_000
 
 
+def test_tokens_are_sorted_by_how_often_training_has_them(grids):
+    """Training has about 22,000 of each of the two answers, and validation about 1,000."""
+    (row,) = read(grids, "right/rare-tokens-toy", "table.json")["cells"]
+    found = row["sets"]["trained"]
+    assert {group["from"] for group in found["by_frequency"]} <= {8192, 16384}
+    assert sum(g["answers"] for g in found["by_frequency"]) == found["answers"]
+    assert "rare" not in row["measures"] and "gap" not in row["measures"]
+    assert row["measures"]["frequent"] == pytest.approx(found["loss"])
+    (loss,) = row["by_source"].values()
+    assert loss == pytest.approx(found["loss"], rel=1e-4)
+
+
 def test_a_cell_is_an_ordinary_run_with_table_and_figure_of_the_grid(grids):
     out, printed = grids
     grid = out / "right" / "parity-toy"
