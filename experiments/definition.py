@@ -194,12 +194,16 @@ class Cell:
     def name(self) -> str:
         """A name for folders: `xLSTM01-lr0.003-seed0`."""
         words = [_plain(self.model)]
-        words += [f"{key}{_plain(str(value))}" for key, value in self.values.items()]
+        words += [f"{key}{_plain(written(value))}" for key, value in self.values.items()]
         return "-".join(words)
 
     def __str__(self) -> str:
-        values = (f"{key} {value}" for key, value in self.values.items())
-        return ", ".join([self.model, *values])
+        return ", ".join([self.model, *(f"{k} {written(v)}" for k, v in self.values.items())])
+
+
+def written(value: Value) -> str:
+    """A value on an axis as people write it: 1e+11, not 100000000000.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _plain(text: str) -> str:
@@ -285,7 +289,7 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 def _axis(cell: Cell, key: str) -> str | None:
     if key == "model":
         return cell.model
-    return str(cell.values[key]) if key in cell.values else None
+    return written(cell.values[key]) if key in cell.values else None
 
 
 def groups(cells: Sequence[Cell]) -> Iterator[tuple[str, dict[str, Value]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments import scaling
 from experiments.claims import verdict
-from experiments.definition import groups
+from experiments.definition import groups, written
 from experiments.grid import Grid
 from pretrain.watching.provenance import provenance
 from xlstm_io.storage import write_atomic
@@ -153,7 +153,7 @@ def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[s
         _line(["---"] * len(head)),
     ]
     for row, number in zip(table["best"], published, strict=True):
-        cells = [row["model"], *(str(row["values"].get(key, "")) for key in values)]
+        cells = [row["model"], *(written(row["values"].get(key, "")) for key in values)]
         cells += ["" if row["lr"] is None else f"{row['lr']:g}", str(row["n"])]
         cells += [_number(row["mean"].get(name), row["std"].get(name)) for name in measures]
         if scaled:
@@ -170,7 +170,9 @@ def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[s
         lines += ["", f"{len(open_)} of {len(table['cells'])} cells have no numbers:", ""]
     for row in open_:
         if row["reason"] != NOT_STARTED:
-            named = ", ".join([row["model"], *(f"{k} {v}" for k, v in row["values"].items())])
+            named = ", ".join(
+                [row["model"], *(f"{k} {written(v)}" for k, v in row["values"].items())]
+            )
             lines.append(f"- {row['number']} ({named}): {row['status']}, {row['reason']}")
     lines += [f"- {NOT_STARTED}: {', '.join(new)}"] if new else []
     return "\n".join(lines) + "\n"

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from experiments import cli, data, definition, training
+from experiments import cli, data, definition, table, training
 from experiments.claims import Claim
+from experiments.definition import Cell
 from experiments.grid import Grid
 from xlstm_io.errors import ConfigError
 
@@ -66,6 +67,14 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(ConfigError, match="did you mean parity"):
         definition.load("paritty")
+
+
+def test_budgets_are_written_as_people_write_them():
+    cells = Grid.open("scaling", "toy", Path("out")).cells
+    (cell,) = definition.chosen(cells, ["budget=1e+11", "shape=w32", "model=xLSTM"])
+    assert cell.name == "xLSTM-budget1e11-shapew32-lr0.003-seed0"
+    assert str(cell) == "xLSTM, budget 1e+11, shape w32, lr 0.003, seed 0"
+    assert definition.written(0.00046) == "0.00046"
 
 
 def test_only_chooses_cells_and_refuses_what_there_is_not():
@@ -139,6 +148,20 @@ def test_report_of_nothing_lists_every_cell_as_missing(capsys, tmp_path):
 def test_a_claim_is_a_rule_in_words():
     claim = Claim(claim="c", where="w", rule="separates", measure="long", solve=["a"], fail=["b"])
     assert claim.text() == "scaled accuracy of long: a >= 0.95, b <= 0.1"
+
+
+KEPT = ROOT / "docs" / "figures" / "experiments"
+
+
+@pytest.mark.parametrize("folder", sorted(KEPT.iterdir()), ids=lambda folder: folder.name)
+def test_kept_results_give_their_verdicts_by_the_rules_of_today(folder):
+    kept = json.loads((folder / "table.json").read_text())
+    grid = Grid.open(kept["experiment"], kept["size"], Path("out"))
+    assert folder.name == grid.folder.name and (folder / "figure.png").exists()
+    judged = [verdict["holds"] for verdict in table.verdicts(grid, kept)]
+    assert judged == [v["holds"] for v in json.loads((folder / "verdict.json").read_text())]
+    names = {cell.name for cell in grid.cells}
+    assert {Cell(0, row["model"], row["values"]).name for row in kept["cells"]} == names
 
 
 def test_measures_are_means_over_positions_weighted_by_answers(tmp_path):
