@@ -78,8 +78,8 @@ class Measure(Strict):
 
     set: str
     """`trained`, or the length of another validation folder"""
-    value: Literal["accuracy", "loss", "perplexity", "squared_error"] = "accuracy"
-    """what is read"""
+    value: Literal["accuracy", "error", "loss", "perplexity", "squared_error"] = "accuracy"
+    """what is read; an error is the share of wrong answers"""
     by: Literal["position", "frequency"] = "position"
     """which tokens count: by their place in the document, or by how often the target is one in the
     training data"""

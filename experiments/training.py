@@ -221,6 +221,8 @@ def _from(measured: Mapping[str, Any], measure: Measure) -> float | None:
     answers = sum(g["answers"] for g in groups)
     if not answers:
         return None
-    key = "loss" if measure.value == "perplexity" else measure.value
+    key = {"perplexity": "loss", "error": "accuracy"}.get(measure.value, measure.value)
     mean = sum(g[key] * g["answers"] for g in groups) / answers
+    if measure.value == "error":
+        return 1 - mean
     return math.exp(mean) if measure.value == "perplexity" else mean

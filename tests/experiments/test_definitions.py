@@ -103,6 +103,43 @@ def test_a_missing_option_of_a_task_is_one_message(tmp_path):
         data.task_of(definition.TaskData(task="paritty"), tmp_path)
 
 
+def test_given_shards_are_linked_or_the_message_says_how_to_build_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = Grid.open("lm", "paper", tmp_path / "out")
+    with pytest.raises(ConfigError, match="build them first: python -m data_prep build"):
+        data.prepare(grid, grid.cells[:1])
+    shards = tmp_path / "data" / "slimpajama-shards"
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").touch()
+    monkeypatch.setattr(data, "load_manifest", lambda path: SimpleNamespace(seq_len=512))
+    with pytest.raises(ConfigError, match="rows of 512 tokens, and this size needs 2048"):
+        data.prepare(grid, grid.cells[:1])
+    monkeypatch.setattr(data, "load_manifest", lambda path: SimpleNamespace(seq_len=2048))
+    for _ in range(2):
+        data.prepare(grid, grid.cells[:1])
+    folder = data.data_folder(grid, "slimpajama")
+    assert data.validation_folders(folder, "trained")["trained"].samefile(shards)
+    assert not list((grid.folder / "claims").iterdir())
+
+
+def test_packages_of_the_library_are_sources_of_their_own(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(data.subprocess, "run", run)
+    grid = Grid.open("paloma", "toy", tmp_path)
+    data.prepare(grid, grid.cells[:1])
+    (build,) = [command for command in commands if command[1] == "build"]
+    sources = yaml.safe_load(Path(build[2]).read_text())["sources"]
+    assert [source["name"] for source in sources] == grid.size.data["stdlib"].packages
+    assert all(list(Path(source["input"]).glob("*.py")) for source in sources)
+    assert "--input" not in build and build[build.index("--valid-fraction") + 1] == "0.2"
+    assert build[build.index("--out") + 1] == str(data.data_folder(grid, "stdlib") / "train")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -182,3 +219,6 @@ def test_measures_are_means_over_positions_weighted_by_answers(tmp_path):
     assert training.measures_of(grid, empty) == {"trained": 2.0}, "of no token there is no mean"
     measure = definition.Measure(set="trained", value="perplexity")
     assert training._from(sets["trained"], measure) == pytest.approx(math.exp(2.0))
+    answered = {"by_position": [{"from": 4, "answers": 8, "accuracy": 0.75}]}
+    measure = definition.Measure(set="trained", value="error")
+    assert training._from(answered, measure) == 0.25
