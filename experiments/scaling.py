@@ -190,7 +190,7 @@ def _search(
 ) -> tuple[float, float, np.ndarray, np.ndarray] | None:
     """The best exponents, the other three numbers of the law, and the relative errors.
 
-    Numbers below zero are no law; None where the best of all exponents have one.
+    A law has no number below zero. None where all exponents need one.
     """
     grid_a, grid_b = _EXPONENTS, _EXPONENTS
     best: tuple[float, float, float, np.ndarray, np.ndarray] | None = None
@@ -205,11 +205,11 @@ def _search(
                 if (numbers >= 0).all() and (best is None or error < best[0]):
                     best = error, float(a), float(b), numbers, off
         if best is None:
-            return None
+            break
         step_a, step_b = grid_a[1] - grid_a[0], grid_b[1] - grid_b[0]
         grid_a = np.linspace(max(1e-3, best[1] - step_a), best[1] + step_a, 9)
         grid_b = np.linspace(max(1e-3, best[2] - step_b), best[2] + step_b, 9)
-    return best[1:]
+    return None if best is None else best[1:]
 
 
 def fits(best: Sequence[Mapping[str, Any]], measure: str) -> dict[str, dict[str, Any]]:

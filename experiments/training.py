@@ -160,7 +160,8 @@ def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
     numbers = None if task is None else numbers_of(task)
     found = {}
     for key, shards in validation_folders(folder, TRAINED).items():
-        by = {m.by for m in grid.experiment.measures.values() if m.set == key} - {"position"}
+        of_set = [m for m in grid.experiment.measures.values() if m.set == key]
+        by: set[str] = {one.by for one in of_set} - {"position"}
         by |= {"source"} if grid.experiment.by_source and key == TRAINED else set()
         found[key] = measure(config, shards, numbers, by)
         if task is not None:
