@@ -187,16 +187,17 @@ def test_a_claim_is_a_rule_in_words():
     assert claim.text() == "scaled accuracy of long: a >= 0.95, b <= 0.1"
 
 
-KEPT = ROOT / "docs" / "figures" / "experiments"
+FIGURES = ROOT / "docs" / "figures"
 
 
-@pytest.mark.parametrize("folder", sorted(KEPT.iterdir()), ids=lambda folder: folder.name)
-def test_kept_results_give_their_verdicts_by_the_rules_of_today(folder):
-    kept = json.loads((folder / "table.json").read_text())
+@pytest.mark.parametrize("kept_grid", ["lengths-toy", "parallel-toy"])
+def test_kept_results_give_their_verdicts_by_the_rules_of_today(kept_grid):
+    kept = json.loads((FIGURES / f"{kept_grid}-table.json").read_text())
     grid = Grid.open(kept["experiment"], kept["size"], Path("out"))
-    assert folder.name == grid.folder.name and (folder / "figure.png").exists()
+    assert kept_grid == grid.folder.name and (FIGURES / f"{kept_grid}-figure.png").exists()
     judged = [verdict["holds"] for verdict in table.verdicts(grid, kept)]
-    assert judged == [v["holds"] for v in json.loads((folder / "verdict.json").read_text())]
+    stored = json.loads((FIGURES / f"{kept_grid}-verdict.json").read_text())
+    assert judged == [verdict["holds"] for verdict in stored]
     names = {cell.name for cell in grid.cells}
     assert {Cell(0, row["model"], row["values"]).name for row in kept["cells"]} == names
 
