@@ -161,7 +161,7 @@ def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
     found = {}
     for key, shards in validation_folders(folder, TRAINED).items():
         of_set = [m for m in grid.experiment.measures.values() if m.set == key]
-        by: set[str] = {one.by for one in of_set} - {"position"}
+        by: set[str] = {str(one.by) for one in of_set if one.by != "position"}
         by |= {"source"} if grid.experiment.by_source and key == TRAINED else set()
         found[key] = measure(config, shards, numbers, by)
         if task is not None:
