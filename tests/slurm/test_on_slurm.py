@@ -12,7 +12,7 @@ from threading import Lock
 
 import pytest
 
-from tests.slurm import long_runs, nodes, other_jobs, policy, training  # noqa: F401 (their scenarios)
+from tests.slurm import nodes, other_jobs, policy, training  # noqa: F401 (their scenarios)
 from tests.slurm.conftest import REQUIRED
 from tests.slurm.runs import SCENARIOS, StubRun, TrainerRun, launched
 
