@@ -1,6 +1,6 @@
 """Every Triton launch of the kernels, described so that it can be compiled without a GPU.
 
-`variant` says what is known of one launch before it runs. `mlstm`, `slstm`, `conv` and `norm` list
+`variant` says what is known of one launch before it runs. The other modules list
 the launches of their kernel at the sizes of the papers' models and at awkward sizes. They call the
 planning functions of `xlstm_kernels` with tensors of the meta device, so that grids, tiles and
 arguments are those of a real launch.
@@ -15,9 +15,10 @@ MODULE = "benchmarks.kernel_variants"
 
 def triton_variants(target: str) -> list[Variant]:
     """The variants of all kernels for one of `TARGETS`. Imports Triton."""
-    from benchmarks.kernel_variants import conv, mlstm, norm, slstm
+    from benchmarks.kernel_variants import conv, cross_entropy, feed_forward, mlstm, norm, slstm
 
-    return [one for module in (conv, mlstm, norm, slstm) for one in module.triton_variants(target)]
+    modules = (conv, cross_entropy, feed_forward, mlstm, norm, slstm)
+    return [one for module in modules for one in module.triton_variants(target)]
 
 
 def find_variants(target: str, module: str = MODULE) -> list[Variant]:

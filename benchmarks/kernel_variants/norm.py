@@ -12,6 +12,7 @@ def triton_variants(target: str) -> list[Variant]:
     variants = []
     for name, (outer, inner, heads, d), dtype, gated, centered, setting in (
         ("7b norm and gate", (8192, 1, 8, 512), torch.bfloat16, True, True, ""),
+        ("7b block", (8192, 1, 1, 4096), torch.bfloat16, False, False, ""),
         ("125m norm", (8, 2048, 4, 192), torch.bfloat16, False, True, ""),
         ("rms", (33, 2, 3, 20), torch.float32, False, False, ""),
         ("gated rms", (33, 2, 3, 4096), torch.float32, True, False, ""),

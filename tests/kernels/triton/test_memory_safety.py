@@ -15,7 +15,16 @@ import torch
 from benchmarks.kernel_variants import TARGETS, find_variants
 from tests.kernels.comparison import relative_error
 from tests.kernels.triton.checker import Checker
-from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
+from xlstm_kernels import (
+    gated_activation,
+    mlstm_chunkwise,
+    mlstm_step,
+    multihead_norm,
+    slstm_scan,
+    slstm_step,
+    softmax_gradient,
+    softmax_statistics,
+)
 from xlstm_kernels.common.backends import BACKENDS
 from xlstm_kernels.conv import conv
 
@@ -179,6 +188,30 @@ def norm_case(s, d, b=2, heads=3, kind="layernorm", dtype=torch.float32, gated=T
     return call, x
 
 
+def gated_case(rows, width, activation="silu", dtype=torch.float32):
+    torch.manual_seed(0)
+
+    def call(x, backend):
+        return {"y": gated_activation(x["x"], activation, backend=backend)}
+
+    return call, {"x": torch.randn(rows, 2 * width).to(dtype)}
+
+
+def loss_case(rows, width, cap, dtype=torch.float32):
+    torch.manual_seed(0)
+    labels = torch.randint(-width, 2 * width, (rows,))
+
+    def call(x, backend):
+        logits = x["logits"].detach()
+        shift, total, chosen = softmax_statistics(logits, labels, cap, backend=backend)
+        log_total = total.log() + shift
+        given = log_total, x["grad"].detach(), cap
+        d = softmax_gradient(logits.clone(), labels, *given, backend=backend)
+        return {"log_total": log_total, "chosen": chosen, "d": d}
+
+    return call, {"logits": torch.randn(rows, width).to(dtype), "grad": torch.randn(rows)}
+
+
 HALF = {"dtype": torch.bfloat16}
 CASES = {
     "mlstm_chunkwise": {
@@ -219,6 +252,14 @@ CASES = {
         "odd": norm_case(37, 20),
         "rms, plain": norm_case(5, 700, kind="rmsnorm", gated=False),
         "bf16": norm_case(70, 128, **HALF),
+    },
+    "gated_activation": {
+        "odd": gated_case(5, 20, "gelu"),
+        "several tiles, bf16": gated_case(3, 1030, **HALF),
+    },
+    "cross_entropy": {
+        "odd": loss_case(5, 70, 30.0),
+        "several tiles, bf16": loss_case(3, 4100, None, **HALF),
     },
     "causal_conv1d": {
         "one token": conv_case(1, 16),
