@@ -4,13 +4,17 @@ A launch is planned on any device, also on the meta device: `benchmarks/kernel_v
 planned launches for GPUs that are not there.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
 NOT_TRITON = ("cpu", "meta", "mps")
@@ -76,7 +80,30 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     with torch.accelerator.device_index(device.index):
         target = triton.runtime.driver.active.get_current_target()
-    return target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
+    name = target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
+    warn_of_old_assembler(name)
+    return name
+
+
+@cache
+def warn_of_old_assembler(name: str) -> None:
+    """Say once that this process assembles for Hopper with a ptxas that has a known fault.
+
+    It can reuse the input registers of an asynchronous product too early (triton pull request
+    11781; right since 13.4). A search of our compiled kernels found no such place.
+    """
+    if name != "sm_90":
+        return
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(90)
+    if tuple(int(x) for x in tool.version.split(".")[:2]) < (13, 4):
+        log.warning(
+            "kernels for sm_90 are assembled by ptxas %s of %s, which has a known fault (triton "
+            "pull request 11781); set TRITON_PTXAS_PATH to one of version 13.4 or newer",
+            tool.version,
+            tool.path,
+        )
 
 
 def run_all(launches: Iterable[Launch], like: Tensor) -> None:

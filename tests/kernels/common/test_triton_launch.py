@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
 from benchmarks.kernel_variants import TARGETS, find_variants
+from xlstm_kernels.common import triton_launch
 from xlstm_kernels.conv import triton as conv_triton
 from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
 from xlstm_kernels.mlstm.triton import step as mlstm_step
@@ -99,3 +101,20 @@ def test_the_other_passes_read_nothing_back(launched):
         "norm_forward", "norm_backward", "conv_forward", "conv_backward_taps",
         "conv_backward_inputs",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "warned"),
+    [("sm_90", "12.9.86", 1), ("sm_90", "13.4.59", 0), ("sm_80", "12.9.86", 0)],
+)
+def test_an_old_assembler_for_hopper_is_said_once(target, version, warned, monkeypatch, caplog):
+    from triton.backends.nvidia import compiler
+
+    tool = SimpleNamespace(version=version, path="/usr/bin/ptxas")
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tool)
+    triton_launch.warn_of_old_assembler.cache_clear()
+    for _ in range(2):
+        triton_launch.warn_of_old_assembler(target)
+    assert len(caplog.records) == warned
+    assert all("TRITON_PTXAS_PATH" in record.message for record in caplog.records)
+    triton_launch.warn_of_old_assembler.cache_clear()
