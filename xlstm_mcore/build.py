@@ -58,7 +58,7 @@ def make_config(
         gradient_accumulation_fusion=False,
         deterministic_mode=deterministic,
         **compat.QUIET,
-        **cpu_runtime.pipeline_settings(backend),
+        **cpu_runtime.pipeline_settings(backend, sizes.virtual),
     )
 
 

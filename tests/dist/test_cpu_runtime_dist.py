@@ -36,7 +36,8 @@ def train_with_batched_messages(config):
     from xlstm_mcore.megatron import cpu_runtime
 
     original = cpu_runtime.pipeline_settings
-    cpu_runtime.pipeline_settings = lambda backend: original("nccl")
+    whole = {"deallocate_pipeline_outputs": False}  # of what megatron-core has, the batches alone
+    cpu_runtime.pipeline_settings = lambda *_: original("nccl") | whole
     try:
         return work.train(config, 1)[0]
     finally:

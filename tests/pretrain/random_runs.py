@@ -178,7 +178,7 @@ def alone(rank: int, processes: int) -> Iterator[None]:
         mock.patch.dict(os.environ, {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}),
         mock.patch.object(cpu_runtime, "process_group_options", lambda: {"backend": "fake"}),
         mock.patch.object(layouts, "meet", lambda *place: FakeStore()),
-        mock.patch.object(cpu_runtime, "pipeline_settings", lambda backend: _GLOO),
+        mock.patch.object(cpu_runtime, "pipeline_settings", lambda *_: _GLOO),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # torch's names the rank
     ):
         layouts.leave()  # the group of one that an earlier test in this process may have joined

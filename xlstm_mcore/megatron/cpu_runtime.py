@@ -224,16 +224,25 @@ def activate() -> bool:
     return True
 
 
-def pipeline_settings(backend: str) -> dict[str, Any]:
+def pipeline_settings(backend: str, virtual: int = 1) -> dict[str, Any]:
     """Point-to-point settings of `TransformerConfig` that are right on a communication backend.
 
     On gloo, `batch_p2p_comm=True` with interleaved stages gives a gradient norm two orders of
     magnitude off without any error, and `overlap_p2p_comm=True` frees buffers still being sent.
+    Elsewhere the settings are those of Megatron's own arguments: interleaved stages overlap their
+    messages with computation, which excludes batches, and others send in batches. A stage's output
+    gives its memory back once it is sent.
 
     Args:
         backend: Name of the torch.distributed backend, "gloo" or "nccl".
+        virtual: Stages per process.
     """
-    return {"batch_p2p_comm": backend != "gloo", "overlap_p2p_comm": False}
+    overlaps = backend != "gloo" and virtual > 1
+    return {
+        "batch_p2p_comm": backend != "gloo" and not overlaps,
+        "overlap_p2p_comm": overlaps,
+        "deallocate_pipeline_outputs": backend != "gloo",
+    }
 
 
 class _CudaOnCpu(types.ModuleType):
