@@ -53,8 +53,12 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
-        return Batch(*(part.to(device, non_blocking=True) for part in vars(self).values()))
+        """The same batch on `device`; the host does not wait for the work that is queued there."""
+        parts = list(vars(self).values())
+        if torch.device(device).type != "cpu" and torch.accelerator.is_available():
+            # A copy from ordinary memory may wait. torch keeps pinned memory for the next batch.
+            parts = [part.pin_memory() for part in parts]
+        return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
     def without_loss(self) -> Batch:
         """The same batch with every token masked."""

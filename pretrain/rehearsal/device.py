@@ -97,6 +97,11 @@ class RehearsalMode(FakeTensorMode):
         if func is _ATEN.nonzero.default and args[0].device.type == NAME:
             self._wait("where a tensor is not zero")
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)
+        if func is _ATEN._pin_memory.default:
+            return args[0].detach()
+        if func is _ATEN.addmm.dtype_out:  # one kernel, which torch describes by several operators
+            self._see(func, name, args, kwargs, kwargs["out"])
+            return kwargs["out"]
         if name.startswith("c10d::"):
             self._message(name.removeprefix("c10d::"), args)
             if "coalesced" in name:
