@@ -12,6 +12,7 @@ from pretrain.config.schema import DataConfig
 from pretrain.data import Batch
 from pretrain.engines.base import LossSum
 from pretrain.layout import Layout
+from xlstm_mcore.mixers.attention import know_documents
 
 
 def run_microbatches(
@@ -66,7 +67,9 @@ def forward(
         of tokens, and both for the log.
     """
     context = layout.groups.cp
-    batch = batch.context_slice(context.rank(), context.size()).to(layout.device)
+    on_host = batch.context_slice(context.rank(), context.size())
+    batch = on_host.to(layout.device)
+    know_documents(batch.boundaries, on_host.boundaries)
     output = model(batch.tokens, batch.boundaries, batch.labels)
 
     def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

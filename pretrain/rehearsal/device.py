@@ -94,8 +94,9 @@ class RehearsalMode(FakeTensorMode):
             elif value.constant is not None:
                 return super().__torch_dispatch__(func, types, args, kwargs)
             return 0.0 if value.is_floating_point() else False if value.dtype == torch.bool else 0
-        if func is _ATEN.nonzero.default and args[0].device.type == NAME:
-            self._wait("where a tensor is not zero")
+        if func is _ATEN.nonzero.default:
+            if args[0].device.type == NAME:
+                self._wait("where a tensor is not zero")
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)
         if func is _ATEN._pin_memory.default:
             return args[0].detach()

@@ -13,6 +13,7 @@ from xlstm_mcore.mixers.attention import (
     attend,
     document_lengths,
     document_starts,
+    know_documents,
     rotary_angles,
     rotate,
 )
@@ -155,3 +156,12 @@ def test_grouped_heads_equal_repeated_ones():
     k, v = torch.randn(2, 2, 7, 2, 4, dtype=torch.float64)
     whole = attend(q, k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2), None)
     torch.testing.assert_close(attend(q, k, v, None), whole)
+
+
+def test_no_layer_asks_the_device_for_documents_that_are_known(monkeypatch):
+    on_device = boundaries_of(ROWS, 20)
+    know_documents(on_device, on_device.clone())
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: pytest.fail("asked the device"))
+    assert document_lengths(on_device) == [5, 1, 11, 3, 11, 9]
+    with pytest.raises(pytest.fail.Exception):
+        document_lengths(on_device.clone())

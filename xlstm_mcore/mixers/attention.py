@@ -7,18 +7,23 @@ turns a slice of the sequence into the whole sequence of fewer heads. The core i
 
 Rows are cut at the document boundaries, and every document is one causal call. So there is no mask,
 no time spent on pairs of tokens of different documents, and no memory that grows with the square of
-the row. The price is one kernel per document, and the lengths have to be known on the host.
+the row. The price is one kernel per document, and the lengths have to be known on the host. Whoever
+has the boundaries there says so once (`know_documents`), and no layer waits for the device.
 """
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
+
+# Boundaries on a device -> the lengths of their documents, for as long as the boundaries are there.
+_known_lengths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class AttentionMixer(Mixer):
@@ -134,8 +139,20 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def know_documents(boundaries: Tensor, on_host: Tensor) -> None:
+    """Tell the lengths of the documents of a tensor on a device, so that no layer has to ask it.
+
+    Args:
+        boundaries: Bool `[b, s]`, the tensor that the model is called with.
+        on_host: The same values in host memory.
+    """
+    _known_lengths[boundaries] = document_lengths(on_host)
+
+
 def document_lengths(boundaries: Tensor) -> list[int]:
     """Lengths of the documents of `boundaries [b, s]`, row after row; no document spans rows."""
+    if boundaries in _known_lengths:
+        return _known_lengths[boundaries]
     first = boundaries.clone()
     first[:, 0] = True
     starts = first.flatten().nonzero().squeeze(1).tolist()
