@@ -24,6 +24,7 @@ def make_config(
     precision: str = "fp32",
     backend: str = "gloo",
     deterministic: bool = False,
+    fuses_weight_gradients: bool = False,
 ) -> XLSTMConfig:
     """Megatron's configuration from the sections of a run; a section may come as a mapping.
 
@@ -34,11 +35,15 @@ def make_config(
         precision: "fp32" or "bf16", of parameters and activations.
         backend: communication backend, for settings that gloo needs.
         deterministic: megatron-core takes operations that give the same bits every time.
+        fuses_weight_gradients: linear layers add to the buffers of Megatron's DDP, which must be
+            there; see `compat.fuse_weight_gradients`.
 
     Raises:
         ValueError: a section has an unknown key or a value out of its range.
     """
     dtype = PRECISION[precision]
+    if fuses_weight_gradients:
+        compat.fuse_weight_gradients()
     sizes = LayoutConfig.model_validate(layout or {})
     return XLSTMConfig(
         model=ModelConfig.model_validate(model),
@@ -55,7 +60,7 @@ def make_config(
         perform_initialization=False,
         # The loss is the mean over the global batch's unmasked tokens, however it is split.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_weight_gradients,
         deterministic_mode=deterministic,
         **compat.QUIET,
         **cpu_runtime.pipeline_settings(backend, sizes.virtual),

@@ -43,6 +43,8 @@ class MegatronEngine(ModelEngine):
         optimizer: updates the weights from the gradients in Megatron's buffers.
     """
 
+    has_gradient_buffers = True
+
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         super().__init__(config, layout)
         make_optimizer = OPTIMIZERS[config.optimizer.name]

@@ -32,7 +32,10 @@ class ModelEngine:
         model_chunks: what is called for each of them: the models, or an engine's wrappers.
         num_parameters: parameters of the whole model.
         own_losses: see `pretrain.engines.base.Engine`.
+        has_gradient_buffers: whether the gradients lie in buffers of Megatron's DDP.
     """
+
+    has_gradient_buffers = False
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -43,6 +46,7 @@ class ModelEngine:
             precision=config.engine.precision,
             backend=layout.backend,
             deterministic=config.run.deterministic,
+            fuses_weight_gradients=self.has_gradient_buffers,
         )
         self.models = build_model(
             self.model_config, layout.groups, config.run.seed, self._finish_part

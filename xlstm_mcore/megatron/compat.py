@@ -4,12 +4,15 @@ They are tested with 0.16.1 and 0.19.2 (constraints/). No other module reaches i
 internals.
 """
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
+
+from xlstm_mcore.modules.products import add_product
 
 # TransformerConfig's default for this field prints a deprecation warning of its own.
 QUIET = {"cuda_graph_scope": []}
@@ -32,6 +35,28 @@ def release_hooks(chunk: Any) -> None:
     Without this the model and its buffers would stay for as long as the process lives.
     """
     chunk.grad_accs.clear()
+
+
+def fuse_weight_gradients() -> None:
+    """Let megatron-core's linear layers add their weights' gradients to the fp32 buffers.
+
+    They do so where Apex gives them a function for it, and torch has that product now. Without it a
+    gradient is rounded to bf16, written, read and added. It must come before layers are built; they
+    do it where their `config.gradient_accumulation_fusion` says so and DDP has given buffers.
+    """
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+        layers._grad_accum_fusion_available = True
+
+
+class _WeightGradients:
+    """Stands where megatron-core looks for Apex's module."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, d_outputs: Tensor, main_grad: Tensor) -> None:
+        """`main_grad += d_outputs.T @ inputs`."""
+        add_product(main_grad, d_outputs.t(), inputs)
 
 
 def partition_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
