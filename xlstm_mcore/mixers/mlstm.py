@@ -13,6 +13,7 @@ from torch import Tensor
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import gate_weight, run_head_norm, run_mlstm
+from xlstm_mcore.modules.products import narrow_product
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
 
@@ -49,9 +50,12 @@ class MLSTMMixer(Mixer):
 
         # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        wide = x if x.dtype == dtype else recompute_in_backward(lambda x: x.to(dtype), x)
         weight = gate_weight(self.config, self.gate_weight)
-        preacts = F.linear(wide, weight.to(dtype), self.gate_bias.to(dtype))
+        if x.dtype == dtype:
+            preacts = F.linear(x, weight, self.gate_bias)
+        else:
+            product = narrow_product(x.flatten(0, 1), weight.t())
+            preacts = (product + self.gate_bias).view(s, b, -1)
         igate, fgate = preacts.permute(1, 2, 0).chunk(2, dim=1)  # [b, heads, s] each
 
         h = run_mlstm(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import gate_weight, run_conv, run_head_norm, run_mlstm
+from xlstm_mcore.modules.products import narrow_product
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
@@ -106,7 +107,7 @@ class ClassicMLSTMMixer(Mixer):
         """Pre-activations of both gates, `[b, heads/tp, s]`, from q, k, v `[b, heads, s, d]`."""
         dtype = torch.promote_types(qkv[0].dtype, torch.float32)
         both = torch.cat((self.igate_weight, self.fgate_weight))
-        weight = gate_weight(self.config, both).to(dtype)
+        weight = gate_weight(self.config, both)
         partial = recompute_in_backward(_project_heads, weight, *qkv)
         b, s, _ = partial.shape
         by_head = partial.view(b, s, 2, -1).transpose(2, 3).reshape(b, s, -1)  # i, f of each head
@@ -119,12 +120,15 @@ class ClassicMLSTMMixer(Mixer):
 def _project_heads(weight: Tensor, *qkv: Tensor) -> Tensor:
     """`weight [gates, 3 * heads * d]` times q, k and v `[b, heads, s, d]`, giving `[b, s, gates]`.
 
-    The product is taken head by head, so that nothing of the size of q is copied.
+    The product is taken head by head and in fp32, so that nothing of the size of q is copied.
     """
-    _, heads, _, d = qkv[0].shape
+    b, heads, s, d = qkv[0].shape
     columns = weight.view(-1, 3, heads, d).permute(1, 2, 3, 0)  # [3, heads, d, gates]
-    parts = (torch.matmul(x.to(weight.dtype), c) for x, c in zip(qkv, columns, strict=True))
-    return sum(parts).sum(1)
+    parts = (
+        narrow_product(x.flatten(0, 1), c.expand(b, *c.shape).flatten(0, 1))
+        for x, c in zip(qkv, columns, strict=True)
+    )
+    return sum(parts).view(b, heads, s, -1).sum(1)
 
 
 def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:

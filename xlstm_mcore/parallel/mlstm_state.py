@@ -7,8 +7,9 @@ The state that enters a rank's slice of the sequence follows from the slices bef
 `S_own` is what the slice writes into an empty state: one matrix product `(w k)^T v`, whose weights
 w come from the gates. `keep` is the decay over the slice (0 where a document starts in it). So
 every rank first computes S_own, then a scan over ranks gives S_in, and then the cell runs once with
-the right initial state. The cost is the product: `2 qk_dim v_dim` operations per token and head, a
-third of the cell's, which is itself about a hundredth of a 7B model's. Running the cell from zero
+the right initial state. The cost is the product, in the model's own type with fp32 sums:
+`2 qk_dim v_dim` operations per token and head, a third of the cell's, which is itself about a
+hundredth of a 7B model's. Running the cell from zero
 first and adding the missing part later would need that product too, and the cell would have to
 return numerator and denominator separately.
 
@@ -38,7 +39,9 @@ from torch.nn.functional import logsigmoid, pad
 
 from xlstm_kernels.common.checks import compute_dtype
 from xlstm_kernels.common.cumulative_sum import cumulative_sum
+from xlstm_kernels.common.gates import log_forget_gate
 from xlstm_kernels.mlstm.arguments import State
+from xlstm_mcore.modules.products import product_in_fp32
 
 # The number of ranks up to which all gather all states; with more, one state goes along the ranks.
 GATHER_UP_TO = 8
@@ -109,7 +112,7 @@ def _slice_gates(
         document starts in it); `best [b, heads]`, m after the slice from an empty state (no
         gradient).
     """
-    log_f, log_i = logsigmoid(fgate_preact.double()), igate_preact.double()
+    log_f, log_i = log_forget_gate(fgate_preact), igate_preact.double()
     log_i = log_i if exp_gate else logsigmoid(log_i)
     after = cumulative_sum(pad(log_f[..., 1:], (0, 1)).flip(-1)).flip(-1)  # decay behind each token
     total, log_write = log_f.sum(-1), after + log_i
@@ -179,9 +182,9 @@ class _EnteringState(torch.autograd.Function):
         d_v = torch.empty_like(value)
         for columns, d_after in gradients:
             d_keep += (C[..., columns] * d_after).sum((-2, -1))
-            d_own = d_after * gain[..., None]
-            d_key.baddbmm_(value[..., columns].to(dtype), d_own.mT)
-            d_v[..., columns] = torch.bmm(key, d_own)
+            d_own = (d_after * gain[..., None]).to(value.dtype)
+            d_key += product_in_fp32(value[..., columns], d_own.mT)
+            d_v[..., columns] = product_in_fp32(key.to(value.dtype), d_own)
         d_log_write = (key * d_key).sum(-1).double().view_as(log_write)
         d_k = d_key.mul_(_weights(log_write, dtype)).to(k.dtype).view_as(k)
         d_total = (d_keep * own_keep).double().view(log_write.shape[:2])
@@ -198,8 +201,11 @@ def _weighted(k: Tensor, log_write: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _own_state(key: Tensor, value: Tensor, columns: slice) -> Tensor:
-    """Columns of what this rank's slice writes into an empty C: `[N, qk_dim, columns]`."""
-    return torch.bmm(key.mT, value[..., columns].to(key.dtype))
+    """Columns of what this rank's slice writes into an empty C: `[N, qk_dim, columns]`.
+
+    The weighted keys are rounded to the type of the values, as the cell's kernels round them.
+    """
+    return product_in_fp32(key.to(value.dtype).mT, value[..., columns])
 
 
 # ------------------------------------------------------------------ all states on every rank
