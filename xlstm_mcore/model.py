@@ -95,7 +95,12 @@ class Head(ColumnParallelLinear):
         if labels.numel() * len(weight) * x.element_size() <= limit:
             logits = super().forward(x, weight=weight)[0]
             return vocab_parallel_cross_entropy(
-                logits, labels, config.logit_soft_cap, group, config.vocab_tokens
+                logits,
+                labels,
+                config.logit_soft_cap,
+                group,
+                config.vocab_tokens,
+                config.kernel_backend,
             )
         hidden = TensorParallelRegion(config, group).gather(x)
         slice_bytes = max(limit // 2, 2**24)
@@ -107,6 +112,7 @@ class Head(ColumnParallelLinear):
             group,
             slice_bytes,
             config.vocab_tokens,
+            config.kernel_backend,
         )
 
 

@@ -131,7 +131,8 @@ def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precisi
 @pytest.mark.parametrize("letter", ["M", "m", "s", "*"])
 def test_selective_keeps_less_than_none_and_more_than_full(groups, letter):
     sizes = [kept(groups, letter, 64, recompute=mode)[0] for mode in ("none", "selective", "full")]
-    assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2]
+    # The norm keeps its input alone in every mode, which an `s` block has two of.
+    assert sizes[0] > 1.2 * sizes[1] and sizes[1] > 1.3 * sizes[2]
 
 
 def test_a_recipe_gives_every_user_the_tensor_and_runs_once(groups):

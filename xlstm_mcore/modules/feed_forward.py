@@ -1,10 +1,10 @@
 """The feed-forward part of a block."""
 
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
+from xlstm_kernels import gated_activation
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         region = TensorParallelRegion(config, pg_collection.tp)
-        self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
+        self.activation, self.backend = activation, config.kernel_backend
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             2 * width,
@@ -53,5 +53,4 @@ class FeedForward(nn.Module):
         return self.linear_fc2(recompute_in_backward(self._gated, self.linear_fc1(x)[0]))[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.activation(gate) * up
+        return gated_activation(gate_up, self.activation, backend=self.backend)

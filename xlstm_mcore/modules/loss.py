@@ -5,7 +5,8 @@ micro-batch about ten times and keeps several fp32 copies of them. At a vocabula
 logits are the largest tensor of the step. There are two ways around this, by their size:
 
 - If the logits fit, `vocab_parallel_cross_entropy` holds them once, in their own type, with fp32
-  copies of a few rows beside them, and writes the gradient over them.
+  copies of a few rows beside them (none on a GPU, where a kernel reads them once), and writes the
+  gradient over them.
 - If they do not fit, `linear_cross_entropy` never holds them all. It takes the head's weight a
   slice of the vocabulary at a time, in the forward pass for the logsumexp and again in the backward
   pass for the gradients, which costs one more product with the head (1 % of a 7B's step). Slices
@@ -18,6 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xlstm_kernels import softmax_gradient, softmax_statistics
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.cross_entropy.cross_entropy import needs_no_shift
+from xlstm_mcore.modules.products import add_product
+
 # Logits that are handled at a time: they should stay in a CPU core's cache, and fill a GPU.
 _ELEMENTS = {"cpu": 2**18}
 _ELEMENTS_ON_ACCELERATOR = 2**26
@@ -29,6 +35,7 @@ def vocab_parallel_cross_entropy(
     soft_cap: float | None,
     group: dist.ProcessGroup,
     tokens: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Token losses in nats of soft-capped, vocabulary-parallel logits.
 
@@ -45,11 +52,12 @@ def vocab_parallel_cross_entropy(
         group: The tensor-parallel group.
         tokens: Columns of the whole vocabulary that count; those behind them are padding, as if
             their logits were minus infinity. None for all. Every label is below it.
+        backend: Of the kernels, "torch" or "triton"; None for the best one.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 logits).
     """
-    return _CrossEntropy.apply(logits, labels, soft_cap, group, tokens)
+    return _CrossEntropy.apply(logits, labels, soft_cap, group, tokens, backend)
 
 
 def linear_cross_entropy(
@@ -60,6 +68,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup,
     slice_bytes: int,
     tokens: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The losses of `vocab_parallel_cross_entropy(hidden @ weight.T, ...)` without the logits.
 
@@ -72,33 +81,32 @@ def linear_cross_entropy(
         group: The tensor-parallel group.
         slice_bytes: Memory of one slice of logits in fp32; at least one column is taken.
         tokens: See `vocab_parallel_cross_entropy`.
+        backend: See `vocab_parallel_cross_entropy`.
 
     Returns:
         Losses `[...]`, the same on every rank, in fp32 (fp64 for fp64 hidden states).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, soft_cap, group, slice_bytes, tokens)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, soft_cap, group, slice_bytes, tokens, backend
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):
     """See `vocab_parallel_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, logits, labels, soft_cap, group, tokens):
+    def forward(ctx, logits, labels, soft_cap, group, tokens, backend):
         width = logits.shape[-1]
         rows = logits.detach().reshape(-1, width)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
         real = _real_columns(width, tokens, group)
-        local, mine = _local_labels(labels.reshape(-1), group.rank() * width, real)
-
-        largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
-        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-        for part in _row_slices(rows) if real else ():
-            y = _cap_in_place(rows[part, :real].to(dtype), soft_cap)
-            chosen[part] = y.gather(1, local[part, None]).squeeze(1)
-            largest[part] = y.amax(dim=1)
-            total[part] = y.sub(largest[part, None]).exp_().sum(dim=1)
-        log_total, chosen = _over_ranks(largest, total, torch.where(mine, chosen, 0.0), group)
-        ctx.save_for_backward(local, mine, log_total)
+        labels_here = labels.reshape(-1) - group.rank() * width
+        ctx.kernels = select_backend("cross_entropy", backend, rows)
+        if real and ctx.kernels != "torch":
+            found = softmax_statistics(rows[:, :real], labels_here, soft_cap, backend=ctx.kernels)
+        else:
+            found = _statistics_by_rows(rows, labels_here, real, soft_cap)
+        log_total, chosen = _over_ranks(*found, group)
+        ctx.save_for_backward(labels_here, log_total)
         # Not a saved tensor: autograd would object to its memory being used again.
         ctx.rows, ctx.soft_cap, ctx.shape, ctx.real = rows, soft_cap, logits.shape, real
         return (log_total - chosen).view(labels.shape)
@@ -106,26 +114,56 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        local, mine, log_total = ctx.saved_tensors
+        labels_here, log_total = ctx.saved_tensors
         rows, ctx.rows = ctx.rows, None
         if rows is None:
             raise RuntimeError("the loss can be differentiated once: its memory is used again")
         cap, grad, dtype, real = ctx.soft_cap, grad.reshape(-1), log_total.dtype, ctx.real
-        rows[:, real:] = 0.0
+        if real < rows.shape[1]:
+            rows[:, real:] = 0.0
+        if real and ctx.kernels != "torch":
+            given = rows[:, :real], labels_here, log_total, grad, cap
+            softmax_gradient(*given, backend=ctx.kernels)
+            return rows.view(ctx.shape), *[None] * 5
+        local, mine = _local_labels(labels_here, 0, real)
         for part in _row_slices(rows) if real else ():
             y = rows[part, :real]
             if y.dtype != dtype:  # the forward pass could not leave the capped logits there
                 y = _cap_in_place(y.to(dtype), cap)
             d = _gradient(y, log_total[part], local[part], mine[part], grad[part], cap)
             rows[part, :real] = d
-        return rows.view(ctx.shape), None, None, None, None
+        return rows.view(ctx.shape), *[None] * 5
+
+
+def _statistics_by_rows(
+    rows: Tensor, labels_here: Tensor, real: int, soft_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `softmax_statistics` says of the first `real` columns, a few rows at a time.
+
+    Capped logits stay in `rows` where their type allows it.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    local, mine = _local_labels(labels_here, 0, real)
+    shifts = not needs_no_shift(soft_cap)
+    largest = rows.new_full((len(rows),), -torch.inf if shifts or not real else 0.0, dtype=dtype)
+    total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+    for part in _row_slices(rows) if real else ():
+        y = _cap_in_place(rows[part, :real].to(dtype), soft_cap)
+        chosen[part] = y.gather(1, local[part, None]).squeeze(1)
+        if shifts:
+            largest[part] = y.amax(dim=1)
+            y = y.sub(largest[part, None])
+            total[part] = y.exp_().sum(dim=1)
+        else:
+            total[part] = y.exp().sum(dim=1)
+    return largest, total, torch.where(mine, chosen, 0.0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes, tokens):
+    def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes, tokens, backend):
         rows = hidden.reshape(-1, hidden.shape[-1])
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         labels_here = labels.reshape(-1) - group.rank() * len(weight)
@@ -135,15 +173,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
         total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
         for first in range(0, real, width):
-            part = weight[first : min(first + width, real)]
-            y = _cap_in_place((rows @ part.t()).to(dtype), soft_cap)
-            before, largest = largest, torch.maximum(largest, y.amax(dim=1))
-            local, mine = _local_labels(labels_here, first, len(part))
-            chosen += torch.where(mine, y.gather(1, local[:, None]).squeeze(1), 0.0)
-            total = total * (before - largest).exp() + y.sub_(largest[:, None]).exp_().sum(dim=1)
+            logits = rows @ weight[first : min(first + width, real)].t()
+            top, more, own = softmax_statistics(
+                logits, labels_here - first, soft_cap, backend=backend
+            )
+            before, largest = largest, torch.maximum(largest, top)
+            total = total * (before - largest).exp() + more * (top - largest).exp()
+            chosen += own
         log_total, chosen = _over_ranks(largest, total, chosen, group)
         ctx.save_for_backward(rows, weight, labels_here, log_total)
         ctx.soft_cap, ctx.width, ctx.shape, ctx.real = soft_cap, width, hidden.shape, real
+        ctx.backend = backend
         return (log_total - chosen).view(labels.shape)
 
     @staticmethod
@@ -155,12 +195,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight[ctx.real :] = 0.0
         for first in range(0, ctx.real, ctx.width):
             part = weight[first : min(first + ctx.width, ctx.real)]
-            y = _cap_in_place((rows @ part.t()).to(dtype), ctx.soft_cap)
-            local, mine = _local_labels(labels_here, first, len(part))
-            d = _gradient(y, log_total, local, mine, grad, ctx.soft_cap).to(rows.dtype)
+            given = rows @ part.t(), labels_here - first, log_total, grad, ctx.soft_cap
+            d = softmax_gradient(*given, backend=ctx.backend)
             torch.mm(d.t(), rows, out=d_weight[first : first + len(part)])
-            d_rows += d @ part
-        return d_rows.to(rows.dtype).view(ctx.shape), d_weight, *[None] * 5
+            add_product(d_rows, d, part)
+        return d_rows.to(rows.dtype).view(ctx.shape), d_weight, *[None] * 6
 
 
 def _real_columns(width: int, tokens: int | None, group: dist.ProcessGroup) -> int:

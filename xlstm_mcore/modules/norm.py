@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_kernels import multihead_norm
+from xlstm_kernels.common.backends import select_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
@@ -12,8 +14,9 @@ from xlstm_mcore.recompute import recompute_in_backward
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, without bias, computed in fp32.
 
-    megatron-core's plain norm refuses sequence parallelism, and its others need Apex or
-    TransformerEngine.
+    On a GPU it is one kernel, which reads and writes the model's type and keeps its input alone:
+    the norm of one head as wide as the model. megatron-core's plain norm refuses sequence
+    parallelism, and its others need Apex or TransformerEngine.
 
     Args:
         config: `norm` ("rmsnorm" or "layernorm"), `norm_eps` and `hidden_size` are read.
@@ -22,7 +25,7 @@ class Norm(nn.Module):
 
     def __init__(self, config: XLSTMConfig, name: str) -> None:
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
+        self.kind, self.eps, self.backend = config.norm, config.norm_eps, config.kernel_backend
         shape = (config.hidden_size,)
         self.weight = new_parameter(config, [ParameterSlice(name, shape, (0,), (0,), shape)])
 
@@ -31,10 +34,40 @@ class Norm(nn.Module):
         return recompute_in_backward(self._normalize, x, self.weight)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._has_kernel(x):
+            return multihead_norm(x.unsqueeze(-2), weight, self.kind, self.eps).squeeze(-2)
         dtype = torch.promote_types(x.dtype, torch.float32)
         shape, weight = weight.shape, weight.to(dtype)
         if self.kind == "layernorm":
             out = F.layer_norm(x.to(dtype), shape, weight, None, self.eps)
         else:
-            out = F.rms_norm(x.to(dtype), shape, weight, self.eps)
+            out = _RMSNorm.apply(x.to(dtype), weight, self.eps)
         return out.to(x.dtype)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether there is a kernel for this device and width."""
+        if self.backend == "torch":
+            return False
+        return select_backend("multihead_norm", None, x, d=x.shape[-1]) != "torch"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm in half the passes over memory of torch's, which is made of single steps on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y):
+        x, weight, inverse = ctx.saved_tensors
+        products = (d_y * x).reshape(-1, x.shape[-1])
+        along = (products @ weight).view(inverse.shape)
+        d_weight = inverse.flatten() @ products
+        d_x = torch.mul(d_y, weight).mul_(inverse)
+        d_x.addcmul_(x, along.mul_(inverse.pow(3)), value=-1 / x.shape[-1])
+        return d_x, d_weight, None
