@@ -135,7 +135,7 @@ class LayoutConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What the backward pass computes again instead of keeping it. No result changes."""
+    """What is kept for the backward pass, and how. No result changes but for rounding."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """selective: norms, activations, output gates and gathered inputs; full: whole blocks"""
@@ -143,3 +143,5 @@ class MemoryConfig(Section):
     """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
     logits_mib: NonNegativeInt = 512
     """MiB of logits on a process; larger ones are computed in parts, twice, and never kept whole"""
+    cell_states: Literal["fp32", "bf16"] = "fp32"
+    """what mLSTM kernels on a GPU keep the states between chunks in; they are carried in fp32"""

@@ -29,6 +29,9 @@ from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.mlstm_state import entering_state
 
+# `memory.cell_states` -> what the kernels are asked for.
+STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def run_mlstm(
     config: XLSTMConfig,
@@ -46,7 +49,7 @@ def run_mlstm(
     """The mLSTM cell over this rank's `s` tokens.
 
     Args:
-        config: The gates, eps, chunk size and backend are read.
+        config: The gates, eps, chunk size, type of kept states and backend are read.
         q: `[b, heads, s, qk_dim]`.
         k: `[b, heads, s, qk_dim]`.
         v: `[b, heads, s, v_dim]`.
@@ -125,6 +128,7 @@ def _matrix_memory(
         chunk_size=config.chunk_size,
         return_last_state=cache is not None or observe is not None,
         boundaries=boundaries,
+        states_dtype=STATES[config.cell_states],
         **options,
     )
     if cache is not None or observe is not None:

@@ -1,0 +1,67 @@
+"""What a model asks of kernels, messages and products on a GPU, without one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pretrain.data.batch import Batch
+from xlstm_mcore.build import make_config
+from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore.mixers import kernel_calls
+from xlstm_mcore.modules import products
+from xlstm_mcore.parallel import mlstm_state
+from xlstm_mcore.parallel.context import ContextParallel
+
+MODEL = {"pattern": "M", "hidden_size": 32, "num_heads": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(("states", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_type_of_kept_states_reaches_the_kernel(states, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        kernel_calls,
+        "mlstm_chunkwise",
+        lambda *inputs, states_dtype, **options: asked.append(states_dtype) or inputs[2],
+    )
+    config = make_config(MODEL, memory={"cell_states": states})
+    q, gate = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4)
+    place = ContextParallel(SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    kernel_calls.run_mlstm(config, q, q, q, gate, gate, None, None, place)
+    assert asked == [dtype]
+
+
+def test_interleaved_stages_overlap_their_messages_but_not_on_gloo():
+    nccl, interleaved = (cpu_runtime.pipeline_settings("nccl", virtual) for virtual in (1, 2))
+    assert (nccl["batch_p2p_comm"], nccl["overlap_p2p_comm"]) == (True, False)
+    assert (interleaved["batch_p2p_comm"], interleaved["overlap_p2p_comm"]) == (False, True)
+    gloo = cpu_runtime.pipeline_settings("gloo", 2)
+    assert (gloo["batch_p2p_comm"], gloo["overlap_p2p_comm"]) == (False, False)
+
+
+def test_a_state_is_a_product_of_bf16_numbers_with_fp32_sums(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        mlstm_state, "product_in_fp32", lambda a, b: seen.append((a.dtype, b.dtype)) or a @ b
+    )
+    key = torch.randn(2, 5, 4)
+    mlstm_state._own_state(key, torch.randn(2, 5, 6).bfloat16(), slice(0, 3))
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_products_of_narrow_operands_are_not_widened_on_a_device():
+    a, b = (torch.empty(2, 3, 3, dtype=torch.bfloat16, device="meta") for _ in "ab")
+    found = products.product_in_fp32(a, b)
+    assert found.dtype == torch.float32
+    a, b = torch.randn(4, 5).bfloat16(), torch.randn(5, 6).bfloat16()
+    assert torch.equal(products.product_in_fp32(a, b), a.float() @ b.float())
+
+
+def test_a_batch_leaves_from_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    Batch(*(torch.zeros(1, 4) for _ in range(5))).to("cpu")
+    assert not pinned
+    Batch(*(torch.zeros(1, 4) for _ in range(5))).to("meta")
+    assert len(pinned) == 5
