@@ -114,8 +114,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         {"optimizer": ("muon",), "zero_stage": (1, 2, 3)},
-        "Muon orthogonalises whole matrices, so its state is not shared out over data parallel "
-        "processes",
+        "Muon shares out whole matrices over data parallel processes by itself, and a ZeRO stage "
+        "would cut them",
     ),
     Rule(
         {"engine": ("megatron",), "optimizer": ("adamw",), "zero_stage": (0, 2, 3)},

@@ -32,7 +32,7 @@ class AdamWDistributed:
         model_chunks: this rank's model chunks; their gradients lie in Megatron's buffers.
     """
 
-    partitioned = True
+    shares_gradients = True
 
     def __init__(
         self, config: RunConfig, layout: Layout, model_chunks: list[DistributedDataParallel]

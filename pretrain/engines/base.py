@@ -107,11 +107,11 @@ class Optimizer(Protocol):
     """What `MegatronEngine` asks of its optimizer.
 
     Attributes:
-        partitioned: whether data-parallel ranks share out the optimizer state; if not, each of
-            them holds all of it.
+        shares_gradients: whether it takes its partition of the gradients alone, as Megatron's
+            DistributedOptimizer does. Its state is shared out over data-parallel ranks either way.
     """
 
-    partitioned: bool
+    shares_gradients: bool
 
     def gradient_norm(self) -> Tensor:
         """Take the gradients from the model; their 2-norm over all ranks, a scalar."""

@@ -51,7 +51,7 @@ class MegatronEngine(ModelEngine):
         overlap_gradients, self._gathers_late = support.overlaps(config, layout.backend)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=make_optimizer.partitioned,
+            use_distributed_optimizer=make_optimizer.shares_gradients,
             overlap_grad_reduce=overlap_gradients,
             overlap_param_gather=self._gathers_late,
         )
@@ -97,9 +97,7 @@ class MegatronEngine(ModelEngine):
 
     def _counted(self, parts: Iterable[tuple[Tensor, TensorSlice]]) -> Iterator[TensorSlice]:
         """Those that no other rank counts."""
-        if self.optimizer.partitioned or self.layout.groups.dp_cp.rank() == 0:
-            return (part for parameter, part in parts if is_owner(parameter, self.layout))
-        return iter(())
+        return (part for parameter, part in parts if is_owner(parameter, self.layout))
 
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
@@ -120,10 +118,8 @@ class MegatronEngine(ModelEngine):
         """The slices this rank saves: every element of the state is saved by exactly one rank."""
         self._gather_weights()
         first_replica = self.layout.groups.dp_cp.rank() == 0
-        state = list(self._weights()) if first_replica else []
-        if first_replica or self.optimizer.partitioned:
-            state += self.optimizer.slices()
-        return [part for parameter, part in state if is_owner(parameter, self.layout)]
+        weights = self._weights() if first_replica else ()
+        return list(self._counted((*weights, *self.optimizer.slices())))
 
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and optimizer state.
@@ -142,17 +138,15 @@ class MegatronEngine(ModelEngine):
         """What this rank holds that other ranks may hold too."""
         self._gather_weights()
         yield from self._held_weights()
-        whole = not self.optimizer.partitioned
         for parameter, part in self.optimizer.slices():
             split = parameter.tensor_model_parallel
-            yield Held(part.name, part.tensor, over_data=whole, over_tensor=not split)
+            yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
 
     def held_gradients(self) -> Iterator[Held]:
         """What this rank holds of the gradient that other ranks may hold too."""
-        whole = not self.optimizer.partitioned
         for parameter, part in self.optimizer.gradients():
             name, split = f"gradient of {part.name}", parameter.tensor_model_parallel
-            yield Held(name, part.tensor, over_data=whole, over_tensor=not split)
+            yield Held(name, part.tensor, over_data=False, over_tensor=not split)
 
     def close(self) -> None:
         """Free the memory of model and optimizer."""

@@ -1,17 +1,18 @@
 """Muon for the matrices of hidden layers, AdamW for everything else.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut:
-every data-parallel rank keeps the whole optimizer state of its pipeline stage (ZeRO stage 0), and
-tensor parallelism is not offered. Global tensors decide what is a matrix, not parameters: q, k, v
-and the output gate lie in one parameter and are orthogonalised one by one. The update is scaled to
-the root mean square of AdamW's, so that one learning rate serves both (Liu et al., arXiv
+Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut,
+and tensor parallelism is not offered. Each parameter of a pipeline stage belongs to one of its
+data-parallel ranks, which keeps the optimizer's state of it, updates it and sends it to the others.
+Gradients are not shared out (ZeRO stage 0). Global tensors decide what is a matrix, not parameters:
+q, k, v and the output gate lie in one parameter and are orthogonalised one by one. The update is
+scaled to the root mean square of AdamW's, so that one learning rate serves both (Liu et al., arXiv
 2502.16982).
 
 torch's own Muon does the arithmetic. megatron-core's needs the package emerging-optimizers, which
 the tested stacks do not have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,15 @@ class _Master:
         return is_hidden_matrix(self.part.name, self.part.global_shape)
 
 
+def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Who owns what: the largest first, each to the rank that has least, the first of several."""
+    loads, owners = [0] * ranks, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += sizes[number]
+    return owners
+
+
 class MuonWithAdamW:
     """See `pretrain.engines.base.Optimizer`.
 
@@ -62,12 +72,23 @@ class MuonWithAdamW:
         model_chunks: this rank's model chunks; their gradients lie in Megatron's buffers.
     """
 
-    partitioned = False
+    shares_gradients = False
 
     def __init__(
         self, config: RunConfig, layout: Layout, model_chunks: list[DistributedDataParallel]
     ) -> None:
         self._options, self._layout = config.optimizer, layout
+        parameters = [
+            (parameter, slices)
+            for model_chunk in model_chunks
+            for _, parameter, slices in named_slices(model_chunk.module)
+        ]
+        group = layout.groups.dp_cp
+        owners = shared_out([parameter.numel() for parameter, _ in parameters], group.size())
+        # Every rank sends and receives in this order.
+        self._owners = [
+            (parameter, owner) for (parameter, _), owner in zip(parameters, owners, strict=True)
+        ]
         self._masters = [
             _Master(
                 parameter,
@@ -75,8 +96,8 @@ class MuonWithAdamW:
                 part.local(parameter.detach()).float().clone().requires_grad_(),
                 is_owner(parameter, layout),
             )
-            for model_chunk in model_chunks
-            for _, parameter, slices in named_slices(model_chunk.module)
+            for (parameter, slices), owner in zip(parameters, owners, strict=True)
+            if owner == group.rank()
             for part in slices
         ]
         options = config.optimizer
@@ -124,7 +145,8 @@ class MuonWithAdamW:
             master.weight.grad = gradient.float().contiguous()
         counted = [master.weight.grad for master in self._masters if master.owned]
         total = sum_of_squares(counted, self._layout.device)
-        torch.distributed.all_reduce(total, group=self._layout.groups.mp)
+        for group in (self._layout.groups.dp_cp, self._layout.groups.mp):
+            torch.distributed.all_reduce(total, group=group)
         return total.sqrt()
 
     @torch.no_grad()
@@ -147,6 +169,21 @@ class MuonWithAdamW:
         self._adam.step()
         for master in self._masters:
             master.part.local(master.parameter).copy_(master.weight)
+        self._send_weights()
+
+    def _send_weights(self) -> None:
+        """Give every rank what its owner has updated."""
+        group = self._layout.groups.dp_cp
+        if group.size() == 1:
+            return
+        sent = [
+            torch.distributed.broadcast(
+                parameter.detach(), group=group, group_src=owner, async_op=True
+            )
+            for parameter, owner in self._owners
+        ]
+        for work in sent:
+            work.wait()
 
     def _step_masked(self, muon: torch.optim.Muon, rejected: Tensor) -> None:
         """Update one matrix, and take that back where `rejected` is true, all on the device."""

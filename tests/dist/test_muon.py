@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
+from pretrain.engines.muon import shared_out
 from tests.dist import work
 from xlstm_mcore.parameters.decay import decays, is_hidden_matrix
 
@@ -49,6 +50,23 @@ def test_layout_equals_one_process(pool, one_process, ranks, shape):
     for name, value in state.items():
         error = (got[name] - value).norm() / value.norm().clamp(min=1e-9)
         assert error < 1e-2, f"{name}: {error:.2e}"
+
+
+@pytest.mark.dist
+def test_ranks_share_out_the_state(pool):
+    """Every element of it is saved once, and each of two ranks holds about half."""
+    answers = pool(2, work.train, work.run_config(MODEL, **MUON), 1)
+    sizes = []
+    for _, chunks in answers:
+        own = [chunk for chunk in chunks if chunk.name.startswith("optimizer.state.momentum")]
+        sizes.append(sum(chunk.tensor.numel() for chunk in own))
+    assert min(sizes) > 0.3 * sum(sizes)
+
+
+def test_the_largest_go_to_those_that_have_least():
+    assert shared_out([5, 9, 4, 2], 2) == [1, 0, 1, 0]
+    assert shared_out([1], 3) == [0]
+    assert shared_out([], 2) == []
 
 
 @pytest.mark.dist

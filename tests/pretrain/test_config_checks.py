@@ -83,7 +83,7 @@ def test_every_broken_rule_is_in_one_message():
         ({"engine__zero_stage": 2}, "nearest combination that works has engine.name=deepspeed"),
         (
             {"optimizer__name": "muon", "engine__zero_stage": 1},
-            "optimizer.name=muon, engine.zero_stage=1: Muon orthogonalises whole matrices",
+            "optimizer.name=muon, engine.zero_stage=1: Muon shares out whole matrices",
         ),
         ({"engine__offload": "optimizer"}, "works has engine.name=deepspeed"),
         (
