@@ -126,22 +126,21 @@ class AdamWDistributed:
 
 
 def mask_on_device(adam: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Make an Adam skip its update where a tensor says so, if it can.
+    """Make an Adam go over its state once, and skip its update where a tensor says so, if it can.
 
-    torch's fused AdamW reads its attribute `found_inf` on the device: where that is 1, weights,
-    moments and step count stay as they are. The fused form rounds differently from the plain one,
-    so the CPU, where reading a tensor means no wait, keeps the plain one. TransformerEngine's Adam
-    has no such attribute.
+    torch's fused AdamW updates weights and moments in one pass. It reads its attribute `found_inf`
+    on the device: where that is 1, weights, moments and step count stay as they are. On the CPU
+    nothing is masked: reading a tensor means no wait there. TransformerEngine's Adam has neither.
 
     Args:
         adam: an optimizer without state.
         device: where its parameters are.
 
     Returns:
-        Whether it will.
+        Whether its update is masked.
     """
-    if device.type == "cpu" or not isinstance(adam, torch.optim.AdamW):
+    if not isinstance(adam, torch.optim.AdamW):
         return False
     for group in adam.param_groups:
         group["fused"] = True
-    return True
+    return device.type != "cpu"
