@@ -1,8 +1,14 @@
-"""Do the kernels of a model compute its cells on this device?"""
+"""Do the kernels of a model compute what they should on this device?"""
 
 import torch
 
-from xlstm_kernels.self_check import check_mlstm, check_slstm
+from xlstm_kernels.self_check import (
+    check_gated_activation,
+    check_loss,
+    check_mlstm,
+    check_norm,
+    check_slstm,
+)
 from xlstm_mcore.pattern import parse_pattern
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.dimensions import dimensions
@@ -11,14 +17,18 @@ HEADS = 1  # every head is computed alike; with more of them the reference takes
 
 
 def compare_kernels(
-    model: ModelConfig, device: torch.device | str, dtype: torch.dtype
+    model: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    states_dtype: torch.dtype = torch.float32,
 ) -> list[str]:
-    """Compare the cells of a model with their fp64 references; see `xlstm_kernels.self_check`.
+    """Compare a model's kernels with their fp64 references; see `xlstm_kernels.self_check`.
 
     Args:
-        model: whose head sizes, gates, chunk size and backend are tried.
+        model: whose widths, gates, chunk size and backend are tried.
         device: where they run.
         dtype: what the model computes in.
+        states_dtype: what its mLSTM cells keep their states in.
 
     Returns:
         One sentence for each tensor that differs; empty when all agree.
@@ -37,6 +47,7 @@ def compare_kernels(
             heads=HEADS,
             chunk_size=model.chunk_size,
             gate_soft_cap=model.gate_soft_cap if letter == "M" else None,
+            states_dtype=states_dtype,
             backend=model.kernel_backend,
             gate=model.mlstm_gate,
             normalize=model.mlstm_normalize,
@@ -51,4 +62,11 @@ def compare_kernels(
             backend=model.kernel_backend,
             forget_gate=model.slstm_forget_gate,
         )
+    where = {"device": device, "dtype": dtype, "backend": model.kernel_backend}
+    if letters & set("M*"):
+        problems += check_gated_activation(width=sizes.ffn, activation="silu", **where)
+    if letters & set("sl"):
+        problems += check_gated_activation(width=sizes.slstm_ffn, activation="gelu", **where)
+    problems += check_norm(width=model.hidden_size, kind=model.norm, eps=model.norm_eps, **where)
+    problems += check_loss(width=model.vocab_size, soft_cap=model.logit_soft_cap, **where)
     return problems

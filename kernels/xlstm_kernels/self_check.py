@@ -1,21 +1,25 @@
-"""Do the kernels compute the cells on this device? A small comparison with the fp64 references.
+"""Do the kernels compute what they should on this device? A comparison with fp64 references.
 
 A kernel that was never tried on a kind of GPU, a driver that miscompiles it, or a device that is
 broken can all give numbers that look like numbers. Each check runs one kernel forward and backward
 on a short sequence, on the device and with the backend that a run would use, and compares the
-hidden states and every gradient with the step recurrence in fp64 on the CPU. The inputs are values
-that the dtype can hold, so what differs is the kernel's own rounding.
+result and every gradient with the equations in fp64 on the CPU (for cells the step recurrence). The
+inputs are values that the dtype can hold, so what differs is the kernel's own rounding.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
+from xlstm_kernels.gated import gated_activation
 from xlstm_kernels.mlstm import mlstm_chunkwise
 from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
+from xlstm_kernels.norm import multihead_norm
 from xlstm_kernels.slstm import slstm_scan
 from xlstm_kernels.slstm.reference import slstm_recurrence
 
@@ -33,6 +37,7 @@ def check_mlstm(
     heads: int = 2,
     chunk_size: int | None = None,
     gate_soft_cap: float | None = None,
+    states_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> list[str]:
@@ -46,6 +51,7 @@ def check_mlstm(
         heads: Number of heads.
         chunk_size: As for the kernel; the sequence is a chunk and a half.
         gate_soft_cap: As for the kernel.
+        states_dtype: As for the kernel.
         backend: As for the kernel; None for the one that a run would use.
         options: Further options that the reference has too: `gate`, `normalize`, `eps`.
 
@@ -69,6 +75,7 @@ def check_mlstm(
             boundaries=starts.to(device),
             chunk_size=chunk_size,
             gate_soft_cap=gate_soft_cap,
+            states_dtype=states_dtype,
             backend=backend,
             **options,
         )
@@ -125,6 +132,122 @@ def check_slstm(
     return _compare("slstm_scan", kernel, reference, inputs, device, dtype)
 
 
+def check_gated_activation(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    activation: str,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `gated_activation` on a device; as `check_mlstm`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of the packed projection.
+        width: Width of each half.
+        activation: As for the kernel.
+        backend: As for the kernel; None for the one that a run would use.
+    """
+
+    def kernel(x: Tensor) -> Tensor:
+        return gated_activation(x, activation, backend=backend)
+
+    def reference(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up
+
+    inputs = {"gate and up": _draw(2 * width).to(dtype)}
+    return _compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
+
+
+def check_norm(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    kind: str,
+    eps: float,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `multihead_norm` as the norm of a block; as `check_mlstm`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of input and weight.
+        width: Of the model, which is the width of the only head.
+        kind: As for the kernel.
+        eps: As for the kernel.
+        backend: "torch", or None for the one that a run would use.
+    """
+    own = "torch" if backend == "torch" else None
+
+    def kernel(x: Tensor, weight: Tensor) -> Tensor:
+        return multihead_norm(x.unsqueeze(-2), weight, kind, eps, backend=own).squeeze(-2)
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        if kind == "layernorm":
+            x = x - x.mean(-1, keepdim=True)
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    inputs = {"input": _draw(width).to(dtype), "weight": _draw(width)[0].to(dtype)}
+    return _compare("multihead_norm", kernel, reference, inputs, device, dtype, "result")
+
+
+class _Loss(torch.autograd.Function):
+    """A cross entropy over one part of a vocabulary that is the whole."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, cap, backend):
+        shift, total, chosen = softmax_statistics(logits, labels, cap, backend=backend)
+        ctx.save_for_backward(logits, labels, total.log() + shift)
+        ctx.options = cap, backend
+        return total.log() + shift - chosen
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels, log_total = ctx.saved_tensors
+        cap, backend = ctx.options
+        d = softmax_gradient(logits.clone(), labels, log_total, grad, cap, backend=backend)
+        return d, None, None, None
+
+
+def check_loss(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    soft_cap: float | None,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `softmax_statistics` and `softmax_gradient`; as `check_mlstm`.
+
+    Args:
+        device: Where the kernels run.
+        dtype: Of the logits.
+        width: Of the vocabulary.
+        soft_cap: As for the kernels.
+        backend: As for the kernels; None for the one that a run would use.
+    """
+    logits = (8 * _draw(width)).to(dtype)
+    labels = torch.arange(len(logits)) * 12345 % width
+
+    def kernel(x: Tensor) -> Tensor:
+        return _Loss.apply(x, labels.to(device), soft_cap, backend)
+
+    def reference(x: Tensor) -> Tensor:
+        y = x if soft_cap is None else soft_cap * torch.tanh(x / soft_cap)
+        return F.cross_entropy(y, labels, reduction="none")
+
+    inputs = {"logits": logits}
+    return _compare("cross_entropy", kernel, reference, inputs, device, dtype, "losses")
+
+
+def _draw(width: int) -> Tensor:
+    """A few rows of random numbers, the same in every run."""
+    return torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+
+
 def _compare(
     name: str,
     kernel: Callable[..., Tensor],
@@ -132,6 +255,7 @@ def _compare(
     inputs: Mapping[str, Tensor],
     device: torch.device | str,
     dtype: torch.dtype,
+    result: str = "hidden states",
 ) -> list[str]:
     """One sentence for each tensor in which the kernel and the reference differ."""
     upstream = None
@@ -144,7 +268,7 @@ def _compare(
             upstream = torch.randn(h.shape, generator=generator).to(dtype)
         gradients = torch.autograd.grad(h, given, upstream.to(h.device, h.dtype))
         found.append([one.detach().cpu().double() for one in (h, *gradients)])
-    names = ["hidden states", *(f"gradient of {one}" for one in inputs)]
+    names = [result, *(f"gradient of {one}" for one in inputs)]
     problems = []
     for what, expected, got in zip(names, *found, strict=True):
         error = ((got - expected).abs().max() / expected.abs().max()).item()

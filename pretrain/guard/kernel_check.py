@@ -36,6 +36,12 @@ OF_KERNELS = (
     "kernel_backend",
     "gate_soft_cap",
     "cell_eps",
+    "ffn_dim_factor",
+    "slstm_ffn_dim_factor",
+    "norm",
+    "norm_eps",
+    "logit_soft_cap",
+    "vocab_size",
     "mlstm_gate",
     "mlstm_normalize",
     "slstm_forget_gate",
@@ -44,7 +50,8 @@ OF_KERNELS = (
 
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
     """What is wrong with the kernels of a run on a device: one sentence for each tensor."""
-    return compare_kernels(config.model, device, DTYPES[config.engine.precision])
+    dtype, states_dtype = DTYPES[config.engine.precision], DTYPES[config.memory.cell_states]
+    return compare_kernels(config.model, device, dtype, states_dtype)
 
 
 def check_kernels_once(config: RunConfig, device: torch.device) -> None:
@@ -85,6 +92,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "versions": versions(),
         "kernels": _hash_of_sources(Path(str(xlstm_kernels.__path__[0]))),
         "precision": config.engine.precision,
+        "cell_states": config.memory.cell_states,
         "model": model,
     }
 

@@ -4,7 +4,22 @@ import pytest
 import torch
 
 from xlstm_kernels import mlstm_chunkwise, self_check, slstm_scan
-from xlstm_kernels.self_check import check_mlstm, check_slstm
+from xlstm_kernels.self_check import (
+    check_gated_activation,
+    check_loss,
+    check_mlstm,
+    check_norm,
+    check_slstm,
+)
+
+ELEMENTWISE = [
+    (check_gated_activation, {"width": 20, "activation": "silu"}),
+    (check_gated_activation, {"width": 20, "activation": "gelu"}),
+    (check_norm, {"width": 24, "kind": "rmsnorm", "eps": 1e-6}),
+    (check_norm, {"width": 24, "kind": "layernorm", "eps": 1e-6}),
+    (check_loss, {"width": 70, "soft_cap": 30.0}),
+    (check_loss, {"width": 70, "soft_cap": None}),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,6 +40,27 @@ def test_the_mlstm_agrees(dtype, options):
 def test_the_slstm_agrees(dtype, forget_gate):
     found = check_slstm("cpu", dtype, head_dim=16, backend="torch", forget_gate=forget_gate)
     assert found == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("check", "options"), ELEMENTWISE)
+def test_norm_activation_and_loss_agree(check, options, dtype):
+    assert check("cpu", dtype, backend="torch", **options) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "options", "named"),
+    [
+        ("gated_activation", *ELEMENTWISE[0], "gated_activation on cpu in float32, result"),
+        ("multihead_norm", *ELEMENTWISE[2], "multihead_norm on cpu in float32, result"),
+        ("softmax_gradient", *ELEMENTWISE[4], "cross_entropy on cpu in float32, gradient of log"),
+    ],
+)
+def test_a_wrong_elementwise_kernel_is_named(name, check, options, named, monkeypatch):
+    right = getattr(self_check, name)
+    monkeypatch.setattr(self_check, name, lambda *x, **options: 1.1 * right(*x, **options))
+    problems = check("cpu", torch.float32, backend="torch", **options)
+    assert any(one.startswith(named) for one in problems), problems
 
 
 class WrongGradient(torch.autograd.Function):

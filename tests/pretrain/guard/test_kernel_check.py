@@ -56,7 +56,20 @@ def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
     monkeypatch.setattr(kernel_check, "driver", lambda: "another")
     check_kernels_once(config(**SMALL), DEVICE)
     check_kernels_once(config(**SMALL, model__chunk_size=8), DEVICE)
-    assert len(looked) == 4
+    check_kernels_once(config(**SMALL, memory__cell_states="bf16"), DEVICE)
+    assert len(looked) == 5
+
+
+def test_the_states_of_cells_are_kept_as_in_the_run(monkeypatch):
+    asked = set()
+
+    def seen(*inputs, states_dtype, **options):
+        asked.add(states_dtype)
+        return mlstm_chunkwise(*inputs, **options)
+
+    monkeypatch.setattr(self_check, "mlstm_chunkwise", seen)
+    kernel_check.kernel_problems(config(**SMALL, memory__cell_states="bf16"), CPU)
+    assert asked == {torch.bfloat16}
 
 
 def test_a_result_that_cannot_be_noted_is_no_error(monkeypatch):
