@@ -1,48 +1,54 @@
 """Bytes of activations that a model keeps for its backward pass, counted without computing them.
 
 `python -m benchmarks.activation_memory pretrain/configs/xlstm_7b.yaml` builds each kind of block
-of a run file with its true widths on fake tensors (shapes without memory), runs its forward pass
-with the Triton kernels' own rules for what they save, and counts what autograd holds. Nothing here
-is a measurement: no allocator's rounding, no workspace, no weights, gradients or optimizer state.
+of a run file with its true widths on the device that does not exist (shapes without memory), runs
+its forward pass with the Triton kernels' own rules for what they save, and counts what autograd
+holds. Nothing here is a measurement: no allocator's rounding, no workspace, no weights, gradients
+or optimizer state.
 """
 
 import argparse
-import os
 from collections import Counter
 
-# Fake tensors are on the CPU, where Triton's backends are offered to its interpreter only. Nothing
-# is interpreted: the operators' shape functions answer.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.saved_memory import count_saved
-from pretrain.config import load_config
+from pretrain import layout as layouts
+from pretrain.config import RunConfig, load_config
+from pretrain.rehearsal.device import RehearsalMode, as_rank, device
+from pretrain.rehearsal.record import RankRecord
 from xlstm_mcore.build import make_config
-from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.recompute import MODES
 
 
-def kept_by_block(model: dict, precision: str, tokens: int, mode: str) -> dict[str, int]:
-    """Bytes that one block of each kind keeps for one row of `tokens` tokens."""
-    section = model | {"pattern": model["pattern"].replace("|", ""), "kernel_backend": "triton"}
-    config = make_config(section, precision=precision, memory={"recompute": mode})
-    groups = single_process_groups()
+def kept_by_block(run: RunConfig, tokens: int, mode: str) -> dict[str, int]:
+    """Bytes that one block of each kind keeps for one row of `tokens` tokens, in one process."""
+    model = run.model.model_dump()
+    model |= {"pattern": model["pattern"].replace("|", ""), "kernel_backend": "triton"}
+    memory = run.memory.model_dump() | {"recompute": mode}
+    config = make_config(model, precision=run.engine.precision, memory=memory)
     kept = {}
-    for letter in sorted(set(config.layer_letters)):
-        number = config.layer_letters.index(letter)
-        with FakeTensorMode():
-            layer = XLSTMLayer(
-                config, layer_spec(letter, config).submodules, groups, layer_number=number
-            )
-            x = torch.empty(
-                tokens, 1, config.hidden_size, dtype=config.params_dtype, requires_grad=True
-            )
-            with count_saved(layer.parameters()) as saved:
-                layer(x, None)
-            kept[letter] = saved.bytes
+    fake = RehearsalMode(RankRecord(0))
+    with as_rank(0, 1, fake):
+        layout = layouts.start(run.model_copy(update={"layout": type(run.layout)()}))
+        try:
+            for letter in sorted(set(config.layer_letters)):
+                number = config.layer_letters.index(letter)
+                with fake:
+                    submodules = layer_spec(letter, config).submodules
+                    layer = XLSTMLayer(config, submodules, layout.groups, layer_number=number)
+                    x = torch.empty(
+                        (tokens, 1, config.hidden_size),
+                        dtype=config.params_dtype,
+                        device=device(),
+                        requires_grad=True,
+                    )
+                    with count_saved(layer.parameters()) as saved:
+                        layer(x, None)
+                    kept[letter] = saved.bytes
+        finally:
+            layout.close()
     return kept
 
 
@@ -58,7 +64,7 @@ def main() -> None:
     print("counted, not measured; GB of activations kept by all blocks, MB by one of each kind")
     for mode in MODES:
         try:
-            kept = kept_by_block(model, run.engine.precision, args.tokens, mode)
+            kept = kept_by_block(run, args.tokens, mode)
         except ValueError as error:  # heads that the Triton kernels do not have
             parser.exit(2, f"error: {error}\n")
         total = sum(kept[letter] * number for letter, number in blocks.items())

@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("config", help="a run file")
     args = parser.parse_args()
     run = load_config(args.config)
-    model = run.model.model_dump()
     letters = parse_pattern(run.model.pattern).letters
     parameters = count_parameters(run.model)["total"]
     print(f"{args.config}: {parameters:,} parameters; counted, not measured{HEADER}", end="")
@@ -45,7 +44,7 @@ def main() -> None:
             costs = model_costs(run.model, tokens, ranks)
             blocks = {}
             for mode in ("selective", "full"):
-                kept = kept_by_block(model, run.engine.precision, tokens, mode)
+                kept = kept_by_block(run, tokens, mode)
                 blocks[mode] = sum(kept[letter] for letter in letters) / 1e9
             print(
                 f"{length:10,} {ranks:4} {tokens:12,} "

@@ -152,6 +152,20 @@ RUN_ELSEWHERE = {
         "tests/pretrain/rehearsal/test_run_files.py",
         '"-m", "benchmarks.rehearsals"',
     ),
+    **{
+        command: (
+            "tests/kernels/benchmarks/test_gpu_proof.py",
+            '"benchmarks.gpu_proof", "--out"',
+        )
+        for command in (
+            "make gpu-proof",
+            "python -m benchmarks.gpu_proof --out DIR --dry-run",
+        )
+    },
+    "python -m benchmarks.block_roofline": (
+        "tests/xlstm_mcore/test_benchmarks.py",
+        'run("benchmarks.block_roofline"',
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',

@@ -58,3 +58,21 @@ def test_generation_beside_transformers(run, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     assert [result["equal"]["tokens"] for result in results.values()] == [1, 1]
     assert "x as fast (goal of the second 1.3x" in done.stdout
+
+
+def test_a_block_is_counted_as_it_runs(run, tmp_path):
+    out = tmp_path / "out.json"
+    small = ["pretrain/configs/xlstm_large_164m.yaml", "--tokens", 256]
+    done = run("benchmarks.block_roofline", *small, "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert "% MFU" in done.stdout
+    block = json.loads(out.read_text())["block"]
+    names = [kernel["name"] for kernel in block if not kernel["backward"]]
+    # Two norms of the block and one of the heads; q, k, v, o, gates, out, gate and up, down.
+    assert names.count("norm_forward") == 3 and names.count("gated_forward") == 1
+    assert names.count("mm") == 5
+    assert "_to_copy" not in names, "something is widened"
+    backward = [kernel for kernel in block if kernel["backward"]]
+    added = [kernel for kernel in backward if kernel["name"] == "addmm" and not kernel["cell"]]
+    assert len(added) == 4, "the four large weights' gradients are added by their product"
+    assert len(block) < 90
