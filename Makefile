@@ -27,7 +27,9 @@ INSTALLED   := $(VENV)/.installed
 # Python compiles what is imported; compiling every file of every package takes a minute.
 INSTALL     := -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: setup setup-peers pretrain test test-peers lint
+PROOF ?= build/gpu-proof
+
+.PHONY: setup setup-peers pretrain test test-peers gpu-proof lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -56,6 +58,10 @@ setup-peers: .venv-peers/.installed
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python $(INSTALL) -e '.[dev,eval]' -r tests/peers.txt
 	@touch $@
+
+# On a machine with a GPU: is it right, how fast is it, where does the time go. Seven minutes.
+gpu-proof: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.gpu_proof --out $(PROOF)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import kernels_gpu
+from benchmarks.gpu_proof import correctness
+from benchmarks.gpu_proof.setting import Setting
 from pretrain.engines.gradients import sum_of_squares
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
 
@@ -16,6 +18,12 @@ from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_sca
 def test_all_checks_of_the_benchmark(gpu):
     results = kernels_gpu.check_correctness(gpu, "triton")
     wrong = [case for case in results if not case["ok"]]
+    assert not wrong
+
+
+def test_every_kernel_as_training_uses_it(gpu, tmp_path):
+    """Gradients, boundaries, strides and soft caps, against fp64; twice, with equal bits."""
+    wrong = [row for row in correctness.rows(Setting(tmp_path, dry=False)) if not row["ok"]]
     assert not wrong
 
 

@@ -225,10 +225,6 @@ RUN_ELSEWHERE = {
             " shards --work beside --hidden 128 --blocks 2 --batch 8 --figure losses.png",
         )
     },
-    "python -m benchmarks.kernels_gpu": (
-        "tests/gpu/test_gpu_kernels.py",
-        "kernels_gpu.main(",
-    ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),

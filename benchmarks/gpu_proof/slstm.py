@@ -1,0 +1,41 @@
+"""Part 6: the sLSTM's ms for each time step, launched from Python and replayed as a CUDA graph."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_proof.setting import Setting
+from benchmarks.kernels_gpu import slstm_inputs, time_call, time_ms
+from xlstm_kernels import slstm_scan
+
+
+def rows(setting: Setting) -> Iterator[dict]:
+    """One row for each head dimension."""
+    steps = setting.pick(512, 6)
+    for d in (64, 192, 256, 512):
+        size = (8, 4, steps, setting.pick(d, 8))
+        inputs = slstm_inputs(size, torch.bfloat16, setting.device)
+
+        def scan(*x: torch.Tensor) -> torch.Tensor:
+            return slstm_scan(*x, backend=setting.backend)
+
+        times = time_call(scan, inputs, setting.device)
+        row = {"name": f"head dimension {d}"}
+        row |= {
+            f"us_per_step_{k[:-3]}": 1e3 * times[k]["median"] / steps for k in times if "ms" in k
+        }
+        if not setting.dry:
+            row["us_per_step_fw_graph"] = 1e3 * _graph_ms(scan, inputs) / steps
+        yield row
+
+
+def _graph_ms(function, inputs: list[torch.Tensor]) -> float:
+    """Median ms of a graph of the forward pass; nan where it cannot be captured."""
+    plain = [x.detach() for x in inputs]
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            function(*plain)
+        return time_ms(graph.replay, "cuda")["median"]
+    except RuntimeError:
+        return float("nan")
