@@ -38,14 +38,14 @@ class SetLoss:
 
     Attributes:
         sum: over its unmasked tokens.
-        targets_per_byte: of the set's text.
+        targets_per_byte: of the set's text; None for a set with labels, which is not text.
         by: tokens from 2^n to 2^(n + 1) - 1, by n, of what they were asked to be sorted by.
         answers: of a set with labels, how they were answered.
         answers_by: the same, sorted as `by`; by position there are no samples.
     """
 
     sum: LossSum
-    targets_per_byte: float
+    targets_per_byte: float | None
     by: Mapping[int, LossSum] = field(default_factory=dict)
     answers: Answers | None = None
     answers_by: Mapping[int, Answers] = field(default_factory=dict)
@@ -56,8 +56,13 @@ class SetLoss:
         return self.sum.mean
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text, which does not depend on the tokenizer."""
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text, which does not depend on the tokenizer; None where none is read.
+
+        The labels of a task are a choice of its positions, so bytes say nothing about its loss.
+        """
+        if self.targets_per_byte is None:
+            return None
         return self.loss * self.targets_per_byte / math.log(2)
 
 
@@ -181,7 +186,7 @@ def measure(
     total = sums.sum(1).tolist()
     return SetLoss(
         _loss(total),
-        dataset.targets_per_byte,
+        None if dataset.manifest.labels else dataset.targets_per_byte,
         {n: _loss(values) for n, values in groups.items()},
         _answers(total) if dataset.manifest.labels else None,
         {
@@ -286,15 +291,18 @@ def _sources_apart(config: RunConfig) -> RunConfig:
 def _as_text(path: Location | str, found: Mapping[str, SetLoss], by: str | None) -> str:
     lines = []
     for name, measured in found.items():
+        bits = measured.bits_per_byte
         lines.append(
             f"{path}{f', {name}' if name else ''}: {measured.loss:.4f} nats per token, "
-            f"perplexity {math.exp(measured.loss):.2f}, {measured.bits_per_byte:.4f} bits per "
-            f"byte, over {measured.sum.tokens:,} tokens{_as_words(measured.answers)}"
+            f"perplexity {math.exp(measured.loss):.2f}, "
+            f"{'' if bits is None else f'{bits:.4f} bits per byte, '}"
+            f"over {measured.sum.tokens:,} tokens{_as_words(measured.answers)}"
         )
+        width = len(f"{measured.sum.tokens:,}")
         for n, group in measured.by.items():
             lines.append(
-                f"  {by} {_bucket(n):>15}  {group.mean:.4f} nats per token, {group.tokens:,.0f} "
-                f"tokens{_as_words(measured.answers_by.get(n))}"
+                f"  {by} {_bucket(n):>15}  {group.mean:7.4f} nats per token, "
+                f"{group.tokens:{width},} tokens{_as_words(measured.answers_by.get(n))}"
             )
     if len(found) > 1:
         mean = mean_of(measured.sum for measured in found.values())
@@ -308,7 +316,7 @@ def _as_json(path: Location | str, found: Mapping[str, SetLoss], by: str | None)
         sets[name] = {
             "loss": measured.loss,
             "perplexity": math.exp(measured.loss),
-            "bits_per_byte": measured.bits_per_byte,
+            **({} if measured.bits_per_byte is None else {"bits_per_byte": measured.bits_per_byte}),
             "tokens": measured.sum.tokens,
             **_as_fields(measured.answers),
         }

@@ -148,7 +148,7 @@ def test_text_and_json_name_every_set(run):
     }
     text = evaluate._as_text("ckpt", found, "position")
     assert "ckpt, a: 2.0000 nats per token, perplexity 7.39, 1.4427 bits per byte" in text
-    assert "position" in text and "8-15  2.2500 nats per token, 4 tokens" in text
+    assert "position" in text and "8-15   2.2500 nats per token,  4 tokens" in text
     assert "mean of the 2 sets, by their tokens: 5.0000 nats per token" in text
     body = json.loads(evaluate._as_json("ckpt", found, "position"))
     assert body["loss"] == 5.0 and body["sets"]["b"]["loss"] == 6.0
@@ -211,6 +211,7 @@ def test_labels_are_counted_as_right_and_samples_as_exact(task, by, rows_at_once
         whole = [total + more for total, more in zip(whole, counted, strict=True)]
     assert whole[0] > whole[1] > 0
     assert got.answers == answers.Answers(*whole)
+    assert got.bits_per_byte is None, "a task has no text whose bytes could be counted"
     assert got.sum.tokens == whole[0] and got.sum.total == pytest.approx(loss, rel=1e-5)
     found = {n: (a.labels, a.right, a.samples, a.exact) for n, a in got.answers_by.items()}
     assert found == ({n: tuple(each) for n, each in groups.items()} if by else {})
@@ -218,11 +219,12 @@ def test_labels_are_counted_as_right_and_samples_as_exact(task, by, rows_at_once
 
 def test_accuracy_is_told_beside_the_loss():
     right = answers.Answers(100, 75, 10, 4)
-    found = {"": evaluate.SetLoss(LossSum(50.0, 100), 0.5, {3: LossSum(9, 4)}, right, {3: right})}
+    found = {"": evaluate.SetLoss(LossSum(50.0, 100), None, {3: LossSum(9, 4)}, right, {3: right})}
     text = evaluate._as_text("ckpt", found, "length")
     assert "0.5000 nats per token" in text
-    assert "over 100 tokens, accuracy 0.7500, 0.4000 of 10 samples exact" in text
+    assert "perplexity 1.65, over 100 tokens, accuracy 0.7500, 0.4000 of 10 samples exact" in text
     assert text.endswith("4 tokens, accuracy 0.7500, 0.4000 of 10 samples exact")
     (body,) = json.loads(evaluate._as_json("ckpt", found, "length"))["sets"].values()
     assert (body["accuracy"], body["exact_match"], body["samples"]) == (0.75, 0.4, 10)
+    assert "bits_per_byte" not in body
     assert body["length"]["8-15"]["accuracy"] == 0.75
