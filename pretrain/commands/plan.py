@@ -19,21 +19,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="their name, such as h100")
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GBS",
+        help="GB/s that a node of 8 GPUs sends to other nodes (default: a network that fits the GPU)",
+    )
     parser.add_argument("--write", metavar="FILE", help="write the run with the best layout here")
 
 
 def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     """Run the command with parsed options; see `main`."""
-    return main(config, gpus=options.gpus, gpu=options.gpu, write=options.write)
+    return main(
+        config, gpus=options.gpus, gpu=options.gpu, network=options.network, write=options.write
+    )
 
 
-def main(config: RunConfig, *, gpus: int, gpu: str, write: str | None = None) -> int:
+def main(
+    config: RunConfig,
+    *,
+    gpus: int,
+    gpu: str,
+    network: float | None = None,
+    write: str | None = None,
+) -> int:
     """Try layouts and print them, the fastest first.
 
     Args:
         config: the run; all but its layout, recompute mode and micro-batch is kept.
         gpus: number of GPUs.
         gpu: their name.
+        network: GB/s that a node sends to other nodes, all its GPUs together; None for what fits
+            the GPU.
         write: file for the run with the best layout, or None.
 
     Returns:
@@ -45,6 +62,10 @@ def main(config: RunConfig, *, gpus: int, gpu: str, write: str | None = None) ->
     device = gpu_named(gpu)
     if gpus < 1:
         raise ConfigError(f"--gpus={gpus} leaves nothing to train on; use 1 or more")
+    if network is not None:
+        if not network > 0:
+            raise ConfigError(f"--network={network:g} sends nothing; give GB/s of a node")
+        device = device.with_network(network)
     tried = plan(config, gpus, device)
     print("\n".join(_text(tried, gpus, device)))
     best = tried[0]
@@ -91,7 +112,7 @@ def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu) -> Iterator[str]:
     yield (
         f"{gpus} x {gpu.name}: {gpu.memory / 1e9:.0f} GB each, {RESERVE / 1e9:.0f} GB of them for "
         f"the driver, NCCL and gaps; {gpu.tflops:,.0f} TFLOP/s; {gpu.gbs_node:.0f} GB/s in a node, "
-        f"{gpu.gbs_network:.0f} GB/s between nodes"
+        f"{gpu.gbs_network:g} GB/s between nodes"
     )
     yield "the speed is a bound that nobody has measured"
     yield ""

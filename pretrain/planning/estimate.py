@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pretrain.config import RunConfig, data_parallel_size, micro_batches
 from pretrain.planning.tried import Estimate
-from pretrain.rehearsal.gpus import RESERVE, Gpu
+from pretrain.rehearsal.gpus import GPUS_PER_NODE, RESERVE, Gpu
 from pretrain.rehearsal.rank import rehearse_rank
 from pretrain.rehearsal.record import STEADY, RankRecord
 from xlstm_mcore.sizes.flops import forward_flops, training_flops
@@ -25,7 +25,6 @@ from xlstm_mcore.sizes.flops import forward_flops, training_flops
 EFFICIENCY = 0.54
 # What recomputation adds to the forward and backward pass of a block.
 EXTRA_WORK = {"none": 0.0, "selective": 0.04, "full": 1 / 3}
-GPUS_PER_NODE = 8
 # Blocks of a letter that are rehearsed. The peak of a single one can be at the head instead.
 _BLOCKS = 2
 TENSOR, DATA, PIPELINE = "tensor", "data", "pipeline"

@@ -1,6 +1,6 @@
 """GPUs that a run can be rehearsed and planned for: the makers' figures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xlstm_io.errors import ConfigError
 
@@ -25,6 +25,12 @@ class Gpu:
     gbs_node: float
     gbs_network: float
 
+    def with_network(self, gbs: float) -> "Gpu":
+        """The same GPU in nodes that send `gbs` GB/s to other nodes, all their GPUs together."""
+        return replace(self, gbs_network=gbs / GPUS_PER_NODE)
+
+
+GPUS_PER_NODE = 8
 
 # What the driver, NCCL's buffers and the gaps between allocations take, beyond tensors.
 RESERVE = 4_000_000_000

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.commands import plan
 from pretrain.config import ConfigError, check_world, load_config
 from pretrain.planning.layouts import Layout, cut_evenly, with_layout
+from pretrain.planning.tried import Tried
 from tests.dist import work
+from xlstm_io.errors import ExitCode
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "pretrain" / "configs").glob("*.yaml"))
@@ -57,6 +60,22 @@ def test_the_command_prints_the_table_and_writes_the_best(results):
     assert lines[0].startswith("4 x h100: 80 GB each") and "not possible:" in lines
     assert lines[-1].endswith("tensor 1, pipeline 1, recompute none, micro_batch 1")
     assert command["written"]["memory"]["recompute"] == "none"
+
+
+def test_the_network_of_the_nodes_is_part_of_the_plan(monkeypatch):
+    asked = []
+
+    def note(config, gpus, gpu):
+        asked.append(gpu)
+        return [Tried(Layout(1, 1, "none", 1), why_not="tried elsewhere")]
+
+    monkeypatch.setattr(plan, "plan", note)
+    config = work.run_config("large")
+    for network in (None, 100.0):
+        assert plan.main(config, gpus=16, gpu="h100", network=network) == ExitCode.REFUTED
+    assert [gpu.gbs_network for gpu in asked] == [50.0, 12.5], "a node's share of 8 GPUs"
+    with pytest.raises(ConfigError, match="--network=0 sends nothing"):
+        plan.main(config, gpus=16, gpu="h100", network=0.0)
 
 
 def test_stages_have_about_the_same_work():
