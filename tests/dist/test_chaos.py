@@ -91,22 +91,43 @@ def measured(folder):
     return {r["step"]: r["valid_loss"] for r in log_of(folder) if "valid_loss" in r}
 
 
+# Checkpoints are rarer than evaluations: a stop must save one of its own.
+MEASURED = {
+    "run__steps": 16,
+    "evaluation__interval": 2,
+    "evaluation__max_batches": 3,
+    "checkpoint__interval": 4,
+    "checkpoint__asynchronous": False,
+}
+PORTION = 5  # moments of a test: a failing one is repeated alone, and several run side by side
+
+
+def pytest_generate_tests(metafunc):
+    if "portion" in metafunc.fixturenames:
+        moments = metafunc.config.getoption("--moments")
+        metafunc.parametrize("portion", range(-(-moments // PORTION)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm_python, shards, tmp_path_factory):
+    """What a run comes to that nobody disturbs, and the seconds until its first step."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    log = folder / "log.txt"
+    started = time.monotonic()
+    run = TrainingRun(warm_python, tiny_run(folder / "whole", shards, **MEASURED), RANKS, log)
+    wait_for_steps(run, folder / "whole", 1)
+    start_up = time.monotonic() - started
+    assert run.wait(LIMIT_S) == [0, 0], log.read_text()
+    return (results(folder / "whole"), measured(folder / "whole")), start_up
+
+
 def test_random_moments_of_evaluation_and_start_up_change_nothing(
-    warm_python, shards, tmp_path, request
+    warm_python, shards, tmp_path, undisturbed, portion, request
 ):
     """30 of them: `python -m pytest tests/dist/test_chaos.py -k moments --moments 30`."""
-    rng, log = random.Random(7), tmp_path / "log.txt"
-    changes = {"run__steps": 16, "evaluation__interval": 2, "evaluation__max_batches": 3}
-    # Checkpoints are rarer than evaluations: a stop must save one of its own.
-    changes |= {"checkpoint__interval": 4, "checkpoint__asynchronous": False}
-    started = time.monotonic()
-    run = TrainingRun(warm_python, tiny_run(tmp_path / "whole", shards, **changes), RANKS, log)
-    wait_for_steps(run, tmp_path / "whole", 1)
-    start_up = time.monotonic() - started
-    assert run.wait(LIMIT_S) == [0, 0], log
-    expected = results(tmp_path / "whole"), measured(tmp_path / "whole")
-
-    moments, runs, stops = request.config.getoption("--moments"), 0, 0
+    (expected, start_up), log, rng = undisturbed, tmp_path / "log.txt", random.Random(7 + portion)
+    moments, runs = request.config.getoption("--moments") - portion * PORTION, 0
+    moments, stops = min(moments, PORTION), 0
     while moments > 0:
         folder = tmp_path / f"run-{runs}"
         while True:
@@ -119,7 +140,7 @@ def test_random_moments_of_evaluation_and_start_up_change_nothing(
                     at = {"seconds": rng.uniform(0, start_up)}
                 # Both ranks, as a batch system does it, or one alone.
                 signals = dict.fromkeys(rng.choice([(0, 1), (0,), (1,)]), Signal(number, **at))
-            raw = tiny_run(folder, shards, **changes)
+            raw = tiny_run(folder, shards, **MEASURED)
             run = TrainingRun(warm_python, raw, RANKS, log, signals=signals)
             codes = run.wait(LIMIT_S)
             run.kill(rng)
@@ -127,12 +148,13 @@ def test_random_moments_of_evaluation_and_start_up_change_nothing(
                 stops += 1
                 newest = find_latest(folder)
                 done = [record["step"] for record in log_of(folder)][-1:] or [0]
-                assert newest is not None and step_of_folder(newest) == done[0], "a step is lost"
+                saved = 0 if newest is None else step_of_folder(newest)
+                assert saved == done[0], f"a step is lost: {log.read_text()}"
             elif codes == [0, 0]:
                 break
             else:
-                assert -signal.SIGKILL in codes, f"{codes}; see {log}"
-        assert (results(folder), measured(folder)) == expected, f"run {runs}; see {log}"
+                assert -signal.SIGKILL in codes, f"{codes}: {log.read_text()}"
+        assert (results(folder), measured(folder)) == expected, f"run {runs}: {log.read_text()}"
         newest = find_latest(folder)
         loss = read_evaluation(newest, parse_manifest(newest)).loss
         assert loss == expected[1][16]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import SIG_DFL, SIGTERM, getsignal
 from typing import Any
 
 from pretrain.commands.launch import free_port
@@ -45,7 +46,7 @@ class Signal:
     Attributes:
         number: of the signal.
         batch: at this batch of evaluation; None for a time.
-        seconds: so long after its start.
+        seconds: so long after its start, or after it hears the signal.
     """
 
     number: int
@@ -143,10 +144,15 @@ def _send(signal: Signal) -> None:
     def send() -> None:
         os.kill(os.getpid(), signal.number)
 
+    def send_in_time() -> None:
+        # A process that hears nothing yet is ended by the first signal, as any program is.
+        while signal.number == SIGTERM and getsignal(SIGTERM) is SIG_DFL:
+            time.sleep(0.001)
+        time.sleep(signal.seconds)
+        send()
+
     if signal.batch is None:
-        timer = threading.Timer(signal.seconds, send)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=send_in_time, daemon=True).start()
         return
     real, count = ValidLoader.__iter__, 0
 
@@ -162,15 +168,17 @@ def _send(signal: Signal) -> None:
 
 
 def _main(words: str) -> int:
-    from pretrain.commands.train import main
-    from pretrain.config import config_from_dict
+    """`python -m pretrain train`, whose exit code says how a life ended."""
+    from pretrain.cli import run
 
     raw, die_at, own = json.loads(words)
     if die_at is not None:
         _die_at_flush(die_at)
     if own is not None:
         _send(Signal(**own))
-    return main(config_from_dict(raw))
+    run_file = Path(f"{raw['run']['dir']}.rank_{os.environ['RANK']}.yaml")
+    run_file.write_text(json.dumps(raw))
+    return run(["train", str(run_file)])
 
 
 if __name__ == "__main__":
