@@ -149,9 +149,9 @@ def test_a_real_signal_ends_the_wait_for_rank_0(port):
     ready = context.Event()
     child = context.Process(target=_wait_for_others, args=(port, ready))
     child.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     os.kill(child.pid, signal.SIGTERM)
-    child.join(20)
+    child.join(120)
     assert child.exitcode == 75
 
 

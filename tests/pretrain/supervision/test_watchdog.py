@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import pytest
 import torch
 
 from pretrain.supervision import watchdog as watchdog_module
@@ -15,6 +16,35 @@ from xlstm_io.errors import ExitCode
 LIMITS = Limits(step=0.2, startup=0.6, checkpoint=0.6)
 
 
+class Clock:
+    """A clock for the watchdog that stands still until a test moves it, however busy the machine.
+
+    Attributes:
+        now: seconds.
+        looks: how often the watchdog's thread has looked at it.
+    """
+
+    def __init__(self):
+        self.now, self.looks = 0.0, 0
+
+    def monotonic(self):
+        if threading.current_thread().name == "watchdog":
+            self.looks += 1
+        return self.now
+
+    def seen(self):
+        """Wait until the watchdog has judged the time as it is now."""
+        looks = self.looks
+        wait_for(lambda: self.looks > looks + 1)  # the first may have begun before
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(watchdog_module, "time", clock)
+    return clock
+
+
 def watch(folder, limits=LIMITS):
     """A watchdog, and the list of codes that it ended the process with."""
     ends = []
@@ -22,16 +52,17 @@ def watch(folder, limits=LIMITS):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_rank_that_stands_still_writes_its_stacks_and_ends(tmp_path):
+def test_a_rank_that_stands_still_writes_its_stacks_and_ends(tmp_path, clock):
     watchdog, ends = watch(tmp_path / "logs")
     with watchdog:
         watchdog.moved(STEP, 41)
+        clock.now = 0.3
         wait_for(lambda: ends)
     assert ends == [ExitCode.HANG]
     text = (tmp_path / "logs" / "hang-3.txt").read_text()
@@ -51,22 +82,25 @@ def test_the_message_says_what_the_rank_waits_for(tmp_path, capfd):
     assert words in capfd.readouterr().err and words in (tmp_path / "hang-3.txt").read_text()
 
 
-def test_a_rank_that_moves_is_left_alone(tmp_path):
+def test_a_rank_that_moves_is_left_alone(tmp_path, clock):
     watchdog, ends = watch(tmp_path)
     with watchdog:
-        for step in range(12):
-            watchdog.moved(STEP, step)
-            time.sleep(0.05)
+        for step in range(6):
+            watchdog.moved(EVALUATION, step)
+            clock.now += 0.15  # of 0.2
+            clock.seen()
     assert not ends and not (tmp_path / "hang-3.txt").exists()
 
 
-def test_start_up_and_checkpoints_have_limits_of_their_own(tmp_path):
+def test_start_up_and_checkpoints_have_limits_of_their_own(tmp_path, clock):
     for phase in (STARTUP, CHECKPOINT):
         watchdog, ends = watch(tmp_path)
         with watchdog:
             watchdog.moved(phase, 0)
-            time.sleep(0.35)
+            clock.now += 0.5  # more than a step's limit, and less than 0.6
+            clock.seen()
             assert not ends
+            clock.now += 0.2
             wait_for(lambda ends=ends: ends)
 
 
@@ -117,7 +151,7 @@ with Watchdog(Path(sys.argv[1]), 0, Limits(0.2, 0.2, 0.2)) as watchdog:
     threading.Event().wait()
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert child.returncode == ExitCode.HANG
     assert "no progress" in child.stderr and "hang-0.txt" in child.stderr
 
