@@ -195,6 +195,11 @@ def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
             f"--fresh renames run.dir={folder}, but checkpoint.dir={config.checkpoint.dir} lies "
             "elsewhere; give both other names"
         )
+    if Path(options.config).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"--fresh renames run.dir={folder}, and {options.config} lies in it; copy the run file "
+            "to another place and start that"
+        )
     if not options.take_over:
         check_free(folder)
     old = set_aside(folder)

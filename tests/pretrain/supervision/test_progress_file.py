@@ -77,6 +77,15 @@ def test_checkpoints_elsewhere_are_not_set_aside(folder, tmp_path, capsys):
     assert folder.exists()
 
 
+def test_a_run_file_in_the_run_folder_is_not_set_aside(folder, capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    shutil.copy(folder.parent / "run.yaml", folder / "config.yaml")
+    for command in ("train", "launch"):
+        assert cli.run([command, str(folder / "config.yaml"), "--fresh"]) == ExitCode.BAD_INPUT
+        assert "config.yaml lies in it; copy the run file" in capsys.readouterr().err
+    assert (folder / "checkpoints").exists()
+
+
 def test_each_old_run_gets_a_name_of_its_own(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / "run").mkdir()
