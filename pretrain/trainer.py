@@ -35,6 +35,7 @@ from pretrain.watching.history import record_life
 from pretrain.watching.interval import Interval
 from pretrain.watching.metric_writers import open_writers
 from pretrain.watching.metrics import MetricLogger
+from pretrain.watching.milestones import MilestoneWatcher, milestones
 from pretrain.watching.profile import ProfileWatcher
 from pretrain.watching.provenance import provenance
 from pretrain.watching.ranks import RankWatcher
@@ -134,10 +135,9 @@ class Trainer:
             self.saver.prepare(self.engine.sharded_state())
         self.learning_rate = self.start.curve.rates(config.optimizer.lr, config.schedule)
         self._check_writable()
-        manifests = [dataset.manifest for dataset in self.data.datasets]
+        manifests = [one.manifest for one in self.data.datasets]
         self.provenance = provenance(manifests) if layout.is_main else {}
-        processes = layout.world_size
-        record_life(self.life, config, self.start, processes, self.saver, self.provenance)
+        record_life(self.life, config, self.start, layout.world_size, self.saver, self.provenance)
         cursor = self.start.cursor
         self.loader = TrainLoader(
             self.data,
@@ -155,11 +155,14 @@ class Trainer:
             micro_batches=lambda rows: micro_batches(config, layout.dp_size, rows),
         )
         self._ranks = RankWatcher(config, layout)
+        moved = cursor.consumed_samples - data.ramp.samples(self.state.step)
+        planned = milestones(config, self.start.curve, moved)
         self._watchers = (
             ReplicaWatcher(config, layout, self.engine),
             CellWatcher(config, layout, self.engine),
             self._ranks,
             ProfileWatcher(config, layout, self.state.step),
+            MilestoneWatcher(config, layout, planned, self.life),
         )
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
@@ -279,9 +282,8 @@ class Trainer:
         """
         config, rows = self.config, self.config.data.micro_batch
         self.saver.onset = self.divergence.onset
-        fault = keep_evidence(
-            self.dir, self.life, rejected, self.engine.own_losses, self.layout, rows
-        )
+        own = self.engine.own_losses
+        fault = keep_evidence(self.dir, self.life, rejected, own, self.layout, rows)
         if fault is not None:
             metrics.message(f"the samples of step {rejected.step} are not recorded: {fault}")
         key = self.divergence.must_stop(rejected.result)
@@ -327,7 +329,7 @@ class Trainer:
             self._write_progress("running")
 
     def _tell(self, event: str, why: str = "") -> None:
-        """Tell the command of `run.on_event`; on rank 0 of a run with a lease."""
+        """Tell the run's history and `run.on_event`; on rank 0 of a run with a lease."""
         if self.lease is not None:
             found, good = self.evaluation, self.saver.last_good
             loss = None if found is None else found.loss

@@ -23,6 +23,7 @@ from torch import Tensor
 from pretrain.config import RunConfig
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.run_folder import EVIDENCE_FOLDER
+from pretrain.watching.history import note
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
 
@@ -173,7 +174,9 @@ def diverged(
 def keep_evidence(
     run: Path, life: int, rejected: RejectedStep, losses: list[Tensor], layout: "Layout", rows: int
 ) -> OSError | None:
-    """Write what is known of a rejected step into the run folder; called by all ranks.
+    """Write what is known of a rejected step into the run folder, and a line of the history.
+
+    Called by all ranks.
 
     No run ends because this file cannot be written: it would leave the other ranks waiting, and a
     step that is skipped needs nothing of it.
@@ -222,6 +225,7 @@ def keep_evidence(
         "micro_batches": micro_batches,
     }
     path = run / EVIDENCE_FOLDER / f"step-{rejected.step:08d}-life-{life:06d}.json"
+    note(run, "no update", rejected.step, life, {"reason": str(rejected)})
     try:
         write_atomic(path, json.dumps(values, indent=1).encode() + b"\n")
     except OSError as error:

@@ -51,7 +51,12 @@ def write_page(runs: Sequence[RunRecord]) -> str:
                 ("Speed", value_figure(runs, "tokens_per_second", "tokens per second")),
                 ("Utilisation", value_figure(runs, "mfu", "share of the device's peak (MFU)")),
                 ("Wait for data", value_figure(runs, "data_wait_seconds", "seconds per step")),
-                ("Skipped steps", value_figure(runs, "skipped", "steps without an update")),
+                (
+                    "Skipped steps",
+                    value_figure(runs, "skipped", "steps without an update")
+                    if any(any(run.points("skipped")[1]) for run in runs)
+                    else None,
+                ),
             ]
         ),
         layers=_images(layer_figures(runs[0])) if len(runs) == 1 else [],
@@ -91,9 +96,10 @@ def story(run: RunRecord) -> list[tuple[str, str, str]]:
 def _told(event: Mapping[str, Any]) -> str:
     """One event of the history in words."""
     if event.get("event") != "start":
-        about = ("event", "time", "step", "life")
-        rest = "; ".join(f"{k} {_word(v)}" for k, v in event.items() if k not in about)
-        return f"{event.get('event', 'event')}{f': {rest}' if rest else ''}"
+        about = ("event", "time", "step", "life", "reason")
+        told = [str(event["reason"])] if event.get("reason") else []
+        told += [f"{key} {_word(value)}" for key, value in event.items() if key not in about]
+        return ": ".join([str(event.get("event", "event")), *(["; ".join(told)] if told else [])])
     words = [f"life {event.get('life')} starts with {event.get('processes')} processes"]
     words.append(f"from {event['checkpoint']}" if event.get("checkpoint") else "from nothing")
     words += [

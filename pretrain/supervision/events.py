@@ -1,7 +1,7 @@
-"""`run.on_event`: a command of the user's that hears when a run stops, diverges or ends.
+"""How a life of a run ends: a line of its history, and `run.on_event` for a command of the user's.
 
-The command gets one JSON object on stdin. It is a word list as a shell reads it, but no shell runs
-it. Whatever it does, the run's exit code stays what it is.
+The command gets one JSON object in a line on stdin. It is a word list as a shell reads it, but no
+shell runs it. Whatever it does, the run's exit code stays what it is.
 """
 
 import json
@@ -9,11 +9,11 @@ import math
 import shlex
 import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig
+from pretrain.watching.history import note, now
 from xlstm_io.storage import Location
 from xlstm_io.terminal import tell
 
@@ -31,8 +31,7 @@ def send(command: str, event: str, about: Mapping[str, Any]) -> str | None:
     Returns:
         What went wrong, in words; None if it ended with 0.
     """
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    body = json.dumps({"event": event, "time": time, **about})
+    body = json.dumps({"event": event, "time": now(), **about}) + "\n"
     try:
         done = subprocess.run(
             shlex.split(command), input=body, text=True, timeout=LIMIT_S, check=False
@@ -55,7 +54,9 @@ def report(
     checkpoint: Location | None,
     loss: float | None,
 ) -> None:
-    """Tell the command of a run, if it has one; what goes wrong is printed.
+    """Note in a run's history how a life ends, and tell the run's command, if it has one.
+
+    What goes wrong is printed, and ends nothing.
 
     Args:
         config: the run.
@@ -66,8 +67,11 @@ def report(
         checkpoint: the newest checkpoint.
         loss: the newest validation loss.
     """
+    note(Path(config.run.dir), event, step, life, {"reason": why} if why else {})
     if config.run.on_event is None:
         return
+    if isinstance(checkpoint, Path):
+        checkpoint = checkpoint.resolve()  # the command may look from elsewhere
     about = {
         "run": str(Path(config.run.dir).resolve()),
         "step": step,

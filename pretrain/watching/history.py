@@ -1,11 +1,13 @@
-"""The history of a run: one line for each start, and the configuration of each, never overwritten.
+"""The history of a run, and the configuration of each of its starts, never overwritten.
 
-    RUN/history.jsonl             one JSON object per start, in order
+    RUN/history.jsonl             one JSON object per start and event, in order
     RUN/starts/000003/config.yaml the configuration of the start of life 3
     RUN/starts/000003/provenance.json   code, versions, machine, command and data of that start
 
-A line says which life it was, when and from where it went on, and what differed from the
-checkpoint's configuration and alters the result.
+The line of a start says which life it was, when and from where it went on, and what differed from
+the checkpoint's configuration and alters the result. Events
+are how a life ends (but for a killed one), a rewind, a step without an update, and what
+`pretrain.watching.milestones` tells.
 """
 
 import json
@@ -98,7 +100,7 @@ def record_start(
         {
             "life": life,
             "event": "start",
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": now(),
             "step": start.state.step,
             "checkpoint": None if start.checkpoint is None else str(start.checkpoint),
             "processes": processes,
@@ -125,6 +127,25 @@ def append(run: Path, line: Mapping[str, Any]) -> None:
         history.write("\n" * torn + masked(json.dumps(line, default=str)) + "\n")
         history.flush()
         os.fsync(history.fileno())
+
+
+def note(run: Path, event: str, step: int, life: int, about: Mapping[str, Any]) -> None:
+    """Add an event to the history of a run; a full disk is left to those who must write.
+
+    Args:
+        run: the run folder.
+        event: what happened.
+        step: finished steps.
+        life: which start of the run this is.
+        about: what else there is to say; JSON.
+    """
+    with suppress(OSError):
+        append(run, {"life": life, "event": event, "time": now(), "step": step, **about})
+
+
+def now() -> str:
+    """The time in a history: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,12 @@ def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path, cap
     assert "layout.tensor: checkpoint" not in said
     assert "the curve has ended, and its last rate is held (schedule.extend=stretch)" in said
 
-    first, second = read_history(tmp_path)
+    first, warm, ended, second, done = read_history(tmp_path)
+    assert [(e["event"], e["life"], e["step"]) for e in (warm, ended, done)] == [
+        ("warmup", 1, 3),
+        ("done", 1, 4),
+        ("done", 2, 6),
+    ]
     assert (first["life"], first["step"], first["processes"], first["changes"]) == (1, 0, 1, [])
     assert (second["life"], second["step"], second["processes"]) == (2, 4, 2)
     assert {c["key"]: (c["before"], c["now"]) for c in second["changes"]} == {
@@ -73,7 +78,8 @@ def test_each_start_is_recorded_with_what_it_changes(pool, shards, tmp_path, cap
     assert "learning rate 5e-05 in the last step, 0.000163 in the next" in said
 
     append(tmp_path, {"event": "x"})
-    assert [line["event"] for line in read_history(tmp_path)] == ["start", "start", "x"]
+    events = [line["event"] for line in read_history(tmp_path)]
+    assert events == ["start", "warmup", "done", "start", "done", "x"]
 
 
 def test_a_torn_line_of_the_history_is_left_out(tmp_path):

@@ -53,7 +53,7 @@ def test_a_run_starts_from_the_weights_of_another(pool, shards, first, tmp_path)
     assert pool(2, train, raw) == [0, 0]
     same(tensors(tmp_path), tensors(first))
     assert read_manifest(find_latest(tmp_path)).state["updates"] == 1
-    (start,) = read_history(tmp_path)
+    start, _done = read_history(tmp_path)
     assert start["step"] == 0 and "without its optimizer state" in start["notes"][0]
     moments = {n: t for n, t in tensors(tmp_path, weights=False).items() if "exp_avg." in n}
     # From zero, one step makes 0.1 of the gradient, which is clipped to a norm of 1.

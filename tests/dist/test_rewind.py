@@ -72,7 +72,14 @@ def test_a_rewound_run_equals_one_that_never_saw_the_samples(pool, shards, tmp_p
     assert cursor["skipped"] == [[FIRST, SKIP]]
     assert cursor["consumed_samples"] == 10 * 4 + SKIP
     events = [(line["event"], line["step"]) for line in read_history(run)]
-    assert events == [("start", 0), ("rewind", 4), ("start", 4), ("start", 4), ("start", 8)]
+    assert [one for one in events if one[0] in ("start", "rewind")] == [
+        ("start", 0),
+        ("rewind", 4),
+        ("start", 4),
+        ("start", 4),
+        ("start", 8),
+    ]
+    assert [step for event, step in events if event == "done"][-1] == 10
     kept = read_metrics(run / "evidence" / "metrics-before-life-000002.jsonl")
     assert {r["step"] for r in kept} >= set(range(1, 9))
 

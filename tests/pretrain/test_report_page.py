@@ -22,6 +22,7 @@ START = {"event": "start", "time": "2026-01-02T03:04:05+00:00", "processes": 4}
 HISTORY = [
     START | {"life": 1, "step": 0, "checkpoint": None, "changes": [], "notes": []},
     {"event": "skipped", "time": "2026-01-02T04:00:00+00:00", "step": 1234, "loss": 9.5},
+    {"event": "stopped", "time": "2026-01-02T05:00:00+00:00", "step": 1300, "reason": "SIGTERM"},
     START
     | {
         "life": 2,
@@ -96,6 +97,7 @@ def test_a_page_shows_curves_story_and_configuration(make_run):
         "life 1 starts with 4 processes; from nothing",
         "optimizer.lr 0.001 -> 0.0005; the curve goes on",
         "skipped: loss 9.5",
+        "stopped: SIGTERM",
         '"pattern": "MM"',
     ):
         assert words in page.text, words
