@@ -171,10 +171,14 @@ def _disk(config: RunConfig) -> list[str]:
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     needed = max(0, size * kept - there)
-    words = f"{kept} checkpoints of {size / 1e9:,.2f} GB"
+    words = f"{kept} checkpoints of {_as_size(size)}"
     if needed > free:
         raise ConfigError(
-            f"{folder} has {free / 1e9:,.2f} GB free, and {words} are kept there at once; free "
+            f"{folder} has {_as_size(free)} free, and {words} are kept there at once; free "
             f"space, lower checkpoint.keep={config.checkpoint.keep}, or set checkpoint.dir"
         )
-    return [f"{'disk':<18}{words} at most; {free / 1e9:,.2f} GB are free"]
+    return [f"{'disk':<18}{words} at most; {_as_size(free)} are free"]
+
+
+def _as_size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

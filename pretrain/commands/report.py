@@ -138,8 +138,10 @@ def program(name: str) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool) -> list[str]:
-    """What a person may want to do now."""
+def _next_steps(
+    run_dir: Path, config: RunConfig, finished: bool, gate_met: bool | None
+) -> list[str]:
+    """What a person may want to do now; `gate_met` is None where there is nothing to compare."""
     config_path = run_dir / CONFIG_FILE
     steps = config.run.steps if not finished else 2 * config.run.steps
     ours = f"{program('python')} -m pretrain"
@@ -152,7 +154,7 @@ def _next_steps(run_dir: Path, config: RunConfig, finished: bool, gate_met: bool
         f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
         f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml --no-data",
     ]
-    if finished and not gate_met:
+    if finished and gate_met is False:
         lines.insert(0, "  the gate asks for more steps: a model of this size needs a few hundred")
     return lines
 
@@ -179,7 +181,9 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     config, summary, folder = run.config, run.summary, run.folder
     valid_loss = summary.get("valid_loss")
     reference = baselines.get("bigram_add_one")
-    gate_met = None not in (valid_loss, reference) and reference - valid_loss >= GATE_NATS
+    gate_met = None
+    if valid_loss is not None and reference is not None:
+        gate_met = reference - valid_loss >= GATE_NATS
     state = "finished" if summary["finished"] else "not finished"
     data = config.data
     tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes to start; under torchrun or srun, which start them, it is not needed",
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"steps to train, half before the stop ({STEPS})"
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"steps to train, half before the stop (default: {STEPS})",
     )
     parser.add_argument(
         "--layout",

@@ -109,7 +109,11 @@ def value_figure(
     if not drawn:
         return None
     if log:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 0.9, and not 9 x 10^-1
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     if len(runs) > 1:
         axes.legend(fontsize=7)
     return figure_as_png(figure)

@@ -103,6 +103,7 @@ def test_without_baselines_it_says_how_to_get_them(make_run, capsys):
     out = capsys.readouterr().out
     assert "this model" in out
     assert "no baselines given" in out
+    assert "the gate asks" not in out, "advice stands where it applies"
 
 
 def test_an_unfinished_run_is_told_from_its_metrics(make_run, baselines, capsys):
