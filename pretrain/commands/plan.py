@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--network",
         type=float,
         metavar="GBS",
-        help="GB/s that a node of 8 GPUs sends to other nodes (default: a network that fits the GPU)",
+        help="GB/s that a node of 8 GPUs sends to others (default: a network that fits the GPU)",
     )
     parser.add_argument("--write", metavar="FILE", help="write the run with the best layout here")
 
