@@ -35,7 +35,7 @@ from pretrain.watching.history import record_life
 from pretrain.watching.interval import Interval
 from pretrain.watching.metric_writers import open_writers
 from pretrain.watching.metrics import MetricLogger
-from pretrain.watching.milestones import MilestoneWatcher, milestones
+from pretrain.watching.milestones import MilestoneWatcher
 from pretrain.watching.profile import ProfileWatcher
 from pretrain.watching.provenance import provenance
 from pretrain.watching.ranks import RankWatcher
@@ -155,14 +155,12 @@ class Trainer:
             micro_batches=lambda rows: micro_batches(config, layout.dp_size, rows),
         )
         self._ranks = RankWatcher(config, layout)
-        moved = cursor.consumed_samples - data.ramp.samples(self.state.step)
-        planned = milestones(config, self.start.curve, moved)
         self._watchers = (
             ReplicaWatcher(config, layout, self.engine),
             CellWatcher(config, layout, self.engine),
             self._ranks,
             ProfileWatcher(config, layout, self.state.step),
-            MilestoneWatcher(config, layout, planned, self.life),
+            MilestoneWatcher(config, layout, self.start, self.life),
         )
         self._step_seconds: float | None = None
         self._save_seconds: float | None = None
@@ -297,7 +295,9 @@ class Trainer:
     def _evaluate(self, metrics: MetricLogger) -> bool:
         """Measure the validation loss; False when a rank was asked to stop meanwhile."""
         step = self.state.step
-        found = self.validation.measure(self.engine, step, self.stop, self.watchdog)
+        found = self.validation.measure(
+            self.engine, step, self.stop, self.watchdog, metrics.evaluating
+        )
         if found is None:
             return False
         self.evaluation = found

@@ -1,6 +1,6 @@
 """The validation loss of a run while it trains."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from pretrain.config import RunConfig, micro_batches
@@ -47,6 +47,7 @@ class Validation:
         step: int,
         stop: StopSignal,
         watchdog: Watchdog,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation | None:
         """Measure the loss at a step; called by all ranks.
 
@@ -56,25 +57,28 @@ class Validation:
             stop: the request to stop, read before every batch. All ranks leave together at the
                 batch before which one of them has heard it.
             watchdog: is told at every batch.
+            progress: is told before every batch how many are done, and of how many, on this rank.
 
         Returns:
             What was measured, or None when a rank was asked to stop.
         """
-        stopped = False
+        stopped, done, limit = False, 0, self._max_batches()
+        total = sum(len(range(len(loader))[:limit]) for loader in self._sets.values())
 
         def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
-            nonlocal stopped
+            nonlocal stopped, done
             for batch in batches:
                 watchdog.moved(EVALUATION, step)
                 stopped = self._layout.any(stop.requested)
                 if stopped:
                     return
+                progress(done, total)
                 yield batch
+                done += 1
 
         losses = {}
         for name, loader in self._sets.items():
-            batches = islice(loader, self._max_batches())
-            losses[name] = engine.evaluate(until_stopped(batches))
+            losses[name] = engine.evaluate(until_stopped(islice(loader, limit)))
             if stopped:
                 return None
         each = {name: loss.mean for name, loss in losses.items()}

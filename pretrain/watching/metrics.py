@@ -182,6 +182,11 @@ class MetricLogger:
             self.fault = error
             self._progress.message(f"{error}: the run saves and stops")
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show that an evaluation has done so many of its batches; records nothing."""
+        if self._enabled:
+            self._progress.evaluating(done, total)
+
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
         if self._enabled:

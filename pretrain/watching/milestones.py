@@ -7,6 +7,7 @@ begins. Each is a line in the log and in the run's history when its first step i
 from bisect import bisect_left
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.config import RunConfig
 from pretrain.layout import Layout
@@ -14,6 +15,9 @@ from pretrain.lr_curve import Curve
 from pretrain.watching.history import note
 from pretrain.watching.metrics import MetricLogger
 from pretrain.watching.watcher import StepWatcher, WatchedStep
+
+if TYPE_CHECKING:  # a resume tells of itself with this package
+    from pretrain.resume import Start
 
 
 def milestones(config: RunConfig, curve: Curve, moved: int = 0) -> dict[int, list[tuple[str, str]]]:
@@ -66,19 +70,14 @@ class MilestoneWatcher(StepWatcher):
     Args:
         config: the run.
         layout: where this process stands.
-        found: see `milestones`.
+        start: what this life starts from.
         life: of the run; 0 where there is no history.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        layout: Layout,
-        found: dict[int, list[tuple[str, str]]],
-        life: int,
-    ) -> None:
-        self._folder, self._found = Path(config.run.dir), found
-        self._tells, self._life = layout.is_main, life
+    def __init__(self, config: RunConfig, layout: Layout, start: "Start", life: int) -> None:
+        moved = start.cursor.consumed_samples - config.data.ramp.samples(start.state.step)
+        self._found = milestones(config, start.curve, moved)
+        self._folder, self._tells, self._life = Path(config.run.dir), layout.is_main, life
 
     def due(self, step: int) -> bool:
         """Whether something begins with the step after which `step` steps are finished."""

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 BAR_WIDTH = 160
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+EVALUATION_LINE_S = 60.0
 
 
 def duration(seconds: float) -> str:
@@ -94,7 +95,7 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int, stream: TextIO | None = None) -> None:
         self._total = total_steps
         self._stream = SafeStream(sys.stderr if stream is None else stream)
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
@@ -111,6 +112,18 @@ class Progress:
         """Move the bar to `step` finished steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is: beside the bar, or in a line every `EVALUATION_LINE_S`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"evaluating {done}/{total}", refresh=True)
+            return
+        now = time.monotonic()
+        if done == 0:
+            self._told = now
+        elif now - self._told >= EVALUATION_LINE_S:
+            self._told = now
+            self.message(f"evaluating: {done:,} of {total:,} batches")
 
     def message(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -11,7 +11,7 @@ import pytest
 from pretrain import cli, layout
 from pretrain.data import ValidLoader
 from pretrain.supervision.progress_file import read_progress
-from pretrain.watching.metrics import read_metrics
+from pretrain.watching.metrics import MetricLogger, read_metrics
 from xlstm_io.checkpoint.evaluation import EVALUATION_NAME, read_evaluation
 from xlstm_io.checkpoint.manifest import find_latest, parse_manifest, step_of_folder
 from xlstm_io.errors import ExitCode
@@ -81,7 +81,9 @@ def check_complete(folder):
     assert losses(folder) == pytest.approx(expected, abs=2e-6)
 
 
-def test_a_stop_in_an_evaluation_is_obeyed_at_the_next_batch(folder, batches, capsys):
+def test_a_stop_in_an_evaluation_is_obeyed_at_the_next_batch(folder, batches, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(MetricLogger, "evaluating", lambda self, *seen: shown.append(seen))
     batches.do[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     words = ["--evaluation.interval", "5", "--evaluation.max_batches", "2"]
     assert train(*words) == ExitCode.STOPPED
@@ -91,6 +93,7 @@ def test_a_stop_in_an_evaluation_is_obeyed_at_the_next_batch(folder, batches, ca
     assert newest(folder) == (5, None) and read_progress(folder).status == "stopped"
     assert train(*words) == ExitCode.DONE
     check_complete(folder)
+    assert shown[-2:] == [(0, 2), (1, 2)]
     step, evaluation = newest(folder)
     assert step == 6 and sorted(measured(folder)) == [5, 6]
     assert evaluation.loss == measured(folder)[6] == summary(folder)["valid_loss"]

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from pretrain.watching import progress
 from pretrain.watching.metrics import MetricLogger, read_metrics
 from pretrain.watching.progress import describe, duration
 from xlstm_io.errors import ConfigError
@@ -148,11 +149,22 @@ def test_a_terminal_gets_a_bar(tmp_path):
     with MetricLogger(tmp_path, total_steps=4, stream=stream) as metrics:
         for step in range(1, 5):
             metrics.advance(step)
+        metrics.evaluating(2, 9)
         metrics.log(4, {"loss": 1.25, "valid_loss": 1.5})
         metrics.message("saved")
     assert "step 4/4" in stream.getvalue()
     assert "loss 1.250" in stream.getvalue()
     assert "saved\n" in stream.getvalue()
+    assert "evaluating 2/9" in stream.getvalue()
+
+
+def test_a_log_file_hears_of_a_long_evaluation_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "EVALUATION_LINE_S", 0.0)
+    stream = io.StringIO()
+    with MetricLogger(tmp_path, total_steps=4, stream=stream) as metrics:
+        metrics.evaluating(0, 2000)
+        metrics.evaluating(1500, 2000)
+    assert stream.getvalue() == "evaluating: 1,500 of 2,000 batches\n"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -47,14 +47,19 @@ def test_a_stretched_curve_cools_down_later():
 
 
 def test_one_rank_tells_and_keeps_it(tmp_path):
-    run = config(run__dir=str(tmp_path))
+    run = config(run__dir=str(tmp_path), schedule__warmup_steps=6, optimizer__lr=1e-3)
     said = []
     metrics = SimpleNamespace(message=said.append)
+    start = SimpleNamespace(
+        curve=Curve(100),
+        cursor=SimpleNamespace(consumed_samples=32),
+        state=SimpleNamespace(step=2),
+    )
     for main in (True, False):
-        layout = SimpleNamespace(is_main=main)
-        watcher = MilestoneWatcher(run, layout, {7: [("cooldown", "falls")]}, life=2)
+        watcher = MilestoneWatcher(run, SimpleNamespace(is_main=main), start, life=2)
         assert [step for step in range(20) if watcher.due(step)] == [7]
         watcher.tell(SimpleNamespace(step=7), metrics)
-    assert said == ["step 7: cooldown: falls"]
+    words = "is over, and the learning rate is 0.001"
+    assert said == [f"step 7: warmup: {words}"]
     (line,) = read_history(tmp_path)
-    assert (line["event"], line["step"], line["reason"]) == ("cooldown", 7, "falls")
+    assert (line["event"], line["step"], line["reason"]) == ("warmup", 7, words)
