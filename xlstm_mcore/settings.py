@@ -127,7 +127,7 @@ class LayoutConfig(Section):
     sequence: bool = False
     """sequence parallel: norms and residuals split over the tensor parallel processes"""
     pipeline: PositiveInt = 1
-    """pipeline parallel size: layers are split over this many processes"""
+    """pipeline parallel size; a pattern without | is cut so that stages have about the same work"""
     virtual: PositiveInt = 1
     """pipeline stages per process (interleaved schedule)"""
     context: PositiveInt = 1

@@ -16,9 +16,15 @@ def letters_of(config: RunConfig) -> tuple[str, ...]:
 
 def _stages(config: RunConfig) -> Iterator[str]:
     pipeline, virtual = config.layout.pipeline, config.layout.virtual
-    stages = len(parse_pattern(config.model.pattern).stages)
-    wanted = pipeline * virtual
-    if stages != wanted:
+    pattern = parse_pattern(config.model.pattern)
+    stages, blocks, wanted = len(pattern.stages), len(pattern.letters), pipeline * virtual
+    if stages == 1 and blocks < wanted:
+        yield (
+            f"model.pattern='{shorten(config.model.pattern)}' has {counted(blocks, 'block')}, but "
+            f"layout.pipeline={pipeline} times layout.virtual={virtual} needs {wanted} stages; use "
+            "a smaller layout.pipeline"
+        )
+    elif stages not in (1, wanted):  # without a cut the stages get about the same work
         yield (
             f"model.pattern='{shorten(config.model.pattern)}' has {counted(stages, 'stage')}, but "
             f"layout.pipeline={pipeline} times layout.virtual={virtual} needs {wanted}; write "

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pretrain.config.checks import problems
+from pretrain.config.cuts import with_cuts
 from pretrain.config.messages import field_message
 from pretrain.config.overrides import parse_structured, split_overrides
 from pretrain.config.schema import RunConfig
@@ -53,7 +54,7 @@ def _validated(updated: Updated, source: str) -> RunConfig:
         lines = "\n".join(f"  - {message}" for message in found)
         count = counted(len(found), "problem")
         raise ConfigError(f"{source}: {count}\n{lines}")
-    return config
+    return with_cuts(config)
 
 
 def _read_sections(path: str | os.PathLike[str]) -> dict[str, Any]:

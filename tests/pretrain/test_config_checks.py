@@ -49,7 +49,11 @@ def test_every_broken_rule_is_in_one_message():
             {"engine__name": "deepspeed", "engine__offload": "optimizer", "logging__cells": 5},
             "use logging.cells=0 or engine.offload=none",
         ),
-        ({"layout__pipeline": 2}, "write 1 cut (|) into the pattern"),
+        ({"layout__pipeline": 2, "model__pattern": "M|M|MM"}, "write 1 cut (|) into the pattern"),
+        (
+            {"layout__pipeline": 8},
+            "has 4 blocks, but layout.pipeline=8 times",
+        ),
         ({"layout__virtual": 2, "model__pattern": "MM|MM"}, "layout.pipeline=1 has none"),
         ({"model__pattern": "m", "model__num_heads": 3}, "model.num_heads=3 does not divide"),
         ({"model__pattern": "s", "model__num_heads": 3}, "divide model.hidden_size = 128; use 1,"),
@@ -149,6 +153,16 @@ def test_pipelines_are_accepted_where_the_pattern_has_the_cuts():
     assert config(model__pattern="MM|MM", layout__pipeline=2).layout.pipeline == 2
     both = config(model__pattern="M|M|M|M", layout__pipeline=2, layout__virtual=2)
     assert both.layout.virtual == 2
+
+
+def test_a_pattern_without_cuts_is_cut_where_the_work_is_even():
+    """The head of a vocabulary of 8,192 is more work than all blocks of this width."""
+    assert config(layout__pipeline=2).model.pattern == "MMM|M"
+    assert config(layout__pipeline=2, model__vocab_size=64).model.pattern == "MM|MM"
+    both = config(layout__pipeline=2, layout__virtual=2, model__vocab_size=64)
+    assert both.model.pattern == "M|M|M|M"
+    assert config(layout__pipeline=2, model__pattern="M|MMM").model.pattern == "M|MMM"
+    assert config().model.pattern == "MMMM"
 
 
 def test_check_world():

@@ -8,7 +8,8 @@ import pytest
 
 from pretrain.commands import plan
 from pretrain.config import ConfigError, check_world, load_config
-from pretrain.planning.layouts import Layout, cut_evenly, with_layout
+from pretrain.config.cuts import cut_evenly
+from pretrain.planning.layouts import Layout, with_layout
 from pretrain.planning.tried import Tried
 from tests.dist import work
 from xlstm_io.errors import ExitCode
