@@ -10,7 +10,7 @@ from tests.pretrain.run_files import config
 RUN = config(
     run__steps=100,
     data__path=None,
-    data__sources=[{"name": "a", "path": "a"}, {"name": "b", "path": "b"}],
+    data__sources=[{"name": name, "path": name, "weight": 1} for name in "ab"],
     data__batch_ramp=[{"steps": 10, "global_batch": 8}, {"steps": 5, "global_batch": 12}],
     data__phases=[{"from_sample": 156, "weights": {"a": 3, "b": 1}}],
     schedule__name="wsd",
@@ -32,7 +32,7 @@ def test_each_change_is_told_at_its_first_step():
 
 
 def test_a_phase_comes_earlier_when_samples_were_left_out():
-    assert milestones(RUN, Curve(100), moved=40)[13] == [
+    assert milestones(RUN, Curve(100), moved=40)[14] == [
         ("data phase", "from sample 156 on a 75%, b 25%")
     ]
 
