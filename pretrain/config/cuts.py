@@ -43,7 +43,9 @@ def cut_evenly(config: RunConfig, stages: int) -> str:
 def _least_largest(costs: Sequence[float], parts: int) -> tuple[int, ...]:
     """Where to cut a sequence so that its largest part is as small as can be."""
     # best[n]: largest part and cuts of the first n costs, in as many parts as were made so far.
-    best = [(sum(costs[:n]), ()) for n in range(len(costs) + 1)]
+    best: list[tuple[float, tuple[int, ...]]] = [
+        (sum(costs[:n]), ()) for n in range(len(costs) + 1)
+    ]
     for made in range(1, parts):
         best = [
             min(
