@@ -93,7 +93,7 @@ def test_a_stop_in_an_evaluation_is_obeyed_at_the_next_batch(folder, batches, ca
     assert newest(folder) == (5, None) and read_progress(folder).status == "stopped"
     assert train(*words) == ExitCode.DONE
     check_complete(folder)
-    assert shown[-2:] == [(0, 2), (1, 2)]
+    assert shown[-4:] == [(n, 4) for n in range(4)]  # two micro-batches in a batch
     step, evaluation = newest(folder)
     assert step == 6 and sorted(measured(folder)) == [5, 6]
     assert evaluation.loss == measured(folder)[6] == summary(folder)["valid_loss"]
