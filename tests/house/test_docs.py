@@ -234,6 +234,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
     ),
+    "python -m benchmarks.plan_scale --documents 10000000": (
+        "tests/data_prep/test_scale.py",
+        "from benchmarks.plan_scale import measure",
+    ),
     "python -m benchmarks.loader_start": (
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader_start", *arguments',
