@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm.batch_files.site import Site, load_site
 from xlstm_io.errors import ExitCode, UserError
+from xlstm_io.terminal import tell
 
 if TYPE_CHECKING:
     from slurm.batch_files.tasks import TaskPlan
@@ -186,7 +187,7 @@ def run(words: Sequence[str]) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:  # `render | head`
         return ExitCode.DONE

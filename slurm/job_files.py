@@ -24,7 +24,7 @@ MODULES = {
         "life.py",
         "rank.py",
     ),
-    xlstm_io: ("__init__.py", "errors.py", "rendezvous.py"),
+    xlstm_io: ("__init__.py", "errors.py", "remote.py", "rendezvous.py"),
 }
 SHELL = ("batch.sh", "stage.sh")
 

@@ -9,6 +9,7 @@ from slurm import scheduler
 from slurm.job.state import RunState, State
 from slurm.scheduler import QueuedJob
 from xlstm_io.errors import UserError
+from xlstm_io.terminal import say
 
 
 def status(run: Path, *, as_json: bool = False) -> int:
@@ -30,7 +31,7 @@ def status(run: Path, *, as_json: bool = False) -> int:
     except scheduler.SlurmError:
         job = None  # the story is in the files; Slurm only adds the queue
     facts = describe(files, state, job)
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
+    say(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
     return 0
 
 

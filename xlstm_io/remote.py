@@ -48,7 +48,7 @@ def masked_values(value: Any) -> Any:
         return masked(value)
     if isinstance(value, dict):
         return {key: masked_values(item) for key, item in value.items()}
-    return [masked_values(item) for item in value] if isinstance(value, list) else value
+    return type(value)(map(masked_values, value)) if type(value) in (list, tuple) else value
 
 
 def file_system(url: str) -> tuple[Any, str]:

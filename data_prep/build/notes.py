@@ -13,6 +13,7 @@ import xxhash
 
 from xlstm_io.errors import UserError
 from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
 from xlstm_io.untrusted import LIMITS
 
@@ -25,7 +26,11 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def write_note(path: Path, fields: dict[str, Any], *, sync: bool = True) -> None:
-    """Write `fields` and their checksum, atomically; see `storage.write_atomic`."""
+    """Write `fields` and their checksum, atomically; see `storage.write_atomic`.
+
+    Credentials in URLs are masked: `_work` travels with a folder.
+    """
+    fields = masked_values(fields)
     stored = {**fields, _CHECKSUM: _digest(fields)}
     write_atomic(path, json.dumps(stored, indent=1).encode() + b"\n", sync=sync)
 

@@ -15,6 +15,7 @@ from data_prep.build.plan import Corpus
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
 from data_prep.sources.files import provenance_notes
+from xlstm_io.remote import masked_values
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
@@ -153,8 +154,8 @@ def _provenance(finished: Finished, source: SourceConfig) -> dict[str, Any] | No
     stated = {key: value for key, value in stated.items() if value}
     notes = provenance_notes([f.path for f in finished.corpus.files if f.source == source.name])
     if len(notes) == 1:
-        return {**notes[0], **stated}
-    return {**({"sources": notes} if notes else {}), **stated} or None
+        return masked_values({**notes[0], **stated})
+    return masked_values({**({"sources": notes} if notes else {}), **stated}) or None
 
 
 def _report(out: Path, manifest: Manifest, finished: Finished) -> None:

@@ -29,7 +29,7 @@ from data_prep.sources.streams import errors_of
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.json_file import parse_json
-from xlstm_io.remote import file_system, is_remote
+from xlstm_io.remote import file_system, is_remote, masked
 from xlstm_io.storage import location, read_file
 from xlstm_io.terminal import counted
 from xlstm_io.untrusted import LIMITS
@@ -252,7 +252,11 @@ def file_size(path: str) -> int:
 
 
 def file_fingerprint(path: str) -> list[Any]:
-    """What tells cheaply that a file is unchanged: path, size, modification time or tag."""
+    """What tells cheaply that a file is unchanged: path, size, modification time or tag.
+
+    It is stored in files that others read, so a URL in it has no credentials. New credentials for
+    the same file change nothing.
+    """
     if not is_remote(path):
         stat = os.stat(path)
         return [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
@@ -260,7 +264,7 @@ def file_fingerprint(path: str) -> list[Any]:
         fs, name = file_system(path)
         info = fs.info(name)
         tag = next((str(info[tag]) for tag in _CHANGE_TAGS if tag in info), None)
-        return [path, info.get("size"), tag]
+        return [masked(path), info.get("size"), tag]
 
 
 def provenance_notes(paths: list[str]) -> list[dict[str, Any]]:
@@ -273,6 +277,9 @@ def provenance_notes(paths: list[str]) -> list[dict[str, Any]]:
     for folder in sorted({_folder(path) for path in paths}):
         head, *rest = folder.split("::") if is_remote(folder) else [folder]
         file = "::".join([posixpath.join(head, PROVENANCE_NAME), *rest])
+        if "://***@" in folder:  # as a stored state names it, when jobs are joined
+            say(f"{file}: not read, since credentials are not stored; set `licence` and `origin`")
+            continue
         try:
             raw = _small_file(file)
         except FileNotFoundError:

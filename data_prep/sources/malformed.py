@@ -16,6 +16,7 @@ from data_prep.sources.names import JSON_SUFFIXES, TABLE_SUFFIXES, suffixes
 from data_prep.sources.readers import read_documents
 from data_prep.sources.streams import DECOMPRESSION_ERRORS, open_text
 from xlstm_io.errors import PrepError
+from xlstm_io.remote import masked
 from xlstm_io.storage import write_atomic
 
 QUOTED_MALFORMED = 5
@@ -95,7 +96,7 @@ def report_malformed(tallies: Sequence[Tally], max_share: float, log: Path | Non
     if not good and not bad:
         raise PrepError("--input: no document in these files")
     if examples and log is not None:
-        write_atomic(log, "".join(f"{example}\n" for example in examples).encode())
+        write_atomic(log, masked("".join(f"{example}\n" for example in examples)).encode())
     most = max(_MOST_OF_A_FILE, max_share)
     _refuse_files([tally for tally in tallies if tally.bad > most * (tally.bad + tally.good)])
     bad_bytes = sum(tally.bad_bytes for tally in tallies)

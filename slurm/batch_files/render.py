@@ -12,6 +12,8 @@ from typing import Any
 import jinja2
 
 from slurm.batch_files.plan import JobPlan
+from xlstm_io.errors import ConfigError
+from xlstm_io.remote import masked
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -25,7 +27,11 @@ def _quoted(value: Any) -> str:
 
 
 def render(plan: JobPlan) -> str:
-    """The batch file of a plan."""
+    """The batch file of a plan.
+
+    Raises:
+        ConfigError: it would have a URL with credentials, which others could read in it.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -36,4 +42,12 @@ def render(plan: JobPlan) -> str:
         autoescape=False,
     )
     environment.filters["code"] = _Code
-    return environment.get_template(plan.template).render(plan=plan)
+    text = environment.get_template(plan.template).render(plan=plan)
+    for line in text.splitlines():
+        if masked(line) != line:
+            raise ConfigError(
+                f"the batch file would have a URL with credentials ({masked(line).strip()}), and "
+                "others can read that file; give them in the environment, or in the configuration "
+                "of the storage's own package"
+            )
+    return text

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xlstm_io.errors import UserError
+from xlstm_io.remote import masked, masked_values
 
 FOLDER = "slurm"
 BATCH_FILE = "train.sbatch"
@@ -203,11 +204,11 @@ class RunState:
         write(self.folder / "state.json", asdict(state))
 
     def tell(self, event: str, text: str, **more: Any) -> None:
-        """Append to the story."""
+        """Append to the story, without credentials of URLs."""
         line = {"time": round(time.time(), 1), "event": event, "text": text, **more}
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "story.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(masked(json.dumps(line)) + "\n")
 
     def story(self) -> Iterator[dict[str, Any]]:
         """The lines of the story; a last one that was cut short is left out."""
@@ -303,11 +304,14 @@ def read_preflight(life_folder: Path) -> tuple[dict[str, str], str]:
 
 
 def write(path: Path, value: Any) -> None:
-    """Replace a JSON file at once, so that no reader and no crash finds half of it."""
+    """Replace a JSON file at once, so that no reader and no crash finds half of it.
+
+    Credentials in URLs are masked: others can read the run folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.uname().nodename}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
+        file.write(json.dumps(masked_values(value), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -65,3 +65,30 @@ def test_a_changed_file_of_the_same_size_is_noticed(tmp_path):
             os.utime(file, (seconds, seconds))
             fingerprints.append(file_fingerprint(f"{url}/a.txt"))
         assert fingerprints[0] != fingerprints[1]
+
+
+def test_credentials_of_urls_reach_no_file_and_no_message(
+    tmp_path, corpus, build_flags, shards, capfd
+):
+    """They may change between jobs, and before the jobs are joined."""
+    out = tmp_path / "out"
+    flags = [*build_flags, "--workers", 1, "--out", out]
+    bad = tmp_path / "served" / "b.jsonl"
+    bad.parent.mkdir()
+    bad.write_text('{"text": 3}\n')
+    (bad.parent / corpus.name).write_bytes(corpus.read_bytes())
+    with serve(bad.parent) as (url, _):
+        for job, secret in enumerate(["hunter2", "hunter3"]):
+            names = [f"{url}/{name}?token={secret}" for name in (corpus.name, bad.name)]
+            inputs = [*flags, "--input", *names]
+            assert run("build", *inputs, "--max-bad-share", 1, "--task", job, "--tasks", 2) == 0
+        assert run("merge", out) == 0
+        assert run("build", *inputs, "--max-bad-share", 1) == 0
+        assert "nothing to do" in capfd.readouterr().out.splitlines()[-1]
+        assert run("build", *flags, "--input", f"{url}/none.jsonl?token=hunter4") == 2
+    printed = capfd.readouterr()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert all(b"hunter" not in path.read_bytes() for path in files)
+    assert "hunter" not in printed.out + printed.err and "token=***" in printed.err
+    log = (out / "_work" / "malformed.log").read_text()
+    assert "b.jsonl?token=*** no text" in log

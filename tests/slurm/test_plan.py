@@ -93,6 +93,12 @@ def test_credentials_do_not_reach_the_run_file_of_a_job():
     assert "secret" not in str(caught.value)
 
 
+def test_a_batch_file_with_credentials_is_refused():
+    with pytest.raises(ConfigError, match=r"\(export A=https://\*\*\*@proxy/\)") as caught:
+        render(plan(setup=["export A=https://me:secret@proxy/"]))
+    assert "secret" not in str(caught.value)
+
+
 def test_every_checkpoint_of_a_run_is_looked_for_in_its_folder(tmp_path, monkeypatch):
     """Where they lie elsewhere the job would find none, and wait for ever."""
     monkeypatch.setattr(planning, "OWN_OF_A_NODE", ())  # in one of which the tests work

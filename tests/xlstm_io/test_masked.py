@@ -8,6 +8,8 @@ import yaml
 from pretrain.config import load_config, save_config
 from pretrain.supervision.progress_file import Progress, read_progress
 from pretrain.watching.history import append
+from slurm import cli as slurm
+from slurm.job.state import RunState, write
 from tests.dist.training_runs import tiny_run
 from xlstm_io.remote import masked, masked_values
 from xlstm_io.terminal import say, tell, until_nobody_reads
@@ -67,3 +69,13 @@ def test_files_of_a_run_are_masked(tmp_path):
     assert read_progress(tmp_path).checkpoint == "s3://***@bucket/run"
     for name in ("config.yaml", "progress.json", "history.jsonl"):
         assert "hunter2" not in (tmp_path / name).read_text(), name
+
+
+def test_files_and_messages_of_a_job_are_masked(tmp_path, capsys):
+    url = "s3://me:hunter2@bucket/run"
+    RunState(tmp_path).tell("start", f"from {url}")
+    write(tmp_path / "state.json", {"words": [url], "more": (url,)})
+    assert (tmp_path / "slurm" / "story.jsonl").read_text().count("s3://***@bucket/run") == 1
+    assert (tmp_path / "state.json").read_text().count("s3://***@bucket/run") == 2
+    assert slurm.run(["submit", "evaluate", url]) == 2
+    assert "s3://***@bucket/run" in capsys.readouterr().err
