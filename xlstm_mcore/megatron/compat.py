@@ -48,6 +48,9 @@ def fuse_weight_gradients() -> None:
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = _WeightGradients
         layers._grad_accum_fusion_available = True
+        layers.LinearWithGradAccumulationAndAsyncCommunication = _with_its_weight(
+            layers.LinearWithGradAccumulationAndAsyncCommunication
+        )
 
 
 class _WeightGradients:
@@ -57,6 +60,41 @@ class _WeightGradients:
     def wgrad_gemm_accum_fp32(inputs: Tensor, d_outputs: Tensor, main_grad: Tensor) -> None:
         """`main_grad += d_outputs.T @ inputs`."""
         add_product(main_grad, d_outputs.t(), inputs)
+
+
+def _with_its_weight(linear: Any) -> type:
+    """The autograd function of megatron-core's linear layers, whose backward has the parameter.
+
+    It marks the parameter whose gradient it has added. What autograd saved is another Python object
+    where hooks for saved tensors are in force, as they are under selective recompute. The parameter
+    would stay without a mark and a gradient, which DDP refuses when it overlaps the reduction.
+    """
+
+    class LinearWithItsWeight(linear):
+        @staticmethod
+        def forward(ctx, x, weight, *options):
+            ctx.weight = weight
+            return linear.forward(ctx, x, weight, *options)
+
+        @staticmethod
+        def backward(ctx, d_output):
+            return linear.backward(_Saved(ctx), d_output)
+
+    return LinearWithItsWeight
+
+
+class _Saved:
+    """A context of `LinearWithItsWeight`, with the parameter among the tensors that were saved."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor]:
+        return self._ctx.saved_tensors[0], self._ctx.weight
 
 
 def partition_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
