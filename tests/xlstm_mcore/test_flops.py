@@ -8,6 +8,7 @@ from tests.xlstm_mcore.test_presets import model
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.mixers import attention, kernel_calls, mlstm_classic
+from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.sizes.flops import (
     block_flops,
     chunkwise_cell_flops,
@@ -59,6 +60,8 @@ def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeyp
     # The convolution's taps are elementwise in our implementation, and the cells are replaced.
     expected = sum(parts[name] for name in ("projections", "feed_forward", "head"))
     assert forward.get_total_flops() == BATCH * LENGTH * expected
+    # RMSNorm sums its weight's gradient by a product, one multiplication for each number it reads.
+    expected += SMALL["hidden_size"] * sum(isinstance(part, Norm) for part in built.modules())
     assert backward.get_total_flops() == 2 * BATCH * LENGTH * expected
 
 
