@@ -1,4 +1,5 @@
-# make setup | make pretrain | make test | make test-peers; each sets itself up on a fresh machine.
+# make setup | make pretrain | make test | make test-peers | make gpu-proof; each sets itself up on a
+# fresh machine.
 #
 #   make pretrain                      7B-style model on text found on this machine
 #   make pretrain MODEL=classic        classic blocks, both cells, at [3:1]
@@ -59,7 +60,7 @@ setup-peers: .venv-peers/.installed
 	.venv-peers/bin/python $(INSTALL) -e '.[dev,eval]' -r tests/peers.txt
 	@touch $@
 
-# On a machine with a GPU: is it right, how fast is it, where does the time go. Seven minutes.
+# On a machine with a GPU: is it right, how fast is it, where does the time go. At most seven minutes.
 gpu-proof: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.gpu_proof --out $(PROOF)
 
