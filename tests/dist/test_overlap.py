@@ -24,7 +24,8 @@ TIED = {"model__tie_embeddings": True}
 NO_LOGITS = {"memory__logits_mib": 0}  # the head's weight is read without its matrix product
 MUON = {"optimizer__name": "muon", "engine__zero_stage": 0}
 HELD_OPEN = {"model__mlstm_input_gate": False, "model__mlstm_forget_gate": False}
-TP = {"layout__tensor": 2}
+SELECTIVE = {"memory__recompute": "selective"}
+TP_SP = {"layout__tensor": 2, "layout__sequence": True}
 PP = {"layout__pipeline": 2}
 VPP = {**PP, "layout__virtual": 2}
 # Several micro-batches of a replica. Clipping would carry the norm's rounding into the weights.
@@ -61,9 +62,9 @@ def compare(got, expected):
         pytest.param(2, {**BOTH, **TIED}, id="dp2-tied"),
         pytest.param(2, {**GRADIENTS, **HELD_OPEN}, id="dp2-gates-without-effect"),
         pytest.param(2, {**GRADIENTS, **MUON}, id="dp2-muon"),
-        pytest.param(2, {**BOTH, "engine__precision": "bf16"}, id="dp2-bf16"),
+        pytest.param(2, {**BOTH, **SELECTIVE, "engine__precision": "bf16"}, id="bf16-selective"),
         pytest.param(2, {**BOTH, "memory__recompute": "full"}, id="dp2-recompute"),
-        pytest.param(4, {**BOTH, **NO_LOGITS, **TP, "layout__sequence": True}, id="dp2-tp2-sp"),
+        pytest.param(4, {**BOTH, **NO_LOGITS, **SELECTIVE, **TP_SP}, id="tp2-sp-selective"),
         pytest.param(4, {**BOTH, **TIED, **PP}, id="dp2-pp2"),
         pytest.param(4, {**BOTH, **VPP}, id="dp2-pp2-vpp2"),
         pytest.param(2, {**BOTH, **VPP}, id="pp2-vpp2"),
