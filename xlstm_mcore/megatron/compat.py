@@ -4,6 +4,7 @@ They are tested with 0.16.1 and 0.19.2 (constraints/). No other module reaches i
 internals.
 """
 
+import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,7 @@ def release_hooks(chunk: Any) -> None:
     chunk.grad_accs.clear()
 
 
+@functools.cache
 def fuse_weight_gradients() -> None:
     """Let megatron-core's linear layers add their weights' gradients to the fp32 buffers.
 
@@ -48,9 +50,9 @@ def fuse_weight_gradients() -> None:
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = _WeightGradients
         layers._grad_accum_fusion_available = True
-        layers.LinearWithGradAccumulationAndAsyncCommunication = _with_its_weight(
-            layers.LinearWithGradAccumulationAndAsyncCommunication
-        )
+    layers.LinearWithGradAccumulationAndAsyncCommunication = _with_its_weight(
+        layers.LinearWithGradAccumulationAndAsyncCommunication
+    )
 
 
 class _WeightGradients:
