@@ -31,7 +31,7 @@ class StepWatcher:
 
     def due(self, step: int) -> bool:
         """Whether the step after which `step` steps are finished is watched."""
-        raise NotImplementedError
+        return False
 
     def __enter__(self) -> Self:
         return self
