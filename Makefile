@@ -45,6 +45,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 pretrain: $(INSTALLED)
 	@exec $(VENV)/bin/python -m pretrain demo --model $(MODEL) --steps $(STEPS) --work '$(WORK)' $(if $(NPROC),--nproc $(NPROC)) --text-field '$(TEXT_FIELD)' --vocab-size $(VOCAB) $(if $(DATA),--data '$(DATA)')
 
+# Test processes that work side by side have one core each: threads that spin while they wait for one
+# another double the time of small operations.
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
