@@ -90,7 +90,9 @@ class DeepSpeedEngine(ModelEngine):
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, a scalar; infinite where a gradient is not finite."""
-        return compat.gradient_norm(self.engine.optimizer)
+        norm = compat.gradient_norm(self.engine.optimizer)
+        self._norm_device = norm.device  # that of an offloaded optimizer is in host memory
+        return norm.to(self.layout.device, non_blocking=True)
 
     def gradients(self) -> Iterator[TensorSlice]:
         """The slices of the whole gradient that this rank counts; gathered one by one."""
@@ -117,7 +119,7 @@ class DeepSpeedEngine(ModelEngine):
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = verdict.grad_norm if accepted else torch.full_like(verdict.grad_norm, torch.inf)
-        with compat.known_norm(self.engine.optimizer, norm):
+        with compat.known_norm(self.engine.optimizer, norm.to(self._norm_device)):
             self.engine.step()
         assert self.engine.was_step_applied() == accepted
 
