@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", default="corners")
     options = parser.parse_args(argv)
     gpu = gpu_named(options.gpu)
-    files = options.files or [f for f in sorted(CONFIGS.glob("*.yaml")) if "cpu" not in f.name]
+    files = options.files or [f for f in sorted(CONFIGS.rglob("*.yaml")) if "cpu" not in f.name]
     failed = False
     print(f"{'run file':28}{'ranks':>7}{'peak GB':>9}{'free GB':>9}{'mismatches':>12}{'waits':>7}")
     for path in files:

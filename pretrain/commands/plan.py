@@ -57,9 +57,14 @@ def main(
         0, or `ExitCode.REFUTED` when no layout fits.
 
     Raises:
-        ConfigError: the GPU is not known, or there is none.
+        ConfigError: the GPU is not known, or there is none; or the engine is not Megatron's.
     """
     device = gpu_named(gpu)
+    if config.engine.name != "megatron":
+        raise ConfigError(
+            f"engine.name={config.engine.name} is not planned for: the plan's count of messages is "
+            "that of engine.name=megatron; use it, or `rehearse` a layout of your own"
+        )
     if gpus < 1:
         raise ConfigError(f"--gpus={gpus} leaves nothing to train on; use 1 or more")
     if network is not None:

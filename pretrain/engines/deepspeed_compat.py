@@ -153,6 +153,24 @@ def flat_partitions(optimizer: Any) -> list[Tensor]:
     raise AssertionError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
 
 
+def restart_numbers() -> None:
+    """Let the next engine of this process be numbered as the first one of a fresh process.
+
+    Stage 3 numbers modules and parameters from counters that live as long as the process, and its
+    ranks must agree on the numbers.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = Init.param_id = 0
+
+
+def gradient_buffers(optimizer: Any) -> list[Tensor]:
+    """The flat buffers of gradients that last for the whole run: those of stage 1 in bf16."""
+    return list(getattr(optimizer, "fp32_groups_gradients_flat", ()))
+
+
 def create_adam_state(optimizer: Any) -> None:
     """Allocate Adam's state now instead of at the first step, so that it can be loaded into.
 
@@ -290,5 +308,5 @@ def destroy(engine: Any) -> None:
     parameters = list(engine.module.parameters())
     engine.destroy()
     for parameter in parameters:
-        vars(parameter).clear()
         parameter.data = parameter.data.new_empty(0)
+        vars(parameter).clear()

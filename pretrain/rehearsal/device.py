@@ -90,13 +90,13 @@ class RehearsalMode(FakeTensorMode):
         if func is _ATEN._local_scalar_dense.default:
             value = args[0]
             if value.device.type == NAME:
-                self._wait("the value of a tensor")
+                self.wait("the value of a tensor")
             elif value.constant is not None:
                 return super().__torch_dispatch__(func, types, args, kwargs)
             return 0.0 if value.is_floating_point() else False if value.dtype == torch.bool else 0
         if func is _ATEN.nonzero.default:
             if args[0].device.type == NAME:
-                self._wait("where a tensor is not zero")
+                self.wait("where a tensor is not zero")
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)
         if func is _ATEN._pin_memory.default:
             return args[0].detach()
@@ -133,9 +133,10 @@ class RehearsalMode(FakeTensorMode):
         else:
             return
         if waits and source.device.type == NAME and target.device.type == "cpu":
-            self._wait("a copy of a tensor in host memory")
+            self.wait("a copy of a tensor in host memory")
 
-    def _wait(self, what: str) -> None:
+    def wait(self, what: str) -> None:
+        """Write down that the host waits for the device."""
         wait = HostWait(self.phase, what, caller_stack())
         # A list of values is read value by value here, and in one copy on a real device.
         if not self.record.waits or self.record.waits[-1] != wait:
@@ -160,9 +161,9 @@ class RehearsalMode(FakeTensorMode):
         if operation == "receive":
             self.meter.claim(tensors[0], MESSAGES, only=OTHER)
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-        self._write(operation, group, dtype, max(sizes.values()), peer, detail)
+        self.write(operation, group, dtype, max(sizes.values()), peer, detail)
 
-    def _write(
+    def write(
         self,
         operation: str,
         group: dist.ProcessGroup,
@@ -171,6 +172,7 @@ class RehearsalMode(FakeTensorMode):
         peer: int | None = None,
         detail: str = "",
     ) -> None:
+        """Write down a message; the arguments are those of `Message`."""
         name = f"{group.group_name} {group.group_desc}".removesuffix(" undefined")
         members = tuple(dist.get_process_group_ranks(group))
         self.record.messages.append(
@@ -181,20 +183,20 @@ class RehearsalMode(FakeTensorMode):
         """Collectives of Python objects: every other rank says what this one says."""
 
         def all_gather_object(found: list, value: Any, group: Any = None) -> None:
-            self._write("all_gather_object", group or dist.group.WORLD)
+            self.write("all_gather_object", group or dist.group.WORLD)
             found[:] = [value] * len(found)
 
         def gather_object(
             value: Any, found: list | None = None, dst: Any = None, group: Any = None, **root: Any
         ) -> None:
-            self._write("gather_object", group or dist.group.WORLD)
+            self.write("gather_object", group or dist.group.WORLD)
             if found is not None:
                 found[:] = [value] * len(found)
 
         def broadcast_object_list(
             values: list, src: Any = None, group: Any = None, *args: Any, **root: Any
         ) -> None:
-            self._write("broadcast_object_list", group or dist.group.WORLD)
+            self.write("broadcast_object_list", group or dist.group.WORLD)
 
         return {
             "all_gather_object": all_gather_object,
@@ -258,7 +260,7 @@ def as_rank(rank: int, world: int, mode: RehearsalMode) -> Iterator[None]:
 
     def written_new_group(ranks: Any = None, *args: Any, **options: Any) -> Any:
         members = list(range(world)) if ranks is None else list(ranks)
-        mode._write("new_group", dist.group.WORLD, detail=f"of ranks {members}")
+        mode.write("new_group", dist.group.WORLD, detail=f"of ranks {members}")
         return new_group(ranks, *args, **options)
 
     place = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"}

@@ -18,6 +18,7 @@ STATES = "cell states"
 LOGITS = "logits and loss"
 MESSAGES = "messages"
 BACKWARD = "backward pass"
+GATHERED = "gathered weights"  # of ZeRO stage 3, while a module needs them
 OTHER = "other"
 # What lasts for the whole run; a tensor of these kinds keeps its kind.
 LASTING = (WEIGHTS, GRADIENTS, OPTIMIZER)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -10,6 +11,8 @@ from pretrain import layout as layouts
 from pretrain.config import RunConfig, data_parallel_size
 from pretrain.config import micro_batches as of_a_step
 from pretrain.data import Batch
+from pretrain.engines import make_engine
+from pretrain.engines.base import Engine
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.layout import Layout
 from pretrain.rehearsal.device import RehearsalMode, as_rank
@@ -17,7 +20,6 @@ from pretrain.rehearsal.memory import claim_lasting, watch_model
 from pretrain.rehearsal.record import STEADY, RankRecord, SavedSlice
 from pretrain.trainer import train_step
 from xlstm_io.checkpoint.reader import TensorSlice
-from xlstm_io.errors import ConfigError
 
 
 def micro_batches(config: RunConfig, world: int) -> tuple[int, int]:
@@ -42,13 +44,8 @@ def rehearse_rank(
         steps_only: leave out evaluation, saving, loading and the step after it.
 
     Raises:
-        ConfigError: the engine cannot be rehearsed, or the world does not fit the layout.
+        ConfigError: the world does not fit the layout, or DeepSpeed is asked for and missing.
     """
-    if config.engine.name != "megatron":
-        raise ConfigError(
-            f"engine.name={config.engine.name} cannot be rehearsed: DeepSpeed runs kernels of its "
-            "own when it starts, which need a real device; use --engine.name megatron"
-        )
     started = time.perf_counter()
     record = RankRecord(rank, micro_batches=micro_batches(config, world))
     mode = RehearsalMode(record)
@@ -57,7 +54,7 @@ def rehearse_rank(
         layout = dataclasses.replace(layouts.start(config), backend="nccl")
         try:
             record.place = _place(layout)
-            with mode:
+            with _devices_of(config, mode), mode:
                 _run(config, layout, mode, record, steps_only)
         finally:
             layout.close()
@@ -71,11 +68,30 @@ def _place(layout: Layout) -> dict[str, int]:
     return {name: group.rank() for name, group in names.items()}
 
 
+def _devices_of(config: RunConfig, mode: RehearsalMode) -> AbstractContextManager:
+    """What the engine needs to find the device that does not exist."""
+    if config.engine.name == "megatron":
+        return nullcontext()
+    from pretrain.rehearsal.deepspeed import deepspeed_accelerator
+
+    return deepspeed_accelerator(mode)
+
+
+def _claim_lasting(mode: RehearsalMode, engine: Engine) -> None:
+    """Tell apart the kinds of memory that last for the whole run."""
+    if isinstance(engine, MegatronEngine):
+        claim_lasting(mode.meter, engine)
+    else:
+        from pretrain.rehearsal import deepspeed
+
+        deepspeed.claim_lasting(mode, engine)
+
+
 def _run(
     config: RunConfig, layout: Layout, mode: RehearsalMode, record: RankRecord, steps_only: bool
 ) -> None:
-    engine = MegatronEngine(config, layout)
-    claim_lasting(mode.meter, engine)
+    engine = make_engine(config, layout)
+    _claim_lasting(mode, engine)
     watch_model(mode.meter, engine.models)
 
     def step(phase: str) -> None:
@@ -94,7 +110,7 @@ def _run(
 
 
 def _save_and_load(
-    config: RunConfig, engine: MegatronEngine, mode: RehearsalMode, record: RankRecord
+    config: RunConfig, engine: Engine, mode: RehearsalMode, record: RankRecord
 ) -> None:
     mode.phase = "evaluation"
     engine.evaluate(_batches(config, 2))

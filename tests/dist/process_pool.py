@@ -157,15 +157,13 @@ def _destroy_deepspeed() -> None:
 def _forget_deepspeed_groups() -> None:
     """Drop what DeepSpeed keeps in globals about a run, for a process that joins another one.
 
-    Called after the groups themselves are destroyed. Stage 3 numbers modules and parameters from
-    counters that live as long as the process, and its ranks must agree on the numbers.
+    Called after the groups themselves are destroyed.
     """
     from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
+
+    from pretrain.engines import deepspeed_compat
 
     groups._release_process_group_references()
     comm.cdb = None
-    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    counter[0] = Init.param_id = 0
+    deepspeed_compat.restart_numbers()

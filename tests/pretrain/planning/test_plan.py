@@ -77,6 +77,9 @@ def test_the_network_of_the_nodes_is_part_of_the_plan(monkeypatch):
     assert [gpu.gbs_network for gpu in asked] == [50.0, 12.5], "a node's share of 8 GPUs"
     with pytest.raises(ConfigError, match="--network=0 sends nothing"):
         plan.main(config, gpus=16, gpu="h100", network=0.0)
+    zero = work.run_config("large", engine__name="deepspeed", engine__zero_stage=1)
+    with pytest.raises(ConfigError, match="is not planned for"):
+        plan.main(zero, gpus=16, gpu="h100")
 
 
 def test_stages_have_about_the_same_work():

@@ -7,6 +7,7 @@ of its own. What was found is printed as JSON.
 import json
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -214,4 +215,9 @@ def memory() -> list:
 if __name__ == "__main__":
     import_megatron()
     rehearsed.device()  # before the first backward pass, which counts the devices that there are
-    json.dump({"memory": memory(), "faults": faults()}, sys.stdout)
+    results = {"memory": memory(), "faults": faults()}
+    if find_spec("deepspeed"):
+        from tests.pretrain.rehearsal import deepspeed_cases
+
+        results["deepspeed"] = deepspeed_cases.found()
+    json.dump(results, sys.stdout)

@@ -10,6 +10,7 @@ from pretrain.commands.rehearse import chosen_ranks
 from pretrain.config import ConfigError
 from pretrain.rehearsal.gpus import gpu_named
 from tests.dist import work
+from tests.dist.needs import needs_deepspeed
 
 ROOT = Path(__file__).parents[3]
 
@@ -82,6 +83,49 @@ def test_memory_is_what_live_storages_take(results):
         for kind in ("weights", "gradients", "optimizer state"):
             assert real[kind] == rehearsed[kind] > 0, (case["model"], kind)
         assert rehearsed["activations"] == pytest.approx(real["activations"], rel=0.03), case
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2", "stage 3"])
+def test_the_engine_of_deepspeed_is_rehearsed_at_every_stage(results, stage):
+    found = results["deepspeed"]["stages"][stage]
+    assert found["mismatches"] == []
+    assert {"build", "step 1", "step 2", "evaluation", "step 3"} <= {*found["phases"]}
+    # One replica of two pipeline stages, or two replicas of one.
+    exchange = "send" if stage == "stage 1" else "all_gather"
+    assert {"all_reduce", exchange} <= {*found["operations"]}
+    # DeepSpeed reads the norm by itself, once to judge it and once to clip with it.
+    assert any("is_invalid_grad_norm" in place for _, place in found["waits"])
+    assert "no mismatch" in found["text"]
+
+
+@needs_deepspeed
+def test_zero_shares_out_what_each_stage_says(results):
+    """Weights in bf16; master weight and two moments in fp32, over two replicas."""
+    stages = results["deepspeed"]["stages"]
+    plain, gradients, weights = (stages[f"stage {stage}"]["held"] for stage in (1, 2, 3))
+    # One replica of two pipeline stages: nothing is shared out.
+    assert plain["optimizer state"] == pytest.approx(12 / 2 * plain["weights"], rel=0.01)
+    assert plain["gradients"] == pytest.approx(4 / 2 * plain["weights"], rel=0.01)
+    shared = gradients["optimizer state"] / gradients["weights"]
+    assert shared == pytest.approx(12 / 2 / 2, rel=0.01)
+    # Small weights stay whole at stage 3, beside this rank's partition of them.
+    assert weights["optimizer state"] / weights["weights"] == pytest.approx(12 / 2, rel=0.1)
+
+
+@needs_deepspeed
+def test_an_offloaded_optimizer_works_beside_a_device(results):
+    """The norm of gradients in host memory is judged on the device, and clips them on the host."""
+    found = results["deepspeed"]["offloaded"]
+    assert "optimizer state" not in found["held"] and found["steps"] >= 5
+
+
+@needs_deepspeed
+def test_faults_in_the_engine_of_deepspeed_are_found(results):
+    found = results["deepspeed"]["faults"]
+    (text,) = found["a sum that one rank alone asks for"]
+    assert "rank 0 and rank 1" in text and "norm_and_sum" in text
+    assert any("overlaps" in text for text in found["a slice that two ranks save"])
 
 
 def test_corners_are_all_places_of_the_first_and_last_replica():
