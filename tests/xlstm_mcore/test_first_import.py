@@ -1,10 +1,11 @@
-"""The first import of megatron-core leaves torch's compiler out, and what it compiles works."""
+"""The first import of megatron-core leaves out what is not used, and what it compiles works."""
 
 import subprocess
 import sys
 
 import torch
 
+from benchmarks import start_up
 from xlstm_mcore.megatron import first_import
 
 IMPORT = """
@@ -16,13 +17,22 @@ import_megatron()
 assert torch.compile is before
 import pretrain.trainer
 import pretrain.engines.megatron
-loaded = [name for name in ("torch._dynamo", "torch._inductor", "deepspeed") if name in sys.modules]
+unused = ("torch._dynamo", "torch._inductor", "deepspeed", "wandb", "tensorboard")
+loaded = [name for name in unused if name in sys.modules]
 assert not loaded, loaded
+import torch.utils.tensorboard  # is there when a run asks for it
 """
 
 
-def test_a_rank_starts_without_the_compiler():
+def test_a_rank_starts_without_the_compiler_and_without_logs_of_others():
     subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT], check=True, timeout=120)
+
+
+def test_imports_are_measured_in_fresh_processes():
+    found = start_up.measure_all({"little": "pass", "more": "import statistics, email.mime"}, 1)
+    (little, few), (more, many) = found.values()
+    assert 0 < little < 60 and 0 < more < 60 and few < many
+    assert start_up.RANK in start_up.ROWS
 
 
 def test_a_function_is_compiled_at_its_first_call_and_once():
