@@ -1,6 +1,5 @@
 """SIGKILL and SIGTERM at random moments of a run, by the dozen: nothing is lost."""
 
-import json
 import random
 import re
 import signal
@@ -9,12 +8,10 @@ import time
 import pytest
 
 from pretrain.checkpoint import find_latest
-from pretrain.watching.metrics import read_metrics
-from tests.dist.training_runs import Signal, TrainingRun, tiny_run
+from tests.dist.training_runs import Signal, TrainingRun, log_of, results, tiny_run
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import (
     MANIFEST_NAME,
-    METADATA_NAME,
     parse_manifest,
     step_folders,
     step_of_folder,
@@ -30,18 +27,6 @@ LIMIT_S = 120.0
 
 def run_of(folder, data):
     return tiny_run(folder, data, run__steps=STEPS, evaluation__interval=40)
-
-
-def log_of(folder):
-    path = folder / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
-
-
-def results(folder):
-    """Losses and gradient norms of all steps, and the hashes of the final checkpoint's blocks."""
-    log = {record["step"]: (record["loss"], record["grad_norm"]) for record in log_of(folder)}
-    blocks = json.loads((find_latest(folder) / METADATA_NAME).read_bytes())["tensors"]
-    return log, {name: sorted((r[0], r[1], r[4]) for r in rows) for name, rows in blocks.items()}
 
 
 def wait_for_steps(run, folder, steps):

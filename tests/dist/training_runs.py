@@ -17,9 +17,12 @@ from pathlib import Path
 from signal import SIG_DFL, SIGTERM, getsignal
 from typing import Any
 
+from pretrain.checkpoint import find_latest
 from pretrain.commands.launch import free_port
+from pretrain.watching.metrics import read_metrics
 from tests.warm_python.client import WarmProcess
 from tests.warm_python.start import ROOT, WarmPython
+from xlstm_io.checkpoint.manifest import METADATA_NAME
 
 
 def tiny_run(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
@@ -37,6 +40,22 @@ def tiny_run(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
         section, name = key.split("__")
         raw.setdefault(section, {})[name] = value
     return raw
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`; none before there is one."""
+    path = folder / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def results(folder: Path) -> tuple[dict[int, tuple[float, float]], dict[str, list]]:
+    """Losses and gradient norms of all steps, and the hashes of the final checkpoint's blocks."""
+    records = log_of(folder)
+    log = {one["step"]: (one["loss"], one["grad_norm"]) for one in records if "loss" in one}
+    newest = find_latest(folder)
+    assert newest is not None, f"{folder} has no checkpoint"
+    blocks = json.loads((newest / METADATA_NAME).read_bytes())["tensors"]
+    return log, {name: sorted((r[0], r[1], r[4]) for r in rows) for name, rows in blocks.items()}
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,19 @@ RUN_ELSEWHERE = {
             " shards --work beside --hidden 128 --blocks 2 --batch 8 --figure losses.png",
         )
     },
+    **{
+        f"python -m tests.long_runs.{words}": ("tests/long_runs/test_long_runs.py", evidence)
+        for words, evidence in (
+            ("soak", "soak.soak("),
+            ("soak --work soak", "soak.soak("),
+            ("precision", "precision.compare("),
+            ("precision shards --work precision", "precision.compare("),
+        )
+    },
+    "python -m benchmarks.start_up": (
+        "tests/xlstm_mcore/test_first_import.py",
+        "start_up.measure_all(",
+    ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
