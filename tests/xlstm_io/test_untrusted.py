@@ -1,5 +1,6 @@
 """A name that a file says leads nowhere but into its own folder, whoever reads or writes it."""
 
+import gc
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from pretrain.data.cache import CacheSettings
 from tests.xlstm_io.conftest import change_manifest
 from xlstm_io.checkpoint.manifest import manifest_checksum, read_manifest
 from xlstm_io.errors import CheckpointError, ShardFormatError, TokenizerFileError, UserError
+from xlstm_io.shards import manifest as manifest_module
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest
 from xlstm_io.shards.shard import ShardReader
@@ -205,6 +207,22 @@ def test_a_hash_that_is_none_is_one_message(shards, value):
         ShardFormatError, match=r"shards\[1\]\.xxh3=.* must be 16 hexadecimal digits"
     ):
         load_manifest(shards)
+
+
+def test_a_manifest_is_read_without_a_search_for_cycles(shards, monkeypatch):
+    """The search takes longer than the reading where there are many shards."""
+    meanwhile, inner = [], manifest_module.checked
+
+    def recorded(*words, **options):
+        meanwhile.append(gc.isenabled())
+        return inner(*words, **options)
+
+    monkeypatch.setattr(manifest_module, "checked", recorded)
+    load_manifest(shards)
+    change_manifest(shards, lambda fields: fields.update(seq_len=-1))
+    with pytest.raises(ShardFormatError):
+        load_manifest(shards)
+    assert meanwhile == [False, False] and gc.isenabled()
 
 
 def test_two_shards_of_one_file_are_an_error(shards):

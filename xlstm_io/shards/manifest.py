@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.json_file import StrictModel, checked, read_json, without_collections
 from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import shortened
 from xlstm_io.tokenizer.base import TOKENIZER_FILES
@@ -237,6 +237,7 @@ def write_manifest(root: Path, fields: dict[str, Any]) -> Manifest:
     return manifest
 
 
+@without_collections()
 def load_manifest(path: str | os.PathLike) -> Manifest:
     """Read and check the manifest of a shard folder (`path`: the folder or the file itself).
 
