@@ -50,6 +50,16 @@ def _grace(config: RunConfig) -> list[str]:
     ]
 
 
+def _unwatched(config: RunConfig) -> list[str]:
+    """What nobody notices, where nobody watches."""
+    if config.guard.hang_timeout != 0:
+        return []
+    return [
+        "watchdog          off (guard.hang_timeout=0): nobody notices a rank or a worker of the "
+        "loader that stands still, and the run waits for it"
+    ]
+
+
 def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     """Model, batch and layout in a few lines; with `world_size`, how the processes are used."""
     model, data, layout = config.model, config.data, config.layout
@@ -104,6 +114,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",
         *_grace(config),
+        *_unwatched(config),
         f"data              {', '.join(s.path for s in data.mixture)}",
     ]
     return "\n".join(lines)

@@ -105,6 +105,11 @@ def test_describe_says_how_processes_are_used():
     assert "tokens per step   4,096" in text
 
 
+def test_describe_says_that_nobody_watches():
+    assert "watchdog          off" in describe_run(config(guard__hang_timeout=0))
+    assert "watchdog" not in describe_run(config())
+
+
 def test_configuration_needs_no_torch():
     code = (
         "import sys, pretrain.config, pretrain.cli, pretrain.commands.launch; "
