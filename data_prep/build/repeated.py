@@ -11,6 +11,9 @@ from xlstm_io.storage import temporary_path
 BUCKET_ROWS = 1 << 20
 """About how many texts are compared at a time."""
 
+_HELD_ROWS = 1 << 18
+"""About how many texts are spread over the buckets at a time."""
+
 _MAX_BUCKETS = 1 << 10
 
 
@@ -34,8 +37,7 @@ def find_repeated(
     folder.mkdir(parents=True)
     shift = np.uint64(64 - (buckets.bit_length() - 1))
     try:
-        for part in parts:
-            table = _table(*part)
+        for table in _tables(parts):
             bucket = (table[:, 0] >> shift).astype(np.int64)
             order = np.argsort(bucket, kind="stable")
             table, bucket = table[order], bucket[order]
@@ -47,6 +49,20 @@ def find_repeated(
             yield _repeated_in(np.fromfile(path, np.uint64).reshape(-1, 3))
     finally:
         shutil.rmtree(folder)
+
+
+def _tables(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
+    """The parts in order, many together: small files would write a few rows into each bucket."""
+    held: list[np.ndarray] = []
+    rows = 0
+    for part in parts:
+        held.append(_table(*part))
+        rows += len(held[-1])
+        if rows >= _HELD_ROWS:
+            yield np.concatenate(held)
+            held, rows = [], 0
+    if held:
+        yield np.concatenate(held)
 
 
 def _table(numbers: np.ndarray, hashes: np.ndarray) -> np.ndarray:

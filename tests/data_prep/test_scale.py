@@ -30,6 +30,7 @@ def test_a_plan_over_many_files_drops_what_repeats(tmp_path, monkeypatch):
     found = []
     for rows in (1 << 20, 100):
         monkeypatch.setattr("data_prep.build.repeated.BUCKET_ROWS", rows)
+        monkeypatch.setattr("data_prep.build.repeated._HELD_ROWS", rows + 250)  # of some files
         folder = tmp_path / str(rows)
         folder.mkdir()
         found.append(measure(4000, 40, folder))
