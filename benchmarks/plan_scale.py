@@ -49,6 +49,7 @@ def measure(documents: int, files: int, folder: Path) -> dict[str, float]:
     Returns:
         seconds: CPU seconds of the plan.
         peak: most memory of this process so far, in bytes.
+        disk: bytes of the scans and of the plan.
         dropped: documents that were left out.
         shards: planned shards.
     """
@@ -61,6 +62,7 @@ def measure(documents: int, files: int, folder: Path) -> dict[str, float]:
     return {
         "seconds": time.process_time() - start,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "disk": sum(path.stat().st_size for path in folder.rglob("*")),
         "dropped": sum(plan.dropped["web"].values()),
         "shards": len(plan.shards),
     }
@@ -78,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{options.documents:,} documents in {options.files:,} files: {found['seconds']:.1f} CPU s "
         f"({1e6 * found['seconds'] / options.documents:.2f} us each), peak of "
-        f"{found['peak'] / 1e6:.0f} MB, {found['dropped']:,} repeated, {found['shards']:,} shards"
+        f"{found['peak'] / 1e6:.0f} MB, {found['disk'] / options.documents:.1f} bytes each on "
+        f"disk, {found['dropped']:,} repeated, {found['shards']:,} shards"
     )
 
 
