@@ -2,7 +2,8 @@
 
 import sys
 
-from data_prep.cli import main
-
 if __name__ == "__main__":
+    # Here, because every worker process imports this module, and needs no command.
+    from data_prep.cli import main
+
     sys.exit(main())
