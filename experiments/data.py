@@ -14,7 +14,7 @@ from experiments.definition import Cell, ShardsData, TaskData, TextData
 from experiments.grid import Claim, Grid
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.terminal import say
 
 TRAINING_FOLDER = "train"
@@ -102,7 +102,7 @@ def _link(data: ShardsData, link: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         link.unlink(missing_ok=True)  # one that leads nowhere
-        link.symlink_to(shards.resolve(), target_is_directory=True)
+        link.symlink_to(absolute(shards), target_is_directory=True)
 
 
 def _sources(packages: Sequence[str]) -> list[dict[str, str]]:

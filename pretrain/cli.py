@@ -42,6 +42,7 @@ from xlstm_io.errors import (
     exit_code_of,
 )
 from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
+from xlstm_io.storage import absolute
 from xlstm_io.terminal import say, tell, until_nobody_reads
 
 OVERRIDES_HELP = (
@@ -195,7 +196,7 @@ def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
             f"--fresh renames run.dir={folder}, but checkpoint.dir={config.checkpoint.dir} lies "
             "elsewhere; give both other names"
         )
-    if Path(options.config).resolve().is_relative_to(folder.resolve()):
+    if absolute(options.config).is_relative_to(absolute(folder)):
         raise ConfigError(
             f"--fresh renames run.dir={folder}, and {options.config} lies in it; copy the run file "
             "to another place and start that"

@@ -44,6 +44,7 @@ from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
 from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
+from xlstm_io.storage import absolute
 
 
 def train_step(
@@ -355,6 +356,7 @@ class Trainer:
     def _state_to_save(self) -> dict[str, Any]:
         """The training state of a checkpoint; called by all ranks."""
         manifest = self.data.manifest
+        tokenizer = str(absolute(manifest.tokenizer_path))
         if self.config.data.on_corrupt == "quarantine":
             for rows in self.layout.gather(self.loader.quarantine.rows):
                 self.loader.quarantine.merge(rows)
@@ -365,10 +367,7 @@ class Trainer:
             "curve": self.start.curve.to_dict(),
             "divergence": self.divergence.to_dict(),
             "cursor": self.loader.cursor.to_dict(),
-            "tokenizer": {
-                "path": str(Path(manifest.tokenizer_path).resolve()),
-                "sha256": manifest.tokenizer_sha256,
-            },
+            "tokenizer": {"path": tokenizer, "sha256": manifest.tokenizer_sha256},
         }
 
     def _fence(self) -> None:

@@ -34,6 +34,15 @@ def location(path: Location | str) -> Location:
     return RemotePath(text) if is_remote(text) else Path(text)
 
 
+def absolute(path: str | os.PathLike) -> Path:
+    """A local path from the root of the file system on, without links and `..`.
+
+    A loop of links is left as it is, and whoever opens the path says so in words. `Path.resolve`
+    raises RuntimeError for one before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
 def is_folder(path: Location) -> bool:
     """Whether there is a folder (on an object store: anything below that prefix)."""
     if isinstance(path, Path):

@@ -32,7 +32,7 @@ from xlstm_io.errors import PrepError
 from xlstm_io.json_file import StrictModel, checked, read_json
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, place_of
 from xlstm_io.shards.shard import check_size, entry_is_there
-from xlstm_io.storage import file_size, replacing, temporary_path, write_atomic
+from xlstm_io.storage import absolute, file_size, replacing, temporary_path, write_atomic
 from xlstm_io.terminal import counted
 from xlstm_io.untrusted import LIMITS
 
@@ -98,7 +98,7 @@ def load_earlier(out: Path) -> Earlier | None:
     sound = size == note.documents * _HASH_BYTES and _hash_of(work / _HASHES) == note.hashes_xxh3
     if not sound or manifest.hash != note.hash:
         raise PrepError(f"{work}: what is known of the extended folder is damaged; {remedy}")
-    manifest._root = out.resolve()
+    manifest._root = absolute(out)
     return Earlier(manifest, note.stamps, work / _HASHES, note.documents)
 
 
@@ -130,9 +130,9 @@ def take_over(out: Path, config: BuildConfig, settings: dict[str, Any]) -> Earli
         if known.manifest.hash != manifest.hash:
             raise PrepError(f"{out} extends another folder than {folder}; choose another --out")
         return known
-    if (out / "_work" / STATE_NAME).exists() and folder.resolve() != out.resolve():
+    if (out / "_work" / STATE_NAME).exists() and absolute(folder) != absolute(out):
         raise PrepError(f"{out} holds a build that does not extend {folder}; choose another --out")
-    if folder.resolve() == out.resolve():
+    if absolute(folder) == absolute(out):
         raise PrepError(f"--extends {folder} is --out; a run may use it: choose another --out")
     state = load_state(folder)
     if state is None:

@@ -18,7 +18,7 @@ from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import CheckpointError, ConfigError, UserError
-from xlstm_io.storage import Location, location
+from xlstm_io.storage import Location, absolute, location
 from xlstm_io.terminal import counted
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -168,7 +168,7 @@ def _disk(config: RunConfig) -> list[str]:
         return []
     size, kept = checkpoint_bytes(config), checkpoints_kept(config)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    existing = next(path for path in (absolute(folder), *absolute(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
     needed = max(0, size * kept - there)
     words = f"{kept} checkpoints of {_as_size(size)}"

@@ -14,7 +14,6 @@ repeats nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pretrain.data.cache import CacheSettings
 from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows
 from pretrain.data.order import Order, RowOrder, WindowOrder, derive_seed
 from xlstm_io.shards.manifest import Manifest
+from xlstm_io.storage import absolute
 
 _SAME = ("tokenizer.sha256", "dtype", "bos_id", "eos_id", "pad_id")
 
@@ -261,7 +261,7 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
 def _cache(data: DataConfig) -> CacheSettings | None:
     if data.cache_dir is None:
         return None
-    return CacheSettings(Path(data.cache_dir).resolve(), int(data.cache_gb * 1e9))
+    return CacheSettings(absolute(data.cache_dir), int(data.cache_gb * 1e9))
 
 
 def _phases(data: DataConfig) -> Iterable[Phase]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.report.runs import RunRecord
 from xlstm_io.errors import UserError
+from xlstm_io.storage import absolute
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +145,7 @@ def source_figure(runs: Sequence[RunRecord]) -> bytes | None:
 
 def name_of(run: RunRecord) -> str:
     """What a run is called in figures and tables: its folder's name."""
-    return run.folder.resolve().name
+    return absolute(run.folder).name
 
 
 def _draw_baselines(run: RunRecord, axes: "Axes") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.config import RunConfig
 from pretrain.watching.history import note, now
-from xlstm_io.storage import Location
+from xlstm_io.storage import Location, absolute
 from xlstm_io.terminal import tell
 
 LIMIT_S = 30.0  # a batch system kills soon after its signal
@@ -71,9 +71,9 @@ def report(
     if config.run.on_event is None:
         return
     if isinstance(checkpoint, Path):
-        checkpoint = checkpoint.resolve()  # the command may look from elsewhere
+        checkpoint = absolute(checkpoint)  # the command may look from elsewhere
     about = {
-        "run": str(Path(config.run.dir).resolve()),
+        "run": str(absolute(config.run.dir)),
         "step": step,
         "steps": config.run.steps,
         "life": life,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from pretrain.config import RunConfig
 from pretrain.run_folder import TENSORBOARD_DIR, WANDB_ID_FILE
+from xlstm_io.storage import absolute
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class WandbWriter:
             self._run = wandb.init(
                 project=options.project,
                 entity=options.entity,
-                name=options.name or folder.resolve().name,
+                name=options.name or absolute(folder).name,
                 id=_identity(folder),
                 resume="allow",
                 dir=str(folder),

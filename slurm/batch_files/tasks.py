@@ -27,7 +27,7 @@ from slurm.batch_files.site import Site
 from slurm.job.state import FOLDER, HEALTH_FILE, POLICY_FILE, RUN_FILE, read_json
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.errors import ConfigError, UserError
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.yaml_file import read_yaml
 
 SIGNAL_S = 120  # before the time limit; data preparation stops at once and keeps what is finished
@@ -161,7 +161,7 @@ def _check_checkpoints_lie_in(run: Path) -> None:
     """Nothing where a run has its checkpoints in its folder, as far as its last job says."""
     own = run / CHECKPOINTS_FOLDER
     folder = read_json(run / FOLDER / POLICY_FILE).get("checkpoints", str(own))
-    if folder is None or Path(folder).resolve() != own.resolve():
+    if folder is None or absolute(folder) != absolute(own):
         raise ConfigError(
             f"checkpoint.dir of {run} is {folder or 'on an object store'}, and --every-checkpoint "
             f"looks into {own}; evaluate its checkpoints one by one"

@@ -99,6 +99,14 @@ def test_files_have_one_purpose_and_say_it(package, path):
     assert lines <= limit, f"{path} has {lines} lines: has it more than one purpose?"
 
 
+def test_a_loop_of_links_raises_nowhere():
+    """`Path.resolve` raises RuntimeError for one before Python 3.13, `storage.absolute` never."""
+    for source in SOURCES:
+        _, path = source.values
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert ".resolve()" not in line or "__file__" in line, f"{path}: {line.strip()}"
+
+
 def test_kernels_is_no_package():
     """A top-level ``kernels`` package would shadow Hugging Face's of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -12,6 +12,7 @@ from xlstm_io import storage
 from xlstm_io.errors import PrepError
 from xlstm_io.remote import RemotePath, file_system, is_remote, os_errors
 from xlstm_io.storage import (
+    absolute,
     file_size,
     location,
     open_file,
@@ -207,3 +208,13 @@ def test_a_file_in_an_archive_has_a_file_system(tmp_path):
     fsspec.filesystem("memory").pipe_file("/archives/x.zip", memory.getvalue())
     fs, name = file_system("zip://a.txt::memory://archives/x.zip")
     assert name == "a.txt" and fs.cat_file(name) == b"text"
+
+
+def test_links_are_followed_and_a_loop_is_left_to_whoever_opens_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "loop").symlink_to("loop")
+    assert absolute(tmp_path / "link" / ".." / "link") == tmp_path.resolve() / "folder"
+    assert absolute(tmp_path / "loop" / "a").name == "a"
+    with pytest.raises(OSError):
+        read_file(absolute(tmp_path / "loop"), 10)

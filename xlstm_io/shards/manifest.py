@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.json_file import StrictModel, checked, read_json, without_collections
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.terminal import shortened
 from xlstm_io.tokenizer.base import TOKENIZER_FILES
 from xlstm_io.untrusted import LIMITS, check_names, inside
@@ -233,7 +233,7 @@ def write_manifest(root: Path, fields: dict[str, Any]) -> Manifest:
     fields["checksum"] = _digest(fields, "checksum")
     manifest = Manifest.model_validate(fields)
     write_atomic(root / MANIFEST_NAME, json.dumps(fields, indent=1).encode() + b"\n")
-    manifest._root = root.resolve()
+    manifest._root = absolute(root)
     return manifest
 
 
@@ -285,5 +285,5 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     check_names([manifest.tokenizer.path, *names], named_in=file, error=ShardFormatError)
     if len(set(names)) < len(names):
         raise ShardFormatError(f"{file} names a file for two shards; rebuild the shards")
-    manifest._root = file.parent.resolve()
+    manifest._root = absolute(file.parent)
     return manifest
