@@ -101,6 +101,16 @@ def test_not_a_model(tmp_path):
         open_tokenizer(tmp_path)
 
 
+def test_a_model_with_a_piece_that_is_no_text_is_refused(tokenizer_dir, tmp_path):
+    """SentencePiece takes it, and raises when a model generates the piece."""
+    data = (tokenizer_dir / "tokenizer.model").read_bytes()
+    piece = open_tokenizer(tokenizer_dir).token(300).encode()
+    assert data.count(piece) and len(piece) > 1
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(piece, b"\x80" * len(piece)))
+    with pytest.raises(TokenizerFileError, match="is not a SentencePiece model"):
+        open_tokenizer(tmp_path)
+
+
 def test_sample_is_bounded_and_independent_of_order(tmp_path):
     texts = make_texts(200)
     forward = write_jsonl(tmp_path / "a.jsonl", texts)

@@ -32,6 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Raises:
         RuntimeError: it is not a model.
+        UnicodeDecodeError: one of its pieces is not UTF-8.
     """
 
     kind = "sentencepiece"
@@ -40,6 +41,8 @@ class SentencePieceTokenizer(Tokenizer):
         model = files[SENTENCEPIECE_NAME]
         super().__init__(path, {SENTENCEPIECE_NAME: model})
         self._processor = spm.SentencePieceProcessor(model_proto=model)
+        # SentencePiece takes pieces that are not UTF-8, and raises when one of them is used.
+        self._processor.id_to_piece(list(range(self.vocab_size)))
         self.bos_id = _id_or_none(self._processor.bos_id())
         self.eos_id = _id_or_none(self._processor.eos_id())
         self.pad_id = _id_or_none(self._processor.pad_id())
