@@ -78,8 +78,8 @@ def _tries_of_a_child(
                 told += data
             line, ended, told = told.partition(b"\n")
             if not ended:
-                yield Outcome(CRASHED, _end_of(child, late, seconds))
-                child = 0
+                child, dead = 0, child
+                yield Outcome(CRASHED, _end_of(dead, late, seconds))
                 return
             yield Outcome(*json.loads(line))
     finally:
