@@ -21,6 +21,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 # The gradient has the inverse of its square, which fp32 must hold.
 SoftCap = Annotated[float, Field(ge=1e-3)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Every cache has room for them.
+Sinks = Annotated[int, Field(ge=0, le=1024)]
 
 
 def _readable(pattern: str) -> str:
@@ -107,6 +109,10 @@ class ModelConfig(Section):
     """*: heads of attention; null for num_heads"""
     attention_kv_heads: PositiveInt | None = None
     """*: heads of k and v, each shared by several of q (grouped-query); null for attention_heads"""
+    attention_window: PositiveInt | None = None
+    """*: tokens of its document that a token sees, itself and the last ones; null for all"""
+    attention_sinks: Sinks = 0
+    """*: first tokens of a document that are seen from outside the window too"""
     rotary_base: PositiveFloat = 10_000.0
     """*: base of the rotary positions' wavelengths"""
     round_up_to: PositiveInt = 64

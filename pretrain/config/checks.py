@@ -97,6 +97,12 @@ def _attention(config: RunConfig) -> Iterator[str]:
             f"model.{key}={heads} does not cut model.hidden_size={hidden} into heads of an even "
             f"width, which the rotary positions of * need; {works}"
         )
+    if model.attention_sinks and model.attention_window is None:
+        yield (
+            f"model.attention_sinks={model.attention_sinks} are seen from outside a window, and "
+            "model.attention_window=null lets * see all tokens; set model.attention_window, or "
+            "leave the sinks out"
+        )
     if heads % kv_heads:
         yield (
             f"model.attention_kv_heads={kv_heads} does not divide the {heads} heads of * "

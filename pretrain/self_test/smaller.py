@@ -33,6 +33,8 @@ def smaller(config: RunConfig, world_size: int) -> RunConfig:
     model["vocab_size"] = min(config.model.vocab_size, VOCABULARY * layout.tensor)
     model["vocab_tokens"] = None
     data["seq_len"] = min(data["seq_len"], TOKENS_PER_RANK * layout.tensor * layout.context)
+    if config.model.attention_window is not None:  # shorter than a row, as before
+        model["attention_window"] = min(config.model.attention_window, data["seq_len"] // 4 or 1)
     data["micro_batch"] = min(data["micro_batch"], MICRO_BATCH)
     data["batch_ramp"] = []
     replicas = data_parallel_size(config, world_size)

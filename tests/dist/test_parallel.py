@@ -52,6 +52,7 @@ CASES = [
     ("classic", "pp2_tp2_sp", {"memory__logits_mib": 0, "memory__recompute": "full"}),
     ("mixed", "tp2_sp", {"memory__recompute": "selective"}),
     ("hybrid", "cp2", {"memory__logits_mib": 0}),
+    ("hybrid", "cp2", {"model__attention_window": 5, "model__attention_sinks": 2}),
     ("classic", "cp2_tp2_sp", {"memory__recompute": "selective"}),
     ("large", "cp2", {"memory__recompute": "full"}),
     ("hybrid", "pp2", {}),

@@ -49,6 +49,7 @@ CHOICES = {
     "mlstm_input_gate": (True, False),
     "slstm_forget_gate": ("sigmoid", "exp"),
     "attention_kv_heads": (2, None),
+    "attention_window": (None, 5),
     "rotary_base": (10_000.0, 500.0),
     "round_up_to": (8, 64),
 }

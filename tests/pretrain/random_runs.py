@@ -91,6 +91,8 @@ def draw(seed: int) -> tuple[dict[str, Any], int, int]:
             slstm_forget_gate=some("sigmoid", "exp"),
             attention_heads=some(None, heads, 1, 2, 4, 8),
             attention_kv_heads=some(None, 1, 2, 4, tensor * context),
+            attention_window=some(None, 1, 3, 100),
+            attention_sinks=some(0, 0, 2),
             rotary_base=some(1.0, 10_000.0),
             dropout=some(0.0, 0.1, 0.99),
             chunk_size=some(None, 1, 3, 16, 64, 100),

@@ -44,6 +44,10 @@ def test_every_broken_rule_is_in_one_message():
             {"model__pattern": "M*", "model__attention_kv_heads": 2, "layout__tensor": 4},
             "layout.context=1 does not divide model.attention_kv_heads=2, the heads of k and v",
         ),
+        (
+            {"model__pattern": "M*", "model__attention_sinks": 4},
+            "model.attention_window=null lets * see all tokens; set model.attention_window, or",
+        ),
         ({"model__pattern": "MM|MM"}, "has 2 stages, but layout.pipeline=1"),
         (
             {"engine__name": "deepspeed", "engine__offload": "optimizer", "logging__cells": 5},

@@ -180,10 +180,15 @@ def attention(x, w, config, boundaries):
             for head in range(heads):
                 kv = head * kv_heads // heads
                 here = turned(q, t, head)
-                seen = range(first, t + 1)
+                window = config.attention_window or x.shape[1]
+                seen = [
+                    j
+                    for j in range(first, t + 1)
+                    if t - j < window or j - first < config.attention_sinks
+                ]
                 scores = [(here * turned(k, j, kv).conj()).real.sum() / d**0.5 for j in seen]
                 chance = torch.softmax(torch.stack(scores), dim=0)
-                outs.append(chance @ v[row, first : t + 1, kv])
+                outs.append(chance @ v[row, seen, kv])
             tokens.append(torch.cat(outs))
         rows.append(torch.stack(tokens))
     return torch.stack(rows) @ w("out_proj.weight").T

@@ -3,6 +3,8 @@
 The equations are compared in test_model.py, layouts in tests/dist/test_parallel.py.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from xlstm_mcore.mixers.attention import (
     rotary_angles,
     rotate,
 )
+from xlstm_mcore.mixers.attention_span import Span, visible
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +27,7 @@ def groups():
     return single_process_groups()
 
 
-def make(groups, dtype=torch.float64):
+def make(groups, dtype=torch.float64, **keys):
     config = make_config(
         {
             "pattern": "*",
@@ -32,6 +35,7 @@ def make(groups, dtype=torch.float64):
             "num_heads": 4,
             "attention_kv_heads": 2,
             "vocab_size": 8,
+            **keys,
         }
     )
     config.params_dtype = dtype
@@ -81,10 +85,14 @@ def test_nothing_passes_a_boundary(groups):
     assert x.grad[4:7].abs().sum(-1).all()
 
 
-@pytest.mark.parametrize("steps", [(20,), (1,) * 20, (7, 1, 12), (1, 19)])
-def test_a_cache_may_be_fed_in_any_portions_with_boundaries(groups, steps):
+WINDOWS = [(1, 0), (1, 3), (2, 1), (4, 0), (3, 5), (30, 2)]
+
+
+@pytest.mark.parametrize("steps", [(20,), (1,) * 20, (7, 1, 12), (1, 19), (9, 2, 1, 8)])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), *WINDOWS])
+def test_a_cache_may_be_fed_in_any_portions_with_boundaries(groups, steps, window, sinks):
     """Rows whose documents begin at different places, as with padded prompts."""
-    mixer = make(groups)
+    mixer = make(groups, attention_window=window, attention_sinks=sinks)
     x, marks = torch.randn(20, 2, 24, dtype=torch.float64), boundaries_of(ROWS, 20)
     with torch.no_grad():
         whole = mixer(x, marks)
@@ -94,7 +102,45 @@ def test_a_cache_may_be_fed_in_any_portions_with_boundaries(groups, steps):
             parts.append(mixer(x[done : done + n], here if here.any() else None, cache))
             done += n
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-13)
-    assert cache["k"][:, :, : cache["length"]].shape == (2, 2, 20, 6)
+    assert cache["length"] == 20
+    if window is None:
+        assert cache["k"][:, :, :20].shape == (2, 2, 20, 6)
+    else:
+        assert cache["length"] - cache["first"] < 2 * window
+
+
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize("length", [1, 2, 7, 12, 13])
+def test_a_window_equals_a_mask_over_all_pairs(window, sinks, length):
+    q = torch.randn(2, length, 6, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, length, 2, 4, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    weight = torch.randn(2, length, 6, 4, dtype=torch.float64)
+    place = torch.arange(length)
+    seen = place[:, None] - place
+    seen = (seen >= 0) & ((seen < window) | (place < sinks))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(3, dim=2)) / 2
+    chance = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    want = torch.einsum("bhij,bjhd->bihd", chance, v.repeat_interleave(3, dim=2))
+    got = attend(q, k, v, None, Span(window, sinks))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_what_a_token_sees_is_counted_from_the_start_of_its_document():
+    key = torch.arange(12)
+    seen = visible(torch.tensor(9), key, torch.tensor(2), Span(3, 2))
+    assert key[seen].tolist() == [2, 3, 7, 8, 9]
+
+
+def test_a_cache_with_a_window_never_grows(groups):
+    mixer = make(groups, attention_window=4, attention_sinks=2)
+    cache, rooms = {"capacity": 1000}, set()
+    with torch.no_grad():
+        for tokens in (1, *[1] * 40, 30, *[1] * 20):
+            mixer(torch.randn(tokens, 1, 24, dtype=torch.float64), None, cache)
+            rooms.add(cache["k"].shape[2])
+    assert rooms == {2 + 2 * 4}
 
 
 def test_a_cache_of_known_capacity_is_never_moved(groups):
@@ -112,10 +158,13 @@ def test_a_cache_of_known_capacity_is_never_moved(groups):
 
 
 def test_no_square_matrix_is_kept_or_made(groups):
-    """Memory stays linear in the row's length, with and without boundaries."""
-    mixer = make(groups, torch.float32)
+    """Memory stays linear in the row's length, with and without boundaries and a window."""
+    whole = make(groups, torch.float32)
+    windows = make(groups, torch.float32, attention_window=16, attention_sinks=2)
     length = 512
-    for boundaries in (None, boundaries_of([[3, 100]], length)):
+    for mixer, boundaries in itertools.product(
+        (whole, windows), (None, boundaries_of([[3, 100]], length))
+    ):
         largest = 0
 
         def note(t):

@@ -10,6 +10,7 @@ from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.mixers import attention, kernel_calls, mlstm_classic
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.sizes.flops import (
+    attended_pairs,
     block_flops,
     chunkwise_cell_flops,
     forward_flops,
@@ -47,7 +48,7 @@ def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeyp
     monkeypatch.setattr(kernel_calls, "slstm_scan", elementwise_slstm)
     monkeypatch.setattr(kernel_calls, "lstm_scan", elementwise_slstm)
     monkeypatch.setattr(mlstm_classic, "TILE", 1)  # products with the zeros in a tile do not count
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries: q * k * v)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries, span: q * k * v)
     groups = single_process_groups()
     config = make_config({**SMALL, "pattern": pattern, "tie_embeddings": tied})
     (built,) = build_model(config, groups, seed=0)
@@ -113,16 +114,31 @@ def test_state_of_the_7b_is_table_3():
 def test_attention_is_counted_by_the_mean_of_what_a_token_sees():
     shape = model(pattern="M*", hidden_size=64, num_heads=4, vocab_size=96)
     pairs = sum(t + 1 for t in range(10))  # of one row of 10 tokens
-    assert forward_flops(shape, 10)["cell"] - forward_flops(shape, 0)["cell"] == 2 * 64 * 10
+    assert forward_flops(shape, 10)["cell"] - forward_flops(shape, 1)["cell"] == 2 * 64 * 9
     assert block_flops("*", shape, 10)["cell"] * 10 == 2 * 2 * 64 * pairs
     with pytest.raises(ValueError, match="pass seq_len"):
         training_flops(shape)
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "s", "l", "d", "*"])
-def test_state_bytes_equal_the_caches(pattern):
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 2), (4, 9), (10, 1), (12, 3)])
+def test_a_window_and_its_sinks_are_counted_token_by_token(window, sinks):
+    keys = {"attention_window": window, "attention_sinks": sinks}
+    shape = model(pattern="*", hidden_size=64, num_heads=4, vocab_size=96, **keys)
+    pairs = sum(q - k < window or k < sinks for q in range(10) for k in range(q + 1))
+    assert attended_pairs(shape, 10) == pairs
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        *((letter, {}) for letter in "Mmsld*"),
+        ("*", {"attention_window": 2, "attention_sinks": 3}),
+        ("*", {"attention_window": 8, "attention_sinks": 1}),
+    ],
+)
+def test_state_bytes_equal_the_caches(pattern, keys):
     groups = single_process_groups()
-    config = make_config({**SMALL, "pattern": pattern})
+    config = make_config({**SMALL, "pattern": pattern, **keys})
     (built,) = build_model(config, groups, seed=0)
     cache = {}
     with torch.no_grad():

@@ -54,6 +54,14 @@ MODELS = {
         "mlstm_forget_gate": "bias",
     },
     "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rotary_base": 100.0},
+    "window": {
+        "pattern": "*M*",
+        "norm_eps": 1e-4,
+        "attention_heads": 4,
+        "attention_kv_heads": 2,
+        "attention_window": 3,
+        "attention_sinks": 2,
+    },
 }
 
 
@@ -117,7 +125,11 @@ def test_losses_and_gradients_equal_the_equations(groups, name, length):
 
 
 @pytest.mark.parametrize(
-    "name", ["7b", "classic-m", "classic-s", "mixed", "attention", "no-conv", "bare", "baselines"]
+    "name",
+    [
+        *("7b", "classic-m", "classic-s", "mixed", "attention", "window", "no-conv", "bare"),
+        "baselines",
+    ],
 )
 def test_generation_state_equals_one_pass(groups, name):
     """Prefill and steps with a cache give the logits of the whole sequence at once."""

@@ -24,6 +24,8 @@ DEFAULTS = {
     "round_up_to": 64,
     "attention_heads": None,
     "attention_kv_heads": None,
+    "attention_window": None,
+    "attention_sinks": 0,
 }
 
 

@@ -35,6 +35,8 @@ class XLSTMBlocksConfig(PreTrainedConfig):
         slstm_forget_gate: Activation of the sLSTM's forget gate, "sigmoid" or "exp".
         attention_heads: `*`: heads of q.
         attention_kv_heads: `*`: heads of k and v.
+        attention_window: `*`: tokens that a token sees, itself included; None for all.
+        attention_sinks: `*`: first tokens that are seen from outside the window too.
         rotary_base: `*`: base of the rotary positions' wavelengths.
         dropout: Share of block outputs dropped in training.
         use_cache: Whether a forward pass in evaluation mode returns the state for the next one.
@@ -67,6 +69,8 @@ class XLSTMBlocksConfig(PreTrainedConfig):
     slstm_forget_gate: str = "sigmoid"
     attention_heads: int = 4
     attention_kv_heads: int = 4
+    attention_window: int | None = None
+    attention_sinks: int = 0
     rotary_base: float = 10_000.0
     dropout: float = 0.0
     tie_word_embeddings: bool = False

@@ -10,7 +10,7 @@ One letter of `config.pattern` is one residual layer, `x + mixer(norm(x))` and, 
 
 The cells are written in plain PyTorch. Where the package `xlstm_kernels` is installed, its faster
 implementations of the same equations are used. The state between calls has a constant size, except
-for the past of attention layers.
+for the past of attention layers without a window.
 
 Padding may lie anywhere in a row. The model moves it to the front, where every cell's state is
 still empty, and moves the results back. So a padded batch gives what its rows give alone.
@@ -494,30 +494,58 @@ class XLSTMBlocksAttention(nn.Module):
         self.out_proj = output_projection(q, config)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence; the state holds `k`, `v` and `real`, False at padding."""
+        """Mix along the sequence.
+
+        The state holds `k`, `v`, `real` (False at padding) and `positions` of the tokens that
+        later ones may see, and their number so far in `tokens`, padding left out.
+        """
         b, s, _ = x.shape
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # [b, heads, s, d]
         real = x.new_ones(b, s, dtype=torch.bool) if padding is None else ~padding
-        past = state["real"] if state else real[:, :0]
-        positions = past.sum(1, keepdim=True) + real.cumsum(1) - 1
+        before = state["tokens"] if state else 0
+        positions = before + real.cumsum(1) - 1
         q, k = self.rotate(q, positions), self.rotate(k, positions)
-        if state is not None:
-            if state:
-                k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
-            state |= {"k": k, "v": v, "real": torch.cat((past, real), dim=1)}
-        mask = None
-        if padding is not None or past.shape[1]:
-            key = torch.arange(past.shape[1] + s, device=x.device)
-            query = key[past.shape[1] :, None]
-            seen = torch.cat((past, real), dim=1)[:, None] & (key <= query)
+        known = {"k": k, "v": v, "real": real, "positions": positions}
+        if state:
+            along = {"k": 2, "v": 2, "real": 1, "positions": 1}
+            known = {n: torch.cat((state[n], known[n]), dim=dim) for n, dim in along.items()}
+        k, v = known["k"], known["v"]
+        mask, window, sinks = None, self.config.attention_window, self.config.attention_sinks
+        if padding is not None or state or (window is not None and s > window + sinks):
+            key = torch.arange(k.shape[2], device=x.device)
+            query = key[-s:, None]
+            seen = known["real"][:, None] & (key <= query)
+            if window is not None:
+                place = known["positions"][:, None]
+                seen = seen & ((positions[..., None] - place < window) | (place < sinks))
             mask = (seen | (key == query))[:, None]  # padding sees itself, so that no row is empty
         out = F.scaled_dot_product_attention(
             *(q, k, v), attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
+        if state is not None:
+            state |= self.seen_later(known, positions[:, -1:] + 1)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def seen_later(self, known: dict, tokens: Tensor) -> dict:
+        """What of a state the next token may see, after `tokens [b, 1]` tokens of each row."""
+        window, sinks = self.config.attention_window, self.config.attention_sinks
+        known["tokens"] = tokens
+        if window is None or known["k"].shape[2] <= window - 1 + sinks:
+            return known
+        place = known["positions"]
+        needed = known["real"] & ((tokens - place < window) | (place < sinks))
+        chosen = needed.long().argsort(dim=1, descending=True, stable=True)[:, : window - 1 + sinks]
+        wide = chosen[:, None, :, None].expand(-1, *known["k"].shape[1:2], -1, self.head_dim)
+        return {
+            "k": known["k"].gather(2, wide),
+            "v": known["v"].gather(2, wide),
+            "real": needed.gather(1, chosen),
+            "positions": place.gather(1, chosen),
+            "tokens": tokens,
+        }
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn channel pairs `(i, i + d/2)` of `x [b, heads, s, d]` by their positions' angles.

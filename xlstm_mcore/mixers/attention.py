@@ -9,6 +9,12 @@ Rows are cut at the document boundaries, and every document is one causal call. 
 no time spent on pairs of tokens of different documents, and no memory that grows with the square of
 the row. The price is one kernel per document, and the lengths have to be known on the host. Whoever
 has the boundaries there says so once (`know_documents`), and no layer waits for the device.
+
+With `attention_window` a token sees the last tokens of its document, itself included, and with
+`attention_sinks` also the document's first ones, which attention leans on (Xiao et al. 2023, arXiv
+2309.17453). `visible` is the rule. A document that is longer is computed in blocks of the window's
+length, each of which sees the block before and the sinks, so time and memory are linear in its
+length. In decoding what no later token sees leaves the cache.
 """
 
 import torch
@@ -18,6 +24,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.mixers.attention_span import (
+    ALL,
+    Span,
+    attend_to_cache,
+    extend_cache,
+    forget_unseen,
+    visible,
+)
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
@@ -29,11 +43,15 @@ _known_lengths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class AttentionMixer(Mixer):
     """Causal attention with rotary positions that restart with every document.
 
-    See `Mixer` for the arguments. The cache holds this layer's past: `length`, a number n of
-    tokens, `k` and `v` `[b, kv_heads, room, head_dim]`, of which the first n places are filled
-    (k rotated), and `start [b]`, the first of the n tokens that belongs to the current document of
-    each row. Whoever knows how long the text may become puts `capacity` there before the first
-    call, and nothing is copied afterwards; without it the room doubles whenever it is full.
+    See `Mixer` for the arguments. The cache holds this layer's past: `length`, the number of
+    tokens so far, `k` and `v` `[b, kv_heads, sinks + room, head_dim]` (k rotated), and `start [b]`,
+    the first token of the current document of each row. Behind `sinks` places the tokens from
+    number `first` on stand in their order. The sinks of a document come to the places before when
+    they leave these. Without a window all tokens stay, and `first` is 0.
+
+    Whoever knows how long the text may become puts `capacity` there before the first call, and
+    nothing is copied afterwards; without it the room doubles whenever it is full. With a window
+    the room is that of two windows, and half of it is given free whenever it is full.
     """
 
     def __init__(
@@ -45,6 +63,7 @@ class AttentionMixer(Mixer):
         self.num_heads = heads // self.region.size
         self.num_kv_heads = kv_heads // self.region.size
         self.rotary_base = config.rotary_base
+        self.span = Span(config.attention_window, config.attention_sinks)
 
         q, kv = heads * self.head_dim, kv_heads * self.head_dim
         self.in_proj = self.input_projection(
@@ -66,49 +85,18 @@ class AttentionMixer(Mixer):
         angles = rotary_angles(positions, self.head_dim, self.rotary_base)
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
-            extend_cache(cache, k, v)
-        out = self._attend_to_cache(q, start, cache) if past else attend(q, k, v, boundaries)
+            extend_cache(cache, k, v, self.span)
+        if past:
+            out = attend_to_cache(q, start, cache, self.span)
+        else:
+            out = attend(q, k, v, boundaries, self.span)
         if cache is not None:
             cache["start"] = start[:, -1].expand(q.shape[0])
+            forget_unseen(cache, self.span)
         return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
 
-    def _attend_to_cache(self, q: Tensor, start: Tensor, cache: dict) -> Tensor:
-        """Attention of the last `s` cached tokens to themselves and the past, `[b, s, heads, d]`.
 
-        The mask takes `[b, s, n + s]`, which is small because decoding adds one token at a time.
-        """
-        length, new = cache["length"], q.shape[1]
-        key = torch.arange(length, device=q.device)
-        query = key[length - new :, None]
-        seen = (key <= query) & (key >= start[..., None])  # [b, s, n + s]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            cache["k"][:, :, :length],
-            cache["v"][:, :, :length],
-            attn_mask=seen.unsqueeze(1),
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        return out.transpose(1, 2)
-
-
-def extend_cache(cache: dict, k: Tensor, v: Tensor) -> None:
-    """Put new keys and values `[b, s, kv_heads, d]` behind those in a layer's cache."""
-    past = cache.get("length", 0)
-    length = past + k.shape[1]
-    for name, new in (("k", k), ("v", v)):
-        room = cache[name].shape[2] if past else 0
-        if length > room:
-            b, _, kv_heads, d = new.shape
-            size = max(length, 2 * room, cache.get("capacity", 0))
-            larger = new.new_empty(b, kv_heads, size, d)
-            if past:
-                larger[:, :, :past] = cache[name][:, :, :past]
-            cache[name] = larger
-        cache[name][:, :, past:length] = new.transpose(1, 2)
-    cache["length"] = length
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, span: Span = ALL) -> Tensor:
     """Causal attention inside documents.
 
     Args:
@@ -116,27 +104,69 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> Tensor
         k: `[b, s, kv_heads, d]`; head `i` of q uses head `i * kv_heads // heads`.
         v: `[b, s, kv_heads, d]`.
         boundaries: Bool `[b, s]`, True at the first token of a document, or None.
+        span: What of its document a token sees.
 
     Returns:
         `[b, s, heads, d]`.
     """
     if boundaries is None:
-        return _causal(q, k, v)
+        return _document(q, k, v, span)
     # Splitting and joining have cheap gradients. The gradient of each of many slices would be a
     # tensor of the whole size.
     lengths = document_lengths(boundaries)
     documents = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
-    parts = [_causal(*(t.unsqueeze(0) for t in document)) for document in documents]
+    parts = [_document(*(t.unsqueeze(0) for t in document), span) for document in documents]
     return torch.cat(parts, dim=1).view(q.shape)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _document(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+    """Attention inside one document that fills the rows."""
+    if span.window is not None and q.shape[1] > span.window + span.sinks:
+        return _in_windows(q, k, v, span.window, span)
     out = F.scaled_dot_product_attention(
         *(t.transpose(1, 2) for t in (q, k, v)),
         is_causal=True,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _in_windows(q: Tensor, k: Tensor, v: Tensor, window: int, span: Span) -> Tensor:
+    """Attention inside a document that is longer than a window, a block of `window` tokens each.
+
+    A block sees itself, the block before and the sinks. Tokens are filled up to whole blocks behind
+    the document's end, which no token of it sees.
+    """
+    b, length, heads, _ = q.shape
+    blocks = -(-length // window)
+    behind = blocks * window - length
+    place = torch.arange(blocks * window, device=q.device).view(blocks, window)
+    query = place[:, :, None]
+    near = torch.cat((place - window, place), dim=1)[:, None]
+    far = place.flatten()[: span.sinks]
+    first = torch.zeros_like(query)
+    mask = torch.cat(
+        # A sink that is near already must not count twice.
+        (
+            visible(query, far, first, span) & (far < near[:, :, :1]),
+            visible(query, near, first, span),
+        ),
+        dim=2,
+    )  # [blocks, window, sinks + 2 window]
+
+    def keys(x: Tensor) -> Tensor:
+        if x.shape[2] != heads:  # the kernel that takes a mask and keeps no scores wants as many
+            x = x.repeat_interleave(heads // x.shape[2], dim=2)
+        near = F.pad(x, (0, 0, 0, 0, window, behind)).unflatten(1, (blocks + 1, window))
+        sinks = x[:, None, : span.sinks].expand(-1, blocks, -1, -1, -1)
+        return torch.cat((sinks, near[:, :-1], near[:, 1:]), dim=2)
+
+    queries = F.pad(q, (0, 0, 0, 0, 0, behind)).unflatten(1, (blocks, window))
+    out = F.scaled_dot_product_attention(
+        *(t.flatten(0, 1).transpose(1, 2) for t in (queries, keys(k), keys(v))),
+        attn_mask=mask.repeat(b, 1, 1)[:, None],
+    )
+    return out.transpose(1, 2).reshape(b, blocks * window, heads, -1)[:, :length]
 
 
 def know_documents(boundaries: Tensor, on_host: Tensor) -> None:

@@ -35,7 +35,7 @@ def block_flops(letter: str, model: ModelConfig, seq_len: int | None) -> dict[st
     """Forward FLOPs of one token in one block, by component (all of COMPONENTS but the head).
 
     Attention depends on the length of the row: a token sees (seq_len + 1) / 2 on average, itself
-    included. Boundaries inside the row, which make it less, are left out.
+    included, or less with a window. Boundaries inside the row, which make it less, are left out.
     """
     dims = dimensions(model)
     hidden, heads = model.hidden_size, model.num_heads
@@ -79,9 +79,22 @@ def block_flops(letter: str, model: ModelConfig, seq_len: int | None) -> dict[st
             "projections": 4 * hidden * (hidden + hidden // q_heads * kv_heads),
             "feed_forward": 6 * hidden * dims.ffn,
             "conv": 0,
-            "cell": 2 * hidden * (seq_len + 1),  # q k^T, and the scores times v
+            # q k^T, and the scores times v
+            "cell": 4 * hidden * attended_pairs(model, seq_len) // seq_len,
         }
     raise AssertionError(f"no block has the letter {letter!r}")
+
+
+def attended_pairs(model: ModelConfig, seq_len: int) -> int:
+    """Pairs of tokens of a row in which one sees the other in attention, or itself."""
+
+    def pairs(tokens: int, most: int) -> int:
+        short = min(tokens, most)
+        return short * (short + 1) // 2 + (tokens - short) * most
+
+    window = model.attention_window or seq_len
+    beyond = max(0, seq_len - window)  # tokens with others before their window: some are sinks
+    return pairs(seq_len, window) + pairs(beyond, model.attention_sinks)
 
 
 def mlstm_cell_flops(qk_head_dim: int, v_head_dim: int) -> int:
@@ -133,7 +146,8 @@ def peak_tflops(device_name: str) -> float | None:
 def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> int:
     """Bytes of one sequence's state in generation after `tokens` tokens.
 
-    It is the same after any number of them but for attention, which keeps k and v of each. Cell
+    It is the same after any number of them but for attention, which keeps k and v of each, or at
+    most those of two windows and the sinks. Cell
     states are fp32 (C, n, m of mLSTM and Mamba-2; h, c, n, m of sLSTM; h, c of LSTM); the
     convolutions keep their last inputs, and attention k and v, in the activations' type of
     `activation_bytes` bytes.
@@ -155,5 +169,7 @@ def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> i
     if "*" in letters:
         q_heads, kv_heads = attention_heads(model)
         key = model.hidden_size // q_heads * kv_heads * activation_bytes
+        if model.attention_window is not None:
+            tokens = min(tokens, 2 * model.attention_window) + model.attention_sinks
         each["*"] = 2 * key * tokens + 8  # and where the current document begins
     return sum(each[letter] for letter in letters)

@@ -5,7 +5,7 @@ counts below are the published ones where there are any, otherwise those of the 
 implementation. One test holds the arithmetic against them, and another against modules as built.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PAPER_VOCAB = 50304  # the counts of both papers only come out with this padded vocabulary
@@ -16,9 +16,10 @@ class Preset:
     """One size of a paper.
 
     Attributes:
-        family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228),
-            or a baseline: "transformer", the Llama-like one that the first paper compares with,
-            "mamba2" (arXiv 2405.21060) in the shapes of its Mamba, and "lstm", its LSTM in a block.
+        family: "classic" (arXiv 2405.04517, NeurIPS 2024), "large" (arXiv 2503.13427, 2510.02228;
+            with a window of attention a hybrid of our own), or a baseline: "transformer", the
+            Llama-like one that the first paper compares with, "mamba2" (arXiv 2405.21060) in the
+            shapes of its Mamba, and "lstm", its LSTM in a block.
         model: the keys of the `model:` section that the size fixes.
         parameters: the exact count.
         published: the number in the paper (or the reference code) in millions, as printed there;
@@ -51,6 +52,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "gate_soft_cap": 15.0,
         "logit_soft_cap": 30.0,
         "igate_bias_init": -10.0,
+    },
+    "window": {
+        "attention_heads": 16,
+        "attention_window": 512,
+        "attention_sinks": 4,
+        "rotary_base": 10_000.0,
     },
     "transformer": {
         "norm": "rmsnorm",
@@ -129,6 +136,13 @@ def _large(
     return Preset("large", shape | FAMILIES["large"], parameters, published)
 
 
+def _window(hidden: int, layers: int, heads: int, parameters: int) -> Preset:
+    """A large size in which every fourth block is attention with a window."""
+    preset = _large(hidden, layers, heads, parameters, None)
+    pattern = {"pattern": "MMM*" * (layers // 4)}
+    return replace(preset, model=preset.model | pattern | FAMILIES["window"])
+
+
 def _transformer(
     hidden: int,
     layers: int,
@@ -175,6 +189,7 @@ PRESETS: dict[str, Preset] = {
     "xlstm_large_841m": _large(1536, 24, 4, 841_496_256, 841),
     "xlstm_large_1.3b": _large(2048, 24, 4, 1_420_839_104, 1420.8),
     "xlstm_large_2.7b": _large(2560, 32, 5, 2_780_449_600, 2780.4),
+    "xlstm_large_406m_window": _window(1024, 24, 4, 406_801_552),
     "xlstm_7b": _large(4096, 32, 8, 6_865_424_896, 6865.424896),
     # Table 1 of the paper has 407 million for its Llama at the 350M size; the others follow it.
     "transformer_125m": _transformer(768, 12, 12, 162_220_800, None),

@@ -50,9 +50,10 @@ ARCHITECTURES = {
         "rotary_base": 500.0,
     },
     "hybrid": {"pattern": "M*sm", "rotary_base": 100.0, "tie_embeddings": True},
+    "window": {"pattern": "*M*", "attention_window": 3, "attention_sinks": 2},
 }
 #: The few that meet every kind of state.
-STATEFUL = ["7b-tied", "classic", "no-conv", "hybrid"]
+STATEFUL = ["7b-tied", "classic", "no-conv", "hybrid", "window"]
 
 
 def section_of(name):

@@ -137,8 +137,9 @@ def test_generate_with_padding_and_cache_equals_single_prompts_without(cells, na
                 assert torch.equal(together[row, 7:], single[0, prompt.shape[1] :])
 
 
-def test_the_state_has_a_constant_size():
-    _, exported = pair("classic")
+@pytest.mark.parametrize("name", ["classic", "window"])
+def test_the_state_has_a_constant_size(name):
+    _, exported = pair(name)
 
     def numbers(length):
         cache = exported(tokens_of(1, length), use_cache=True).past_key_values
@@ -146,7 +147,7 @@ def test_the_state_has_a_constant_size():
         return sum(t.numel() for v in states for t in (v if isinstance(v, tuple) else (v,)))
 
     with torch.no_grad():
-        assert numbers(3) == numbers(40)
+        assert numbers(4) == numbers(40)
 
 
 def test_gradient_checkpointing_and_the_loss_of_labels_equal_the_plain_pass():

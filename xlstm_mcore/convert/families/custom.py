@@ -50,6 +50,8 @@ SAME_KEYS = (
     "dropout",
 )
 
+#: The same, but older folders do not have them.
+LATER_KEYS: dict[str, Any] = {"attention_window": None, "attention_sinks": 0}
 
 #: Keys of which the class knows some values only.
 _EXPORTED: dict[str, tuple[Any, ...]] = {
@@ -87,7 +89,7 @@ def config(model: ModelConfig) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_xlstm_blocks.XLSTMBlocksForCausalLM",
         },
         "pattern": model.pattern.replace("|", ""),
-        **{key: getattr(model, key) for key in SAME_KEYS},
+        **{key: getattr(model, key) for key in (*SAME_KEYS, *LATER_KEYS)},
         "qk_dim": widths.qk,
         "v_dim": widths.v,
         "ffn_dim": widths.ffn,
@@ -127,6 +129,7 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
         "vocab_size": vocab,
         "tie_embeddings": TABLE.head not in shapes,
         **{key: config.values[key] for key in SAME_KEYS},
+        **{key: config.values.get(key, default) for key, default in LATER_KEYS.items()},
         **{key: config.integer(key) for key in ("attention_heads", "attention_kv_heads")},
         **width_keys(hidden, **widths),
     }
