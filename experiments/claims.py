@@ -34,6 +34,8 @@ class Claim(BaseModel):
         wins: the loss of `model` (of tasks the wrong answers) is below that of `than` on a share of
             the sources, at least `at_least`.
         dominates: at every budget the lowest `measure` of `model` is below that of `than`.
+        matters: the scaled `measure` of `model` differs more between the two data of `between` than
+            between those of `against`, by more than two standard errors.
         exponent: of the power law of the best parameters of `model` over the budget, from
             `at_least` to `at_most`; null where its standard error is above `EXACT`.
 
@@ -55,6 +57,7 @@ class Claim(BaseModel):
         "above",
         "wins",
         "dominates",
+        "matters",
         "exponent",
     ]
     measure: str
@@ -64,6 +67,8 @@ class Claim(BaseModel):
     than: str | None = None
     over: str | None = None
     at: dict[str, str | float] = {}
+    between: tuple[str, str] | None = None
+    against: tuple[str, str] | None = None
     at_most: float | None = None
     more_than: float | None = None
     at_least: float | None = None
@@ -91,6 +96,13 @@ class Claim(BaseModel):
             return f"{self.model} below {self.than} on >= {self.at_least:.1%} of the sources"
         if self.rule == "dominates":
             return f"{self.measure}: {self.model} below {self.than} at the best of every budget"
+        if self.rule == "matters":
+            assert self.between is not None and self.against is not None
+            return (
+                f"scaled {self.measure} of {self.model} differs more between "
+                f"{' and '.join(self.between)} than between {' and '.join(self.against)}, by over "
+                "two standard errors"
+            )
         if self.rule == "exponent":
             return (
                 f"exponent of the best parameters of {self.model} over the budget from "
@@ -131,6 +143,7 @@ def verdict(
         "above": _bounded,
         "wins": _wins,
         "dominates": _dominates,
+        "matters": _matters,
         "exponent": _exponent,
     }
     if claim.rule == "separates":
@@ -308,6 +321,26 @@ def _dominates(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
     if len(shared) < LEAST_SIZES:
         return measured, None, f"fewer than {LEAST_SIZES} budgets can be compared"
     return measured, min(ahead) > 0, ""
+
+
+def _matters(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
+    rows = {row["values"].get("data"): row for row in _rows(claim, best, claim.model)}
+    differences, variance = [], 0.0
+    for pair in (claim.between, claim.against):
+        assert pair is not None
+        if not rows.keys() >= set(pair):
+            return {}, None, f"{claim.model} is not measured on {' and '.join(pair)}"
+        one, other = (rows[name] for name in pair)
+        differences.append(abs(one["scaled"][claim.measure] - other["scaled"][claim.measure]))
+        for row in (one, other):
+            variance += (row["std"][claim.measure] / (1 - row["chance"])) ** 2 / row["n"]
+    measured = dict(zip(("between", "against"), (round(d, 4) for d in differences), strict=True))
+    if min(rows[name]["n"] for pair in (claim.between, claim.against) for name in pair or ()) < 2:
+        return measured, None, "one seed has no standard error"
+    ahead = differences[0] - differences[1]
+    if abs(ahead) <= 2 * math.sqrt(variance):
+        return measured, None, "the difference is within two standard errors"
+    return measured, ahead > 0, ""
 
 
 def _exponent(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:

@@ -77,7 +77,7 @@ class Measure(Strict):
     """A number of a cell, taken from what was measured on one set."""
 
     set: str
-    """`trained`, or the length of another validation folder"""
+    """`trained`, the length of another validation folder, or `longest` for the last of those"""
     value: Literal["accuracy", "error", "loss", "perplexity", "squared_error"] = "accuracy"
     """what is read; an error is the share of wrong answers"""
     by: Literal["position", "frequency"] = "position"
@@ -104,6 +104,10 @@ class Size(Strict):
     """names of `models`"""
     model_keys: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """keys of the run file for one model at this size"""
+    data_keys: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """keys of the run file for the runs on one of the data"""
+    rates: dict[str, list[float]] = Field(default_factory=dict)
+    """learning rates for the runs on one of the data, in the place of the axis `lr`"""
     run_files: dict[str, str] = Field(default_factory=dict)
     """by model the run file of `pretrain/configs` that its cells start from, with axes in braces"""
     shapes: dict[str, Shape] = Field(default_factory=dict)
@@ -252,6 +256,9 @@ def cells_of(size: Size) -> list[Cell]:
     axes: dict[str, Sequence[Value]] = dict(size.axes)
     if len(size.data) > 1:
         axes["data"] = list(size.data)
+    rates = dict.fromkeys(rate for own in size.rates.values() for rate in own)
+    if rates:
+        axes["lr"] = list(dict.fromkeys([*axes["lr"], *rates]))
     combinations = (
         (str(model), dict(zip(axes, values, strict=True)))
         for model, *values in itertools.product(size.models, *axes.values())
@@ -262,6 +269,10 @@ def cells_of(size: Size) -> list[Cell]:
 
 def _is_possible(size: Size, model: str, values: Mapping[str, Value]) -> bool:
     limits = size.most.get(model, {})
+    if "lr" in values:
+        rates = size.rates.get(str(values.get("data")), size.axes["lr"])
+        if values["lr"] not in rates:
+            return False
     return all(float(str(values[axis])) <= most for axis, most in limits.items())
 
 

@@ -24,7 +24,7 @@ from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.flops import training_flops
 
 CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
-TRAINED = "trained"
+TRAINED, LONGEST = "trained", "longest"
 RUN_FILE = "run.yaml"
 
 
@@ -32,8 +32,8 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
     """The sections of a cell's run file.
 
     Later ones win: a run file that we ship or the experiment's run, the size's keys, those of the
-    model, those of the model at this size, the shape, learning rate and seed. A budget of FLOPs
-    gives the steps.
+    model, those of the model at this size, those of the data, the shape, learning rate and seed. A
+    budget of FLOPs gives the steps.
     """
     experiment, size = grid.experiment, grid.size
     if cell.model not in experiment.models:
@@ -49,6 +49,7 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
         **size.run,
         **experiment.models[cell.model],
         **size.model_keys.get(cell.model, {}),
+        **size.data_keys.get(data_name(grid, cell), {}),
     }
     if "lr" in cell.values:
         keys["optimizer.lr"] = cell.values["lr"]
@@ -183,7 +184,7 @@ def numbers_of(task: Any) -> list[float | None] | None:
 
 def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     """The experiment's measures, from what was found on the sets; without tokens there is none."""
-    measures = grid.experiment.measures
+    measures, sets = grid.experiment.measures, _with_longest(sets)
     plain = {
         name: value
         for name, measure in measures.items()
@@ -199,9 +200,16 @@ def measures_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _with_longest(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found on the sets, and on the longest of those beyond training as `longest`."""
+    beyond = [key for key in sets if key not in (TRAINED, LONGEST)]
+    longest = max(beyond, key=lambda key: int(key.rpartition("-")[2]), default=None)
+    return dict(sets) if longest is None else {**sets, LONGEST: sets[longest]}
+
+
 def scaled_of(grid: Grid, sets: Mapping[str, Any]) -> dict[str, float]:
     """Accuracies scaled so that a guess is 0: `(a - chance) / (1 - chance)` (arXiv 2405.04517)."""
-    found = {}
+    found, sets = {}, _with_longest(sets)
     for name, value in measures_of(grid, sets).items():
         measure = grid.experiment.measures[name]
         if measure.value == "accuracy":

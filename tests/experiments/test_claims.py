@@ -129,3 +129,33 @@ def test_wins_counts_the_sources_of_all_sizes():
     assert judged({**rule, "at_least": 0.85}, ours + other) is False
     assert judged({**rule, "at_least": 0.8}, ours) is None
     assert judged({**rule, "at_least": 0.8}, [row("a", 1.0), row("b", 1.0)]) is None
+
+
+class TestMatters:
+    def judge(self, few, many, short, std=0.01, n=2):
+        numbers = {"long-few": few, "long-many": many, "short-few": short}
+        best = [
+            row("m", 0.0, std=std, n=n, scaled={"x": value}, data=name) | {"chance": 0.5}
+            for name, value in numbers.items()
+        ]
+        claim = {"rule": "matters", "model": "m"}
+        claim |= {"between": ("long-few", "long-many"), "against": ("short-few", "long-few")}
+        return judged(claim, best)
+
+    def test_holds(self):
+        assert self.judge(0.9, 0.2, 0.95) is True
+
+    def test_the_other_matters_more(self):
+        assert self.judge(0.5, 0.4, 0.95) is False
+
+    def test_within_the_error(self):
+        assert self.judge(0.9, 0.85, 0.88) is None
+        assert self.judge(0.9, 0.2, 0.95, std=0.4) is None
+
+    def test_one_seed(self):
+        assert self.judge(0.9, 0.2, 0.95, n=1) is None
+
+    def test_data_that_are_not_measured(self):
+        best = [row("m", 0.0, scaled={"x": 0.3}, data="long-few")]
+        claim = {"rule": "matters", "model": "m", "between": ("long-few", "long-many")}
+        assert judged({**claim, "against": ("short-few", "long-few")}, best) is None

@@ -88,6 +88,35 @@ def test_only_chooses_cells_and_refuses_what_there_is_not():
             definition.chosen(cells, [word])
 
 
+def test_each_of_the_data_has_its_own_rates_batch_and_steps(tmp_path, monkeypatch):
+    shards = SimpleNamespace(seq_len=64, tokenizer=SimpleNamespace(vocab_size=96))
+    monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    grid = Grid.open("mqar-pairs", "paper", tmp_path)
+    mine = [c for c in grid.cells if c.model == "Mamba-2" and c.values["seed"] == 0]
+    assert len(mine) == 8 * 4, "four rates each"
+    for name, highest, batch, steps in (
+        ("short-few", 0.01, 128, 50_000),
+        ("long-many", 0.001, 24, 266_667),
+    ):
+        cells = [c for c in mine if c.values["data"] == name]
+        assert max(c.values["lr"] for c in cells) == highest
+        sections = training.run_file(grid, cells[0], tmp_path / "cell")
+        assert (sections["data"]["global_batch"], sections["run"]["steps"]) == (batch, steps)
+        assert batch * steps == pytest.approx(64 * 100_000, rel=1e-4), "epochs of the paper"
+
+
+def test_the_longest_set_is_that_with_the_largest_length(tmp_path):
+    grid = Grid.open("mqar-lengths", "toy", tmp_path)
+    numbers = {"trained": 1.0, "64": 0.9, "96": 0.8, "128": 0.4}
+    sets = {
+        name: {"chance": 0.25, "by_position": [{"from": 8, "answers": 4, "accuracy": value}]}
+        for name, value in numbers.items()
+    }
+    assert training.measures_of(grid, sets) == {"recall": 1.0, "beyond": 0.4}
+    assert training.scaled_of(grid, sets)["beyond"] == pytest.approx(0.2)
+    assert training.measures_of(grid, {"trained": sets["trained"]}) == {"recall": 1.0}
+
+
 def test_a_wrong_file_is_one_message(tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"title": "t", "model": {}}))
     monkeypatch.setattr(definition, "DEFINITIONS", tmp_path)
