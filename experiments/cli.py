@@ -101,22 +101,22 @@ def _list() -> int:
 def _body(grid: Grid, cells: Sequence[Cell]) -> Body:
     """What a cell of this kind of experiment does; what they need is made and imported here."""
     if grid.experiment.kind == "kernels":
-        from experiments import kernel_times
+        from experiments.cells import kernel_times
 
         return kernel_times.body
     if grid.experiment.kind == "generation":
-        from experiments import generation
+        from experiments.cells import generation
 
         return generation.body
     if grid.experiment.kind == "downstream":
-        from experiments import downstream
+        from experiments.cells import downstream
 
         downstream.check(grid, cells)
         return downstream.body
     from experiments import data
 
     data.prepare(grid, cells)
-    from experiments import measure, training  # noqa: F401  (what the children need of torch)
+    from experiments.cells import measure, training  # noqa: F401  (what the children need of torch)
     from pretrain.commands import train  # noqa: F401
 
     return training.body
@@ -149,7 +149,7 @@ def _cell(grid: Grid, cell: Cell) -> int:
 
 
 def _report(grid: Grid, *, strict: bool) -> int:
-    from experiments import table
+    from experiments.results import table
 
     made, judged = table.write(grid)
     say(table.as_markdown(grid, made, judged).rstrip())

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from experiments.claims import Claim
+from experiments.results.claims import Claim
 from xlstm_io.errors import ConfigError
 from xlstm_io.yaml_file import read_yaml
 

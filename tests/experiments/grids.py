@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, definition, grid, kernel_times
+from experiments import cli, definition, grid
+from experiments.cells import kernel_times
 from xlstm_mcore.mixers import kernel_calls
 
 ONE = ["--only", "lr=0.01", "--only", "seed=0"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.claims import Claim, slope_of, verdict
+from experiments.results.claims import Claim, slope_of, verdict
 
 
 def row(model, mean, *, std=0.0, n=3, scaled=None, **values):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from experiments import cli, data, definition, table, training
-from experiments.claims import Claim
+from experiments import cli, data, definition
+from experiments.cells import training
 from experiments.definition import Cell
 from experiments.grid import Grid
+from experiments.results import table
+from experiments.results.claims import Claim
 from xlstm_io.errors import ConfigError
 
 ALL = definition.names()

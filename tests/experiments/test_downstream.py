@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 import pretrain.evaluation
-from experiments import cli, downstream, table
+from experiments import cli
+from experiments.cells import downstream
 from experiments.grid import Grid
+from experiments.results import table
 
 TASKS = ["lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande"]
 NORMALIZED = {"hellaswag", "arc_challenge"}

@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import definition
-from experiments.figure import draw
-from experiments.scaling import fits
+from experiments.results.figure import draw
+from experiments.results.scaling import fits
 from tests.experiments.test_scaling import published, rows
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import generation, kernel_times, measure
+from experiments.cells import generation, kernel_times, measure
 from experiments.definition import Cell
 from experiments.grid import Grid
 

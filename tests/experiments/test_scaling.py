@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import definition, training
+from experiments import definition
+from experiments.cells import training
 from experiments.grid import Grid
-from experiments.scaling import (
+from experiments.results.scaling import (
     Trained,
     fits,
     lines,

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from experiments.cells.kernel_times import clock, wait_for
 from experiments.definition import Cell
 from experiments.grid import Grid
-from experiments.kernel_times import clock, wait_for
 from xlstm_io.signals import StopSignal
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups

@@ -218,7 +218,7 @@ def fits(best: Sequence[Mapping[str, Any]], measure: str) -> dict[str, dict[str,
     A law is None where the runs do not determine it.
 
     Args:
-        best: the rows of the table of best cells (`experiments.table`).
+        best: the rows of the table of best cells (`experiments.results.table`).
         measure: the loss, nats per token.
     """
     found = {}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from experiments.scaling import LEAST_SIZES, optima, power_law, runs_of
+from experiments.results.scaling import LEAST_SIZES, optima, power_law, runs_of
 
 EXACT = 0.02
 """The largest standard error of an exponent that is compared with a published one."""
@@ -125,7 +125,7 @@ def verdict(
 
     Args:
         claim: the claim.
-        best: the rows of the table of best cells (`experiments.table`).
+        best: the rows of the table of best cells (`experiments.results.table`).
         enough_for: models that the size is known to be enough for.
         trained: the measure of the training lengths, scaled, that says whether a model has fitted.
 

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import scaling
-from experiments.claims import verdict
 from experiments.definition import groups, written
 from experiments.grid import Grid
+from experiments.results import scaling
+from experiments.results.claims import verdict
 from pretrain.watching.provenance import provenance
 from xlstm_io.storage import write_atomic
 
@@ -120,7 +120,7 @@ def verdicts(grid: Grid, table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write(grid: Grid) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write table.json, table.md, verdict.json and figure.png; table and verdicts."""
-    from experiments.figure import draw
+    from experiments.results.figure import draw
 
     table = make(grid)
     judged = verdicts(grid, table)

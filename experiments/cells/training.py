@@ -23,7 +23,7 @@ from xlstm_io.yaml_file import read_yaml
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.flops import training_flops
 
-CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
+CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 TRAINED, LONGEST = "trained", "longest"
 RUN_FILE = "run.yaml"
 
@@ -152,8 +152,8 @@ def _longest(grid: Grid, cell: Cell) -> int:
 
 
 def measure_sets(grid: Grid, cell: Cell, config: Any) -> dict[str, Any]:
-    """What `experiments.measure` finds on each validation set of a cell's data, by length."""
-    from experiments.measure import measure
+    """What `experiments.cells.measure` finds on each validation set of a cell's data, by length."""
+    from experiments.cells.measure import measure
 
     name = data_name(grid, cell)
     folder, data = data_folder(grid, name), grid.size.data[name]

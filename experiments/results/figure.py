@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.claims import curve
 from experiments.definition import Experiment, Figure
-from experiments.scaling import runs_of
+from experiments.results.claims import curve
+from experiments.results.scaling import runs_of
 
 
 def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a grid comes to: its table, the fits, the figure and the verdicts."""
