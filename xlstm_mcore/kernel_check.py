@@ -65,7 +65,7 @@ def compare_kernels(
     where = {"device": device, "dtype": dtype, "backend": model.kernel_backend}
     if letters & set("M*"):
         problems += check_gated_activation(width=sizes.ffn, activation="silu", **where)
-    if letters & set("sl"):
+    if letters & set("sl") and sizes.slstm_ffn:
         problems += check_gated_activation(width=sizes.slstm_ffn, activation="gelu", **where)
     problems += check_norm(width=model.hidden_size, kind=model.norm, eps=model.norm_eps, **where)
     problems += check_loss(width=model.vocab_size, soft_cap=model.logit_soft_cap, **where)

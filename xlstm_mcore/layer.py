@@ -37,23 +37,25 @@ class XLSTMLayerSubmodules:
 
 def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
     """The ModuleSpec of a layer for one letter of the pattern (see `XLSTMConfig.pattern`)."""
-    swiglu = {"width": config.ffn_dim, "activation": "silu"}
-    geglu = {"width": config.slstm_ffn_dim, "activation": "gelu"}
+    swiglu = ModuleSpec(FeedForward, params={"width": config.ffn_dim, "activation": "silu"})
+    width = config.slstm_ffn_dim
+    geglu = ModuleSpec(FeedForward, params={"width": width, "activation": "gelu"})
+    after_slstm = geglu if width else None
     submodules = {
-        "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), ModuleSpec(FeedForward, params=swiglu)),
+        "M": XLSTMLayerSubmodules(ModuleSpec(MLSTMMixer), swiglu),
         "m": XLSTMLayerSubmodules(ModuleSpec(ClassicMLSTMMixer)),
-        "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), ModuleSpec(FeedForward, params=geglu)),
-        "l": XLSTMLayerSubmodules(ModuleSpec(LSTMMixer), ModuleSpec(FeedForward, params=geglu)),
+        "s": XLSTMLayerSubmodules(ModuleSpec(SLSTMMixer), after_slstm),
+        "l": XLSTMLayerSubmodules(ModuleSpec(LSTMMixer), after_slstm),
         "d": XLSTMLayerSubmodules(ModuleSpec(Mamba2Mixer)),
-        "*": XLSTMLayerSubmodules(
-            ModuleSpec(AttentionMixer), ModuleSpec(FeedForward, params=swiglu)
-        ),
+        "*": XLSTMLayerSubmodules(ModuleSpec(AttentionMixer), swiglu),
     }
     return ModuleSpec(XLSTMLayer, submodules=submodules[letter])
 
 
 class XLSTMLayer(MegatronModule):
     """`x + mixer(norm(x))` and then, where present, `x + feed_forward(norm(x))`.
+
+    Without `config.residual` the sums are left out.
 
     Args:
         config: The model's configuration.
@@ -107,10 +109,14 @@ class XLSTMLayer(MegatronModule):
             return self._forward(x, boundaries)
 
     def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        x = x + self._dropout(self.mixer(self.mixer_norm(x), boundaries, cache))
+        x = self._add(x, self.mixer(self.mixer_norm(x), boundaries, cache))
         if self.ffn is not None:
-            x = x + self._dropout(self.ffn(self.ffn_norm(x)))
+            x = self._add(x, self.ffn(self.ffn_norm(x)))
         return x
+
+    def _add(self, x: Tensor, change: Tensor) -> Tensor:
+        change = self._dropout(change)
+        return x + change if self.config.residual else change
 
     def _dropout(self, x: Tensor) -> Tensor:
         if not (self.training and self.config.dropout):

@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """m, s, l and d: taps of the causal convolution; 0 leaves it out, and its SiLU"""
     slstm_conv_width: NonNegativeInt | None = None
     """s and l: their own conv_width; null for conv_width"""
-    slstm_ffn_dim_factor: PositiveFloat = 1.3
-    """s and l: feed-forward width over hidden_size, rounded up to round_up_to"""
+    slstm_ffn_dim_factor: NonNegativeFloat = 1.3
+    """s and l: feed-forward width over hidden_size, rounded up to round_up_to; 0 for none"""
     head_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """M, m, s and l: norm of each head's output; none keeps only its weight"""
     mlstm_gate: Literal["exp", "sigmoid"] = "exp"
@@ -115,6 +115,8 @@ class ModelConfig(Section):
     """*: first tokens of a document that are seen from outside the window too"""
     rotary_base: PositiveFloat = 10_000.0
     """*: base of the rotary positions' wavelengths"""
+    residual: bool = True
+    """false leaves out the sum around each part of a block, for the plain LSTM of the ablation"""
     round_up_to: PositiveInt = 64
     """inner widths are rounded up to a multiple of this"""
     dropout: Fraction = 0.0

@@ -214,10 +214,12 @@ def losses(weights, config, tokens, labels, boundaries):
     for number, letter in enumerate(config.layer_letters):
         prefix = f"decoder.layers.{number}."
         y = norm(x, weights[f"{prefix}mixer_norm.weight"], config)
-        x = x + mixers[letter](y, lambda n, p=prefix: weights[f"{p}mixer.{n}"], config, boundaries)
-        if letter in activations:
+        y = mixers[letter](y, lambda n, p=prefix: weights[f"{p}mixer.{n}"], config, boundaries)
+        x = x + y if config.residual else y
+        if f"{prefix}ffn_norm.weight" in weights:
             y = norm(x, weights[f"{prefix}ffn_norm.weight"], config)
-            x = x + ffn(y, lambda n, p=prefix: weights[f"{p}ffn.{n}"], activations[letter])
+            y = ffn(y, lambda n, p=prefix: weights[f"{p}ffn.{n}"], activations[letter])
+            x = x + y if config.residual else y
     x = norm(x, weights["decoder.final_norm.weight"], config)
     head = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
     logits = cap(x @ weights[head].T, config.logit_soft_cap)

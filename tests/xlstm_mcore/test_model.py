@@ -53,6 +53,16 @@ MODELS = {
         "slstm_input_gate": "sigmoid",
         "mlstm_forget_gate": "bias",
     },
+    "plain-lstm": {
+        "pattern": "lls",
+        "norm": "layernorm",
+        "norm_eps": 1e-4,
+        "num_heads": 1,
+        "slstm_conv_width": 0,
+        "slstm_ffn_dim_factor": 0.0,
+        "residual": False,
+    },
+    "resnet": {"pattern": "ls", "norm_eps": 1e-4, "slstm_ffn_dim_factor": 0.0},
     "hybrid": {"pattern": "M*s", "norm_eps": 1e-4, "rotary_base": 100.0},
     "window": {
         "pattern": "*M*",

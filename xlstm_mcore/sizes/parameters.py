@@ -38,7 +38,7 @@ def block_parameters(letter: str, model: ModelConfig) -> int:
             + 4 * hidden  # bias
             + hidden  # head_norm
         )
-        ffn = hidden + 3 * dims.slstm_ffn * hidden
+        ffn = hidden + 3 * dims.slstm_ffn * hidden if dims.slstm_ffn else 0
     elif letter == "d":
         inner, state = dims.mamba, model.ssm_state_dim
         mamba_heads, convolved = inner // model.ssm_head_dim, inner + 2 * state

@@ -57,6 +57,7 @@ LATER_KEYS: dict[str, Any] = {"attention_window": None, "attention_sinks": 0}
 _EXPORTED: dict[str, tuple[Any, ...]] = {
     "slstm_input_gate": ("exp",),
     "mlstm_forget_gate": (True, False),
+    "residual": (True,),
 }
 
 
@@ -72,6 +73,8 @@ def unsupported_reason(model: ModelConfig) -> str | None:
     for key, known in _EXPORTED.items():
         if getattr(model, key) not in known:
             return f"the {NAME} class does not have model.{key}={getattr(model, key)}"
+    if "s" in model.pattern and not dimensions(model).slstm_ffn:
+        return f"the {NAME} class has a feed-forward part in every sLSTM block"
     if model.slstm_conv_width not in (None, model.conv_width):
         return f"the {NAME} class has model.conv_width in the sLSTM too"
     return None

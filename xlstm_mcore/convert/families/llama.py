@@ -47,6 +47,8 @@ def unsupported_reason(model: ModelConfig) -> str | None:
         return "llama always has model.norm=rmsnorm"
     if model.logit_soft_cap is not None:
         return "llama has no cap on the logits (model.logit_soft_cap=null)"
+    if not model.residual:
+        return "llama always has a sum around each part of a block (model.residual=true)"
     if model.attention_window is not None:
         return "llama has no window of attention (model.attention_window=null)"
     if model.dropout:

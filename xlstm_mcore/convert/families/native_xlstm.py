@@ -87,6 +87,7 @@ _FIXED = {
     "mlstm_normalize": True,
     "mlstm_input_gate": True,
     "mlstm_forget_gate": True,
+    "residual": True,
     "dropout": 0.0,
 }
 
