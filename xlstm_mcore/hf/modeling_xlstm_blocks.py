@@ -494,24 +494,18 @@ class XLSTMBlocksAttention(nn.Module):
         self.out_proj = output_projection(q, config)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence.
-
-        The state holds `k`, `v`, `real` (False at padding) and `positions` of the tokens that
-        later ones may see, and their number so far in `tokens`, padding left out.
-        """
+        """Mix along the sequence; the state is that of `seen_later`."""
         b, s, _ = x.shape
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # [b, heads, s, d]
         real = x.new_ones(b, s, dtype=torch.bool) if padding is None else ~padding
-        before = state["tokens"] if state else 0
-        positions = before + real.cumsum(1) - 1
+        positions = (state["tokens"] if state else 0) + real.cumsum(1) - 1
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         known = {"k": k, "v": v, "real": real, "positions": positions}
         if state:
-            along = {"k": 2, "v": 2, "real": 1, "positions": 1}
-            known = {n: torch.cat((state[n], known[n]), dim=dim) for n, dim in along.items()}
+            known = {n: torch.cat((state[n], t), 2 if n in "kv" else 1) for n, t in known.items()}
         k, v = known["k"], known["v"]
         mask, window, sinks = None, self.config.attention_window, self.config.attention_sinks
         if padding is not None or state or (window is not None and s > window + sinks):
@@ -530,7 +524,10 @@ class XLSTMBlocksAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def seen_later(self, known: dict, tokens: Tensor) -> dict:
-        """What of a state the next token may see, after `tokens [b, 1]` tokens of each row."""
+        """`k`, `v`, `real` (False at padding) and `positions` of what the next token may see.
+
+        `tokens [b, 1]` is the number of tokens of each row so far, padding left out.
+        """
         window, sinks = self.config.attention_window, self.config.attention_sinks
         known["tokens"] = tokens
         if window is None or known["k"].shape[2] <= window - 1 + sinks:
@@ -538,14 +535,9 @@ class XLSTMBlocksAttention(nn.Module):
         place = known["positions"]
         needed = known["real"] & ((tokens - place < window) | (place < sinks))
         chosen = needed.long().argsort(dim=1, descending=True, stable=True)[:, : window - 1 + sinks]
-        wide = chosen[:, None, :, None].expand(-1, *known["k"].shape[1:2], -1, self.head_dim)
-        return {
-            "k": known["k"].gather(2, wide),
-            "v": known["v"].gather(2, wide),
-            "real": needed.gather(1, chosen),
-            "positions": place.gather(1, chosen),
-            "tokens": tokens,
-        }
+        wide = chosen[:, None, :, None].expand(-1, known["k"].shape[1], -1, self.head_dim)
+        known |= {name: known[name].gather(2, wide) for name in "kv"}
+        return known | {"real": needed.gather(1, chosen), "positions": place.gather(1, chosen)}
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn channel pairs `(i, i + d/2)` of `x [b, heads, s, d]` by their positions' angles.

@@ -51,7 +51,7 @@ class AttentionMixer(Mixer):
 
     Whoever knows how long the text may become puts `capacity` there before the first call, and
     nothing is copied afterwards; without it the room doubles whenever it is full. With a window
-    the room is that of two windows, and half of it is given free whenever it is full.
+    the room is that of two windows and the sinks, and half of it is freed whenever it is full.
     """
 
     def __init__(
@@ -145,21 +145,16 @@ def _in_windows(q: Tensor, k: Tensor, v: Tensor, window: int, span: Span) -> Ten
     near = torch.cat((place - window, place), dim=1)[:, None]
     far = place.flatten()[: span.sinks]
     first = torch.zeros_like(query)
-    mask = torch.cat(
-        # A sink that is near already must not count twice.
-        (
-            visible(query, far, first, span) & (far < near[:, :, :1]),
-            visible(query, near, first, span),
-        ),
-        dim=2,
-    )  # [blocks, window, sinks + 2 window]
+    # A sink that is near already must not count twice.
+    sinks = visible(query, far, first, span) & (far < near[:, :, :1])
+    mask = torch.cat((sinks, visible(query, near, first, span)), dim=2)
 
-    def keys(x: Tensor) -> Tensor:
+    def keys(x: Tensor) -> Tensor:  # [b, blocks, sinks + 2 window, heads, d]
         if x.shape[2] != heads:  # the kernel that takes a mask and keeps no scores wants as many
             x = x.repeat_interleave(heads // x.shape[2], dim=2)
-        near = F.pad(x, (0, 0, 0, 0, window, behind)).unflatten(1, (blocks + 1, window))
+        cut = F.pad(x, (0, 0, 0, 0, window, behind)).unflatten(1, (blocks + 1, window))
         sinks = x[:, None, : span.sinks].expand(-1, blocks, -1, -1, -1)
-        return torch.cat((sinks, near[:, :-1], near[:, 1:]), dim=2)
+        return torch.cat((sinks, cut[:, :-1], cut[:, 1:]), dim=2)
 
     queries = F.pad(q, (0, 0, 0, 0, 0, behind)).unflatten(1, (blocks, window))
     out = F.scaled_dot_product_attention(
