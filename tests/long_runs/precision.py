@@ -33,7 +33,7 @@ from xlstm_io.errors import ExitCode
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("MMM", "mmsm", "MM*")
 PRECISIONS = ("fp32", "bf16")
-LOOKS = 10  # validation losses and looks into the cells in a run
+LOOKS = 5  # validation losses and looks into the cells in a run
 GOAL = 0.005  # of the validation loss
 GATES = ("igate_mean", "igate_std", "fgate_mean", "fgate_std")
 

@@ -54,6 +54,6 @@ def test_bf16_stands_beside_fp32(warm_python, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "igate_mean" in told and "valid bf16" in told
     rows = [line.split() for line in told.splitlines() if line[:1].isdigit()]
-    assert [row[0] for row in rows[:-1]] == [str(step) for step in range(1, 11)]
+    assert [row[0] for row in rows[:-1]] == ["2", "4", "6", "8", "10"]
     # A finished run is read, not repeated.
     assert precision.compare(shards, work, ["M"], ["adamw"], sizes, python="/nowhere") == found
