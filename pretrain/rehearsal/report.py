@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, support
 from pretrain.rehearsal.compare import Mismatch, groups_compared, unexpected_waits
 from pretrain.rehearsal.gpus import RESERVE, Gpu
 from pretrain.rehearsal.record import STEADY, Message, RankRecord
@@ -74,6 +74,9 @@ class Rehearsal:
             f"pipeline {layout.pipeline}, virtual {layout.virtual}, context {layout.context}, "
             f"recompute {self.config.memory.recompute}"
         )
+        if self.config.engine.name != "megatron":
+            stage = support.zero_stage(self.config)
+            yield f"engine {self.config.engine.name} with ZeRO stage {stage}"
         yield f"ranks {ranks}"
         yield (
             f"three steps of {rehearsed} micro-batches (a step of the run has {real}), evaluation, "

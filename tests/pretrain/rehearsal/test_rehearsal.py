@@ -96,7 +96,7 @@ def test_the_engine_of_deepspeed_is_rehearsed_at_every_stage(results, stage):
     assert {"all_reduce", exchange} <= {*found["operations"]}
     # DeepSpeed reads the norm by itself, once to judge it and once to clip with it.
     assert any("is_invalid_grad_norm" in place for _, place in found["waits"])
-    assert "no mismatch" in found["text"]
+    assert f"ZeRO {stage}" in found["text"] and "no mismatch" in found["text"]
 
 
 @needs_deepspeed
