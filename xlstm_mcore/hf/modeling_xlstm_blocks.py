@@ -8,12 +8,16 @@ One letter of `config.pattern` is one residual layer, `x + mixer(norm(x))` and, 
 - `s`: its sLSTM block (same paper, figure 10).
 - `*`: causal attention with rotary positions, for hybrids and baselines.
 
+The file goes from the inside out: cells, their norms and projections, mixers, layers, the model.
+
 The cells are written in plain PyTorch. Where the package `xlstm_kernels` is installed, its faster
 implementations of the same equations are used. The state between calls has a constant size, except
 for the past of attention layers without a window.
 
 Padding may lie anywhere in a row. The model moves it to the front, where every cell's state is
 still empty, and moves the results back. So a padded batch gives what its rows give alone.
+
+Shapes in comments: `b` rows of a batch, `s` tokens of a row, `d` channels of a head.
 """
 
 import torch
@@ -46,56 +50,6 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class XLSTMBlocksCache:
-    """What the layers carry from call to call.
-
-    Attributes:
-        layers: The state of each layer: tensors by name, or tuples of tensors, batch first.
-        tokens: Tokens seen so far, padding included.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.layers: list[dict] = [{} for _ in range(num_layers)]
-        self.tokens = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far."""
-        return self.tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows `beam_idx`, as beam search asks."""
-        for layer in self.layers:
-            for key, value in layer.items():
-                layer[key] = _each(lambda t: t.index_select(0, beam_idx.to(t.device)), value)
-
-    def recurrent(self) -> list[dict]:
-        """A copy of the states that do not grow, layer by layer."""
-        return [
-            {
-                key: _each(torch.clone, layer[key])
-                for key in ("conv", "mlstm", "slstm")
-                if key in layer
-            }
-            for layer in self.layers
-        ]
-
-    def put_back(self, rows: Tensor, before: list[dict]) -> None:
-        """Give some rows (bool `[b]`) the states of `recurrent` back."""
-
-        def chosen(now: Tensor, then: Tensor) -> Tensor:
-            return torch.where(rows.view(-1, *[1] * (now.ndim - 1)), then, now)
-
-        for layer, old in zip(self.layers, before, strict=True):
-            layer |= {key: _each(chosen, layer[key], value) for key, value in old.items()}
-
-
-def _each(function, *values):
-    """`function` of tensors, or of each tensor of tuples."""
-    if isinstance(values[0], tuple):
-        return tuple(map(function, *values))
-    return function(*values)
-
-
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -108,12 +62,13 @@ def mlstm(
     state: tuple[Tensor, Tensor, Tensor] | None,
     config: XLSTMBlocksConfig,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The mLSTM (arXiv 2405.04517, eq. 19 to 27) in chunks, equal to its step recurrence.
+    """The mLSTM (arXiv 2405.04517, eq. 19 to 27), a chunk of tokens at a time.
 
-    Inside a chunk, token t sees token j <= t with weight `exp(F_t - F_j + log_i_j)`, where F sums
-    up `log_f`. What came before the chunk is seen through the state C, n. All exponents are taken
-    relative to the stabiliser m, which carries no gradient because the result does not depend on
-    it.
+    Its recurrence, with q divided by the square root of its channels:
+
+        C_t = f_t C_(t-1) + i_t k_t v_t^T
+        n_t = f_t n_(t-1) + i_t k_t
+        h_t = C_t^T q_t / max(|n_t^T q_t|, 1)
 
     Args:
         q: `[b, heads, s, qk]`.
@@ -121,44 +76,70 @@ def mlstm(
         v: `[b, heads, s, v]`.
         log_i: Logarithm of the input gate, `[b, heads, s]`.
         log_f: Logarithm of the forget gate, `[b, heads, s]`.
-        state: `C [b, heads, qk, v]`, `n [b, heads, qk]` and `m [b, heads]`, or None.
+        state: `C [b, heads, qk, v]`, `n [b, heads, qk]` and `m [b, heads]`, or None. `C` and `n`
+            are stored times `exp(-m)`, so that they stay in the range of fp32.
         config: The input gate's activation, `cell_eps` and `mlstm_normalize` are read.
 
     Returns:
         Hidden states `[b, heads, s, v]` and the last state.
     """
-    stabilize = config.mlstm_gate == "exp"  # a sigmoid gate cannot overflow
     q = q * q.shape[-1] ** -0.5
     if state is None:
-        C = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
-        state = C, C[..., 0], C[..., 0, 0]
-    C, n, m = state
-    parts = []
-    chunks = (t.split(CHUNK, dim=2) for t in (q, k, v, log_i, log_f))
+        b, heads, _, qk = q.shape
+        shapes = (b, heads, qk, v.shape[-1]), (b, heads, qk), (b, heads)
+        state = tuple(map(q.new_zeros, shapes))
+    hidden = []
+    chunks = [t.split(CHUNK, dim=2) for t in (q, k, v, log_i, log_f)]
     for chunk in zip(*chunks, strict=True):
-        q, k, v, log_i, log_f = chunk
-        total = log_f.cumsum(-1)  # F of each token
-        entering = total + m[..., None]
-        between = total[..., None] - total[..., None, :] + log_i[..., None, :]
-        causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        between = between.masked_fill(~causal, -torch.inf)
-        m_t = torch.maximum(entering, between.amax(-1)).detach() if stabilize else 0 * total
-        scores = (q @ k.mT) * (between - m_t[..., None]).exp()
-        scale = (entering - m_t).exp()[..., None]
-        h = scores @ v + scale * (q @ C)
-        if config.mlstm_normalize:
-            # e^-80 instead of 0: no 0 / 0 where cell_eps is 0 and q is orthogonal to n.
-            nq = scores.sum(-1, keepdim=True) + scale * (q * n[..., None, :]).sum(-1, keepdim=True)
-            h = h / (
-                torch.maximum(nq.abs(), (-m_t).clamp(min=-80).exp()[..., None]) + config.cell_eps
-            )
-        parts.append(h)
-        keep, write = entering[..., -1:], total[..., -1:] - total + log_i
-        m = m_t[..., -1]
-        keep, write = (keep - m[..., None]).exp(), (write - m[..., None]).exp()[..., None]
-        C = keep[..., None] * C + (write * k).mT @ v
-        n = keep * n + (write * k).sum(-2)
-    return torch.cat(parts, dim=2), (C, n, m)
+        h, state = mlstm_chunk(*chunk, state, config)
+        hidden.append(h)
+    return torch.cat(hidden, dim=2), state
+
+
+def mlstm_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    config: XLSTMBlocksConfig,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """One chunk of `mlstm`, in parallel over its tokens.
+
+    Unrolled, token t sees token j <= t with the weight `exp(F_t - F_j + log_i_j)`, and the state
+    before the chunk with the weight `exp(F_t)`, where `F_t` sums up `log_f`. Every exponent is
+    taken relative to a stabiliser `m_t`, which carries no gradient: the result does not depend on
+    it.
+    """
+    C, n, m = state
+    F_t = log_f.cumsum(-1)
+    log_old = F_t + m[..., None]  # weight of the state before the chunk, [..., t]
+    log_new = F_t[..., :, None] - F_t[..., None, :] + log_i[..., None, :]  # [..., t, j]
+    causal = torch.ones(log_new.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    log_new = log_new.masked_fill(~causal, -torch.inf)
+    if config.mlstm_gate == "exp":
+        m_t = torch.maximum(log_old, log_new.amax(-1)).detach()
+    else:
+        m_t = torch.zeros_like(F_t)  # a sigmoid gate cannot overflow
+    old, new = (log_old - m_t).exp()[..., None], (log_new - m_t[..., None]).exp()
+
+    scores = (q @ k.mT) * new
+    h = scores @ v + old * (q @ C)
+    if config.mlstm_normalize:
+        nq = scores.sum(-1, keepdim=True) + old * (q * n[..., None, :]).sum(-1, keepdim=True)
+        # The equation's 1 is exp(-m) here. It stays above e^-80: no 0 / 0 where cell_eps is 0 and
+        # q is orthogonal to n.
+        one = (-m_t).clamp(min=-80).exp()[..., None]
+        h = h / (torch.maximum(nq.abs(), one) + config.cell_eps)
+
+    # The state after the chunk's last token.
+    m = m_t[..., -1]
+    keep = (log_old[..., -1] - m).exp()
+    write = (F_t[..., -1:] - F_t + log_i - m[..., None]).exp()[..., None]
+    C = keep[..., None, None] * C + (write * k).mT @ v
+    n = keep[..., None] * n + (write * k).sum(-2)
+    return h, (C, n, m)
 
 
 def slstm(
@@ -171,11 +152,18 @@ def slstm(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sLSTM (arXiv 2405.04517, eq. 8 to 17), token by token: the gates see the last output.
 
+    Its recurrence, with the gates i, f, z and o of `preacts_t + R h_(t-1) + bias`:
+
+        c_t = f_t c_(t-1) + i_t tanh(z_t)
+        n_t = f_t n_(t-1) + i_t
+        h_t = sigmoid(o_t) c_t / n_t
+
     Args:
         preacts: The input's part of the gates i, f, z, o, `[b, s, 4, heads, d]`.
         recurrent_weight: `[4, heads, d_in, d_out]`.
         bias: `[4, heads, d]`.
-        state: `h`, `c`, `n` and `m`, each `[b, heads, d]`, or None.
+        state: `h`, `c`, `n` and `m`, each `[b, heads, d]`, or None. `c` and `n` are stored times
+            `exp(-m)`, which no output depends on.
         padding: Bool `[b, s]`, True where the state stays empty, or None.
         config: The forget gate's activation is read.
 
@@ -207,6 +195,8 @@ def starts(padding: Tensor | None) -> Tensor | None:
     """Bool `[b, s]`, True at the first token after the padding in front of a row, or None."""
     if padding is None:
         return None
+    # What the roll brings from the end to the front counts nowhere: a row that ends in padding
+    # holds nothing else.
     return padding.roll(1, dims=1) & ~padding
 
 
@@ -297,8 +287,8 @@ class XLSTMBlocksGate(nn.Linear):
     def __init__(
         self, width: int, heads: int, first: float, last: float, noise: float = 0.0
     ) -> None:
-        self.initial = first, last, noise
         super().__init__(width, heads)
+        self.initial = first, last, noise
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, s, width]` to `[b, heads, s]`."""
@@ -328,7 +318,11 @@ class XLSTMBlocksFeedForward(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Mixers: forward(x [b, s, hidden], padding or None, this layer's state or None) -> same shape ---
+# Mixers ---------------------------------------------------------------------------------------
+#
+# Each has `forward(x, padding, state)`, which mixes `x [b, s, hidden]` along the sequence and keeps
+# its shape. `padding` is bool `[b, s]`, True in front of a row's tokens, or None. `state` is this
+# layer's dictionary in the cache, which the mixer reads and updates, or None.
 
 
 class XLSTMBlocksMLSTMBase(nn.Module):
@@ -366,7 +360,8 @@ class XLSTMBlocksMLSTMBase(nn.Module):
             }
             if before is not None and q.shape[2] == 1 and not torch.is_grad_enabled():
                 token = (t.squeeze(2) for t in (q, k, v, i, f))
-                return kernels.mlstm_step(*token, before, **options)[:, None]
+                h = kernels.mlstm_step(*token, before, **options)  # updates the state in place
+                return h[:, None]
             options |= {"boundaries": starts(padding), "return_last_state": True}
             h, last = kernels.mlstm_chunkwise(q, k, v, i, f, before, **options)
         else:
@@ -399,7 +394,7 @@ class XLSTMBlocksMLSTM(XLSTMBlocksMLSTMBase):
         self.out_proj = output_projection(v, config)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence."""
+        """See "Mixers" above."""
         i, f = (soft_cap(gate(x), self.config.gate_soft_cap) for gate in (self.igate, self.fgate))
         h = self.cell(self.q_proj(x), self.k_proj(x), self.v_proj(x), i, f, padding, state)
         gated = self.head_norm(h) * at_least_fp32(self.ogate(x)).sigmoid()
@@ -407,7 +402,10 @@ class XLSTMBlocksMLSTM(XLSTMBlocksMLSTMBase):
 
 
 class XLSTMBlocksClassicMLSTM(XLSTMBlocksMLSTMBase):
-    """`m`: up-projection, convolution, block-diagonal q, k, v, a learnable skip, an output gate."""
+    """`m`: `W_out ((norm(mLSTM(q, k, v)) + skip * c) * SiLU(z))` with `u, z = W x`.
+
+    Here `c = SiLU(conv(u))`, and q, k and v are block-diagonal maps of c, c and u.
+    """
 
     def __init__(self, config: XLSTMBlocksConfig, number: int) -> None:
         super().__init__(config)
@@ -425,7 +423,7 @@ class XLSTMBlocksClassicMLSTM(XLSTMBlocksMLSTMBase):
         self.out_proj = output_projection(inner, config)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence."""
+        """See "Mixers" above."""
         x_m, z = self.up_proj(x), self.z_proj(x)
         x_c = x_m if self.conv is None else self.conv(x_m, padding, state)
         q, k, v = self.q_proj(x_c), self.k_proj(x_c), self.v_proj(x_m)
@@ -436,7 +434,10 @@ class XLSTMBlocksClassicMLSTM(XLSTMBlocksMLSTMBase):
 
 
 class XLSTMBlocksSLSTM(nn.Module):
-    """`s`: convolution, headwise gates, the sLSTM and the norm of each head; no projection out."""
+    """`s`: `norm(sLSTM(W_i c, W_f c, W_z x, W_o x))` with `c = SiLU(conv(x))`, head by head.
+
+    There is no projection out: the feed-forward part that follows mixes the heads.
+    """
 
     def __init__(self, config: XLSTMBlocksConfig, number: int) -> None:
         super().__init__()
@@ -453,7 +454,7 @@ class XLSTMBlocksSLSTM(nn.Module):
         self.head_norm = XLSTMBlocksHeadNorm(config, width)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence."""
+        """See "Mixers" above."""
         x_c = x if self.conv is None else self.conv(x, padding, state)
         gates = (self.igate(x_c), self.fgate(x_c), self.zgate(x), self.ogate(x))
         preacts = torch.stack(gates, dim=2).unflatten(-1, (self.config.num_heads, -1))
@@ -463,12 +464,11 @@ class XLSTMBlocksSLSTM(nn.Module):
         """Hidden states `[b, s, heads, d]` of the gates' pre-activations `[b, s, 4, heads, d]`."""
         before = None if state is None else state.get("slstm")
         if kernels is not None:
-            weights, options = (
-                (self.recurrent_weight, self.bias),
-                {"forget_gate": self.config.slstm_forget_gate},
-            )
+            weights = self.recurrent_weight, self.bias
+            options = {"forget_gate": self.config.slstm_forget_gate}
             if before is not None and preacts.shape[1] == 1 and not torch.is_grad_enabled():
-                return kernels.slstm_step(preacts[:, 0], *weights, before, **options)[:, None]
+                h = kernels.slstm_step(preacts[:, 0], *weights, before, **options)  # in place too
+                return h[:, None]
             options |= {"boundaries": starts(padding), "return_last_state": True}
             h, last = kernels.slstm_scan(preacts, *weights, before, **options)
         else:
@@ -494,7 +494,7 @@ class XLSTMBlocksAttention(nn.Module):
         self.out_proj = output_projection(q, config)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
-        """Mix along the sequence; the state is that of `seen_later`."""
+        """See "Mixers" above; the state is that of `seen_later`."""
         b, s, _ = x.shape
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -504,10 +504,11 @@ class XLSTMBlocksAttention(nn.Module):
         positions = (state["tokens"] if state else 0) + real.cumsum(1) - 1
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         known = {"k": k, "v": v, "real": real, "positions": positions}
-        if state:
+        if state:  # it is an empty dictionary before the first call
             known = {n: torch.cat((state[n], t), 2 if n in "kv" else 1) for n, t in known.items()}
         k, v = known["k"], known["v"]
-        mask, window, sinks = None, self.config.attention_window, self.config.attention_sinks
+        window, sinks = self.config.attention_window, self.config.attention_sinks
+        mask = None
         if padding is not None or state or (window is not None and s > window + sinks):
             key = torch.arange(k.shape[2], device=x.device)
             query = key[-s:, None]
@@ -516,8 +517,9 @@ class XLSTMBlocksAttention(nn.Module):
                 place = known["positions"][:, None]
                 seen = seen & ((positions[..., None] - place < window) | (place < sinks))
             mask = (seen | (key == query))[:, None]  # padding sees itself, so that no row is empty
+        grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            *(q, k, v), attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
         if state is not None:
             state |= self.seen_later(known, positions[:, -1:] + 1)
@@ -551,24 +553,28 @@ class XLSTMBlocksAttention(nn.Module):
         return torch.cat((a * cos - c * sin, c * cos + a * sin), dim=-1).to(x.dtype)
 
 
+# Layers and the model -------------------------------------------------------------------------
+
+MIXERS = {
+    "M": XLSTMBlocksMLSTM,
+    "m": XLSTMBlocksClassicMLSTM,
+    "s": XLSTMBlocksSLSTM,
+    "*": XLSTMBlocksAttention,
+}
+
+
 class XLSTMBlocksLayer(GradientCheckpointingLayer):
     """`x + mixer(norm(x))` and then, where the block has one, `x + feed_forward(norm(x))`."""
 
     def __init__(self, config: XLSTMBlocksConfig, number: int) -> None:
         super().__init__()
         self.letter, self.number, self.dropout = config.pattern[number], number, config.dropout
-        mixers = {
-            "M": XLSTMBlocksMLSTM,
-            "m": XLSTMBlocksClassicMLSTM,
-            "s": XLSTMBlocksSLSTM,
-            "*": XLSTMBlocksAttention,
-        }
-        if self.letter not in mixers:
+        if self.letter not in MIXERS:
             raise ValueError(
-                f"pattern={config.pattern!r}: {self.letter!r} is not a block, use {list(mixers)}"
+                f"pattern={config.pattern!r}: {self.letter!r} is not a block, use {list(MIXERS)}"
             )
         self.mixer_norm = XLSTMBlocksNorm(config)
-        self.mixer = mixers[self.letter](config, number)
+        self.mixer = MIXERS[self.letter](config, number)
         self.ffn = None
         if self.letter != "m":
             width, activation = config.ffn_dim, F.silu
@@ -579,12 +585,61 @@ class XLSTMBlocksLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
         """`[b, s, hidden]`, same shape."""
-        x = x + F.dropout(
-            self.mixer(self.mixer_norm(x), padding, state), self.dropout, self.training
-        )
+        mixed = self.mixer(self.mixer_norm(x), padding, state)
+        x = x + F.dropout(mixed, self.dropout, self.training)
         if self.ffn is not None:
             x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
         return x
+
+
+class XLSTMBlocksCache:
+    """What the layers carry from call to call.
+
+    Attributes:
+        layers: The state of each layer: tensors by name, or tuples of tensors, batch first.
+        tokens: Tokens seen so far, padding included.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers: list[dict] = [{} for _ in range(num_layers)]
+        self.tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        return self.tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx`, as beam search asks."""
+        for layer in self.layers:
+            for key, value in layer.items():
+                layer[key] = _each(lambda t: t.index_select(0, beam_idx.to(t.device)), value)
+
+    def recurrent(self) -> list[dict]:
+        """A copy of the states that do not grow, layer by layer."""
+        return [
+            {
+                key: _each(torch.clone, layer[key])
+                for key in ("conv", "mlstm", "slstm")
+                if key in layer
+            }
+            for layer in self.layers
+        ]
+
+    def put_back(self, rows: Tensor, before: list[dict]) -> None:
+        """Give some rows (bool `[b]`) the states of `recurrent` back."""
+
+        def chosen(now: Tensor, then: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (now.ndim - 1)), then, now)
+
+        for layer, old in zip(self.layers, before, strict=True):
+            layer |= {key: _each(chosen, layer[key], value) for key, value in old.items()}
+
+
+def _each(function, *values):
+    """`function` of tensors, or of each tensor of tuples."""
+    if isinstance(values[0], tuple):
+        return tuple(map(function, *values))
+    return function(*values)
 
 
 class XLSTMBlocksPreTrainedModel(PreTrainedModel):
