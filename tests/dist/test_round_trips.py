@@ -43,10 +43,13 @@ CHOICES = {
     "logit_soft_cap": (30.0, None),
     "up_dim_factor": (2.0, 1.5),
     "conv_width": (4, 2, 0),
+    "slstm_conv_width": (None, 3, 0),
     "slstm_ffn_dim_factor": (1.3, 2.0),
     "head_norm": ("layernorm", "rmsnorm", "none"),
     "mlstm_gate": ("exp", "sigmoid"),
     "mlstm_input_gate": (True, False),
+    "mlstm_forget_gate": (True, False, "bias"),
+    "slstm_input_gate": ("exp", "sigmoid"),
     "slstm_forget_gate": ("sigmoid", "exp"),
     "attention_kv_heads": (2, None),
     "attention_window": (None, 5),
@@ -64,7 +67,7 @@ def architecture(number):
     """A `model:` section that every layout of `LAYOUTS` can train."""
     rng = random.Random(f"architecture {number}")
     for _ in range(1000):
-        letters = "".join(rng.choices("Mms*", k=2))
+        letters = "".join(rng.choices("Mmsl*", k=2))
         if number % 4 == 0:
             letters = rng.choice("M*") * 2  # what becomes transformers' own classes
         keys = rng.sample(sorted(CHOICES), 9)

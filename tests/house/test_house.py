@@ -32,7 +32,7 @@ ALLOWED = {
 }
 PEERS = {"xlstm", "mlstm_kernels", "flashrnn", "fla"}
 # It travels with exports as one file.
-LONG_FILES = {"xlstm_mcore/hf/modeling_xlstm_blocks.py": 850}
+LONG_FILES = {"xlstm_mcore/hf/modeling_xlstm_blocks.py": 950}
 # Where the word may stand: what makes megatron-core run without it, and what asks for the device.
 CUDA_FILES = {
     "xlstm_mcore/megatron/cpu_runtime.py",

@@ -61,8 +61,8 @@ LAYER_TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "s": {
         "mixer_norm.weight": ("hidden",),
-        "mixer.conv.weight": ("hidden", "conv"),
-        "mixer.conv.bias": ("hidden if conv",),
+        "mixer.conv.weight": ("hidden", "slstm conv"),
+        "mixer.conv.bias": ("hidden if slstm conv",),
         "mixer.igate.weight": ("heads", "head", "head"),
         "mixer.fgate.weight": ("heads", "head", "head"),
         "mixer.zgate.weight": ("heads", "head", "head"),
@@ -70,7 +70,7 @@ LAYER_TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
         "mixer.recurrent_weight": ("4", "heads", "head", "head"),
         "mixer.bias": ("4", "heads", "head"),
         "mixer.head_norm.weight": ("hidden",),
-        "ffn_norm.weight": ("hidden",),
+        "ffn_norm.weight": ("hidden if slstm_ffn",),
         "ffn.gate_proj.weight": ("slstm_ffn", "hidden"),
         "ffn.up_proj.weight": ("slstm_ffn", "hidden"),
         "ffn.down_proj.weight": ("hidden", "slstm_ffn"),
@@ -84,6 +84,8 @@ LAYER_TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
         **_FEED_FORWARD,
     },
 }
+
+LAYER_TENSORS["l"] = LAYER_TENSORS["s"]
 
 #: Our tensors around the layers.
 MODEL_TENSORS: dict[str, tuple[str, ...]] = {
@@ -113,8 +115,10 @@ def sizes_of(model: ModelConfig) -> dict[str, int]:
         "qkv_block": model.qkv_block_size,
         "conv": model.conv_width,
         "up if conv": widths.up if model.conv_width else 0,
-        "hidden if conv": model.hidden_size if model.conv_width else 0,
+        "slstm conv": widths.slstm_conv,
+        "hidden if slstm conv": model.hidden_size if widths.slstm_conv else 0,
         "slstm_ffn": widths.slstm_ffn,
+        "hidden if slstm_ffn": model.hidden_size if widths.slstm_ffn else 0,
         "q": q_heads * attention_head,
         "kv": kv_heads * attention_head,
     }

@@ -8,7 +8,8 @@ class XLSTMBlocksConfig(PreTrainedConfig):
 
     Widths stand here as they are, after all rounding. The letters of `pattern` are `M` (the mLSTM
     block of xLSTM 7B, arXiv 2503.13427), `m` and `s` (the mLSTM and sLSTM blocks of the xLSTM
-    paper, arXiv 2405.04517) and `*` (causal attention with rotary positions).
+    paper, arXiv 2405.04517), `l` (the sLSTM block around the LSTM's cell) and `*` (causal attention
+    with rotary positions).
 
     Attributes:
         pattern: One letter per layer.
@@ -25,19 +26,23 @@ class XLSTMBlocksConfig(PreTrainedConfig):
         logit_soft_cap: Cap of the logits; None for none.
         up_dim: `m`: inner width.
         qkv_block_size: `m`: size of the diagonal blocks of the q, k and v projections.
-        conv_width: `m` and `s`: taps of the causal convolution; 0 leaves it out, with its SiLU.
-        slstm_ffn_dim: `s`: width of the feed-forward part.
+        conv_width: `m`, `s` and `l`: taps of the causal convolution; 0 leaves it out, with its
+            SiLU.
+        slstm_conv_width: `s` and `l`: their own `conv_width`; None for `conv_width`.
+        slstm_ffn_dim: `s` and `l`: width of the feed-forward part; 0 for none.
         head_norm: Norm of each head's output, "layernorm", "rmsnorm" or "none".
         mlstm_gate: Activation of the mLSTM's input gate, "exp" or "sigmoid".
         mlstm_normalize: Whether the mLSTM divides by its normaliser state.
         mlstm_input_gate: False holds the input gate at 1.
-        mlstm_forget_gate: False holds the forget gate at 1.
+        mlstm_forget_gate: False holds the forget gate at 1, "bias" at a value that is learned.
+        slstm_input_gate: Activation of the sLSTM's input gate, "exp" or "sigmoid".
         slstm_forget_gate: Activation of the sLSTM's forget gate, "sigmoid" or "exp".
         attention_heads: `*`: heads of q.
         attention_kv_heads: `*`: heads of k and v.
         attention_window: `*`: tokens that a token sees, itself included; None for all.
         attention_sinks: `*`: first tokens that are seen from outside the window too.
         rotary_base: `*`: base of the rotary positions' wavelengths.
+        residual: False leaves out the sum around each part of a block.
         dropout: Share of block outputs dropped in training.
         use_cache: Whether a forward pass in evaluation mode returns the state for the next one.
     """
@@ -60,18 +65,21 @@ class XLSTMBlocksConfig(PreTrainedConfig):
     up_dim: int = 2048
     qkv_block_size: int = 4
     conv_width: int = 4
+    slstm_conv_width: int | None = None
     slstm_ffn_dim: int = 1344
     head_norm: str = "layernorm"
     mlstm_gate: str = "exp"
     mlstm_normalize: bool = True
     mlstm_input_gate: bool = True
-    mlstm_forget_gate: bool = True
+    mlstm_forget_gate: bool | str = True
+    slstm_input_gate: str = "exp"
     slstm_forget_gate: str = "sigmoid"
     attention_heads: int = 4
     attention_kv_heads: int = 4
     attention_window: int | None = None
     attention_sinks: int = 0
     rotary_base: float = 10_000.0
+    residual: bool = True
     dropout: float = 0.0
     tie_word_embeddings: bool = False
     use_cache: bool = True

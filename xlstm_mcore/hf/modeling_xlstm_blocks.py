@@ -6,6 +6,7 @@ One letter of `config.pattern` is one residual layer, `x + mixer(norm(x))` and, 
 - `M`: the mLSTM block of xLSTM 7B (arXiv 2503.13427, figure 8).
 - `m`: the mLSTM block of the xLSTM paper (arXiv 2405.04517, figure 11).
 - `s`: its sLSTM block (same paper, figure 10).
+- `l`: the sLSTM block around the cell of the LSTM (same paper, "LSTM (Block)"), a baseline.
 - `*`: causal attention with rotary positions, for hybrids and baselines.
 
 The file goes from the inside out: cells, their norms and projections, mixers, layers, the model.
@@ -148,7 +149,8 @@ def slstm(
     bias: Tensor,
     state: tuple[Tensor, ...] | None,
     padding: Tensor | None,
-    config: XLSTMBlocksConfig,
+    forget_gate: str,
+    input_gate: str,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sLSTM (arXiv 2405.04517, eq. 8 to 17), token by token: the gates see the last output.
 
@@ -165,7 +167,8 @@ def slstm(
         state: `h`, `c`, `n` and `m`, each `[b, heads, d]`, or None. `c` and `n` are stored times
             `exp(-m)`, which no output depends on.
         padding: Bool `[b, s]`, True where the state stays empty, or None.
-        config: The forget gate's activation is read.
+        forget_gate: Its activation, "sigmoid" or "exp".
+        input_gate: Its activation, "exp" or "sigmoid".
 
     Returns:
         Hidden states `[b, s, heads, d]` and the last state.
@@ -177,10 +180,11 @@ def slstm(
     for t in range(preacts.shape[1]):
         recurrent = torch.einsum("bhd,ghde->bghe", h, recurrent_weight)
         i, f, z, o = (preacts[:, t] + recurrent + bias).unbind(1)
-        log_f = logsigmoid(f) if config.slstm_forget_gate == "sigmoid" else f
+        log_f = logsigmoid(f) if forget_gate == "sigmoid" else f
+        log_i = logsigmoid(i) if input_gate == "sigmoid" else i
         kept = log_f + m.masked_fill(n == 0, -torch.inf)  # an empty memory has no scale
-        m = torch.maximum(kept, i).detach()
-        decay, write = (kept - m).exp(), (i - m).exp()
+        m = torch.maximum(kept, log_i).detach()
+        decay, write = (kept - m).exp(), (log_i - m).exp()
         c = decay * c + write * z.tanh()
         n = decay * n + write
         h = o.sigmoid() * c / n
@@ -189,6 +193,33 @@ def slstm(
             h, c, n, m = (x.masked_fill(empty, 0.0) for x in (h, c, n, m))
         hidden.append(h)
     return torch.stack(hidden, dim=1), (h, c, n, m)
+
+
+def lstm(
+    preacts: Tensor,
+    recurrent_weight: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    padding: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The LSTM (arXiv 2405.04517, eq. 2 to 7) with the sLSTM's recurrence by heads.
+
+    Arguments and results are those of `slstm`; the state is `h` and `c`.
+    """
+    if state is None:
+        state = (preacts.new_zeros(preacts[:, 0, 0].shape),) * 2
+    h, c = state
+    hidden = []
+    for t in range(preacts.shape[1]):
+        recurrent = torch.einsum("bhd,ghde->bghe", h, recurrent_weight)
+        i, f, z, o = (preacts[:, t] + recurrent + bias).unbind(1)
+        c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+        h = o.sigmoid() * c.tanh()
+        if padding is not None:
+            empty = padding[:, t, None, None]
+            h, c = h.masked_fill(empty, 0.0), c.masked_fill(empty, 0.0)
+        hidden.append(h)
+    return torch.stack(hidden, dim=1), (h, c)
 
 
 def starts(padding: Tensor | None) -> Tensor | None:
@@ -326,11 +357,17 @@ class XLSTMBlocksFeedForward(nn.Module):
 
 
 class XLSTMBlocksMLSTMBase(nn.Module):
-    """What both mLSTM blocks share: the cell with its options."""
+    """What both mLSTM blocks share: the cell with its options, and its gates."""
 
     def __init__(self, config: XLSTMBlocksConfig) -> None:
         super().__init__()
         self.config, self.num_heads = config, config.num_heads
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations `[b, heads, s]` of the input gate and of the forget gate."""
+        # A forget gate of its bias alone keeps its weight, with a gradient of zero.
+        seen = 0.0 * x if self.config.mlstm_forget_gate == "bias" else x
+        return self.igate(x), self.fgate(seen)
 
     def cell(
         self,
@@ -395,7 +432,7 @@ class XLSTMBlocksMLSTM(XLSTMBlocksMLSTMBase):
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
         """See "Mixers" above."""
-        i, f = (soft_cap(gate(x), self.config.gate_soft_cap) for gate in (self.igate, self.fgate))
+        i, f = (soft_cap(gate, self.config.gate_soft_cap) for gate in self.gates(x))
         h = self.cell(self.q_proj(x), self.k_proj(x), self.v_proj(x), i, f, padding, state)
         gated = self.head_norm(h) * at_least_fp32(self.ogate(x)).sigmoid()
         return self.out_proj(gated.to(x.dtype))
@@ -427,8 +464,8 @@ class XLSTMBlocksClassicMLSTM(XLSTMBlocksMLSTMBase):
         x_m, z = self.up_proj(x), self.z_proj(x)
         x_c = x_m if self.conv is None else self.conv(x_m, padding, state)
         q, k, v = self.q_proj(x_c), self.k_proj(x_c), self.v_proj(x_m)
-        qkv = torch.cat((q, k, v), dim=-1)  # the gates see all heads
-        h = self.cell(q, k, v, self.igate(qkv), self.fgate(qkv), padding, state)
+        i, f = self.gates(torch.cat((q, k, v), dim=-1))  # the gates see all heads
+        h = self.cell(q, k, v, i, f, padding, state)
         h = self.head_norm(h).to(x.dtype)
         return self.out_proj((h + self.learnable_skip * x_c) * F.silu(z))
 
@@ -439,12 +476,16 @@ class XLSTMBlocksSLSTM(nn.Module):
     There is no projection out: the feed-forward part that follows mixes the heads.
     """
 
+    cell_name = "slstm"  # with `_scan` and `_step`, what `xlstm_kernels` calls it
+    plain_cell = staticmethod(slstm)
+
     def __init__(self, config: XLSTMBlocksConfig, number: int) -> None:
         super().__init__()
         self.config, heads, width = config, config.num_heads, config.hidden_size
         self.depth = number / max(1, config.num_hidden_layers - 1)
         d = width // heads
-        self.conv = XLSTMBlocksConv(width, config.conv_width) if config.conv_width else None
+        taps = config.conv_width if config.slstm_conv_width is None else config.slstm_conv_width
+        self.conv = XLSTMBlocksConv(width, taps) if taps else None
         self.igate = XLSTMBlocksBlockDiagonal(heads, d)
         self.fgate = XLSTMBlocksBlockDiagonal(heads, d)
         self.zgate = XLSTMBlocksBlockDiagonal(heads, d)
@@ -462,22 +503,40 @@ class XLSTMBlocksSLSTM(nn.Module):
 
     def cell(self, preacts: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
         """Hidden states `[b, s, heads, d]` of the gates' pre-activations `[b, s, 4, heads, d]`."""
-        before = None if state is None else state.get("slstm")
+        weights = self.recurrent_weight, self.bias
+        options = self.options()
+        before = None if state is None else state.get(self.cell_name)
         if kernels is not None:
-            weights = self.recurrent_weight, self.bias
-            options = {"forget_gate": self.config.slstm_forget_gate}
             if before is not None and preacts.shape[1] == 1 and not torch.is_grad_enabled():
-                h = kernels.slstm_step(preacts[:, 0], *weights, before, **options)  # in place too
+                step = getattr(kernels, f"{self.cell_name}_step")
+                h = step(preacts[:, 0], *weights, before, **options)  # updates the state in place
                 return h[:, None]
+            scan = getattr(kernels, f"{self.cell_name}_scan")
             options |= {"boundaries": starts(padding), "return_last_state": True}
-            h, last = kernels.slstm_scan(preacts, *weights, before, **options)
+            h, last = scan(preacts, *weights, before, **options)
         else:
-            wide = map(at_least_fp32, (preacts, self.recurrent_weight, self.bias))
-            h, last = slstm(*wide, before, padding, self.config)
+            wide = map(at_least_fp32, (preacts, *weights))
+            h, last = self.plain_cell(*wide, before, padding, **options)
             h = h.to(preacts.dtype)
         if state is not None:
-            state["slstm"] = last
+            state[self.cell_name] = last
         return h
+
+    def options(self) -> dict:
+        """What the cell is told beside its tensors."""
+        config = self.config
+        return {"forget_gate": config.slstm_forget_gate, "input_gate": config.slstm_input_gate}
+
+
+class XLSTMBlocksLSTM(XLSTMBlocksSLSTM):
+    """`l`: the same block around the LSTM."""
+
+    cell_name = "lstm"
+    plain_cell = staticmethod(lstm)
+
+    def options(self) -> dict:
+        """The LSTM has none."""
+        return {}
 
 
 class XLSTMBlocksAttention(nn.Module):
@@ -559,6 +618,7 @@ MIXERS = {
     "M": XLSTMBlocksMLSTM,
     "m": XLSTMBlocksClassicMLSTM,
     "s": XLSTMBlocksSLSTM,
+    "l": XLSTMBlocksLSTM,
     "*": XLSTMBlocksAttention,
 }
 
@@ -568,7 +628,8 @@ class XLSTMBlocksLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: XLSTMBlocksConfig, number: int) -> None:
         super().__init__()
-        self.letter, self.number, self.dropout = config.pattern[number], number, config.dropout
+        self.letter, self.number = config.pattern[number], number
+        self.dropout, self.residual = config.dropout, config.residual
         if self.letter not in MIXERS:
             raise ValueError(
                 f"pattern={config.pattern!r}: {self.letter!r} is not a block, use {list(MIXERS)}"
@@ -576,20 +637,24 @@ class XLSTMBlocksLayer(GradientCheckpointingLayer):
         self.mixer_norm = XLSTMBlocksNorm(config)
         self.mixer = MIXERS[self.letter](config, number)
         self.ffn = None
-        if self.letter != "m":
-            width, activation = config.ffn_dim, F.silu
-            if self.letter == "s":
-                width, activation = config.slstm_ffn_dim, F.gelu
+        width, activation = config.ffn_dim, F.silu
+        if self.letter in "sl":
+            width, activation = config.slstm_ffn_dim, F.gelu
+        if self.letter != "m" and width:
             self.ffn_norm = XLSTMBlocksNorm(config)
             self.ffn = XLSTMBlocksFeedForward(config, width, activation)
 
     def forward(self, x: Tensor, padding: Tensor | None, state: dict | None) -> Tensor:
         """`[b, s, hidden]`, same shape."""
-        mixed = self.mixer(self.mixer_norm(x), padding, state)
-        x = x + F.dropout(mixed, self.dropout, self.training)
+        x = self.add(x, self.mixer(self.mixer_norm(x), padding, state))
         if self.ffn is not None:
-            x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+            x = self.add(x, self.ffn(self.ffn_norm(x)))
         return x
+
+    def add(self, x: Tensor, change: Tensor) -> Tensor:
+        """`x + change`, with dropout of the change."""
+        change = F.dropout(change, self.dropout, self.training)
+        return x + change if self.residual else change
 
 
 class XLSTMBlocksCache:
@@ -619,7 +684,7 @@ class XLSTMBlocksCache:
         return [
             {
                 key: _each(torch.clone, layer[key])
-                for key in ("conv", "mlstm", "slstm")
+                for key in ("conv", "mlstm", "slstm", "lstm")
                 if key in layer
             }
             for layer in self.layers
@@ -675,6 +740,10 @@ class XLSTMBlocksPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, XLSTMBlocksClassicMLSTM):
             init.ones_(module.learnable_skip)
+        elif isinstance(module, XLSTMBlocksLSTM):
+            init.zeros_(module.recurrent_weight)
+            init.zeros_(module.bias)
+            init.ones_(module.bias[1])  # the forget gate's
         elif isinstance(module, XLSTMBlocksSLSTM):
             # Forget gates fall from 5 to -7 over a head's channels, in a curve set by the depth.
             bias = torch.zeros(module.bias.shape)

@@ -40,6 +40,20 @@ ARCHITECTURES = {
         "mlstm_normalize": False,
         "cell_eps": 0.0,
     },
+    "lstm": {"pattern": "lsm", "slstm_conv_width": 2, "slstm_input_gate": "sigmoid"},
+    "plain-lstm": {
+        "pattern": "ll",
+        "residual": False,
+        "slstm_ffn_dim_factor": 0,
+        "conv_width": 0,
+        "head_norm": "none",
+    },
+    "fixed-decay": {
+        "pattern": "Mms",
+        "mlstm_forget_gate": "bias",
+        "conv_width": 0,
+        "slstm_conv_width": 3,
+    },
     "attention": {"pattern": "**", "attention_heads": 4, "attention_kv_heads": 2},
     "llama": {
         "pattern": "***",
@@ -53,7 +67,7 @@ ARCHITECTURES = {
     "window": {"pattern": "*M*", "attention_window": 3, "attention_sinks": 2},
 }
 #: The few that meet every kind of state.
-STATEFUL = ["7b-tied", "classic", "no-conv", "hybrid", "window"]
+STATEFUL = ["7b-tied", "classic", "no-conv", "lstm", "hybrid", "window"]
 
 
 def section_of(name):

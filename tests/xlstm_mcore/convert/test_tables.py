@@ -28,6 +28,8 @@ def groups():
     [
         ("Mms*", {"attention_heads": 6, "attention_kv_heads": 2, "qk_dim_factor": 0.75}),
         ("ms", {"conv_width": 0, "tie_embeddings": True, "up_dim_factor": 1.5}),
+        ("ml", {"conv_width": 0, "slstm_conv_width": 3}),
+        ("sm", {"slstm_conv_width": 0, "slstm_ffn_dim_factor": 0}),
     ],
 )
 def test_the_tables_have_the_tensors_of_the_model(groups, pattern, keys):

@@ -1,5 +1,7 @@
 """This project's own class, `xlstm_blocks`: the papers' blocks with every key of theirs.
 
+The one block that it does not have is Mamba-2, a baseline of the papers' experiments.
+
 The class is one file, `xlstm_mcore/hf/modeling_xlstm_blocks.py`. It travels with the weights, and
 `import xlstm_mcore.hf` registers it where this package is installed. Its names are ours after the
 prefix, so converting is renaming.
@@ -51,32 +53,20 @@ SAME_KEYS = (
 )
 
 #: The same, but older folders do not have them.
-LATER_KEYS: dict[str, Any] = {"attention_window": None, "attention_sinks": 0}
-
-#: Keys of which the class knows some values only.
-_EXPORTED: dict[str, tuple[Any, ...]] = {
-    "slstm_input_gate": ("exp",),
-    "mlstm_forget_gate": (True, False),
-    "residual": (True,),
+LATER_KEYS: dict[str, Any] = {
+    "slstm_conv_width": None,
+    "slstm_input_gate": "exp",
+    "attention_window": None,
+    "attention_sinks": 0,
+    "residual": True,
 }
 
 
 def unsupported_reason(model: ModelConfig) -> str | None:
-    """Why the class cannot compute a model, as a sentence without its full stop.
-
-    The baselines of the papers' experiments are not exported, nor are the variants of cells that
-    only those need.
-    """
+    """Why the class cannot compute a model, as a sentence without its full stop."""
     unknown = sorted(set(model.pattern) - set(TABLE.layers) - {"|"})
     if unknown:
         return f"the {NAME} class has no {unknown[0]} block, which model.pattern names"
-    for key, known in _EXPORTED.items():
-        if getattr(model, key) not in known:
-            return f"the {NAME} class does not have model.{key}={getattr(model, key)}"
-    if "s" in model.pattern and not dimensions(model).slstm_ffn:
-        return f"the {NAME} class has a feed-forward part in every sLSTM block"
-    if model.slstm_conv_width not in (None, model.conv_width):
-        return f"the {NAME} class has model.conv_width in the sLSTM too"
     return None
 
 
@@ -126,7 +116,9 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
             f"{', '.join(TABLE.layers)}"
         )
     vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
-    widths = {name: config.integer(f"{name}_dim") for name in ("ffn", "up", "slstm_ffn", "qk", "v")}
+    widths = {name: config.integer(f"{name}_dim") for name in ("ffn", "up", "qk", "v")}
+    without = config.values.get("slstm_ffn_dim") == 0  # blocks without a feed-forward part
+    widths["slstm_ffn"] = 0 if without else config.integer("slstm_ffn_dim")
     return {
         "pattern": config.values["pattern"],
         "vocab_size": vocab,
