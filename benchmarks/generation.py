@@ -22,10 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from xlstm_io.checkpoint.safetensors_stream import TensorHeader, write_safetensors
+from benchmarks.import_memory import write_folder
 from xlstm_mcore.convert.cli import main as convert
-from xlstm_mcore.convert.families import native_xlstm
-from xlstm_mcore.convert.tables import rows
 from xlstm_mcore.generation.generate import generate
 from xlstm_mcore.generation.settings import Sampling
 from xlstm_mcore.inference import open_model
@@ -52,22 +50,6 @@ class Numbers:
         return ""
 
 
-def write_export(folder: Path, model: ModelConfig) -> None:
-    """A Hugging Face folder of `model` with random weights whose logits differ by some units."""
-    rng = torch.Generator().manual_seed(0)
-
-    def values(header: TensorHeader) -> torch.Tensor:
-        if len(header.shape) == 1:
-            return torch.ones(header.shape)
-        return torch.randn(header.shape, generator=rng) * header.shape[-1] ** -0.5
-
-    found = list(rows(native_xlstm.TABLE, model))
-    headers = [TensorHeader(row.theirs, torch.float32, row.shape) for row in found]
-    write_safetensors(folder / "model.safetensors", headers, values)
-    ids = {"vocab_size": model.vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    (folder / "config.json").write_text(json.dumps(native_xlstm.config(model) | ids))
-
-
 def sides(options: argparse.Namespace, folder: Path) -> dict[str, Callable[..., torch.Tensor]]:
     """`continue_(prompts [b, s], tokens)` of both sides, which returns the tokens added [b, n]."""
     model = ModelConfig(
@@ -77,7 +59,7 @@ def sides(options: argparse.Namespace, folder: Path) -> dict[str, Callable[..., 
         vocab_size=options.vocab,
     )
     (folder / "hf").mkdir()
-    write_export(folder / "hf", model)
+    write_folder(folder / "hf", model)
     with open(os.devnull, "w") as nowhere:
         shown, sys.stdout = sys.stdout, nowhere
         try:

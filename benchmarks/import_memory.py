@@ -34,16 +34,19 @@ CONVERT = "--convert"  # what follows is a command of the conversion, for the me
 
 
 def write_folder(folder: Path, model: ModelConfig) -> None:
-    """A Hugging Face folder of `model` with random weights, in fp32."""
+    """A Hugging Face folder of `model` with random weights in fp32, whose logits are some units."""
     rng = torch.Generator().manual_seed(0)
-    headers = [
-        TensorHeader(row.theirs, torch.float32, row.shape)
-        for row in rows(native_xlstm.TABLE, model)
-    ]
-    file = folder / "model.safetensors"
-    write_safetensors(file, headers, lambda header: torch.rand(header.shape, generator=rng))
-    config = native_xlstm.config(model) | {"vocab_size": model.vocab_size}
-    (folder / "config.json").write_text(json.dumps(config))
+
+    def values(header: TensorHeader) -> torch.Tensor:
+        if len(header.shape) == 1:
+            return torch.ones(header.shape)
+        return torch.randn(header.shape, generator=rng).mul_(header.shape[-1] ** -0.5)
+
+    found = list(rows(native_xlstm.TABLE, model))
+    headers = [TensorHeader(row.theirs, torch.float32, row.shape) for row in found]
+    write_safetensors(folder / "model.safetensors", headers, values)
+    ids = {"vocab_size": model.vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(native_xlstm.config(model) | ids))
 
 
 def peak_mib(*words: str) -> float:
