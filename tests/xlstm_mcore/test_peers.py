@@ -169,7 +169,7 @@ def classic_tensors(peer, letters, of, shift):
     return out
 
 
-def classic_peer(letters, heads):
+def classic_peer(letters, heads, vocab_size=96):
     from xlstm.blocks.mlstm.block import mLSTMBlockConfig
     from xlstm.blocks.mlstm.layer import mLSTMLayerConfig
     from xlstm.blocks.slstm.block import sLSTMBlockConfig
@@ -180,7 +180,7 @@ def classic_peer(letters, heads):
     torch.manual_seed(0)
     peer = xLSTMLMModel(
         xLSTMLMModelConfig(
-            vocab_size=96,
+            vocab_size=vocab_size,
             embedding_dim=64,
             context_length=64,
             num_blocks=len(letters),
@@ -216,15 +216,21 @@ def test_classic_equals_xlstm_lm_model(groups, letters, heads, length):
     compare(logits.detach(), grads, model, tokens, 1e-5)
 
 
-def imported_logits(state_dict, folder, tokens):
-    """Logits of our model after `from-nxai` of a pickled state dict."""
+def imported(state_dict, folder):
+    """The checkpoint of `from-nxai` of a pickled state dict."""
     from xlstm_mcore.convert import cli
-    from xlstm_mcore.inference import model_logits, open_model
 
     folder.mkdir()
     torch.save(state_dict, folder / "model.pt")
     assert cli.main(["from-nxai", str(folder / "model.pt"), str(folder / "run")]) == 0
-    return model_logits(open_model(folder / "run"), tokens)
+    return folder / "run"
+
+
+def imported_logits(state_dict, folder, tokens):
+    """Logits of our model after `from-nxai` of a pickled state dict."""
+    from xlstm_mcore.inference import model_logits, open_model
+
+    return model_logits(open_model(imported(state_dict, folder)), tokens)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -263,6 +269,31 @@ def test_an_imported_classic_model_has_its_logits(groups, tmp_path, backend):
                 cell._bias_int2ext(cell._bias_.data)
             ).contiguous()
     found = imported_logits(state, tmp_path / "x", tokens)
+    assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_the_export_of_a_classic_model_has_its_logits(groups, tmp_path, monkeypatch):
+    """Of pip xlstm's classic model, which Hugging Face has no class for: through ours and out."""
+    from transformers import AutoModelForCausalLM
+
+    import xlstm_mcore.hf  # noqa: F401  (registers the class)
+    from tests.xlstm_mcore.convert.small import train_tokenizer
+    from xlstm_mcore.convert import cli
+    from xlstm_mcore.convert.tokenizer import corpus
+
+    monkeypatch.setattr(corpus, "TEXTS", 100)
+    peer = classic_peer("msm", heads=4, vocab_size=460)
+    tokens = torch.randint(0, 460, (2, 40))
+    with torch.no_grad():
+        logits = peer(tokens)
+    run, hf = imported(peer.state_dict(), tmp_path / "x"), tmp_path / "hf"
+    spm = train_tokenizer(tmp_path / "tokenizer.model")
+    words = ["to-hf", str(run), str(hf), "--tokenizer", str(spm), "--keep-padding"]
+    assert cli.main(words) == 0
+    exported = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    assert exported.config.model_type == "xlstm_blocks"
+    with torch.no_grad():
+        found = exported(tokens).logits
     assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
 
 

@@ -1,6 +1,7 @@
 """An export appears whole: what is killed, what is replaced, and what lies behind a URL."""
 
 import os
+import shutil
 
 import pytest
 
@@ -77,8 +78,10 @@ def test_an_export_to_a_url_is_the_same_folder(exported, tmp_path):
     _, checkpoint, folder = exported
     fake_object_store.register()
     url = f"objects://{tmp_path}/bucket/hf"
-    for _ in range(2):  # the second replaces the first
-        assert cli.main(["to-hf", str(checkpoint), url]) == 0
+    shutil.copytree(checkpoint, tmp_path / "bucket/run" / checkpoint.name)
+    # The second replaces the first.
+    for source in (checkpoint, f"objects://{tmp_path}/bucket/run"):
+        assert cli.main(["to-hf", str(source), url]) == 0
     found = {p.name: p.read_bytes() for p in (tmp_path / "bucket/hf").iterdir()}
     local = {p.name: p.read_bytes() for p in folder.iterdir() if "parity" not in p.name}
     assert found == local
