@@ -180,6 +180,9 @@ def test_an_export_comes_back_with_its_tokenizer(tmp_path, capsys):
         assert torch.equal(found[name][: len(real)], real), name
         assert not found[name][len(real) :].any(), "further rows are zero"
     assert tokenizer_of(path).sha256 == tokenizer_of(resolve(tmp_path)).sha256
+    again = tmp_path / "again"
+    assert cli.main(["to-hf", str(back), str(again), "--no-verify"]) == 0
+    assert "imported from `hf` and not trained since" in (again / "README.md").read_text()
     assert cli.main(words) == 2
     assert "holds a checkpoint already" in capsys.readouterr().err
 

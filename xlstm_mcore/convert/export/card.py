@@ -15,7 +15,7 @@ tags:
 
 # xLSTM language model
 
-{parameters:,} parameters, pretrained for {step:,} steps{tokens}. Exported from a checkpoint of
+{parameters:,} parameters, {history}. Exported from a checkpoint of
 xlstm-pretrain as `{family}`; {architecture}
 
 | | |
@@ -94,6 +94,15 @@ def snippet(remote_model: bool, tokenizer: WrittenTokenizer, bos_id: int | None)
     return "import torch\n" + _AUTO.format(**fields) + _BOS_BY_HAND
 
 
+def _history(provenance: dict[str, Any]) -> str:
+    """How the weights came about, after the number of parameters."""
+    tokens, imported = provenance["tokens"], provenance["imported"]
+    if imported is not None:
+        return f"imported from `{imported.get('from')}` and not trained since"
+    on = f" on {tokens:,} tokens" if isinstance(tokens, int) else ""
+    return f"pretrained for {provenance['step']:,} steps{on}"
+
+
 def model_card(
     provenance: dict[str, Any],
     family: ModuleType,
@@ -122,11 +131,9 @@ def model_card(
         "tokenizer sha256": f"`{provenance['tokenizer_sha256']}`",
         **{f"{name} version": text for name, text in provenance["written_by"].items()},
     }
-    tokens = provenance["tokens"]
     return TEMPLATE.format(
         parameters=provenance["parameters"],
-        step=provenance["step"],
-        tokens=f" on {tokens:,} tokens" if isinstance(tokens, int) else "",
+        history=_history(provenance),
         family=family.NAME,
         architecture=_ARCHITECTURES[family.NAME],
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),

@@ -181,6 +181,7 @@ def _write_small_files(
         "checkpoint": reader.path.name,
         "step": manifest.step,
         "tokens": manifest.state.get("tokens"),
+        "imported": manifest.state.get("imported"),
         "family": family.NAME,
         "dtype": done.plan.dtype,
         "vocab_size": done.plan.vocab,
