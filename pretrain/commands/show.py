@@ -27,8 +27,10 @@ def show(path: Location | str, which: str | None = None) -> str:
     parameters = sum(math.prod(t.shape) for t in weights.values())
     size = sum(f.size for f in manifest.files.values())
     created = datetime.datetime.fromtimestamp(manifest.created).astimezone()
+    imported = state.get("imported") or {}
     facts = {
         "checkpoint": str(path),
+        "imported": f"from {imported.get('from')} as {imported.get('family')}" if imported else "",
         "saved": created.isoformat(" ", "seconds"),
         "step": f"{manifest.step:,}",
         "tokens": f"{state['tokens']:,}" if "tokens" in state else "not recorded",
@@ -46,7 +48,7 @@ def show(path: Location | str, which: str | None = None) -> str:
         "size": f"{size / 1e6:,.1f} MB in {counted(len(manifest.files), 'file')}",
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
-    lines = [f"{label:<12}{value}" for label, value in facts.items()]
+    lines = [f"{label:<12}{value}" for label, value in facts.items() if value.strip()]
     lines.append("weights")
     lines += [
         f"  {name:<56} {str(info.dtype).removeprefix('torch.'):<9} {list(info.shape)}"

@@ -66,6 +66,10 @@ def test_the_folder_loads_trains_and_saves_without_this_project(tmp_path, spm):
                     raise ModuleNotFoundError(name)
 
         sys.meta_path.insert(0, NotInstalled())
+        import os
+        import pathlib
+        import re
+
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,10 +93,22 @@ def test_the_folder_loads_trains_and_saves_without_this_project(tmp_path, spm):
         bias = fresh.model.layers[0].mixer.fgate.bias
         assert bias[0] == 3 and bias[-1] == 6, bias
         torch.save(logits.detach(), out)
+        os.chdir(folder)
+        card = pathlib.Path("README.md").read_text()
+        (program,) = re.findall("```python\\n(.*?)```", card, re.S)
+        exec(program)
     """
     words = [sys.executable, "-c", code, folder, tmp_path / "again", tmp_path / "logits.pt"]
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(list(map(str, words)), check=True, cwd=tmp_path, env=env, timeout=200)
+    done = subprocess.run(
+        list(map(str, words)),
+        check=True,
+        cwd=tmp_path,
+        env=env,
+        timeout=200,
+        stdout=subprocess.PIPE,
+    )
+    assert b"Once" in done.stdout, "the card's program writes what follows this word"
     theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
     wanted = model_logits(ours, torch.arange(3, 40)[None])[..., : theirs.shape[-1]]
     assert (theirs - wanted).abs().max() < 2e-5 * wanted.abs().max()

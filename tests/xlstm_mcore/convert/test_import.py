@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, xLSTMConfig, xLSTMForCausalLM
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
+from pretrain.commands.show import show
 from tests.xlstm_mcore.convert.small import make_weights, save, train_tokenizer
 from tests.xlstm_mcore.test_generation_state import make_model
 from xlstm_io.checkpoint.manifest import read_manifest, resolve
@@ -183,6 +184,7 @@ def test_an_export_comes_back_with_its_tokenizer(tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["to-hf", str(back), str(again), "--no-verify"]) == 0
     assert "imported from `hf` and not trained since" in (again / "README.md").read_text()
+    assert "imported    from hf as xlstm\n" in show(back) and "written on" not in show(back)
     assert cli.main(words) == 2
     assert "holds a checkpoint already" in capsys.readouterr().err
 

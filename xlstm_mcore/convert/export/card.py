@@ -41,16 +41,19 @@ _ARCHITECTURES = {
     ),
 }
 
+#: The first line of a program after its imports.
+_FOLDER = 'FOLDER = "."  # where this card lies, or its name on a hub\n'
+
 _AUTO = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust_tokenizer})
+{folder}tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust_tokenizer})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust_model})
 """
 _PLAIN = """import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-tokenizer = Tokenizer.from_file(f"{{FOLDER}}/tokenizer.json")
+{folder}tokenizer = Tokenizer.from_file(f"{{FOLDER}}/tokenizer.json")
 tokenizer.encode_special_tokens = True
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust_model})
 ids = [{bos}, *tokenizer.encode("Once", add_special_tokens=False).ids]
@@ -83,6 +86,7 @@ def snippet(remote_model: bool, tokenizer: WrittenTokenizer, bos_id: int | None)
     """
     trust = ", trust_remote_code=True"
     fields = {
+        "folder": _FOLDER,
         "trust_model": trust if remote_model else "",
         "trust_tokenizer": trust if tokenizer.remote_code else "",
         "bos": bos_id,

@@ -119,12 +119,13 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
     widths = {name: config.integer(f"{name}_dim") for name in ("ffn", "up", "qk", "v")}
     without = config.values.get("slstm_ffn_dim") == 0  # blocks without a feed-forward part
     widths["slstm_ffn"] = 0 if without else config.integer("slstm_ffn_dim")
+    heads = ("attention_heads", "attention_kv_heads") if "*" in config.values["pattern"] else ()
     return {
         "pattern": config.values["pattern"],
         "vocab_size": vocab,
         "tie_embeddings": TABLE.head not in shapes,
         **{key: config.values[key] for key in SAME_KEYS},
         **{key: config.values.get(key, default) for key, default in LATER_KEYS.items()},
-        **{key: config.integer(key) for key in ("attention_heads", "attention_kv_heads")},
+        **{key: config.integer(key) for key in heads},
         **width_keys(hidden, **widths),
     }
