@@ -279,7 +279,7 @@ def _code(folder: Path, family: str) -> Check:
     ]
     if other:
         return Check("code", False, f"not the code of this version: {', '.join(other)}")
-    return Check("code", True, ", ".join(found) or f"none is needed, the model is a {family}")
+    return Check("code", True, ", ".join(found) or f"none is needed for {family}")
 
 
 def _tokenizer(folder: Path, exact: Tokenizer, trained: str | None, about: Marker) -> Check:
