@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.commands.check_data import describe_data
 from pretrain.config import RunConfig, runnable_text
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import read_progress
@@ -49,6 +48,8 @@ def submit_training(
     Raises:
         UserError: it cannot work; nothing was submitted.
     """
+    from pretrain.commands.check_data import describe_data  # needs torch, and `render` does not
+
     plan = make_plan(config, site, nodes)
     files = RunState(plan.run)
     describe_data(config, leave_out="")  # what `pretrain check` refuses

@@ -15,8 +15,7 @@ from pretrain.config import RunConfig, check_world
 from slurm.batch_files.site import Site, SiteError, time_limit_seconds
 from slurm.batch_files.staging import Staging, plan_staging
 from slurm.job.health import Health
-from slurm.job.state import FOLDER, RUN_FILE, Policy
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
+from slurm.job.state import CHECKPOINTS_FOLDER, FOLDER, RUN_FILE, Policy
 from xlstm_io.errors import ConfigError
 from xlstm_io.remote import is_remote
 

@@ -24,8 +24,14 @@ from slurm.batch_files.plan import (
 )
 from slurm.batch_files.render import render
 from slurm.batch_files.site import Site
-from slurm.job.state import FOLDER, HEALTH_FILE, POLICY_FILE, RUN_FILE, read_json
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
+from slurm.job.state import (
+    CHECKPOINTS_FOLDER,
+    FOLDER,
+    HEALTH_FILE,
+    POLICY_FILE,
+    RUN_FILE,
+    read_json,
+)
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.yaml_file import read_yaml

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm.job.state import RunState, read_json
+from slurm.job.state import CHECKPOINTS_FOLDER, RunState, read_json
 
 FOLDER = "evaluations"
 QUIET_S = 3 * 24 * 3600.0  # a run that wrote nothing for so long is not expected to go on
@@ -36,7 +36,7 @@ def next_checkpoint(run: Path) -> dict[str, str]:
 def complete_checkpoints(run: Path) -> list[str]:
     """Names of the complete checkpoints, oldest first."""
     found = []
-    for manifest in sorted((run / "checkpoints").glob("step-*/manifest.json")):
+    for manifest in sorted((run / CHECKPOINTS_FOLDER).glob("step-*/manifest.json")):
         if read_json(manifest).get("complete") is True:
             found.append(manifest.parent.name)
     return found
@@ -52,7 +52,12 @@ def has_ended(run: Path) -> bool:
         return True
     written = [
         path.stat().st_mtime
-        for path in (run, run / "progress.json", run / "checkpoints", files.folder / "state.json")
+        for path in (
+            run,
+            run / "progress.json",
+            run / CHECKPOINTS_FOLDER,
+            files.folder / "state.json",
+        )
         if path.exists()
     ]
     return time.time() - max(written, default=0.0) > QUIET_S

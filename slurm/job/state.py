@@ -27,6 +27,7 @@ from xlstm_io.errors import UserError
 from xlstm_io.remote import masked, masked_values
 
 FOLDER = "slurm"
+CHECKPOINTS_FOLDER = "checkpoints"  # as in xlstm_io.checkpoint.manifest, which needs torch
 BATCH_FILE = "train.sbatch"
 POLICY_FILE = "policy.json"
 STOP_FILE = "STOP"

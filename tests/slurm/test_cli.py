@@ -1,13 +1,18 @@
 """The words of `python -m slurm`, without a Slurm."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from slurm import cli, submit
+from pretrain.commands import check_data
+from slurm import cli
+from slurm.job.state import CHECKPOINTS_FOLDER
 from tests.slurm.plans import DEMO, EXAMPLES, ROOT, directives
+from xlstm_io.checkpoint import manifest
 
 
 def test_keys_of_the_site_and_of_the_run_can_be_given_in_words(tmp_path, monkeypatch, capsys):
@@ -23,6 +28,20 @@ def test_keys_of_the_site_and_of_the_run_can_be_given_in_words(tmp_path, monkeyp
     assert re.search(r"train --take-over /projects/r/slurm/run.yaml$", out, flags=re.M)
     assert not Path("/projects/r").exists()
     assert cli.run([*words, "--set", "partition"]) == 2
+
+
+def test_rendering_needs_no_torch():
+    """Its import takes seconds, on a login node with a slow file system a minute."""
+    example = EXAMPLES / "cpu.yaml"
+    words = ["render", "train", str(DEMO), "--site", str(example), "--run.dir", "/projects/r"]
+    script = (
+        "import sys; from slurm import cli; cli.run(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("\nxlstm_life\nFalse\n")
+    assert CHECKPOINTS_FOLDER == manifest.CHECKPOINTS_FOLDER
 
 
 @pytest.mark.parametrize(
@@ -51,7 +70,7 @@ def test_submitting_needs_slurm_and_says_so(tmp_path, monkeypatch, capsys):
     words = ["submit", "train", str(DEMO), "--site", str(tmp_path / "site.yaml"), "--run.dir", run]
     assert cli.run([*words, "--data.path", str(tmp_path / "none")]) == 2
     assert "problem with what lies on this machine\n" in capsys.readouterr().err
-    monkeypatch.setattr(submit, "describe_data", lambda *_, **__: "")
+    monkeypatch.setattr(check_data, "describe_data", lambda *_, **__: "")
     assert cli.run(words) == 2
     assert "sinfo is not on this machine" in capsys.readouterr().err
     assert cli.run(["status", str(tmp_path)]) == 2
