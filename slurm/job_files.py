@@ -1,4 +1,4 @@
-"""The files that a job needs beside its run file, copied into the run folder at submission.
+"""The files that a batch script needs beside itself, copied to it at submission.
 
 A job waits in the queue for days, and its lives last for weeks: it must not change because somebody
 updates a checkout meanwhile. The host of a batch script may also lack the run's environment, when
@@ -11,7 +11,6 @@ from pathlib import Path
 import slurm
 import slurm.job
 import xlstm_io
-from slurm.job.state import FOLDER
 
 MODULES = {
     slurm: ("__init__.py", "scheduler.py"),
@@ -19,6 +18,7 @@ MODULES = {
         "__init__.py",
         "state.py",
         "decide.py",
+        "evaluations.py",
         "follow.py",
         "health.py",
         "life.py",
@@ -29,9 +29,8 @@ MODULES = {
 SHELL = ("batch.sh", "stage.sh")
 
 
-def copy_job_files(run: Path) -> Path:
-    """Copy what a job needs into `RUN/slurm/job`; returns that folder."""
-    folder = run / FOLDER / "job"
+def copy_job_files(folder: Path) -> None:
+    """Copy what a batch script needs into a folder; its Python finds the modules there."""
     for package, names in MODULES.items():
         source = Path(str(package.__file__)).parent
         target = folder.joinpath(*package.__name__.split("."))
@@ -40,7 +39,6 @@ def copy_job_files(run: Path) -> Path:
             _replace(source / name, target / name)
     for name in SHELL:
         _replace(Path(str(slurm.job.__file__)).with_name(name), folder / name)
-    return folder
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -84,7 +84,7 @@ def write_files(plan: TrainingPlan, config: RunConfig, text: str) -> None:
     files = RunState(plan.run)
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
-        copy_job_files(plan.run)
+        copy_job_files(files.folder / "job")
         write_atomic(files.folder / RUN_FILE, runnable_text(config).encode())
         files.save_policy(plan.policy)
         if plan.health is not None:

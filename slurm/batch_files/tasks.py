@@ -32,6 +32,7 @@ from slurm.job.state import (
     RUN_FILE,
     read_json,
 )
+from slurm.job_files import copy_job_files
 from xlstm_io.errors import ConfigError, UserError
 from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.yaml_file import read_yaml
@@ -49,6 +50,7 @@ class TaskPlan(JobPlan):
         option: of the command, which takes the number of an array's element.
         beside: further files that the job reads, by name; they lie beside the batch file.
         check: a command that says, before anything queues, whether the job can begin.
+        copies: folder of the modules that the batch script itself runs; None where it runs none.
     """
 
     file: Path
@@ -56,6 +58,7 @@ class TaskPlan(JobPlan):
     option: str = "--task"
     beside: Mapping[str, str] = field(default_factory=dict)
     check: tuple[str, ...] = ()
+    copies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def plan_evaluation(
     return [
         EvaluationPlan(
             **{one.name: getattr(plan, one.name) for one in fields(plan)}
-            | {"template": "evaluate_each.sbatch.j2"},
+            | {"template": "evaluate_each.sbatch.j2", "copies": plan.file.with_suffix(".job")},
             run=path,
             wait_s=math.ceil(60 * every_minutes),
             requeue=site.requeue,
@@ -226,6 +229,7 @@ def plan_preflight(
             words=(),
             file=jobs / "preflight.sbatch",
             restarts=0,
+            copies=jobs / "preflight.job",
             beside={
                 RUN_FILE: runnable_text(config),
                 HEALTH_FILE: json.dumps(asdict(health_of(site)), indent=1) + "\n",
@@ -332,6 +336,8 @@ def submit_tasks(
             plan.file.parent.mkdir(parents=True, exist_ok=True)
             for name, more in plan.beside.items():
                 write_atomic(plan.file.with_name(name), more.encode())
+            if plan.copies is not None:
+                copy_job_files(plan.copies)
             write_atomic(plan.file, text.encode())
         except OSError as error:
             raise ConfigError(f"{plan.file} cannot be written ({error.strerror})") from error

@@ -194,7 +194,8 @@ def test_a_folder_without_a_submission_is_one_message(tmp_path):
 
 def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     """An isolated Python with nothing installed: no torch, no pydantic, no package of ours."""
-    job = copy_job_files(files.run)
+    job = files.folder / "job"
+    copy_job_files(job)
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from slurm.job import life; life.main"
     )
@@ -213,6 +214,9 @@ def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     assert told["XLSTM_LIFE_FOLDER"] == str(files.life_folder(1))  # with its space
     assert (told["XLSTM_HEAD"], told["XLSTM_NODES"]) == ("n1", "n1 n2")
     assert "xlstm: life 1 on n1 n2" in done.stderr and "slurm.job.decide" in done.stderr
+    for module in ("health", "evaluations"):  # which other jobs ask
+        words = [sys.executable, "-S", "-P", "-c", f"import slurm.job.{module}"]
+        subprocess.run(words, env={**environment, "PYTHONPATH": str(job)}, cwd="/", check=True)
 
 
 # One rank ---------------------------------------------------------------------------------------
@@ -231,7 +235,8 @@ def run_rank(files, tmp_path, script, number=None):
     """Run rank.py with a Python script as its command; (exit code, record, log)."""
     folder = files.life_folder(1)
     folder.mkdir(parents=True)
-    job = copy_job_files(files.run)
+    job = files.folder / "job"
+    copy_job_files(job)
     command = [sys.executable, "-S", str(job / "slurm/job/rank.py"), str(folder), "--"]
     process = subprocess.Popen(
         [*command, sys.executable, "-S", "-c", script], env={**os.environ, **RANK_VARIABLES}
