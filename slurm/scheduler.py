@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,27 @@ def first_queued(jobs: Sequence[str]) -> QueuedJob | None:
         raise SlurmError(f"squeue: {done.stderr.strip()}")
     found = [QueuedJob(*line.split("|", 3)) for line in done.stdout.strip().splitlines()]
     return min(found, key=lambda one: jobs.index(one.job), default=None)
+
+
+def accounted_end(job: str) -> tuple[str, float | None]:
+    """How a job that has left the queue ended, as Slurm's accounting says it.
+
+    Args:
+        job: its number.
+
+    Returns:
+        The state, such as NODE_FAIL, and the time in seconds since 1970. Many clusters have no
+        accounting: then "" and None.
+    """
+    words = ("--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State,End")
+    try:
+        state, _, end = ask("sacct", *words).rpartition("\n")[2].partition("|")
+    except SlurmError:
+        return "", None
+    try:
+        return state, time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return state, None
 
 
 def running_jobs() -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm import scheduler
-from slurm.job.state import RunState, State
+from slurm.job.state import Life, RunState, State
 from slurm.scheduler import QueuedJob
 from xlstm_io.errors import UserError
 from xlstm_io.terminal import say
@@ -14,6 +14,9 @@ from xlstm_io.terminal import say
 
 def status(run: Path, *, as_json: bool = False) -> int:
     """Print the story of a run.
+
+    The story is in the run's files, and Slurm adds what is queued. Its accounting is asked about
+    one thing alone: a life that nobody saw end, because its batch script was killed too.
 
     Args:
         run: the run folder.
@@ -26,18 +29,31 @@ def status(run: Path, *, as_json: bool = False) -> int:
     state = files.load()
     if not state.job:
         raise UserError(f"{run} was never submitted; use python -m slurm submit train")
+    job, unasked = None, ""
     try:
         job = scheduler.first_queued(state.jobs)
-    except scheduler.SlurmError:
-        job = None  # the story is in the files; Slurm only adds the queue
-    facts = describe(files, state, job)
+    except scheduler.SlurmError as error:
+        unasked = str(error)
+    facts = describe(files, state, job, unasked)
     say(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
     return 0
 
 
-def describe(files: RunState, state: State, job: QueuedJob | None) -> dict[str, Any]:
-    """What is known about a run, as JSON values."""
+def describe(
+    files: RunState, state: State, job: QueuedJob | None, unasked: str = ""
+) -> dict[str, Any]:
+    """What is known about a run, as JSON values.
+
+    Args:
+        files: the run's.
+        state: its state.
+        job: the job that has the run now; None when none is queued.
+        unasked: why Slurm could not be asked about the queue, or "".
+    """
     progress = files.progress()
+    cause, reason, until = "", "", None
+    if state.lives and state.lives[-1].ended is None:
+        cause, reason, until = _open_life(files, state.lives[-1], job, unasked)
     lives: list[dict[str, Any]] = []
     for life, following in zip(state.lives, [*state.lives[1:], None], strict=True):
         last = int(progress.get("step") or 0) if life.ended is None else life.last_step
@@ -47,12 +63,12 @@ def describe(files: RunState, state: State, job: QueuedJob | None) -> dict[str, 
                 "life": life.number,
                 "job": life.job,
                 "nodes": list(life.nodes),
-                "seconds": round((life.ended or time.time()) - life.began, 1),
+                "seconds": round((life.ended or until or time.time()) - life.began, 1),
                 "from_step": life.start_step,
                 "to_step": last,
                 "repeated_steps": lost,
-                "cause": life.cause or "at work",
-                "reason": life.reason,
+                "cause": life.cause or cause,
+                "reason": life.reason or reason,
                 "action": life.action,
             }
         )
@@ -63,29 +79,59 @@ def describe(files: RunState, state: State, job: QueuedJob | None) -> dict[str, 
         "checkpoint_step": progress.get("checkpoint_step"),
         "job": state.job,
         "queue": None if job is None else vars(job),
-        "next": _next(files, state, job),
+        "next": _next(files, state, job, unasked),
         "verdict": state.verdict,
         "excluded": state.excluded,
         "repeated_steps": sum(life["repeated_steps"] for life in lives),
-        "goodput": goodput(state, progress),
+        "goodput": goodput(state, progress, until),
         "lives": lives,
     }
 
 
-def goodput(state: State, progress: dict[str, Any]) -> float | None:
+def _open_life(
+    files: RunState, life: Life, job: QueuedJob | None, unasked: str
+) -> tuple[str, str, float | None]:
+    """What is known of a life whose end is not written down.
+
+    Returns:
+        The cause, the reason, and when it ended; None while it may be at work.
+    """
+    end = None
+    if unasked or (job is not None and job.job == life.job and job.state != "PENDING"):
+        return "at work", "", None
+    if job is not None and job.job == life.job:
+        known = "the next life finds out why"
+    else:
+        state, end = scheduler.accounted_end(life.job)
+        known = f"Slurm says {state}" if state else "Slurm has no record of it"
+    return "not known", f"nobody saw it end; {known}", end or _last_sign(files, life)
+
+
+def _last_sign(files: RunState, life: Life) -> float:
+    """When a life wrote something for the last time."""
+    paths = [files.run / "progress.json", *files.life_folder(life.number).glob("*")]
+    return max([life.began, *(path.stat().st_mtime for path in paths if path.exists())])
+
+
+def goodput(state: State, progress: dict[str, Any], until: float | None = None) -> float | None:
     """The share of the time since the first life that went into steps that count.
 
     Estimated as the steps done times the seconds of the last one; None before the first step.
+
+    Args:
+        state: of the run.
+        progress: what its progress file says.
+        until: when the last life ended that nobody saw end; None for now.
     """
     if not state.lives or not progress.get("step_seconds"):
         return None
-    end = state.lives[-1].ended or time.time()
+    end = state.lives[-1].ended or until or time.time()
     passed = end - state.lives[0].began
     useful = float(progress["step"]) * float(progress["step_seconds"])
     return round(min(1.0, useful / passed), 4) if passed > 0 else None
 
 
-def _next(files: RunState, state: State, job: QueuedJob | None) -> str:
+def _next(files: RunState, state: State, job: QueuedJob | None, unasked: str) -> str:
     """What comes next, in a sentence."""
     resume = scheduler.command("resume", files.run)
     if job is not None and job.held:
@@ -99,6 +145,8 @@ def _next(files: RunState, state: State, job: QueuedJob | None) -> str:
         return "the run is finished"
     if state.verdict:
         return f"given up: {state.verdict}; after a cure, {resume}"
+    if unasked:
+        return f"whether a job is queued is not known: {unasked}"
     if files.stop_requested:
         return f"stopped on request; {resume} goes on"
     return f"no job is queued; {resume} goes on"

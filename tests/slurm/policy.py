@@ -116,6 +116,22 @@ def a_cancelled_job_stays_cancelled(make):
     assert run.files.load().job == run.job
 
 
+@scenario
+def a_batch_script_that_is_killed_is_told_without_accounting(make):
+    """Nobody decides, nobody writes the end down, and sacct knows nothing."""
+    run = make("unseen", steps=3000).submit().until_running(step=15)
+    run.cluster.run("scancel", "--batch", "--signal=KILL", run.job)
+    assert run.until_ended() == "FAILED"
+    run.wait(lambda run: "nobody saw it end" in said(run, "status", run.run), 60, "in the queue")
+    assert "Slurm has no record of it" in said(run, "status", run.run)
+    (life,) = json.loads(said(run, "status", run.run, "--json"))["lives"]
+    assert life["to_step"] >= 15 and life["seconds"] < 60
+    assert run.command("resume", run.run) == 0
+    run.until_running(life=2, step=15)
+    assert run.command("stop", run.run) == 0 and run.until_ended() == "COMPLETED"
+    assert run.causes == ["interrupted", "interrupted"]
+
+
 # Restarts that are not wanted -------------------------------------------------------------------
 
 

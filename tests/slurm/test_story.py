@@ -1,5 +1,7 @@
 """What is said about a run and a cluster, without a cluster."""
 
+import json
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from slurm import scheduler, submit
 from slurm.batch_files import tasks
 from slurm.batch_files.site import site_from_dict
 from slurm.job.state import Life, RunState, State, write
-from slurm.status import describe, goodput, lines
+from slurm.status import describe, goodput, lines, status
 from tests.slurm.plans import PROJECT, plan
 from xlstm_io.errors import ConfigError
 
@@ -88,6 +90,63 @@ def test_a_stop_that_was_asked_for_is_told(files):
     files.folder.mkdir()
     (files.folder / "STOP").touch()
     assert "stopped on request" in describe(files, STATE, None)["next"]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Makes commands that say what they are told to, in place of all that this machine has."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(**said):
+        for name, (code, text) in said.items():
+            script = folder / name
+            script.write_text(f"#!/bin/sh\necho '{text}' >&{2 if code else 1}\nexit {code}\n")
+            script.chmod(0o755)
+
+    return make
+
+
+OPEN = State((*STATE.lives, life(3, 40, 0, 0, ended=None)), job="7")
+LOCAL = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(270.0))
+GONE = (1, "slurm_load_jobs error: Invalid job id specified")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "cause", "reason", "seconds"),
+    [
+        ((0, "7|RUNNING|None|N/A"), None, "at work", "", None),
+        ((0, "7|PENDING|BeginTime|N/A"), None, "not known", "the next life finds out why", 50),
+        (GONE, (0, f"NODE_FAIL|{LOCAL}"), "not known", "Slurm says NODE_FAIL", 70),
+        (GONE, (0, "CANCELLED by 0|Unknown"), "not known", "Slurm says CANCELLED by 0", 50),
+        (GONE, (1, "Slurm accounting storage is disabled"), "not known", "has no record", 50),
+        (GONE, None, "not known", "Slurm has no record of it", 50),
+        ((1, "Unable to contact slurm controller"), None, "at work", "", None),
+        (None, None, "at work", "", None),
+    ],
+)
+def test_a_life_that_nobody_saw_end_is_told_with_and_without_accounting(
+    files, commands, capsys, squeue, sacct, cause, reason, seconds
+):
+    commands(**{n: said for n, said in (("squeue", squeue), ("sacct", sacct)) if said})
+    os.utime(files.run / "progress.json", (250.0, 250.0))
+    files.save(OPEN)
+    assert status(files.run, as_json=True) == 0
+    facts = json.loads(capsys.readouterr().out)
+    told = facts["lives"][2]
+    assert told["cause"] == cause and reason in told["reason"]
+    assert told["seconds"] == seconds if seconds else told["seconds"] > 1e6
+    assert (facts["goodput"] > 0.5) == bool(seconds)  # the time since then does not count
+    assert [one["cause"] for one in facts["lives"][:2]] == ["hang", "interrupted"]
+
+
+def test_where_slurm_cannot_be_asked_that_is_said(files, commands, capsys):
+    files.save(STATE)
+    assert status(files.run) == 0
+    said = capsys.readouterr().out
+    assert "whether a job is queued is not known: squeue is not on this machine" in said
+    assert "0-26 (-6)  hang, rank 1 on n2" in said
 
 
 def test_goodput_counts_the_life_at_work_until_now():
