@@ -173,6 +173,26 @@ def facts(partition: str) -> dict[str, str]:
     return found
 
 
+def too_late_to_save(save_s: float | None, facts: Mapping[str, str]) -> list[str]:
+    """Which ends of a job leave a run too little time to save, in a sentence.
+
+    Args:
+        save_s: seconds of the last save; None before the first.
+        facts: of the cluster.
+    """
+    kill_wait = seconds_of(facts["KillWait"])
+    grace = seconds_of(facts.get("GraceTime", ""))
+    if save_s is None or save_s <= kill_wait:
+        return []
+    ends = ["`scontrol requeue`"]
+    if "OFF" not in facts["PreemptMode"] and save_s > kill_wait + grace:
+        ends.append("a preemption")
+    return [
+        f"a save takes {save_s:.0f} s; KillWait is {kill_wait} s and GraceTime {grace} s, so that "
+        f"{' or '.join(ends)} loses the steps since the last checkpoint"
+    ]
+
+
 def command(name: str, run: Path) -> str:
     """A command of this package on a run, as it can be pasted into a shell."""
     return f"python -m slurm {name} {shlex.quote(str(run))}"

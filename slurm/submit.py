@@ -153,15 +153,8 @@ def what_hurts(facts: Mapping[str, str], site: Site, plan: TrainingPlan) -> list
         site: the site file.
         plan: of the run.
     """
-    lines = []
     progress = read_progress(plan.run)
-    save = (progress and progress.save_seconds) or 0.0
-    kill_wait = scheduler.seconds_of(facts["KillWait"])
-    if save > kill_wait:
-        lines.append(
-            f"a save takes {save:.0f} s and KillWait is {kill_wait} s: `scontrol requeue` and a "
-            "preemption without grace lose the steps since the last checkpoint"
-        )
+    lines = scheduler.too_late_to_save(progress.save_seconds if progress else None, facts)
     if facts["JobRequeue"] == "0" and site.requeue == "requeue":
         lines.append("JobRequeue=0: where the site forbids --requeue too, a new job is submitted")
     if "CANCEL" in facts["PreemptMode"] and site.requeue != "chain":

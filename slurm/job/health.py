@@ -10,6 +10,7 @@ answered. The report is made whatever became of the ranks.
 """
 
 import json
+import os
 import statistics
 import sys
 from collections import Counter
@@ -18,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.job.state import HEALTH_FILE, write
+from slurm import scheduler
+from slurm.job.state import HEALTH_FILE, RunState, write
 from xlstm_io.errors import ExitCode
 
 FOLDER = "preflight"
@@ -64,13 +66,16 @@ class Verdict:
     failed: str = ""
 
 
-def judge_folder(folder: Path, nodes: Sequence[str]) -> tuple[Verdict, list[dict[str, Any]]]:
+def judge_folder(
+    folder: Path, nodes: Sequence[str], notes: Sequence[str] = ()
+) -> tuple[Verdict, list[dict[str, Any]]]:
     """Judge the reports in a folder, and write `preflight.json` there.
 
     Args:
         folder: of a life, or of a preflight that is a job of its own; what a node must be like lies
             beside it.
         nodes: that were checked.
+        notes: what was found beside the nodes, in sentences.
 
     Returns:
         The verdict, and the reports.
@@ -78,8 +83,24 @@ def judge_folder(folder: Path, nodes: Sequence[str]) -> tuple[Verdict, list[dict
     limits = Health(**json.loads((folder.parent / HEALTH_FILE).read_bytes()))
     reports = read_reports(folder)
     verdict = judge(reports, nodes, limits)
-    write(folder / "preflight.json", {**asdict(verdict), "reports": reports})
+    write(folder / "preflight.json", {**asdict(verdict), "notes": notes, "reports": reports})
     return verdict, reports
+
+
+def notes_on_cluster(run: Path) -> list[str]:
+    """What of this cluster hurts a run, for which no node is to blame, in sentences.
+
+    This asks Slurm, and so runs beside the batch script, outside of any container. Where Slurm does
+    not answer there is nothing to say.
+
+    Args:
+        run: the run folder.
+    """
+    try:
+        facts = scheduler.facts(os.environ["SLURM_JOB_PARTITION"])
+    except scheduler.SlurmError:
+        return []
+    return scheduler.too_late_to_save(RunState(run).progress().get("save_seconds"), facts)
 
 
 def read_reports(life_folder: Path) -> list[dict[str, Any]]:
@@ -194,9 +215,12 @@ def _bad_links(reports: Sequence[Mapping[str, Any]], limits: Health) -> Verdict:
 def main(words: Sequence[str]) -> int:
     """Print which nodes are fit; 70 when one is not, or the preflight was cut short."""
     folder, nodes = Path(words[0]), words[1:]
-    verdict, reports = judge_folder(folder, nodes)
+    notes = notes_on_cluster(folder.parents[2])  # RUN/slurm/preflight/JOB
+    verdict, reports = judge_folder(folder, nodes, notes)
     for node in nodes:
         print(f"{node}: {verdict.bad_nodes.get(node) or verdict.failed or 'fit'}")
+    for note in notes:
+        print(f"note: {note}")
     if any(report["interrupted"] for report in reports):
         print("the preflight was cut short")
         return ExitCode.MACHINE_FAILED

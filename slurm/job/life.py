@@ -21,7 +21,7 @@ from pathlib import Path
 from slurm import scheduler
 from slurm.job.decide import Action, Cause, Decision, Evidence, decide
 from slurm.job.follow import follow, say, submit_next
-from slurm.job.health import judge_folder
+from slurm.job.health import judge_folder, notes_on_cluster
 from slurm.job.state import Life, Policy, RunState, State, read_preflight
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.rendezvous import rendezvous_port
@@ -151,13 +151,16 @@ def end(files: RunState, number: int, tries: int) -> dict[str, object]:
     }
 
 
-def checked(files: RunState, number: int, interrupted: bool) -> dict[str, object]:
+def checked(
+    files: RunState, number: int, interrupted: bool, notes: Sequence[str] = ()
+) -> dict[str, object]:
     """Judge the preflight of a life.
 
     Args:
         files: the run's.
         number: of the life.
         interrupted: whether Slurm has asked the job to end meanwhile.
+        notes: what was found beside the nodes, in sentences.
 
     Returns:
         What the batch script is told: whether the nodes are `FIT`, "yes" or "".
@@ -165,7 +168,7 @@ def checked(files: RunState, number: int, interrupted: bool) -> dict[str, object
     life = next(one for one in files.load().lives if one.number == number)
     if interrupted:
         return {"FIT": ""}
-    verdict, reports = judge_folder(files.life_folder(number), life.nodes)
+    verdict, reports = judge_folder(files.life_folder(number), life.nodes, notes)
     cut_short = any(report["interrupted"] for report in reports)
     return {"FIT": "" if verdict.bad_nodes or verdict.failed or cut_short else "yes"}
 
@@ -279,7 +282,10 @@ def main(words: Sequence[str]) -> int:
     if options.event == "begin":
         told = _begin(files, options.job, options.restart)
     elif options.event == "checked":
-        told = checked(files, life, options.interrupted)
+        notes = notes_on_cluster(files.run)
+        told = checked(files, life, options.interrupted, notes)
+        for note in notes:
+            say(f"note: {note}")
     elif options.event == "end":
         told = end(files, life, options.tries)
         say(f"{told['ACTION']}: {told.pop('REASON')}")

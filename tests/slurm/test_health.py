@@ -6,11 +6,12 @@ from dataclasses import asdict
 import pytest
 
 from pretrain.config import save_config
-from slurm.job import health, preflight
+from slurm import scheduler
+from slurm.job import health, life, preflight
 from slurm.job.gpus import ROWS, STATE, bad_values, others
 from slurm.job.health import Health, Verdict, judge
 from slurm.job.preflight import Bad, check_command, check_disk, check_kernels, pairs
-from slurm.job.state import write
+from slurm.job.state import Life, RunState, State, write
 from tests.pretrain.run_files import config as run_config
 from xlstm_kernels import mlstm_chunkwise, self_check
 
@@ -152,19 +153,46 @@ def test_a_wrong_kernel_makes_its_node_unfit(tmp_path, monkeypatch):
         check_kernels(tmp_path / "run.yaml")
 
 
-def test_a_preflight_of_its_own_says_which_nodes_are_fit(tmp_path, capsys):
-    write(tmp_path / "health.json", asdict(Health()))
+def test_a_preflight_of_its_own_says_which_nodes_are_fit(tmp_path, monkeypatch, capsys):
+    """It compares the last save with KillWait too, for which no node is to blame."""
+    facts = {"KillWait": "30 sec", "PreemptMode": "OFF"}
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    monkeypatch.setattr(scheduler, "facts", {"main": facts}.get)
+    write(tmp_path / "progress.json", {"save_seconds": 45.0})
+    folder = tmp_path / "slurm/preflight/7"
+    write(folder.parent / "health.json", asdict(Health()))
     for rank, node in enumerate(NODES):
         bad = ("disk", "is full") if node == "n2" else None
-        write(tmp_path / f"7/preflight/{rank}.json", report(node, rank=rank, bad=bad))
-    assert health.main([str(tmp_path / "7"), *NODES]) == 70
+        write(folder / f"preflight/{rank}.json", report(node, rank=rank, bad=bad))
+    assert health.main([str(folder), *NODES]) == 70
     said = capsys.readouterr().out.splitlines()
     assert said[:4] == ["n1: fit", "n2: disk: is full", "n3: fit", "n4: fit"]
-    assert json.loads((tmp_path / "7/preflight.json").read_text())["bad_nodes"] == {
-        "n2": "disk: is full"
-    }
-    write(tmp_path / "7/preflight/1.json", report("n2", rank=1))
-    assert health.main([str(tmp_path / "7"), *NODES]) == 0
+    assert said[4].startswith("note: a save takes 45 s; KillWait is 30 s")
+    found = json.loads((folder / "preflight.json").read_text())
+    assert found["bad_nodes"] == {"n2": "disk: is full"} and len(found["notes"]) == 1
+    write(folder / "preflight/1.json", report("n2", rank=1))
+    assert health.main([str(folder), *NODES]) == 0
+
+
+def test_a_life_says_after_its_preflight_that_a_save_is_too_slow(tmp_path, monkeypatch, capsys):
+    files = RunState(tmp_path)
+    files.save(State(lives=(Life(1, "7", 0, ("n1",), began=0.0, start_step=0),), job="7"))
+    write(files.folder / "health.json", asdict(Health()))
+    write(files.life_folder(1) / "preflight/0.json", report("n1"))
+    write(tmp_path / "progress.json", {"save_seconds": 45.0})
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    monkeypatch.setattr(scheduler, "facts", lambda _: {"KillWait": "30", "PreemptMode": "OFF"})
+    words = ["checked", str(tmp_path), "--life", "1"]
+    assert life.main(words) == 0
+    said = capsys.readouterr()
+    assert said.out == "XLSTM_FIT=yes\n" and "note: a save takes 45 s" in said.err
+
+    def silent(partition):
+        raise scheduler.SlurmError("scontrol does not answer")
+
+    monkeypatch.setattr(scheduler, "facts", silent)
+    assert life.main(words) == 0  # which ends no life
+    assert capsys.readouterr() == ("XLSTM_FIT=yes\n", "")
 
 
 # What nvidia-smi prints, as its manual says; never run on a GPU.

@@ -163,12 +163,26 @@ def test_what_of_a_cluster_hurts_a_run_is_said(monkeypatch):
     assert "noticed after SlurmdTimeout=300 s" in text and "a save takes" not in text
     saved = type("Progress", (), {"save_seconds": 90.0})()
     monkeypatch.setattr(submit, "read_progress", lambda folder: saved)
-    assert "a save takes 90 s and KillWait is 30 s" in "\n".join(
-        submit.what_hurts(FACTS, site, job)
-    )
+    assert "a save takes 90 s; KillWait is 30 s" in "\n".join(submit.what_hurts(FACTS, site, job))
     good = {"JobRequeue": "1", "PreemptMode": "REQUEUE", "SlurmdTimeout": "60 sec"}
     monkeypatch.setattr(submit, "read_progress", lambda folder: None)
     assert submit.what_hurts({**FACTS, **good}, site, job) == []
+
+
+@pytest.mark.parametrize(
+    ("save_s", "changes", "lost"),
+    [
+        (None, {}, None),
+        (30.0, {}, None),
+        (31.0, {}, "`scontrol requeue` or a preemption loses"),
+        (31.0, {"GraceTime": "60"}, "`scontrol requeue` loses"),
+        (91.0, {"GraceTime": "60"}, "`scontrol requeue` or a preemption loses"),
+        (91.0, {"PreemptMode": "OFF"}, "`scontrol requeue` loses"),
+    ],
+)
+def test_a_save_that_is_slower_than_killwait_is_said(save_s, changes, lost):
+    found = scheduler.too_late_to_save(save_s, {**FACTS, **changes})
+    assert found == [] if lost is None else lost in found[0]
 
 
 def test_only_nodes_that_the_cluster_knows_are_excluded():
