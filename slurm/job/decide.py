@@ -16,6 +16,7 @@ from xlstm_io.errors import ExitCode
 START_S = 60.0  # a life that ends earlier has not really started
 STARTS = 3
 PORT_TRIES = 5
+LAST_SIGNAL = 64
 RECENT = 5  # lives in which a node is looked for
 # NVIDIA's Xid numbers after which a GPU needs a reset or a technician: double-bit and contained ECC
 # errors, row remapping failures, NVLink errors, a GPU that fell off the bus.
@@ -197,11 +198,7 @@ def _first_words(life: Life, evidence: Evidence, past: Sequence[Life]) -> Decisi
     """The decision before the limits are asked."""
     cause, first = _judge(evidence.records)
     line = first.last_line if first else ""
-    reason = str(cause)
-    if first:
-        killed = first.code is not None and first.code < 0
-        said = f"killed by signal {-first.code}" if killed and first.code else line
-        reason += f", rank {first.rank} on {first.host}: {said or f'exit code {first.code}'}"
+    reason = f"{cause}{_words_of(first)}" if first else f"{cause}{_of_all(evidence.records)}"
     if cause is Cause.SUPERSEDED:
         return Decision(Action.LEAVE, cause, reason, last_line=line)
     if cause in (Cause.BAD_INPUT, Cause.DIVERGED):
@@ -214,6 +211,23 @@ def _first_words(life: Life, evidence: Evidence, past: Sequence[Life]) -> Decisi
     if cause is Cause.NODE_LOST and node:
         reason = f"{cause}: nothing was heard from {node}"
     return Decision(Action.REQUEUE, cause, reason, node, line, exclude=_bad_node(node, first, past))
+
+
+def _words_of(record: RankRecord) -> str:
+    """How a rank ended."""
+    code = record.code or 0
+    number = -code if code < 0 else code - 128  # as Python says it, and as a shell does
+    said = f"killed by signal {number}" if 0 < number <= LAST_SIGNAL else record.last_line
+    return f", rank {record.rank} on {record.host}: {said or f'exit code {record.code}'}"
+
+
+def _of_all(records: Sequence[RankRecord]) -> str:
+    """How the ranks of a life ended where none of them failed by itself."""
+    ended = sorted((one for one in records if one.code is not None), key=lambda one: one.time)
+    if not ended:
+        return ": no rank could write how it ended"
+    killed = [one for one in ended if one.code not in (ExitCode.DONE, ExitCode.STOPPED)]
+    return _words_of(killed[0]) if killed else ": the ranks saved and stopped"
 
 
 def _judge(records: Sequence[RankRecord]) -> tuple[Cause, RankRecord | None]:

@@ -69,8 +69,19 @@ def test_ranks_that_stopped_or_were_killed_were_interrupted(code):
     assert decision.wait_s == 0 and not decision.exclude
 
 
-def test_a_life_without_records_was_interrupted():
-    assert after().action is Action.REQUEUE
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ([], "interrupted: no rank could write how it ended"),
+        ([rank(0, None), rank(1, None)], "interrupted: no rank could write how it ended"),
+        ([rank(0, 75), rank(1, 75)], "interrupted: the ranks saved and stopped"),
+        ([rank(0, 75), rank(1, -9)], "interrupted, rank 1 on n2: killed by signal 9"),
+        ([rank(0, 143), rank(1, None)], "interrupted, rank 0 on n1: killed by signal 15"),
+    ],
+)
+def test_how_a_life_was_interrupted_is_said(records, reason):
+    decision = after(*records)
+    assert (decision.action, decision.reason) == (Action.REQUEUE, reason)
 
 
 def test_a_superseded_life_leaves_quietly():
