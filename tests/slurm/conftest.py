@@ -10,6 +10,13 @@ from tests.data_prep.small_corpus import make_shards
 from tests.slurm.cluster import Cluster, missing_programs
 
 REQUIRED = "XLSTM_REQUIRE_SLURM"
+SUM = pytest.StashKey[str]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What the scenarios on the cluster took."""
+    if SUM in config.stash:
+        terminalreporter.write_line(config.stash[SUM])
 
 
 @pytest.fixture(scope="session")

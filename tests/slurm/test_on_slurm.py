@@ -5,6 +5,8 @@ in threads, and each test waits for its own.
 """
 
 import os
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,12 @@ from threading import Lock
 
 import pytest
 
-from tests.slurm import nodes, other_jobs, policy, training  # noqa: F401 (their scenarios)
-from tests.slurm.conftest import REQUIRED
+from tests.slurm import long_runs, nodes, other_jobs, policy, training  # noqa: F401 (their scenarios)
+from tests.slurm.conftest import REQUIRED, SUM
 from tests.slurm.runs import SCENARIOS, StubRun, TrainerRun, launched
 
 pytestmark = pytest.mark.slurm
+LIMIT_S = 360
 
 
 class Maker:
@@ -50,6 +53,7 @@ def outcomes(cluster, shards, request):
         for item in request.session.items
         if item.path == Path(__file__)
     }
+    began = time.monotonic()
     make = Maker(cluster, shards)
     all_layouts = request.config.getoption("--all-layouts")
     possible = {
@@ -69,6 +73,17 @@ def outcomes(cluster, shards, request):
     for run in make.made:
         for job in run.files.load().jobs:
             cluster.run("scancel", job, check=False)
+    request.config.stash[SUM] = in_sum(make.made, time.monotonic() - began)
+
+
+def in_sum(runs, seconds):
+    """All runs of the scenarios in one line."""
+    lives = Counter(type(run) for run in runs for _ in run.lives)
+    repeated = sum(run.repeated for run in runs)
+    return (
+        f"on Slurm: {len(runs)} runs, {lives[StubRun]} lives of the stub and {lives[TrainerRun]} "
+        f"of the trainer, {repeated} steps repeated, {seconds:.0f} s of the {LIMIT_S} s that CI has"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS, key=lambda n: hasattr(SCENARIOS[n], "alone")))
