@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m slurm",
         description="Submit jobs to Slurm, and see why each life of a run ended.",
+        epilog="The cluster is described once, in a site file: docs/slurm.md.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
