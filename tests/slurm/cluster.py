@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 NODE_SCRIPT = Path(__file__).with_name("node.sh")
+NAMES_SCRIPT = Path(__file__).with_name("names.sh")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -137,7 +138,10 @@ class Cluster:
         return self
 
     def start_controller(self):
-        self._start("slurmctld", [program("slurmctld"), "-D"])
+        words = [program("slurmctld"), "-D"]
+        if self.netns:
+            words = ["unshare", "--mount", *self._with_names(words)]
+        self._start("slurmctld", words)
 
     def start_node(self, name):
         if not self.netns:
@@ -147,8 +151,9 @@ class Cluster:
         link = f"{self._bridge}v{number}"
         ip("link", "del", link, check=False)
         words = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork"]
-        words += ["--mount-proc", "--kill-child=KILL", "/bin/bash", str(NODE_SCRIPT)]
-        node = self._start(name, [*words, str(self.root), name, f"{self._subnet}.{number}/24"])
+        words += ["--mount-proc", "--kill-child=KILL"]
+        script = ["/bin/bash", NODE_SCRIPT, self.root, name, f"{self._subnet}.{number}/24"]
+        node = self._start(name, [*words, *self._with_names(script)])
         children = Path(f"/proc/{node.pid}/task/{node.pid}/children")
         self._until(lambda: children.read_text().strip(), 60, f"{name} does not start")
         init = children.read_text().split()[0]
@@ -237,6 +242,9 @@ class Cluster:
             ip("link", "del", self._bridge, check=False)
 
     # ----------------------------------------------------------------------------------------
+
+    def _with_names(self, words):
+        return ["/bin/bash", NAMES_SCRIPT, self.root, *words]
 
     def _start(self, name, words):
         log = self.root / "log" / f"{name}.out"

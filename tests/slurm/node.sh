@@ -11,11 +11,6 @@ for _ in $(seq 200); do
 done
 ip addr add "$address" dev eth0
 ip link set eth0 up
-mount --make-rprivate /
-# Without this every reverse look-up of a peer waits 10 s for a resolver that cannot be reached.
-for file in hosts nsswitch.conf resolv.conf; do
-  [ ! -e "/etc/$file" ] || mount --bind "$root/etc/$file" "$(realpath "/etc/$file")"
-done
 mount -t tmpfs -o size=2g shm /dev/shm
 mkdir -p "$root/local/$name" "$root/scratch"
 mount --bind "$root/local/$name" "$root/scratch"
