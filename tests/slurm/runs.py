@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from threading import Lock
 
 import yaml
 
@@ -16,6 +17,9 @@ from tests.dist.training_runs import tiny_run
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub_trainer.py")
+
+# One submission at a time: they share one interpreter, and who comes first is to be first.
+SUBMITTING = Lock()
 
 #: Functions that each try one way for a life to end, by name; see test_on_slurm.py.
 SCENARIOS = {}
@@ -86,7 +90,8 @@ class SlurmRun:
 
     def submit(self, *more):
         words = ["submit", "train", self.folder / "run.yaml", "--nodes", self.nodes]
-        assert self.command(*words, "--site", self.folder / "site.yaml", *more) == 0
+        with SUBMITTING:
+            assert self.command(*words, "--site", self.folder / "site.yaml", *more) == 0
         self.job = self.files.load().job
         return self
 
