@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.assembly import Listing, LoopCount
 from benchmarks.kernel_variants import Variant
 from benchmarks.latency import step_floor, step_walk
+from benchmarks.wgmma import overwritten_operands, register_operands
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Resources:
     floor_us: float | None  # least time of one of them, without a launch; not counted on AMD
     floor_by: dict[str, float]  # cycles of that step by what sets the limit
     waiting: dict[str, float]  # what one warp does in that step: see benchmarks/latency.py
+    from_registers: int  # asynchronous products with an operand in registers: see wgmma.py
+    overwritten: list[str]  # writes to these operands that no wait comes before
+    unwaited: int  # such writes if the waits were not there
     compile_s: float = 0.0
     limits: list[str] = field(default_factory=list)  # why it could not be launched
 
@@ -153,6 +157,7 @@ def examine(variant: Variant, target: str) -> Resources:
         walked = step_walk(listing, variant.inner_loops, innermost)
         floor_by = step_floor(walked, variant.num_warps, variant.step_bytes)
         waiting = {"instructions": walked.instructions} | dict(walked.waited)
+    overwritten = [] if amd else overwritten_operands(listing)
     blocks = math.prod(variant.grid)
     slots = max(ctas, 1) * device.processors
     limits = [] if ctas else [f"{shared} bytes of shared memory or {registers} registers: too many"]
@@ -185,6 +190,9 @@ def examine(variant: Variant, target: str) -> Resources:
         floor_us=1e6 * max(floor_by.values()) / device.clock if floor_by else None,
         floor_by=floor_by,
         waiting=waiting,
+        from_registers=0 if amd else len(register_operands(listing)),
+        overwritten=[one.describe(listing) for one in overwritten],
+        unwaited=0 if amd else len(overwritten_operands(listing, waits=False)),
         compile_s=time.monotonic() - start,
         limits=limits,
     )

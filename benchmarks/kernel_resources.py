@@ -221,6 +221,12 @@ def report(results: list[Resources], failures: list[Failure]) -> None:
           "sm_80 or sm_90")  # fmt: skip
     for one in spilling:
         print(f"  {one.target} {one.name}: {one.spill_store}/{one.spill_load} bytes")
+    asynchronous = sum(one.from_registers for one in results)
+    overwriting = [one for one in results if one.overwritten]
+    print(f"{asynchronous} asynchronous products have an operand in registers, {len(overwriting)} "
+          "kernels overwrite one too early (benchmarks/wgmma.py)")  # fmt: skip
+    for one in overwriting:
+        print(f"  {one.target} {one.name}: {'; '.join(one.overwritten)}")
     for target, name, message in failures:
         print(f"  FAILED {target} {name}: {message[:600]}")
 
@@ -244,7 +250,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print, write JSON; 1 if a kernel did not compile, 2 for bad input."""
+    """Compile, print, write JSON; 1 if a kernel is not compiled or wrong, 2 for bad input."""
     chosen = parse_arguments(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot be compiled
     if find_spec("triton") is None:
@@ -274,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         wall_s=round(time.monotonic() - start, 1),
     )
     print(f"{time.monotonic() - start:.0f} s; {chosen.json}")
-    return 1 if failures else 0
+    return 1 if failures or any(one.overwritten for one in results) else 0
 
 
 if __name__ == "__main__":
