@@ -70,14 +70,22 @@ class LayerMemory:
 _layer: LayerMemory | None = None
 
 
-def recompute_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recompute_in_backward(
+    function: Callable[..., Tensor], *inputs: Tensor, keeps_inputs_only: bool = False
+) -> Tensor:
     """`function(*inputs)`, which selective recompute does not keep.
 
     Args:
         function: Cheap, and a function of the tensors alone: it draws no random numbers, and
             parameters are among its inputs. It runs again up to twice in the backward pass.
         inputs: Tensors that are kept (or recomputed themselves).
+        keeps_inputs_only: Whether `function` is a kernel that reads each input once and keeps
+            nothing but inputs. It then does not run again for its own gradient, only for what later
+            operations need of its output.
     """
+    if keeps_inputs_only:
+        output = function(*inputs)
+        return output if _layer is None else _remember(output, function, inputs)
     if _layer is None:
         # Through one alias each input's gradient is summed inside first, as it is when recomputed:
         # the order of sums, and so every bit, is the same in both modes.

@@ -152,6 +152,40 @@ def test_a_recipe_gives_every_user_the_tensor_and_runs_once(groups):
     assert len(runs) == 3  # the recipe, once for all of its users, and the function's own gradient
 
 
+class Doubled(torch.autograd.Function):
+    """A kernel that keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert ctx.saved_tensors[0].shape == grad.shape
+        return grad * 2
+
+
+def test_a_kernel_that_keeps_its_inputs_does_not_run_again_for_its_own_gradient(groups):
+    runs = []
+
+    def double(x):
+        runs.append(1)
+        return Doubled.apply(x)
+
+    x = torch.randn(3, requires_grad=True)
+    with count_saved([]) as saved, selective():
+        y = recompute_in_backward(double, x, keeps_inputs_only=True)
+        z = (y * y).sum()
+    assert saved.bytes == x.numel() * 4  # what the square needs is computed again
+    z.backward()
+    assert torch.equal(x.grad, 8 * x)
+    assert len(runs) == 2  # forward, and for the square
+    with selective():
+        recompute_in_backward(double, x, keeps_inputs_only=True).sum().backward()
+    assert len(runs) == 3  # nothing needs the output
+
+
 def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
     x = torch.randn(1000, requires_grad=True)
     with selective():

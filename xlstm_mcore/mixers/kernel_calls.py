@@ -23,6 +23,7 @@ from xlstm_kernels import (
     slstm_scan,
     slstm_step,
 )
+from xlstm_kernels.common.backends import select_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.observation import Observer, of_mlstm, of_slstm
 from xlstm_mcore.modules.soft_cap import soft_cap
@@ -318,6 +319,14 @@ def run_head_norm(
     return multihead_norm(
         h, weight, config.head_norm, config.norm_eps, gate=ogate, backend=config.kernel_backend
     )
+
+
+def has_head_norm_kernel(config: XLSTMConfig, h: Tensor) -> bool:
+    """Whether `run_head_norm` of `h [..., heads, d]` is a kernel, which keeps its inputs alone."""
+    if config.head_norm == "none":
+        return False
+    chosen = select_backend("multihead_norm", config.kernel_backend, h, d=h.shape[-1])
+    return chosen != "torch"
 
 
 def _may_step(boundaries: Tensor | None) -> bool:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
-from xlstm_mcore.mixers.kernel_calls import gate_weight, run_head_norm, run_mlstm
+from xlstm_mcore.mixers.kernel_calls import (
+    gate_weight,
+    has_head_norm_kernel,
+    run_head_norm,
+    run_mlstm,
+)
+from xlstm_mcore.modules.packed import split_heads
 from xlstm_mcore.modules.products import narrow_product
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
@@ -42,11 +48,8 @@ class MLSTMMixer(Mixer):
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
         s, b, _ = x.shape
-        qk, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
-        q, k, v_, ogate = self.in_proj(x)[0].split([qk, qk, v, v], dim=-1)
-
-        def heads(t: Tensor, width: int) -> Tensor:  # [s, b, heads * width] -> [b, heads, s, width]
-            return t.view(s, b, self.num_heads, width).permute(1, 2, 0, 3)
+        dims = self.qk_head_dim, self.qk_head_dim, self.v_head_dim, self.v_head_dim
+        q, k, v, ogate = split_heads(self.in_proj(x)[0], self.num_heads, dims)
 
         # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -60,9 +63,9 @@ class MLSTMMixer(Mixer):
 
         h = run_mlstm(
             self.config,
-            heads(q, self.qk_head_dim),
-            heads(k, self.qk_head_dim),
-            heads(v_, self.v_head_dim),
+            q,
+            k,
+            v,
             igate,
             fgate,
             boundaries,
@@ -71,11 +74,16 @@ class MLSTMMixer(Mixer):
             self.config.gate_soft_cap,
             observe=self.observe,
         )
-        return self.out_proj(recompute_in_backward(self._output, h, self.head_norm_weight, ogate))[
-            0
-        ]
+        gated = recompute_in_backward(
+            self._output,
+            h,
+            self.head_norm_weight,
+            ogate,
+            keeps_inputs_only=has_head_norm_kernel(self.config, h),
+        )
+        return self.out_proj(gated)[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
-        """`sigmoid(o) * norm(h)`, of `h [b, heads, s, d]` and `ogate [s, b, heads * d]`."""
-        h = h.permute(2, 0, 1, 3)
-        return run_head_norm(self.config, h, norm_weight, ogate.view(h.shape)).flatten(2)
+        """`sigmoid(o) * norm(h)`, `[s, b, heads * d]`, of `h` and `ogate [b, heads, s, d]`."""
+        h, ogate = h.permute(2, 0, 1, 3), ogate.permute(2, 0, 1, 3)
+        return run_head_norm(self.config, h, norm_weight, ogate).flatten(2)

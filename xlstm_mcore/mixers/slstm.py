@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
-from xlstm_mcore.mixers.kernel_calls import run_conv, run_head_norm, run_lstm, run_slstm
+from xlstm_mcore.mixers.kernel_calls import (
+    has_head_norm_kernel,
+    run_conv,
+    run_head_norm,
+    run_lstm,
+    run_slstm,
+)
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
 
@@ -69,10 +75,13 @@ class SLSTMMixer(Mixer):
             cache,
             observe=self.observe,
         )
-        h = recompute_in_backward(self._head_norm, h, mine(self.head_norm_weight, 0)).transpose(
-            0, 1
+        h = recompute_in_backward(
+            self._head_norm,
+            h,
+            mine(self.head_norm_weight, 0),
+            keeps_inputs_only=has_head_norm_kernel(self.config, h),
         )
-        return self.region.from_heads(self.context.from_heads(h))
+        return self.region.from_heads(self.context.from_heads(h.transpose(0, 1)))
 
     def _head_norm(self, h: Tensor, weight: Tensor) -> Tensor:
         return run_head_norm(self.config, h, weight).flatten(2)

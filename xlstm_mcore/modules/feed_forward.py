@@ -5,6 +5,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from xlstm_kernels import gated_activation
+from xlstm_kernels.common.backends import select_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
@@ -50,7 +51,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[s(/tp), b, h] -> [s(/tp), b, h]`."""
-        return self.linear_fc2(recompute_in_backward(self._gated, self.linear_fc1(x)[0]))[0]
+        gate_up = self.linear_fc1(x)[0]
+        kernel = select_backend("gated_activation", self.backend, gate_up) != "torch"
+        inner = recompute_in_backward(self._gated, gate_up, keeps_inputs_only=kernel)
+        return self.linear_fc2(inner)[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         return gated_activation(gate_up, self.activation, backend=self.backend)

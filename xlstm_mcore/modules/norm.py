@@ -31,7 +31,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x [..., hidden]`; same shape and dtype."""
-        return recompute_in_backward(self._normalize, x, self.weight)
+        kernel = self._has_kernel(x)
+        return recompute_in_backward(self._normalize, x, self.weight, keeps_inputs_only=kernel)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._has_kernel(x):

@@ -228,4 +228,5 @@ def multihead_norm_triton(
         shaped = (*lead, *shape) if x.ndim < 4 else (*lead, *shape[-3:])
         x = x.reshape(shaped)
         gate = None if gate is None else gate.reshape(shaped)
-    return _norm(x, weight, gate, eps, kind == "layernorm").view(shape)
+    y = _norm(x, weight, gate, eps, kind == "layernorm")
+    return y if y.shape == shape else y.view(shape)
