@@ -11,13 +11,16 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.utils._pytree import tree_leaves
 
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
-from pretrain.rehearsal.device import RehearsalMode, as_rank, device
+from pretrain.rehearsal.device import NAME, RehearsalMode, as_rank, device
 from pretrain.rehearsal.record import RankRecord
 from xlstm_mcore.build import build_model, make_config
+from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.mixers.attention import know_documents
 
 ROWS = 2
@@ -104,9 +107,86 @@ def check(place, model, precision, layout, memory, length):
         assert logits.device == device()
 
 
+class Capture(RehearsalMode):
+    """While `active`, raises at what the capture of a CUDA graph does not allow.
+
+    That is every operator whose result on the host, or whose shape, depends on values on the
+    device, and every copy between device and host. The rest are kernels with arguments that the
+    graph plays again.
+    """
+
+    active = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        on_device = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.device == device()]
+        if self.active and on_device and tags & set(func.tags):
+            raise NotCapturable(func._schema.name)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.active and func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            source = args[1] if func._schema.name == "aten::copy_" else args[0]
+            if source.device != result.device:
+                raise NotCapturable(f"{func._schema.name} from {source.device}")
+        return result
+
+
+class NotCapturable(Exception):
+    """What a graph cannot hold."""
+
+
+def capture(letter, recompute, fault=None):
+    """A layer's forward and backward pass, once to warm up and once as if it were captured."""
+    model = {"pattern": letter, "hidden_size": 64, "num_heads": 4, "vocab_size": 128}
+    model |= {"round_up_to": 16, "kernel_backend": "triton"}
+    data = {"path": "unused", "seq_len": 16, "global_batch": 2, "micro_batch": 2}
+    config = config_from_dict({"run": {"dir": "unused", "steps": 1}, "model": model, "data": data})
+    built = make_config(model, precision="bf16", memory={"recompute": recompute})
+    mode = Capture(RankRecord(0))
+    with as_rank(0, 1, mode):
+        place = layouts.start(config)
+        try:
+            with mode:
+                spec = layer_spec(letter, built).submodules
+                layer = XLSTMLayer(built, spec, place.groups, layer_number=0).train()
+                shape, new = (16, ROWS, 64), {"device": device()}
+                x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True, **new)
+                starts = torch.zeros(ROWS, 16, dtype=torch.bool, **new)
+                for mode.active in (False, True):
+                    y = layer(x, starts)
+                    y = fault(y) if fault else y
+                    y.backward(torch.empty_like(y))
+                mode.active = False
+        finally:
+            place.close()
+
+
+FAULTS = {
+    "aten::_local_scalar_dense": lambda y: y if y.sum() > 0 else -y,
+    "aten::index": lambda y: y[y > 0],
+    "aten::_to_copy from cpu": lambda y: y * torch.tensor([2.0], device=y.device),
+    f"aten::_to_copy from {NAME}:0": lambda y: y * y.detach().cpu().shape[0],
+}
+
+
+def captures() -> int:
+    """Whether the blocks of the papers' large models can be captured, and faults are noticed."""
+    for letter in "Mm":
+        for recompute in ("none", "selective"):
+            capture(letter, recompute)
+    for name, fault in FAULTS.items():
+        try:
+            capture("M", "none", fault)
+        except NotCapturable as found:
+            assert str(found) == name, found
+        else:
+            raise AssertionError(f"{name} was not noticed")
+    return 4 + len(FAULTS)
+
+
 def main() -> int:
     """Run every case; 1 when one failed, with what failed."""
     failed = 0
+    print(f"{captures()} captures as expected")
     for case in SINGLE + SPLIT:
         try:
             run(**case)

@@ -16,3 +16,5 @@ def test_layers_and_kernels_stay_on_their_device(warm_python):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "16 cases passed, 0 failed" in done.stdout
+    # The layers `M` and `m` have no operator that the capture of a CUDA graph does not allow.
+    assert "8 captures as expected" in done.stdout
