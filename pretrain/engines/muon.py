@@ -1,22 +1,25 @@
 """Muon for the matrices of hidden layers, AdamW for everything else.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut,
-and tensor parallelism is not offered. Each parameter of a pipeline stage belongs to one of its
-data-parallel ranks, which keeps the optimizer's state of it, updates it and sends it to the others.
-Gradients are not shared out (ZeRO stage 0). Global tensors decide what is a matrix, not parameters:
-q, k, v and the output gate lie in one parameter and are orthogonalised one by one. The update is
-scaled to the root mean square of AdamW's, so that one learning rate serves both (Liu et al., arXiv
-2502.16982).
+Muon (Jordan et al. 2024) orthogonalises the momentum of a whole matrix, so a matrix cannot be cut.
+Each parameter of a pipeline stage belongs to one of its data-parallel ranks, which keeps the
+optimizer's state of it, updates it and sends it to the others. Gradients are not shared out (ZeRO
+stage 0). With tensor parallelism that is one data-parallel rank of each tensor-parallel rank, and
+one of these owns the whole matrix: it gathers the slices of the gradient, and sends back those of
+the new weight. Global tensors decide what is a matrix, not parameters: q, k, v and the output gate
+lie in one parameter and are orthogonalised one by one. The update is scaled to the root mean square
+of AdamW's, so that one learning rate serves both (Liu et al., arXiv 2502.16982).
 
 torch's own Muon does the arithmetic. megatron-core's needs the package emerging-optimizers, which
 the tested stacks do not have.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -39,19 +42,83 @@ class _Master:
     Attributes:
         parameter: the local parameter that it lies in.
         part: where in the parameter and in the global tensor.
+        offset: where the weight lies in the global tensor.
         weight: the master weight.
         owned: whether this rank's copy counts among tensor-parallel and tied ones.
     """
 
     parameter: Tensor
     part: ParameterSlice
+    offset: tuple[int, ...]
     weight: Tensor
     owned: bool
 
     @property
     def is_matrix(self) -> bool:
         """Whether Muon updates it."""
-        return is_hidden_matrix(self.part.name, self.part.global_shape)
+        return _is_matrix(self.part)
+
+
+def _is_matrix(part: ParameterSlice) -> bool:
+    return is_hidden_matrix(part.name, part.global_shape)
+
+
+class _SplitMatrix:
+    """A matrix whose slices lie on all tensor-parallel ranks, and whose master weight is on one.
+
+    Args:
+        parameter: the local parameter with this rank's slice.
+        part: where the slice lies.
+        owner: the rank in `group` that has the master weight.
+        group: the tensor-parallel group.
+    """
+
+    def __init__(
+        self, parameter: Tensor, part: ParameterSlice, owner: int, group: dist.ProcessGroup
+    ) -> None:
+        self.parameter, self.part, self.owner, self._group = parameter, part, owner, group
+        self.is_mine = group.rank() == owner
+
+    def gather(self, slice_: Tensor) -> Tensor | None:
+        """The whole tensor, of every rank's slice; on its owner, None elsewhere.
+
+        Args:
+            slice_: this rank's.
+        """
+        slice_ = slice_.contiguous()
+        whole = slice_.new_empty(self.part.global_shape) if self.is_mine else None
+        slices = None if whole is None else [torch.empty_like(slice_) for _ in self._places()]
+        dist.gather(slice_, slices, group=self._group, group_dst=self.owner)
+        if whole is not None and slices is not None:
+            for place, one in zip(self._places(), slices, strict=True):
+                whole[place] = one
+        return whole
+
+    def scatter(self, whole: Tensor | None) -> None:
+        """Give every rank its slice of the parameter.
+
+        Args:
+            whole: the new weight, on its owner; None elsewhere.
+        """
+        mine = torch.empty(
+            self.part.shape, dtype=self.parameter.dtype, device=self.parameter.device
+        )
+        slices = None
+        if whole is not None:
+            slices = [whole[place].to(mine.dtype).contiguous() for place in self._places()]
+        dist.scatter(mine, slices, group=self._group, group_src=self.owner)
+        self.part.local(self.parameter).copy_(mine)
+
+    def _places(self) -> list[tuple[slice, ...]]:
+        """Where the slice of each rank lies in the whole tensor."""
+        sizes = list(zip(self.part.shape, self.part.global_shape, strict=True))
+        return [
+            tuple(
+                slice(rank * size, (rank + 1) * size) if size < whole else slice(0, size)
+                for size, whole in sizes
+            )
+            for rank in range(self._group.size())
+        ]
 
 
 def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -89,16 +156,15 @@ class MuonWithAdamW:
         self._owners = [
             (parameter, owner) for (parameter, _), owner in zip(parameters, owners, strict=True)
         ]
-        self._masters = [
-            _Master(
-                parameter,
-                part,
-                part.local(parameter.detach()).float().clone().requires_grad_(),
-                is_owner(parameter, layout),
-            )
+        own = [
+            (parameter, part)
             for (parameter, slices), owner in zip(parameters, owners, strict=True)
             if owner == group.rank()
             for part in slices
+        ]
+        self._split = self._split_matrices(own)
+        self._masters = [
+            master for parameter, part in own if (master := self._master(parameter, part))
         ]
         options = config.optimizer
         rest = [master for master in self._masters if not master.is_matrix]
@@ -131,6 +197,28 @@ class MuonWithAdamW:
             self._momentum[weight] = torch.zeros_like(weight)
             muon.state[weight]["momentum_buffer"] = self._momentum[weight]
 
+    def _split_matrices(self, own: list[tuple[Tensor, ParameterSlice]]) -> dict[str, _SplitMatrix]:
+        """The matrices that tensor-parallel ranks have slices of, in the same order on all."""
+        group = self._layout.groups.tp
+        split = [
+            (p, part) for p, part in own if _is_matrix(part) and part.shape != part.global_shape
+        ]
+        owners = shared_out([math.prod(part.shape) for _, part in split], group.size())
+        return {
+            part.name: _SplitMatrix(parameter, part, owner, group)
+            for (parameter, part), owner in zip(split, owners, strict=True)
+        }
+
+    def _master(self, parameter: Tensor, part: ParameterSlice) -> _Master | None:
+        """The master weight of a slice, or of the whole matrix; None if another rank has it."""
+        weight: Tensor | None = part.local(parameter.detach())
+        offset, owned = part.global_offset, is_owner(parameter, self._layout)
+        if matrix := self._split.get(part.name):
+            weight, offset = matrix.gather(part.local(parameter.detach())), (0,) * len(offset)
+        if weight is None:
+            return None
+        return _Master(parameter, part, offset, weight.float().clone().requires_grad_(), owned)
+
     def _group(self, masters: list[_Master], without_decay: bool) -> dict[str, Any]:
         decay = 0.0 if without_decay else self._options.weight_decay
         return {"params": [master.weight for master in masters], "weight_decay": decay}
@@ -140,13 +228,19 @@ class MuonWithAdamW:
 
         Replicated and tied tensors count once.
         """
+        whole = {
+            name: matrix.gather(matrix.part.local(matrix.parameter.main_grad))
+            for name, matrix in self._split.items()
+        }
         for master in self._masters:
-            gradient = master.part.local(master.parameter.main_grad)
+            gradient = whole.get(master.part.name)
+            if gradient is None:
+                gradient = master.part.local(master.parameter.main_grad)
             master.weight.grad = gradient.float().contiguous()
         counted = [master.weight.grad for master in self._masters if master.owned]
         total = sum_of_squares(counted, self._layout.device)
         for group in (self._layout.groups.dp_cp, self._layout.groups.mp):
-            torch.distributed.all_reduce(total, group=group)
+            dist.all_reduce(total, group=group)
         return total.sqrt()
 
     @torch.no_grad()
@@ -167,8 +261,12 @@ class MuonWithAdamW:
             for muon in self._muons:
                 muon.step()
         self._adam.step()
-        for master in self._masters:
-            master.part.local(master.parameter).copy_(master.weight)
+        masters = {master.part.name: master for master in self._masters}
+        for name, master in masters.items():
+            if name not in self._split:
+                master.part.local(master.parameter).copy_(master.weight)
+        for name, matrix in self._split.items():
+            matrix.scatter(masters[name].weight if matrix.is_mine else None)
         self._send_weights()
 
     def _send_weights(self) -> None:
@@ -177,9 +275,7 @@ class MuonWithAdamW:
         if group.size() == 1:
             return
         sent = [
-            torch.distributed.broadcast(
-                parameter.detach(), group=group, group_src=owner, async_op=True
-            )
+            dist.broadcast(parameter.detach(), group=group, group_src=owner, async_op=True)
             for parameter, owner in self._owners
         ]
         for work in sent:
@@ -213,7 +309,7 @@ class MuonWithAdamW:
                 name = optimizer_prefix(key) + part.name
                 yield (
                     master.parameter,
-                    TensorSlice(name, part.global_shape, part.global_offset, tensor),
+                    TensorSlice(name, part.global_shape, master.offset, tensor),
                 )
 
     def gradients(self) -> Iterator[tuple[Tensor, TensorSlice]]:
@@ -223,7 +319,7 @@ class MuonWithAdamW:
             assert gradient is not None
             yield (
                 master.parameter,
-                TensorSlice(part.name, part.global_shape, part.global_offset, gradient),
+                TensorSlice(part.name, part.global_shape, master.offset, gradient),
             )
 
     def set_updates(self, updates: int) -> None:

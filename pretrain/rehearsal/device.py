@@ -158,6 +158,8 @@ class RehearsalMode(FakeTensorMode):
             peer = members[numbers[0]]
         elif operation in ("broadcast", "reduce", "gather", "scatter"):
             detail = f"root {members[numbers[0]]}"
+        if operation in ("gather", "scatter"):  # the root alone has the whole
+            sizes = {0: len(members) * min(size for size in sizes.values() if size)}
         if operation == "receive":
             self.meter.claim(tensors[0], MESSAGES, only=OTHER)
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""

@@ -27,8 +27,10 @@ def one_process(pool):
         (2, {"layout__pipeline": 2, "model__tie_embeddings": True}),
         (4, {"layout__pipeline": 2, "layout__virtual": 2}),
         (2, {"layout__context": 2}),
+        (2, {"layout__tensor": 2}),
+        (4, {"layout__tensor": 2, "layout__sequence": True}),
     ],
-    ids=["dp2", "pp2-tied", "dp2-pp2-vpp2", "cp2"],
+    ids=["dp2", "pp2-tied", "dp2-pp2-vpp2", "cp2", "tp2", "dp2-tp2-sp"],
 )
 def test_layout_equals_one_process(pool, one_process, ranks, shape):
     tied = {key: value for key, value in shape.items() if key.startswith("model")}
@@ -53,9 +55,10 @@ def test_layout_equals_one_process(pool, one_process, ranks, shape):
 
 
 @pytest.mark.dist
-def test_ranks_share_out_the_state(pool):
+@pytest.mark.parametrize("shape", [{}, {"layout__tensor": 2}], ids=["dp2", "tp2"])
+def test_ranks_share_out_the_state(pool, shape):
     """Every element of it is saved once, and each of two ranks holds about half."""
-    answers = pool(2, work.train, work.run_config(MODEL, **MUON), 1)
+    answers = pool(2, work.train, work.run_config(MODEL, **MUON, **shape), 1)
     sizes = []
     for _, chunks in answers:
         own = [chunk for chunk in chunks if chunk.name.startswith("optimizer.state.momentum")]
