@@ -29,6 +29,8 @@ def _engine(config: RunConfig) -> str:
     overlapped = [axis for axis, wanted in on_gpus if wanted]
     if overlapped:
         words.append(f"{' and '.join(overlapped)} with NCCL")
+    if engine.grad_reduce != "fp32":
+        words.append(f"gradients summed in {engine.grad_reduce}")
     return ", ".join([*words, engine.precision])
 
 

@@ -111,6 +111,7 @@ RULES: dict[str, Rules] = {
     "memory.*": _free(),
     "engine.name": _said("both engines compute the same but for rounding"),
     "engine.precision": _said(),
+    "engine.grad_reduce": _said(),
     "engine.*": _free(),
     "optimizer.name": Rules(Rule.FIXED, Rule.FREE, "another optimizer has another state"),
     "optimizer.*": _said(),

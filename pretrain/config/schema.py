@@ -71,7 +71,9 @@ class EngineConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """deepspeed: keep the optimizer (or, at stage 3, the parameters too) in host memory"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """compute type; master weights, gates, norms and gradient sums are fp32 either way"""
+    """compute type; master weights, gates and norms are fp32 either way"""
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """in which ranks sum gradients; bf16 halves the messages; megatron's sums are then bf16 too"""
     overlap_grad_reduce: bool | None = None
     """reduce gradients while the backward pass still runs; null for yes with NCCL, no with gloo"""
     overlap_param_gather: bool | None = None

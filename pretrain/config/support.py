@@ -30,6 +30,7 @@ class Combination:
     zero_stage: int = 1
     offload: str = "none"
     precision: str = "fp32"
+    grad_reduce: str = "fp32"
     tensor: bool = False
     sequence: bool = False
     pipeline: bool = False
@@ -47,6 +48,7 @@ class Combination:
             optimizer=config.optimizer.name,
             offload=engine.offload,
             precision=engine.precision,
+            grad_reduce=engine.grad_reduce,
             tensor=layout.tensor > 1,
             sequence=layout.sequence,
             pipeline=layout.pipeline > 1,
@@ -75,6 +77,7 @@ AXES: dict[str, tuple[tuple[Any, ...], int]] = {
     "zero_stage": ((0, 1, 2, 3), 2),
     "offload": (("none", "optimizer", "parameters"), 3),
     "precision": (("fp32", "bf16"), 20),
+    "grad_reduce": (("fp32", "bf16"), 1),
     "tensor": ((False, True), 10),
     "sequence": ((False, True), 9),
     "pipeline": ((False, True), 8),
@@ -108,14 +111,13 @@ RULES: tuple[Rule, ...] = (
         "Muon needs whole matrices, and DeepSpeed's partitions cut them",
     ),
     Rule(
-        {"optimizer": ("muon",), "tensor": (True,)},
-        "every rank would orthogonalise its slice of a matrix, which is not the update of one "
-        "process",
-    ),
-    Rule(
         {"optimizer": ("muon",), "zero_stage": (1, 2, 3)},
         "Muon shares out whole matrices over data parallel processes by itself, and a ZeRO stage "
         "would cut them",
+    ),
+    Rule(
+        {"precision": ("fp32",), "grad_reduce": ("bf16",)},
+        "the gradients of fp32 weights are fp32, and rounding them would undo the precision",
     ),
     Rule(
         {"engine": ("megatron",), "optimizer": ("adamw",), "zero_stage": (0, 2, 3)},

@@ -241,7 +241,7 @@ class DeepSpeedEngine(ModelEngine):
             "gradient_clipping": config.optimizer.clip_grad,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
-            "communication_data_type": "fp32",
+            "communication_data_type": config.engine.grad_reduce,
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": None,
         }

@@ -50,7 +50,7 @@ class MegatronEngine(ModelEngine):
         make_optimizer = OPTIMIZERS[config.optimizer.name]
         overlap_gradients, self._gathers_late = support.overlaps(config, layout.backend)
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=config.engine.grad_reduce == "fp32",
             use_distributed_optimizer=make_optimizer.shares_gradients,
             overlap_grad_reduce=overlap_gradients,
             overlap_param_gather=self._gathers_late,

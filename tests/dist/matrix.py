@@ -30,6 +30,7 @@ def ranks_and_changes(cell: Combination) -> tuple[int, dict[str, Any]]:
         "engine__zero_stage": cell.zero_stage,
         "engine__offload": cell.offload,
         "engine__precision": cell.precision,
+        "engine__grad_reduce": cell.grad_reduce,
         "engine__overlap_grad_reduce": cell.overlap_grad_reduce,
         "layout__sequence": cell.sequence,
         "optimizer__name": cell.optimizer,
@@ -42,6 +43,7 @@ def name(cell: Combination) -> str:
     """A test's name."""
     words = [cell.engine, str(cell.zero_stage), cell.precision]
     words += [cell.optimizer] if cell.optimizer != "adamw" else []
+    words += [f"reduced-in-{cell.grad_reduce}"] if cell.grad_reduce != "fp32" else []
     words += [cell.offload] if cell.offload != "none" else []
     words += [text for axis, text in support.LAYOUT_AXES.items() if getattr(cell, axis)]
     words += [text for axis, text in support.OVERLAP_AXES.items() if getattr(cell, axis)]

@@ -33,7 +33,11 @@ def axes(cell):
     return cell.zero_stage, cell.offload, tensor, pipeline, cell.overlap_grad_reduce
 
 
-BF16 = [c for c in CELLS if c.precision == "bf16" and not c.tensor and not c.overlap_grad_reduce]
+BF16 = [
+    c
+    for c in CELLS
+    if (c.precision, c.grad_reduce) == ("bf16", "fp32") and not (c.tensor or c.overlap_grad_reduce)
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,8 @@ def relative_errors(got, expected):
 BF16_TENSOR = [
     c
     for c in support.supported()
-    if (c.precision, c.tensor, c.optimizer) == ("bf16", True, "adamw")
+    if (c.precision, c.grad_reduce) == ("bf16", "fp32")
+    and (c.tensor, c.optimizer) == (True, "adamw")
     and (c.offload == "none" or (c.offload, c.zero_stage) == ("optimizer", 1))
     and not (c.pipeline or c.context or c.overlap_grad_reduce)
 ]
@@ -93,6 +98,25 @@ def test_gradients_are_summed_in_fp32(pool, cell):
 
 
 ZERO = {"engine__name": "deepspeed"}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{}, *(ZERO | {"engine__zero_stage": stage} for stage in (1, 2, 3))],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()) or "megatron",
+)
+def test_gradients_reduced_in_bf16_are_the_same_to_its_rounding(pool, engine):
+    """Each is off by a rounding or a few, and not by none: the messages are narrow."""
+    shape = {"engine__precision": "bf16", "optimizer__clip_grad": 0.0}
+    found = {}
+    for kind in ("fp32", "bf16"):
+        config = work.run_config(MODEL, **shape, **engine, engine__grad_reduce=kind)
+        found[kind] = work.assemble(pool(2, work.first_moments, config))
+    errors = relative_errors(found["bf16"], found["fp32"])
+    assert max(errors.values()) < 1e-2, errors
+    assert max(errors.values()) > 1e-4, errors
+
+
 TP2 = {"layout__tensor": 2, "layout__sequence": True}
 
 

@@ -63,6 +63,9 @@ class _WeightGradients:
         """`main_grad += d_outputs.T @ inputs`."""
         add_product(main_grad, d_outputs.t(), inputs)
 
+    # What megatron-core asks for where the buffers are bf16: `engine.grad_reduce`.
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
 
 def _with_its_weight(linear: Any) -> type:
     """The autograd function of megatron-core's linear layers, whose backward has the parameter.

@@ -148,11 +148,26 @@ def faults() -> dict:
     waits = unexpected_waits(record_with(forgotten_wait(), config, 0), STEADY)
     found["forgotten_wait"] = [(wait.what, wait.stack[-1], count) for wait, count in waits]
     found["everybody_owns"] = [str(m) for m in compare_saved(with_rank(1, everybody_owns()), True)]
+    narrow = rehearse_rank(small_run(engine__grad_reduce="bf16"), 0, WORLD)
+    found["gradient_bytes"] = [gradient_bytes(record) for record in (sound[0], narrow)]
+    muon = small_run(optimizer__name="muon")
+    found["muon"] = [str(m) for m in compare_ranks([rehearse_rank(muon, r, WORLD) for r in (0, 1)])]
     found["a rank missing"] = [
         len(compare_saved(sound[1:], True)),
         len(compare_saved(sound[1:], False)),
     ]
     return found
+
+
+def gradient_bytes(record) -> float:
+    """Bytes of gradients that a rank sends to the other replicas in a step."""
+    return sum(
+        message.wire_bytes()
+        for message in record.messages
+        if message.phase == STEADY
+        and message.operation.startswith("reduce_scatter")
+        and "DATA_PARALLEL" in message.group
+    )
 
 
 # ------------------------------------------------------------------ memory

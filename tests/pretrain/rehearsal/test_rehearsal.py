@@ -68,6 +68,15 @@ def test_a_forgotten_wait_is_found_with_its_place(faults):
     assert "value of a tensor" in what and "read_norm" in place and count == 1
 
 
+def test_gradients_summed_in_bf16_send_half_the_bytes(faults):
+    wide, narrow = faults["gradient_bytes"]
+    assert narrow == wide / 2 > 0
+
+
+def test_ranks_of_a_matrix_agree_on_what_muon_gathers(faults):
+    assert faults["muon"] == []
+
+
 def test_a_slice_that_two_ranks_save_is_found(faults):
     assert any("overlaps" in text for text in faults["everybody_owns"])
 
