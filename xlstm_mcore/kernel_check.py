@@ -3,8 +3,10 @@
 import torch
 
 from xlstm_kernels.self_check import (
+    check_conv,
     check_gated_activation,
     check_loss,
+    check_lstm,
     check_mlstm,
     check_norm,
     check_slstm,
@@ -35,38 +37,55 @@ def compare_kernels(
     """
     letters = set(parse_pattern(model.pattern).letters)
     sizes, heads = dimensions(model), model.num_heads
-    widths = {"M": (sizes.qk, sizes.v), "m": (sizes.up, sizes.up)}
+    where = {"device": device, "dtype": dtype, "backend": model.kernel_backend}
     problems = []
-    for letter in sorted(letters & set(widths)):
-        qk, v = widths[letter]
+    classic = {"gate": model.mlstm_gate, "normalize": model.mlstm_normalize, "eps": model.cell_eps}
+    # A Mamba-2 block runs its recurrence as an mLSTM with a sigmoid gate and without normaliser.
+    mamba = {"gate": "sigmoid", "normalize": False}
+    cells = {
+        "M": (sizes.qk // heads, sizes.v // heads, model.gate_soft_cap, classic),
+        "m": (sizes.up // heads, sizes.up // heads, None, classic),
+        "d": (model.ssm_state_dim, model.ssm_head_dim, None, mamba),
+    }
+    for letter in sorted(letters & set(cells)):
+        qk, v, cap, options = cells[letter]
         problems += check_mlstm(
-            device,
-            dtype,
-            qk_dim=qk // heads,
-            v_dim=v // heads,
+            qk_dim=qk,
+            v_dim=v,
             heads=HEADS,
             chunk_size=model.chunk_size,
-            gate_soft_cap=model.gate_soft_cap if letter == "M" else None,
+            gate_soft_cap=cap,
             states_dtype=states_dtype,
-            backend=model.kernel_backend,
-            gate=model.mlstm_gate,
-            normalize=model.mlstm_normalize,
-            eps=model.cell_eps,
+            **options,
+            **where,
         )
+    scan = {"head_dim": model.hidden_size // heads, "heads": HEADS}
     if "s" in letters:
-        problems += check_slstm(
-            device,
-            dtype,
-            head_dim=model.hidden_size // heads,
-            heads=HEADS,
-            backend=model.kernel_backend,
-            forget_gate=model.slstm_forget_gate,
-        )
-    where = {"device": device, "dtype": dtype, "backend": model.kernel_backend}
+        gates = {"forget_gate": model.slstm_forget_gate, "input_gate": model.slstm_input_gate}
+        problems += check_slstm(**scan, **gates, **where)
+    if "l" in letters:
+        problems += check_lstm(**scan, **where)
+    convolved = {
+        "m": (sizes.up, model.conv_width),
+        "s": (model.hidden_size, sizes.slstm_conv),
+        "l": (model.hidden_size, sizes.slstm_conv),
+        "d": (sizes.mamba + 2 * model.ssm_state_dim, model.conv_width),
+    }
+    for channels, width in sorted({convolved[letter] for letter in letters & set(convolved)}):
+        if width:
+            problems += check_conv(channels=channels, width=width, **where)
     if letters & set("M*"):
         problems += check_gated_activation(width=sizes.ffn, activation="silu", **where)
     if letters & set("sl") and sizes.slstm_ffn:
         problems += check_gated_activation(width=sizes.slstm_ffn, activation="gelu", **where)
-    problems += check_norm(width=model.hidden_size, kind=model.norm, eps=model.norm_eps, **where)
+    norm = {"eps": model.norm_eps, **where}
+    problems += check_norm(width=model.hidden_size, kind=model.norm, **norm)
+    widths = {"M": sizes.v, "m": sizes.up, "s": model.hidden_size, "l": model.hidden_size}
+    head_norms = {(widths[letter] // heads, letter == "M") for letter in letters & set(widths)}
+    if model.head_norm != "none":
+        for width, gated in sorted(head_norms):
+            problems += check_norm(
+                width=width, heads=heads, gated=gated, kind=model.head_norm, **norm
+            )
     problems += check_loss(width=model.vocab_size, soft_cap=model.logit_soft_cap, **where)
     return problems

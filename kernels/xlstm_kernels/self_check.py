@@ -8,20 +8,22 @@ inputs are values that the dtype can hold, so what differs is the kernel's own r
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.conv import causal_conv1d
 from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from xlstm_kernels.gated import gated_activation
 from xlstm_kernels.mlstm import mlstm_chunkwise
 from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.norm import multihead_norm
-from xlstm_kernels.slstm import slstm_scan
-from xlstm_kernels.slstm.reference import slstm_recurrence
+from xlstm_kernels.slstm import lstm_scan, slstm_scan
+from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
 
 #: The largest error that is accepted, as a fraction of the largest value of the reference. A wrong
 #: kernel is off by more than a tenth; rounding in bf16 stays below a hundredth.
@@ -66,8 +68,7 @@ def check_mlstm(
 
     inputs = {"q": draw(qk_dim), "k": draw(qk_dim), "v": draw(v_dim)}
     inputs |= {"input gate": draw(), "forget gate": draw() + 2}
-    starts = torch.zeros(1, length, dtype=torch.bool)
-    starts[:, [0, length // 3]] = True
+    starts = _two_documents(length)
 
     def kernel(*tensors: Tensor) -> Tensor:
         return mlstm_chunkwise(
@@ -95,7 +96,7 @@ def check_slstm(
     head_dim: int = 64,
     heads: int = 2,
     backend: str | None = None,
-    forget_gate: str = "sigmoid",
+    **gates: str,
 ) -> list[str]:
     """What is wrong with `slstm_scan` on a device; as `check_mlstm`.
 
@@ -105,8 +106,46 @@ def check_slstm(
         head_dim: Width of a head.
         heads: Number of heads.
         backend: As for the kernel; None for the one that a run would use.
-        forget_gate: As for the kernel.
+        gates: `forget_gate` and `input_gate`, as for the kernel.
     """
+
+    def kernel(*tensors: Tensor, starts: Tensor) -> Tensor:
+        return slstm_scan(*tensors, boundaries=starts, backend=backend, **gates)
+
+    def reference(*tensors: Tensor, starts: Tensor) -> Tensor:
+        return slstm_recurrence(*tensors, boundaries=starts, **gates)[0]
+
+    return _compare_scans("slstm_scan", kernel, reference, device, dtype, head_dim, heads)
+
+
+def check_lstm(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 64,
+    heads: int = 2,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `lstm_scan` on a device; as `check_slstm`."""
+
+    def kernel(*tensors: Tensor, starts: Tensor) -> Tensor:
+        return lstm_scan(*tensors, boundaries=starts, backend=backend)
+
+    def reference(*tensors: Tensor, starts: Tensor) -> Tensor:
+        return lstm_recurrence(*tensors, boundaries=starts)[0]
+
+    return _compare_scans("lstm_scan", kernel, reference, device, dtype, head_dim, heads)
+
+
+def _compare_scans(
+    name: str,
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+) -> list[str]:
     length = 24
     generator = torch.Generator().manual_seed(0)
 
@@ -118,18 +157,50 @@ def check_slstm(
         "recurrent weight": draw(4, heads, head_dim, head_dim) / head_dim**0.5,
         "bias": draw(4, heads, head_dim),
     }
-    starts = torch.zeros(1, length, dtype=torch.bool)
-    starts[:, [0, length // 3]] = True
+    starts = _two_documents(length)
+    on_device = partial(kernel, starts=starts.to(device))
+    return _compare(name, on_device, partial(reference, starts=starts), inputs, device, dtype)
 
-    def kernel(*tensors: Tensor) -> Tensor:
-        return slstm_scan(
-            *tensors, boundaries=starts.to(device), forget_gate=forget_gate, backend=backend
-        )
 
-    def reference(*tensors: Tensor) -> Tensor:
-        return slstm_recurrence(*tensors, boundaries=starts, forget_gate=forget_gate)[0]
+def check_conv(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    channels: int,
+    width: int,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `causal_conv1d`, with SiLU, on a device; as `check_mlstm`.
 
-    return _compare("slstm_scan", kernel, reference, inputs, device, dtype)
+    Args:
+        device: Where the kernel runs.
+        dtype: Of input, weight and bias.
+        channels: Their number.
+        width: Taps.
+        backend: As for the kernel; None for the one that a run would use.
+    """
+    starts = _two_documents(7)
+
+    def kernel(x: Tensor, *weights: Tensor) -> Tensor:
+        return causal_conv1d(
+            x[None], *weights, activation="silu", boundaries=starts.to(device), backend=backend
+        )[0]
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        document = starts[0].cumsum(0)
+        rows = []
+        for t in range(len(x)):
+            taps = [j for j in range(width) if t >= j and document[t - j] == document[t]]
+            rows.append(sum((weight[:, width - 1 - j] * x[t - j] for j in taps), bias))
+        return F.silu(torch.stack(rows))
+
+    inputs = {
+        "input": _draw(channels),
+        "weight": _draw(channels, width).t(),
+        "bias": _draw(channels)[0],
+    }
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    return _compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
 
 
 def check_gated_activation(
@@ -168,29 +239,41 @@ def check_norm(
     width: int,
     kind: str,
     eps: float,
+    heads: int = 1,
+    gated: bool = False,
     backend: str | None = None,
 ) -> list[str]:
-    """What is wrong with `multihead_norm` as the norm of a block; as `check_mlstm`.
+    """What is wrong with `multihead_norm` on a device; as `check_mlstm`.
 
     Args:
         device: Where the kernel runs.
-        dtype: Of input and weight.
-        width: Of the model, which is the width of the only head.
+        dtype: Of input, weight and gate.
+        width: Of a head. The norm of a block has one head as wide as the model.
         kind: As for the kernel.
         eps: As for the kernel.
+        heads: Number of heads.
+        gated: Whether there is an output gate.
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
 
-    def kernel(x: Tensor, weight: Tensor) -> Tensor:
-        return multihead_norm(x.unsqueeze(-2), weight, kind, eps, backend=own).squeeze(-2)
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, width))
 
-    def reference(x: Tensor, weight: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        opened = by_head(gate[0]) if gate else None
+        return multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=own).flatten(-2)
+
+    def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        x = by_head(x)
         if kind == "layernorm":
             x = x - x.mean(-1, keepdim=True)
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        y = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * weight
+        return y * gate[0].sigmoid() if gate else y
 
-    inputs = {"input": _draw(width).to(dtype), "weight": _draw(width)[0].to(dtype)}
+    inputs = {"input": _draw(heads * width), "weight": _draw(heads * width)[0]}
+    inputs |= {"gate": _draw(heads * width).flip(0)} if gated else {}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return _compare("multihead_norm", kernel, reference, inputs, device, dtype, "result")
 
 
@@ -243,9 +326,16 @@ def check_loss(
     return _compare("cross_entropy", kernel, reference, inputs, device, dtype, "losses")
 
 
-def _draw(width: int) -> Tensor:
+def _draw(width: int, rows: int = 7) -> Tensor:
     """A few rows of random numbers, the same in every run."""
-    return torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+
+
+def _two_documents(length: int) -> Tensor:
+    """Boundaries `[1, length]` of a row with two documents."""
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[:, [0, length // 3]] = True
+    return starts
 
 
 def _compare(

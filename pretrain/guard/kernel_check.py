@@ -45,6 +45,13 @@ OF_KERNELS = (
     "mlstm_gate",
     "mlstm_normalize",
     "slstm_forget_gate",
+    "slstm_input_gate",
+    "head_norm",
+    "conv_width",
+    "slstm_conv_width",
+    "ssm_dim_factor",
+    "ssm_head_dim",
+    "ssm_state_dim",
 )
 
 

@@ -5,8 +5,10 @@ import torch
 
 from xlstm_kernels import mlstm_chunkwise, self_check, slstm_scan
 from xlstm_kernels.self_check import (
+    check_conv,
     check_gated_activation,
     check_loss,
+    check_lstm,
     check_mlstm,
     check_norm,
     check_slstm,
@@ -17,8 +19,12 @@ ELEMENTWISE = [
     (check_gated_activation, {"width": 20, "activation": "gelu"}),
     (check_norm, {"width": 24, "kind": "rmsnorm", "eps": 1e-6}),
     (check_norm, {"width": 24, "kind": "layernorm", "eps": 1e-6}),
+    (check_norm, {"width": 12, "heads": 3, "gated": True, "kind": "layernorm", "eps": 1e-6}),
     (check_loss, {"width": 70, "soft_cap": 30.0}),
     (check_loss, {"width": 70, "soft_cap": None}),
+    (check_conv, {"channels": 10, "width": 4}),
+    (check_conv, {"channels": 10, "width": 1}),
+    (check_lstm, {"head_dim": 16}),
 ]
 
 
@@ -44,7 +50,7 @@ def test_the_slstm_agrees(dtype, forget_gate):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("check", "options"), ELEMENTWISE)
-def test_norm_activation_and_loss_agree(check, options, dtype):
+def test_the_other_kernels_agree(check, options, dtype):
     assert check("cpu", dtype, backend="torch", **options) == []
 
 
@@ -53,10 +59,13 @@ def test_norm_activation_and_loss_agree(check, options, dtype):
     [
         ("gated_activation", *ELEMENTWISE[0], "gated_activation on cpu in float32, result"),
         ("multihead_norm", *ELEMENTWISE[2], "multihead_norm on cpu in float32, result"),
-        ("softmax_gradient", *ELEMENTWISE[4], "cross_entropy on cpu in float32, gradient of log"),
+        ("multihead_norm", *ELEMENTWISE[4], "multihead_norm on cpu in float32, gradient of gate"),
+        ("softmax_gradient", *ELEMENTWISE[5], "cross_entropy on cpu in float32, gradient of log"),
+        ("causal_conv1d", *ELEMENTWISE[7], "causal_conv1d on cpu in float32, gradient of weight"),
+        ("lstm_scan", *ELEMENTWISE[9], "lstm_scan on cpu in float32, hidden states"),
     ],
 )
-def test_a_wrong_elementwise_kernel_is_named(name, check, options, named, monkeypatch):
+def test_a_wrong_kernel_of_the_others_is_named(name, check, options, named, monkeypatch):
     right = getattr(self_check, name)
     monkeypatch.setattr(self_check, name, lambda *x, **options: 1.1 * right(*x, **options))
     problems = check("cpu", torch.float32, backend="torch", **options)

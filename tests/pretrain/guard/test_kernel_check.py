@@ -1,5 +1,6 @@
 """When a run compares its kernels with their references, and what follows."""
 
+import functools
 import json
 
 import pytest
@@ -10,12 +11,13 @@ from pretrain.guard.kernel_check import check_kernels_once
 from tests.pretrain.run_files import config
 from xlstm_io.errors import MachineFailed
 from xlstm_kernels import mlstm_chunkwise, self_check
+from xlstm_mcore import kernel_check as compared
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")  # no kernel runs on the second
 SMALL = {
     "model__hidden_size": 32,
     "model__num_heads": 2,
-    "model__pattern": "Mms",
+    "model__pattern": "Mmsld",
     "model__kernel_backend": "torch",  # the others compile first
 }
 
@@ -43,6 +45,26 @@ def test_a_planted_wrong_kernel_stops_the_run_before_it_trains(cache, monkeypatc
     assert not cache.exists()
     check_kernels_once(config(**SMALL, guard__kernel_check="off"), CPU)
     check_kernels_once(config(**SMALL), CPU)  # once: not on a CPU
+
+
+def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
+    asked = []
+    for name in ("mlstm", "slstm", "lstm", "conv", "norm", "gated_activation", "loss"):
+        checks = f"check_{name}"
+        look = functools.partial(lambda name, **options: asked.append((name, options)) or [], name)
+        monkeypatch.setattr(compared, checks, look)
+    small = SMALL | {"model__ssm_state_dim": 8, "model__ssm_head_dim": 4, "model__round_up_to": 16}
+    kernel_check.kernel_problems(config(**small), CPU)
+    widths = {name: {o.get("width") for n, o in asked if n == name} for name, _ in asked}
+    assert set(widths) == {"mlstm", "slstm", "lstm", "conv", "norm", "gated_activation", "loss"}
+    cells = [(o["qk_dim"], o["v_dim"], o["gate"]) for n, o in asked if n == "mlstm"]
+    assert cells == [(8, 16, "exp"), (8, 4, "sigmoid"), (32, 32, "exp")]
+    channels = [o["channels"] for n, o in asked if n == "conv"]
+    assert channels == [32, 64, 64 + 2 * 8]
+    norms = [
+        (o["width"], o.get("heads", 1), o.get("gated", False)) for n, o in asked if n == "norm"
+    ]
+    assert norms == [(32, 1, False), (16, 2, False), (16, 2, True), (32, 2, False)]
 
 
 def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
