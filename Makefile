@@ -1,5 +1,5 @@
-# make setup | make pretrain | make test | make test-peers | make gpu-proof; each sets itself up on a
-# fresh machine.
+# make setup | make pretrain | make test | make test-peers | make gpu-proof | make gpu-pack; each sets
+# itself up on a fresh machine.
 #
 #   make pretrain                      7B-style model on text found on this machine
 #   make pretrain MODEL=classic        classic blocks, both cells, at [3:1]
@@ -30,7 +30,7 @@ INSTALL     := -m pip install --quiet --no-compile --disable-pip-version-check -
 
 PROOF ?= build/gpu-proof
 
-.PHONY: setup setup-peers pretrain test test-peers gpu-proof lint
+.PHONY: setup setup-peers pretrain test test-peers gpu-proof gpu-pack lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -66,6 +66,10 @@ setup-peers: .venv-peers/.installed
 # On a machine with a GPU: is it right, how fast is it, where does the time go. At most seven minutes.
 gpu-proof: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.gpu_proof --out $(PROOF)
+
+# For such a machine without a network: the source, wheels and compiled kernels in one archive.
+gpu-pack: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.gpu_proof.pack --out build/gpu-pack
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

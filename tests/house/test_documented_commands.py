@@ -149,6 +149,10 @@ RUN_ELSEWHERE = {
             "python -m benchmarks.gpu_proof --out DIR --dry-run",
         )
     },
+    "make gpu-pack": (
+        "tests/kernels/benchmarks/test_gpu_pack.py",
+        '"benchmarks.gpu_proof.pack", "--out"',
+    ),
     "python -m benchmarks.block_roofline": (
         "tests/xlstm_mcore/test_benchmarks.py",
         'run("benchmarks.block_roofline"',
