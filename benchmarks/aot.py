@@ -114,8 +114,14 @@ def compile_variant(variant: Variant, target: str):
     # Triton 3.10 will change the default; the kernels are written and counted with fusion.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     device = DEVICES[target]
-    order = list(variant.fn.arg_names)
-    attrs = {(order.index(name),): [["tt.divisibility", 16]] for name in variant.aligned()}
+    # As a launch has them, which would not find this kernel in the cache: a constant, and what
+    # could be a multiple of 16 and is not, have an empty list.
+    plain = {p.name for p in variant.fn.params if p.do_not_specialize}
+    attrs = {
+        (number,): [["tt.divisibility", 16]] if name in variant.aligned() else []
+        for number, (name, kind) in enumerate(variant.signature.items())
+        if kind == "constexpr" or (kind.startswith(("*", "i")) and name not in plain)
+    }
     source = ASTSource(variant.fn, variant.signature, variant.constexprs, attrs)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     gpu = GPUTarget(device.backend, device.arch, device.warp)
