@@ -25,6 +25,7 @@ from pretrain.data import Batch
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.rehearsal.device import as_rank
 from xlstm_mcore.pattern import parse_pattern
+from xlstm_mcore.recompute import MODES
 from xlstm_mcore.sizes.flops import peak_tflops, training_flops
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="pretrain/configs/xlstm_7b.yaml")
     parser.add_argument("--tokens", type=int, default=8192, help="of a row")
     parser.add_argument("--rows", type=int, default=1, help="of the micro-batch")
-    parser.add_argument("--recompute", default="selective", choices=("none", "selective", "full"))
+    parser.add_argument("--recompute", default="selective", choices=MODES)
     parser.add_argument("--ops", action="store_true", help="print every operator")
     parser.add_argument("--json", metavar="FILE", help="write every kernel there")
     options = parser.parse_args()

@@ -105,7 +105,7 @@ class XLSTMLayer(MegatronModule):
             return self._forward(x, boundaries, cache)
         if self.recompute == "full":
             return tensor_parallel.checkpoint(lambda x: self._forward(x, boundaries), False, x)
-        with selective():
+        with selective(cells=self.recompute == "cells"):
             return self._forward(x, boundaries)
 
     def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:

@@ -9,6 +9,9 @@ feed-forward part, output gates, fp32 copies, and what sequence parallelism gath
 such a tensor twice, as an input or output of the cheap operation and again as a factor of the next
 matrix product, so making the operation a checkpoint is not enough. `recompute_in_backward` also
 leaves a recipe wherever a later operation of the layer saves its output.
+
+*Cells*: selective, and the mLSTM cells keep neither their states nor their output. Each runs once
+more in the backward pass, for its own gradient and for all that need its output.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-MODES = ("none", "selective", "full")
+MODES = ("none", "selective", "cells", "full")
 
 
 class _Recipe:
@@ -50,10 +53,47 @@ class _View:
         self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-class LayerMemory:
-    """What one layer's forward pass saves under selective recompute."""
+class _Rerun:
+    """A function that runs once more in the backward pass, with a graph for its own gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        self.function = function
+        self.needed = [t.requires_grad for t in inputs]
+        self.packed: tuple[Any, ...] = ()
+        self._found: tuple[Tensor, list[Tensor]] | None = None
+
+    def output_and_inputs(self) -> tuple[Tensor, list[Tensor]]:
+        """The output of the second run, and the leaves of its graph."""
+        if self._found is None:
+            inputs = [
+                _unpack(packed).detach().requires_grad_(need)
+                for packed, need in zip(self.packed, self.needed, strict=True)
+            ]
+            with torch.enable_grad():
+                self._found = self.function(*inputs), inputs
+        return self._found
+
+    def output(self) -> Tensor:
+        """The output, for others."""
+        return self.output_and_inputs()[0].detach()
+
+    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+        """The gradient of each input, None where it needs none. What was held is freed."""
+        output, inputs = self.output_and_inputs()
+        self._found = None
+        found = iter(torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad))
+        return [next(found) if need else None for need in self.needed]
+
+
+class LayerMemory:
+    """What one layer's forward pass saves under selective recompute.
+
+    Args:
+        cells: Whether cells run again as well.
+    """
+
+    def __init__(self, cells: bool = False) -> None:
+        self.cells = cells
         # Recipes by the memory of their tensors. The tensor is held too: another one must not get
         # its memory while the layer runs.
         self.recipes: dict[int, tuple[_Recipe, Tensor]] = {}
@@ -104,11 +144,27 @@ def regather_in_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Ten
     return _remember(function(x), function, (x,))
 
 
+def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)` of a cell, which runs once more in the backward pass where cells do.
+
+    Args:
+        function: A function of the tensors alone, which draws no random numbers.
+        inputs: Tensors that are kept (or recomputed themselves).
+    """
+    if _layer is None or not _layer.cells:
+        return function(*inputs)
+    rerun = _Rerun(function, inputs)
+    rerun.packed = tuple(_layer.pack(t) for t in inputs)
+    output = _Rerunning.apply(rerun, *inputs)
+    _layer.recipes[memory_of(output)] = _Recipe(rerun.output, ()), output.detach()
+    return output
+
+
 @contextmanager
-def selective() -> Iterator[None]:
-    """The forward pass of one layer with selective recompute."""
+def selective(cells: bool = False) -> Iterator[None]:
+    """The forward pass of one layer with selective recompute, and that of cells if asked for."""
     global _layer
-    before, _layer = _layer, LayerMemory()
+    before, _layer = _layer, LayerMemory(cells)
     try:
         with saved_tensors_hooks(_layer.pack, _unpack):
             yield
@@ -156,3 +212,17 @@ class _Recomputed(torch.autograd.Function):
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grad))
         return None, *(next(found) if need else None for need in needed)
+
+
+class _Rerunning(torch.autograd.Function):
+    """See `rerun_cell`."""
+
+    @staticmethod
+    def forward(ctx, rerun, *inputs):
+        ctx.rerun = rerun
+        return rerun.function(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *ctx.rerun.gradients(grad)

@@ -145,8 +145,8 @@ class LayoutConfig(Section):
 class MemoryConfig(Section):
     """What is kept for the backward pass, and how. No result changes but for rounding."""
 
-    recompute: Literal["none", "selective", "full"] = "none"
-    """selective: norms, activations, output gates and gathered inputs; full: whole blocks"""
+    recompute: Literal["none", "selective", "cells", "full"] = "none"
+    """selective: norms, activations, gates, gathers; cells: mLSTM cells too; full: whole blocks"""
     recompute_full_blocks: str = ""
     """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
     logits_mib: NonNegativeInt = 512

@@ -111,8 +111,8 @@ def text(found: dict[str, Any] | None, processes: int, limit: float) -> str:
     plan = f"python -m pretrain plan RUN_FILE --gpus {processes} tries all layouts"
     if found is None:
         return (
-            "change first, in this order: a higher --memory.recompute (selective, full), a smaller "
-            f"--data.micro_batch, a larger --layout.tensor or --layout.pipeline; {plan}"
+            "change first, in this order: a higher --memory.recompute (selective, cells, full), a "
+            f"smaller --data.micro_batch, a larger --layout.tensor or --layout.pipeline; {plan}"
         )
     kinds = sorted(found["now"].items(), key=lambda item: -item[1])
     told = ", ".join(f"{kind} {_gb(size)}" for kind, size in kinds if size >= 0.01 * kinds[0][1])

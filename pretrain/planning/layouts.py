@@ -10,7 +10,7 @@ from xlstm_mcore.pattern import parse_pattern
 
 TENSOR = PIPELINE = (1, 2, 4, 8)
 # From the fastest to the one that takes the least memory.
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "cells", "full")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.mixers import mlstm
-from xlstm_mcore.recompute import recompute_in_backward, selective
+from xlstm_mcore.recompute import recompute_in_backward, rerun_cell, selective
 
 SECTION = {
     "pattern": "Mms*",
@@ -60,6 +60,7 @@ def gradients(model):
     "settings",
     [
         {"recompute": "selective"},
+        {"recompute": "cells"},
         {"recompute": "full"},
         {"recompute_full_blocks": "s"},
         {"recompute": "selective", "recompute_full_blocks": "M*"},
@@ -126,6 +127,34 @@ def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precisi
     wide = 2 * d + (2 * qk + 2 * v) + v + 2 * f
     gates = 2 * config.num_heads  # in fp32; the soft cap is the cell's
     assert (many - few) / 64 == wide * size + gates * 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_cells_keep_neither_their_states_nor_their_output(groups, precision):
+    """Per token of an `M` block, with the real cell."""
+    size = 2 if precision == "bf16" else 4
+    few, config = kept(groups, "M", 64, precision, recompute="cells")
+    many, _ = kept(groups, "M", 128, precision, recompute="cells")
+    d, qk, v, f = config.hidden_size, config.qk_dim, config.v_dim, config.ffn_dim
+    wide = 2 * d + (2 * qk + 2 * v) + 2 * f
+    assert (many - few) / 64 == wide * size + 2 * config.num_heads * 4
+
+
+def test_a_cell_runs_once_more_for_all_that_need_it(groups):
+    runs = []
+
+    def double(x):
+        runs.append(1)
+        return x * x
+
+    x = torch.randn(3, requires_grad=True)
+    with count_saved([]) as saved, selective(cells=True):
+        y = rerun_cell(double, x)
+        z = (y * y).sum() + y.exp().sum()
+    assert saved.bytes == 2 * x.numel() * 4  # the input, and the exponential
+    z.backward()
+    assert torch.allclose(x.grad, 4 * x**3 + 2 * x * (x * x).exp())
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("letter", ["M", "m", "s", "*"])

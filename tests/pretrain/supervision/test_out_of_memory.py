@@ -75,6 +75,7 @@ def test_changes_come_from_the_cheapest_on():
     told = [words for words, _ in steps_down(CONFIG)]
     assert told == [
         "--memory.recompute selective",
+        "--memory.recompute cells",
         "--memory.recompute full",
         "and --data.micro_batch 2",
         "and --data.micro_batch 1",
