@@ -91,6 +91,11 @@ class Grid:
         found = _read(self.cell_folder(cell) / ATTEMPT_FILE)
         return None if found is None else str(found.get("reason"))
 
+    def spent(self, cell: Cell) -> float:
+        """CPU seconds of the attempts at a cell that gave no result."""
+        found = _read(self.cell_folder(cell) / ATTEMPT_FILE)
+        return 0.0 if found is None else float(found.get("cpu_seconds", 0.0))
+
     def claim(self, cell: Cell) -> "Claim":
         """The claim of a cell."""
         return Claim(self.folder / "claims" / cell.name)
@@ -260,7 +265,7 @@ def _one(grid: Grid, cell: Cell, body: Body, claim: Claim, stop: StopSignal) -> 
         os._exit(_shielded(lambda: _child(grid, cell, body, folder, stop)))
     touched, told = started, False
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             break
         if time.monotonic() - touched > _TOUCH_S:
@@ -274,7 +279,9 @@ def _one(grid: Grid, cell: Cell, body: Body, claim: Claim, stop: StopSignal) -> 
     result = grid.result(cell)
     if result is None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        write_atomic(folder / ATTEMPT_FILE, json.dumps({"reason": f"ended by {how}"}).encode())
+        spent = round(grid.spent(cell) + used.ru_utime + used.ru_stime, 3)
+        attempt = {"reason": f"ended by {how}", "cpu_seconds": spent}
+        write_atomic(folder / ATTEMPT_FILE, json.dumps(attempt).encode())
         say(f"{grid.name} {cell}: not done ({how}); see {folder / OUTPUT_FILE}")
     elif result["status"] == "failed":
         say(f"{grid.name} {cell}: failed: {result['reason']}")

@@ -130,7 +130,7 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
         "state_bytes": state_bytes(config.model, 4, config.data.seq_len),
         "steps": config.run.steps,
         "tokens": config.run.steps * config.tokens_per_step,
-        "cpu_seconds": round(trained_s.ru_utime + trained_s.ru_stime, 1),
+        "cpu_seconds": round(grid.spent(cell) + trained_s.ru_utime + trained_s.ru_stime, 1),
         "trained_to": _longest(grid, cell),
         "chance": measured[TRAINED].get("chance"),
         "sets": measured,

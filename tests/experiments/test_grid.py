@@ -79,9 +79,16 @@ def test_what_the_machine_did_is_tried_again_by_the_next_command(grid):
         if cell.number == 1:
             raise MachineFailed("rank 3 is gone")
         if cell.number == 2:
+            end = time.process_time() + 0.1
+            while time.process_time() < end:
+                pass
             raise Stopped
         return done(grid, cell, folder)
 
+    for attempts in (1, 2):
+        assert go_through(grid, grid.cells[2:3], killed) == ExitCode.DONE
+        assert grid.spent(grid.cells[2]) >= 0.1 * attempts
+    assert grid.spent(grid.cells[3]) == 0
     assert go_through(grid, grid.cells, killed) == ExitCode.DONE
     assert [grid.last_attempt(cell) for cell in grid.cells[:4]] == [
         "ended by signal SIGKILL",
