@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pretrain.config.checks import problems
 from pretrain.config.cuts import with_cuts
 from pretrain.config.messages import field_message
-from pretrain.config.overrides import parse_structured, split_overrides
+from pretrain.config.overrides import parse_structured, put, split_overrides
 from pretrain.config.schema import RunConfig
 from xlstm_io.errors import ConfigError
 from xlstm_io.remote import masked_values
@@ -120,7 +120,7 @@ def _with_overrides(
     values = in_file.values
     for section, keys in on_line.values.items():
         if isinstance(values.setdefault(section, {}), dict):
-            values[section] = {**values[section], **keys}
+            values[section] = put(values[section], keys)
     notes = list(dict.fromkeys(in_file.notes + on_line.notes))
     config = _validated(Updated(values, notes, in_file.problems + on_line.problems), source)
     if not quiet:

@@ -1,9 +1,14 @@
-"""Command-line options that set a key of the run file: `--optimizer.lr 3e-4`."""
+"""Command-line options that set a key of the run file: `--optimizer.lr 3e-4`.
 
-from collections.abc import Sequence
+A key that is a section of its own is set as a whole (`--guard.spikes '{policy: skip}'`), or one of
+its keys (`--guard.spikes.policy skip`).
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from pretrain.config.schema import FIELDS
 from xlstm_io.errors import ConfigError
@@ -14,12 +19,23 @@ from xlstm_mcore.settings import Section
 _SWITCH_WORDS = ("true", "false", "yes", "no", "1", "0", "null", "none")
 
 
+def _field(key: str) -> FieldInfo | None:
+    """The field of a dotted key; None for an unknown one."""
+    if key in FIELDS:
+        return FIELDS[key]
+    outer, _, inner = key.rpartition(".")
+    section = FIELDS[outer].annotation if outer in FIELDS else None
+    if isinstance(section, type) and issubclass(section, Section):
+        return section.model_fields.get(inner)
+    return None
+
+
 def _values_taken(key: str) -> int | None:
     """How many words follow option `key`; 0 for a switch, None for an unknown key."""
     old = OLD_KEYS.get(key)
     if old is not None:
         return _values_taken(old.new) if old.new else int(not isinstance(old.default, bool))
-    field = FIELDS.get(key)
+    field = _field(key)
     if field is None:
         return None
     if get_origin(field.annotation) is tuple:
@@ -29,9 +45,10 @@ def _values_taken(key: str) -> int | None:
 
 def is_structured(key: str) -> bool:
     """Whether a key holds a list or a mapping: as an option it is written like in the file."""
-    if key not in FIELDS:
+    field = _field(key)
+    if field is None:
         return False
-    kind = FIELDS[key].annotation
+    kind = field.annotation
     return get_origin(kind) in (list, dict) or (
         isinstance(kind, type) and issubclass(kind, Section)
     )
@@ -51,6 +68,23 @@ def parse_structured(key: str, value: Any) -> Any:
         return value  # the validation says what it must be
     except YAMLTextError as error:
         raise ConfigError(f"--{key}: {error}") from None
+
+
+def put(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a section of the file with options on top.
+
+    Args:
+        values: the section.
+        options: by key; `spikes.policy` is a key inside of `spikes`, and the others stay.
+    """
+    result = dict(values)
+    for name, value in options.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            held = result.get(outer)
+            value = {**(held if isinstance(held, dict) else {}), inner: value}
+        result[outer] = value
+    return result
 
 
 def override_option(key: str, value: Any) -> list[str]:

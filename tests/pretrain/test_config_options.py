@@ -105,9 +105,39 @@ def test_lists_and_mappings_are_written_as_in_the_file(tmp_path, words, section,
     assert loaded.run.steps == 7
 
 
+def test_a_key_of_a_section_inside_a_section_is_an_option_too(tmp_path):
+    path = write(tmp_path / "run.yaml", raw(logging__profile={"from_step": 9, "steps": 2}))
+    words = "--logging.profile.from-step 4 --guard.spikes.policy=skip --guard.spikes.z_loss 7"
+    loaded = load_config(path, words.split())
+    assert (loaded.logging.profile.from_step, loaded.logging.profile.steps) == (4, 2)
+    assert (loaded.guard.spikes.policy, loaded.guard.spikes.z_loss) == ("skip", 7.0)
+    words = ["--logging.profile", "{steps: 5}", "--logging.profile.from_step", "3"]
+    profile = load_config(path, words).logging.profile
+    assert (profile.from_step, profile.steps) == (3, 5)
+    profile = load_config(path, ["--logging.profile.from_step", "null"]).logging.profile
+    assert (profile.from_step, profile.steps) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--guard.spikes.polizy skip", "guard.spikes has no polizy; its keys are policy, window"),
+        ("--guard.spikes.policy 1", "guard.spikes.policy='1' must be"),
+        ("--guard.spikes.policy.x 1", "guard.spikes has no policy.x"),
+        ("--run.steps.x 1", "run.steps={'x': '1'} must be"),
+        ("--run.stepz.x 1", "run.stepz is not a key of a run file"),
+    ],
+)
+def test_a_wrong_key_inside_a_section_is_named(tmp_path, words, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path / "run.yaml", raw()), words.split())
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("guard.spikes.policy", "skip"),
         ("optimizer.decay", {"norm": True}),
         ("data.batch_ramp", [{"steps": 2, "global_batch": 4}]),
         ("checkpoint.accept_changes", ["run.seed", "model"]),
