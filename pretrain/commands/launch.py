@@ -17,7 +17,8 @@ Signals. Ctrl-C reaches launcher and workers from the terminal; `kill` and a bat
 the launcher only. The launcher passes on whatever it gets, and a worker takes a repetition within
 half a second as the same request (`xlstm_io.signals`). It then waits for the workers to save. A
 second Ctrl-C ends everything within seconds, even a worker that sits in a collective and cannot
-run its Python handler.
+run its Python handler. A worker that was asked alone, before the ranks had met, could tell nobody:
+the launcher asks the others then.
 
 Failures. When a worker fails, the others get a few seconds to end by themselves (they lose their
 peer and usually do), then SIGTERM, then SIGKILL. If the launcher itself is killed, the kernel
@@ -57,6 +58,7 @@ POLL_S = 0.05
 FAILURE_GRACE_S = 5.0  # for the other workers to notice that one is gone and say why they end
 TERMINATE_GRACE_S = 3.0  # between SIGTERM and SIGKILL after a failure
 INTERRUPT_GRACE_S = 3.0  # between the second Ctrl-C and SIGKILL
+FOLLOW_S = 10.0  # for the others to end after a worker that was asked to stop has ended
 STOP_LIMIT_S = 600.0  # after the first worker ended well; longer than a checkpoint takes
 TAIL_LINES = 30
 # What ends a worker from outside: the kernel out of memory, a failing page, a person, a scheduler.
@@ -214,6 +216,10 @@ def _wait(workers: Workers) -> None:
             failure = now
         if workers.interrupted and interrupt is None:
             interrupt = now
+        asked_alone = not workers.stop_requested and ExitCode.STOPPED in workers.codes.values()
+        if asked_alone and now - first_exit > FOLLOW_S:
+            workers.stop_requested = True
+            workers.send(signal.SIGTERM)
         if terminate is None and (
             (failure is not None and now - failure > FAILURE_GRACE_S)
             or (first_exit is not None and now - first_exit > STOP_LIMIT_S)

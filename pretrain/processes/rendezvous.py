@@ -23,6 +23,7 @@ from xlstm_io.signals import StopSignal
 POLL_S = 0.1
 CONNECT_S = 5.0  # for one try to reach rank 0
 LINGER_S = 5.0  # for the others to read a decision that ends rank 0, and the store with it
+TELL_S = 5.0  # that a rank which was asked to stop still looks for rank 0, to tell the others
 GO, STOP = "go", "stop"
 
 
@@ -106,13 +107,16 @@ def _loopback_listener(place: Place) -> int | None:
 
 def _wait_for_rank_0(place: Place, deadline: float, limit: float, stop: StopSignal | None) -> None:
     """Until somebody listens at rank 0's address; in Python, which hears signals."""
+    asked: float | None = None
     while True:
         try:
             socket.create_connection((place.host, place.port), CONNECT_S).close()
             return
         except OSError as error:
             if stop is not None and stop.requested:
-                raise Interrupted from None
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > TELL_S:
+                    raise Interrupted from None
             if time.monotonic() > deadline:
                 raise MachineFailed(
                     f"rank {place.rank} could not reach rank 0 at {place.host}:{place.port} for "
@@ -142,7 +146,9 @@ def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal |
     read = store.add("read", 1)
     if decision != GO and place.rank == 0 and not _store_of_torchrun():
         end = time.monotonic() + LINGER_S
-        while read < store.add("come", 0) and time.monotonic() < end:
+        # Nobody would tell of a stop those that come a moment later.
+        awaited = place.world_size if decision == STOP else store.add("come", 0)
+        while read < awaited and time.monotonic() < end:
             time.sleep(POLL_S)
             with suppress(dist.DistError):
                 read = store.add("read", 0)

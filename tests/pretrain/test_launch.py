@@ -174,6 +174,20 @@ def test_a_worker_that_outlives_the_stop_is_ended(tmp_path, monkeypatch, capfd):
     assert "ranks [1] still ran" in "".join(capfd.readouterr())
 
 
+def test_a_worker_that_was_asked_alone_stops_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "FOLLOW_S", 0.1)
+    body = f"""
+if rank:
+    while not Path(sys.argv[1], "ready0").exists():
+        time.sleep(0.01)
+    sys.exit(75)
+{TRAINER}"""
+    worker = script(tmp_path, body)
+    command = [sys.executable, str(worker), str(tmp_path), "0"]
+    assert run_workers(command, 2, tmp_path / "logs") == 75
+    assert (tmp_path / "saved0").exists()
+
+
 def test_environment_is_torchruns(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))

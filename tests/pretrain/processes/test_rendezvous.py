@@ -52,12 +52,13 @@ def test_what_a_launcher_says_is_checked_first(variables, words):
     assert words in str(caught.value)
 
 
-def in_threads(places, limit=20.0, stops=None):
-    """What each rank gets: "store", or the error."""
+def in_threads(places, limit=20.0, stops=None, first=lambda number: None):
+    """What each rank gets: "store", or the error; `first` is what it does before."""
     found = [None] * len(places)
     stores = []  # that of rank 0 must outlive the others' last look
 
     def one(number):
+        first(number)
         try:
             stores.append(meet(places[number], limit, (stops or {}).get(number)))
             found[number] = "store"
@@ -128,11 +129,26 @@ def test_a_stop_is_heard_while_ranks_are_missing_and_ends_those_that_come_later(
     assert time.monotonic() - started < 15
 
 
-def test_a_stop_after_all_have_come_is_left_to_the_training_loop(port):
-    class Asked:
-        requested = True
+class AskedBefore:
+    requested = True
 
-    assert in_threads(places(port, 0, world=1), stops={0: Asked()}) == ["store"]
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_rank_that_was_asked_alone_is_still_there_for_those_that_come_a_moment_later(port, asked):
+    def come_later(number):
+        if number != asked:
+            time.sleep(0.5)
+
+    found = in_threads(
+        places(port, 0, 1, world=2), limit=30.0, stops={asked: AskedBefore()}, first=come_later
+    )
+    # Where all have come the training loop hears of it.
+    expected = "store" if asked else Interrupted
+    assert [a if a == "store" else type(a) for a in found] == [expected] * 2
+
+
+def test_a_stop_after_all_have_come_is_left_to_the_training_loop(port):
+    assert in_threads(places(port, 0, world=1), stops={0: AskedBefore()}) == ["store"]
 
 
 def _wait_for_others(port, ready):
