@@ -10,6 +10,7 @@ layout, judges as one that was never stopped: the window lies in the checkpoint.
 
 import json
 import math
+import shlex
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.run_folder import EVIDENCE_FOLDER
 from pretrain.watching.history import note
+from xlstm_io.checkpoint.manifest import step_of_folder
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
 
@@ -143,7 +145,8 @@ class RejectedStep:
                 f"a spike (limits: loss {self.limits.max_loss:.4g}, gradient norm "
                 f"{self.limits.max_grad_norm:.4g})"
             )
-        return f"step {self.step}: loss {found.loss}, gradient norm {found.grad_norm}: {kind}"
+        told = f"loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}"
+        return f"step {self.step}: {told}: {kind}"
 
 
 def diverged(
@@ -162,12 +165,17 @@ def diverged(
     remedy = f"lower optimizer.lr={options.lr}"
     if options.clip_grad == 0:
         remedy += ", or clip gradients: optimizer.clip_grad=0 never does"
+    if good is not None:
+        step, ramp = step_of_folder(good), config.data.ramp
+        samples = ramp.samples(rejected.step) - ramp.samples(step)
+        remedy += (
+            f", or go back and leave out the samples since then: python -m pretrain rewind "
+            f"{shlex.quote(config.run.dir)} --to {step} --skip-samples {samples}"
+        )
     evidence = f"{EVIDENCE_FOLDER}/ in {config.run.dir} names the samples; " if kept else ""
     return (
         f"{rejected}, so the update was not applied and the run stops ({key}); "
-        f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; "
-        f"{evidence}{remedy}, or go back and leave "
-        f"out these samples: python -m pretrain rewind {config.run.dir} --to STEP --skip-samples N"
+        f"{f'{good} is from before' if good else 'there is no checkpoint yet'}; {evidence}{remedy}"
     )
 
 

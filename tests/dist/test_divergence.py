@@ -90,6 +90,7 @@ def test_a_spike_stops_the_run_where_that_is_asked_for(pool, shards, tmp_path):
         assert message.startswith("step 8: loss ")
         assert "a spike (limits: loss " in message and "guard.spikes.policy=stop" in message
         assert "step-00000006" in message and "evidence/ in" in message
+        assert message.endswith(f"rewind {tmp_path} --to 6 --skip-samples 8"), "steps 7 and 8"
     assert read_manifest(find_latest(tmp_path)).step == 6
 
 

@@ -1,12 +1,13 @@
 """Limits of a step by the steps before it, and what stops a run."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from pretrain.config import load_config
 from pretrain.engines.verdict import FINITE, StepResult
-from pretrain.guard.divergence import Divergence
+from pretrain.guard.divergence import Divergence, RejectedStep, diverged
 from tests.pretrain.run_files import config, message, raw
 
 
@@ -74,6 +75,14 @@ def test_what_stops_a_run():
     tolerant.note(3, result(3.0))
     tolerant.note(4, nan)
     assert tolerant.must_stop(nan) is None, "in a row"
+
+
+def test_a_run_without_a_checkpoint_is_not_told_to_go_back_to_one():
+    rejected = RejectedStep(2, result(math.nan), FINITE, 1e-3, 4)
+    said = [diverged(config(), rejected, "KEY", good) for good in (None, Path("step-00000001-ab"))]
+    assert said[0].endswith(f"lower optimizer.lr={config().optimizer.lr}")
+    assert "--to 1 --skip-samples 16" in said[1]
+    assert "step 2: loss nan, gradient norm 1: not finite" in said[0]
 
 
 def test_the_section_in_a_section_is_read_from_file_and_command_line(tmp_path):
