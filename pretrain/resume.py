@@ -19,13 +19,14 @@ from pretrain.checkpoint import (
     read_evaluation_together,
     read_manifest_together,
 )
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, micro_batches
 from pretrain.config.changes import Change
-from pretrain.data import DataCursor, DataPlan
+from pretrain.data import DataCursor, DataPlan, Quarantine, TrainLoader
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import StepResult
 from pretrain.guard.divergence import Divergence
 from pretrain.init_from import start_from
+from pretrain.layout import Layout
 from pretrain.lr_curve import Curve, continued
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.evaluation import Evaluation
@@ -219,6 +220,32 @@ def resume(
     state = TrainState(updates=origin.updates)
     return Start(
         state, DataCursor(0), None, curve, divergence, changes=origin.changes, notes=origin.notes
+    )
+
+
+def open_loader(config: RunConfig, layout: Layout, plan: DataPlan, start: Start) -> TrainLoader:
+    """The loader of this process's part in the steps to come.
+
+    Args:
+        config: the run.
+        layout: where this process stands.
+        plan: the order of the run's data.
+        start: what this process starts from.
+    """
+    data, cursor = config.data, start.cursor
+    file = layout.own_file(Path(config.run.dir), "quarantine")
+    return TrainLoader(
+        plan,
+        data.ramp,
+        micro_batch=data.micro_batch,
+        step=start.state.step,
+        consumed_samples=cursor.consumed_samples,
+        skipped=cursor.skipped,
+        workers=data.workers,
+        quarantine=Quarantine(data.max_quarantined, file, cursor.quarantined),
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+        micro_batches=lambda rows: micro_batches(config, layout.dp_size, rows),
     )
 
 

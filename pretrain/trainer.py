@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import CheckpointSaver, Ranks, Retention, candidates_together
-from pretrain.config import RunConfig, micro_batches, save_config
+from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_kernels, check_vocabulary
-from pretrain.data import Batch, Quarantine, TrainLoader, open_plan
+from pretrain.data import Batch, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
@@ -23,7 +23,7 @@ from pretrain.evaluation.samples import Samples
 from pretrain.guard.divergence import DivergedError, RejectedStep, diverged, keep_evidence
 from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
-from pretrain.resume import resume, with_vocab_tokens
+from pretrain.resume import open_loader, resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
 from pretrain.supervision.events import report
 from pretrain.supervision.lease import Lease
@@ -109,8 +109,8 @@ class Trainer:
         self.config, self.layout, self.stop, self.lease = config, layout, stop, lease
         self.dir = Path(config.run.dir)
         self.watchdog = watchdog or Watchdog(self.dir, layout.rank, None)
-        data, options = config.data, config.checkpoint
-        self.data = open_plan(data, config.run.seed)
+        options = config.checkpoint
+        self.data = open_plan(config.data, config.run.seed)
         self.validation = Validation(config, layout, self.data)
         self.samples = Samples(config, layout, self.data.manifest, Ranks())
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
@@ -139,22 +139,7 @@ class Trainer:
         manifests = [one.manifest for one in self.data.datasets]
         self.provenance = provenance(manifests) if layout.is_main else {}
         record_life(self.life, config, self.start, layout.world_size, self.saver, self.provenance)
-        cursor = self.start.cursor
-        self.loader = TrainLoader(
-            self.data,
-            data.ramp,
-            micro_batch=data.micro_batch,
-            step=self.state.step,
-            consumed_samples=cursor.consumed_samples,
-            skipped=cursor.skipped,
-            workers=data.workers,
-            quarantine=Quarantine(
-                data.max_quarantined, layout.own_file(self.dir, "quarantine"), cursor.quarantined
-            ),
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-            micro_batches=lambda rows: micro_batches(config, layout.dp_size, rows),
-        )
+        self.loader = open_loader(config, layout, self.data, self.start)
         self._ranks = RankWatcher(config, layout)
         self._watchers = (
             ReplicaWatcher(config, layout, self.engine),
