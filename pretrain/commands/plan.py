@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -72,13 +73,14 @@ def main(
             raise ConfigError(f"--network={network:g} sends nothing; give GB/s of a node")
         device = device.with_network(network)
     tried = plan(config, gpus, device)
-    print("\n".join(_text(tried, gpus, device)))
+    print("\n".join(_text(tried, gpus, device, config.engine.precision)))
     best = tried[0]
     if best.config is None or best.why_not:
         return ExitCode.REFUTED
     if write is not None:
         save_config(best.config, write)
         print(f"wrote {write} with {best.layout}")
+        print(f"look at it: python -m pretrain check {shlex.quote(write)} --nproc {gpus}")
     return ExitCode.DONE
 
 
@@ -113,13 +115,15 @@ def _try_shape(config: RunConfig, shape: tuple[int, int], gpus: int, gpu: Gpu) -
     return try_shape(config, shape, gpus, gpu)
 
 
-def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu) -> Iterator[str]:
+def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu, precision: str) -> Iterator[str]:
     yield (
         f"{gpus} x {gpu.name}: {gpu.memory / 1e9:.0f} GB each, {RESERVE / 1e9:.0f} GB of them for "
         f"the driver, NCCL and gaps; {gpu.tflops:,.0f} TFLOP/s; {gpu.gbs_node:.0f} GB/s in a node, "
         f"{gpu.gbs_network:g} GB/s between nodes"
     )
     yield "the speed is a bound that nobody has measured"
+    if precision != "bf16":
+        yield f"and that of bf16: engine.precision={precision} is several times slower than it"
     yield ""
     rows = [[
         "tensor", "pipeline", "recompute", "micro", "peak GB", "free GB", "tokens/s", "MFU",
@@ -150,12 +154,17 @@ def _row(one: Tried) -> list[str]:
         str(layout.pipeline),
         layout.recompute,
         str(layout.micro_batch),
-        f"{sum(found.memory.values()) / 1e9:.1f}",
-        f"{found.free / 1e9:.1f}",
+        _number(sum(found.memory.values()) / 1e9, 1),
+        _number(found.free / 1e9, 1),
         f"{found.tokens_per_second:,.0f}",
         f"{found.mfu:.1%}",
-        f"{sum(seconds.values()):.2f}",
-        f"{seconds['bubble']:.2f}",
-        f"{seconds['tensor messages'] + seconds['stage messages']:.2f}",
-        f"{seconds['gradients and weights']:.2f}",
+        _number(sum(seconds.values()), 2),
+        _number(seconds["bubble"], 2),
+        _number(seconds["tensor messages"] + seconds["stage messages"], 2),
+        _number(seconds["gradients and weights"], 2),
     ]
+
+
+def _number(value: float, digits: int) -> str:
+    """With so many digits after the point; two that say something where those would be zeros."""
+    return f"{value:.{digits}f}" if value == 0 or value >= 0.1 else f"{value:.2g}"

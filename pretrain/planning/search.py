@@ -26,7 +26,9 @@ def try_shape(config: RunConfig, shape: tuple[int, int], gpus: int, gpu: Gpu) ->
             try:
                 changed = with_layout(config, layout, gpus)
             except ConfigError as error:
-                tried.append(Tried(layout, why_not=_reason(error)))
+                why_not = _reason(error)
+                if all(one.why_not != why_not for one in tried):  # another micro-batch may help
+                    tried.append(Tried(layout, why_not=why_not))
                 break  # recomputation changes nothing about it
             found = estimate(changed, gpus, gpu)
             if found.free >= 0:

@@ -1,6 +1,7 @@
 """A plan: what it counts from a few blocks is what the whole run takes, and the order is right."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pretrain.commands import plan
 from pretrain.config import ConfigError, check_world, load_config
 from pretrain.config.cuts import cut_evenly
 from pretrain.planning.layouts import Layout, with_layout
-from pretrain.planning.tried import Tried
+from pretrain.planning.tried import Estimate, Tried
 from tests.dist import work
 from xlstm_io.errors import ExitCode
 
@@ -59,8 +60,25 @@ def test_the_command_prints_the_table_and_writes_the_best(results):
     assert command["code"] == 0
     lines = command["text"].splitlines()
     assert lines[0].startswith("4 x h100: 80 GB each") and "not possible:" in lines
-    assert lines[-1].endswith("tensor 1, pipeline 1, recompute none, micro_batch 1")
+    assert lines[-2].endswith("tensor 1, pipeline 1, recompute none, micro_batch 1")
+    assert lines[-1].endswith("planned.yaml --nproc 4"), "what to do with the file"
     assert command["written"]["memory"]["recompute"] == "none"
+
+
+def test_the_row_of_a_small_run_is_not_all_zeros(monkeypatch, capsys):
+    config = work.run_config("large", engine__precision="fp32")
+    seconds = dict.fromkeys(
+        ("compute", "bubble", "tensor messages", "stage messages", "gradients and weights"), 0.00124
+    )
+    found = Estimate({"weights": 2_500_000.0}, seconds, 1e6, 0.1, 75_000_000_000.0)
+    tried = [Tried(Layout(1, 1, "none", 1), config, found)]
+    monkeypatch.setattr(plan, "plan", lambda *_: tried)
+    assert plan.main(config, gpus=8, gpu="h100") == 0
+    text = capsys.readouterr().out
+    assert "engine.precision=fp32 is several times slower" in text
+    row = text.splitlines()[5].split()
+    assert row[:8] == ["1", "1", "none", "1", "0.0025", "75.0", "1,000,000", "10.0%"]
+    assert row[8:] == ["0.0062", "0.0012", "0.0025", "0.0012"]
 
 
 def test_the_network_of_the_nodes_is_part_of_the_plan(monkeypatch):
@@ -101,6 +119,9 @@ def test_a_layout_that_does_not_fit_the_run_says_why():
 @pytest.mark.parametrize(
     "path", [p for p in CONFIGS if "cpu" not in p.stem], ids=lambda path: path.stem
 )
-def test_shipped_files_run_on_64_gpus(path):
-    config = load_config(path)
-    assert check_world(config, 64) * config.layout.tensor == 64
+def test_shipped_files_run_on_the_gpus_that_they_are_meant_for(path):
+    stated = re.search(r"meant for (\d+) GPUs of 80 GB", path.read_text())
+    gpus, config = int(stated[1]), load_config(path)
+    assert check_world(config, gpus) * config.layout.tensor == gpus
+    if config.data.global_batch >= 512:  # the larger models, of which docs/ plans one on 128
+        check_world(config, 128)
