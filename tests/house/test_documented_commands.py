@@ -124,6 +124,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/test_trainer_overhead.py",
         "trainer_overhead.main(",
     ),
+    "python -m benchmarks.trainer_overhead --replicas --steps 33": (
+        "tests/pretrain/test_trainer_overhead.py",
+        'trainer_overhead.main(["--quick", "--replicas"',
+    ),
     **{
         f"python -m benchmarks.{name}": (
             "tests/xlstm_mcore/test_benchmarks.py",
