@@ -1,4 +1,4 @@
-"""Rehearsals with planted faults and memory counts: run by the tests beside it, in one process.
+"""Rehearsals with planted faults: run by the tests beside it, in one process.
 
 The device that does not exist stays registered with torch for the life of a process, so this is one
 of its own. What was found is printed as JSON.
@@ -12,10 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from pretrain import layout as layouts
 from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import megatron, model
@@ -23,10 +20,8 @@ from pretrain.engines.megatron import MegatronEngine
 from pretrain.engines.verdict import Guard
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
-from pretrain.rehearsal.device import RehearsalMode, as_rank
-from pretrain.rehearsal.memory import LASTING, MemoryMeter, claim_lasting, watch_model
 from pretrain.rehearsal.rank import rehearse_rank
-from pretrain.rehearsal.record import STEADY, RankRecord
+from pretrain.rehearsal.record import STEADY
 from tests.dist import work
 from xlstm_mcore.megatron.first_import import import_megatron
 
@@ -170,67 +165,10 @@ def gradient_bytes(record) -> float:
     )
 
 
-# ------------------------------------------------------------------ memory
-
-
-class LiveMemory(TorchDispatchMode):
-    """The same count on real tensors of the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meter = MemoryMeter("cpu")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.meter.see(tensor)
-        return result
-
-
-def memory_of(config, mode, rank=0, world=1) -> dict:
-    """Lasting memory, and what the forward pass has left when the loss is there."""
-    layout = layouts.start(config)
-    after_forward = []
-    try:
-        with mode:
-            engine = MegatronEngine(config, layout)
-            claim_lasting(mode.meter, engine)
-            watch_model(mode.meter, engine.models)
-            engine.models[-1].output_layer.register_forward_hook(
-                lambda *_: after_forward.append(dict(mode.meter.live))
-            )
-            engine.forward_backward(work.random_batches(config, 0)[:1])
-            engine.close()
-    finally:
-        layout.close()
-    (live,) = after_forward
-    activations = sum(size for kind, size in live.items() if kind not in (*LASTING, "other"))
-    return {kind: live[kind] for kind in LASTING} | {"activations": activations}
-
-
-def memory() -> list:
-    found = []
-    for name, changes in (
-        ("large", {}),
-        ("classic", {"memory__recompute": "selective"}),
-        ("mixed", {"memory__recompute": "full", "data__seq_len": 48}),
-    ):
-        plain = {"model__kernel_backend": "torch", "engine__precision": "fp32", "layout": {}}
-        config = small_run(**{**dict.fromkeys(LAYOUT, 1), "layout__sequence": False}, **changes,
-                           **{k: v for k, v in plain.items() if k != "layout"})  # fmt: skip
-        real = memory_of(config, LiveMemory())
-        mode = RehearsalMode(RankRecord(0))
-        with as_rank(0, 1, mode):
-            rehearsal = memory_of(config, mode)
-        found.append({"model": name, "real": real, "rehearsed": rehearsal})
-    return found
-
-
 if __name__ == "__main__":
     import_megatron()
     rehearsed.device()  # before the first backward pass, which counts the devices that there are
-    results = {"memory": memory(), "faults": faults()}
+    results = {"faults": faults()}
     if find_spec("deepspeed"):
         from tests.pretrain.rehearsal import deepspeed_cases
 

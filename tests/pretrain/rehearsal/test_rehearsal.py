@@ -1,4 +1,4 @@
-"""A rehearsal passes for a sound run, finds every planted fault, and counts memory as it is."""
+"""A rehearsal passes for a sound run and finds every planted fault."""
 
 import json
 import subprocess
@@ -84,14 +84,6 @@ def test_a_slice_that_two_ranks_save_is_found(faults):
 def test_a_slice_that_nobody_saves_is_found_when_all_ranks_are_there(faults):
     all_ranks, some = faults["a rank missing"]
     assert all_ranks > 0 and some == 0
-
-
-def test_memory_is_what_live_storages_take(results):
-    for case in results["memory"]:
-        real, rehearsed = case["real"], case["rehearsed"]
-        for kind in ("weights", "gradients", "optimizer state"):
-            assert real[kind] == rehearsed[kind] > 0, (case["model"], kind)
-        assert rehearsed["activations"] == pytest.approx(real["activations"], rel=0.03), case
 
 
 @needs_deepspeed
