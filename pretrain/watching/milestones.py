@@ -41,7 +41,7 @@ def milestones(config: RunConfig, curve: Curve, moved: int = 0) -> dict[int, lis
     data, schedule = config.data, config.schedule
     rate = curve.rates(config.optimizer.lr, schedule)
     warm = schedule.warmup_steps
-    add(warm, "warmup", f"is over, and the learning rate is {rate(warm):.3g}")
+    add(warm, "warmup", f"over, and the learning rate is {rate(warm):.3g}")
     for finished, rows in zip(
         accumulate(stage.steps for stage in data.batch_ramp), data.ramp.sizes[1:], strict=True
     ):

@@ -7,6 +7,7 @@ Everything from the first of the steps to the end of the last one is in it, also
 steps. The profiler itself costs time, so the speed of these steps is not the run's.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,6 +48,9 @@ class ProfileWatcher(StepWatcher):
 
     def __enter__(self) -> Self:
         if self._profiler is None:
+            if self._layout.device.type == "cpu":
+                # Its log level: nothing. On the CPU it has only to say that it starts and ends.
+                os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             activities = torch.profiler.supported_activities()
             self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profiler.start()

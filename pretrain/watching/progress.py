@@ -75,7 +75,8 @@ def describe(values: Mapping[str, Any]) -> str:
         elif key == "lr":
             words.append(f"{key} {value:.2e}")
         elif key == "tflops":
-            words.append(f"{key} {value:.3g}")
+            number, unit = (value, key) if value >= 1 else (1e3 * value, "gflops")
+            words.append(f"{unit} {number:.3g}")
         elif key.endswith("_per_second"):
             words.append(f"{key.removesuffix('_per_second')}/s {value:,.0f}")
         else:

@@ -1,6 +1,7 @@
 """What a run says about itself: its first lines, and `summary.json` when it is complete."""
 
 import json
+import shlex
 from pathlib import Path
 
 from pretrain.config import RunConfig, filled_rows, support
@@ -9,7 +10,9 @@ from pretrain.engines.base import Engine
 from pretrain.layout import Layout
 from pretrain.resume import Start, TrainState
 from pretrain.run_folder import SUMMARY_FILE
+from pretrain.watching.progress import duration
 from xlstm_io.storage import write_atomic
+from xlstm_io.terminal import counted, tell
 from xlstm_mcore.megatron import cpu_runtime
 
 
@@ -26,10 +29,11 @@ def describe_start(
         start: what this process starts from.
     """
     shape = config.layout
+    processes = counted(layout.world_size, "process", "processes")
     lines = [
         f"xLSTM {config.model.pattern}, {engine.num_parameters:,} parameters, "
         f"{config.engine.precision}; {config.engine.name} engine, ZeRO stage "
-        f"{support.zero_stage(config)}, {layout.world_size} processes on {layout.device.type} "
+        f"{support.zero_stage(config)}, {processes} on {layout.device.type} "
         f"({layout.backend}): tensor {shape.tensor}{' with sequence' if shape.sequence else ''}"
         f", pipeline {shape.pipeline}, context {shape.context}, data {layout.dp_size}; "
         f"{config.tokens_per_step:,} tokens per step, {data.num_rows:,} rows",
@@ -55,7 +59,7 @@ def write_summary(
     state: TrainState,
     valid_loss: float,
 ) -> None:
-    """Write `summary.json` into a run's folder; called by all ranks.
+    """Write `summary.json` into a run's folder, and say that the run is done; called by all ranks.
 
     Args:
         folder: the run's folder.
@@ -81,3 +85,7 @@ def write_summary(
         "processes": layout.world_size,
     }
     write_atomic(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+    tell(
+        f"done: {counted(state.step, 'step')}, which took {duration(state.seconds)}; validation "
+        f"loss {valid_loss:.3f}; curves: python -m pretrain report {shlex.quote(str(folder))}"
+    )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from unittest import mock
 
 import pytest
@@ -21,9 +22,26 @@ def train(raw):
     return pretrain.commands.train.main(config_from_dict(raw))
 
 
+def train_and_listen(raw, folder):
+    """The exit code, and what C++ has printed."""
+    before, printed = os.dup(2), folder / f"stderr-{os.environ['RANK']}"
+    with open(printed, "wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            code = train(raw)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+    return code, printed.read_text()
+
+
 def test_every_rank_leaves_a_trace_and_a_table(pool, shards, tmp_path):
     raw = tiny_run(tmp_path, shards, run__steps=5, logging__profile={"from_step": 2, "steps": 2})
-    assert pool(2, train, raw) == [0, 0]
+    said = tmp_path / "said"
+    said.mkdir()
+    (code, text), (other, _) = pool(2, train_and_listen, raw, said)
+    assert (code, other) == (0, 0)
+    assert "done: 5 steps, which took" in text and "profiler_start" not in text
     (folder,) = (tmp_path / "profile").iterdir()
     assert folder.name == "step-00000002"
     names = [f"rank_{rank}{end}" for rank in range(2) for end in (".json.gz", ".txt")]

@@ -203,6 +203,13 @@ def test_describe_says_what_is_left_and_what_is_short():
 
 
 @pytest.mark.parametrize(
+    ("tflops", "text"), [(412.34, "tflops 412"), (1.0, "tflops 1"), (6.05e-5, "gflops 0.0605")]
+)
+def test_small_speeds_are_readable(tflops, text):
+    assert describe({"tflops": tflops}) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (86399, "23 h 59 min"),
      (4 * 86400 + 3 * 3600, "4 d 03 h")],

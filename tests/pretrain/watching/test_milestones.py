@@ -23,7 +23,7 @@ RUN = config(
 def test_each_change_is_told_at_its_first_step():
     """140 samples are in the first 15 steps, and 16 in the next."""
     assert milestones(RUN, Curve(100)) == {
-        5: [("warmup", "is over, and the learning rate is 0.001")],
+        5: [("warmup", "over, and the learning rate is 0.001")],
         11: [("batch ramp", "12 rows per step")],
         16: [("batch ramp", "16 rows per step")],
         17: [("data phase", "from sample 156 on a 75%, b 25%")],
@@ -59,7 +59,7 @@ def test_one_rank_tells_and_keeps_it(tmp_path):
         watcher = MilestoneWatcher(run, SimpleNamespace(is_main=main), start, life=2)
         assert [step for step in range(20) if watcher.due(step)] == [7]
         watcher.tell(SimpleNamespace(step=7), metrics)
-    words = "is over, and the learning rate is 0.001"
+    words = "over, and the learning rate is 0.001"
     assert said == [f"step 7: warmup: {words}"]
     (line,) = read_history(tmp_path)
     assert (line["event"], line["step"], line["reason"]) == ("warmup", 7, words)
