@@ -133,7 +133,8 @@ class LongRun:
                 run__steps=self.steps,
                 model__pattern="Ms",
                 checkpoint__interval=50,
-                evaluation__interval=500,
+                # What the first evaluation opens stays open: it comes before anything is compared.
+                evaluation__interval=max(1, self.settled // 2),
                 **changes,
             )
             life = _Life(TrainingRun(python, raw, ranks, self._log), self.folder)
@@ -226,18 +227,25 @@ def describe(name: str, run: LongRun) -> str:
     lives = run.lives()
     signals = [life["death"]["signal"] for life in lives if life["death"]]
     kills = signals.count(signal.SIGKILL)
-    line = f"{name}: {run.steps} steps in {len(lives)} lives"
-    line += f", {len(signals) - kills} stops and {kills} kills" if signals else ""
+    line = f"{name}: {run.steps} steps in {_number(len(lives), 'life', 'lives')}"
+    if signals:
+        stops = _number(len(signals) - kills, "stop", "stops")
+        line += f", {stops} and {_number(kills, 'kill', 'kills')}"
     grown = run.growths()
     if grown:
         worst = max(grown, key=lambda one: one.memory)
         files = max(one.files[1] - one.files[0] for one in grown)
         threads = max(one.threads[1] - one.threads[0] for one in grown)
         line += (
-            f"\n  {len(grown)} processes after step {worst.steps[0]} of their lives: memory "
-            f"{worst.memory:+.2%} at most, open files {files:+d}, threads {threads:+d}"
+            f"\n  {_number(len(grown), 'process', 'processes')} after step {worst.steps[0]} of "
+            f"their lives: memory {worst.memory:+.2%} at most, open files {files:+d}, "
+            f"threads {threads:+d}"
         )
     return line
+
+
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def soak(

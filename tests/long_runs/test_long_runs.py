@@ -23,7 +23,7 @@ def test_a_run_that_dies_and_one_that_moves_end_as_the_one_left_alone(
     assert "are the same" in told and "NOT" not in told
     assert "left alone: 16 steps in 2 lives" in told
     assert "stopped and killed: 16 steps in 2 lives" in told
-    assert "on other layouts: 16 steps in 2 lives, 1 stops and 0 kills" in told
+    assert "on other layouts: 16 steps in 2 lives, 1 stop and 0 kills" in told
 
 
 def test_deaths_are_drawn_in_their_order_and_of_every_kind():
