@@ -33,6 +33,7 @@ from xlstm_io.errors import ExitCode
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("MMM", "mmsm", "MM*")
 PRECISIONS = ("fp32", "bf16")
+VALID_BATCHES = 20  # the same ones for both precisions
 LOOKS = 5  # validation losses and looks into the cells in a run
 GOAL = 0.005  # of the validation loss
 GATES = ("igate_mean", "igate_std", "fgate_mean", "fgate_std")
@@ -92,7 +93,7 @@ def run_file(
         },
         "schedule": {"name": "cosine", "warmup_steps": 10, "min_lr_ratio": 0.1},
         "checkpoint": {"interval": max(50, sizes.interval), "keep": 1},
-        "evaluation": {"interval": sizes.interval, "max_batches": None},
+        "evaluation": {"interval": sizes.interval, "max_batches": VALID_BATCHES},
         "logging": {"interval": 1, "cells": sizes.interval, "tensorboard": False},
     }
 
