@@ -225,6 +225,7 @@ RUN_ELSEWHERE = {
         for words, evidence in (
             ("soak", "soak.soak("),
             ("soak --work soak", "soak.soak("),
+            ("soak --work soak --steps 600 --deaths 6 --layouts 6", "soak.soak("),
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
         )
