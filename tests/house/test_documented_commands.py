@@ -228,6 +228,10 @@ RUN_ELSEWHERE = {
             ("soak --work soak --steps 600 --deaths 6 --layouts 6", "soak.soak("),
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
+            (
+                "precision shards --work precision --steps 120 --hidden 64 --batch 8",
+                "precision.compare(",
+            ),
         )
     },
     "python -m benchmarks.start_up": (
