@@ -37,6 +37,7 @@ from xlstm_io.storage import (
     is_folder,
     read_file,
 )
+from xlstm_io.terminal import one_line
 from xlstm_io.untrusted import check_name, inside
 
 HEADER_BYTES = 100_000_000
@@ -52,7 +53,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class TensorFileError(UserError):
-    """A file of tensors is not what it claims to be; the message names it."""
+    """A file of tensors is not what it claims to be; the message names it.
+
+    Names of tensors and files that the file says are spelled out where they are not printable.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class TensorFiles(ABC):

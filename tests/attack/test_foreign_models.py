@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.xlstm_mcore.convert.test_import import write_case
+from xlstm_io.tensor_files import TensorFileError, open_tensors
 from xlstm_mcore.convert import cli
+from xlstm_mcore.convert.imports.plan import make_plan, open_hf
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +101,9 @@ def test_files_that_are_not_safetensors(folder, capsys, data):
     assert "model.safetensors" in refused(folder, capsys)
 
 
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
 def write_index(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -125,6 +130,22 @@ def test_an_index_that_promises_too_much(folder, capsys):
     assert "names more.weight, which its files do not hold" in refused(folder, capsys)
     (folder / "model.safetensors.index.json").write_text("[]")
     assert "does not hold a JSON object" in refused(folder, capsys)
+
+
+def test_names_in_files_are_spelled_out_in_messages(folder):
+    write_index(folder, {NAME: "mod\x7f\n.safetensors"})
+    with pytest.raises(TensorFileError, match=r"mod\\x7f\\n\.safetensors is missing"):
+        open_tensors(folder)
+    write_index(folder, {"a\x7f": "model.safetensors"})
+    with pytest.raises(TensorFileError, match=r"names a\\x7f, which"):
+        open_tensors(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    rewrite_header(folder / "model.safetensors", lambda header: header.update({"a\x7f": EMPTY}))
+    foreign = open_hf(folder)
+    with foreign.tensors:
+        plan = make_plan(foreign)
+    assert plan.problems == ["a\\x7f: left over, the model has no place for it"]
+    assert "\x7f" not in plan.as_text()
 
 
 def test_the_cache_of_the_hub_has_links_to_its_blobs(folder, tmp_path):

@@ -16,6 +16,7 @@ from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
 from xlstm_io.storage import Location
 from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
+from xlstm_io.terminal import one_line
 from xlstm_io.yaml_file import YAMLTextError, parse_yaml
 from xlstm_mcore.checked_model import LARGEST, checked_model
 from xlstm_mcore.convert.errors import ConvertError
@@ -90,7 +91,7 @@ class Plan:
             if (status := self.status(row)) != "ok"
         ]
         return wrong + [
-            f"{name}: left over, the model has no place for it" for name in self.left_over
+            f"{one_line(name)}: left over, the model has no place for it" for name in self.left_over
         ]
 
     def check(self) -> None:
@@ -137,7 +138,7 @@ class Plan:
                 f"{', '.join(row.ours)}{note}"
             )
         lines += [
-            f"{name:<56} {list(self.found[name].shape)!s:<16} <-- left over"
+            f"{one_line(name):<56} {list(self.found[name].shape)!s:<16} <-- left over"
             for name in self.left_over
         ]
         bad = sum(self.status(row) != "ok" for row in self.rows)
