@@ -38,10 +38,11 @@ class XLSTMConfig(TransformerConfig):
     def __getattr__(self, name: str) -> Any:
         """A key of one of the sections; called only for what is not a field or method."""
         for section in ("model", "memory"):
-            # Read from `__dict__`: a copy in the making has no sections yet.
+            # Read from `__dict__`: a copy in the making has no sections yet. A section's `__dict__`
+            # holds its keys alone. Every block reads some for every token that it generates.
             keys = self.__dict__.get(section)
-            if keys is not None and name in type(keys).model_fields:
-                return getattr(keys, name)
+            if keys is not None and name in keys.__dict__:
+                return keys.__dict__[name]
         raise AttributeError(
             f"XLSTMConfig has no field {name!r}, and its sections have no such key"
         )

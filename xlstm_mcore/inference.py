@@ -19,6 +19,7 @@ from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.checked_model import check_parameters, model_of
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
+from xlstm_mcore.modules.linear import ColumnLinear
 from xlstm_mcore.parameters.slices import named_slices
 
 
@@ -77,6 +78,7 @@ def load_model(
     opened = tokenizer_of(chosen, tokenizer)
     model = open_model(chosen, precision=precision)
     check_vocabulary(opened, model.config.vocab_size)
+    prepare_for_tokens(model)
     return model, opened
 
 
@@ -119,6 +121,21 @@ def open_model(path: Location | str, *, precision: str = "fp32") -> XLSTMModel:
                     TensorSlice(part.name, part.global_shape, part.global_offset, view)
                 )
     return model.eval()
+
+
+@torch.no_grad()
+def prepare_for_tokens(model: XLSTMModel) -> None:
+    """Lay the weights of a model out for products with one token at a time.
+
+    On a CPU such a product reads a matrix of many rows up to twice as fast where its columns are
+    contiguous, as MKL is built today. Shapes and values stay; results differ by rounding. Neither a
+    GPU nor the narrow types gain from it.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnLinear) and module.weight is not None:
+            weight = module.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                weight.data = weight.t().contiguous().t()
 
 
 @torch.no_grad()

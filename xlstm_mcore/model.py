@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.layer import layer_spec
+from xlstm_mcore.modules.linear import ColumnLinear
 from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.modules.soft_cap import soft_cap
@@ -68,7 +68,7 @@ class XLSTMStack(MegatronModule):
         return x if self.final_norm is None else self.final_norm(x)
 
 
-class Head(ColumnParallelLinear):
+class Head(ColumnLinear):
     """The output layer. It returns logits or, given labels, token losses.
 
     Losses are computed in this module's call because wrappers that gather weights late (DDP with

@@ -253,9 +253,10 @@ class PlainTokenizer:
 def generate_tokens(path: str, prompts: list[str], sampling: Sampling) -> tuple[list, Any]:
     """Continue prompts with the model of a checkpoint, tensor parallel over this call's ranks."""
     from xlstm_mcore.generation.generate import generate
-    from xlstm_mcore.inference import model_logits, open_model
+    from xlstm_mcore.inference import model_logits, open_model, prepare_for_tokens
 
     model = open_model(path)
+    prepare_for_tokens(model)  # as `load_model` does
     tokenizer: Any = PlainTokenizer()
     logits = model_logits(model, torch.tensor([tokenizer.prompt_ids(prompts[0])]))
     return [one.tokens for one in generate(model, tokenizer, prompts, sampling)], logits

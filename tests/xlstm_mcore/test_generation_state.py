@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xlstm_mcore.build import build_model, make_config
-from xlstm_mcore.inference import single_process_groups
+from xlstm_mcore.inference import prepare_for_tokens, single_process_groups
 from xlstm_mcore.parameters.slices import named_slices
 
 SMALL = {"hidden_size": 64, "num_heads": 4, "vocab_size": 96, "norm_eps": 1e-3}
@@ -55,3 +55,50 @@ def test_cell_states_are_updated_in_place(pattern):
     assert all(a is b for a, b in zip(cells, now, strict=True))
     after = [t for state in now for t in state]
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["Mm", "sl", "d*"])
+def test_the_short_way_without_gradients_gives_the_same_bits(pattern):
+    model = make_model(pattern)
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(3))
+    expected = model(tokens)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model(tokens), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_laid_out_for_single_tokens_keep_their_values(tied):
+    model = make_model("Mms*", tie_embeddings=tied)
+    before = {name: (p.clone(), p.is_contiguous()) for name, p in model.named_parameters()}
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(tokens)
+        prepare_for_tokens(model)
+        error = (model(tokens) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5
+    laid_out = set()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        if before[name][1] and not parameter.is_contiguous():
+            laid_out.add(name.split(".")[-2])
+    assert laid_out == {"in_proj", "linear_fc1"} | (set() if tied else {"output_layer"})
+
+
+def test_a_model_laid_out_for_single_tokens_trains_on_as_another():
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(3))
+    results = []
+    for prepared in (False, True):
+        model = make_model("Mms*")
+        if prepared:
+            prepare_for_tokens(model)
+        logits = [model(tokens)]
+        logits[0].logsumexp(-1).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.05 * parameter.grad
+            logits.append(model(tokens))
+        results.append(torch.stack([one.detach() for one in logits]))
+    before, after = results[0]
+    assert (after - before).abs().max() > 0.1, "the step changes nothing"
+    assert (results[1] - results[0]).abs().max() < 1e-5 * results[0].abs().max()

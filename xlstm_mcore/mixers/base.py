@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.observation import Observer
-from xlstm_mcore.modules.linear import input_projection, output_projection
+from xlstm_mcore.modules.linear import (
+    ColumnLinear,
+    RowLinear,
+    input_projection,
+    output_projection,
+)
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
@@ -58,7 +62,7 @@ class Mixer(nn.Module):
         )
         return new_parameter(self.config, slices)
 
-    def input_projection(self, widths: dict[str, int]) -> ColumnParallelLinear:
+    def input_projection(self, widths: dict[str, int]) -> ColumnLinear:
         """One product for several projections of the gathered input, `name: width` each.
 
         See `modules.linear.input_projection`; names come without the prefix.
@@ -66,7 +70,7 @@ class Mixer(nn.Module):
         names = [f"{self.prefix}{name}" for name in widths]
         return input_projection(self.config, self.region, names, list(widths.values()))
 
-    def output_projection(self, width: int) -> RowParallelLinear:
+    def output_projection(self, width: int) -> RowLinear:
         """The projection `out_proj` from `width` channels back to the residual stream."""
         name = f"{self.prefix}out_proj.weight"
         return output_projection(self.config, self.region, name, width)

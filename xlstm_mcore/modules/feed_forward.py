@@ -1,13 +1,12 @@
 """The feed-forward part of a block."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from xlstm_kernels import gated_activation
 from xlstm_kernels.common.backends import select_backend
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import output_projection
+from xlstm_mcore.modules.linear import ColumnLinear, output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 from xlstm_mcore.recompute import recompute_in_backward
@@ -35,7 +34,7 @@ class FeedForward(nn.Module):
         super().__init__()
         region = TensorParallelRegion(config, pg_collection.tp)
         self.activation, self.backend = activation, config.kernel_backend
-        self.linear_fc1 = ColumnParallelLinear(
+        self.linear_fc1 = ColumnLinear(
             config.hidden_size,
             2 * width,
             config=config,

@@ -1,17 +1,51 @@
-"""The linear projections into and out of a tensor-parallel region."""
+"""The linear projections into and out of a tensor-parallel region.
+
+Without gradients Megatron's layers are the matrix product and, after an output projection, the sum
+over ranks. Their way there, through several autograd functions, is a part of the time that a token
+takes when text is generated at batch 1. So both classes take the short way then.
+"""
 
 import copy
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 
 
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron's layer with its rows split over ranks; every rank has the whole input."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
+        """`x [s, b, h]` to `([s, b, rows/tp], None)`; `weight` stands in for the layer's own."""
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            return super().forward(x, weight)
+        return x @ (self.weight if weight is None else weight).t(), None
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron's layer with its columns split over ranks, like its input; results are summed."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """`x [s, b, columns/tp]` to `([s(/tp), b, h], None)`."""
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            return super().forward(x)
+        out = x @ self.weight.t()
+        if self.tp_group.size() > 1:
+            out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return out, None
+
+
 def input_projection(
     config: XLSTMConfig, region: TensorParallelRegion, names: list[str], widths: list[int]
-) -> ColumnParallelLinear:
+) -> ColumnLinear:
     """Several bias-free projections of the same, already gathered input as one matrix product.
 
     Args:
@@ -26,7 +60,7 @@ def input_projection(
     """
     inside = copy.copy(config)
     inside.sequence_parallel = False  # the mixer has gathered the input once for all projections
-    linear = ColumnParallelLinear(
+    linear = ColumnLinear(
         config.hidden_size,
         sum(widths),
         config=inside,
@@ -43,7 +77,7 @@ def input_projection(
 
 def output_projection(
     config: XLSTMConfig, region: TensorParallelRegion, name: str, width: int
-) -> RowParallelLinear:
+) -> RowLinear:
     """The projection back to the residual stream, `[s, b, width/tp] -> [s(/tp), b, h]`.
 
     Args:
@@ -52,7 +86,7 @@ def output_projection(
         name: Global name of the weight.
         width: Global input width; the tensor-parallel size divides it.
     """
-    linear = RowParallelLinear(
+    linear = RowLinear(
         width,
         config.hidden_size,
         config=config,
