@@ -4,9 +4,10 @@
 
 An export of `M` blocks with random weights is written, loaded by transformers, and imported as a
 checkpoint of ours. Both sides read the same prompts and continue them greedily, in turns. Prefill
-is the time to the first token. The tokens after it give the speed of generation. Both sides of a
-round are measured one after the other, and the median of the rounds' ratios counts: whatever else
-the machine does then slows both. Greedy tokens are compared too: what is fast must also be right.
+lasts until the first forward pass has ended. Those after it give the speed of generation. Both
+sides of a round are measured one after the other, and the median of the rounds' ratios counts:
+whatever else the machine does then slows both. Greedy tokens are compared too: what is fast must
+also be right.
 """
 
 import argparse
@@ -51,16 +52,22 @@ class Numbers:
         return ""
 
 
-def sides(options: argparse.Namespace, folder: Path) -> dict[str, Callable[..., torch.Tensor]]:
-    """`continue_(prompts [b, s], tokens)` of both sides, which returns the tokens added [b, n]."""
-    model = ModelConfig(
+Side = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[float]]]
+
+
+def sides(options: argparse.Namespace, folder: Path) -> dict[str, Side]:
+    """A function of prompts [b, s] and a number of tokens, for both sides.
+
+    It returns the tokens that were added [b, n], and when each forward pass ended.
+    """
+    config = ModelConfig(
         pattern="M" * options.layers,
         hidden_size=options.hidden,
         num_heads=4,
         vocab_size=options.vocab,
     )
     (folder / "hf").mkdir()
-    write_folder(folder / "hf", model)
+    write_folder(folder / "hf", config)
     with open(os.devnull, "w") as nowhere:
         shown, sys.stdout = sys.stdout, nowhere
         try:
@@ -70,6 +77,10 @@ def sides(options: argparse.Namespace, folder: Path) -> dict[str, Callable[..., 
     ours, numbers = open_model(folder / "run"), Numbers(options.vocab)
     prepare_for_tokens(ours)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+
+    ends: list[float] = []
+    for model in (ours, theirs):
+        model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
 
     def by_us(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         texts = [" ".join(map(str, row)) for row in prompts.tolist()]
@@ -88,11 +99,18 @@ def sides(options: argparse.Namespace, folder: Path) -> dict[str, Callable[..., 
         )
         return whole[:, prompts.shape[1] :]
 
-    return dict(zip(SIDES, (by_us, by_them), strict=True))
+    def timed(run: Callable[[torch.Tensor, int], torch.Tensor]) -> Side:
+        def timed_run(prompts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
+            ends.clear()
+            return run(prompts, tokens), list(ends)
+
+        return timed_run
+
+    return {side: timed(run) for side, run in zip(SIDES, (by_us, by_them), strict=True)}
 
 
 def measure(
-    contestants: dict[str, Callable[..., torch.Tensor]], batch: int, options: argparse.Namespace
+    contestants: dict[str, Side], batch: int, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Median seconds of a prefill, and of a generated token of the whole batch, by side.
 
@@ -101,17 +119,14 @@ def measure(
     rng = torch.Generator().manual_seed(1)
     prompts = torch.randint(options.vocab, (batch, options.prompt), generator=rng)
     times: dict[str, dict[str, list[float]]] = {s: {"prefill": [], "token": []} for s in SIDES}
-    found = {side: run(prompts, 4) for side, run in contestants.items()}  # also warms up
-    for _ in range(options.rounds):
+    found = {}
+    for number in range(1 + options.rounds):
         for side, run in contestants.items():
             begin = time.perf_counter()
-            run(prompts, 1)
-            first = time.perf_counter()
-            found[side] = run(prompts, 1 + options.tokens)
-            whole = time.perf_counter() - first
-            prefill = first - begin
-            times[side]["prefill"].append(prefill)
-            times[side]["token"].append((whole - prefill) / options.tokens)
+            found[side], ends = run(prompts, 1 + options.tokens)
+            if number:  # the first round warms up
+                times[side]["prefill"].append(ends[0] - begin)
+                times[side]["token"].append((ends[-1] - ends[0]) / options.tokens)
     same = (found["ours"] == found["transformers"]).float().mean().item()
     medians = {
         side: {name: statistics.median(values) for name, values in measured.items()}
