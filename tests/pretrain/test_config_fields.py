@@ -58,7 +58,7 @@ def test_misspelt_keys_get_a_suggestion(changes, says):
         ({"optimizer__decay": {"norms": True}}, "optimizer.decay"),
         ({"engine__zero_stage": 4}, "engine.zero_stage=4 must be less than or equal to 3"),
         ({"model__head_norm": "batchnorm"}, "'layernorm', 'rmsnorm' or 'none'"),
-        ({"memory__recompute": "some"}, "'none', 'selective' or 'full'"),
+        ({"memory__recompute": "some"}, "'none', 'selective', 'cells' or 'full'"),
         ({"optimizer__betas": [0.9]}, "optimizer.betas"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas[1]=1.5 must be less than 1"),
         ({"optimizer__lr": float("inf")}, "must be a finite number"),
