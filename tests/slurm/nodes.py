@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 from tests.slurm.policy import AT_ONCE
 from tests.slurm.runs import ROOT, alone, needs_root, said, scenario, site
@@ -68,17 +69,29 @@ def shards_are_copied_to_each_nodes_own_disk(make):
     assert "the ranks read what all nodes see" in run.log()
 
 
+def _until_saved(cluster, job):
+    """Wait until the controller's files know a running job.
+
+    It writes what changes some seconds later. One that dies before has lost the job.
+    """
+    changed = time.time()
+    cluster.run("scontrol", "update", f"JobId={job}", "Comment=to be saved")
+    file = cluster.root / "state/job_state"
+    cluster.wait_for(lambda: file.stat().st_mtime > changed, 60, f"job {job} is not saved")
+
+
 @alone
 @needs_root
 def a_dead_slurmd_and_a_dead_controller_cost_nothing(make):
     """Steps live on without them; the daemons come back and find them."""
-    run = make("daemons", site={"partition": "cut"}, nodes=1, steps=200).submit()
+    run = make("daemons", site={"partition": "cut"}, nodes=1, steps=250).submit()
     run.until_running(step=5)
+    _until_saved(run.cluster, run.job)
     run.cluster.kill_slurmd(run.lives[0].nodes[0])
-    run.until_running(step=30)
+    run.until_running(step=run.files.progress()["step"] + 25)
     run.cluster.restart_slurmd(run.lives[0].nodes[0])
     run.cluster.kill_controller()
-    run.until_running(step=60)
+    run.until_running(step=run.files.progress()["step"] + 30)
     run.cluster.start_controller()
     assert run.until_ended() == "COMPLETED"
     assert run.causes == ["done"], run.log()
