@@ -34,10 +34,18 @@ CONVERT = "--convert"  # what follows is a command of the conversion, for the me
 
 
 def write_folder(folder: Path, model: ModelConfig) -> None:
-    """A Hugging Face folder of `model` with random weights in fp32, whose logits are some units."""
+    """A Hugging Face folder of `model` with random weights in fp32, whose logits are some units.
+
+    Biases of the gates are those of a fresh model. With others the logits of random weights depend
+    on how fp32 rounds.
+    """
     rng = torch.Generator().manual_seed(0)
 
     def values(header: TensorHeader) -> torch.Tensor:
+        if header.key.endswith("igate_preact.bias"):
+            return torch.full(header.shape, -10.0)
+        if header.key.endswith("fgate_preact.bias"):
+            return torch.linspace(3.0, 6.0, header.shape[0])
         if len(header.shape) == 1:
             return torch.ones(header.shape)
         return torch.randn(header.shape, generator=rng).mul_(header.shape[-1] ** -0.5)

@@ -113,13 +113,14 @@ def their_model(folder: Path, tensors: TensorFiles) -> PreTrainedModel:
             model.set_submodule(name, type(module)(config))  # rotary positions, computed anew
 
     def load(part: nn.Module, prefix: str) -> None:
-        part.to_empty(device="cpu")
-        with torch.no_grad():
-            for name, parameter in part.named_parameters():
-                key = f"{prefix}.{name}"
-                if key not in tensors.infos and config.tie_word_embeddings:
-                    key = embedding
-                parameter.copy_(tensors.read(key))
+        weights = {}
+        for name, _ in part.named_parameters():
+            key = f"{prefix}.{name}"
+            if key not in tensors.infos and config.tie_word_embeddings:
+                key = embedding
+            weights[name] = tensors.read(key).to(torch.float32)
+        # The tensors become the weights: a copy of the head would not fit beside it.
+        part.load_state_dict(weights, strict=False, assign=True)
 
     names = {module: name for name, module in model.named_modules()}
     embedding = f"{names[model.get_input_embeddings()]}.weight"
