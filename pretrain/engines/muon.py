@@ -77,7 +77,6 @@ class _SplitMatrix:
         self, parameter: Tensor, part: ParameterSlice, owner: int, group: dist.ProcessGroup
     ) -> None:
         self.parameter, self.part, self.owner, self._group = parameter, part, owner, group
-        self.is_mine = group.rank() == owner
 
     def gather(self, slice_: Tensor) -> Tensor | None:
         """The whole tensor, of every rank's slice; on its owner, None elsewhere.
@@ -86,7 +85,8 @@ class _SplitMatrix:
             slice_: this rank's.
         """
         slice_ = slice_.contiguous()
-        whole = slice_.new_empty(self.part.global_shape) if self.is_mine else None
+        mine = self._group.rank() == self.owner
+        whole = slice_.new_empty(self.part.global_shape) if mine else None
         slices = None if whole is None else [torch.empty_like(slice_) for _ in self._places()]
         dist.gather(slice_, slices, group=self._group, group_dst=self.owner)
         if whole is not None and slices is not None:
@@ -261,12 +261,14 @@ class MuonWithAdamW:
             for muon in self._muons:
                 muon.step()
         self._adam.step()
-        masters = {master.part.name: master for master in self._masters}
-        for name, master in masters.items():
-            if name not in self._split:
+        whole: dict[str, Tensor] = {}
+        for master in self._masters:
+            if master.part.name in self._split:
+                whole[master.part.name] = master.weight
+            else:
                 master.part.local(master.parameter).copy_(master.weight)
         for name, matrix in self._split.items():
-            matrix.scatter(masters[name].weight if matrix.is_mine else None)
+            matrix.scatter(whole.get(name))
         self._send_weights()
 
     def _send_weights(self) -> None:
