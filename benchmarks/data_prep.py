@@ -16,8 +16,6 @@ a build's CPU time), packing (padding, overhead of tars), scaling (two processes
 peak at two sizes of corpus).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io
@@ -32,6 +30,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks import data_prep_peers as peers
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ("speed", "datatrove", "shares", "packing", "scaling", "memory")
@@ -75,25 +75,6 @@ def ours(corpus: Path, tokenizer: Path, out: Path) -> None:
     quietly(build, build_config(corpus, tokenizer, out))
 
 
-def peer(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """What Megatron's preprocess_data.py does per document: json, encode, add, end."""
-    import sentencepiece
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    out.mkdir()
-    builder = IndexedDatasetBuilder(str(out / "data.bin"), dtype=np.uint16)
-    with open(corpus, encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            if text:
-                ids = [processor.bos_id(), *processor.encode(text), processor.eos_id()]
-                builder.add_item(torch.IntTensor(ids))
-                builder.end_document()
-    builder.finalize(str(out / "data.idx"))
-
-
 def ids_of_shards(out: Path) -> list[np.ndarray]:
     """The documents of our shards in order, with bos and eos."""
     from data_prep.tools.repack import stored_documents
@@ -104,21 +85,6 @@ def ids_of_shards(out: Path) -> list[np.ndarray]:
     return [tokens for entry in entries for tokens in stored_documents(manifest, entry)]
 
 
-def ids_of_bin(prefix: Path) -> list[np.ndarray]:
-    """The documents of a Megatron dataset in order."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    return [np.array(dataset[number]) for number in range(len(dataset))]  # views of a mapped file
-
-
-def compare_ids(mine: list[np.ndarray], theirs: list[np.ndarray], bos: bool) -> str:
-    """How many documents have the same ids; ours are each there once."""
-    trimmed = {(tokens if bos else tokens[1:]).tobytes() for tokens in mine}
-    kept = {tokens.astype(np.uint16).tobytes() for tokens in theirs}
-    return f"{len(trimmed & kept)} of {len(trimmed)} documents have identical ids"
-
-
 def cpu_seconds(function, *arguments) -> float:
     """CPU time of this process, all threads."""
     start = time.process_time()
@@ -126,88 +92,40 @@ def cpu_seconds(function, *arguments) -> float:
     return time.process_time() - start
 
 
-def child_seconds(command: list[str], package_root: Path) -> float:
-    """CPU time of a command that imports from ``package_root``."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = {**os.environ, "PYTHONPATH": str(package_root)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def megatron_command(root: Path, corpus: Path, tokenizer: Path, prefix: Path) -> list[str]:
-    """preprocess_data.py with one worker."""
-    tool = str(root / "tools/preprocess_data.py")
-    model = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
-    files = ["--input", str(corpus), "--output-prefix", str(prefix), "--append-eod"]
-    return [sys.executable, tool, *model, *files, "--workers", "1"]
-
-
 def speed(folder: Path, corpus: Path, tokenizer: Path, size: float, arguments) -> None:
     """Text per CPU second, ways taking turns; ids compared."""
     one = folder / "one.jsonl"
     with open(corpus) as file:
         one.write_text(file.readline())
-    for way in (ours, peer):  # imports
+    for way in (ours, peers.peer):  # imports
         way(one, tokenizer, folder / f"one-{way.__name__}")
     seconds: dict[str, list[float]] = {"ours": [], "sentencepiece + IndexedDatasetBuilder": []}
-    ways = dict(zip(seconds, (ours, peer), strict=True))
+    ways = dict(zip(seconds, (ours, peers.peer), strict=True))
     for number in range(arguments.rounds):
         for name, way in ways.items():
             out = folder / f"{name[:4]}-{number}"
             seconds[name].append(cpu_seconds(way, corpus, tokenizer, out))
     mine = ids_of_shards(folder / "ours-0")
-    print("  " + compare_ids(mine, ids_of_bin(folder / "sent-0/data"), bos=True))
+    print("  " + peers.compare_ids(mine, peers.ids_of_bin(folder / "sent-0/data"), bos=True))
     if arguments.megatron:
         name = "Megatron tools/preprocess_data.py"
         root = Path(arguments.megatron)
-        start_up = child_seconds(megatron_command(root, one, tokenizer, folder / "m-one"), root)
-        whole = child_seconds(megatron_command(root, corpus, tokenizer, folder / "m"), root)
+        start_up = peers.child_seconds(
+            peers.megatron_command(root, one, tokenizer, folder / "m-one"), root
+        )
+        whole = peers.child_seconds(
+            peers.megatron_command(root, corpus, tokenizer, folder / "m"), root
+        )
         seconds[name] = [whole - start_up]
-        theirs = ids_of_bin(folder / "m_text_document")
-        print(f"  {name}: " + compare_ids(mine, theirs, bos=False))
+        theirs = peers.ids_of_bin(folder / "m_text_document")
+        print(f"  {name}: " + peers.compare_ids(mine, theirs, bos=False))
     print_speeds(seconds, size)
-
-
-_DATATROVE = """
-import os, sys, time
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.tokens import DocumentTokenizer
-folder, tokenizer, out = sys.argv[1:]
-for name in ("one.jsonl", "corpus.jsonl"):  # the first loads all there is to load
-    start = time.process_time()
-    step = DocumentTokenizer(os.path.join(out, name), tokenizer, eos_token="<|end|>",
-                             shuffle_documents=False)
-    step.run(JsonlReader(folder, glob_pattern=name).run())
-print(time.process_time() - start)
-"""
-
-
-def hugging_face_tokenizer(folder: Path, corpus: Path, vocab_size: int) -> Path:
-    """A folder with a byte-level BPE trained on the corpus."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
-    texts = (json.loads(line)["text"] for line in corpus.read_text().splitlines())
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def datatrove(folder: Path, corpus: Path, size: float, arguments) -> None:
     """Text per CPU second with a Hugging Face tokenizer, beside datatrove's DocumentTokenizer."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = hugging_face_tokenizer(folder / "hf", corpus, arguments.vocab_size)
+    tokenizer = peers.hugging_face_tokenizer(folder / "hf", corpus, arguments.vocab_size)
     one = folder / "one.jsonl"
     with open(corpus) as file:
         one.write_text(file.readline())
@@ -217,17 +135,12 @@ def datatrove(folder: Path, corpus: Path, size: float, arguments) -> None:
         out = folder / f"hf-{number}"
         seconds["ours"].append(cpu_seconds(ours, corpus, tokenizer, out))
         if arguments.datatrove_python:
-            words = [folder, tokenizer / "tokenizer.json", folder / f"trove-{number}"]
-            command = [arguments.datatrove_python, "-c", _DATATROVE, *map(str, words)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"--datatrove-python: {done.stderr[-2000:]}")
-            seconds.setdefault("datatrove", []).append(float(done.stdout))
+            trove = folder / f"trove-{number}"
+            used = peers.datatrove_seconds(arguments.datatrove_python, folder, tokenizer, trove)
+            seconds.setdefault("datatrove", []).append(used)
     if arguments.datatrove_python:
-        (data,) = (folder / "trove-0/corpus.jsonl").glob("*.ds")
-        ends = np.fromfile(f"{data}.index", np.uint64).astype(np.int64)
-        theirs = np.split(np.fromfile(data, np.uint16), ends[:-1])
-        print("  " + compare_ids(ids_of_shards(folder / "hf-0"), theirs, bos=False))
+        theirs = peers.ids_of_datatrove(folder / "trove-0")
+        print("  " + peers.compare_ids(ids_of_shards(folder / "hf-0"), theirs, bos=False))
     else:
         print("  without the peer: `pip install datatrove orjson` elsewhere, --datatrove-python PY")
     print_speeds(seconds, size)
