@@ -11,6 +11,7 @@ import torch
 from pretrain.config import RunConfig
 from pretrain.planning.advice import ask, text
 from xlstm_io.errors import ConfigError, MachineFailed
+from xlstm_io.terminal import counted
 from xlstm_mcore.megatron import cpu_runtime
 
 FIRST_STEPS = 3  # of a life, in which every tensor of a step has been there once
@@ -46,7 +47,7 @@ def out_of_memory(
     kept = cpu_runtime.save_memory_snapshot(snapshot)
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     lines = [
-        f"rank {rank} ran out of memory after {steps} steps of this start: {first_line}",
+        f"rank {rank} ran out of memory after {counted(steps, 'step')} of this start: {first_line}",
         f"it held {used / 1e9:.2f} GB then, and {peak / 1e9:.2f} GB at most, of "
         f"{limit / 1e9:.2f} GB",
     ]

@@ -74,7 +74,7 @@ def train_out_of_memory(raw):
 def test_a_run_without_memory_says_what_to_change_and_what_that_saves(pool, shards, tmp_path):
     raw = tiny_run(tmp_path, shards, memory__recompute="none")
     (said,) = pool(1, train_out_of_memory, raw)
-    assert "rank 0 ran out of memory after 1 steps of this start: out of memory. Tried" in said
+    assert "rank 0 ran out of memory after 1 step of this start: out of memory. Tried" in said
     assert "by the plan's count the fullest rank has" in said
     assert "optimizer state" in said and "weights" in said
     assert "--memory.recompute selective: " in said and said.count("which fits") == 1

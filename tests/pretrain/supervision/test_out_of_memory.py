@@ -31,7 +31,7 @@ def test_in_the_first_steps_the_run_file_is_to_be_changed(tmp_path, monkeypatch)
     found = said(ERROR, 1, tmp_path, monkeypatch)
     assert isinstance(found, ConfigError) and found.exit_code == ExitCode.BAD_INPUT
     assert str(found).splitlines()[0] == (
-        "rank 3 ran out of memory after 1 steps of this start: CUDA out of memory. Tried to "
+        "rank 3 ran out of memory after 1 step of this start: CUDA out of memory. Tried to "
         "allocate 2 GiB."
     )
     assert "the fullest rank has 72.0 GB at its peak" in str(found)
