@@ -5,6 +5,7 @@ import difflib
 from data_prep.options import parse
 from data_prep.synthetic.corpus import write_corpora
 from data_prep.synthetic.expressions import ModArithmeticBrackets, SolveEquation
+from data_prep.synthetic.images import Digits
 from data_prep.synthetic.listops import ListOps
 from data_prep.synthetic.prefixes import CycleNavigation, EvenPairs, ModArithmetic, Parity
 from data_prep.synthetic.recall import MultiQueryRecall, NearestNeighbour
@@ -41,6 +42,7 @@ TASKS: dict[str, type[Task]] = {
     "mqar": MultiQueryRecall,
     "nearest": NearestNeighbour,
     "listops": ListOps,
+    "digits": Digits,
 }
 """All tasks by name; the first fifteen are the formal languages."""
 

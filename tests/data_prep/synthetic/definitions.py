@@ -1,9 +1,13 @@
 """The tasks once more, by their definitions: one sample at a time, on its symbols."""
 
+import gzip
+import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 Answers = dict[int, str]
 """Labels by position."""
@@ -160,6 +164,26 @@ def list_ops(symbols):
     return last(symbols, str(value))
 
 
+@cache
+def made_digits() -> dict[tuple[int, ...], int]:
+    """40 images that differ, each with its digit."""
+    rng = random.Random(0)
+    images = (tuple(rng.randint(0, 16) for _ in range(64)) for _ in range(40))
+    return {image: n % 10 for n, image in enumerate(images)}
+
+
+def digits_file(folder: Path) -> Path:
+    """`made_digits` as scikit-learn's file of digits is written."""
+    path = folder / "digits.csv.gz"
+    lines = (",".join(map(str, (*image, digit))) for image, digit in made_digits().items())
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+def digit(symbols):
+    return last(symbols, str(made_digits()[tuple(int(symbol[1:]) for symbol in symbols)]))
+
+
 SOLVED = {
     "parity": prefixes(parity, False),
     "even-pairs": prefixes(even_pairs, False),
@@ -179,6 +203,7 @@ SOLVED = {
     "mqar": mqar(4),
     "nearest": nearest(64),
     "listops": list_ops,
+    "digits": digit,
 }
 """By task, the labels of a sample's symbols."""
 

@@ -10,7 +10,7 @@ from data_prep.synthetic.command import TASKS
 from data_prep.synthetic.rows import assign
 from data_prep.tools.inspect_shards import show_row
 from tests.data_prep.small_corpus import run, tree_bytes
-from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE
+from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE, digits_file
 from tests.data_prep.synthetic.stored import samples_of
 from tests.house.documents import commands, read
 from xlstm_io.errors import UserError
@@ -22,7 +22,8 @@ FEW = ("--samples", 60, "--validation-samples", 20)
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "listops"])
 def test_shards_verify_and_hold_the_task(name, tmp_path, capsys):
-    assert run("synthetic", name, "--out", tmp_path, *FEW) == 0
+    own = ("--images", digits_file(tmp_path)) if name == "digits" else ()
+    assert run("synthetic", name, "--out", tmp_path, *FEW, *own) == 0
     for split, count in (("train", 60), ("valid", 20)):
         samples = samples_of(tmp_path / "train", split)
         assert len(samples) == count
@@ -122,6 +123,31 @@ def test_wrong_words_are_one_message(arguments, message, tmp_path, monkeypatch, 
     monkeypatch.setattr("data_prep.synthetic.corpus._BATCH_TOKENS", 100)
     assert run("synthetic", *arguments) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "none.csv cannot be read"),
+        ("words.csv", b"a,b", "not a table of whole numbers"),
+        ("short.csv", b"1,2,3", "64 grey values and a digit"),
+        ("white.csv", b"255," * 64 + b"7", "from 0 to 16"),
+        ("cut.csv.gz", b"\x1f\x8b\x08\x00", "not a table of whole numbers"),
+        ("empty.csv", b"", "64 grey values and a digit"),
+    ],
+)
+def test_a_wrong_file_of_images_is_one_message(name, content, message, tmp_path, capfd):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert run("synthetic", "digits", "--out", tmp_path / "out", "--images", path) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_images_without_scikit_learn_are_one_message(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("data_prep.synthetic.images._PACKAGE", "no_such_package")
+    assert run("synthetic", "digits", "--out", tmp_path / "out") == 2
+    assert "pip install scikit-learn" in capfd.readouterr().err
 
 
 def test_the_tasks_are_listed(capsys):

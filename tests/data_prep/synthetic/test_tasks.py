@@ -13,11 +13,20 @@ from data_prep.synthetic.expressions import expressions
 from data_prep.synthetic.listops import _TREES
 from data_prep.synthetic.recall import MultiQueryRecall, distinct
 from data_prep.synthetic.task import Span
-from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE
+from tests.data_prep.synthetic.definitions import SOLVED, SOLVED_DENSE, digits_file
 from xlstm_io.errors import PrepError
 
 OUT = Path("unused")
-SPANS = {"mqar": "16-64", "listops": "4-200", "stack": "4-60"}
+SPANS = {"mqar": "16-64", "listops": "4-200", "stack": "4-60", "digits": "64"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def images(tmp_path_factory):
+    """Images of our own in the place of scikit-learn's."""
+    with pytest.MonkeyPatch.context() as patch:
+        file = digits_file(tmp_path_factory.mktemp("images"))
+        patch.setattr("data_prep.synthetic.images._shipped", lambda: file)
+        yield
 
 
 def draw(task, count, span, seed=0):
@@ -68,7 +77,7 @@ def test_symbols_are_those_of_the_paper_and_all_occur(name):
         samples = draw(task, 3000, SPANS.get(name, "2-60"))
         seen = set(samples.tokens.ravel()) | set(samples.labels.ravel())
         unused = {symbols[n] for n in range(len(symbols)) if n not in seen}
-        assert unused == ({"*"} if name == "solve-equation" else set())
+        assert unused == {"solve-equation": {"*"}, "digits": {"_"}}.get(name, set())
     if name in paper:
         guesses = {"stack": 4, "mqar": 4, "bucket-sort": 10, "majority": 63, "majority-count": 63}
         guesses |= {"parity": 2, "even-pairs": 2, "missing-duplicate": 9, "set": 126}
@@ -100,6 +109,7 @@ def test_lengths_are_uniform_over_the_possible_ones(name):
         ("mqar", "15"),
         ("nearest", "1"),
         ("listops", "1-3"),
+        ("digits", "63"),
     ],
 )
 def test_a_length_that_the_task_cannot_make_is_refused(name, length):
@@ -156,6 +166,12 @@ def test_trees_are_distributed_as_by_the_long_range_arena():
     for count in (len, lambda tree: tree.count("]"), lambda tree: tree.count("[SM")):
         expected, spread = np.mean([count(t) for t in slow]), np.std([count(t) for t in slow])
         assert np.mean([count(tree) for tree in fast]) == pytest.approx(expected, abs=0.1 * spread)
+
+
+def test_every_image_comes_before_one_comes_again():
+    samples = draw(TASKS["digits"](out=OUT), 100, "64")
+    counts = [len(set(map(tuple, part.tolist()))) for part in np.split(samples.tokens, [40, 80])]
+    assert counts == [40, 40, 20]
 
 
 def test_gaps_are_distributed_as_by_zoology():
