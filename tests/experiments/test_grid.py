@@ -125,12 +125,14 @@ SCRIPT = """if True:
     import sys, time
     from pathlib import Path
     sys.path[:0] = {path!r}
-    from tests.experiments.test_grid import grid as fixture, done
+    from tests.experiments.test_grid import grid as fixture, done, wait_for
     from experiments.grid import go_through
     grid = fixture.__wrapped__(Path(sys.argv[1]))
 
     def slow(grid, cell, folder, stop):
         (folder / "at-work").touch()
+        if cell.number == 0 and sys.argv[3:] == ["shared"]:  # until the other process has a cell
+            wait_for((grid.cell_folder(grid.cells[1]) / "at-work").exists)
         time.sleep(float(sys.argv[2]))
         return done(grid, cell, folder)
 
@@ -138,9 +140,9 @@ SCRIPT = """if True:
 """
 
 
-def start(grid, seconds):
+def start(grid, seconds, *more):
     script = SCRIPT.format(path=[str(ROOT), str(ROOT / "kernels")])
-    words = [sys.executable, "-c", script, str(grid.folder.parent), str(seconds)]
+    words = [sys.executable, "-c", script, str(grid.folder.parent), str(seconds), *more]
     return subprocess.Popen(words, cwd=ROOT)
 
 
@@ -152,7 +154,7 @@ def wait_for(condition):
 
 
 def test_two_processes_share_a_grid(grid):
-    both = [start(grid, 0.3), start(grid, 0.3)]
+    both = [start(grid, 0.01, "shared"), start(grid, 0.01, "shared")]
     assert [process.wait() for process in both] == [0, 0]
     assert numbers(grid) == list(range(6))
     parents = {line.split()[1] for line in (grid.folder / "order.txt").open()}
