@@ -1,6 +1,7 @@
 """The command line `python -m experiments`."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,18 @@ def _list() -> int:
 
 
 def _body(grid: Grid, cells: Sequence[Cell]) -> Body:
+    """What a cell of this kind of experiment does, and on which machine it did so."""
+    found = _body_of_kind(grid, cells)
+    from pretrain.watching import provenance
+
+    def on_this_machine(*arguments: Any) -> dict[str, Any]:
+        where = f"{platform.machine()}, {provenance.device() or 'CPU'}"
+        return {"machine": where, **found(*arguments)}
+
+    return on_this_machine
+
+
+def _body_of_kind(grid: Grid, cells: Sequence[Cell]) -> Body:
     """What a cell of this kind of experiment does; what they need is made and imported here."""
     if grid.experiment.kind == "kernels":
         from experiments.cells import kernel_times
@@ -153,10 +166,9 @@ def _report(grid: Grid, *, strict: bool) -> int:
 
     made, judged = table.write(grid)
     say(table.as_markdown(grid, made, judged).rstrip())
-    say(
-        f"\nwritten: {grid.folder}/{{{table.TABLE_FILE},{table.TEXT_FILE},{table.VERDICT_FILE},"
-        f"{table.FIGURE_FILE}}}"
-    )
+    files = [table.TABLE_FILE, table.TEXT_FILE, table.VERDICT_FILE]
+    files += [table.FIGURE_FILE] if made["best"] else []
+    say(f"\nwritten: {grid.folder}/{{{','.join(files)}}}")
     refuted = any(item["holds"] is False for item in judged)
     return ExitCode.REFUTED if strict and refuted else ExitCode.DONE
 

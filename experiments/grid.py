@@ -15,6 +15,7 @@ A worker imports torch once and forks a child for each cell, since the imports c
 toy cells. It starts no thread of its own before, and the children compute with one thread each.
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -329,6 +330,7 @@ def _child(grid: Grid, cell: Cell, body: Body, folder: Path, stop: StopSignal) -
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
         fields = {"status": "failed", "reason": reason, "exit_code": int(ExitCode.BUG)}
+    fields["date"] = datetime.date.today().isoformat()
     text = json.dumps(common | fields, indent=1)
     write_atomic(folder / RESULT_FILE, text.encode() + b"\n")
     return ExitCode.DONE

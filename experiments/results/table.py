@@ -1,8 +1,6 @@
 """The table of a grid: a row for every cell, done or not, and the best of them by model."""
 
-import datetime
 import json
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +9,7 @@ from experiments.definition import groups, written
 from experiments.grid import Grid
 from experiments.results import scaling
 from experiments.results.claims import verdict
-from pretrain.watching.provenance import provenance
+from pretrain.watching import provenance
 from xlstm_io.storage import write_atomic
 
 TABLE_FILE, TEXT_FILE = "table.json", "table.md"
@@ -22,23 +20,27 @@ NOT_STARTED = "not started"
 def make(grid: Grid) -> dict[str, Any]:
     """The table of a grid, from the results that there are."""
     rows = [_row(grid, cell) for cell in grid.cells]
-    best = best_of(grid, rows)
-    found = provenance([])
-    table = {
+    best, dates = best_of(grid, rows), _different(rows, "date")
+    table: dict[str, Any] = {
         "experiment": grid.name,
         "size": grid.size_name,
         "title": grid.experiment.title,
         "source": grid.experiment.source,
-        "code": found["code"],
-        "versions": found["versions"],
-        "machine": f"{platform.machine()}, {found['device'] or 'CPU'}",
-        "date": datetime.date.today().isoformat(),
+        "code": provenance.code(),
+        "versions": provenance.versions(),
+        "machine": "; ".join(_different(rows, "machine")),
+        "date": " to ".join(dict.fromkeys(dates[:1] + dates[-1:])),
         "cells": rows,
         "best": best,
     }
     if "budget" in grid.size.axes:
         table["fits"] = scaling.fits(best, str(grid.experiment.choose))
     return table
+
+
+def _different(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """What the cells have under a key, each once; a report may be made elsewhere, and later."""
+    return sorted({row[key] for row in rows if key in row})
 
 
 def _row(grid: Grid, cell: Any) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[s
     lines = [
         f"# {grid.name}, {grid.size_name}: {table['title']}",
         "",
-        f"{table['source']}. Measured on {table['date']}, {table['machine']}.",
+        f"{table['source']}. {_when_and_where(table)}",
         "",
         _line(head),
         _line(["---"] * len(head)),
@@ -176,6 +178,12 @@ def as_markdown(grid: Grid, table: Mapping[str, Any], judged: Sequence[Mapping[s
             lines.append(f"- {row['number']} ({named}): {row['status']}, {row['reason']}")
     lines += [f"- {NOT_STARTED}: {', '.join(new)}"] if new else []
     return "\n".join(lines) + "\n"
+
+
+def _when_and_where(table: Mapping[str, Any]) -> str:
+    if not table["best"]:
+        return "Nothing is measured yet."
+    return f"Measured on {table['date']}, {table['machine']}."
 
 
 def verdict_line(item: Mapping[str, Any]) -> str:

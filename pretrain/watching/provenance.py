@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_io.shards.manifest import Manifest
-from xlstm_mcore.megatron import cpu_runtime
 
 PACKAGES = (
     "xlstm-pretrain",
@@ -37,6 +36,7 @@ ENVIRONMENT = re.compile(
 DRIVER = Path("/proc/driver/nvidia/version")
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 GIT_SECONDS = 20
+SOURCES = Path(__file__).parents[1]
 
 
 def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
@@ -46,11 +46,11 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
         manifests: of the folders of shards that the run trains on.
     """
     return {
-        "code": _code(Path(__file__).parents[1]),
+        "code": code(),
         "versions": versions(),
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "device": cpu_runtime.device_name(),
+        "device": device(),
         "driver": driver(),
         "command": [_USER_IN_URL.sub("", word) for word in sys.argv],
         "environment": {
@@ -68,6 +68,13 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
             for manifest in manifests
         ],
     }
+
+
+def device() -> str | None:
+    """The name of the GPU; None where there is none."""
+    from xlstm_mcore.megatron import cpu_runtime  # needs torch, and the rest of this file does not
+
+    return cpu_runtime.device_name()
 
 
 def driver() -> str | None:
@@ -88,7 +95,7 @@ def _packages() -> Iterable[tuple[str, str]]:
             continue
 
 
-def _code(folder: Path) -> dict[str, str | None] | None:
+def code(folder: Path = SOURCES) -> dict[str, str | None] | None:
     """The commit of the sources and a hash of what was changed since; None where git cannot say."""
 
     def git(*words: str) -> bytes:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from experiments.definition import Cell
 from experiments.grid import Grid
 from experiments.results import table
 from experiments.results.claims import Claim
+from tests.data_prep.synthetic.definitions import digits_file
 from xlstm_io.errors import ConfigError
 
 ALL = definition.names()
@@ -50,6 +53,8 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
 
     shards = SimpleNamespace(seq_len=64, tokenizer=SimpleNamespace(vocab_size=96))
     monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    images = digits_file(tmp_path)
+    monkeypatch.setattr("data_prep.synthetic.images._shipped", lambda: images)
     for size_name in definition.load(name).sizes:
         grid = Grid.open(name, size_name, tmp_path)
         for one in grid.size.data.values():
@@ -204,13 +209,30 @@ def test_the_array_has_an_element_for_every_cell(capsys):
     assert text.count('"$SLURM_ARRAY_TASK_ID"') == 1
 
 
-def test_report_of_nothing_lists_every_cell_as_missing(capsys, tmp_path):
-    assert cli.run(["report", "parity", "--out", str(tmp_path), "--strict"]) == 0
+def test_report_of_nothing_lists_every_cell_as_missing_and_needs_no_torch(tmp_path):
+    words = ["report", "parity", "--out", str(tmp_path), "--strict"]
+    script = (
+        f"import sys; from experiments import cli; print(cli.run({words}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    assert "24 of 24 cells have no numbers" in done.stdout
+    assert "Nothing is measured yet" in done.stdout and "figure.png" not in done.stdout
     table = json.loads((tmp_path / "parity-toy" / "table.json").read_text())
     assert {row["status"] for row in table["cells"]} == {"missing"}
     verdicts = json.loads((tmp_path / "parity-toy" / "verdict.json").read_text())
     assert verdicts and all(item["holds"] is None and item["why"] for item in verdicts)
-    assert "24 of 24 cells have no numbers" in capsys.readouterr().out
+
+
+def test_a_report_says_when_and_where_its_cells_were_measured(tmp_path):
+    grid = Grid.open("parallel", "toy", tmp_path)
+    measured = {"status": "done", "measures": {"seconds": 1.0}, "scaled": {}}
+    for cell, day, machine in zip(grid.cells, (3, 1, 2), ("a", "b", "a"), strict=False):
+        result = measured | {"date": f"2026-01-0{day}", "machine": machine}
+        grid.cell_folder(cell).mkdir(parents=True)
+        (grid.cell_folder(cell) / "result.json").write_text(json.dumps(result))
+    made = table.make(grid)
+    assert "Measured on 2026-01-01 to 2026-01-03, a; b." in table.as_markdown(grid, made, [])
 
 
 def test_a_claim_is_a_rule_in_words():

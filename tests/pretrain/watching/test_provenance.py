@@ -32,13 +32,13 @@ def test_a_change_of_the_sources_has_another_hash(tmp_path):
     def git(*words):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
 
-    assert module._code(tmp_path) is None
+    assert module.code(tmp_path) is None
     (tmp_path / "code.py").write_text("a = 1\n")
     git("init")
     git("add", ".")
     git("-c", "user.name=x", "-c", "user.email=x", "commit", "-m", "x")
-    clean = module._code(tmp_path)
+    clean = module.code(tmp_path)
     assert len(clean["commit"]) == 40 and clean["diff"] is None
     (tmp_path / "code.py").write_text("a = 2\n")
-    changed = module._code(tmp_path)
+    changed = module.code(tmp_path)
     assert changed["commit"] == clean["commit"] and len(changed["diff"]) == 64
