@@ -51,7 +51,7 @@ def test_zeros_give_zeros():
 @pytest.mark.parametrize(("asked", "kernels"), [(None, 1), ("triton", 1), ("torch", 0)])
 def test_a_gpu_has_one_kernel_for_it(asked, kernels, monkeypatch):
     calls = []
-    monkeypatch.setattr(norm_module, "select_backend", lambda *_, **facts: "triton")
+    monkeypatch.setattr(norm_module, "norm_backend", lambda *_: "triton")
     monkeypatch.setattr(
         norm_module, "multihead_norm", lambda x, *rest: calls.append((x.shape, rest[1:])) or x
     )

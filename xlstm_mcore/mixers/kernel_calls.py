@@ -24,7 +24,7 @@ from xlstm_kernels import (
     slstm_scan,
     slstm_step,
 )
-from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.norm.norm import norm_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.observation import Observer, of_mlstm, of_slstm
 from xlstm_mcore.modules.soft_cap import soft_cap
@@ -326,8 +326,7 @@ def has_head_norm_kernel(config: XLSTMConfig, h: Tensor) -> bool:
     """Whether `run_head_norm` of `h [..., heads, d]` is a kernel, which keeps its inputs alone."""
     if config.head_norm == "none":
         return False
-    chosen = select_backend("multihead_norm", config.kernel_backend, h, d=h.shape[-1])
-    return chosen != "torch"
+    return norm_backend(h, config.kernel_backend) != "torch"
 
 
 def _may_step(boundaries: Tensor | None) -> bool:

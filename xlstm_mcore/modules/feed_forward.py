@@ -4,7 +4,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from xlstm_kernels import gated_activation
-from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.gated.gated import gated_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import ColumnLinear, output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[s(/tp), b, h] -> [s(/tp), b, h]`."""
         gate_up = self.linear_fc1(x)[0]
-        kernel = select_backend("gated_activation", self.backend, gate_up) != "torch"
+        kernel = gated_backend(gate_up, self.activation, self.backend) != "torch"
         inner = recompute_in_backward(self._gated, gate_up, keeps_inputs_only=kernel)
         return self.linear_fc2(inner)[0]
 

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xlstm_kernels import softmax_gradient, softmax_statistics
-from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.cross_entropy.cross_entropy import needs_no_shift
+from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend, needs_no_shift
 from xlstm_mcore.modules.products import add_product
 
 # Logits that are handled at a time: they should stay in a CPU core's cache, and fill a GPU.
@@ -100,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows = logits.detach().reshape(-1, width)
         real = _real_columns(width, tokens, group)
         labels_here = labels.reshape(-1) - group.rank() * width
-        ctx.kernels = select_backend("cross_entropy", backend, rows)
+        ctx.kernels = cross_entropy_backend(rows[:, :real], backend)
         if real and ctx.kernels != "torch":
             found = softmax_statistics(rows[:, :real], labels_here, soft_cap, backend=ctx.kernels)
         else:

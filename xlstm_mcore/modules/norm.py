@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_kernels import multihead_norm
-from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.norm.norm import norm_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
@@ -49,7 +49,7 @@ class Norm(nn.Module):
         """Whether there is a kernel for this device and width."""
         if self.backend == "torch":
             return False
-        return select_backend("multihead_norm", None, x, d=x.shape[-1]) != "torch"
+        return norm_backend(x, None) != "torch"
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -49,9 +49,21 @@ BACKENDS = {
     ),
     "slstm_step": (Backend("triton", "xlstm_kernels.slstm.triton.step", "triton"), TORCH),
     "causal_conv1d": (Backend("triton", "xlstm_kernels.conv.triton", "triton"), TORCH),
-    "multihead_norm": (Backend("triton", "xlstm_kernels.norm.triton", "triton"), TORCH),
-    "gated_activation": (Backend("triton", "xlstm_kernels.gated.triton", "triton"), TORCH),
-    "cross_entropy": (Backend("triton", "xlstm_kernels.cross_entropy.triton", "triton"), TORCH),
+    "multihead_norm": (
+        Backend("triton", "xlstm_kernels.norm.triton", "triton"),
+        Backend("numba", "xlstm_kernels.norm.numba", "numba"),
+        TORCH,
+    ),
+    "gated_activation": (
+        Backend("triton", "xlstm_kernels.gated.triton", "triton"),
+        Backend("numba", "xlstm_kernels.gated.numba", "numba"),
+        TORCH,
+    ),
+    "cross_entropy": (
+        Backend("triton", "xlstm_kernels.cross_entropy.triton", "triton"),
+        Backend("numba", "xlstm_kernels.cross_entropy.numba", "numba"),
+        TORCH,
+    ),
 }
 
 

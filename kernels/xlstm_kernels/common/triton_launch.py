@@ -55,11 +55,11 @@ class Launch:
         )
 
 
-def unsupported_reason(like: Tensor, *, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, asked: bool, **facts: object) -> str | None:
     """Why no Triton kernel can run on tensors like this one, with the remedy; None if one can.
 
     `like` has a device and a dtype. `asked` says whether the caller named this backend: under the
-    interpreter it then runs on CPU tensors as well.
+    interpreter it then runs on CPU tensors as well. `facts` are what other backends decide by.
     """
     if like.device.type in NOT_TRITON and not (asked and INTERPRETED):
         return (

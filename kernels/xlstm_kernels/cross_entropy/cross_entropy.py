@@ -22,7 +22,7 @@ def softmax_statistics(
         logits: [rows, width], any float dtype.
         labels: Int64 [rows]; those outside of `0 .. width - 1` choose nothing.
         soft_cap: The cap, or None.
-        backend: "torch" or "triton"; None for the best one.
+        backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
         In float32 (float64 for float64 logits), [rows] each: a shift, the sum of `exp(y - shift)`,
@@ -33,10 +33,15 @@ def softmax_statistics(
         ValueError: For wrong shapes, dtypes, devices or options.
     """
     check_float("logits", logits, 2, "[rows, width]")
-    if select_backend("cross_entropy", backend, logits) == "triton":
+    chosen = cross_entropy_backend(logits, backend)
+    if chosen == "triton":
         from xlstm_kernels.cross_entropy.triton import statistics_triton
 
         return statistics_triton(logits, labels, soft_cap)
+    if chosen == "numba":
+        from xlstm_kernels.cross_entropy.numba import statistics_numba
+
+        return statistics_numba(logits, labels, soft_cap, not needs_no_shift(soft_cap))
     y = _capped(logits, soft_cap)
     local, mine = _local(labels, logits.shape[1])
     chosen = torch.where(mine, y.gather(1, local[:, None]).squeeze(1), 0.0)
@@ -44,6 +49,12 @@ def softmax_statistics(
         return y.new_zeros(len(y)), y.exp_().sum(dim=1), chosen
     largest = y.amax(dim=1)
     return largest, y.sub_(largest[:, None]).exp_().sum(dim=1), chosen
+
+
+def cross_entropy_backend(logits: Tensor, backend: str | None) -> str:
+    """Name of the backend that both functions take."""
+    rows, width = logits.shape
+    return select_backend("cross_entropy", backend, logits, width=width, elements=rows * width)
 
 
 def needs_no_shift(soft_cap: float | None) -> bool:
@@ -80,10 +91,16 @@ def softmax_gradient(
     check_float("logits", logits, 2, "[rows, width]")
     for name, vector in (("log_total", log_total), ("grad", grad)):
         check_like(name, vector, (len(logits),), "[rows]", logits)
-    if select_backend("cross_entropy", backend, logits) == "triton":
+    chosen = cross_entropy_backend(logits, backend)
+    if chosen == "triton":
         from xlstm_kernels.cross_entropy.triton import gradient_triton
 
         return gradient_triton(logits, labels, log_total, grad, soft_cap)
+    if chosen == "numba":
+        from xlstm_kernels.cross_entropy.numba import gradient_numba
+
+        gradient_numba(logits, labels, log_total, grad, soft_cap)
+        return logits
     y = _capped(logits, soft_cap)
     d = y.sub(log_total[:, None]).exp_()  # softmax
     local, mine = _local(labels, logits.shape[1])

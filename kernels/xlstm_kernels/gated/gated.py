@@ -16,8 +16,8 @@ def gated_activation(gate_up: Tensor, activation: str, *, backend: str | None = 
     Args:
         gate_up: [..., 2 * width]: the gate's half, then the other.
         activation: "silu" (SwiGLU) or "gelu" (GeGLU, with the exact error function).
-        backend: "torch" or "triton"; None for the best one. "triton" computes in float32 and rounds
-            once; "torch" rounds the activation too.
+        backend: "torch", "triton" or "numba"; None for the best one. "triton" computes in float32
+            and rounds once; "torch" rounds the activation too.
 
     Returns:
         [..., width] in the dtype of gate_up.
@@ -34,11 +34,22 @@ def gated_activation(gate_up: Tensor, activation: str, *, backend: str | None = 
         )
     check_choice("activation", activation, tuple(ACTIVATIONS))
     check_no_tangents("gated_activation", gate_up)
-    if select_backend("gated_activation", backend, gate_up) == "triton":
+    chosen = gated_backend(gate_up, activation, backend)
+    if chosen == "triton":
         from xlstm_kernels.gated.triton import gated_activation_triton
 
         return gated_activation_triton(gate_up, activation)
+    if chosen == "numba":
+        from xlstm_kernels.gated.numba import gated_numba
+
+        return gated_numba(gate_up)
     return _Gated.apply(gate_up, activation)
+
+
+def gated_backend(gate_up: Tensor, activation: str, backend: str | None) -> str:
+    """Name of the backend that `gated_activation` takes."""
+    facts = {"width": gate_up.shape[-1] // 2, "elements": gate_up.numel()}
+    return select_backend("gated_activation", backend, gate_up, activation=activation, **facts)
 
 
 class _Gated(torch.autograd.Function):

@@ -31,14 +31,14 @@ def multihead_norm(
         eps: Added to the variance or the mean square.
         gate: Its sigmoid multiplies the result (the output gate of the 7B-style block, arXiv
             2503.13427, figure 8). It has the shape of x; None means no gate.
-        backend: "torch" or "triton"; None for the best one.
+        backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
         A tensor of the shape and dtype of x.
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
-        NotImplementedError: For forward-mode differentiation on "triton".
+        NotImplementedError: For forward-mode differentiation on another backend than "torch".
     """
     if x.ndim < 2:
         raise ValueError(
@@ -50,11 +50,17 @@ def multihead_norm(
     check_choice("kind", kind, ("layernorm", "rmsnorm"))
     if gate is not None:
         check_like("gate", gate, tuple(x.shape), "[..., heads, d]", x)
-    if select_backend("multihead_norm", backend, x, d=d) == "triton":
+    chosen = norm_backend(x, backend)
+    if chosen != "torch":
+        check_no_tangents("multihead_norm", x, weight, gate)
+    if chosen == "triton":
         from xlstm_kernels.norm.triton import multihead_norm_triton
 
-        check_no_tangents("multihead_norm", x, weight, gate)
         return multihead_norm_triton(x, weight, kind, eps, gate)
+    if chosen == "numba":
+        from xlstm_kernels.norm.numba import multihead_norm_numba
+
+        return multihead_norm_numba(x, weight, kind, eps, gate)
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if kind == "layernorm":
@@ -65,3 +71,8 @@ def multihead_norm(
     if gate is not None:
         normed = normed * gate.to(dtype).sigmoid()
     return normed.to(x.dtype)
+
+
+def norm_backend(x: Tensor, backend: str | None) -> str:
+    """Name of the backend that `multihead_norm` of `x` takes."""
+    return select_backend("multihead_norm", backend, x, d=x.shape[-1], elements=x.numel())

@@ -22,7 +22,7 @@ PROGRAMS = 528  # of the backward pass at most, per pass over heads: four for ea
 SIZES = ["outer", "inner"]  # vary without recompilation
 
 
-def unsupported_reason(like: Tensor, *, d: int, asked: bool) -> str | None:
+def unsupported_reason(like: Tensor, *, d: int, asked: bool, **facts: object) -> str | None:
     """Why this backend cannot run such a call, with the remedy; None if it can."""
     reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is None and d > MOST:

@@ -123,7 +123,7 @@ def test_causal_conv1d(change, message):
         ({"x": zeros(K)}, r"x has shape \[4\].*\[\.\.\., heads, d\]"),
         ({"weight": zeros(H, K)}, r"weight has shape \[3, 4\].*\[12\]"),
         ({"gate": zeros(B, K, H)}, r"gate has shape \[2, 4, 3\].*\[2, 3, 4\]"),
-        ({"backend": "numba"}, r"backend='numba' does not exist for multihead_norm"),
+        ({"backend": "warp"}, r"backend='warp' does not exist for multihead_norm"),
         ({"kind": "batchnorm"}, r"kind='batchnorm'.*'layernorm', 'rmsnorm'"),
     ],
 )

@@ -57,7 +57,7 @@ def test_the_one_asked_for_runs_and_it_is_said(said):
         ),
         (
             lambda **x: multihead_norm(torch.zeros(2, 3), torch.zeros(6), "rmsnorm", 1e-6, **x),
-            "'triton', 'torch'",
+            "'triton', 'numba', 'torch'",
         ),
     ],
 )

@@ -225,13 +225,14 @@ def test_compiled_code_is_kept_on_disk_by_processes_that_start_at_once(tmp_path)
 
 def test_a_change_beside_the_loops_compiles_them_anew(monkeypatch, tmp_path):
     """Numba alone would look at the file of the loops, and not at what they call."""
-    from xlstm_kernels.slstm.numba import cache, loops
+    from xlstm_kernels.common.numba import compiled
+    from xlstm_kernels.slstm.numba import loops
 
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     stamps = []
     for text in ("before", "and after"):
         (tmp_path / "vectors.py").write_text(text)
-        stamps.append(cache.BestEffortCache(loops.forward.py_func)._cache_file._source_stamp)
+        stamps.append(compiled.BestEffortCache(loops.forward.py_func)._cache_file._source_stamp)
     assert stamps[0] != stamps[1]
 
 
@@ -239,23 +240,23 @@ def test_no_folder_for_compiled_code_is_no_trouble(monkeypatch, caplog):
     """Installed read-only and no home: compiled in every process."""
     from numba.core.caching import CacheImpl
 
-    from xlstm_kernels.slstm.numba import loops
+    from xlstm_kernels.common.numba import compiled
 
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    with caplog.at_level(logging.INFO, logger=loops.__name__):
-        double = loops.compiled(lambda x: x + x)
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        double = compiled.compiled(lambda x: x + x)
     assert double(2) == 4 and "NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_a_full_disk_is_no_trouble(monkeypatch, caplog, tmp_path):
     from numba.core.caching import FunctionCache
 
-    from xlstm_kernels.slstm.numba import loops
+    from xlstm_kernels.common.numba import compiled
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FunctionCache, "save_overload", full)
-    double = loops.compiled(lambda x: x + x)
+    double = compiled.compiled(lambda x: x + x)
     assert double(2) == 4
     assert "No space left on device" in caplog.text and "could not be written" in caplog.text

@@ -8,15 +8,11 @@ Buffers are flat float32 arrays; `width` is the head dimension rounded up to `TI
 the padding of the weights. Gates are in the order i, f, z, o. Used by `scan` only.
 """
 
-import logging
-
-from numba import njit
-
-from xlstm_kernels.slstm.numba.cache import BestEffortCache
-from xlstm_kernels.slstm.numba.vectors import (
+from xlstm_kernels.common.numba.compiled import compiled
+from xlstm_kernels.common.numba.vectors import (
     LANES,
     TILE,
-    exp_negative,
+    exp,
     inlined,
     load,
     log1p_unit,
@@ -27,19 +23,7 @@ from xlstm_kernels.slstm.numba.vectors import (
     where_less,
 )
 
-log = logging.getLogger(__name__)
-
 ROWS = 4  # of the batch in one task
-
-
-def compiled(function):
-    """`function` compiled at its first call, without the GIL; kept on disk where that can be."""
-    dispatcher = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
-    try:
-        dispatcher._cache = BestEffortCache(function)  # as `njit(cache=True)` does with its own
-    except RuntimeError:  # no folder that could be written: neither beside this file nor in $HOME
-        log.info("no folder to keep compiled loops in; NUMBA_CACHE_DIR can name one")
-    return dispatcher
 
 
 @inlined
@@ -178,10 +162,10 @@ def forward(
                         store(hs, now + width + j, o * tanh(c))
                         continue
                     if slots == 5:
-                        e = exp_negative(0.0 - magnitude(i))
+                        e = exp(0.0 - magnitude(i))
                         i = where_less(i, 0.0, i, 0.0) - log1p_unit(e)  # log of the gate
                     if sigmoid_forget:
-                        e = exp_negative(0.0 - magnitude(f))
+                        e = exp(0.0 - magnitude(f))
                         carried = where_less(f, 0.0, f, 0.0) - log1p_unit(e) + m
                         large = 1.0 / (e + 1.0)
                         closing = where_less(f, 0.0, large, e * large)  # sigmoid(-f)
@@ -189,7 +173,7 @@ def forward(
                         carried = f + m
                         closing = where_less(f, f, f, 1.0)
                     # One of the two gates is 1: m is the larger exponent.
-                    smaller = exp_negative(0.0 - magnitude(carried - i))
+                    smaller = exp(0.0 - magnitude(carried - i))
                     write = where_less(i, carried, smaller, 1.0)
                     decay = where_less(carried, i, smaller, 1.0)
                     store(ms, (index + row) * width + j, where_less(carried, i, i, carried))

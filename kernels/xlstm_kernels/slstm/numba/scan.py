@@ -5,13 +5,10 @@ rows go to as many threads as torch uses. Needs the extra `cpu` (Numba); compile
 disk, so only the first call on a machine waits some seconds.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
+from xlstm_kernels.common.numba.tasks import run_tasks
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 
 
@@ -22,26 +19,6 @@ def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm"
     if like.dtype == torch.float64:
         return "the compiled loops compute in float32, not float64; convert, or use 'torch'"
     return None
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "slstm")
-
-
-def _run(loop, heads: int, batch: int, rows: int, *arguments) -> None:
-    """Call loop(first_task, end_task, *arguments) for all tasks, spread over torch's threads."""
-    tasks = heads * -(-batch // rows)
-    threads = min(torch.get_num_threads(), tasks)
-    arguments = [x.detach().view(-1).numpy() if isinstance(x, Tensor) else x for x in arguments]
-    if threads == 1:
-        loop(0, tasks, *arguments)
-        return
-    cuts = [tasks * i // threads for i in range(threads + 1)]
-    pool = _pool(threads)
-    jobs: list[Future] = [pool.submit(loop, *cut, *arguments) for cut in pairwise(cuts)]
-    for job in jobs:
-        job.result()
 
 
 def _padded_weight(recurrent_weight: Tensor, width: int) -> Tensor:
@@ -111,8 +88,8 @@ def forward(
     ms = _per_head(state[3], heads, b, d, width).masked_fill_(ns[:, :, 0] == 0, -torch.inf)
     matrix = _padded_weight(recurrent_weight, width).flatten(2)
     wide = out if out.dtype == torch.float32 else out.float()
-    _run(
-        loops.forward, heads, b, loops.ROWS,
+    run_tasks(
+        loops.forward, heads * -(-b // loops.ROWS),
         b, s, heads, d, width, acts.shape[3], sigmoid_forget, cell == "lstm",
         gate_preacts.float().contiguous(), bias.float().contiguous(),
         _tiles(matrix, loops.TILE), _starts(boundaries, b, s),
@@ -150,8 +127,8 @@ def backward(
         d_out = acts.new_zeros(b, s, heads, d)
     matrix = _padded_weight(recurrent_weight, width).permute(0, 2, 3, 1).flatten(1, 2)
     d_states = [_per_head(x, heads, b, d, width) for x in d_last]
-    _run(
-        loops.backward, heads, b, loops.ROWS,
+    run_tasks(
+        loops.backward, heads * -(-b // loops.ROWS),
         b, s, heads, d, width, acts.shape[3], cell == "lstm",
         d_out.float().contiguous(), _tiles(matrix, loops.TILE), _starts(kept.boundaries, b, s),
         acts, decays, cs, ns, *d_states, acts.new_empty(heads, b, 4, width), d_preacts,

@@ -1,7 +1,7 @@
 """Vectors of float32 numbers for loops that Numba compiles, and functions of them.
 
 Vector types are written out (`Vec`), since LLVM would have to prove that a dozen arrays do not
-overlap before it vectorised the pointwise part of a loop. Used by `loops` only.
+overlap before it vectorised the pointwise part of a loop.
 """
 
 import operator
@@ -136,6 +136,54 @@ def times_power_of_two(typing, x, shifted):
     return Vec(x, shifted), generate
 
 
+@intrinsic
+def splat(typing, x):
+    """A Vec of one number."""
+
+    def generate(context, builder, sig, args):
+        return _number(builder, args[0], sig.args[0])
+
+    return Vec(x), generate
+
+
+def _folded(builder, x, join):
+    """One number of all lanes: the upper half joined with the lower, until one is left."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = []
+        for first in (0, lanes):
+            kept = ir.Constant(
+                ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))
+            )
+            halves.append(builder.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), kept))
+        x = join(*halves)
+    return builder.extract_element(x, ir.IntType(32)(0))
+
+
+@intrinsic
+def lane_sum(typing, x):
+    """The sum of all lanes."""
+
+    def generate(context, builder, sig, args):
+        return _folded(builder, args[0], builder.fadd)
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def lane_max(typing, x):
+    """The largest lane."""
+
+    def generate(context, builder, sig, args):
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+
+        return _folded(builder, args[0], larger)
+
+    return types.float32(x), generate
+
+
 def inlined(function):
     """A helper, inlined by LLVM."""
     return njit(forceinline=True, error_model="numpy", boundscheck=False)(function)
@@ -163,8 +211,8 @@ def split_exponent(x):
 
 
 @inlined
-def exp_negative(x):
-    """exp(x) for x <= 0, -inf included; 0 below -86."""
+def exp(x):
+    """The exponential of x < 88, -inf included; 0 below -86."""
     less_one, shifted = split_exponent(where_less(x, -86.0, -86.0, x))
     return where_less(x, -86.0, 0.0, times_power_of_two(less_one + 1.0, shifted))
 
@@ -187,7 +235,7 @@ def log1p_unit(x):
 def tanh(x):
     """Tanh to float32 precision at every size, from exp(2|x|) - 1."""
     size = magnitude(x) * 2.0
-    less_one, shifted = split_exponent(where_less(size, 20.0, size, 20.0))
+    less_one, shifted = split_exponent(where_less(20.0, size, 20.0, size))  # NaN stays
     power = times_power_of_two(1.0, shifted)
     expm1 = power * less_one + (power - 1.0)
     y = expm1 / (expm1 + 2.0)
@@ -197,6 +245,6 @@ def tanh(x):
 @inlined
 def sigmoid(x):
     """1 / (1 + exp(-x)), without overflow."""
-    e = exp_negative(0.0 - magnitude(x))
+    e = exp(0.0 - magnitude(x))
     y = 1.0 / (e + 1.0)
     return where_less(x, 0.0, e * y, y)

@@ -1,8 +1,9 @@
-"""Where the compiled CPU loops are kept between processes. Used by `loops` only."""
+"""How functions become compiled loops, and where these are kept between processes."""
 
 import logging
 from pathlib import Path
 
+from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 log = logging.getLogger(__name__)
@@ -16,12 +17,13 @@ class BestEffortCache(FunctionCache):
     """
 
     def __init__(self, function):
-        """Keep code as long as no module of this folder changes.
+        """Keep code as long as no module changes in this folder or in that of `function`.
 
         Numba alone looks at the file of `function`, and would not see a change of what it calls.
         """
         super().__init__(function)
-        files = [path.stat() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        folders = Path(__file__).parent, Path(function.__code__.co_filename).parent
+        files = [path.stat() for folder in folders for path in sorted(folder.glob("*.py"))]
         self._cache_file = IndexDataCacheFile(
             cache_path=self._cache_path,
             filename_base=self._impl.filename_base,
@@ -48,3 +50,13 @@ class BestEffortCache(FunctionCache):
             "some seconds. Delete that folder, or set NUMBA_CACHE_DIR to one that can be written",
             self.cache_path, what, type(error).__name__, error,
         )  # fmt: skip
+
+
+def compiled(function):
+    """`function` compiled at its first call, without the GIL; kept on disk where that can be."""
+    dispatcher = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    try:
+        dispatcher._cache = BestEffortCache(function)  # as `njit(cache=True)` does with its own
+    except RuntimeError:  # no folder that could be written: neither beside this file nor in $HOME
+        log.info("no folder to keep compiled loops in; NUMBA_CACHE_DIR can name one")
+    return dispatcher

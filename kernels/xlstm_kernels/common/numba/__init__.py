@@ -1,0 +1,1 @@
+"""What all compiled loops for the CPU share: vectors, the compiler with its cache, threads."""

@@ -1,0 +1,165 @@
+"""The compiled CPU loops of norm, SwiGLU and loss against PyTorch in float64."""
+
+import pytest
+import torch
+
+from tests.kernels.comparison import assert_float32_close
+from xlstm_kernels import (
+    gated_activation,
+    multihead_norm,
+    softmax_gradient,
+    softmax_statistics,
+)
+from xlstm_kernels.common.backends import select_backend
+from xlstm_kernels.common.numba import tasks
+
+pytest.importorskip("numba", reason="the extra cpu (numba) is not installed")
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def loss_parts(logits, labels, grad, cap, backend):
+    """What both functions say, as a loss over this part of the vocabulary would use them."""
+    shift, total, chosen = softmax_statistics(logits, labels, cap, backend=backend)
+    log_total = total.log() + shift
+    d = softmax_gradient(logits.clone(), labels, log_total, grad, cap, backend=backend)
+    return log_total, chosen, d
+
+
+@pytest.mark.parametrize("cap", [None, 30.0, 0.5, 100.0])
+@pytest.mark.parametrize("width", [16, 48, 4096])
+def test_loss_values_and_gradients(width, cap):
+    torch.manual_seed(0)
+    logits, labels, grad = 8 * torch.randn(9, width), torch.randint(0, width, (9,)), torch.randn(9)
+    labels[:3] = torch.tensor([-1, width, 10 * width])
+    exact = loss_parts(logits.double(), labels, grad.double(), cap, "torch")
+    got = loss_parts(logits, labels, grad, cap, "numba")
+    for one, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_small_logits_keep_their_relative_precision():
+    """A soft cap that takes tanh from an exponential near 1 would lose it."""
+    logits = torch.linspace(-1e-3, 1e-3, 16)[None]
+    label = torch.tensor([5])
+    one = softmax_statistics(logits, label, 30.0, backend="numba")[1]
+    exact = (30 * torch.tanh(logits.double() / 30)).exp().sum(1)
+    assert abs(one.double() - exact) < 2e-6
+    d = softmax_gradient(
+        logits.clone(), torch.tensor([-1]), torch.zeros(1), torch.ones(1), 30.0, backend="numba"
+    )
+    expected = (30 * torch.tanh(logits.double() / 30)).exp()
+    torch.testing.assert_close(d.double(), expected, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_logits_that_exp_cannot_take_and_those_that_are_no_numbers(cap):
+    logits = torch.zeros(5, 16)
+    logits[0, :2], logits[1] = torch.tensor([1e4, -1e4]), -3e38
+    logits[2, :3], logits[3, 7] = torch.tensor([88.0, 89.0, 90.0]), torch.nan
+    logits[4, 3] = -torch.inf
+    labels, grad = torch.tensor([1, 0, 2, 0, 0]), torch.ones(5)
+    exact = loss_parts(logits.double(), labels, grad.double(), cap, "torch")
+    for one, expected in zip(loss_parts(logits, labels, grad, cap, "numba"), exact, strict=True):
+        torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_part_of_wider_rows_of_logits_is_written_in_place():
+    torch.manual_seed(0)
+    logits, labels, grad = torch.randn(8, 48), torch.randint(0, 32, (8,)), torch.randn(8)
+    part, rest = logits[:, :32], logits[:, 32:].clone()
+    exact = loss_parts(part.double(), labels, grad.double(), 30.0, "torch")
+    d = softmax_gradient(part, labels, exact[0].float(), grad, 30.0, backend="numba")
+    assert d.data_ptr() == logits.data_ptr() and torch.equal(logits[:, 32:], rest)
+    torch.testing.assert_close(d.double(), exact[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e-3])
+def test_swiglu_values_and_gradients(scale):
+    torch.manual_seed(0)
+
+    def function(x, backend):
+        return {"y": gated_activation(x["x"], "silu", backend=backend)}
+
+    inputs = {"x": scale * torch.randn(3, 5, 96)}
+    assert_float32_close(lambda x: function(x, "numba"), lambda x: function(x, "torch"), inputs)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16), (7, 1, 48), (5, 3, 2, 32), (2, 2, 3, 2, 16)], ids=str)
+def test_norm_values_and_gradients(kind, gated, shape):
+    torch.manual_seed(0)
+    inputs = {"x": 2 * torch.randn(shape) + 1, "w": torch.rand(shape[-2] * shape[-1])}
+    if gated:
+        inputs["gate"] = 3 * torch.randn(shape)
+
+    def function(x, backend):
+        gate = x.get("gate")
+        return {"y": multihead_norm(x["x"], x["w"], kind, 1e-6, gate=gate, backend=backend)}
+
+    assert_float32_close(lambda x: function(x, "numba"), lambda x: function(x, "torch"), inputs)
+
+
+def test_norm_reads_heads_that_lie_apart():
+    torch.manual_seed(0)
+    h, gate = (torch.randn(3, 2, 5, 32, requires_grad=True) for _ in range(2))
+    weight = torch.rand(64, requires_grad=True)
+    d = torch.randn(2, 3, 5, 32).permute(2, 1, 0, 3)
+    found = []
+    for backend in ("numba", "torch"):
+        x, g = h.permute(2, 0, 1, 3), gate.permute(2, 0, 1, 3)
+        y = multihead_norm(x, weight, "layernorm", 1e-6, gate=g, backend=backend)
+        found.append([y, *torch.autograd.grad(y, (h, gate, weight), d)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    x, w = torch.randn(70, 2, 32, requires_grad=True), torch.rand(64, requires_grad=True)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = multihead_norm(x, w, "rmsnorm", 1e-6, backend="numba")
+        found.append(torch.autograd.grad(y.square().sum(), (x, w)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_large_tensors_choose_the_loops_and_others_say_why_not():
+    like = torch.zeros(1)
+    many = tasks.FEWEST_ELEMENTS
+    assert select_backend("multihead_norm", None, like, d=64, elements=many) == "numba"
+    assert select_backend("multihead_norm", None, like, d=64, elements=many - 1) == "torch"
+    assert select_backend("multihead_norm", None, like, d=63, elements=many) == "torch"
+    with pytest.raises(ValueError, match="63 numbers are not whole vectors"):
+        select_backend("multihead_norm", "numba", like, d=63, elements=many)
+    with pytest.raises(ValueError, match="float32"):
+        multihead_norm(
+            torch.zeros(2, 16).double(), torch.zeros(32), "rmsnorm", 1e-6, backend="numba"
+        )
+    with pytest.raises(ValueError, match="not gelu"):
+        gated_activation(torch.zeros(2, 32), "gelu", backend="numba")
+
+
+def test_custom_ops_follow_the_rules_of_torch():
+    from xlstm_kernels.cross_entropy import numba as loss
+    from xlstm_kernels.gated import numba as gated
+    from xlstm_kernels.norm import numba as norm
+
+    check, plain = torch.library.opcheck, ("test_schema", "test_faketensor")
+    x = torch.randn(3, 2, 2, 16, requires_grad=True)
+    weight = torch.rand(32, requires_grad=True)
+    check(norm._norm, (x, weight, x.detach(), 1e-6, True))
+    check(norm._norm, (x, weight, None, 1e-6, False))
+    check(gated.gated_numba, (x,))
+    logits, labels = torch.randn(4, 16), torch.randint(0, 16, (4,))
+    check(loss.statistics_numba, (logits, labels, 30.0, False), test_utils=plain)
+    vectors = torch.zeros(4), torch.ones(4)
+    check(loss.gradient_numba, (logits, labels, *vectors, 30.0), test_utils=plain)
