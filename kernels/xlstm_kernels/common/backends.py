@@ -48,7 +48,11 @@ BACKENDS = {
         TORCH,
     ),
     "slstm_step": (Backend("triton", "xlstm_kernels.slstm.triton.step", "triton"), TORCH),
-    "causal_conv1d": (Backend("triton", "xlstm_kernels.conv.triton", "triton"), TORCH),
+    "causal_conv1d": (
+        Backend("triton", "xlstm_kernels.conv.triton", "triton"),
+        Backend("numba", "xlstm_kernels.conv.numba", "numba"),
+        TORCH,
+    ),
     "multihead_norm": (
         Backend("triton", "xlstm_kernels.norm.triton", "triton"),
         Backend("numba", "xlstm_kernels.norm.numba", "numba"),

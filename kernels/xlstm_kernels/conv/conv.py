@@ -38,7 +38,7 @@ def causal_conv1d(
         boundaries: bool [b, s], True at the first token of a document: no tap reaches across it,
             and the returned state has zeros for what lies before the last one.
         return_last_state: Whether the state after x is returned as well; its gradient is exact.
-        backend: "torch" or "triton"; None for the best one.
+        backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
         y [b, s, c] in the dtype of x; with `return_last_state` (y, state [b, c, width - 1]).
@@ -60,10 +60,18 @@ def causal_conv1d(
     check_choice("activation", activation, (None, "silu"))
     check_boundaries(boundaries, b, s, x)
 
-    if select_backend("causal_conv1d", backend, x) == "triton":
-        from xlstm_kernels.conv.triton import conv_triton
+    facts = {"state": initial_state is not None, "width": c, "elements": x.numel()}
+    chosen = select_backend("causal_conv1d", backend, x, **facts)
+    if chosen != "torch":
+        silus = activation == "silu"
+        if chosen == "triton":
+            from xlstm_kernels.conv.triton import conv_triton
 
-        y = conv_triton(x, weight, bias, initial_state, boundaries, activation == "silu")
+            y = conv_triton(x, weight, bias, initial_state, boundaries, silus)
+        else:
+            from xlstm_kernels.conv.numba import conv_numba
+
+            y = conv_numba(x, weight, bias, boundaries, silus)
         return (y, _last_state(x, initial_state, boundaries, width)) if return_last_state else y
 
     if initial_state is None:

@@ -53,7 +53,7 @@ def test_the_one_asked_for_runs_and_it_is_said(said):
         (lambda **x: slstm(**x), "'triton', 'numba', 'torch'"),
         (
             lambda **x: causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), **x),
-            "'triton', 'torch'",
+            "'triton', 'numba', 'torch'",
         ),
         (
             lambda **x: multihead_norm(torch.zeros(2, 3), torch.zeros(6), "rmsnorm", 1e-6, **x),

@@ -1,10 +1,11 @@
-"""The compiled CPU loops of norm, SwiGLU and loss against PyTorch in float64."""
+"""The compiled CPU loops of norm, SwiGLU, convolution and loss against PyTorch in float64."""
 
 import pytest
 import torch
 
 from tests.kernels.comparison import assert_float32_close
 from xlstm_kernels import (
+    causal_conv1d,
     gated_activation,
     multihead_norm,
     softmax_gradient,
@@ -121,6 +122,38 @@ def test_norm_reads_heads_that_lie_apart():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shape", [(1, 1, 16, 4), (2, 3, 16, 4), (3, 9, 144, 4), (2, 7, 32, 1)])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_conv_values_and_gradients(shape, activation, bounded):
+    torch.manual_seed(0)
+    b, s, c, taps = shape
+    inputs = {"x": torch.randn(b, s, c), "w": torch.randn(c, taps)}
+    if bounded:
+        inputs["bias"] = torch.randn(c)
+    options = {"activation": activation, "boundaries": torch.rand(b, s) < 0.4 if bounded else None}
+    options["return_last_state"] = True
+
+    def function(x, backend):
+        y, state = causal_conv1d(x["x"], x["w"], x.get("bias"), **options, backend=backend)
+        return {"y": y, "state": state} if taps > 1 else {"y": y}
+
+    assert_float32_close(lambda x: function(x, "numba"), lambda x: function(x, "torch"), inputs)
+
+
+def test_conv_reads_channels_beside_others():
+    torch.manual_seed(0)
+    packed, weight = torch.randn(5, 2, 64), torch.randn(32, 4)
+    leaf = packed.requires_grad_()
+    found = []
+    for backend in ("numba", "torch"):
+        x = leaf.transpose(0, 1).chunk(2, dim=-1)[1]
+        y = causal_conv1d(x, weight, activation="silu", backend=backend)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaf)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     x, w = torch.randn(70, 2, 32, requires_grad=True), torch.rand(64, requires_grad=True)
@@ -146,9 +179,13 @@ def test_large_tensors_choose_the_loops_and_others_say_why_not():
         )
     with pytest.raises(ValueError, match="not gelu"):
         gated_activation(torch.zeros(2, 32), "gelu", backend="numba")
+    x, weight, state = torch.zeros(1, 2, 16), torch.zeros(16, 4), torch.zeros(1, 16, 3)
+    with pytest.raises(ValueError, match="without a state"):
+        causal_conv1d(x, weight, None, state, backend="numba")
 
 
 def test_custom_ops_follow_the_rules_of_torch():
+    from xlstm_kernels.conv import numba as conv
     from xlstm_kernels.cross_entropy import numba as loss
     from xlstm_kernels.gated import numba as gated
     from xlstm_kernels.norm import numba as norm
@@ -158,7 +195,9 @@ def test_custom_ops_follow_the_rules_of_torch():
     weight = torch.rand(32, requires_grad=True)
     check(norm._norm, (x, weight, x.detach(), 1e-6, True))
     check(norm._norm, (x, weight, None, 1e-6, False))
-    check(gated.gated_numba, (x,))
+    check(gated.gated_numba, (torch.randn(3, 2, 32, requires_grad=True),))
+    row, taps = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    check(conv.conv_numba, (row, taps, taps[:, 0].detach(), torch.rand(2, 5) < 0.3, True))
     logits, labels = torch.randn(4, 16), torch.randint(0, 16, (4,))
     check(loss.statistics_numba, (logits, labels, 30.0, False), test_utils=plain)
     vectors = torch.zeros(4), torch.ones(4)
