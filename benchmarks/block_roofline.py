@@ -35,18 +35,25 @@ class Pass:
 
     Attributes:
         kernels: what it launches.
-        dispatches: operators that reached the device, views included.
+        dispatches: operators that reached the device, views included: how many of each name,
+            forward (False) and backward (True).
     """
 
     kernels: list[Kernel] = field(default_factory=list)
-    dispatches: int = 0
+    dispatches: Counter[tuple[str, bool]] = field(default_factory=Counter)
 
     def minus(self, other: "Pass") -> "Pass":
         """What this one does more than another."""
         rest = Counter(self.kernels)
         rest.subtract(Counter(other.kernels))
         kernels = [kernel for kernel, times in rest.items() for _ in range(times)]
-        return Pass(kernels, self.dispatches - other.dispatches)
+        dispatches = Counter(self.dispatches)
+        dispatches.subtract(other.dispatches)
+        return Pass(kernels, dispatches)
+
+    def dispatched(self, backward: bool) -> int:
+        """Dispatches of one pass."""
+        return sum(times for (_, when), times in self.dispatches.items() if when == backward)
 
     def totals(self, backward: bool | None = None) -> dict[str, float]:
         """Launches, MB, GFLOP and ms of all kernels, or of those of one pass."""
@@ -78,7 +85,7 @@ def count_model(config: RunConfig) -> Pass:
                 engine.close()
         finally:
             layout.close()
-    return Pass(mode.kernels, mode.dispatches)
+    return Pass(mode.kernels, Counter(mode.dispatches))
 
 
 def of_run(
@@ -151,30 +158,35 @@ def bound_of(path: str, tokens: int, rows: int, recompute: str) -> Bound:
 
 def describe(bound: Bound, ops: bool) -> list[str]:
     """The counts as lines."""
-    lines = [f"{'':24} launches dispatches       MB     GFLOP       ms"]
+    lines = [f"{'':32} launches dispatches       MB     GFLOP       ms"]
     for name, part in (("block", bound.block), ("embedding, head, loss", bound.rest)):
         for title, backward in (("forward", False), ("backward", True)):
             t = part.totals(backward)
             lines.append(
-                f"{name + ' ' + title:32.32} {t['launches']:6} "
-                f"{'':4} {t['mb']:12,.0f} {t['gflop']:9,.0f} {t['ms']:8.3f}"
+                f"{name + ' ' + title:32.32} {t['launches']:8} {part.dispatched(backward):10} "
+                f"{t['mb']:8,.0f} {t['gflop']:9,.0f} {t['ms']:8.3f}"
             )
-        if name == "block":
-            lines.append(f"{'  dispatches of a block':32} {part.dispatches:6}")
-        if ops:
-            for backward in (False, True):
-                some = [k for k in part.kernels if k.backward == backward]
-                for op, kernels in by_name(some):
-                    each = Pass(kernels).totals()
-                    lines.append(
-                        f"    {'backward' if backward else 'forward'} {op:36.36} "
-                        f"{len(kernels):3} {each['mb']:10,.1f} {each['ms']:8.3f}"
-                    )
+            if ops:
+                lines += _by_operator(part, title, backward)
     per_second = bound.tokens / (bound.ms / 1e3)
     lines.append(
         f"{bound.blocks} blocks and the rest: {bound.ms:.0f} ms for {bound.tokens:,} tokens, "
         f"{per_second:,.0f} tokens/s, {100 * bound.mfu:.1f} % MFU"
     )
+    return lines
+
+
+def _by_operator(part: Pass, title: str, backward: bool) -> list[str]:
+    """A line for each kernel by its time, then one for each operator by its dispatches."""
+    lines = []
+    for op, kernels in by_name([k for k in part.kernels if k.backward == backward]):
+        each = Pass(kernels).totals()
+        lines.append(
+            f"    {title} {op:36.36} {len(kernels):3} {each['mb']:10,.1f} {each['ms']:8.3f}"
+        )
+    for (op, when), times in sorted(part.dispatches.items(), key=lambda item: -item[1]):
+        if when == backward and times:
+            lines.append(f"    {title} {times:3} x {op}")
     return lines
 
 
