@@ -32,7 +32,7 @@ _FREE = (
     "aten::detach", "aten::empty", "aten::lift_fresh", "aten::new_empty", "aten::_unsafe_view",
 )  # fmt: skip
 _OURS, _SLSTM = "xlstm_kernels::", "xlstm_kernels::slstm"  # whose launches follow the sequence
-_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ class _Inside(TorchDispatchMode):
         name = func._schema.name
         written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self.names.append(name)
-        self.kernels += of_aten(func, name, args, written, False)
+        if any(x.device.type == "meta" for x in written):
+            self.kernels += of_aten(func, name, args, written, False)
         return result
 
 

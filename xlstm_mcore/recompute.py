@@ -49,8 +49,17 @@ class _View:
 
     def __init__(self, recipe: _Recipe, tensor: Tensor) -> None:
         recipe.uses += 1
-        self.recipe = recipe
-        self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self.recipe, self.place = recipe, _place(tensor)
+
+    def tensor(self) -> Tensor:
+        """The saved tensor, computed again."""
+        value = self.recipe.value()
+        return value if _place(value) == self.place else value.as_strided(*self.place)
+
+
+def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    """Where a tensor lies in its memory."""
+    return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 class _Rerun:
@@ -94,17 +103,29 @@ class LayerMemory:
 
     def __init__(self, cells: bool = False) -> None:
         self.cells = cells
-        # Recipes by the memory of their tensors. The tensor is held too: another one must not get
-        # its memory while the layer runs.
-        self.recipes: dict[int, tuple[_Recipe, Tensor]] = {}
+        # Recipes by the memory of their tensors. The memory is held too: another tensor must not
+        # get it while the layer runs.
+        self.recipes: dict[int, tuple[_Recipe, torch.UntypedStorage]] = {}
+        # What was packed, by the tensor's id, and the tensor itself for the same reason: a kernel's
+        # input is saved for its own gradient and for its recipe.
+        self.packed: dict[int, tuple[Any, Tensor]] = {}
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps for a tensor that an operation saves: a recipe's view, or itself."""
         found = self.recipes.get(memory_of(tensor))
         if found is not None:
             return _View(found[0], tensor)
-        # Detach: an autograd node that saved its own output would be a reference cycle.
-        return tensor if tensor.is_leaf else tensor.detach()
+        if tensor.is_leaf:
+            return tensor
+        if id(tensor) not in self.packed:
+            # Detach: an autograd node that saved its own output would be a reference cycle.
+            self.packed[id(tensor)] = tensor.detach(), tensor
+        return self.packed[id(tensor)][0]
+
+    def close(self) -> None:
+        """Release what is held for the forward pass alone. Autograd keeps `pack` longer."""
+        self.recipes.clear()
+        self.packed.clear()
 
 
 _layer: LayerMemory | None = None
@@ -156,7 +177,7 @@ def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     rerun = _Rerun(function, inputs)
     rerun.packed = tuple(_layer.pack(t) for t in inputs)
     output = _Rerunning.apply(rerun, *inputs)
-    _layer.recipes[memory_of(output)] = _Recipe(rerun.output, ()), output.detach()
+    _layer.recipes[memory_of(output)] = _Recipe(rerun.output, ()), output.untyped_storage()
     return output
 
 
@@ -165,24 +186,24 @@ def selective(cells: bool = False) -> Iterator[None]:
     """The forward pass of one layer with selective recompute, and that of cells if asked for."""
     global _layer
     before, _layer = _layer, LayerMemory(cells)
+    memory = _layer
     try:
-        with saved_tensors_hooks(_layer.pack, _unpack):
+        with saved_tensors_hooks(memory.pack, _unpack):
             yield
     finally:
+        memory.close()
         _layer = before
 
 
 def _remember(output: Tensor, function: Callable[..., Tensor], inputs: tuple) -> Tensor:
     if memory_of(output) not in _layer.recipes:  # a gather over one rank is its input itself
         recipe = _Recipe(function, tuple(_layer.pack(i) for i in inputs))
-        _layer.recipes[memory_of(output)] = recipe, output.detach()
+        _layer.recipes[memory_of(output)] = recipe, output.untyped_storage()
     return output
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, _View):
-        return packed.recipe.value().as_strided(*packed.place)
-    return packed
+    return packed.tensor() if isinstance(packed, _View) else packed
 
 
 def memory_of(tensor: Tensor) -> int:

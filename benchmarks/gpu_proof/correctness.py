@@ -199,24 +199,25 @@ def _slstm_step(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
 def _norm_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
     s, heads, d = setting.pick(1024, 12), setting.pick(8, 2), setting.pick(512, 16)
     rng = setting.generator()
-    x = _normal(setting, rng, 1, heads, s, d).to(dtype).permute(2, 0, 1, 3)
-    gate = _normal(setting, rng, s, 1, 2 * heads, d).to(dtype)[:, :, heads:]
+    x = _normal(setting, rng, 1, heads, s, d).to(dtype)
+    gate = _normal(setting, rng, s, 1, 2 * heads, d).to(dtype)[:, :, heads:].permute(1, 2, 0, 3)
     return {"x": x, "weight": _normal(setting, rng, heads * d).to(dtype), "gate": gate}
 
 
 def _head_norm(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
     given = x["x"], x["weight"], "layernorm", 1e-6
-    return {"y": multihead_norm(*given, gate=x["gate"], backend=backend)}
+    return {"y": multihead_norm(*given, gate=x["gate"], layout="by head", backend=backend)}
 
 
 def _block_norm_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
     rng, d = setting.generator(), setting.pick(4096, 48)
-    x = _normal(setting, rng, setting.pick(1024, 12), 1, 1, d).to(dtype)
+    x = _normal(setting, rng, setting.pick(1024, 12), 1, d).to(dtype)
     return {"x": x, "weight": _normal(setting, rng, d).to(dtype)}
 
 
 def _block_norm(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"y": multihead_norm(x["x"], x["weight"], "rmsnorm", 1e-6, backend=backend)}
+    given = x["x"], x["weight"], "rmsnorm", 1e-6
+    return {"y": multihead_norm(*given, layout="row", backend=backend)}
 
 
 def _conv_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:

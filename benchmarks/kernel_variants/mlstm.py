@@ -56,7 +56,9 @@ def plan(
     )
     inputs = Inputs(q, torch.empty_like(q), value, gates, gates.clone())
     h, _, saved, forward = plan_forward(inputs, (C, n, m), starts, options, carried)
-    _, backward = plan_backward(inputs, h, torch.empty_like(value), (dC, dn), saved, options)
+    _, backward = plan_backward(
+        inputs, h, torch.empty_like(value), (dC, dn), saved, options, carried
+    )
     return forward + backward
 
 

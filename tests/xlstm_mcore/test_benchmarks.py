@@ -60,6 +60,10 @@ def test_generation_beside_transformers(run, tmp_path):
     assert "x as fast (goal of the second 1.3x" in done.stdout
 
 
+# Of a 7B-style block, forward and backward. It may only fall.
+DISPATCHES = 151
+
+
 def test_a_block_is_counted_as_it_runs(run, tmp_path):
     out = tmp_path / "out.json"
     small = ["pretrain/configs/xlstm_large_164m.yaml", "--tokens", 256]
@@ -77,8 +81,8 @@ def test_a_block_is_counted_as_it_runs(run, tmp_path):
     names = [kernel["name"] for kernel in backward]
     assert names.count("norm_forward") == 3 and names.count("gated_forward") == 1
     assert names.count("clone") == 0, "gradients of q, k and v are put in order first"
-    added = [kernel for kernel in backward if kernel["name"] == "addmm" and not kernel["cell"]]
-    assert len(added) == 4, "the four large weights' gradients are added by their product"
-    assert len(block) <= 70
-    dispatches = next(line for line in done.stdout.splitlines() if "dispatches of a block" in line)
-    assert int(dispatches.split()[-1]) <= 260
+    assert names.count("addmm") == 4, "the four large weights' gradients are added by their product"
+    assert names.count("addmm_") == 1, "the gradients of the tokens by two products are one sum"
+    assert len(block) <= 65
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("block ")]
+    assert sum(int(row[3]) for row in rows) <= DISPATCHES

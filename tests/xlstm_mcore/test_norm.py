@@ -52,9 +52,12 @@ def test_zeros_give_zeros():
 def test_a_gpu_has_one_kernel_for_it(asked, kernels, monkeypatch):
     calls = []
     monkeypatch.setattr(norm_module, "norm_backend", lambda *_: "triton")
-    monkeypatch.setattr(
-        norm_module, "multihead_norm", lambda x, *rest: calls.append((x.shape, rest[1:])) or x
-    )
+
+    def kernel(x, weight, *options, layout):
+        calls.append((x.shape, options, layout))
+        return x
+
+    monkeypatch.setattr(norm_module, "multihead_norm", kernel)
     norm = make(torch.float32, kernel_backend=asked)
     norm(torch.randn(3, 48))
-    assert calls == [((3, 1, 48), ("rmsnorm", norm.eps))] * kernels
+    assert calls == [((3, 48), ("rmsnorm", norm.eps), "row")] * kernels

@@ -1,6 +1,7 @@
 """What every mixer has: its place among the ranks, and parameters split over them by heads."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
@@ -62,13 +63,15 @@ class Mixer(nn.Module):
         )
         return new_parameter(self.config, slices)
 
-    def input_projection(self, widths: dict[str, int]) -> ColumnLinear:
+    def input_projection(
+        self, widths: dict[str, int], kind: type[ColumnLinear] = ColumnLinear
+    ) -> Any:
         """One product for several projections of the gathered input, `name: width` each.
 
         See `modules.linear.input_projection`; names come without the prefix.
         """
         names = [f"{self.prefix}{name}" for name in widths]
-        return input_projection(self.config, self.region, names, list(widths.values()))
+        return input_projection(self.config, self.region, names, list(widths.values()), kind)
 
     def output_projection(self, width: int) -> RowLinear:
         """The projection `out_proj` from `width` channels back to the residual stream."""

@@ -304,21 +304,35 @@ def run_conv(
 
 
 def run_head_norm(
-    config: XLSTMConfig, h: Tensor, weight: Tensor, ogate: Tensor | None = None
+    config: XLSTMConfig,
+    h: Tensor,
+    weight: Tensor,
+    ogate: Tensor | None = None,
+    layout: str = "heads last",
 ) -> Tensor:
-    """Norm of each head of `h [..., heads, d]`, times `sigmoid(ogate)` if there is one.
+    """Norm of each head of `h`, times `sigmoid(ogate)` if there is one.
 
     Args:
         config: The kind of norm ("none" multiplies by the weight alone), eps and backend are read.
-        h: Hidden states.
+        h: Hidden states `[..., heads, d]`; by head: `[b, heads, s, d]`.
         weight: `[heads * d]`.
         ogate: Pre-activations of the output gate, in the shape of `h`, or None.
+        layout: "heads last", or "by head" for a result `[s * b, heads * d]`, see `multihead_norm`.
     """
     if config.head_norm == "none":
-        h = h * weight.view(h.shape[-2:])
-        return h if ogate is None else torch.sigmoid(ogate) * h
+        by_head = layout == "by head"
+        shape = (h.shape[1], 1, h.shape[3]) if by_head else h.shape[-2:]
+        h = h * weight.view(shape)
+        h = h if ogate is None else torch.sigmoid(ogate) * h
+        return h.permute(2, 0, 1, 3).flatten(2).flatten(0, 1) if by_head else h
     return multihead_norm(
-        h, weight, config.head_norm, config.norm_eps, gate=ogate, backend=config.kernel_backend
+        h,
+        weight,
+        config.head_norm,
+        config.norm_eps,
+        gate=ogate,
+        layout=layout,
+        backend=config.kernel_backend,
     )
 
 

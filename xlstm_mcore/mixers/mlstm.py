@@ -5,8 +5,6 @@ Tensor parallel by heads; context-parallel ranks pass the cell's state (parallel
 `q, k, v, o = W x`; `i, f = cap(W_g x + b_g)`; `y = W_out(sigmoid(o) * norm(mLSTM(q, k, v)))`.
 """
 
-import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -18,8 +16,7 @@ from xlstm_mcore.mixers.kernel_calls import (
     run_head_norm,
     run_mlstm,
 )
-from xlstm_mcore.modules.packed import split_heads
-from xlstm_mcore.modules.products import narrow_product
+from xlstm_mcore.modules.projections import HeadProjections, Heads
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
 
 
@@ -35,7 +32,8 @@ class MLSTMMixer(Mixer):
         self.qk_head_dim, self.v_head_dim = qk // heads, v // heads
 
         self.in_proj = self.input_projection(
-            {"q_proj.weight": qk, "k_proj.weight": qk, "v_proj.weight": v, "ogate.weight": v}
+            {"q_proj.weight": qk, "k_proj.weight": qk, "v_proj.weight": v, "ogate.weight": v},
+            HeadProjections,
         )
         self.gate_weight = self.split_parameter(
             ["igate.weight", "fgate.weight"], (heads, config.hidden_size)
@@ -47,19 +45,14 @@ class MLSTMMixer(Mixer):
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
-        s, b, _ = x.shape
+        b = x.shape[1]
         dims = self.qk_head_dim, self.qk_head_dim, self.v_head_dim, self.v_head_dim
-        q, k, v, ogate = split_heads(self.in_proj(x)[0], self.num_heads, dims)
-
-        # Gates in fp32: exponentials of a bf16 pre-activation of 10 would be 3 % off.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = gate_weight(self.config, self.gate_weight)
-        if x.dtype == dtype:
-            preacts = F.linear(x, weight, self.gate_bias)
-        else:
-            product = narrow_product(x.flatten(0, 1), weight.t())
-            preacts = (product + self.gate_bias).view(s, b, -1)
-        igate, fgate = preacts.permute(1, 2, 0).chunk(2, dim=1)  # [b, heads, s] each
+        q, k, v, ogate, igate, fgate = self.in_proj(
+            x.flatten(0, 1),
+            gate_weight(self.config, self.gate_weight),
+            self.gate_bias,
+            Heads(b, self.num_heads, dims),
+        )
 
         h = run_mlstm(
             self.config,
@@ -81,9 +74,9 @@ class MLSTMMixer(Mixer):
             ogate,
             keeps_inputs_only=has_head_norm_kernel(self.config, h),
         )
-        return self.out_proj(gated)[0]
+        out = self.out_proj(gated)[0]
+        return out.view(-1, b, out.shape[-1])
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
-        """`sigmoid(o) * norm(h)`, `[s, b, heads * d]`, of `h` and `ogate [b, heads, s, d]`."""
-        h, ogate = h.permute(2, 0, 1, 3), ogate.permute(2, 0, 1, 3)
-        return run_head_norm(self.config, h, norm_weight, ogate).flatten(2)
+        """`sigmoid(o) * norm(h)`, `[s * b, heads * d]`, of `h` and `ogate [b, heads, s, d]`."""
+        return run_head_norm(self.config, h, norm_weight, ogate, layout="by head")

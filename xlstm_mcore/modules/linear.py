@@ -1,8 +1,9 @@
 """The linear projections into and out of a tensor-parallel region.
 
-Without gradients Megatron's layers are the matrix product and, after an output projection, the sum
-over ranks. Their way there, through several autograd functions, is a part of the time that a token
-takes when text is generated at batch 1. So both classes take the short way then.
+Megatron's layers are the matrix product and what ranks tell each other for it. Where they have
+nothing to tell, both classes take the short way: the way through Megatron's autograd functions is a
+part of the time that a token takes when text is generated at batch 1, and twenty operators of a
+block that trains.
 """
 
 import copy
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
+from xlstm_mcore.modules.products import local_product
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 
@@ -25,9 +27,13 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
         """`x [s, b, h]` to `([s, b, rows/tp], None)`; `weight` stands in for the layer's own."""
-        if torch.is_grad_enabled() or self.sequence_parallel:
-            return super().forward(x, weight)
-        return x @ (self.weight if weight is None else weight).t(), None
+        weight = self.weight if weight is None else weight
+        if not self.sequence_parallel:
+            if not torch.is_grad_enabled():
+                return x @ weight.t(), None
+            if self.tp_group.size() == 1 or self.disable_grad_reduce:
+                return local_product(x, weight, self.config.gradient_accumulation_fusion), None
+        return super().forward(x, weight)
 
 
 class RowLinear(RowParallelLinear):
@@ -35,6 +41,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """`x [s, b, columns/tp]` to `([s(/tp), b, h], None)`."""
+        if torch.is_grad_enabled() and self.tp_group.size() == 1:
+            return local_product(x, self.weight, self.config.gradient_accumulation_fusion), None
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(x)
         out = x @ self.weight.t()
@@ -44,7 +52,11 @@ class RowLinear(RowParallelLinear):
 
 
 def input_projection(
-    config: XLSTMConfig, region: TensorParallelRegion, names: list[str], widths: list[int]
+    config: XLSTMConfig,
+    region: TensorParallelRegion,
+    names: list[str],
+    widths: list[int],
+    kind: type[ColumnLinear] = ColumnLinear,
 ) -> ColumnLinear:
     """Several bias-free projections of the same, already gathered input as one matrix product.
 
@@ -53,6 +65,7 @@ def input_projection(
         region: The tensor-parallel region.
         names: Global names of the projections' weights.
         widths: Their global output widths; the tensor-parallel size divides each.
+        kind: What is built.
 
     Returns:
         A Megatron layer `[s, b, h] -> [s, b, sum(widths)/tp]`. Its rows are this rank's rows of
@@ -60,7 +73,7 @@ def input_projection(
     """
     inside = copy.copy(config)
     inside.sequence_parallel = False  # the mixer has gathered the input once for all projections
-    linear = ColumnLinear(
+    linear = kind(
         config.hidden_size,
         sum(widths),
         config=inside,

@@ -36,7 +36,7 @@ class Norm(nn.Module):
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._has_kernel(x):
-            return multihead_norm(x.unsqueeze(-2), weight, self.kind, self.eps).squeeze(-2)
+            return multihead_norm(x, weight, self.kind, self.eps, layout="row")
         dtype = torch.promote_types(x.dtype, torch.float32)
         shape, weight = weight.shape, weight.to(dtype)
         if self.kind == "layernorm":

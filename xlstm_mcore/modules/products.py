@@ -40,6 +40,54 @@ def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
 
 
+def local_product(x: Tensor, weight: Tensor, into_buffer: bool) -> Tensor:
+    """`x @ weight.T`, as megatron-core's linear layers compute it where ranks share nothing.
+
+    Args:
+        x: `[..., columns]`.
+        weight: `[rows, columns]`.
+        into_buffer: Whether the gradient of the weight is added to its buffer `main_grad`, which
+            DDP makes, by the product itself. Autograd gets a gradient that nobody reads, because
+            DDP's hook refuses none when it overlaps the reduction.
+    """
+    product = _LocalProduct.apply(x if x.dim() == 2 else x.flatten(0, -2), weight, into_buffer)
+    return product if x.dim() == 2 else product.view(*x.shape[:-1], -1)
+
+
+class _LocalProduct(torch.autograd.Function):
+    """See `local_product`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, into_buffer):
+        # Hooks for saved tensors may give back another Python object than the parameter.
+        ctx.weight = weight
+        ctx.into_buffer = into_buffer and hasattr(weight, "main_grad")
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.mm(grad, weight)
+        if ctx.needs_input_grad[1]:
+            d_weight = weight_gradient(ctx.weight, grad, x, ctx.into_buffer)
+        return d_x, d_weight, None
+
+
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, into_buffer: bool) -> Tensor | None:
+    """`grad.T @ x` for autograd, or added to the weight's buffer; see `local_product`."""
+    if not into_buffer:
+        return torch.mm(grad.t(), x)
+    add_product(weight.main_grad, grad.t(), x)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight, requires_grad=False)
+
+
 def narrow_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in fp32 of narrow operands, with gradients that lose nothing to their width.
 

@@ -27,6 +27,8 @@ class TensorParallelRegion:
 
     def gather(self, x: Tensor) -> Tensor:
         """All channels at every position: `[s(/tp), b, h] -> [s, b, h]`."""
+        if self.size == 1:
+            return x
         if self.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)

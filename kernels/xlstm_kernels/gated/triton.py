@@ -123,4 +123,6 @@ _gated.register_autograd(_differentiate, setup_context=_save)
 def gated_activation_triton(gate_up: Tensor, activation: str) -> Tensor:
     """Triton backend of `xlstm_kernels.gated_activation` (checked arguments, same meaning)."""
     *lead, both = gate_up.shape
+    if len(lead) == 1:
+        return _gated(gate_up, activation == "gelu")
     return _gated(gate_up.reshape(-1, both), activation == "gelu").view(*lead, both // 2)

@@ -12,6 +12,9 @@ from xlstm_kernels.common.checks import (
     compute_dtype,
 )
 
+# layout -> axes of x
+LAYOUTS = {"heads last": "[..., heads, d]", "row": "[..., d]", "by head": "[b, heads, s, d]"}
+
 
 def multihead_norm(
     x: Tensor,
@@ -20,47 +23,66 @@ def multihead_norm(
     eps: float,
     *,
     gate: Tensor | None = None,
+    layout: str = "heads last",
     backend: str | None = None,
 ) -> Tensor:
     """Normalise each head and scale it; computed in float32 (float64 for float64), rounded once.
 
     Args:
-        x: [..., heads, d]; d is normalised.
+        x: [..., heads, d]; d is normalised. Other layouts have other axes.
         weight: Scale [heads * d]. There is no bias.
         kind: "layernorm" (mean subtracted; the head norm of both xLSTM papers) or "rmsnorm".
         eps: Added to the variance or the mean square.
         gate: Its sigmoid multiplies the result (the output gate of the 7B-style block, arXiv
             2503.13427, figure 8). It has the shape of x; None means no gate.
+        layout: "heads last"; "row" for x [..., d], one head as wide as a row; or "by head" for x
+            [b, heads, s, d], as cells return it, and a result [s * b, heads * d], as products take
+            it.
         backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
-        A tensor of the shape and dtype of x.
+        A tensor of the dtype of x and, but for "by head", of its shape.
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
         NotImplementedError: For forward-mode differentiation on another backend than "torch".
     """
-    if x.ndim < 2:
+    check_choice("layout", layout, LAYOUTS)
+    axes = LAYOUTS[layout]
+    if x.ndim < 2 and layout != "row":
         raise ValueError(
-            f"x has shape {list(x.shape)}, but must be [..., heads, d]; split its last axis by head"
+            f"x has shape {list(x.shape)}, but must be {axes}; split its last axis by head"
         )
-    check_float("x", x, x.ndim, "[..., heads, d]")
-    heads, d = x.shape[-2:]
+    check_float("x", x, 4 if layout == "by head" else x.ndim, axes)
+    shape = x.shape
+    heads, d = 1 if layout == "row" else shape[1 if layout == "by head" else -2], shape[-1]
     check_like("weight", weight, (heads * d,), "[heads * d]", x)
     check_choice("kind", kind, ("layernorm", "rmsnorm"))
     if gate is not None:
-        check_like("gate", gate, tuple(x.shape), "[..., heads, d]", x)
+        check_like("gate", gate, tuple(shape), axes, x)
     chosen = norm_backend(x, backend)
     if chosen != "torch":
         check_no_tangents("multihead_norm", x, weight, gate)
     if chosen == "triton":
         from xlstm_kernels.norm.triton import multihead_norm_triton
 
-        return multihead_norm_triton(x, weight, kind, eps, gate)
+        return multihead_norm_triton(x, weight, kind, eps, gate, layout)
+    if layout == "by head":
+        x, gate = (None if t is None else t.permute(2, 0, 1, 3) for t in (x, gate))
+    elif layout == "row":
+        x, gate = (None if t is None else t.unsqueeze(-2) for t in (x, gate))
     if chosen == "numba":
         from xlstm_kernels.norm.numba import multihead_norm_numba
 
-        return multihead_norm_numba(x, weight, kind, eps, gate)
+        y = multihead_norm_numba(x, weight, kind, eps, gate)
+    else:
+        y = _norm(x, weight, kind, eps, gate)
+    return y.reshape(-1, heads * d) if layout == "by head" else y.reshape(shape)
+
+
+def _norm(x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor | None) -> Tensor:
+    """The PyTorch implementation, of x [..., heads, d]."""
+    heads, d = x.shape[-2:]
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if kind == "layernorm":

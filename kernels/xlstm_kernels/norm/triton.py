@@ -1,8 +1,8 @@
 """Per-head norm on Triton, with the output gate: one pass over memory forward, one backward.
 
 A program has some rows (tokens) of one head whole in registers, so statistics are computed again
-backward and nothing but the inputs is kept. Inputs may have any strides with unit stride last: the
-7B-style block hands over [b, heads, s, d] as [s, b, heads, d]. The weight's gradient is summed by
+backward and nothing but the inputs is kept. Inputs may have any strides with unit stride last, and
+come in the layouts of `multihead_norm` without a view for each. The weight's gradient is summed by
 each program over its rows and then over programs, in float32 and always in the same order.
 """
 
@@ -88,8 +88,7 @@ def norm_backward(
 ):  # fmt: skip
     """One head in tiles of ROWS rows, dealt out to `programs` programs; grid: programs * heads.
 
-    d_x and d_gate [outer, inner, heads, d] are contiguous; d_weight is float32
-    [programs, heads, d].
+    d_x and d_gate lie as [outer, inner, heads, d]; d_weight is float32 [programs, heads * d].
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_head, i_part = i_program % heads, i_program // heads
@@ -131,77 +130,133 @@ def _tile(d: int) -> dict[str, int]:
     return {"ROWS": max(ELEMENTS // whole, 1), "D": whole}
 
 
-def _strides(prefix: str, x: Tensor | None) -> dict[str, int]:
-    axes = "oih"
-    return {f"stride_{prefix}{a}": 0 if x is None else x.stride(i) for i, a in enumerate(axes)}
+def _shape(x: Tensor, layout: str) -> tuple[int, int, int, int]:
+    """(outer, inner, heads, d) of x; see `multihead_norm` for the layouts."""
+    if layout == "row":
+        return x.numel() // x.shape[-1], 1, 1, x.shape[-1]
+    if layout == "by head":
+        b, heads, s, d = x.shape
+        return s, b, heads, d
+    return tuple(x.shape)
 
 
-def _plan(kernel, arguments: dict, x: Tensor, programs: int) -> Launch:
-    outer, inner, heads, d = x.shape
+def _strides(prefix: str, x: Tensor | None, layout: str) -> dict[str, int]:
+    """Strides of x, or of a gate, over outer, inner and heads."""
+    if x is None:
+        strides = 0, 0, 0
+    elif layout == "row":
+        strides = x.shape[-1], 0, 0
+    elif layout == "by head":
+        strides = x.stride(2), x.stride(0), x.stride(1)
+    else:
+        strides = x.stride()[:3]
+    return {f"stride_{prefix}{axis}": one for axis, one in zip("oih", strides, strict=True)}
+
+
+def _plan(kernel, arguments: dict, x: Tensor, layout: str, programs: int) -> Launch:
+    outer, inner, heads, d = _shape(x, layout)
     arguments |= {"outer": outer, "inner": inner, "heads": heads, "d": d}
     tile = _tile(d)
     warps = 8 if tile["D"] > ELEMENTS else 4
     return Launch(kernel.__name__, kernel, (programs * heads,), arguments | tile, warps, 1)
 
 
-def plan_forward(x, weight, gate, y, eps: float, centered: bool) -> Launch:
-    """The forward launch; x, gate and y are [outer, inner, heads, d]."""
+def plan_forward(
+    x, weight, gate, y, eps: float, centered: bool, layout: str = "heads last"
+) -> Launch:
+    """The forward launch; x and gate have the layout, and y is contiguous."""
     arguments = {"x": x, "weight": weight, "gate": gate, "y": y, "eps": eps, "CENTERED": centered}
-    arguments |= _strides("x", x) | _strides("g", gate)
-    rows = x.shape[0] * x.shape[1]
-    return _plan(norm_forward, arguments, x, triton.cdiv(rows, _tile(x.shape[3])["ROWS"]))
+    arguments |= _strides("x", x, layout) | _strides("g", gate, layout)
+    outer, inner, _, d = _shape(x, layout)
+    return _plan(norm_forward, arguments, x, layout, triton.cdiv(outer * inner, _tile(d)["ROWS"]))
 
 
-def plan_backward(d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool):
-    """The backward launch, and where it leaves the parts of the weight's gradient."""
-    outer, inner, heads, d = x.shape
+def plan_backward(
+    d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool, layout: str = "heads last"
+):
+    """The backward launch, and where it leaves the parts [programs, heads * d] of d_weight."""
+    outer, inner, heads, d = _shape(x, layout)
     most = triton.cdiv(outer * inner, _tile(d)["ROWS"])
     programs = min(most, max(PROGRAMS // heads, 1))
-    d_weight = x.new_empty(programs, heads, d, dtype=torch.float32)
+    d_weight = x.new_empty(programs, heads * d, dtype=torch.float32)
     arguments = {"d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate}
     arguments |= {"d_weight": d_weight, "programs": programs, "eps": eps, "CENTERED": centered}
-    arguments |= _strides("d", d_y) | _strides("x", x) | _strides("g", gate)
-    return _plan(norm_backward, arguments, x, programs), d_weight
+    if layout == "by head":  # d_y lies as y does
+        width = heads * d
+        arguments |= {"stride_do": inner * width, "stride_di": width, "stride_dh": d}
+    else:
+        arguments |= _strides("d", d_y, layout)
+    arguments |= _strides("x", x, layout) | _strides("g", gate, layout)
+    return _plan(norm_backward, arguments, x, layout, programs), d_weight
 
 
-def _readable(x: Tensor | None) -> Tensor | None:
-    """`x` [outer, inner, heads, d] with unit stride last, copied only if it has none."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor | None, layout: str) -> Tensor | None:
+    """`x`, copied only if the kernels cannot read it where it is."""
+    if x is None or (layout != "row" and x.stride(-1) == 1):
+        return x
+    return x.contiguous()
+
+
+def _result(x: Tensor, layout: str) -> Tensor:
+    """A fresh tensor for y."""
+    if layout == "by head":
+        s, b, heads, d = _shape(x, layout)
+        return x.new_empty(s * b, heads * d)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _gradient(x: Tensor, layout: str) -> Tensor:
+    """A fresh tensor for the gradient of x, with d after heads after inner after outer."""
+    if layout == "by head":
+        b, heads, _, d = x.shape
+        strides = heads * d, d, b * heads * d, 1
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("xlstm_kernels::multihead_norm_triton", mutates_args=())
-def _norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, centered: bool) -> Tensor:
-    """The norm of x [outer, inner, heads, d], gated by the sigmoid of `gate` of that shape."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = plan_forward(_readable(x), weight.contiguous(), _readable(gate), y, eps, centered)
-    run_all([launch], x)
+def _norm(
+    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, centered: bool, layout: str
+) -> Tensor:
+    """The norm of x, gated by the sigmoid of `gate` of that shape."""
+    y = _result(x, layout)
+    rows, gate = _readable(x, layout), _readable(gate, layout)
+    run_all([plan_forward(rows, weight.contiguous(), gate, y, eps, centered, layout)], x)
     return y
 
 
 @_norm.register_fake
-def _(x, weight, gate, eps, centered):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x, weight, gate, eps, centered, layout):
+    return _result(x, layout)
 
 
 @torch.library.custom_op("xlstm_kernels::multihead_norm_triton_backward", mutates_args=())
 def _backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, centered: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the weight (float32) and of the gate (empty without one)."""
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_gate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    d_y, rows, gate, weight = _readable(d_y), _readable(x), _readable(gate), weight.contiguous()
-    launch, d_weight = plan_backward(d_y, rows, weight, gate, d_x, d_gate, eps, centered)
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    centered: bool,
+    layout: str,
+) -> list[Tensor]:
+    """Gradients of x, of the weight (float32), and of the gate if there is one."""
+    d_x = _gradient(x, layout)
+    d_gate = None if gate is None else _gradient(gate, layout)
+    d_y = d_y.contiguous() if layout == "by head" else _readable(d_y, layout)
+    rows, gate = _readable(x, layout), _readable(gate, layout)
+    launch, d_weight = plan_backward(
+        d_y, rows, weight.contiguous(), gate, d_x, d_gate, eps, centered, layout
+    )
     run_all([launch], x)
-    return d_x, d_weight.sum(0).flatten(), x.new_empty(0) if d_gate is None else d_gate
+    return [d_x, d_weight.sum(0), *([] if d_gate is None else [d_gate])]
 
 
 @_backward.register_fake
-def _(d_y, x, weight, gate, eps, centered):
-    new = {"device": x.device}
-    d_gate = x.new_empty(0) if gate is None else torch.empty(x.shape, dtype=gate.dtype, **new)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, **new)
-    return torch.empty(x.shape, dtype=x.dtype, **new), d_weight, d_gate
+def _(d_y, x, weight, gate, eps, centered, layout):
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
+    d_gate = [] if gate is None else [_gradient(gate, layout)]
+    return [_gradient(x, layout), d_weight, *d_gate]
 
 
 def _save(ctx, inputs, output):
@@ -211,22 +266,22 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_y):
     x, weight, gate = ctx.saved_tensors
-    d_x, d_weight, d_gate = _backward(d_y, x, weight, gate, *ctx.options)
-    return d_x, d_weight.to(weight.dtype), None if gate is None else d_gate, None, None
+    d_x, d_weight, *d_gate = _backward(d_y, x, weight, gate, *ctx.options)
+    return d_x, d_weight.to(weight.dtype), *(d_gate or [None]), None, None, None
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
 
 
 def multihead_norm_triton(
-    x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor | None
+    x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor | None, layout: str
 ) -> Tensor:
     """Triton backend of `xlstm_kernels.multihead_norm` (checked arguments, same meaning)."""
     shape = x.shape
-    if x.ndim != 4:  # a view wherever the strides allow it
+    if layout == "heads last" and x.ndim != 4:  # a view wherever the strides allow it
         lead = (1,) * (4 - x.ndim) if x.ndim < 4 else (-1,)
         shaped = (*lead, *shape) if x.ndim < 4 else (*lead, *shape[-3:])
         x = x.reshape(shaped)
         gate = None if gate is None else gate.reshape(shaped)
-    y = _norm(x, weight, gate, eps, kind == "layernorm")
-    return y if y.shape == shape else y.view(shape)
+    y = _norm(x, weight, gate, eps, kind == "layernorm", layout)
+    return y.view(shape) if layout == "heads last" and y.shape != shape else y

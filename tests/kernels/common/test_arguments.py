@@ -122,6 +122,8 @@ def test_causal_conv1d(change, message):
     [
         ({"x": zeros(K)}, r"x has shape \[4\].*\[\.\.\., heads, d\]"),
         ({"weight": zeros(H, K)}, r"weight has shape \[3, 4\].*\[12\]"),
+        ({"layout": "by head"}, r"x has shape \[2, 3, 4\].*\[b, heads, s, d\]"),
+        ({"layout": "columns"}, r"layout='columns'.*'heads last', 'row', 'by head'"),
         ({"gate": zeros(B, K, H)}, r"gate has shape \[2, 4, 3\].*\[2, 3, 4\]"),
         ({"backend": "warp"}, r"backend='warp' does not exist for multihead_norm"),
         ({"kind": "batchnorm"}, r"kind='batchnorm'.*'layernorm', 'rmsnorm'"),

@@ -86,14 +86,14 @@ def test_the_other_passes_read_nothing_back(launched):
     q, gate = new(2, 2, 300, 64), wide(2, 2, 300)
     starts = torch.empty(2, 300, dtype=torch.bool, device="meta")
     inputs, options = (q, q, q, gate, gate), (128, True, True, 1e-6, False, 15.0, None)
-    h, C, n, _, *saved = chunkwise_triton.mlstm_forward._init_fn(
+    h, _, *saved, C, n = chunkwise_triton.mlstm_forward._init_fn(
         *inputs, None, None, None, starts, True, *options
     )
-    chunkwise_triton.mlstm_backward._init_fn(*inputs, h, saved, h, C, n, *options)
+    chunkwise_triton.mlstm_backward._init_fn(*inputs, h, saved, h, C, n, True, *options)
     assert {"gates", "outputs", "gate gradients"} <= set(launched)
     x, weight = new(4, 2, 3, 64), wide(192)
-    y = norm_triton._norm._init_fn(x, weight, x, 1e-6, True)
-    norm_triton._backward._init_fn(y, x, weight, x, 1e-6, True)
+    y = norm_triton._norm._init_fn(x, weight, x, 1e-6, True, "heads last")
+    norm_triton._backward._init_fn(y, x, weight, x, 1e-6, True, "heads last")
     x, weight, bias = new(2, 300, 64), wide(64, 4), wide(64)
     y = conv_triton.conv_triton._init_fn(x, weight, bias, None, starts, True)
     conv_triton._backward._init_fn(y, x, weight, bias, None, starts, True)

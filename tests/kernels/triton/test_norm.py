@@ -64,6 +64,30 @@ def test_strides_of_the_block_are_read_in_place(monkeypatch):
     assert_float32_close(strided, expected, whole)
 
 
+@pytest.mark.parametrize("layout", ["row", "by head"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_other_layouts(layout, gated):
+    """In place of a view of each tensor: a row is one head, and cells return heads before time."""
+    by_head = layout == "by head"
+    x = make_inputs(3, 4 if by_head else 1, heads=5 if by_head else 1, d=16, gated=gated)
+    x["weight"] = torch.randn(64 if by_head else 16)
+    if not by_head:
+        x |= {name: t.squeeze(-2) for name, t in x.items() if name != "weight"}
+
+    def plainly(x, **options):
+        order = (lambda t: t.permute(2, 0, 1, 3)) if by_head else (lambda t: t.unsqueeze(-2))
+        x = {name: t if name == "weight" else order(t) for name, t in x.items()}
+        y = in_pytorch(x, **options)["y"]
+        return {"y": y.reshape(15, 64) if by_head else y.squeeze(-2)}
+
+    for backend in ("triton", "torch"):
+
+        def laid_out(x, backend=backend, **options):
+            return {"y": multihead_norm(**x, eps=1e-5, layout=layout, backend=backend, **options)}
+
+        assert_float32_close(laid_out, plainly, x, kind="layernorm")
+
+
 def test_offsets_beyond_32_bits():
     """Rows more than 2^31 elements apart: most of this memory is never touched."""
     x = torch.empty(2**31 + 64).as_strided((2, 1, 2, 8), (2**31, 0, 8, 1))
@@ -99,7 +123,7 @@ def test_custom_op_rules_and_autocast():
     x = {name: t.requires_grad_() for name, t in make_inputs(3, 2).items()}
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for gate in (x["gate"], None):
-        arguments = (x["x"], x["weight"], gate, 1e-5, True)
+        arguments = (x["x"], x["weight"], gate, 1e-5, True, "heads last")
         torch.library.opcheck(norm_triton._norm, arguments, test_utils=tests)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)["y"]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.mlstm.arguments import Gradients, Inputs, State
+from xlstm_kernels.mlstm.arguments import Gradients, Inputs
 from xlstm_kernels.mlstm.triton.gates import GATE_PLANES
 from xlstm_kernels.mlstm.triton.tiles import LARGEST_BLOCK, MlstmConfig
 
@@ -108,20 +108,20 @@ class Saved(NamedTuple):
 
 def allocate_forward(
     q: Tensor, z: Sizes, *, normalize: bool, bf16_states: bool, bounded: bool, need_last: bool
-) -> tuple[Tensor, State, Saved]:
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor], Saved]:
     """Fresh tensors for h, the last state and `Saved`.
 
     h [b, heads, s, v] has the dtype of q. The last state is float32: C [rows, qk, v], n [rows, qk],
-    m [rows]; C and n are empty unless they are asked for.
+    m [rows]; C and n are None unless they are asked for.
     """
 
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    rows, last_rows = z.rows, z.rows if need_last else 0
+    rows = z.rows
     vectors = (rows, z.padded) if normalize else (0,)
     h = new(z.b, z.heads, z.s, z.v, dtype=q.dtype)
-    last = new(last_rows, z.qk, z.v), new(last_rows, z.qk), new(rows)
+    C, n = (new(rows, z.qk, z.v), new(rows, z.qk)) if need_last else (None, None)
     states_dtype = torch.bfloat16 if bf16_states else torch.float32
     saved = Saved(
         gates=new(GATE_PLANES, rows, z.padded),
@@ -132,11 +132,14 @@ def allocate_forward(
         inverse=new(*vectors),
         nq=new(*vectors),
     )
-    return h, last, saved
+    return h, (C, n, new(rows)), saved
 
 
-def allocate_gradients(inputs: Inputs) -> Gradients:
-    """Fresh tensors for all gradients; dC [rows, qk, v] and dn [rows, qk] are float32."""
+def allocate_gradients(inputs: Inputs, need_state: bool) -> Gradients:
+    """Fresh tensors for all gradients.
+
+    dC [rows, qk, v] and dn [rows, qk] are float32, and None unless `need_state`.
+    """
     q, _, v, igate, fgate = inputs
     b, heads, s, qk = q.shape
 
@@ -150,6 +153,6 @@ def allocate_gradients(inputs: Inputs) -> Gradients:
         dv=new(b, heads, s, v_dim, dtype=q.dtype),
         d_igate=new(b, heads, s, dtype=igate.dtype),
         d_fgate=new(b, heads, s, dtype=fgate.dtype),
-        dC=new(rows, qk, v_dim),
-        dn=new(rows, qk),
+        dC=new(rows, qk, v_dim) if need_state else None,
+        dn=new(rows, qk) if need_state else None,
     )

@@ -96,29 +96,36 @@ def mlstm_forward(
     soft_cap: float | None,
     tiles: Sequence[int] | None,
 ) -> list[Tensor]:
-    """The forward pass: h, the last state (C, n, m), and the fields of `Saved`."""
+    """The forward pass: see `_as_list`."""
     inputs = Inputs(q, k, v, igate_preact, fgate_preact)
     options = make_options(
         inputs, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
     )
     state = tuple(None if x is None else x.contiguous() for x in (C, n, m))
-    h, last, saved, launches = plan_forward(inputs, state, boundaries, options, need_last)
+    *results, launches = plan_forward(inputs, state, boundaries, options, need_last)
     run_all(launches, q)
-    return [h, *last, *saved]
+    return _as_list(*results)
+
+
+def _as_list(h: Tensor, last: tuple, saved: Saved) -> list[Tensor]:
+    """h, m of the last state, the fields of `Saved`, and C and n of it if they are asked for."""
+    C, n, m = last
+    return [h, m, *saved, *([] if C is None else [C, n])]
 
 
 @mlstm_forward.register_fake
 def _(q, k, v, igate, fgate, C, n, m, boundaries, need_last, chunk_size, exp_gate, normalize, eps,
       bf16_states, soft_cap, tiles):  # fmt: skip
-    h, last, saved = allocate_forward(
-        q,
-        sizes_of(q, v, chunk_size),
-        normalize=normalize,
-        bf16_states=bf16_states,
-        bounded=boundaries is not None,
-        need_last=need_last,
+    return _as_list(
+        *allocate_forward(
+            q,
+            sizes_of(q, v, chunk_size),
+            normalize=normalize,
+            bf16_states=bf16_states,
+            bounded=boundaries is not None,
+            need_last=need_last,
+        )
     )
-    return [h, *last, *saved]
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_backward", mutates_args=())
@@ -133,6 +140,7 @@ def mlstm_backward(
     d_h: Tensor,
     d_C_last: Tensor | None,
     d_n_last: Tensor | None,
+    need_state: bool,
     chunk_size: int,
     exp_gate: bool,
     normalize: bool,
@@ -141,44 +149,50 @@ def mlstm_backward(
     soft_cap: float | None,
     tiles: Sequence[int] | None,
 ) -> list[Tensor]:
-    """The backward pass: the fields of `Gradients`."""
+    """The backward pass: the fields of `Gradients`, those of the state if they are asked for."""
     inputs = Inputs(q, k, v, igate_preact, fgate_preact)
     options = make_options(
         inputs, chunk_size, exp_gate, normalize, eps, bf16_states, soft_cap, tiles
     )
     d_last = tuple(None if x is None else x.contiguous() for x in (d_C_last, d_n_last))
-    grads, launches = plan_backward(inputs, h, d_h, d_last, Saved(*saved), options)
+    grads, launches = plan_backward(inputs, h, d_h, d_last, Saved(*saved), options, need_state)
     run_all(launches, q)
-    return list(grads)
+    return [grad for grad in grads if grad is not None]
 
 
 @mlstm_backward.register_fake
-def _(q, k, v, igate, fgate, *_):
-    return list(allocate_gradients(Inputs(q, k, v, igate, fgate)))
+def _(q, k, v, igate, fgate, h, saved, d_h, d_C_last, d_n_last, need_state, *_):
+    grads = allocate_gradients(Inputs(q, k, v, igate, fgate), need_state)
+    return [grad for grad in grads if grad is not None]
 
 
 def _save(ctx, inputs, output):
     *inputs, C, n, _, _, _, chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles = inputs
-    h, _, _, *saved = output
+    h, last_m, *rest = output
+    saved = rest[: len(Saved._fields)]
     ctx.options = chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles
     ctx.state_like = [None if x is None else (x.shape, x.dtype) for x in (C, n)]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(*inputs, h, *saved[1:])
+    ctx.mark_non_differentiable(last_m, *saved)
+    ctx.save_for_backward(*inputs, h, *saved)
 
 
 def _differentiate(ctx, d_outputs):
-    d_h, d_C_last, d_n_last, *_ = d_outputs
+    d_h, _, *rest = d_outputs
+    d_C_last, d_n_last = rest[len(Saved._fields) :] or (None, None)
     q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
     if d_h is None:
         d_h = torch.zeros_like(h)
+    need_state = ctx.state_like[0] is not None
     grads = mlstm_backward(
-        *(q, k, v, igate, fgate, h), saved, d_h, d_C_last, d_n_last, *ctx.options
+        *(q, k, v, igate, fgate, h), saved, d_h, d_C_last, d_n_last, need_state, *ctx.options
     )
-    d_state = [
-        None if like is None else grad.view(like[0]).to(like[1])
-        for like, grad in zip(ctx.state_like, grads[5:], strict=True)
-    ]
+    d_state = [None, None]
+    if need_state:
+        d_state = [
+            grad.view(shape).to(dtype)
+            for (shape, dtype), grad in zip(ctx.state_like, grads[5:], strict=True)
+        ]
     return *grads[:5], *d_state, *[None] * 10
 
 
@@ -221,7 +235,8 @@ def mlstm_chunkwise_triton(
         "tiles": None if tiles is None else tiles.flat(),
     }
     inputs = (q, k, v, igate_preact, fgate_preact)
-    h, C, n, m, *_ = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)
+    h, m, *rest = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)
     if not return_last_state:
         return h
+    C, n = rest[-2:]
     return h, (C.view(b, heads, qk_dim, v_dim), n.view(b, heads, qk_dim), m.view(b, heads))

@@ -11,6 +11,8 @@ Checked without a GPU only, in the interpreter and by ahead-of-time compilation:
 Chunks and rows of a batch are as many programs as there are; a state pass is sequential in chunks.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def gates_launch(
     per_program = min(max(z.rows * z.chunks // PROGRAMS, 1), z.chunks)
     programs = -(-z.chunks // per_program)
     scale = z.qk**-0.5
-    log_scale = float(torch.tensor(scale, dtype=torch.float64).log())
+    log_scale = math.log(scale)
     bounded = boundaries is not None
     arguments = {"igate": inputs.igate, "fgate": inputs.fgate, "m0": m0, "starts": boundaries}
     arguments |= {"gates": saved.gates, "g_bar": saved.g_bar, "first": saved.first}
@@ -202,14 +204,16 @@ def plan_backward(
     d_last: tuple[Tensor | None, Tensor | None],
     saved: Saved,
     options: Options,
+    need_state: bool,
 ) -> tuple[Gradients, list[Launch]]:
     """Gradients (not yet computed) and launches of the backward pass.
 
-    `d_last` are the gradients of C and n of the last state, None for zeros.
+    `d_last` are the gradients of C and n of the last state, None for zeros. `need_state` says
+    whether the gradients of the initial state are asked for.
     """
     z = sizes_of(inputs.q, inputs.v, options.chunk_size)
     q, k, v, d_h = (readable(x) for x in (*inputs[:3], d_h))
-    grads = allocate_gradients(inputs)
+    grads = allocate_gradients(inputs, need_state)
     tile: Tile = options.tiles.keys
     x_tiles, tiles = -(-z.qk // tile.width), z.L // tile.tokens
     normalize, bounded = options.normalize, saved.bounded
