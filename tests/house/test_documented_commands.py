@@ -161,6 +161,10 @@ RUN_ELSEWHERE = {
         "tests/xlstm_mcore/test_benchmarks.py",
         'run("benchmarks.block_roofline"',
     ),
+    "python -m benchmarks.end_to_end": (
+        "tests/xlstm_mcore/test_benchmarks.py",
+        'run("benchmarks.end_to_end"',
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',

@@ -1,6 +1,7 @@
 """The model's benchmarks run; their figures are measured by hand."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def test_generation_beside_transformers(run, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     assert [result["equal"]["tokens"] for result in results.values()] == [1, 1]
     assert "x as fast (goal of the second 1.3x" in done.stdout
+
+
+def test_a_step_on_many_gpus_is_counted(run):
+    done = run("benchmarks.end_to_end", "pretrain/configs/xlstm_large_164m.yaml")
+    assert done.returncode == 0, done.stderr
+    slow, fast = re.findall(r"messages exposed ([0-9.]+) s.* ([0-9.]+) % MFU", done.stdout)
+    assert float(slow[0]) > float(fast[0]) > 0
+    assert float(slow[1]) < float(fast[1]) < 100
 
 
 # Of a 7B-style block of few tokens, forward and backward. It may only fall.
