@@ -108,6 +108,7 @@ OTHERS = {
     "256 512 one head": EVEN | BF16 | {"qk": 256, "v": 512, "bf16_states": True},
     "256 512 fp32": EVEN | FP32 | {"qk": 256, "v": 512} | SEEN,
     "512 1024": ODD | BF16 | {"qk": 512, "v": 1024} | SEEN,
+    "1.3b": {"b": 4, "heads": 4, "s": 2048, "qk": 1024, "v": 1024} | BF16 | SEEN,
     "512 1024 fp32": ODD | FP32 | {"qk": 512, "v": 1024, "chunk": 256, "normalize": False} | SEEN,
 }
 STEPS = {

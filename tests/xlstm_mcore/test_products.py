@@ -9,7 +9,7 @@ from xlstm_mcore.build import make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.modules.linear import input_projection
-from xlstm_mcore.modules.products import add_product, narrow_product
+from xlstm_mcore.modules.products import add_product, local_product, narrow_product
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.recompute import selective
 
@@ -78,3 +78,14 @@ def test_a_linear_layer_adds_its_weight_gradient_to_the_buffer(precision, recomp
     torch.testing.assert_close(
         x.grad.double(), (d.double() @ weight.double()), rtol=2e-2, atol=5e-2
     )
+
+
+def test_what_autograd_has_of_a_tied_weight_is_zero():
+    """DDP's hook adds it to the buffer: the lookup's gradient is summed there."""
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(3, 4), False
+    weight.zero_out_wgrad = True
+    x, d = torch.randn(5, 4), torch.randn(5, 3)
+    local_product(x, weight, True).backward(d)
+    assert weight.grad_added_to_main_grad and not weight.grad.any()
+    torch.testing.assert_close(weight.main_grad, d.t() @ x)

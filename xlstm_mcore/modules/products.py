@@ -85,7 +85,9 @@ def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, into_buffer: bool) 
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight, requires_grad=False)
+    # Of tied embeddings DDP's hook adds what autograd has, where the lookup's gradient is.
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight, requires_grad=False)
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ class OnDevice:
         (torch.float32, {"qk_dim": 16, "v_dim": 16, "chunk_size": 16}, "triton"),
         (torch.float64, {"qk_dim": 16, "v_dim": 16}, "torch"),
         (torch.float16, {"qk_dim": 16, "v_dim": 16}, "torch"),
-        (torch.bfloat16, {"qk_dim": 1024, "v_dim": 1024}, "torch"),
+        (torch.bfloat16, {"qk_dim": 1024, "v_dim": 1024}, "triton"),  # the classic 1.3B
+        (torch.bfloat16, {"qk_dim": 1040, "v_dim": 1024}, "torch"),
         (torch.bfloat16, {"qk_dim": 16, "v_dim": 16, "chunk_size": 4}, "torch"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)
-MOST_QK, MOST_V = 512, 1024
+MOST_QK, MOST_V = 1024, 1024
 SMALL_SHARED = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")  # about 99 KB a block
 PROGRAMS = 132  # of the largest GPU in use: fewer programs than this leave parts of it idle
 LARGEST_BLOCK = 256
