@@ -17,12 +17,17 @@ from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import megatron, model
 from pretrain.engines.megatron import MegatronEngine
-from pretrain.engines.verdict import Guard
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
 from pretrain.rehearsal.rank import rehearse_rank
 from pretrain.rehearsal.record import STEADY
 from tests.dist import work
+from tests.pretrain.rehearsal.faults import (
+    forgotten_wait,
+    missing_receive,
+    one_sided_collective,
+    wrong_group,
+)
 from xlstm_mcore.megatron.first_import import import_megatron
 
 WORLD = 8
@@ -35,27 +40,6 @@ def small_run(**changes) -> RunConfig:
 
 
 # ------------------------------------------------------------------ planted faults
-
-
-def one_sided_collective():
-    judge = Guard.judge
-
-    def judge_and_sum(self, loss, grad_norm, votes=()):
-        dist.all_reduce(grad_norm.clone())
-        return judge(self, loss, grad_norm, votes)
-
-    return mock.patch.object(Guard, "judge", judge_and_sum)
-
-
-def wrong_group():
-    def sum_losses(losses, layout, sources):
-        total = torch.stack(losses).sum(0) if losses else torch.zeros(2, device=layout.device)
-        total = total.double()
-        dist.all_reduce(total, group=layout.groups.dp_cp)
-        dist.all_reduce(total, group=layout.groups.tp)
-        return total
-
-    return mock.patch.object(model, "sum_losses", sum_losses)
 
 
 def other_order_of_groups():
@@ -72,38 +56,6 @@ def other_order_of_groups():
         return total
 
     return sum_losses, swapped
-
-
-def missing_receive():
-    batch = rehearsed._batch_isend_irecv
-    seen = []
-
-    def all_but_one(operations):
-        if not seen and any(one.op is dist.irecv for one in operations):
-            seen.append(operations)
-            (lost,) = [one for one in operations if one.op is dist.irecv]
-            # Something to wait for, without a message.
-            return [dist.all_reduce(lost.tensor, group=one_rank_group(), async_op=True)]
-        return batch(operations)
-
-    return mock.patch.object(rehearsed, "_batch_isend_irecv", all_but_one)
-
-
-def one_rank_group():
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_group()
-
-
-def forgotten_wait():
-    norm = MegatronEngine.gradient_norm
-
-    def read_norm(self):
-        found = norm(self)
-        found.item()
-        return found
-
-    return mock.patch.object(MegatronEngine, "gradient_norm", read_norm)
 
 
 def everybody_owns():
@@ -140,7 +92,7 @@ def faults() -> dict:
         record_with(patch(model, "sum_losses", swapped), config, 1),
     ]
     found["other_order_of_groups"] = [str(m) for m in compare_ranks(records)]
-    waits = unexpected_waits(record_with(forgotten_wait(), config, 0), STEADY)
+    waits = unexpected_waits(record_with(forgotten_wait(MegatronEngine), config, 0), STEADY)
     found["forgotten_wait"] = [(wait.what, wait.stack[-1], count) for wait, count in waits]
     found["everybody_owns"] = [str(m) for m in compare_saved(with_rank(1, everybody_owns()), True)]
     narrow = rehearse_rank(small_run(engine__grad_reduce="bf16"), 0, WORLD)

@@ -12,6 +12,7 @@ from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_
 from pretrain.rehearsal.rank import rehearse_rank
 from pretrain.rehearsal.record import STEADY
 from tests.dist import work
+from tests.pretrain.rehearsal.faults import forgotten_wait, missing_receive, wrong_group
 
 RANKS = 2
 # (ZeRO stage, changes): two pipeline stages, or two data-parallel replicas.
@@ -59,6 +60,17 @@ def norm_and_sum(engine: DeepSpeedEngine) -> torch.Tensor:
     return norm
 
 
+def other_replicas():
+    """DeepSpeed is given a group of the same ranks that is not the one of the replicas."""
+    make = compat.ModelParallelUnit.__init__
+
+    def with_world(unit, layout):
+        make(unit, layout)
+        unit.get_data_parallel_group = lambda: torch.distributed.group.WORLD
+
+    return mock.patch.object(compat.ModelParallelUnit, "__init__", with_world)
+
+
 PARTITION_RANGE = compat.partition_range
 
 
@@ -76,11 +88,22 @@ def faults(stages: dict[str, list]) -> dict:
     """
     patch = mock.patch.object
 
-    def with_rank(name, rank, fault):
+    def record_with(name, rank, fault):
         stage, changes = STAGES[name]
         with fault:
-            other = rehearse_rank(zero_run(stage, **changes), rank, RANKS)
+            return rehearse_rank(zero_run(stage, **changes), rank, RANKS)
+
+    def with_rank(name, rank, fault):
+        other = record_with(name, rank, fault)
         return [other if record.rank == rank else record for record in stages[name]]
+
+    def added_waits(name, rank, fault):
+        """Waits that DeepSpeed does not have by itself: what, and the place."""
+        sound, faulty = (
+            {(wait.what, wait.stack[-1]) for wait, _ in unexpected_waits(record, STEADY)}
+            for record in (stages[name][rank], record_with(name, rank, fault))
+        )
+        return [*(faulty - sound)]
 
     one_more = patch(DeepSpeedEngine, "gradient_norm", norm_and_sum)
     again = patch(compat, "partition_range", first_partition)
@@ -91,6 +114,16 @@ def faults(stages: dict[str, list]) -> dict:
         "a slice that two ranks save": [
             str(mismatch) for mismatch in compare_saved(with_rank("stage 3", 1, again), True)
         ],
+        "gradients that one rank sums in another group": [
+            str(mismatch) for mismatch in compare_ranks(with_rank("stage 2", 1, other_replicas()))
+        ],
+        "a loss that one rank sums in another group": [
+            str(mismatch) for mismatch in compare_ranks(with_rank("stage 1", 1, wrong_group()))
+        ],
+        "a message that is not received": [
+            str(mismatch) for mismatch in compare_ranks(with_rank("stage 1", 1, missing_receive()))
+        ],
+        "a wait that was left there": added_waits("stage 2", 0, forgotten_wait(DeepSpeedEngine)),
     }
 
 

@@ -129,6 +129,31 @@ def test_faults_in_the_engine_of_deepspeed_are_found(results):
     assert any("overlaps" in text for text in found["a slice that two ranks save"])
 
 
+@needs_deepspeed
+def test_gradients_of_deepspeed_that_are_summed_in_the_wrong_group_are_found(results):
+    found = results["deepspeed"]["faults"]["gradients that one rank sums in another group"]
+    assert any("rank 0 and rank 1" in text and "DATA_PARALLEL" in text for text in found)
+
+
+@needs_deepspeed
+def test_a_loss_of_deepspeed_that_is_summed_in_the_wrong_group_is_found(results):
+    found = results["deepspeed"]["faults"]["a loss that one rank sums in another group"]
+    assert any("PIPELINE_MODEL_PARALLEL" in text and "nothing more" in text for text in found)
+
+
+@needs_deepspeed
+def test_a_message_that_deepspeed_does_not_receive_is_found(results):
+    found = results["deepspeed"]["faults"]["a message that is not received"]
+    (text,) = [text for text in found if "from rank 0 to rank 1" in text]
+    assert "send" in text and "rank 1" in text
+
+
+@needs_deepspeed
+def test_a_wait_that_was_left_in_the_engine_of_deepspeed_is_found(results):
+    ((what, place),) = results["deepspeed"]["faults"]["a wait that was left there"]
+    assert "value of a tensor" in what and "read_norm" in place
+
+
 def test_corners_are_all_places_of_the_first_and_last_replica():
     config = work.run_config("large", layout__tensor=2, layout__pipeline=2, data__global_batch=64)
     assert chosen_ranks(config, 64, "corners") == [0, 1, 30, 31, 32, 33, 62, 63]
