@@ -176,10 +176,12 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
         check_world(config, 1 if place is None else place.world_size)
         if place is None or place.rank == 0:
             _start_anew(options, config)
-        _import_megatron(config)
-        from pretrain.commands.train import main
+        from xlstm_mcore.megatron.first_import import no_collections
 
-        # Python's full collections walk all objects, and torch's imports are 400,000 of them: one
+        with no_collections():
+            _import_megatron(config)
+            from pretrain.commands.train import main
+        # Python's full collections walk all objects, and imports are 200,000 of them: one
         # would hold up a step for 0.2 s, and with it all ranks. These stay until the end.
         gc.freeze()
         return main(config, stop, take_over=options.take_over)

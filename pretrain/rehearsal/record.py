@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Frames of these packages say nothing about who asked for a message.
-_FOREIGN = ("torch", "contextlib.py", "functools.py")
+_FOREIGN = ("torch", "contextlib.py", "functools.py", "first_import.py")
 _PACKAGES = Path(__file__).parents[2]
 _OWN = str(Path(__file__).parent)
 _DEPTH = 12  # frames kept of a stack
