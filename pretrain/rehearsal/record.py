@@ -4,8 +4,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Frames of these packages say nothing about who asked for a message.
-_FOREIGN = ("torch", "contextlib.py", "functools.py", "first_import.py")
+# Frames of these packages and files say nothing about who asked for a message.
+_FOREIGN = (
+    "torch",
+    "contextlib.py",
+    "functools.py",
+    "megatron/first_import.py",
+    "pretrain/__main__.py",
+    "pretrain/cli.py",
+    "pretrain/commands/rehearse.py",
+)
 _PACKAGES = Path(__file__).parents[2]
 _OWN = str(Path(__file__).parent)
 _DEPTH = 12  # frames kept of a stack

@@ -121,7 +121,7 @@ def _memory_table(records: Sequence[RankRecord]) -> Iterator[str]:
     kinds: dict[str, None] = {}
     for record in records:
         kinds |= dict.fromkeys(record.memory.kinds)
-    yield "peak memory in GB, by kind"
+    yield "peak memory in GB, by kind; place: in tensor, pipeline, context and data parallelism"
     rows = [["rank", "place", *kinds, "peak", "saves"]]
     for record in records:
         place = " ".join(f"{name[0]}{number}" for name, number in record.place.items())
@@ -162,6 +162,8 @@ def _waits(records: Sequence[RankRecord]) -> Iterator[str]:
     if not ranks:
         yield "the host waits for the device once in a step, for the verdict"
     for (what, stack), where in ranks.items():
-        yield f"FINDING: the host waits for {what}, {times[what, stack]} times a step"
+        count = times[what, stack]
+        often = "once" if count == 1 else f"{count} times"
+        yield f"FINDING: the host waits for {what}, {often} a step"
         yield f"  on rank{'s' if len(where) > 1 else ''} {', '.join(map(str, where))}, asked by"
         yield from (f"    {frame}" for frame in stack)
