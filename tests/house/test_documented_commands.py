@@ -229,7 +229,7 @@ RUN_ELSEWHERE = {
         for words, evidence in (
             ("soak", "soak.soak("),
             ("soak --work soak", "soak.soak("),
-            ("soak --work soak --steps 600 --deaths 6 --layouts 6", "soak.soak("),
+            ("soak --work soak --steps 2500 --deaths 12 --layouts 10", "soak.soak("),
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
             (
@@ -241,6 +241,10 @@ RUN_ELSEWHERE = {
     "python -m benchmarks.start_up": (
         "tests/xlstm_mcore/test_first_import.py",
         "start_up.measure_all(",
+    ),
+    "python -m benchmarks.first_step": (
+        "tests/pretrain/rehearsal/cases.py",
+        "first_step.parts(",
     ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),

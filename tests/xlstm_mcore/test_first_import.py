@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import start_up
+from benchmarks import first_step, start_up
 from pretrain.commands.launch import free_port
 from xlstm_mcore.megatron import first_import
 
@@ -105,6 +105,12 @@ def test_imports_are_measured_in_fresh_processes():
     (little, few), (more, many) = found.values()
     assert 0 < little < 60 and 0 < more < 60 and few < many
     assert start_up.RANK in start_up.ROWS
+
+
+def test_rates_of_a_start_are_measured():
+    rates = first_step.measure(imports=1.0, shards=3, megabytes=1)
+    assert rates.imports == 1 and 0 < rates.draw < rates.request < rates.first_batch
+    assert 0 < rates.read < 1e-6
 
 
 def test_a_function_is_compiled_at_its_first_call_and_once():

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks import first_step
 from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import megatron, model
@@ -99,6 +100,10 @@ def faults() -> dict:
     found["gradient_bytes"] = [gradient_bytes(record) for record in (sound[0], narrow)]
     muon = small_run(optimizer__name="muon")
     found["muon"] = [str(m) for m in compare_ranks([rehearse_rank(muon, r, WORLD) for r in (0, 1)])]
+    start = first_step.parts(config, WORLD, first_step.Rates(2.0, 0.5, 1e-3, 1e-9, 1e-9))
+    found["start"] = {part.name: part.seconds for part in start}
+    found["start"]["text"] = first_step.text(start)
+    found["start"] |= {kind: first_step.total(start, kind) for kind in ("first", "later")}
     found["a rank missing"] = [
         len(compare_saved(sound[1:], True)),
         len(compare_saved(sound[1:], False)),
