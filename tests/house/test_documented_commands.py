@@ -233,7 +233,7 @@ RUN_ELSEWHERE = {
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
             (
-                "precision shards --work precision --steps 120 --hidden 64 --batch 8",
+                "precision shards --work precision --steps 200 --hidden 64 --batch 8 --muon",
                 "precision.compare(",
             ),
         )
