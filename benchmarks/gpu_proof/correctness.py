@@ -163,7 +163,8 @@ def _mlstm_step(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _slstm_inputs(setting: Setting, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    b, heads, s = 3, setting.pick(4, 2), setting.pick(128, 12)
+    # Long enough for two graphs of large heads, and a rest that is launched.
+    b, heads, s = 3, setting.pick(4, 2), setting.pick(300, 12)
     rng = setting.generator()
     made = {
         "x": _normal(setting, rng, b, s, 4, heads, d),

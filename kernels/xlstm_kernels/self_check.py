@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.conv import causal_conv1d
 from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from xlstm_kernels.gated import gated_activation
@@ -23,6 +24,7 @@ from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.norm import multihead_norm
 from xlstm_kernels.slstm import lstm_scan, slstm_scan
+from xlstm_kernels.slstm.arguments import cell_of
 from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
 
 #: The largest error that is accepted, as a fraction of the largest value of the reference. A wrong
@@ -100,6 +102,9 @@ def check_slstm(
 ) -> list[str]:
     """What is wrong with `slstm_scan` on a device; as `check_mlstm`.
 
+    Large heads are replayed as graphs of the GPU, of more steps than the comparison has: these are
+    compared with single launches.
+
     Args:
         device: Where the kernel runs.
         dtype: Of the gate pre-activations; weights are float32, as in a run.
@@ -115,7 +120,14 @@ def check_slstm(
     def reference(*tensors: Tensor, starts: Tensor) -> Tensor:
         return slstm_recurrence(*tensors, boundaries=starts, **gates)[0]
 
-    return _compare_scans("slstm_scan", kernel, reference, device, dtype, head_dim, heads)
+    problems = _compare_scans("slstm_scan", kernel, reference, device, dtype, head_dim, heads)
+    like = torch.empty(0, device=device, dtype=dtype)
+    cell = cell_of(gates.get("input_gate", "exp"))
+    if select_backend("slstm_scan", backend, like, d=head_dim, cell=cell) == "triton":
+        from xlstm_kernels.slstm.triton.graph_check import check_graphs
+
+        problems += check_graphs(like, head_dim, heads, gates.get("forget_gate", "sigmoid"))
+    return problems
 
 
 def check_lstm(

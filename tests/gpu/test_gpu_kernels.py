@@ -113,6 +113,16 @@ def test_a_step_is_captured_in_a_graph(gpu):
     assert torch.equal(h, slstm_scan(*inputs, backend="triton"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_of_steps_are_single_launches_bit_by_bit(gpu, dtype):
+    from xlstm_kernels.slstm.triton import graphs
+    from xlstm_kernels.slstm.triton.graph_check import check_graphs
+
+    assert check_graphs(torch.empty(0, device=gpu, dtype=dtype), 512, 4, "sigmoid") == []
+    assert list(graphs.GRAPHS._kept.values()).count(None) == 0  # none failed to be captured
+    assert graphs.GRAPHS._kept
+
+
 # The benchmark's own code, where there is no GPU
 
 

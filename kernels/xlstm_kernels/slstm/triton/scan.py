@@ -1,10 +1,13 @@
 """The sLSTM on Triton: what the kernels of `kernels` are launched with, and in what order.
 
 Weights take part in the products in the dtype of the pre-activations. Heads too large for one
-program take one launch per step and pass, which a GPU graph can capture: nothing in between touches
-the host.
+program take one launch per step and pass. `graphs` replays these as CUDA graphs where it can; what
+is left is launched from Python, which a graph of the caller can capture as well: nothing in between
+touches the host.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +17,11 @@ from torch import Tensor
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
-from xlstm_kernels.slstm.triton import kernels
+from xlstm_kernels.slstm.triton import graphs, kernels
 
 MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
+STEP = "slstm step"  # the name of a launch that does a single step
 
 
 def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm") -> str | None:
@@ -64,8 +68,13 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     return streamed if whole <= 256 else apart
 
 
-def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: int):
-    """Launches of one pass over `last` steps: one, or one per step where tiles share a head."""
+def _plan(
+    kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: int, begin: int
+) -> Iterator[Launch]:
+    """Launches of one pass over `last` steps: one, or one per step where tiles share a head.
+
+    Single steps before number `begin` are left out.
+    """
     batch, steps, heads, d = shape
     resident, streamed = kernels_of
     blocks = heads * triton.cdiv(batch, BATCH)
@@ -84,14 +93,16 @@ def _plan(kernels_of, tiles: Tiles, shape, arguments: dict, target: str, last: i
     arguments |= {"WIDTH": tiles.width, "INNER": tiles.inner, "APART": tiles.apart}
     name, count, programs = "slstm streamed", last, blocks
     if tiles.apart:
-        name, count, programs = "slstm step", 1, blocks * triton.cdiv(d, tiles.width)
-    for first in range(0, last, count):
+        name, count, programs = STEP, 1, blocks * triton.cdiv(d, tiles.width)
+    for first in range(begin, last, count):
         given = arguments | {"first": first, "last": first + count}
         yield Launch(name, streamed, (programs,), given, **options)
 
 
-def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target):
-    """Launches of the forward pass.
+def plan_forward(
+    preacts, weight, bias, starts, states, out, kept, sigmoid_forget, target, begin=0
+) -> Iterator[Launch]:
+    """Launches of the forward pass, without single steps before number `begin`.
 
     `states` (h, c, n, m) are the first and become the last; in the streamed form h has two parts,
     see `forward_streamed`.
@@ -103,13 +114,16 @@ def plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid_forge
     arguments |= {"h_states": h} if tiles.inner else {"h_state": h}
     arguments |= {"c_state": c, "n_state": n, "m_state": m, "SIGMOID": sigmoid_forget, **kept}
     both = kernels.forward_resident, kernels.forward_streamed
-    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, steps)
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, steps, begin)
 
 
-def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, target):
+def plan_backward(
+    d_out, weight, starts, kept, d_states, d_h_first, d_preacts, target, begin=0
+) -> Iterator[Launch]:
     """Launches of the backward pass; `d_states` (h, c, n) are of the last state, become the first.
 
-    Only a streamed pass writes `d_h_first`; it takes a step more.
+    Only a streamed pass writes `d_h_first`; it takes a step more. Single steps before number
+    `begin`, counted from the end of the sequence, are left out.
     """
     batch, steps, _, heads, d = d_preacts.shape
     tiles = tiles_for(target, d, d_preacts.dtype)
@@ -119,10 +133,44 @@ def plan_backward(d_out, weight, starts, kept, d_states, d_h_first, d_preacts, t
     arguments |= {"d_h_last": h, "d_h_first": d_h_first} if tiles.inner else {"d_h_state": h}
     both = kernels.backward_resident, kernels.backward_streamed
     last = steps + 1 if tiles.inner else steps
-    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, last)
+    return _plan(both, tiles, (batch, steps, heads, d), arguments, target, last, begin)
 
 
 KEPT = ("acts", "decays", "cs", "ns")
+
+FORWARD = graphs.Pass(
+    constant=("weight", "bias"),
+    read=("preacts", "starts"),
+    written=("out", *KEPT),
+    carried=("h_states", "c_state", "n_state", "m_state"),
+    same={},
+    backwards=False,
+    closing=0,
+)
+
+# The step before the first token gives d_h of the segment before, where its last step reads it.
+BACKWARD = graphs.Pass(
+    constant=("weight",),
+    read=("d_out", "starts", *KEPT),
+    written=("d_preacts",),
+    carried=("d_h_last", "d_c_state", "d_n_state"),
+    same={"d_h_first": "d_h_last"},
+    backwards=True,
+    closing=1,
+)
+
+
+def _run(plan: Callable[[int], Iterator[Launch]], roles: graphs.Pass, like: Tensor) -> None:
+    """Do a pass: as graphs as far as these go, then launch by launch.
+
+    Args:
+        plan: The launches from a step on.
+        roles: What their arguments are.
+        like: A tensor on the device where they run.
+    """
+    first = next(plan(0))
+    done = graphs.run_segments(first, roles) if first.name == STEP else 0
+    run_all(plan(done), like)
 
 
 def kept_buffers(preacts: Tensor) -> list[Tensor]:
@@ -171,11 +219,11 @@ def forward(
     if streamed:
         h = torch.stack([h, torch.empty_like(h)])
     out, kept = torch.empty_like(preacts[:, :, 0]), kept_buffers(preacts)
-    launches = plan_forward(
-        preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
+    plan = partial(
+        plan_forward, preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
         dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
     )  # fmt: skip
-    run_all(launches, preacts)
+    _run(plan, FORWARD, preacts)
     if streamed:
         h = h[steps % 2].clone()
     return Results(out, (h, c, n, m), kept)
@@ -205,10 +253,11 @@ def backward(
     d_states = [_state(x, acts) for x in d_last]
     d_h_first, d_preacts = torch.empty_like(d_states[0]), torch.empty_like(acts)
     saved = dict(zip(KEPT, kept.saved, strict=True))
-    launches = plan_backward(
-        d_out, weight, _bytes(boundaries), saved, d_states, d_h_first, d_preacts, target
+    plan = partial(
+        plan_backward,
+        *(d_out, weight, _bytes(boundaries), saved, d_states, d_h_first, d_preacts, target),
     )
-    run_all(launches, out)
+    _run(plan, BACKWARD, out)
     if tiles_for(target, d, out.dtype).inner:
         d_states[0] = d_h_first
     # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
