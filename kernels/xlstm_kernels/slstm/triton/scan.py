@@ -1,8 +1,8 @@
 """The sLSTM on Triton: what the kernels of `kernels` are launched with, and in what order.
 
 Weights take part in the products in the dtype of the pre-activations. Heads too large for one
-program take one launch per step and pass. `graphs` replays these as CUDA graphs where it can; what
-is left is launched from Python, which a graph of the caller can capture as well: nothing in between
+program take one launch per step and pass. `graphs` replays these as graphs of the GPU where it can.
+What is left is launched from Python. A graph of the caller can capture that too: nothing in between
 touches the host.
 """
 
