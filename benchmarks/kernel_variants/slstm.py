@@ -1,5 +1,6 @@
 """What the sLSTM launches at the sizes of the papers' models, and at awkward sizes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,31 @@ def step_flops(launch: Launch) -> int:
     return 2 * 4 * known["d"] ** 2 * known["batch"] * known["heads"]
 
 
+def plan_both(
+    target: str,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    b: int,
+    s: int,
+    heads: int,
+    boundaries: bool = True,
+    sigmoid: bool = True,
+) -> tuple[Iterator[Launch], Iterator[Launch]]:
+    """Launches of a forward and of a backward pass on `target`, planned on the meta device."""
+    preacts = torch.empty(b, s, 4, heads, d, dtype=dtype, device="meta")
+    weight, bias = preacts.new_empty(4, heads, d, d), preacts.new_empty(4, heads, d)
+    starts = preacts.new_empty(b, s, dtype=torch.uint8) if boundaries else None
+    states = [preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
+    kept = dict(zip(KEPT, kept_buffers(preacts), strict=True))
+    out = preacts[:, :, 0].contiguous()
+    forward = plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid, target)
+    backward = plan_backward(
+        out, weight, starts, kept, states[:3], states[3], torch.empty_like(preacts), target
+    )
+    return forward, backward
+
+
 def describe(
     target: str,
     d: int,
@@ -39,17 +65,9 @@ def describe(
     setting: str = "",
     sigmoid: bool = True,
 ) -> list[Variant]:
-    """Variants of a forward and backward pass on `target`, planned on the meta device."""
-    preacts = torch.empty(b, s, 4, heads, d, dtype=dtype, device="meta")
-    weight, bias = preacts.new_empty(4, heads, d, d), preacts.new_empty(4, heads, d)
-    starts = preacts.new_empty(b, s, dtype=torch.uint8) if boundaries else None
-    states = [preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
-    kept = dict(zip(KEPT, kept_buffers(preacts), strict=True))
-    out = preacts[:, :, 0].contiguous()
-    forward = plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid, target)
-    backward = plan_backward(
-        out, weight, starts, kept, states[:3], states[3], torch.empty_like(preacts), target
-    )
+    """Variants of a forward and backward pass on `target`."""
+    sizes = {"b": b, "s": s, "heads": heads}
+    forward, backward = plan_both(target, d, dtype, boundaries=boundaries, sigmoid=sigmoid, **sizes)
     tiles = tiles_for(target, d, dtype)
     variants = []
     for phase, launches, last in (("fw", forward, s), ("bw", backward, s + (tiles.inner > 0))):
@@ -62,6 +80,7 @@ def describe(
         steps = 1 if tiles.apart else last
         one = variant_of(launch, name, phase, step_flops(launch) * steps, setting)
         if tiles.inner:
+            weight = launch.arguments["weight"]
             matrices = weight.nbytes // heads
             blocks, turns = triton.cdiv(d, tiles.width), triton.cdiv(d, tiles.inner)
             if tiles.apart:  # a launch reads the weights and one token of everything else

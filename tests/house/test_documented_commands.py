@@ -165,6 +165,10 @@ RUN_ELSEWHERE = {
         "tests/xlstm_mcore/test_benchmarks.py",
         'run("benchmarks.end_to_end"',
     ),
+    "python -m benchmarks.slstm_forms": (
+        "tests/kernels/benchmarks/test_slstm_forms.py",
+        "slstm_forms.main([",
+    ),
     "python -m benchmarks.kernel_resources": (
         "tests/kernels/triton/test_aot.py",
         '"-m", "benchmarks.kernel_resources"',

@@ -30,6 +30,43 @@ SIZES = ["batch", "steps"]
 SIZES_AND_RANGE = [*SIZES, "first", "last"]
 
 
+@triton.jit
+def forward_step(
+    b_i, b_f, b_z, b_o, b_c, b_n, b_m, out, acts, decays, cs, ns, o_token, o_gates, stride_gate,
+    m_tile, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """h, c, n, m after a step of a tile, from its pre-activations; stores all but the states."""
+    tl.store(cs + o_token, b_c, mask=m_tile)
+    tl.store(ns + o_token, b_n, mask=m_tile)
+    b_h, b_c, b_n, b_m, b_write, b_closing, b_z, b_o, b_decay = cell(
+        b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID
+    )
+    tl.store(out + o_token, b_h.to(out.dtype.element_ty), mask=m_tile)
+    store_gates(acts + o_gates, stride_gate, b_write, b_closing, b_z, b_o, m_tile)
+    tl.store(decays + o_token, b_decay, mask=m_tile)
+    return b_h, b_c, b_n, b_m
+
+
+@triton.jit
+def backward_step(
+    b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates, stride_gate, m_tile
+):
+    """Gradients of the gates of a tile, which it stores, and of c and n before a step.
+
+    `b_dh` is what the steps after it leave, without this token's own gradient.
+    """
+    b_dh += load_wide(d_out + o_token, m_tile)
+    b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
+    b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
+    b_c = load_wide(cs + o_token, m_tile)
+    b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
+    b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
+        b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
+    )
+    store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
+    return b_di, b_df, b_dz, b_do, b_dc, b_dn
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_resident(
     preacts, weight, bias, starts, h_state, c_state, n_state, m_state, out, acts, decays, cs, ns,
@@ -79,14 +116,10 @@ def forward_resident(
         b_f = product(b_left, b_Rf, PRECISION) + (b_xf + b_bias_f)
         b_z = product(b_left, b_Rz, PRECISION) + (b_xz + b_bias_z)
         b_o = product(b_left, b_Ro, PRECISION) + (b_xo + b_bias_o)
-        tl.store(cs + o_token, b_c, mask=m_tile)
-        tl.store(ns + o_token, b_n, mask=m_tile)
-        b_h, b_c, b_n, b_m, b_write, b_closing, b_z, b_o, b_decay = cell(
-            b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID
-        )
-        tl.store(out + o_token, b_h.to(out.dtype.element_ty), mask=m_tile)
-        store_gates(acts + o_gates, stride_gate, b_write, b_closing, b_z, b_o, m_tile)
-        tl.store(decays + o_token, b_decay, mask=m_tile)
+        b_h, b_c, b_n, b_m = forward_step(
+            b_i, b_f, b_z, b_o, b_c, b_n, b_m, out, acts, decays, cs, ns, o_token, o_gates,
+            stride_gate, m_tile, SIGMOID,
+        )  # fmt: skip
     tl.store(h_state + o_state, b_h, mask=m_tile)
     tl.store(c_state + o_state, b_c, mask=m_tile)
     tl.store(n_state + o_state, b_n, mask=m_tile)
@@ -125,18 +158,13 @@ def backward_resident(
         # [BATCH, D]
         o_token = o_t[:, None] * stride_gate + o_head[None, :]
         o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
-        b_dh += load_wide(d_out + o_token, m_tile)
-        b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
-        b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
-        b_c = load_wide(cs + o_token, m_tile)
-        b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
-        b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
-            b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
-        )
+        b_di, b_df, b_dz, b_do, b_dc, b_dn = backward_step(
+            b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates,
+            stride_gate, m_tile,
+        )  # fmt: skip
         # Rounded as the products take them.
         b_di, b_df = b_di.to(weight.dtype.element_ty), b_df.to(weight.dtype.element_ty)
         b_dz, b_do = b_dz.to(weight.dtype.element_ty), b_do.to(weight.dtype.element_ty)
-        store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
         b_dh = product(b_di, b_Ri, PRECISION) + product(b_df, b_Rf, PRECISION)
         b_dh += product(b_dz, b_Rz, PRECISION) + product(b_do, b_Ro, PRECISION)
         if starts is not None:
@@ -244,18 +272,14 @@ def forward_streamed(
             if starts is not None:
                 b_m = tl.where(m_known[:, None], b_m, -float("inf"))
             b_c, b_n = load_wide(c_state + o_state, m_tile), load_wide(n_state + o_state, m_tile)
-            tl.store(cs + o_token, b_c, mask=m_tile)
-            tl.store(ns + o_token, b_n, mask=m_tile)
-            b_h, b_c, b_n, b_m, b_write, b_closing, b_z, b_o, b_decay = cell(
-                b_i, b_f, b_z, b_o, b_c, b_n, b_m, SIGMOID
-            )
+            b_h, b_c, b_n, b_m = forward_step(
+                b_i, b_f, b_z, b_o, b_c, b_n, b_m, out, acts, decays, cs, ns, o_token, o_gates,
+                stride_gate, m_tile, SIGMOID,
+            )  # fmt: skip
             tl.store(m_state + o_state, b_m, mask=m_tile)
             tl.store(c_state + o_state, b_c, mask=m_tile)
             tl.store(n_state + o_state, b_n, mask=m_tile)
             tl.store(h_states + ((t + 1) % 2) * stride_part + o_state, b_h, mask=m_tile)
-            tl.store(out + o_token, b_h.to(out.dtype.element_ty), mask=m_tile)
-            store_gates(acts + o_gates, stride_gate, b_write, b_closing, b_z, b_o, m_tile)
-            tl.store(decays + o_token, b_decay, mask=m_tile)
         tl.debug_barrier()  # the next step reads what other threads have stored
 
 
@@ -330,17 +354,12 @@ def backward_streamed(
                 o_t = o_row * steps + t
                 o_token = o_t[:, None] * stride_gate + o_head[None, :]
                 o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
-                b_dh += load_wide(d_out + o_token, m_tile)
                 b_dc = load_wide(d_c_state + o_state, m_tile)
                 b_dn = load_wide(d_n_state + o_state, m_tile)
-                b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
-                b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
-                b_c = load_wide(cs + o_token, m_tile)
-                b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
-                b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
-                    b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
-                )
-                store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
+                _, _, _, _, b_dc, b_dn = backward_step(
+                    b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates,
+                    stride_gate, m_tile,
+                )  # fmt: skip
                 tl.store(d_c_state + o_state, b_dc, mask=m_tile)
                 tl.store(d_n_state + o_state, b_dn, mask=m_tile)
         tl.debug_barrier()  # the next step reads what other threads have stored
