@@ -92,6 +92,7 @@ class Resources:
     unwaited: int  # such writes if the waits were not there
     compile_s: float = 0.0
     limits: list[str] = field(default_factory=list)  # why it could not be launched
+    cooperative: bool = False  # all programs run at the same time, and meet at every step
 
     def to_json(self) -> dict:
         """A dict of plain values."""
@@ -124,6 +125,8 @@ def compile_variant(variant: Variant, target: str):
     }
     source = ASTSource(variant.fn, variant.signature, variant.constexprs, attrs)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.cooperative:
+        options["launch_cooperative_grid"] = True
     gpu = GPUTarget(device.backend, device.arch, device.warp)
     return triton.compile(source, target=gpu, options=options)
 
@@ -201,6 +204,7 @@ def examine(variant: Variant, target: str) -> Resources:
         unwaited=0 if amd else len(overwritten_operands(listing, waits=False)),
         compile_s=time.monotonic() - start,
         limits=limits,
+        cooperative=variant.cooperative,
     )
 
 

@@ -20,16 +20,19 @@ from torch import Tensor
 from benchmarks.aot import DEVICES, Resources, examine
 from benchmarks.block_roofline import Pass, count_model, of_run
 from benchmarks.device_limits import BANDWIDTH, BF16_PRODUCTS
-from benchmarks.kernel_resources import GRAPH_LAUNCH_US
+from benchmarks.kernel_resources import GRAPH_LAUNCH_US, MEETING_US
+from benchmarks.kernel_variants import persistent
 from benchmarks.kernel_variants.slstm import describe, plan_both
 from pretrain.config import load_config
 from xlstm_kernels.slstm.triton import graphs, scan
+from xlstm_kernels.slstm.triton.persistent_plan import plan_group
 from xlstm_mcore.pattern import parse_pattern
 
 TARGET = "sm_90"
 LAUNCH_US = 40.0  # of the host, for a launch from Python: the lower end of 40 to 80
 REPLAY_US = 10.0  # between two replays of a graph
-GOALS = {("graphs", 4): 1.35}  # ratio of [7:1] to [1:0] by form and rows
+# The ratio of [7:1] to [1:0], by form and rows.
+GOALS = {("graphs", 4): 1.35, ("persistent", 4): 1.25, ("persistent", 16): 1.05}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Loop:
         copied: Bytes read and written by the copies into and out of the buffers of graphs.
         replays: Of graphs.
         rest_ms: What follows the loop: the gradients of the recurrent weight and of the bias.
+        together_us: Least time of all steps of the persistent form, meetings included; None where
+            it does not fit the device.
     """
 
     launches: int
@@ -49,20 +54,21 @@ class Loop:
     copied: int
     replays: int
     rest_ms: float
+    together_us: float | None = None
 
     def ms(self, form: str) -> float:
         """The bound of a form."""
         if form == "launches":
-            return (
-                self.launches * max(LAUNCH_US, self.floor_us / self.launches) / 1e3 + self.rest_ms
-            )
+            return max(LAUNCH_US * self.launches, self.floor_us) / 1e3 + self.rest_ms
         if form == "graphs":
             loop = self.floor_us + GRAPH_LAUNCH_US * self.launches + REPLAY_US * self.replays
             return loop / 1e3 + 1e3 * self.copied / BANDWIDTH + self.rest_ms
+        if form == "persistent" and self.together_us is not None:
+            return self.together_us / 1e3 + self.rest_ms
         raise ValueError(f"form={form!r} is not known; use one of {', '.join(FORMS)}")
 
 
-FORMS = ("launches", "graphs")
+FORMS = ("launches", "graphs", "persistent")
 
 
 def copied_bytes(arguments: dict, roles: graphs.Pass) -> int:
@@ -73,14 +79,25 @@ def copied_bytes(arguments: dict, roles: graphs.Pass) -> int:
     return 2 * sum(sizes)
 
 
-def loop_of(floors: list[Resources], rows: int, steps: int, heads: int, d: int) -> Loop:
+def loop_of(
+    floors: list[Resources], together: list[Resources], rows: int, steps: int, heads: int, d: int
+) -> Loop:
     """The loop's bound from the counted kernels, forward and then backward.
+
+    Args:
+        floors: Of single steps.
+        together: Of the persistent form; empty if it fits no call of this width.
+        rows: Of the micro-batch.
+        steps: Tokens of a row.
+        heads: Their number.
+        d: Width of a head.
 
     Raises:
         ValueError: The head fits one program, which does all steps in one launch.
     """
     plans = plan_both(TARGET, d, torch.bfloat16, b=rows, s=steps, heads=heads)
     launches, floor, copied, replays = 0, 0.0, 0, steps // graphs.SEGMENT * 2
+    leasts = []
     for one, plan, roles in zip(floors, plans, (scan.FORWARD, scan.BACKWARD), strict=True):
         first = next(plan)
         if first.name != scan.STEP:
@@ -89,13 +106,19 @@ def loop_of(floors: list[Resources], rows: int, steps: int, heads: int, d: int) 
         waves = -(-first.grid[0] // (DEVICES[TARGET].processors * max(one.ctas_per_sm, 1)))
         tensors = [first.arguments[name] for name in chain(roles.read, roles.written)]
         moved = sum(x.nbytes for x in tensors if isinstance(x, Tensor)) / steps
-        least = max(waves * (one.floor_us or 0.0), 1e6 * moved / BANDWIDTH)
+        leasts.append(1e6 * moved / BANDWIDTH)
+        least = max(waves * (one.floor_us or 0.0), leasts[-1])
         launches, floor = launches + count, floor + count * least
         copied += copied_bytes(first.arguments, roles)
     flops = 2 * 4 * heads * d * d * rows * steps
     read = 2 * rows * steps * heads * d * (4 + 4 + 3)  # gate gradients twice, h shifted and read
     rest = 1e3 * max(flops / BF16_PRODUCTS, read / BANDWIDTH)
-    return Loop(launches, floor, copied, replays, rest)
+    group = plan_group(rows, heads, d, torch.bfloat16, DEVICES[TARGET].processors, scan.BATCH)
+    at_once = None
+    if group is not None and together:
+        both = zip(together, leasts, strict=True)
+        at_once = steps * sum(max((x.floor_us or 0.0) + MEETING_US, y) for x, y in both)
+    return Loop(launches, floor, copied, replays, rest, at_once)
 
 
 def block_of(path: str, letter: str, tokens: int, rows: int, recompute: str) -> tuple[Pass, Pass]:
@@ -115,7 +138,7 @@ def without_loop(block: Pass) -> tuple[Pass, int]:
 
 
 def compare(
-    mixed: str, plain: str, rows: int, tokens: int, floors: list[Resources], recompute: str
+    mixed: str, plain: str, rows: int, tokens: int, kernels: tuple, recompute: str
 ) -> list[str]:
     """Lines of one micro-batch size."""
     config = load_config(mixed, {}, quiet=True).model
@@ -125,7 +148,7 @@ def compare(
     around, scans = without_loop(s_block)
     assert scans == 1, f"{scans} forward passes of the loop in a block"
     heads, d = config.num_heads, config.hidden_size // config.num_heads
-    loop = loop_of(floors, rows, tokens, heads, d)
+    loop = loop_of(*kernels, rows, tokens, heads, d)
     m_ms, s_ms, rest_ms = (x.totals()["ms"] for x in (m_block, around, rest))
     base = sum(letters.values()) * m_ms + rest_ms
     lines = [
@@ -133,6 +156,9 @@ def compare(
         f"[1:0] {base:.0f} ms"
     ]
     for form in FORMS:
+        if form == "persistent" and loop.together_us is None:
+            lines.append("  persistent   does not fit: more programs than processors")
+            continue
         total = letters["m"] * m_ms + letters["s"] * (s_ms + loop.ms(form)) + rest_ms
         goal = GOALS.get((form, rows))
         verdict = f" (goal {goal}: {'met' if total <= goal * base else 'MISSED'})" if goal else ""
@@ -156,16 +182,21 @@ def main(arguments: list[str] | None = None) -> None:
     heads, d = config.num_heads, config.hidden_size // config.num_heads
     shape = {"b": 16, "s": options.tokens, "heads": heads}
     floors = [examine(one, TARGET) for one in describe(TARGET, d, torch.bfloat16, **shape)]
+    together = [examine(one, TARGET) for one in persistent.describe(TARGET, heads, d)]
     print(f"{options.mixed} beside {options.plain}: bounds on an H100, not times")
     for name, one in zip(("forward", "backward"), floors, strict=True):
         print(f"  a step {name}: >= {one.floor_us:.2f} us by its code, without a launch")
+    for name, one in zip(("forward", "backward"), together, strict=False):
+        print(f"  a persistent step {name}: >= {one.floor_us:.2f} us, without the meeting")
     print(
         f"assumed: {LAUNCH_US:.0f} us of the host for a launch from Python, {GRAPH_LAUNCH_US} us "
-        f"for a node of a graph, {REPLAY_US:.0f} us between replays of {graphs.SEGMENT} steps"
+        f"for a node of a graph, {REPLAY_US:.0f} us between replays of {graphs.SEGMENT} steps,\n"
+        f"{MEETING_US} us for the meeting of the persistent form's programs at every step"
     )
     for rows in options.rows:
+        kernels = floors, together
         lines = compare(
-            options.mixed, options.plain, rows, options.tokens, floors, options.recompute
+            options.mixed, options.plain, rows, options.tokens, kernels, options.recompute
         )
         print("\n".join(lines), flush=True)
 

@@ -1,15 +1,18 @@
 """Part 6: the sLSTM's time for each step, by graphs and launched from Python.
 
-Beside them stands the forward pass as one graph of all its launches, which copies nothing.
+Beside them stands the forward pass as one graph of all its launches, which copies nothing, and the
+persistent form with its distance to the others.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu_proof.setting import Setting
-from benchmarks.kernels_gpu import slstm_inputs, time_call, time_ms
+from benchmarks.kernels_gpu import forward_backward, slstm_inputs, time_call, time_ms
 from xlstm_kernels import slstm_scan
 from xlstm_kernels.common.launch_graph import without_graphs
 
@@ -35,6 +38,21 @@ def rows(setting: Setting) -> Iterator[dict]:
             }
         if not setting.dry:
             row["us_per_step_fw_one_graph"] = 1e3 * _graph_ms(scan, inputs) / steps
+            # Last: its programs wait for each other, and it has never run.
+            yield row
+            expected = forward_backward(scan, inputs)
+            with mock.patch.dict(os.environ, XLSTM_SLSTM_PERSISTENT="1"):
+                got = forward_backward(scan, inputs)
+                times = time_call(scan, inputs, setting.device)
+            errors = [
+                ((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)
+            ]
+            row = {"name": f"head dimension {d}, persistent", "worst": max(errors)}
+            row |= {
+                f"us_per_step_{k[:-3]}": 1e3 * times[k]["median"] / steps
+                for k in times
+                if k.endswith("_ms")
+            }
         yield row
 
 

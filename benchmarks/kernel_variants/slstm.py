@@ -46,7 +46,9 @@ def plan_both(
     states = [preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
     kept = dict(zip(KEPT, kept_buffers(preacts), strict=True))
     out = preacts[:, :, 0].contiguous()
-    forward = plan_forward(preacts, weight, bias, starts, states, out, kept, sigmoid, target)
+    h = torch.stack([states[0]] * 2) if tiles_for(target, d, dtype).inner else states[0]
+    first = h, *states[1:]
+    forward = plan_forward(preacts, weight, bias, starts, first, out, kept, sigmoid, target)
     backward = plan_backward(
         out, weight, starts, kept, states[:3], states[3], torch.empty_like(preacts), target
     )

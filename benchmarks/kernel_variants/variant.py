@@ -51,6 +51,7 @@ class Variant:
         steps: For the latency floor of a recurrence: time steps that one launch does in turn.
         inner_loops: Likewise: turns of the loops inside a step, outermost first.
         step_bytes: Likewise: bytes that one program reads again at every step.
+        cooperative: Whether all programs run at the same time, and meet at every step.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Variant:
     steps: int = 0
     inner_loops: tuple[int, ...] = ()
     step_bytes: int = 0
+    cooperative: bool = False
 
     def aligned(self) -> list[str]:
         """Names of the arguments that are multiples of 16."""
@@ -145,4 +147,5 @@ def variant_of(
         flops=flops,
         setting=setting,
         phase=phase,
+        cooperative=launch.cooperative,
     )

@@ -46,6 +46,13 @@ def can_capture(device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 0 of anything else, where no two programs run at the same time."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def current_stream(device: torch.device) -> Hashable:
     """What tells streams apart: the buffers of a graph serve one stream, in its order."""
     return torch.cuda.current_stream(device).cuda_stream

@@ -39,6 +39,7 @@ class Launch:
         arguments: What the kernel is called with, by name.
         num_warps: Warps of a program.
         num_stages: Stages of software pipelines.
+        cooperative: Whether the driver must run all programs at the same time, or refuse.
     """
 
     name: str
@@ -47,12 +48,14 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    cooperative: bool = False
 
     def run(self) -> None:
         """Launch on the current stream."""
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.cooperative and not INTERPRETED:
+            options["launch_cooperative_grid"] = True
+        self.kernel[self.grid](**self.arguments, **options)
 
 
 def unsupported_reason(like: Tensor, *, asked: bool, **facts: object) -> str | None:

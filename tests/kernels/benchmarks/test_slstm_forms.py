@@ -10,10 +10,11 @@ from benchmarks.counted_ops import Kernel
 from benchmarks.device_limits import BANDWIDTH
 
 FLOORS = [SimpleNamespace(floor_us=us, ctas_per_sm=1) for us in (3.0, 2.0)]
+TOGETHER = [SimpleNamespace(floor_us=us) for us in (1.0, 0.5)]
 
 
 def loop(rows, d=512, steps=2048):
-    return slstm_forms.loop_of(FLOORS, rows, steps, 4, d)
+    return slstm_forms.loop_of(FLOORS, TOGETHER, rows, steps, 4, d)
 
 
 def test_steps_floors_and_replays_are_counted():
@@ -39,8 +40,15 @@ def test_forms_differ_by_what_starts_a_step():
     assert one.ms("launches") == pytest.approx(one.launches * 0.040 + one.rest_ms)
     graphs = (one.floor_us + 1.3 * one.launches + 10 * one.replays) / 1e3
     assert one.ms("graphs") == pytest.approx(graphs + 1e3 * one.copied / BANDWIDTH + one.rest_ms)
-    with pytest.raises(ValueError, match="not known; use one of launches, graphs"):
+    assert one.ms("persistent") == pytest.approx(2048 * (1.0 + 0.5 + 2 * 1.2) / 1e3 + one.rest_ms)
+    with pytest.raises(ValueError, match="not known; use one of launches, graphs, persistent"):
         one.ms("other")
+
+
+def test_the_persistent_form_ends_where_programs_outnumber_processors():
+    assert loop(32).together_us is not None and loop(33).together_us is None
+    no_kernels = slstm_forms.loop_of(FLOORS, [], 4, 2048, 4, 512)
+    assert no_kernels.together_us is None
 
 
 def test_programs_that_do_not_run_at_once_take_turns():
@@ -63,10 +71,16 @@ def test_the_command_compares_the_two_models(monkeypatch, capsys):
         return Pass([Kernel("x", byte_count)] * len(letters) + [operator] * letters.count("s"))
 
     monkeypatch.setattr(slstm_forms, "count_model", count_model)
-    monkeypatch.setattr(slstm_forms, "examine", lambda one, target: FLOORS["bw" in one.name])
+
+    def examine(one, target):
+        return (TOGETHER if one.cooperative else FLOORS)["bw" in one.name]
+
+    monkeypatch.setattr(slstm_forms, "examine", examine)
     slstm_forms.main(["--rows", "4"])
     printed = capsys.readouterr().out
     assert "an m block 1.00 ms, an s block without its loop 1.00 ms; [1:0] 48 ms" in printed
     expected = 48 + 6 * loop(4).ms("graphs")
     assert f"[7:1] {expected:6.0f} ms, {expected / 48:.2f} x [1:0] (goal 1.35: MISSED)" in printed
-    assert "bounds on an H100, not times" in printed and "assumed: 40 us" in printed
+    assert "bounds on an H100, not times" in printed and "40 us of the host" in printed
+    expected = 48 + 6 * loop(4).ms("persistent")
+    assert f"[7:1] {expected:6.0f} ms, {expected / 48:.2f} x [1:0] (goal 1.25" in printed

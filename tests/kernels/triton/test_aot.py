@@ -107,6 +107,18 @@ def test_settings_are_described_on_every_target():
         assert {"7b", "7b fp32 states", "125m"} <= settings
 
 
+def test_the_persistent_slstm_keeps_its_weights_in_shared_memory(tmp_path):
+    """At heads of 512 on a Hopper GPU, with a step that leaves time for the meeting."""
+    choice = ["--module", "benchmarks.kernel_variants.persistent", "--only", "persistent 512"]
+    data, result = compile_report(tmp_path, *choice, "--targets", "sm_90")
+    assert not data["failures"] and len(data["kernels"]) == 2
+    for one in data["kernels"]:
+        assert one["cooperative"] and one["ctas_per_sm"] == 1 and not one["limits"], one["limits"]
+        assert one["shared"] > 8 * 512 * 32  # the weights, and what is exchanged
+        assert one["floor_us"] > 0
+    assert "us assumed for the meeting (goal: both <= 3.5: met)" in result.stdout
+
+
 # The report itself
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
-from xlstm_kernels.slstm.triton import graphs, kernels
+from xlstm_kernels.slstm.triton import graphs, kernels, persistent_plan
 
 MOST = 1024
 BATCH = 16  # rows of a program: the least that a tensor core's product takes
@@ -216,14 +216,18 @@ def forward(
     h, c, n, m = (_state(x, preacts) for x in state)
     m.masked_fill_(n == 0, -torch.inf)
     streamed = tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
-    if streamed:
+    group = persistent_plan.group_for(preacts, BATCH) if streamed else None
+    if streamed and group is None:
         h = torch.stack([h, torch.empty_like(h)])
     out, kept = torch.empty_like(preacts[:, :, 0]), kept_buffers(preacts)
-    plan = partial(
-        plan_forward, preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
+    given = (
+        preacts, weight, bias.contiguous(), _bytes(boundaries), (h, c, n, m), out,
         dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
     )  # fmt: skip
-    _run(plan, FORWARD, preacts)
+    if group is not None:
+        run_all(persistent_plan.plan_forward(*given, group, BATCH), preacts)
+        return Results(out, (h, c, n, m), kept)
+    _run(partial(plan_forward, *given), FORWARD, preacts)
     if streamed:
         h = h[steps % 2].clone()
     return Results(out, (h, c, n, m), kept)
@@ -253,12 +257,15 @@ def backward(
     d_states = [_state(x, acts) for x in d_last]
     d_h_first, d_preacts = torch.empty_like(d_states[0]), torch.empty_like(acts)
     saved = dict(zip(KEPT, kept.saved, strict=True))
-    plan = partial(
-        plan_backward,
-        *(d_out, weight, _bytes(boundaries), saved, d_states, d_h_first, d_preacts, target),
-    )
-    _run(plan, BACKWARD, out)
-    if tiles_for(target, d, out.dtype).inner:
+    streamed = tiles_for(target, d, out.dtype).inner > 0
+    group = persistent_plan.group_for(acts, BATCH) if streamed else None
+    given = d_out, weight, _bytes(boundaries), saved, d_states
+    if group is not None:
+        run_all(persistent_plan.plan_backward(*given, d_preacts, target, group, BATCH), out)
+    else:
+        plan = partial(plan_backward, *given, d_h_first, d_preacts, target)
+        _run(plan, BACKWARD, out)
+    if streamed and group is None:
         d_states[0] = d_h_first
     # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
     h_prev = torch.empty_like(out)
