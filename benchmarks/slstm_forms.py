@@ -113,7 +113,7 @@ def loop_of(
     flops = 2 * 4 * heads * d * d * rows * steps
     read = 2 * rows * steps * heads * d * (4 + 4 + 3)  # gate gradients twice, h shifted and read
     rest = 1e3 * max(flops / BF16_PRODUCTS, read / BANDWIDTH)
-    group = plan_group(rows, heads, d, torch.bfloat16, DEVICES[TARGET].processors, scan.BATCH)
+    group = plan_group(rows, heads, d, torch.bfloat16, persistent.SIZES[TARGET], scan.BATCH)
     at_once = None
     if group is not None and together:
         both = zip(together, leasts, strict=True)

@@ -12,16 +12,20 @@ import torch
 from benchmarks.aot import DEVICES
 from benchmarks.kernel_variants.slstm import step_flops
 from benchmarks.kernel_variants.variant import Variant, variant_of
+from xlstm_kernels.common.launch_graph import Device
 from xlstm_kernels.slstm.triton.persistent_plan import plan_backward, plan_forward, plan_group
 from xlstm_kernels.slstm.triton.scan import BATCH, KEPT, kept_buffers
 
-PROCESSORS = {target: DEVICES[target].processors for target in ("sm_80", "sm_90", "sm_100")}
+SIZES = {
+    target: Device(DEVICES[target].processors, DEVICES[target].shared - DEVICES[target].reserved)
+    for target in ("sm_80", "sm_90", "sm_100")
+}
 HEADS = ((4, 192), (4, 512), (2, 1024))  # heads and their width: 125M, 1.3B, and the widest
 
 
 def describe(target: str, heads: int, d: int, b: int = 16, s: int = 2048) -> list[Variant]:
     """Variants of both passes in bf16 with boundaries; none where the call does not fit."""
-    group = plan_group(b, heads, d, torch.bfloat16, PROCESSORS[target], BATCH)
+    group = plan_group(b, heads, d, torch.bfloat16, SIZES[target], BATCH)
     if group is None:
         return []
     preacts = torch.empty(b, s, 4, heads, d, dtype=torch.bfloat16, device="meta")
@@ -46,6 +50,6 @@ def describe(target: str, heads: int, d: int, b: int = 16, s: int = 2048) -> lis
 
 def triton_variants(target: str) -> list[Variant]:
     """Those of NVIDIA's targets."""
-    if target not in PROCESSORS:
+    if target not in SIZES:
         return []
     return [one for heads, d in HEADS for one in describe(target, heads, d)]

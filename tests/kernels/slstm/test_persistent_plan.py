@@ -10,18 +10,18 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
 from benchmarks.kernel_variants import TARGETS, find_variants
-from benchmarks.kernel_variants.persistent import PROCESSORS
-from xlstm_kernels.common.launch_graph import processors_of
-from xlstm_kernels.slstm.triton.persistent_plan import RESIDENT, Group, plan_group
+from benchmarks.kernel_variants.persistent import SIZES
+from xlstm_kernels.common.launch_graph import Device, device_of
+from xlstm_kernels.slstm.triton.persistent_plan import Group, plan_group
 
 BF16 = torch.bfloat16
 
 
 def plan(target, batch, heads, d, dtype=BF16):
-    return plan_group(batch, heads, d, dtype, PROCESSORS[target], 16)
+    return plan_group(batch, heads, d, dtype, SIZES[target], 16)
 
 
-@pytest.mark.parametrize("target", PROCESSORS)
+@pytest.mark.parametrize("target", SIZES)
 def test_the_papers_heads(target):
     assert plan(target, 16, 4, 512) == Group(32, 16, 64, 16)
     assert plan(target, 4, 4, 192) == Group(32, 6, 24, 16)
@@ -30,24 +30,24 @@ def test_the_papers_heads(target):
 
 
 def test_what_fits_depends_on_the_processors():
-    """128 programs: for 32 rows of the 1.3B, and for one head of 1,024 and twice its rows."""
-    fits = {target: plan(target, 32, 4, 512) is not None for target in PROCESSORS}
+    """128 programs: for 32 rows of the 1.3B, and for two heads of 1,024."""
+    fits = {target: plan(target, 32, 4, 512) is not None for target in SIZES}
     assert fits == {"sm_80": False, "sm_90": True, "sm_100": True}
     assert plan("sm_90", 16, 2, 1024) == Group(16, 64, 128, 8)
-    assert plan("sm_80", 16, 2, 1024) is None and plan("sm_80", 16, 1, 1024) is not None
+    assert plan("sm_80", 16, 1, 1024) is None  # 192 KB of shared memory, where there are 163
     assert plan("sm_90", 33, 4, 512) is None
 
 
 def test_weights_fit_and_every_program_has_a_processor():
     sizes = itertools.product((1, 16, 17, 64), (1, 2, 4, 8), (130, 256, 300, 512, 700, 1024))
     some = 0
-    for (batch, heads, d), target in itertools.product(sizes, PROCESSORS):
+    for (batch, heads, d), target in itertools.product(sizes, SIZES):
         group = plan(target, batch, heads, d)
         if group is None:
             continue
         some += 1
-        assert group.programs <= PROCESSORS[target]
-        assert 8 * d * group.width <= RESIDENT
+        assert group.programs <= SIZES[target].processors
+        assert 8 * d * group.width < SIZES[target].shared
         assert group.tiles * group.width >= d
         assert group.programs == heads * group.tiles * -(-batch // 16)
         # All programs of a block of rows hold R once.
@@ -57,16 +57,16 @@ def test_weights_fit_and_every_program_has_a_processor():
 
 def test_float32_and_other_devices_take_another_form():
     assert plan("sm_90", 1, 1, 256, torch.float32) is None
-    assert processors_of(torch.device("cpu")) == 0
-    assert plan_group(1, 1, 256, BF16, 0, 16) is None
+    assert device_of(torch.device("cpu")) == Device(0, 0)
+    assert plan_group(1, 1, 256, BF16, Device(0, 0), 16) is None
 
 
 def test_launches_are_described_for_nvidia_only():
     module = "benchmarks.kernel_variants.persistent"
     for target in TARGETS:
         variants = find_variants(target, module)
-        assert bool(variants) == (target in PROCESSORS)
+        assert bool(variants) == (target in SIZES)
         for one in variants:
-            assert one.cooperative and one.grid[0] <= PROCESSORS[target] and one.steps == 2048
+            assert one.cooperative and one.grid[0] <= SIZES[target].processors and one.steps == 2048
     names = {one.name for one in find_variants("sm_90", module)}
     assert {"slstm persistent fw d512", "slstm persistent bw d512"} <= names

@@ -114,7 +114,8 @@ def test_the_persistent_slstm_keeps_its_weights_in_shared_memory(tmp_path):
     assert not data["failures"] and len(data["kernels"]) == 2
     for one in data["kernels"]:
         assert one["cooperative"] and one["ctas_per_sm"] == 1 and not one["limits"], one["limits"]
-        assert one["shared"] > 8 * 512 * 32  # the weights, and what is exchanged
+        # The weights, and as much beside them as the plan expects.
+        assert 8 * 512 * 32 < one["shared"] <= 512 * (8 * 32 + 4 * 16)
         assert one["floor_us"] > 0
     assert "us assumed for the meeting (goal: both <= 3.5: met)" in result.stdout
 

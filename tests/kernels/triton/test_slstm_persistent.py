@@ -19,7 +19,7 @@ def launches(monkeypatch):
     streamed = scan_triton.Tiles(64, False, 64, 4, 1)
     monkeypatch.setattr(scan_triton, "tiles_for", lambda *_: streamed)
 
-    def plan_group(batch, heads, d, dtype, processors, rows):
+    def plan_group(batch, heads, d, dtype, device, rows):
         tiles = -(-d // 16)
         return persistent_plan.Group(16, tiles, heads * tiles * -(-batch // rows), 4)
 

@@ -13,13 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from xlstm_kernels.common.launch_graph import processors_of
+from xlstm_kernels.common.launch_graph import Device, device_of
 from xlstm_kernels.common.triton_launch import Launch
 from xlstm_kernels.slstm.triton import persistent
-
-RESIDENT = 128 << 10
-"""The most bytes of recurrent weights that one program keeps in shared memory. What a step
-exchanges needs the rest, of 164 KB on an A100 and more on later devices."""
 
 WIDTHS = (32, 16)  # columns of a program: of the gates of 8 columns each warp has one product
 
@@ -46,20 +42,21 @@ def asked_for() -> bool:
 
 
 def plan_group(
-    batch: int, heads: int, d: int, dtype: torch.dtype, processors: int, rows: int
+    batch: int, heads: int, d: int, dtype: torch.dtype, device: Device, rows: int
 ) -> Group | None:
     """The widest programs that fit; None if none do.
 
     R takes 8 heads d^2 bytes for each block of rows, of which a program holds 8 D width, with D the
-    power of two that is not below d. These are at most `RESIDENT`, and there are heads ceil(d /
-    width) ceil(batch / rows) programs, at most one for each processor.
+    power of two that is not below d. With 4 rows D of what a step exchanges this is at most the
+    shared memory of a program. There are heads ceil(d / width) ceil(batch / rows) programs, at
+    most one for each processor.
 
     Args:
         batch: Rows of the call.
         heads: Its heads.
         d: Width of a head.
         dtype: Of the pre-activations and of the products.
-        processors: Of the device.
+        device: What it has.
         rows: Of one program.
     """
     if dtype != torch.bfloat16:  # twice the bytes, and products of three parts
@@ -67,8 +64,8 @@ def plan_group(
     for width in WIDTHS:
         tiles = triton.cdiv(d, width)
         programs = heads * tiles * triton.cdiv(batch, rows)
-        fits = 8 * triton.next_power_of_2(d) * width <= RESIDENT
-        if fits and programs <= processors:
+        shared = triton.next_power_of_2(d) * (8 * width + 4 * rows)
+        if shared <= device.shared and programs <= device.processors:
             return Group(width, tiles, programs, width // 2)
     return None
 
@@ -78,7 +75,7 @@ def group_for(preacts: Tensor, rows: int) -> Group | None:
     if not asked_for():
         return None
     batch, _, _, heads, d = preacts.shape
-    return plan_group(batch, heads, d, preacts.dtype, processors_of(preacts.device), rows)
+    return plan_group(batch, heads, d, preacts.dtype, device_of(preacts.device), rows)
 
 
 def _launches(kernel, group: Group, arguments: dict, like: Tensor, rows: int, target: str):
