@@ -1,6 +1,6 @@
 """The launches of the persistent sLSTM, which is off until a GPU has run it.
 
-They are no part of the default report:
+They are not a part of the default report:
 
     python -m benchmarks.kernel_resources --all --module benchmarks.kernel_variants.persistent
 """
