@@ -120,15 +120,15 @@ class ClassicMLSTMMixer(Mixer):
 def _project_heads(weight: Tensor, *qkv: Tensor) -> Tensor:
     """`weight [gates, 3 * heads * d]` times q, k and v `[b, heads, s, d]`, giving `[b, s, gates]`.
 
-    The product is taken head by head and in fp32, so that nothing of the size of q is copied.
+    The product is taken in fp32, and of q, k and v as they lie: heads beside each other.
     """
-    b, heads, s, d = qkv[0].shape
-    columns = weight.view(-1, 3, heads, d).permute(1, 2, 3, 0)  # [3, heads, d, gates]
+    b = len(qkv[0])
+    columns = weight.unflatten(1, (3, -1)).permute(1, 2, 0)  # [3, heads * d, gates]
     parts = (
-        narrow_product(x.flatten(0, 1), c.expand(b, *c.shape).flatten(0, 1))
+        narrow_product(x.transpose(1, 2).flatten(2), c.expand(b, -1, -1))
         for x, c in zip(qkv, columns, strict=True)
     )
-    return sum(parts).view(b, heads, s, -1).sum(1)
+    return sum(parts)
 
 
 def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
@@ -143,15 +143,53 @@ def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
         heads: Number of heads; it divides the number of blocks.
 
     Returns:
-        `[b, heads, s, head_dim]`, contiguous, with `head_dim = blocks * width / heads`.
+        `[b, heads, s, head_dim]` with `head_dim = blocks * width / heads`. Tokens lie as those of
+        `x`, so that nothing is put in order before the cell or after it.
     """
     blocks, _, width = weight.shape
-    b, s, _ = x.shape
     joined = math.gcd(blocks // heads, max(1, TILE // width))
     tiles, tile = blocks // joined, joined * width
     apart = torch.eye(joined, dtype=weight.dtype, device=weight.device).view(joined, 1, joined, 1)
     dense = weight.view(tiles, joined, width, 1, width) * apart  # [tiles, block, out, block, in]
-    rows = x.reshape(b * s, tiles, tile).transpose(0, 1)
-    product = torch.bmm(rows, dense.view(tiles, tile, tile).mT)
-    by_head = product.view(heads, tiles // heads, b, s, tile).permute(2, 0, 3, 1, 4)
-    return by_head.reshape(b, heads, s, blocks // heads * width)
+    product = _TileProducts.apply(x, dense.view(tiles, tile, tile))
+    return product.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class _TileProducts(torch.autograd.Function):
+    """`x [b, s, tiles * tile]` times a matrix `[out, in]` for each tile, in the order of `x`."""
+
+    @staticmethod
+    def forward(ctx, x, matrices):
+        ctx.save_for_backward(x, matrices)
+        out = _empty_like(x)
+        tile = matrices.shape[-1]
+        torch.bmm(_by_tile(x, tile), matrices.mT, out=_by_tile(out, tile))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, matrices = ctx.saved_tensors
+        tile = matrices.shape[-1]
+        d_out, d_x = _empty_like(x), _empty_like(x)
+        d_out.copy_(grad)
+        d_out = _by_tile(d_out, tile)
+        torch.bmm(d_out, matrices, out=_by_tile(d_x, tile))
+        return d_x, torch.bmm(d_out.mT, _by_tile(x, tile))
+
+
+def _sequence_first(x: Tensor) -> bool:
+    """Whether the tokens of `x [b, s, c]` lie in the order of the sequence, then of the batch."""
+    return x.stride(0) < x.stride(1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """A tensor like `x [b, s, c]`, without gaps and in its order of tokens."""
+    b, s, c = x.shape
+    return x.new_empty(s, b, c).transpose(0, 1) if _sequence_first(x) else x.new_empty(b, s, c)
+
+
+def _by_tile(x: Tensor, tile: int) -> Tensor:
+    """`x [b, s, tiles * tile]` as `[tiles, tokens, tile]`, without a copy."""
+    tokens = x.transpose(0, 1) if _sequence_first(x) else x
+    return tokens.reshape(-1, x.shape[-1] // tile, tile).transpose(0, 1)
