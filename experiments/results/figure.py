@@ -9,6 +9,8 @@ from experiments.definition import Experiment, Figure
 from experiments.results.claims import curve
 from experiments.results.scaling import runs_of
 
+_DARK = 0.7  # squares with a larger number have white letters
+
 
 def draw(experiment: Experiment, table: Mapping[str, Any], path: Path) -> None:
     """Draw the best cells of a table into a PNG file."""
@@ -115,14 +117,18 @@ def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
     scaled = name in experiment.measures and experiment.measures[name].value == "accuracy"
     heights = [row["scaled"][name] if scaled else row["mean"][name] for row in rows]
     labels = ["\n".join([row["model"], *map(str, row["values"].values())]) for row in rows]
-    errors = [row["std"].get(name, 0.0) for row in rows]
-    axes.bar(range(len(rows)), heights, yerr=errors, color="#4477aa", width=0.7, label="here")
+    labels = [label.replace(" ", "\n") if len(rows) > 4 else label for label in labels]
+    errors = [row["std"].get(name, 0.0) / (1 - row["chance"] if scaled else 1.0) for row in rows]
+    bars = axes.bar(range(len(rows)), heights, yerr=errors, color="#4477aa", width=0.7)
+    bars.set_label("here")
+    axes.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8, padding=2)
+    axes.margins(y=0.1)
     published = [experiment.published_for(row["model"], row["values"]) for row in rows]
     for place, number in enumerate(published):
         if number is not None:
             axes.plot([place - 0.35, place + 0.35], [number] * 2, color="#cc3311")
     if any(number is not None for number in published):
-        axes.plot([], [], color="#cc3311", label="the paper")
+        axes.plot([], [], color="#cc3311", label="the paper, at its size and on its data")
         axes.legend(frameon=False, fontsize=8)
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylabel(experiment.figure.label)
@@ -142,11 +148,15 @@ def _squares(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> Non
         text = f"{row['scaled'][name]:.2f}".replace("-0.00", "0.00")
         number = experiment.published_for(row["model"], row["values"])
         text += "" if number is None else f"\n({number:.2f})"
-        axes.text(across, down, text, ha="center", va="center", fontsize=6)
+        colour = "white" if row["scaled"][name] > _DARK else "black"
+        axes.text(across, down, text, ha="center", va="center", fontsize=7, color=colour)
     axes.imshow(squares, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
     axes.set_xticks(range(len(data)), data, rotation=40, ha="right", fontsize=7)
     axes.set_yticks(range(len(models)), models, fontsize=8)
-    axes.set_xlabel(f"{experiment.figure.label}; in brackets the paper's, where it is printed")
+    label = experiment.figure.label
+    if experiment.published:
+        label += "; in brackets the paper's, where it prints one"
+    axes.set_xlabel(label, fontsize=8)
 
 
 def _lines(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
