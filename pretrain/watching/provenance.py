@@ -36,7 +36,7 @@ ENVIRONMENT = re.compile(
 DRIVER = Path("/proc/driver/nvidia/version")
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 GIT_SECONDS = 20
-SOURCES = Path(__file__).parents[1]
+SOURCES = Path(__file__).parents[2]
 
 
 def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,10 @@ def test_code_versions_command_and_data_are_noted_and_no_secrets(tmp_path, monke
     (data,) = found["data"]
     assert (data["manifest"], data["tokenizer"]) == (manifest.hash, manifest.tokenizer_sha256)
     assert set(data["sources"]) == {"a"}
+    root = Path(__file__).parents[3]
+    assert root == module.SOURCES
+    if (root / ".git").exists():
+        assert found["code"] is not None and len(found["code"]["commit"]) == 40
 
 
 def test_a_change_of_the_sources_has_another_hash(tmp_path):
