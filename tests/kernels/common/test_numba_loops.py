@@ -122,6 +122,19 @@ def test_norm_reads_heads_that_lie_apart():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout, width", [("heads last", 32), ("row", 16), ("by head", 48)])
+def test_norm_takes_every_layout(layout, width):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2, 16, requires_grad=True)
+    weight = torch.rand(width, requires_grad=True)
+    found = []
+    for backend in ("numba", "torch"):
+        y = multihead_norm(x, weight, "rmsnorm", 1e-6, layout=layout, backend=backend)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("shape", [(1, 1, 16, 4), (2, 3, 16, 4), (3, 9, 144, 4), (2, 7, 32, 1)])
 @pytest.mark.parametrize("bounded", [False, True])
