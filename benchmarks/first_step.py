@@ -112,6 +112,7 @@ def parts(config: RunConfig, world: int, rates: Rates) -> list[Part]:
             parameters * rates.draw,
             "counted",
             f"{parameters:,} draws: each rank draws the whole of its tensors",
+            only="first",
         ),
         Part(
             "checkpoint",

@@ -127,7 +127,7 @@ class Trainer:
         self.config = config = with_vocab_tokens(
             config, self.data.manifest.vocab_size, checkpoints, self.saver.ranks
         )
-        self.engine: Engine = make_engine(config, layout)
+        self.engine: Engine = make_engine(config, layout, initial_values=not checkpoints)
         self.start = resume(config, self.data, self.engine, self.saver, checkpoints)
         self.state, self.evaluation = self.start.state, self.start.evaluation
         self.divergence = self.start.divergence

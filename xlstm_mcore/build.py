@@ -10,7 +10,7 @@ from torch import nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat, cpu_runtime
 from xlstm_mcore.model import XLSTMModel
-from xlstm_mcore.parameters.init import initialize
+from xlstm_mcore.parameters.init import initialize, leave_open
 from xlstm_mcore.settings import LayoutConfig, MemoryConfig, ModelConfig
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,7 +70,7 @@ def make_config(
 def build_model(
     config: XLSTMConfig,
     pg_collection: ProcessGroupCollection,
-    seed: int,
+    seed: int | None,
     finish: Callable[[nn.Module], None] = lambda part: None,
 ) -> list[XLSTMModel]:
     """This rank's model chunks (one, or `virtual` of them with interleaved stages), initialised.
@@ -78,14 +78,17 @@ def build_model(
     Args:
         config: the model's configuration and layout.
         pg_collection: process groups.
-        seed: decides the initial values.
+        seed: decides the initial values. With None all weights are NaN until a checkpoint is read.
         finish: called with every part (embedding, layer, final norm, head) once it has its initial
             values and before the next one is made; it may take their memory away.
     """
     cpu_runtime.activate()
 
     def built(part: nn.Module) -> None:
-        initialize(part, config, seed)
+        if seed is None:
+            leave_open(part)
+        else:
+            initialize(part, config, seed)
         finish(part)
 
     pp_size, pp_rank = pg_collection.pp.size(), pg_collection.pp.rank()

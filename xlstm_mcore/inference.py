@@ -113,7 +113,7 @@ def open_model(path: Location | str, *, precision: str = "fp32") -> XLSTMModel:
         section = model_of(reader.manifest, reader.path)
         check_parameters(section, reader.manifest, reader.path)
         config = make_config(section, precision=precision, layout={"tensor": groups.tp.size()})
-        (model,) = build_model(config, groups, seed=0)
+        (model,) = build_model(config, groups, seed=None)
         for _, parameter, slices in named_slices(model):
             for part in slices:
                 view = part.local(parameter.detach())

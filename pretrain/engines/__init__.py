@@ -8,17 +8,18 @@ if TYPE_CHECKING:
     from pretrain.layout import Layout
 
 
-def make_engine(config: "RunConfig", layout: "Layout") -> "Engine":
+def make_engine(config: "RunConfig", layout: "Layout", *, initial_values: bool = True) -> "Engine":
     """The engine that `config.engine.name` asks for; only that one's packages are imported.
 
     Args:
         config: the run, checked.
         layout: the process layout the run was started on.
+        initial_values: whether weights have these, or are NaN until `load_sharded_state`.
     """
     if config.engine.name == "deepspeed":
         from pretrain.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, layout)
+        return DeepSpeedEngine(config, layout, initial_values=initial_values)
     from pretrain.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, layout)
+    return MegatronEngine(config, layout, initial_values=initial_values)

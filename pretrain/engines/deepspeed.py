@@ -57,7 +57,7 @@ class DeepSpeedEngine(ModelEngine):
         ConfigError: DeepSpeed is missing or of another release line.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, *, initial_values: bool = True) -> None:
         deepspeed = compat.load(layout.device)
         self.stage = support.zero_stage(config)
         # With the optimizer offloaded, bf16 gradients leave for the host after each backward pass.
@@ -65,7 +65,7 @@ class DeepSpeedEngine(ModelEngine):
         self._reduces_each_micro_batch = self.stage > 1 or offloaded
         self._unit = compat.ModelParallelUnit(layout)
         self._partitioner = compat.Partitioner(self._unit)
-        super().__init__(config, layout)
+        super().__init__(config, layout, initial_values=initial_values)
         self._prepare_parameters()
         one = len(self.models) == 1
         self.engine, *_ = deepspeed.initialize(

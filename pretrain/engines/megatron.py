@@ -45,8 +45,8 @@ class MegatronEngine(ModelEngine):
 
     has_gradient_buffers = True
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        super().__init__(config, layout)
+    def __init__(self, config: RunConfig, layout: Layout, *, initial_values: bool = True) -> None:
+        super().__init__(config, layout, initial_values=initial_values)
         make_optimizer = OPTIMIZERS[config.optimizer.name]
         overlap_gradients, self._gathers_late = support.overlaps(config, layout.backend)
         ddp_config = DistributedDataParallelConfig(

@@ -26,6 +26,7 @@ class ModelEngine:
     Args:
         config: the run.
         layout: the process layout the run was started on.
+        initial_values: see `pretrain.engines.make_engine`.
 
     Attributes:
         models: this rank's model chunks (several with interleaved stages).
@@ -37,7 +38,7 @@ class ModelEngine:
 
     has_gradient_buffers = False
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, *, initial_values: bool = True) -> None:
         self.config, self.layout = config, layout
         self.model_config = make_config(
             config.model,
@@ -48,9 +49,8 @@ class ModelEngine:
             deterministic=config.run.deterministic,
             fuses_weight_gradients=self.has_gradient_buffers,
         )
-        self.models = build_model(
-            self.model_config, layout.groups, config.run.seed, self._finish_part
-        )
+        seed = config.run.seed if initial_values else None
+        self.models = build_model(self.model_config, layout.groups, seed, self._finish_part)
         for _, parameter, slices in self._parameters():
             parameter.no_weight_decay = not decays(slices[0].name, config.optimizer.decay)
         self.model_chunks: list[nn.Module] = list(self.models)
@@ -70,7 +70,7 @@ class ModelEngine:
         return self.model_chunks
 
     def _finish_part(self, part: nn.Module) -> None:
-        """Called with an embedding, layer or head that has its initial values; see build_model."""
+        """Called with an embedding, layer or head when it has its values; see build_model."""
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, list]]:
         """Name, parameter and slices of everything in this rank's model chunks."""

@@ -7,9 +7,13 @@ from unittest import mock
 import pytest
 from torch import nn
 
+import pretrain.commands.train
 from pretrain import layout as layouts
+from pretrain.config import config_from_dict
 from pretrain.engines import make_engine
+from pretrain.watching.metrics import read_metrics
 from tests.dist import work
+from tests.dist.training_runs import tiny_run
 from xlstm_mcore import build
 
 pytestmark = pytest.mark.dist
@@ -88,3 +92,19 @@ def test_a_closed_engine_keeps_nothing(pool, changes):
     if "engine__name" in changes:
         pytest.importorskip("deepspeed")
     assert pool(2, alive_after_closing, work.run_config("large", **changes)) == [0, 0]
+
+
+def train(raw, drawn):
+    """The exit code, and how many parts got initial values."""
+    with mock.patch.object(build, "initialize", wraps=build.initialize) as initialize:
+        code = pretrain.commands.train.main(config_from_dict(raw))
+    assert bool(initialize.call_count) == drawn
+    return code
+
+
+def test_a_run_that_continues_draws_no_initial_values(pool, shards, tmp_path):
+    assert pool(1, train, tiny_run(tmp_path, shards, run__steps=4), True) == [0]
+    longer = tiny_run(tmp_path, shards, run__steps=6)
+    assert pool(1, train, longer, False) == [0]
+    losses = [one["loss"] for one in read_metrics(tmp_path / "metrics.jsonl") if "loss" in one]
+    assert len(losses) == 6 and all(0 < loss < 7 for loss in losses)

@@ -93,8 +93,8 @@ def perturb(models: list[torch.nn.Module]) -> None:
                         part.local(parameter).clamp_(min=LEAST_IGATE_BIAS)
 
 
-def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
-    """The engine on this rank's layout, with perturbed weights."""
+def make_engine(config: RunConfig, **options: Any) -> tuple[Engine, layouts.Layout]:
+    """The engine on this rank's layout, with perturbed weights where it has initial ones."""
     layout = layouts.start(config)
 
     original = build.initialize
@@ -104,7 +104,7 @@ def make_engine(config: RunConfig) -> tuple[Engine, layouts.Layout]:
         perturb([part])
 
     with mock.patch.object(build, "initialize", initialize):
-        return engine_of(config, layout), layout
+        return engine_of(config, layout, **options), layout
 
 
 def train_steps(
@@ -139,7 +139,7 @@ def train_and_save(config: RunConfig, root: str, steps: int, more: int) -> Any:
 
 def resume(config: RunConfig, path: str, steps: int, more: int) -> Any:
     """Load a checkpoint of ``steps`` steps on this layout and train ``more``."""
-    engine, layout = make_engine(config)
+    engine, layout = make_engine(config, initial_values=False)
     engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), steps)
     results = train_steps(engine, layout, config, steps, steps + more)
     return results, engine.sharded_state()
