@@ -16,6 +16,7 @@ import numpy as np
 from data_prep.synthetic.command import TASKS
 from data_prep.synthetic.corpus import write_corpora
 from data_prep.synthetic.task import Span, Task
+from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import load_manifest
 
 _BATCH = 4096
@@ -52,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
             low, high = Span.parse(task.length, "--length")
             task.samples = max(20, 2 * options.tokens // (low + high))
             task.validation_samples = max(1, task.samples // 50)
-            drawn = drawn_per_second(task, options.seconds)
+            try:
+                drawn = drawn_per_second(task, options.seconds)
+            except PrepError as error:  # images that are not installed
+                print(f"{name:20s} {error}")
+                continue
             with contextlib.redirect_stdout(io.StringIO()):  # what the command says
                 written = written_per_second(name, task)
         print(f"{name:20s} {drawn / 1e6:17.1f} {written / 1e6:19.1f}")

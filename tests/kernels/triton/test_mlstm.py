@@ -374,6 +374,6 @@ def test_refused_calls_say_why():
         mlstm_chunkwise(*arguments, chunk_size=8, backend="triton")
     with pytest.raises(ValueError, match=r"float32 and bfloat16, not torch.float64"):
         mlstm_chunkwise(*(a.double() for a in arguments), backend="triton")
-    wide = torch.zeros(1, 1, 2, 513)
-    with pytest.raises(ValueError, match=r"qk_dim=513.*512.*use more heads"):
+    wide = torch.zeros(1, 1, 2, 1025)
+    with pytest.raises(ValueError, match=r"qk_dim=1025.*1024.*use more heads"):
         mlstm_chunkwise(wide, wide, wide, *torch.zeros(2, 1, 1, 2), backend="triton")
