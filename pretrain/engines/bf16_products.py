@@ -19,15 +19,22 @@ from torch.utils._pytree import tree_map
 from pretrain.layout import Layout
 
 _ATEN = torch.ops.aten
+# Each product, and the form of it that makes a new tensor.
 _PRODUCTS = {
-    _ATEN.mm.default,
-    _ATEN.mm.out,
-    _ATEN.bmm.default,
-    _ATEN.addmm.default,
-    _ATEN.baddbmm.default,
-    _ATEN.mv.default,
-    _ATEN.dot.default,
+    _ATEN.mm.default: _ATEN.mm.default,
+    _ATEN.mm.out: _ATEN.mm.default,
+    _ATEN.bmm.default: _ATEN.bmm.default,
+    _ATEN.bmm.out: _ATEN.bmm.default,
+    _ATEN.addmm.default: _ATEN.addmm.default,
+    _ATEN.addmm.out: _ATEN.addmm.default,
+    _ATEN.addmm_.default: _ATEN.addmm.default,
+    _ATEN.baddbmm.default: _ATEN.baddbmm.default,
+    _ATEN.baddbmm.out: _ATEN.baddbmm.default,
+    _ATEN.baddbmm_.default: _ATEN.baddbmm.default,
+    _ATEN.mv.default: _ATEN.mv.default,
+    _ATEN.dot.default: _ATEN.dot.default,
 }
+_IN_PLACE = {_ATEN.addmm_.default, _ATEN.baddbmm_.default}
 _PROBE = 256  # rows and columns of the matrices that are timed
 _TIMES = 3
 
@@ -40,10 +47,10 @@ class RoundedProducts(TorchDispatchMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or args[0].dtype != torch.bfloat16:
+        operation = _PRODUCTS.get(func)
+        if operation is None or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
-        out = kwargs.pop("out", None)
-        operation = _ATEN.mm.default if func is _ATEN.mm.out else func
+        out = args[0] if func in _IN_PLACE else kwargs.pop("out", None)
         result = operation(*tree_map(_widened, args), **kwargs)
         return result.bfloat16() if out is None else out.copy_(result)
 

@@ -38,6 +38,26 @@ def test_a_product_into_a_given_tensor_is_written_there():
     assert torch.equal(out, (a.float() @ b.float()).bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("bmm", [(2, 5, 70), (2, 70, 9)]),
+        ("addmm", [(5, 9), (5, 70), (70, 9)]),
+        ("baddbmm", [(2, 5, 9), (2, 5, 70), (2, 70, 9)]),
+    ],
+)
+def test_every_form_of_a_product_is_rounded_once(name, shapes):
+    operands = [rounded(*shape) for shape in shapes]
+    expected = getattr(torch, name)(*(x.float() for x in operands)).bfloat16()
+    given = torch.empty_like(expected)
+    with RoundedProducts():
+        getattr(torch, name)(*operands, out=given)
+        if name != "bmm":  # it has no form in place
+            getattr(operands[0], f"{name}_")(*operands[1:])
+    assert torch.equal(given, expected)
+    assert name == "bmm" or torch.equal(operands[0], expected)
+
+
 def test_gradients_are_rounded_products_too():
     a, b = rounded(5, 70).requires_grad_(), rounded(70, 9)
     with RoundedProducts():
