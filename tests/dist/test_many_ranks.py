@@ -77,23 +77,36 @@ def test_zero_3_with_tensor_parallelism_on_eight_processes(request, many):
         assert error < 1e-4, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_rounding_does_not_grow_into_a_trend(request, many, ranks):
-    """Tensor by tensor, the distance to one process at 50 steps and at 300."""
+EARLY, LATE = 50, 300  # steps
+
+
+def weights_after(pool, ranks, steps, **changes):
+    """Whole weights after so many steps of a model with all kinds of blocks."""
+    answers = pool(ranks, work.train, work.run_config("mixed", **changes), steps)
+    whole = work.assemble([parts for _, parts in answers])
+    return {name: x for name, x in whole.items() if not name.startswith(OPTIMIZER_PREFIX)}
+
+
+@pytest.fixture(scope="module")
+def alone(request, many):
+    """Weights of one process, and of one that adds the same gradients in another order."""
     by_command(request)
+    return {
+        steps: (weights_after(many, 1, steps), weights_after(many, 1, steps, data__micro_batch=2))
+        for steps in (EARLY, LATE)
+    }
 
-    def distances(steps):
-        ((_, parts),) = many(1, work.train, work.run_config("mixed"), steps)
-        answers = many(ranks, work.train, work.run_config("mixed", **TP2), steps)
-        got = work.assemble([parts for _, parts in answers])
-        return {
-            name: float((got[name] - value).norm() / value.norm())
-            for name, value in work.assemble([parts]).items()
-            if not name.startswith(OPTIMIZER_PREFIX)
-        }
 
-    early, late = distances(50), distances(300)
-    # A rounding that always errs to one side would be six times as far.
-    grown = {name: (early[name], late[name]) for name in early if late[name] > 4 * early[name]}
-    assert not grown
-    assert max(late.values()) < 1e-4
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rounding_does_not_grow_into_a_trend(many, alone, ranks):
+    """Tensor by tensor, a layout stays as near to one process as one process does to itself.
+
+    Training makes any difference of rounding grow. A rounding that always errs to the same side
+    would be seven times as far as another order of sums after 50 steps, however it grows then.
+    """
+    for steps, (exact, reordered) in alone.items():
+        layout = weights_after(many, ranks, steps, **TP2)
+        for name, value in exact.items():
+            away, other = (float((x[name] - value).norm()) for x in (layout, reordered))
+            rounding = 1e-7 * float(value.norm())
+            assert away < 3 * other + rounding, (steps, name)
