@@ -24,11 +24,16 @@ MOST_THREADS = 400
 
 
 class ProcessPool:
-    """Up to `size` processes; `pool(n, function, *args)` runs a function on n ranks."""
+    """Up to `size` processes; `pool(n, function, *args)` runs a function on n ranks.
 
-    def __init__(self, size: int):
+    Args:
+        size: The largest number of ranks.
+        timeout_s: How long a call may take.
+    """
+
+    def __init__(self, size: int, timeout_s: float = TIMEOUT_S):
         self._context = multiprocessing.get_context("spawn")
-        self._size = size
+        self._size, self._timeout_s = size, timeout_s
         self._workers: list[Any] = []
 
     def __enter__(self) -> "ProcessPool":
@@ -51,9 +56,11 @@ class ProcessPool:
             pipe.send((rank, ranks, port, function, args))
         results = []
         for rank, (process, pipe) in enumerate(workers):
-            if not pipe.poll(TIMEOUT_S):
+            if not pipe.poll(self._timeout_s):
                 self._stop()
-                raise AssertionError(f"rank {rank} of {ranks} did not answer in {TIMEOUT_S} s")
+                raise AssertionError(
+                    f"rank {rank} of {ranks} did not answer in {self._timeout_s:g} s"
+                )
             try:
                 ok, value = pipe.recv()
             except EOFError:

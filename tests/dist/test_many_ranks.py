@@ -30,7 +30,7 @@ def by_command(request):
 @pytest.fixture(scope="module")
 def many():
     """Processes that end with this module: 16 of them hold 8 GiB."""
-    with ProcessPool(16) as processes:
+    with ProcessPool(16, timeout_s=1200) as processes:
         yield processes
 
 
