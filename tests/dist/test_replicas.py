@@ -165,7 +165,7 @@ MOMENT = f"optimizer.state.exp_avg.{NORM}"
     ("ranks", "changes", "flips"),
     [
         pytest.param(2, {}, [WEIGHT, NORM], id="dp2"),
-        pytest.param(2, {"optimizer__name": "muon"}, [NORM, MOMENT], id="muon"),
+        pytest.param(2, {"optimizer__name": "muon"}, [WEIGHT, NORM], id="muon"),
         pytest.param(2, TP2, [NORM, MOMENT], id="tp2"),
         pytest.param(2, {**TP2, "layout__sequence": True}, [NORM, MOMENT], id="tp2-sp"),
         pytest.param(3, {"data__global_batch": 3}, [WEIGHT], id="dp3"),

@@ -213,7 +213,11 @@ class HostReads(TorchDispatchMode):
         frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack()[:-2]]
         on_host = ("torch/optim/adam", " know_documents")
         if not any(name in frame for frame in frames for name in on_host):
-            self.places.append(next(f for f in reversed(frames) if "/torch/" not in f))
+            # A mark of torch that first_import.py has replaced stands between torch and its caller.
+            between = ("/torch/", "/first_import.py")
+            self.places.append(
+                next(f for f in reversed(frames) if not any(name in f for name in between))
+            )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:

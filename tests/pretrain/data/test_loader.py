@@ -216,6 +216,8 @@ def test_worker_processes_ignore_signals_and_end_with_the_loader(plan):
     expected = steps(plan, 6, micro_batch=8)
     assert all(same(next(loader)[0], step[0]) for step in expected[1:])
     loader.close()
+    for worker in workers:
+        worker.join(60)  # one that was slow to end has been killed, which takes a moment too
     assert not any(worker.is_alive() for worker in workers)
     with pytest.raises(StopIteration):
         next(loader)
