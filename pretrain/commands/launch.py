@@ -26,12 +26,14 @@ sends the workers SIGTERM (Linux), and `pretrain.processes.keeper` sees to those
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -55,6 +57,8 @@ from xlstm_io.signals import (
 )
 
 POLL_S = 0.05
+FIRST_PORT = 20_000  # of those that rank 0 may listen on; few services have one beyond
+PORT_TRIES = 100
 FAILURE_GRACE_S = 5.0  # for the other workers to notice that one is gone and say why they end
 TERMINATE_GRACE_S = 3.0  # between SIGTERM and SIGKILL after a failure
 INTERRUPT_GRACE_S = 3.0  # between the second Ctrl-C and SIGKILL
@@ -66,10 +70,28 @@ KILLS = (signal.SIGKILL, signal.SIGBUS, *STOP_SIGNALS)
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on right now."""
+    """A TCP port on 127.0.0.1 that nobody listens on right now.
+
+    It lies below those that the system gives to whoever names none: rank 0 listens on it seconds
+    later, and another process that opens connections meanwhile, as gloo does by the dozen, must not
+    be given the same one.
+    """
+    below = range(FIRST_PORT, _first_given_port())
+    for port in random.Random().sample(below, min(len(below), PORT_TRIES)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _first_given_port() -> int:
+    """The first port that the system gives out by itself; Linux's default where it is silent."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        return 32768
 
 
 def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -7,10 +7,13 @@ through a set in different orders are noticed.
 """
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +24,8 @@ TIMEOUT_S = 240
 # A gloo group has threads that wake up all the time. DeepSpeed's stage 3 keeps its groups alive
 # through C++, so a worker that has collected so many threads is replaced by a fresh one.
 MOST_THREADS = 400
+# Makes a worker write the stacks of its threads; the commands under test use the other signals.
+WHERE = signal.SIGQUIT
 
 
 class ProcessPool:
@@ -57,9 +62,12 @@ class ProcessPool:
         results = []
         for rank, (process, pipe) in enumerate(workers):
             if not pipe.poll(self._timeout_s):
+                os.kill(process.pid, WHERE)
+                time.sleep(1)  # for it to write
                 self._stop()
                 raise AssertionError(
-                    f"rank {rank} of {ranks} did not answer in {self._timeout_s:g} s"
+                    f"rank {rank} of {ranks} did not answer in {self._timeout_s:g} s; where it "
+                    f"stood is on stderr; the ranks before it returned {results}"
                 )
             try:
                 ok, value = pipe.recv()
@@ -98,6 +106,7 @@ def _threads(process: int) -> int:
 
 def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    faulthandler.register(WHERE)
     import torch
 
     from xlstm_mcore.megatron.first_import import import_megatron

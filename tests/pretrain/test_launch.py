@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +187,14 @@ if rank:
     command = [sys.executable, str(worker), str(tmp_path), "0"]
     assert run_workers(command, 2, tmp_path / "logs") == 75
     assert (tmp_path / "saved0").exists()
+
+
+def test_the_port_of_rank_0_is_not_one_that_the_system_gives_to_others():
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.socket() as other:
+        port = launch.free_port()
+        assert launch.FIRST_PORT <= port < given
+        other.bind(("127.0.0.1", port))
 
 
 def test_environment_is_torchruns(monkeypatch):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from pretrain.commands.launch import free_port
 from pretrain.processes.environment import Place, read_place
 from pretrain.processes.rendezvous import _missing, meet
 from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
@@ -20,9 +21,7 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def test_without_a_launcher_there_is_one_process():
