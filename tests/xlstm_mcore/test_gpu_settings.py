@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pretrain.data.batch import Batch
+from xlstm_kernels.common import products
 from xlstm_mcore.build import make_config
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.mixers import kernel_calls
-from xlstm_mcore.modules import products
 from xlstm_mcore.parallel import mlstm_state
 from xlstm_mcore.parallel.context import ContextParallel
 

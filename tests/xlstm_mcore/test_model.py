@@ -182,7 +182,7 @@ def test_the_configured_backend_reaches_every_kernel(groups, monkeypatch):
     _, model = make(groups, "mixed", kernel_backend="torch")
     model(torch.arange(8)[None])
     kernels = ("mlstm_chunkwise", "slstm_scan", "causal_conv1d", "multihead_norm")
-    kernels += ("gated_activation",)
+    kernels += ("gated_activation", "gated_skip", "qkv_and_gates")
     assert asked == {(k, "torch") for k in kernels}
 
 

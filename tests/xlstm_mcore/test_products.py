@@ -5,11 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from xlstm_kernels.common.products import narrow_product
 from xlstm_mcore.build import make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.modules.linear import input_projection
-from xlstm_mcore.modules.products import add_product, local_product, narrow_product
+from xlstm_mcore.modules.products import add_product, local_product
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.recompute import selective
 

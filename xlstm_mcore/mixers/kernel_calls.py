@@ -16,11 +16,13 @@ from torch import Tensor
 
 from xlstm_kernels import (
     causal_conv1d,
+    gated_skip,
     lstm_scan,
     lstm_step,
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
+    qkv_and_gates,
     slstm_scan,
     slstm_step,
 )
@@ -301,6 +303,23 @@ def run_conv(
     if cache is not None:
         y, cache["conv"] = y
     return y
+
+
+def run_qkv_and_gates(
+    config: XLSTMConfig, *inputs: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v `[b, heads, s, d]` and gates of the classic block; see `qkv_and_gates`."""
+    return qkv_and_gates(*inputs, heads, backend=_own_backend(config))
+
+
+def run_gated_skip(config: XLSTMConfig, h: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """`(h + skip * x) * silu(gate)` of tensors `[s, b, inner]`, with `skip [inner]`."""
+    return gated_skip(h, skip, x, gate, backend=_own_backend(config))
+
+
+def _own_backend(config: XLSTMConfig) -> str | None:
+    """The backend of kernels that Triton does not have: PyTorch where the cells must run there."""
+    return "torch" if config.kernel_backend == "torch" else None
 
 
 def run_head_norm(

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_kernels.common.products import product_in_fp32
 from xlstm_mcore.modules.linear import ColumnLinear
-from xlstm_mcore.modules.products import product_in_fp32, weight_gradient
+from xlstm_mcore.modules.products import weight_gradient
 
 
 class Heads(NamedTuple):

@@ -40,8 +40,8 @@ from torch.nn.functional import logsigmoid, pad
 from xlstm_kernels.common.checks import compute_dtype
 from xlstm_kernels.common.cumulative_sum import cumulative_sum
 from xlstm_kernels.common.gates import log_forget_gate
+from xlstm_kernels.common.products import product_in_fp32
 from xlstm_kernels.mlstm.arguments import State
-from xlstm_mcore.modules.products import product_in_fp32
 
 # The number of ranks up to which all gather all states; with more, one state goes along the ranks.
 GATHER_UP_TO = 8

@@ -63,6 +63,8 @@ BACKENDS = {
         Backend("numba", "xlstm_kernels.gated.numba", "numba"),
         TORCH,
     ),
+    "gated_skip": (Backend("numba", "xlstm_kernels.gated.numba_skip", "numba"), TORCH),
+    "qkv_and_gates": (Backend("numba", "xlstm_kernels.qkv.numba", "numba"), TORCH),
     "cross_entropy": (
         Backend("triton", "xlstm_kernels.cross_entropy.triton", "triton"),
         Backend("numba", "xlstm_kernels.cross_entropy.numba", "numba"),

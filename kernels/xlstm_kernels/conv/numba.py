@@ -20,18 +20,22 @@ def unsupported_reason(
 def conv_numba(
     x: Tensor, weight: Tensor, bias: Tensor | None, boundaries: Tensor | None, silu: bool
 ) -> Tensor:
-    """Numba backend of `causal_conv1d` without a state: [b, s, c] -> [b, s, c]."""
+    """Numba backend of `causal_conv1d` without a state: [b, s, c] -> [b, s, c].
+
+    The result has its tokens in the order in which those of x lie in memory.
+    """
     from xlstm_kernels.conv import numba_loops
 
-    y = x.new_empty(x.shape)
+    x = _readable(x)
+    y = torch.empty_like(x)
     shapes, inputs = _prepared(x, weight, bias, boundaries, silu)
-    run_tasks(numba_loops.forward, _tasks(x), *shapes, *inputs, y)
+    run_tasks(numba_loops.forward, _tasks(x), *shapes, y.stride()[:2], *inputs, y)
     return y
 
 
 @conv_numba.register_fake
 def _(x, weight, bias, boundaries, silu):
-    return x.new_empty(x.shape)
+    return torch.empty_like(_readable(x))
 
 
 @torch.library.custom_op("xlstm_kernels::conv_numba_backward", mutates_args=())
@@ -47,18 +51,26 @@ def _backward(
     from xlstm_kernels.conv import numba_loops
 
     b, _, c = x.shape
-    d_x, d_bias = x.new_empty(x.shape), x.new_empty(b, c)
+    x, d_y = _readable(x), _readable(d_y)
+    d_x, d_bias = torch.empty_like(x), x.new_empty(b, c)
     d_taps = x.new_empty(b, weight.shape[1], c)
     shapes, inputs = _prepared(x, weight, bias, boundaries, silu)
     run_tasks(
-        numba_loops.backward, _tasks(x), *shapes, d_y.contiguous(), *inputs, d_x, d_taps, d_bias
-    )
+        numba_loops.backward, _tasks(x), *shapes, d_y.stride()[:2], d_x.stride()[:2],
+        d_y, *inputs, d_x, d_taps, d_bias,
+    )  # fmt: skip
     return d_x, d_taps.sum(0).t().contiguous(), d_bias.sum(0)
 
 
 @_backward.register_fake
 def _(d_y, x, weight, bias, boundaries, silu):
-    return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(x.shape[2])
+    d_x = torch.empty_like(_readable(x))
+    return d_x, x.new_empty(weight.shape), x.new_empty(x.shape[2])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` with unit stride last, copied only if it has none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tasks(x: Tensor) -> int:
@@ -72,7 +84,6 @@ def _prepared(
 ) -> tuple[tuple, tuple]:
     """What both loops take before their results: numbers, then tensors."""
     b, s, c = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
     bias = x.new_zeros(c) if bias is None else bias.float().contiguous()
     if boundaries is None:
         starts = torch.zeros(b, s, dtype=torch.uint8)

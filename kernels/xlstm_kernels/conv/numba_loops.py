@@ -1,9 +1,9 @@
 """The causal convolution and its gradient as compiled loops; used by `numba` only.
 
 Arrays are flat. A task is one row of the batch and up to BLOCK channels, whose last inputs stay in
-the cache. x has strides (batch, time), and channels side by side; results are contiguous. `weight`
-is [taps, channels], oldest tap first; `starts` [batch, steps] uint8. The number of channels is a
-multiple of the vectors' length.
+the cache. Tensors of tokens come with strides (batch, time), and channels lie side by side in them.
+`weight` is [taps, channels], oldest tap first; `starts` [batch, steps] uint8. The number of
+channels is a multiple of the vectors' length.
 """
 
 from xlstm_kernels.common.numba.compiled import compiled
@@ -28,7 +28,9 @@ def weighted(x, x0, step, weight, channels, taps, reach, bias, c):
 
 
 @compiled
-def forward(first, end, steps, channels, taps, silu, strides, x, weight, bias, starts, y):
+def forward(
+    first, end, steps, channels, taps, silu, strides, y_strides, x, weight, bias, starts, y
+):
     """The tasks from `first` to before `end`; see `causal_conv1d`."""
     blocks = (channels + BLOCK - 1) // BLOCK
     for task in range(first, end):
@@ -36,7 +38,7 @@ def forward(first, end, steps, channels, taps, silu, strides, x, weight, bias, s
         reach = 0
         for t in range(steps):
             reach = reach_at(reach, t, starts[b * steps + t], taps)
-            x0, y0 = b * strides[0] + t * strides[1], (b * steps + t) * channels
+            x0, y0 = b * strides[0] + t * strides[1], b * y_strides[0] + t * y_strides[1]
             for c in range(c0, min(c0 + BLOCK, channels), LANES):
                 out = weighted(x, x0, strides[1], weight, channels, taps, reach, bias, c)
                 if silu:
@@ -46,13 +48,13 @@ def forward(first, end, steps, channels, taps, silu, strides, x, weight, bias, s
 
 @compiled
 def backward(
-    first, end, steps, channels, taps, silu, strides,
+    first, end, steps, channels, taps, silu, strides, dy_strides, dx_strides,
     d_y, x, weight, bias, starts, d_x, d_weight, d_bias,
 ):  # fmt: skip
     """Gradients of the tasks from `first` to before `end`.
 
-    d_y is contiguous. Each row of the batch has a sum of its own in d_weight [batch, taps,
-    channels] and in d_bias [batch, channels].
+    Each row of the batch has a sum of its own in d_weight [batch, taps, channels] and in d_bias
+    [batch, channels].
     """
     blocks = (channels + BLOCK - 1) // BLOCK
     for task in range(first, end):
@@ -65,7 +67,8 @@ def backward(
         reach = 0
         for t in range(steps):
             reach = reach_at(reach, t, starts[b * steps + t], taps)
-            x0, y0 = b * strides[0] + t * strides[1], (b * steps + t) * channels
+            x0, y0 = b * strides[0] + t * strides[1], b * dy_strides[0] + t * dy_strides[1]
+            d0 = b * dx_strides[0] + t * dx_strides[1]
             for c in range(c0, c1, LANES):
                 d = load(d_y, y0 + c)
                 if silu:
@@ -73,10 +76,10 @@ def backward(
                     opening = sigmoid(out)
                     d = d * (opening + out * opening * (1.0 - opening))
                 store(d_bias, b * channels + c, load(d_bias, b * channels + c) + d)
-                store(d_x, y0 + c, splat(0.0))
+                store(d_x, d0 + c, splat(0.0))
                 for k in range(reach + 1):
                     w0 = (b * taps + taps - 1 - k) * channels + c
                     store(d_weight, w0, load(d_weight, w0) + d * load(x, x0 - k * strides[1] + c))
-                    at = y0 - k * channels + c
+                    at = d0 - k * dx_strides[1] + c
                     own = load(weight, (taps - 1 - k) * channels + c)
                     store(d_x, at, load(d_x, at) + d * own)

@@ -1,5 +1,6 @@
-"""The activation of a gated feed-forward part."""
+"""Gates that are not of a cell: of feed-forward parts, and of the classic mLSTM block."""
 
 from xlstm_kernels.gated.gated import gated_activation
+from xlstm_kernels.gated.skip import gated_skip
 
-__all__ = ["gated_activation"]
+__all__ = ["gated_activation", "gated_skip"]

@@ -43,13 +43,14 @@ def _backward(
     from xlstm_kernels.norm import numba_loops
 
     outer, inner, heads, d = x.shape
-    d_x, d_weight = x.new_empty(x.shape), x.new_empty(PARTS, heads * d)
+    d_weight = x.new_empty(PARTS, heads * d)
     d_gate = x.new_empty(0 if gate is None else x.shape)
     d_y, x = _readable(d_y), _readable(x)
+    d_x = torch.empty_like(x)  # as x lies: cells take their gradient by head, without a copy
     other = x if gate is None else _readable(gate)
     run_tasks(
         numba_loops.backward, PARTS, PARTS, outer * inner, inner, heads, d, eps, centered,
-        gate is not None, d_y.stride()[:3], x.stride()[:3], other.stride()[:3],
+        gate is not None, d_y.stride()[:3], x.stride()[:3], other.stride()[:3], d_x.stride()[:3],
         d_y, x, weight.contiguous(), other, d_x, d_x if gate is None else d_gate, d_weight,
     )  # fmt: skip
     return d_x, d_weight.sum(0), d_gate
@@ -58,7 +59,7 @@ def _backward(
 @_backward.register_fake
 def _(d_y, x, weight, gate, eps, centered):
     d_gate = x.new_empty(0 if gate is None else x.shape)
-    return x.new_empty(x.shape), x.new_empty(weight.shape), d_gate
+    return torch.empty_like(_readable(x)), x.new_empty(weight.shape), d_gate
 
 
 def _save(ctx, inputs, output):

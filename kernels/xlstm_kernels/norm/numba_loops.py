@@ -1,8 +1,9 @@
 """The norm of each head and its gradient as compiled loops; used by `numba` only.
 
 Arrays are flat. x, gate and d_y are [outer, inner, heads, d] with any strides but that of d, which
-is 1; they come as (outer, inner, heads). Results are contiguous. d is a multiple of the vectors'
-length. Statistics are computed again in the backward pass: a row is in the cache then anyway.
+is 1; they come as (outer, inner, heads), and so do those of d_x. Other results are contiguous. d is
+a multiple of the vectors' length. Statistics are computed again in the backward pass: a row is in
+the cache then anyway.
 """
 
 import math
@@ -53,7 +54,7 @@ def forward(
 @compiled
 def backward(
     first, end, parts, rows, inner, heads, d, eps, centered, gated,
-    d_strides, x_strides, gate_strides, d_y, x, weight, gate, d_x, d_gate, d_weight,
+    d_strides, x_strides, gate_strides, dx_strides, d_y, x, weight, gate, d_x, d_gate, d_weight,
 ):  # fmt: skip
     """Gradients of the rows in the parts from `first` to before `end`, of `parts` in all.
 
@@ -67,7 +68,7 @@ def backward(
             for head in range(heads):
                 x0, g0 = place(row, inner, head, x_strides), place(row, inner, head, gate_strides)
                 d0, y0 = place(row, inner, head, d_strides), (row * heads + head) * d
-                w0 = part * heads * d + head * d
+                w0, dx0 = part * heads * d + head * d, place(row, inner, head, dx_strides)
                 mean, scale = statistics(x, x0, d, eps, centered)
                 along, plain = splat(0.0), splat(0.0)
                 for j in range(0, d, LANES):
@@ -80,9 +81,9 @@ def backward(
                     store(d_weight, w0 + j, load(d_weight, w0 + j) + grad * out)
                     grad = grad * factor
                     along, plain = along + grad * out, plain + grad
-                    store(d_x, y0 + j, grad)
+                    store(d_x, dx0 + j, grad)
                 common = float(lane_sum(plain)) / d if centered else 0.0
                 share = float(lane_sum(along)) / d
                 for j in range(0, d, LANES):
                     out = (load(x, x0 + j) - mean) * scale
-                    store(d_x, y0 + j, (load(d_x, y0 + j) - common - out * share) * scale)
+                    store(d_x, dx0 + j, (load(d_x, dx0 + j) - common - out * share) * scale)

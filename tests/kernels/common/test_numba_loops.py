@@ -1,4 +1,4 @@
-"""The compiled CPU loops of norm, SwiGLU, convolution and loss against PyTorch in float64."""
+"""The compiled CPU loops against PyTorch in float64; those of the sLSTM have tests of their own."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from tests.kernels.comparison import assert_float32_close
 from xlstm_kernels import (
     causal_conv1d,
     gated_activation,
+    gated_skip,
     multihead_norm,
+    qkv_and_gates,
     softmax_gradient,
     softmax_statistics,
 )
@@ -167,14 +169,73 @@ def test_conv_reads_channels_beside_others():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("sizes", "gates"), [((1, 4, 1, 16), 2), ((3, 12, 2, 48), 4)], ids=str)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_values_and_gradients_of_a_classic_blocks_q_k_v_and_gates(sizes, gates, batch_first):
+    """With inputs that lie as the in-projection leaves them, or the batch first."""
+    torch.manual_seed(0)
+    b, s, heads, d = sizes
+    inner = heads * d
+    shape = (b, s, 2 * inner) if batch_first else (s, b, 2 * inner)
+    inputs = {"packed": torch.randn(shape), "convolved": torch.randn(shape)}
+    inputs["blocks"] = torch.randn(3 * inner // 4, 4, 4)
+    inputs["gate weight"] = torch.randn(gates, 3 * inner) / inner**0.5
+
+    def function(x, backend):
+        both = x["convolved"][..., :inner], x["packed"][..., inner:]
+        both = both if batch_first else (one.transpose(0, 1) for one in both)
+        out = qkv_and_gates(*both, x["blocks"], x["gate weight"], heads, backend=backend)
+        return dict(zip(("q", "k", "v", "gates"), out, strict=True))
+
+    assert_float32_close(lambda x: function(x, "numba"), lambda x: function(x, "torch"), inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 3, 48), (70, 2, 32)], ids=str)
+def test_values_and_gradients_of_a_classic_blocks_skip_and_gate(shape):
+    torch.manual_seed(0)
+    rows, batch, width = shape
+    inputs = {"h": torch.randn(shape), "skip": torch.randn(width)}
+    inputs |= {
+        "x": torch.randn(batch, rows, width),
+        "packed": 3 * torch.randn(rows, batch, 2 * width),
+    }
+
+    def function(x, backend):
+        gate = x["packed"][..., width:]
+        return {"y": gated_skip(x["h"], x["skip"], x["x"].transpose(0, 1), gate, backend=backend)}
+
+    assert_float32_close(lambda x: function(x, "numba"), lambda x: function(x, "torch"), inputs)
+
+
+def test_tokens_stay_in_the_order_in_which_they_lie():
+    """Convolution and norm copy nothing, and what takes their results need not either."""
+    packed, weight = torch.randn(6, 2, 64, requires_grad=True), torch.randn(32, 4)
+    x = packed.transpose(0, 1)[..., :32]
+    y = causal_conv1d(x, weight, activation="silu", backend="numba")
+    assert y.transpose(0, 1).is_contiguous()
+    (d_x,) = torch.autograd.grad(y.sum(), x)
+    assert d_x.transpose(0, 1).is_contiguous()
+    h, scale = torch.randn(2, 3, 6, 16, requires_grad=True), torch.ones(48)
+    y = multihead_norm(h, scale, "layernorm", 1e-6, layout="by head", backend="numba")
+    assert torch.autograd.grad(y.square().sum(), h)[0].is_contiguous()
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
-    x, w = torch.randn(70, 2, 32, requires_grad=True), torch.rand(64, requires_grad=True)
+    x, w = torch.randn(70, 4, 32, requires_grad=True), torch.rand(128, requires_grad=True)
+    blocks, gates = torch.randn(24, 4, 4, requires_grad=True), torch.randn(4, 96)
+    skip = torch.randn(32, requires_grad=True)
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         y = multihead_norm(x, w, "rmsnorm", 1e-6, backend="numba")
-        found.append(torch.autograd.grad(y.square().sum(), (x, w)))
+        qkv = qkv_and_gates(x, x, blocks, gates, 2, backend="numba")
+        y = (
+            y
+            + gated_skip(x, skip, x, x, backend="numba")
+            + sum(qkv[3].sum() + one.sum() for one in qkv)
+        )
+        found.append(torch.autograd.grad(y.square().sum(), (x, w, blocks, skip)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -195,13 +256,23 @@ def test_large_tensors_choose_the_loops_and_others_say_why_not():
     x, weight, state = torch.zeros(1, 2, 16), torch.zeros(16, 4), torch.zeros(1, 16, 3)
     with pytest.raises(ValueError, match="without a state"):
         causal_conv1d(x, weight, None, state, backend="numba")
+    tokens, gates = torch.zeros(1, 8, 16), torch.zeros(2, 48)
+    with pytest.raises(ValueError, match="blocks of width 4, not 2"):
+        qkv_and_gates(tokens, tokens, torch.zeros(24, 2, 2), gates, 1, backend="numba")
+    with pytest.raises(ValueError, match="6 tokens are not a multiple of 4"):
+        odd = tokens[:, :6]
+        qkv_and_gates(odd, odd, torch.zeros(12, 4, 4), gates, 1, backend="numba")
+    with pytest.raises(ValueError, match=r"pass 3 \* 16 / 4 blocks"):
+        qkv_and_gates(tokens, tokens, torch.zeros(9, 4, 4), gates, 1)
 
 
 def test_custom_ops_follow_the_rules_of_torch():
     from xlstm_kernels.conv import numba as conv
     from xlstm_kernels.cross_entropy import numba as loss
     from xlstm_kernels.gated import numba as gated
+    from xlstm_kernels.gated import numba_skip
     from xlstm_kernels.norm import numba as norm
+    from xlstm_kernels.qkv import numba as qkv
 
     check, plain = torch.library.opcheck, ("test_schema", "test_faketensor")
     x = torch.randn(3, 2, 2, 16, requires_grad=True)
@@ -211,6 +282,10 @@ def test_custom_ops_follow_the_rules_of_torch():
     check(gated.gated_numba, (torch.randn(3, 2, 32, requires_grad=True),))
     row, taps = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     check(conv.conv_numba, (row, taps, taps[:, 0].detach(), torch.rand(2, 5) < 0.3, True))
+    tokens, skip = torch.randn(3, 4, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    check(numba_skip.gated_skip_numba, (tokens, skip, tokens.detach(), tokens.detach()))
+    blocks, gates = torch.randn(12, 4, 4, requires_grad=True), torch.randn(2, 48)
+    check(qkv.qkv_and_gates_numba, (tokens, tokens.detach(), blocks, gates, 1))
     logits, labels = torch.randn(4, 16), torch.randint(0, 16, (4,))
     check(loss.statistics_numba, (logits, labels, 30.0, False), test_utils=plain)
     vectors = torch.zeros(4), torch.ones(4)

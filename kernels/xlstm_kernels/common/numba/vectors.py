@@ -146,6 +146,18 @@ def splat(typing, x):
     return Vec(x), generate
 
 
+@intrinsic
+def turn(typing, x):
+    """Each four lanes turned by one: the second comes first, the first last."""
+
+    def generate(context, builder, sig, args):
+        lanes = [lane // 4 * 4 + (lane + 1) % 4 for lane in range(LANES)]
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes)
+        return builder.shuffle_vector(args[0], ir.Constant(LLVM_VEC, ir.Undefined), mask)
+
+    return Vec(x), generate
+
+
 def _folded(builder, x, join):
     """One number of all lanes: the upper half joined with the lower, until one is left."""
     lanes = LANES
