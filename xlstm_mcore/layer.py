@@ -1,5 +1,6 @@
 """One residual layer: a mixer and, where the block has one, a feed-forward part."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from torch import Tensor
+from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.megatron import compat
@@ -107,6 +108,17 @@ class XLSTMLayer(MegatronModule):
             return tensor_parallel.checkpoint(lambda x: self._forward(x, boundaries), False, x)
         with selective(cells=self.recompute == "cells"):
             return self._forward(x, boundaries)
+
+    def borrowed_weights(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """Modules whose backward pass needs a weight that is not theirs, each with that weight.
+
+        Selective recompute does not keep the output of a norm. The module that reads it computes it
+        again, with the norm's weight, before the backward pass comes to the norm itself.
+        """
+        if self.recompute in ("selective", "cells"):
+            yield self.mixer, self.mixer_norm.weight
+            if self.ffn is not None:
+                yield self.ffn, self.ffn_norm.weight
 
     def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         x = self._add(x, self.mixer(self.mixer_norm(x), boundaries, cache))

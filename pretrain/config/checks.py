@@ -161,13 +161,6 @@ def _recompute(config: RunConfig) -> Iterator[str]:
             f"memory.recompute_full_blocks='{shorten(blocks)}' names '{letter}', which "
             f"model.pattern does not contain; use letters of '{letters}'"
         )
-    mode, stage = config.memory.recompute, support.zero_stage(config)
-    if stage == 3 and mode in ("selective", "cells"):
-        yield (
-            f"memory.recompute={mode} computes with the weights of norms amid the backward pass, "
-            "where engine.zero_stage=3 has not gathered them; use memory.recompute: none, or "
-            "engine.zero_stage: 2"
-        )
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

@@ -43,6 +43,7 @@ from pretrain.engines.state import (
 from pretrain.engines.verdict import Verdict
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
+from xlstm_mcore.layer import XLSTMLayer
 from xlstm_mcore.parameters.slices import is_shared, slices_of
 
 
@@ -67,6 +68,7 @@ class DeepSpeedEngine(ModelEngine):
         self._partitioner = compat.Partitioner(self._unit)
         super().__init__(config, layout, initial_values=initial_values)
         self._prepare_parameters()
+        self._lend_weights()
         one = len(self.models) == 1
         self.engine, *_ = deepspeed.initialize(
             model=self.models[0] if one else nn.ModuleList(self.models),
@@ -206,6 +208,16 @@ class DeepSpeedEngine(ModelEngine):
             parameter.ds_pipe_replicated = is_shared(parameter)
             if parameter.sequence_parallel and self._reduces_each_micro_batch:
                 parameter.register_hook(lambda grad: _sum_over(grad.float(), group).to(grad))
+
+    def _lend_weights(self) -> None:
+        """Stage 3 gathers a module's own weights, so it is told which others a module needs."""
+        if self.stage < 3:
+            return
+        for model in self.models:
+            for layer in model.modules():
+                if isinstance(layer, XLSTMLayer):
+                    for module, weight in layer.borrowed_weights():
+                        compat.gather_with(module, weight)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = self.config.optimizer

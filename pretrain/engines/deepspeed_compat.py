@@ -124,6 +124,17 @@ class Partitioner:
         )
 
 
+def gather_with(module: nn.Module, weight: nn.Parameter) -> None:
+    """Stage 3: gather `weight`, which another module owns, for both passes of `module` too.
+
+    DeepSpeed takes it into the order of gathers that it records and reads ahead in, so this comes
+    before the first forward pass.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    register_external_parameter(module, weight)
+
+
 @dataclass(frozen=True)
 class ParameterPartition:
     """What a rank's optimizer holds of one parameter.

@@ -49,9 +49,13 @@ def one_process(pool):
 
 @pytest.mark.parametrize("cell", covering(FP32, axes, SEED), ids=name)
 def test_cell_equals_one_process(pool, one_process, cell):
-    expected, state = one_process
     ranks, changes = ranks_and_changes(cell)
-    answers = pool(ranks, work.train, work.run_config(MODEL, **TIED, **changes))
+    check_equal(pool(ranks, work.train, work.run_config(MODEL, **TIED, **changes)), one_process)
+
+
+def check_equal(answers, one_process):
+    """Losses, norms and state of all ranks are those of one process, to rounding."""
+    expected, state = one_process
     for steps, _ in answers:
         for (loss, norm), (true_loss, true_norm) in zip(steps, expected, strict=True):
             assert loss == pytest.approx(true_loss, rel=2e-6)
@@ -61,6 +65,30 @@ def test_cell_equals_one_process(pool, one_process, cell):
     for key, value in state.items():
         error = (got[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)
         assert error < 1e-4, f"{key}: {error:.2e}"
+
+
+def train_without_persistent_weights(config):
+    """As `work.train`, with no weight small enough to stay whole: all are gathered and released."""
+    from pretrain.engines.deepspeed import DeepSpeedEngine
+
+    settings = DeepSpeedEngine._settings
+
+    def with_none(engine):
+        found = settings(engine)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    with mock.patch.object(DeepSpeedEngine, "_settings", with_none):
+        return work.train(config)
+
+
+@pytest.mark.parametrize("train", [work.train, train_without_persistent_weights])
+@pytest.mark.parametrize("mode", ["selective", "cells"])
+def test_zero_3_has_the_weights_of_norms_that_are_computed_again(pool, one_process, mode, train):
+    zero_3 = {"engine__name": "deepspeed", "engine__zero_stage": 3}
+    overlapping = {"engine__overlap_grad_reduce": True}
+    config = work.run_config(MODEL, **TIED, **zero_3, **overlapping, memory__recompute=mode)
+    check_equal(pool(2, train, config), one_process)
 
 
 MICRO_BATCHES = {"data__seq_len": 32, "data__global_batch": 8, "optimizer__clip_grad": 0.0}

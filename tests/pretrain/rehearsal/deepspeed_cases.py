@@ -19,7 +19,7 @@ RANKS = 2
 STAGES = {
     "stage 1": (1, {"layout__pipeline": 2}),
     "stage 2": (2, {}),
-    "stage 3": (3, {"model__pattern": "M"}),
+    "stage 3": (3, {"model__pattern": "M", "memory__recompute": "cells"}),
 }
 # Gradients leave for the host, and their norm is there.
 OFFLOADED = {"engine__offload": "optimizer", "model__pattern": "M"}
