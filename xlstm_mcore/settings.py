@@ -152,4 +152,4 @@ class MemoryConfig(Section):
     logits_mib: NonNegativeInt = 512
     """MiB of logits on a process; larger ones are computed in parts, twice, and never kept whole"""
     cell_states: Literal["fp32", "bf16"] = "fp32"
-    """what mLSTM kernels on a GPU keep the states between chunks in; they are carried in fp32"""
+    """what the mLSTM keeps its states between chunks in; they are carried in fp32"""

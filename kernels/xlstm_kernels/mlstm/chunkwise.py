@@ -60,8 +60,9 @@ def mlstm_chunkwise(
         gate_soft_cap: Makes both gate pre-activations x into cap * tanh(x / cap) first (xLSTM 7B,
             section 3). None means no cap.
         backend: "torch" or "triton"; None for the best one for the device, dtype and shape.
-        states_dtype: What "triton" keeps the states between chunks in for the backward pass:
-            torch.float32 (None) or torch.bfloat16. Other backends ignore it.
+        states_dtype: What the states C between chunks are kept in, and their gradients:
+            torch.bfloat16, or the type of the computation (None, torch.float32). They are carried
+            in the latter.
         tiles: Tile sizes for "triton" (None: those of its table). Other backends ignore it.
 
     Returns:
@@ -93,11 +94,12 @@ def mlstm_chunkwise(
         "gate": gate,
         "normalize": normalize,
         "eps": eps,
+        "states_dtype": states_dtype,
     }
     if chosen == "triton":
         from xlstm_kernels.mlstm.triton.chunkwise import mlstm_chunkwise_triton
 
-        options |= {"gate_soft_cap": gate_soft_cap, "states_dtype": states_dtype, "tiles": tiles}
+        options |= {"gate_soft_cap": gate_soft_cap, "tiles": tiles}
         return mlstm_chunkwise_triton(q, k, v, igate_preact, fgate_preact, initial_state, **options)
     igate, fgate = (soft_cap(x, gate_soft_cap, q) for x in (igate_preact, fgate_preact))
     return mlstm_chunkwise_torch(q, k, v, igate, fgate, initial_state, **options)

@@ -247,6 +247,35 @@ def test_bfloat16_inputs_lose_only_the_rounding_of_the_outputs():
         assert relative_error(got[name], reference) < 1e-2, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_in_bfloat16_round_what_chunks_read_of_them(dtype):
+    """And no more: a sequence of one chunk reads none, and the last state is carried unrounded."""
+    inputs = make_inputs(96)
+    narrow = {"states_dtype": torch.bfloat16}
+    for chunk_size, apart in ((96, False), (16, True)):
+        exact = run(chunkwise, inputs, dtype, chunk_size=chunk_size)
+        got = run(chunkwise, inputs, dtype, chunk_size=chunk_size, **narrow)
+        assert_same(*({name: x[name] for name in "Cnm"} for x in (got, exact)))
+        errors = {name: relative_error(got[name], exact[name]) for name in exact}
+        assert all((errors[name] > 1e-5) == apart for name in ("h", "d_q")), errors
+        assert max(errors.values()) < 2**-8
+
+
+def test_states_in_bfloat16_take_half_the_memory():
+    """Of C between chunks: the largest thing that long sequences of wide heads keep."""
+    kept = {}
+    for dtype in (None, torch.bfloat16):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            arguments, _ = split(make_inputs(128))
+            arguments = [x.requires_grad_() for x in arguments]
+            mlstm_chunkwise(*arguments, chunk_size=16, states_dtype=dtype)
+        kept[dtype] = sum(sizes)
+    assert kept[None] - kept[torch.bfloat16] == 2 * (B * HEADS) * (128 // 16) * QK * V
+
+
 def test_float32_gates_with_bfloat16_inputs():
     q, k, v, i, f = split(make_inputs(30))[0]
     f.requires_grad_()

@@ -44,13 +44,17 @@ def mlstm_chunkwise_torch(
     gate: str,
     normalize: bool,
     eps: float,
+    states_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     """Torch backend of `xlstm_kernels.mlstm_chunkwise` (checked arguments, same meaning)."""
     inputs = Inputs(q, k, v, igate_preact, fgate_preact)
     state = (None, None, None) if initial_state is None else initial_state
     chunk_size = chunk_size or _default_chunk_size(q.shape[-1], v.shape[-1])
     options = Options(gate == "exp", normalize, eps)
-    h, *last = mlstm_forward(*inputs, *state, boundaries, chunk_size, return_last_state, *options)
+    bf16_states = states_dtype == torch.bfloat16
+    h, *last = mlstm_forward(
+        *inputs, *state, boundaries, chunk_size, return_last_state, bf16_states, *options
+    )
     return (h, tuple(last[:3])) if return_last_state else h
 
 
@@ -97,6 +101,7 @@ def mlstm_forward(
     boundaries: Tensor | None,
     chunk_size: int,
     need_last: bool,
+    bf16_states: bool,
     exp_gate: bool,
     normalize: bool,
     eps: float,
@@ -104,7 +109,7 @@ def mlstm_forward(
     """The forward pass: h, the last state (C, n, m), and the fields of `Saved`."""
     heads = q.shape[1]
     options = Options(exp_gate, normalize, eps)
-    h, last, saved = allocate_forward(q, v, chunk_size, need_last)
+    h, last, saved = allocate_forward(q, v, chunk_size, need_last, bf16_states)
     inputs = [_rows(x) for x in (q, k, v, igate_preact, fgate_preact)]
     state = [_rows(x) for x in (C, n, m)]
     starts = None if boundaries is None else boundaries.repeat_interleave(heads, 0)
@@ -123,8 +128,8 @@ def mlstm_forward(
 
 
 @mlstm_forward.register_fake
-def _(q, k, v, igate, fgate, C, n, m, boundaries, chunk_size, need_last, *options):
-    h, last, saved = allocate_forward(q, v, chunk_size, need_last)
+def _(q, k, v, igate, fgate, C, n, m, boundaries, chunk_size, need_last, bf16_states, *options):
+    h, last, saved = allocate_forward(q, v, chunk_size, need_last, bf16_states)
     return [h, *last, *saved]
 
 
@@ -172,7 +177,7 @@ def _(q, k, v, igate, fgate, h, saved, d_h, d_C_last, d_n_last, need_state, *opt
 
 
 def _save(ctx, inputs, output):
-    *inputs, C, n, _, _, _, need_last, exp_gate, normalize, eps = inputs
+    *inputs, C, n, _, _, _, need_last, _, exp_gate, normalize, eps = inputs
     h, C_last, n_last, m_last, *saved = output
     ctx.save_for_backward(*inputs, h, *saved)
     ctx.options = Options(exp_gate, normalize, eps)
@@ -195,7 +200,7 @@ def _differentiate(ctx, d_outputs):
         grads[5:] = [x.to(dtype) for x, dtype in zip(grads[5:], ctx.state_dtypes, strict=True)]
     else:
         grads += [None, None]
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 mlstm_forward.register_autograd(_differentiate, setup_context=_save)

@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 
     h_wide: Tensor  # [r, s, v_dim] h before rounding to the dtype of q; empty if not rounded
     weights: Tensor  # [r, chunks, L, L] q k^T times D
-    C_before: Tensor  # [r, chunks, qk_dim * v_dim] state before each chunk
+    C_before: Tensor  # [r, chunks, qk_dim * v_dim] state before each chunk, as it is kept
     n_before: Tensor  # [r, chunks, qk_dim]
     nq: Tensor  # [r, chunks, L] n.q
     D: Tensor
@@ -49,10 +49,13 @@ def cut(length: int, chunk_size: int) -> tuple[int, int]:
     return chunks, -(-length // chunks)
 
 
-def allocate_forward(q: Tensor, v: Tensor, chunk_size: int, need_last: bool):
+def allocate_forward(
+    q: Tensor, v: Tensor, chunk_size: int, need_last: bool, bf16_states: bool = False
+):
     """Fresh tensors for h, the last state (C, n, m) and `Saved`.
 
-    C and n of the last state are empty unless they are asked for.
+    C and n of the last state are empty unless they are asked for. With `bf16_states` C is kept in
+    bf16 between chunks.
     """
     b, heads, s, qk_dim = q.shape
     v_dim = v.shape[-1]
@@ -69,7 +72,7 @@ def allocate_forward(q: Tensor, v: Tensor, chunk_size: int, need_last: bool):
     saved = Saved(
         h_wide=new(0) if q.dtype == dtype else new(rows, s, v_dim),
         weights=new(rows, chunks, length, length),
-        C_before=new(rows, chunks, qk_dim * v_dim),
+        C_before=new(rows, chunks, qk_dim * v_dim, dtype=torch.bfloat16 if bf16_states else dtype),
         n_before=new(rows, chunks, qk_dim),
         nq=new(rows, chunks, length),
         D=new(rows, chunks, length, length),
@@ -168,10 +171,14 @@ def forward_pass(
     n_written = scratch.sum(1).view(r, chunks, -1)
     C, n = (None if x is None else x.to(dtype).reshape(r, -1) for x in (C, n))
     need_last = C_last.numel() > 0
-    C_after = carry(transfers, C_written, C, need_last, saved.C_before)
+    rounded = saved.C_before.dtype != dtype
+    C_before = torch.empty_like(saved.C_before, dtype=dtype) if rounded else saved.C_before
+    C_after = carry(transfers, C_written, C, need_last, C_before)
+    if rounded:  # what reads the state sees it as it is kept
+        C_before.copy_(saved.C_before.copy_(C_before))
     n_after = carry(transfers, n_written, n, need_last, saved.n_before)
     torch.mul(q, decays.b_bar[..., None], out=scratch)
-    h.baddbmm_(scratch, saved.C_before.view(-1, qk_dim, v_dim))
+    h.baddbmm_(scratch, C_before.view(-1, qk_dim, v_dim))
     nq += scratch.mul_(saved.n_before.view(-1, 1, qk_dim)).sum(-1)
     if options.normalize:
         h.div_((torch.maximum(nq.abs(), decays.least_normalizer) + options.eps)[..., None])
@@ -217,7 +224,8 @@ def backward_pass(
     weights, D = saved.weights.flatten(0, 1), saved.D.flatten(0, 1)
     nq, least_normalizer = saved.nq.flatten(0, 1), saved.least_normalizer.flatten(0, 1)
     b_bar, a_bar = saved.b_bar.flatten(0, 1), saved.a_bar.flatten(0, 1)[..., None]
-    C_before, n_before = saved.C_before.view(-1, qk_dim, v_dim), saved.n_before.view(-1, qk_dim)
+    C_before, n_before = saved.C_before.to(dtype), saved.n_before.view(-1, qk_dim)
+    C_before = C_before.view(-1, qk_dim, v_dim)
     scratch_k, scratch_v = torch.empty_like(q), torch.empty_like(v)
     dq, dk, dv = (_room_for(x, chunks, length, dtype) for x in grads[:3])
 
@@ -250,6 +258,7 @@ def backward_pass(
     dn_before = torch.mul(q, d_nq[..., None], out=scratch_k).sum(1)
     dC_last, dn_last = (None if x is None else x.to(dtype).reshape(r, -1) for x in d_last)
     dC_written, dC = carry_back(transfers, dC_before.view(r, chunks, -1), dC_last, need_state)
+    dC_written = dC_written.to(saved.C_before.dtype).to(dtype)  # kept as the states are
     dn_written, dn = carry_back(transfers, dn_before.view(r, chunks, -1), dn_last, need_state)
     dC_written, dn_written = dC_written.view(-1, qk_dim, v_dim), dn_written.view(-1, qk_dim)
 
