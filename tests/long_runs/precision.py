@@ -2,10 +2,18 @@
 
     python -m tests.long_runs.precision SHARDS --work FOLDER [--steps 2000] [--muon]
 
-Each pattern is trained with AdamW in fp32 and in bf16, from the same weights on the same samples;
-`--muon` adds the same with Muon. Where a CPU has no instructions for bf16, products are computed in
-fp32 and rounded once, as GPUs do it (pretrain/engines/bf16_products.py). The exit code is 3 where a
-run in bf16 ends more than 0.5 % from the validation loss of fp32.
+Each pattern is trained with AdamW from the same weights on the same samples; `--muon` adds the same
+with Muon. There are five runs of each (`VARIANTS`):
+
+- fp32 and bf16. Where a CPU has no instructions for bf16, products are computed in fp32 and rounded
+  once, as GPUs do it (pretrain/engines/bf16_products.py).
+- A control of each: mLSTM cells with chunks of half the length. That is the same computation with
+  another order of sums, and looks into the cells see the same rows. How far a control goes from its
+  run is what training makes of rounding; a difference between fp32 and bf16 that is not larger says
+  nothing about bf16.
+- bf16 states: bf16, and `memory.cell_states: bf16` too.
+
+The exit code is 3 where a run in bf16 ends more than 0.5 % from the validation loss of fp32.
 
 Runs that are finished are not repeated, and one that was stopped goes on: `--minutes M` ends the
 command after so long, with exit code 75.
@@ -32,10 +40,18 @@ from xlstm_io.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("MMM", "mmsm", "MM*")
-PRECISIONS = ("fp32", "bf16")
-VALID_BATCHES = 20  # the same ones for both precisions
+# Each run, and the one that it is compared with.
+VARIANTS: dict[str, str | None] = {
+    "fp32": None,
+    "fp32 control": "fp32",
+    "bf16": "fp32",
+    "bf16 control": "bf16",
+    "bf16 states": "fp32",
+}
+VALID_BATCHES = 20  # the same ones for all runs
 LOOKS = 5  # validation losses and looks into the cells in a run
 GOAL = 0.005  # of the validation loss
+# Means and standard deviations of a gate's pre-activations in a layer.
 GATES = ("igate_mean", "igate_std", "fgate_mean", "fgate_std")
 
 
@@ -64,26 +80,30 @@ class Sizes:
 
 
 def run_file(
-    folder: Path, shards: Path, pattern: str, optimizer: str, precision: str, sizes: Sizes
+    folder: Path, shards: Path, pattern: str, optimizer: str, variant: str, sizes: Sizes
 ) -> dict[str, Any]:
     """The values of a run, with the recipe of the demo."""
     manifest = json.loads((shards / "manifest.json").read_text())
+    precision, _, more = variant.partition(" ")
+    seq_len = manifest["row_tokens"] - 1
     return {
         "run": {"dir": str(folder), "steps": sizes.steps, "seed": 0},
         "model": {
             "pattern": pattern,
             "hidden_size": sizes.hidden,
             "num_heads": 4,
+            "chunk_size": seq_len // (8 if more == "control" else 4),
             "vocab_size": manifest["tokenizer"]["vocab_size"],
             "tie_embeddings": True,
         },
-        "engine": {"precision": precision},
         "data": {
             "path": str(shards),
-            "seq_len": manifest["row_tokens"] - 1,
+            "seq_len": seq_len,
             "global_batch": sizes.batch,
             "micro_batch": sizes.batch,
         },
+        "engine": {"precision": precision},
+        "memory": {"cell_states": "bf16" if more == "states" else "fp32"},
         "optimizer": {
             "name": optimizer,
             "lr": 3e-3,
@@ -162,37 +182,51 @@ def result_of(folder: Path) -> Result:
     )
 
 
-def side_by_side(name: str, one: Result, other: Result, sizes: Sizes) -> Iterator[str]:
-    """Both runs in tables: losses and gradient norms over the run, then the gates at its end.
+def gates_apart(one: Result, other: Result) -> float:
+    """The largest difference of a figure in `GATES` in any layer at the end."""
+    pairs = ((cells, other.cells[layer]) for layer, cells in one.cells.items())
+    return max((abs(a[gate] - b[gate]) for a, b in pairs for gate in GATES), default=0.0)
+
+
+def side_by_side(name: str, results: dict[str, Result], sizes: Sizes) -> Iterator[str]:
+    """The runs of a pattern in tables: losses and gradient norms, then the gates at the end.
 
     Args:
-        name: of the pair.
-        one: fp32.
-        other: bf16.
-        sizes: of both.
+        name: of the pattern, with its optimizer.
+        results: by variant.
+        sizes: of all.
     """
-    rows = [["steps", "valid fp32", "valid bf16", "", "grad norm fp32", "grad norm bf16"]]
-    for step in sorted(one.valid):
-        window = slice(max(0, step - sizes.interval), step)
-        norms = [f"{fmean(result.norms[window]):.4f}" for result in (one, other)]
-        losses = [result.valid[step] for result in (one, other)]
-        rows.append(
-            [
-                str(step),
-                *(f"{loss:.4f}" for loss in losses),
-                f"{losses[1] / losses[0] - 1:+.3%}",
-                *norms,
-            ]
-        )
-    yield f"{name}: validation loss, and mean gradient norm of the steps before it"
+    yield f"{name}: validation loss, and how far it is from that of the run it is compared with"
+    rows = [["steps", *(word for variant in results for word in (variant, ""))]]
+    for step in sorted(results["fp32"].valid):
+        row = [str(step)]
+        for variant, result in results.items():
+            loss, other = result.valid[step], VARIANTS[variant]
+            share = "" if other is None else f"{loss / results[other].valid[step] - 1:+.3%}"
+            row += [f"{loss:.4f}", share]
+        rows.append(row)
     yield from table(rows)
-    if one.cells:
-        yield f"{name}: gate pre-activations at the end, fp32 and bf16"
-        rows = [["layer", *(word for gate in GATES for word in (gate, "bf16"))]]
-        for layer, cells in one.cells.items():
-            pairs = ((cells[gate], other.cells[layer][gate]) for gate in GATES)
-            rows.append([str(layer), *(f"{value:.3f}" for pair in pairs for value in pair)])
+    yield f"{name}: mean gradient norm of the steps since the last row"
+    rows = [["steps", *results]]
+    for step in sorted(results["fp32"].valid):
+        window = slice(max(0, step - sizes.interval), step)
+        means = (fmean(result.norms[window]) for result in results.values())
+        rows.append([str(step), *(f"{mean:.4f}" for mean in means)])
+    yield from table(rows)
+    if results["fp32"].cells:
+        yield f"{name}: gate pre-activations at the end"
+        rows = [["layer", "", *results]]
+        for layer in results["fp32"].cells:
+            for gate in GATES:
+                values = (result.cells[layer][gate] for result in results.values())
+                rows.append([str(layer), gate, *(f"{value:.3f}" for value in values)])
         yield from table(rows)
+        apart = (
+            f"{variant} {gates_apart(result, results[other]):.3f} from {other}"
+            for variant, result in results.items()
+            if (other := VARIANTS[variant]) is not None
+        )
+        yield f"largest difference: {', '.join(apart)}"
 
 
 def compare(
@@ -203,7 +237,7 @@ def compare(
     sizes: Sizes,
     end: float = float("inf"),
     python: str = sys.executable,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Finish all runs and print them side by side.
 
     Args:
@@ -216,7 +250,8 @@ def compare(
         python: the program that trains.
 
     Returns:
-        How far bf16's final validation loss is from fp32's, as a share, by pattern and optimizer.
+        How far the final validation loss is from that of the run it is compared with, as a share:
+        by pattern with optimizer, then by variant.
 
     Raises:
         OutOfTime: it can go on.
@@ -225,15 +260,20 @@ def compare(
     found = {}
     for optimizer in optimizers:
         for pattern in patterns:
-            results = []
-            for precision in PRECISIONS:
-                folder = work / f"{pattern.replace('*', 'a')}-{optimizer}-{precision}"
-                raw = run_file(folder, shards, pattern, optimizer, precision, sizes)
+            results = {}
+            for variant in VARIANTS:
+                words = pattern.replace("*", "a"), optimizer, variant.replace(" ", "-")
+                folder = work / "-".join(words)
+                raw = run_file(folder, shards, pattern, optimizer, variant, sizes)
                 finish(python, folder, raw, end)
-                results.append(result_of(folder))
+                results[variant] = result_of(folder)
             name = f"{pattern} with {optimizer}"
-            print(*side_by_side(name, *results, sizes), "", sep="\n", flush=True)
-            found[name] = results[1].final / results[0].final - 1
+            print(*side_by_side(name, results, sizes), "", sep="\n", flush=True)
+            found[name] = {
+                variant: results[variant].final / results[other].final - 1
+                for variant, other in VARIANTS.items()
+                if other is not None
+            }
     return found
 
 
@@ -258,9 +298,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except OutOfTime:
         print("stopped: repeat the command to go on")
         return ExitCode.STOPPED
-    for name, share in found.items():
-        print(f"{name}: bf16 ends {share:+.3%} from fp32 after {sizes.steps} steps")
-    return ExitCode.REFUTED if any(abs(share) > GOAL for share in found.values()) else ExitCode.DONE
+    for name, shares in found.items():
+        ends = (f"{key} {share:+.3%} from {VARIANTS[key]}" for key, share in shares.items())
+        print(f"{name} after {sizes.steps} steps: {', '.join(ends)}")
+    far = any(abs(share) > GOAL for shares in found.values() for share in shares.values())
+    return ExitCode.REFUTED if far else ExitCode.DONE
 
 
 if __name__ == "__main__":

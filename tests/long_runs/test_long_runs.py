@@ -50,10 +50,16 @@ def test_bf16_stands_beside_fp32(warm_python, tmp_path, capsys):
     python, shards = str(warm_python.executable), make_shards(tmp_path)
     work = tmp_path / "work"
     found = precision.compare(shards, work, ["M"], ["adamw"], sizes, python=python)
-    assert 0 < abs(found["M with adamw"]) < precision.GOAL
+    shares = found["M with adamw"]
+    assert shares.keys() == {"fp32 control", "bf16", "bf16 control", "bf16 states"}
+    assert all(abs(share) < precision.GOAL for share in shares.values())
+    # The control differs in the last bits of fp32 alone, and states in bf16 are told from none.
+    assert abs(shares["fp32 control"]) < abs(shares["bf16"])
+    assert 0 < abs(shares["bf16"] - shares["bf16 states"])
     told = capsys.readouterr().out
-    assert "igate_mean" in told and "valid bf16" in told
+    assert "largest difference: fp32 control 0.000 from fp32, bf16 0.00" in told
     rows = [line.split() for line in told.splitlines() if line[:1].isdigit()]
-    assert [row[0] for row in rows[:-1]] == ["2", "4", "6", "8", "10"]
+    assert [row[0] for row in rows[:5]] == ["2", "4", "6", "8", "10"]
+    assert {row[1] for row in rows[10:]} == {*precision.GATES}
     # A finished run is read, not repeated.
     assert precision.compare(shards, work, ["M"], ["adamw"], sizes, python="/nowhere") == found
