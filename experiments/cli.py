@@ -10,6 +10,7 @@ from typing import Any
 from experiments.definition import SIZES, Cell, cells_of, chosen, load, names
 from experiments.grid import Body, Grid, go_through
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, MachineFailed, UserError
+from xlstm_io.signals import stop_signals_raise
 from xlstm_io.terminal import counted, say
 
 DEFAULT_OUT = "runs/experiments"
@@ -196,14 +197,16 @@ def _slurm(grid: Grid, options: Any) -> int:
 def run(words: Sequence[str]) -> int:
     """Run a command; returns its exit code. A user's mistake is one message, and exit code 2."""
     try:
-        return _dispatch(words)
+        with stop_signals_raise():  # while cells run, `go_through` listens instead
+            return _dispatch(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except MachineFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.MACHINE_FAILED
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
+        say("stopped; what is finished is kept, give the same command again to go on")
         return ExitCode.STOPPED
     except BrokenPipeError:  # `list | head`
         return ExitCode.NOBODY_READS

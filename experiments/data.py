@@ -1,5 +1,6 @@
 """The data of a grid: shards of a synthetic task, of text that every machine has, or given ones."""
 
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ from experiments.definition import Cell, ShardsData, TaskData, TextData
 from experiments.grid import Claim, Grid
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
 from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.signals import signal_at_parents_death
 from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.terminal import say
 
@@ -140,8 +142,25 @@ def _make_text(data: TextData, folder: Path) -> None:
         )
     for command in commands:
         say(f"python -m {' '.join(command)}")
-        code = subprocess.run([sys.executable, "-m", *command]).returncode
+        code = _run_command(command)
         if code == ExitCode.STOPPED:
             raise Interrupted
         if code != ExitCode.DONE:
             raise PrepError(f"`python -m {' '.join(command)}` ended with {code}")
+
+
+def _run_command(words: Sequence[str]) -> int:
+    """The exit code of a command of ours, which ends when this process is stopped or killed.
+
+    Whoever takes over the data finds nobody else writing them.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        preexec_fn=lambda: signal_at_parents_death(signal.SIGTERM),
+    )
+    try:
+        return process.wait()
+    except BaseException:  # a request to stop
+        process.terminate()
+        process.wait()
+        raise

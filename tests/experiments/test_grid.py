@@ -171,3 +171,38 @@ def test_a_grid_that_was_ended_goes_on(grid, number):
     time.sleep(0.5)  # an orphan finishes its cell, or is gone
     assert go_through(grid, grid.cells, done) == ExitCode.DONE
     assert all(grid.result(cell)["status"] == "done" for cell in grid.cells)
+
+
+MAKES_DATA = """if True:
+    import sys
+    sys.path[:0] = {path!r}
+    from experiments import cli, data
+    from pretrain.commands import demo
+
+    command = ["tests.experiments.slow_builder", "--out", "shards", {notes!r}]
+    demo.data_commands = lambda *arguments: [[*command] for _ in range(4)]
+    cli._body = data.prepare
+    cli.go_through = cli._report = lambda *arguments, **options: 0
+    sys.exit(cli.run(["run", "lm", "--out", {out!r}]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_who_builds_the_data_ends_with_the_grid_and_a_repetition_goes_on(tmp_path, number):
+    notes, out = tmp_path / "notes", tmp_path / "out"
+    path = [str(ROOT), str(ROOT / "kernels")]
+    script = MAKES_DATA.format(path=path, out=str(out), notes=str(notes))
+    words = [sys.executable, "-c", script]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for((notes / "at-work").exists)
+    process.send_signal(number)
+    process.wait()
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else ExitCode.STOPPED)
+    wait_for((notes / "stopped").exists)
+    told = process.stdout.read()
+    assert killed or told.endswith("give the same command again to go on\n")
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == ExitCode.DONE, again.stderr
+    assert again.stdout.count("slow_builder") == 3
+    assert not list((out / "lm-toy" / "claims").iterdir())
