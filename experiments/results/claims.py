@@ -5,12 +5,14 @@ difference is within its error, or a model has not even fitted its training data
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from experiments.results.scaling import LEAST_SIZES, optima, power_law, runs_of
+from xlstm_io.terminal import counted
 
 EXACT = 0.02
 """The largest standard error of an exponent that is compared with a published one."""
@@ -73,6 +75,16 @@ class Claim(BaseModel):
     more_than: float | None = None
     at_least: float | None = None
 
+    def concerns(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell of the table, done or not, is one that the rule reads."""
+        values = cell["values"]
+        data = (*(self.between or ()), *(self.against or ()))
+        return (
+            cell["model"] in (*self.solve, *self.fail, self.model, self.than)
+            and self.at.items() <= values.items()
+            and (not data or values.get("data") in data)
+        )
+
     def text(self) -> str:
         """The rule in words."""
         if self.rule == "separates":
@@ -119,20 +131,31 @@ class Claim(BaseModel):
 
 
 def verdict(
-    claim: Claim, best: Sequence[Mapping[str, Any]], enough_for: Sequence[str], trained: str | None
+    claim: Claim,
+    cells: Sequence[Mapping[str, Any]],
+    best: Sequence[Mapping[str, Any]],
+    enough_for: Sequence[str],
+    trained: str | None,
 ) -> dict[str, Any]:
     """The verdict on one claim.
 
+    Numbers of a model are judged when all its cells are done or have failed: another rate may be
+    better than the best one so far, and another seed may change a mean.
+
     Args:
         claim: the claim.
-        best: the rows of the table of best cells (`experiments.results.table`).
+        cells: the rows of the table of all cells (`experiments.results.table`).
+        best: the rows of the table of best cells.
         enough_for: models that the size is known to be enough for.
         trained: the measure of the training lengths, scaled, that says whether a model has fitted.
 
     Returns:
         `claim`, `where`, `rule`, `measured`, `holds`, and `why` where it is null.
     """
-    best = [row for row in best if claim.at.items() <= row["values"].items()]
+    best = [row for row in best if claim.concerns(row)]
+    missing = Counter(
+        cell["model"] for cell in cells if cell["status"] == "missing" and claim.concerns(cell)
+    )
     judges = {
         "lower": _lower,
         "slope": _slope,
@@ -147,9 +170,11 @@ def verdict(
         "exponent": _exponent,
     }
     if claim.rule == "separates":
-        measured, holds, why = _separates(claim, best, enough_for, trained)
+        measured, holds, why = _separates(claim, best, missing, enough_for, trained)
     else:
         measured, holds, why = judges[claim.rule](claim, best)
+        if holds is not None and missing:
+            holds, why = None, "; ".join(_missing(*item) for item in missing.items())
     found = {
         "claim": claim.claim,
         "where": claim.where,
@@ -163,9 +188,14 @@ def verdict(
 Judged = tuple[dict[str, Any], bool | None, str]
 
 
+def _missing(model: str, cells: int) -> str:
+    return f"{counted(cells, 'cell')} of {model} {'is' if cells == 1 else 'are'} missing"
+
+
 def _separates(
     claim: Claim,
     best: Sequence[Mapping[str, Any]],
+    missing: Mapping[str, int],
     enough_for: Sequence[str],
     trained: str | None,
 ) -> Judged:
@@ -178,7 +208,9 @@ def _separates(
             open_.append(f"{model} is not measured")
             continue
         measured[model] = round(min(numbers) if model in claim.solve else max(numbers), 4)
-        if model in claim.fail:
+        if model in missing:
+            open_.append(_missing(model, missing[model]))
+        elif model in claim.fail:
             refuted |= measured[model] > FAILED
         elif measured[model] < SOLVED:
             fitted = trained is None or all(row["scaled"][trained] >= SOLVED for row in rows)

@@ -116,7 +116,9 @@ def verdicts(grid: Grid, table: Mapping[str, Any]) -> list[dict[str, Any]]:
     for claim in grid.experiment.claims:
         named = {*claim.solve, *claim.fail, *filter(None, (claim.model, claim.than))}
         if named <= models:
-            found.append(verdict(claim, table["best"], grid.size.enough_for, trained))
+            found.append(
+                verdict(claim, table["cells"], table["best"], grid.size.enough_for, trained)
+            )
     return found
 
 

@@ -12,9 +12,8 @@ from experiments import cli, definition, grid
 from experiments.cells import kernel_times
 from xlstm_mcore.mixers import kernel_calls
 
-ONE = ["--only", "lr=0.01", "--only", "seed=0"]
-
-#: Keys of the run file, options of the task, and rates, in the place of those of toy size.
+#: Keys of the run file and options of the task in the place of those of toy size, which also has
+#: two rates and two seeds.
 SMALLER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "parity": (
         {"run.steps": 200, "model.hidden_size": 16},
@@ -32,13 +31,15 @@ def load_smaller(name: str) -> definition.Experiment:
     experiment = definition.load(name)
     if name in ("scaling", "rare-tokens"):
         return on_symbols(experiment, name)
-    if name not in SMALLER:
-        return experiment
-    keys, options = SMALLER[name]
     fields = experiment.model_dump()
     toy = fields["sizes"]["toy"]
+    if name == "parallel":
+        toy["axes"]["tokens"] = [512, 1024, 2048]
+    if name not in SMALLER:
+        return definition.Experiment.model_validate(fields)
+    keys, options = SMALLER[name]
     toy["run"] |= keys
-    toy["axes"]["lr"] = [0.01, 0.003]
+    toy["axes"] |= {"lr": [0.01], "seed": [0]}
     for data in toy["data"].values():
         data["options"] |= options
     return definition.Experiment.model_validate(fields)
@@ -70,8 +71,8 @@ def on_symbols(experiment: definition.Experiment, name: str) -> definition.Exper
 
 
 def cells(*models: str) -> list[str]:
-    """The words that choose one rate, one seed and some models."""
-    return ONE + [word for model in models for word in ("--only", f"model={model}")]
+    """The words that choose some models."""
+    return [word for model in models for word in ("--only", f"model={model}")]
 
 
 def cut_memory_mixing() -> None:
@@ -94,9 +95,7 @@ def main(out: Path) -> None:
     assert cli.run([*mqar, *right]) == 0
     assert cli.run(["cell", "parity", "--number", "0", *right]) == 0  # done, so nothing to do
     kernel_times._LEAST_S = 0.2  # a rough time will do here
-    short = ["--only", "tokens=512", "--only", "tokens=1024", "--only", "tokens=2048"]
-    only = ["--only", "model=mLSTM, chunkwise"]
-    assert cli.run(["run", "parallel", *only, *short, *right]) == 0
+    assert cli.run(["run", "parallel", *cells("mLSTM, chunkwise"), *right]) == 0
     only = ["--only", "model=Mamba-2", "--only", "batch=1", "--only", "context=16"]
     assert cli.run(["run", "generation", *only, *right]) == 0
     assert cli.run(["run", "scaling", *right]) == 0

@@ -17,9 +17,17 @@ def row(model, mean, *, std=0.0, n=3, scaled=None, **values):
     }
 
 
-def judged(claim, best, enough_for=(), trained="trained"):
-    claim = Claim(claim="c", where="w", measure=claim.pop("measure", "x"), **claim)
-    return verdict(claim, best, enough_for, trained)["holds"]
+def found(claim, best, enough_for=(), trained="trained", cells=()):
+    claim = Claim(claim="c", where="w", **{"measure": "x"} | claim)
+    return verdict(claim, cells, best, enough_for, trained)
+
+
+def judged(*arguments, **options):
+    return found(*arguments, **options)["holds"]
+
+
+def cell(model, status="missing", **values):
+    return {"model": model, "status": status, "values": values}
 
 
 def accuracies(long, trained=1.0):
@@ -50,13 +58,29 @@ class TestSeparates:
     def test_a_missing_model_leaves_it_open(self):
         assert self.judge(accuracies(0.99), None) is None
 
+    def test_a_missing_seed_leaves_it_open(self):
+        """Of either model, whatever the others came to: its mean may change yet."""
+        claim = {"rule": "separates", "measure": "long", "solve": ["s"], "fail": ["m"]}
+        for s, m in ((0.99, 0.01), (0.2, 0.5)):
+            best = [row("s", 0, scaled=accuracies(s)), row("m", 0, scaled=accuracies(m))]
+            held = judged(claim, best, cells=[cell("s", "done", seed=0), cell("m", "failed")])
+            assert held is (s == 0.99)
+            both = [cell("s", seed=1), cell("m", seed=1), cell("m", seed=2), cell("other")]
+            open_ = found(claim, best, cells=both)
+            assert open_["holds"] is None and open_["measured"] == {"s": s, "m": m}
+            assert open_["why"] == "1 cell of s is missing; 2 cells of m are missing"
+
+    def test_a_model_that_is_there_refutes_it_without_the_others(self):
+        claim = {"rule": "separates", "measure": "long", "solve": ["s"], "fail": ["m"]}
+        assert judged(claim, [row("m", 0, scaled=accuracies(0.5))], cells=[cell("s")]) is False
+
     def test_the_worst_of_several_data_counts(self):
         best = [
             row("s", 0, scaled=accuracies(1.0), data="a"),
             row("s", 0, scaled=accuracies(0.1), data="b"),
         ]
         claim = {"rule": "separates", "measure": "long", "solve": ["s"]}
-        assert judged(dict(claim), best) is False
+        assert judged(claim, best) is False
         assert judged({**claim, "at": {"data": "a"}}, best) is True
 
 
@@ -72,6 +96,32 @@ class TestSeparates:
 def test_lower_needs_two_standard_errors(better, worse, std, n, holds):
     best = [row("a", better, std=std, n=n), row("b", worse, std=std, n=n)]
     assert judged({"rule": "lower", "model": "a", "than": "b"}, best) is holds
+
+
+@pytest.mark.parametrize(
+    ("claim", "best"),
+    [
+        ({"rule": "lower", "than": "b"}, [row("a", 0.1), row("b", 0.2)]),
+        ({"rule": "slope", "over": "t", "at_most": 3}, [row("a", t, t=t) for t in (1, 2, 4)]),
+        ({"rule": "ratio", "than": "b", "over": "t", "at_least": 2},
+         [row("a", 1, t=1), row("b", 3, t=1)]),
+        ({"rule": "constant", "over": "t", "at_most": 2}, [row("a", 1, t=t) for t in (1, 2)]),
+        ({"rule": "rises", "over": "t", "at_least": 2}, [row("a", t, t=t) for t in (1, 2)]),
+        ({"rule": "below", "at_most": 2}, [row("a", 1)]),
+        ({"rule": "above", "at_least": 1}, [row("a", 1)]),
+        ({"rule": "wins", "than": "b", "at_least": 0.5},
+         [row("a", 1) | {"by_source": {"x": 1}}, row("b", 2) | {"by_source": {"x": 2}}]),
+    ],
+    ids=lambda value: value.get("rule") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_missing_cell_leaves_every_rule_open(claim, best):
+    claim |= {"model": "a", "at": {"size": "big"}}
+    best = [one | {"values": one["values"] | {"size": "big"}} for one in best]
+    elsewhere = [cell("c", size="big"), cell("a", size="small"), cell("a", "failed", size="big")]
+    assert judged(claim, best, cells=elsewhere) is True
+    open_ = found(claim, best, cells=[*elsewhere, cell("a", size="big")])
+    assert open_["holds"] is None and open_["measured"]
+    assert open_["why"] == "1 cell of a is missing"
 
 
 def line(model, power, sizes=(512, 1024, 2048, 4096, 8192), overhead=0.0):
