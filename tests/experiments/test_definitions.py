@@ -160,12 +160,7 @@ def test_given_shards_are_linked_or_the_message_says_how_to_build_them(tmp_path,
 
 def test_packages_of_the_library_are_sources_of_their_own(tmp_path, monkeypatch):
     commands = []
-
-    def run(command):
-        commands.append(command[2:])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(data.subprocess, "run", run)
+    monkeypatch.setattr(data, "_run_command", lambda words: commands.append(words) or 0)
     grid = Grid.open("paloma", "toy", tmp_path)
     data.prepare(grid, grid.cells[:1])
     (build,) = [command for command in commands if command[1] == "build"]
