@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names = [one.name for one in BACKENDS["slstm_scan"] if one.name != "triton"]
+    names = [one.name for one in BACKENDS["slstm_scan"] if one.needs != "triton"]
     functions = implementations(names)
     print(
         f"b {arguments.batch}, {arguments.heads} heads, {arguments.steps} steps, float32, ", end=""

@@ -25,7 +25,7 @@ from benchmarks.kernel_variants import persistent
 from benchmarks.kernel_variants.slstm import describe, plan_both
 from pretrain.config import load_config
 from xlstm_kernels.slstm.triton import graphs, scan
-from xlstm_kernels.slstm.triton.persistent_plan import plan_group
+from xlstm_kernels.slstm.triton.persistent_group import plan_group
 from xlstm_mcore.pattern import parse_pattern
 
 TARGET = "sm_90"
@@ -113,7 +113,7 @@ def loop_of(
     flops = 2 * 4 * heads * d * d * rows * steps
     read = 2 * rows * steps * heads * d * (4 + 4 + 3)  # gate gradients twice, h shifted and read
     rest = 1e3 * max(flops / BF16_PRODUCTS, read / BANDWIDTH)
-    group = plan_group(rows, heads, d, torch.bfloat16, persistent.SIZES[TARGET], scan.BATCH)
+    group = plan_group(rows, heads, d, persistent.SIZES[TARGET])
     at_once = None
     if group is not None and together:
         both = zip(together, leasts, strict=True)

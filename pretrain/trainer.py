@@ -13,7 +13,8 @@ from typing import Any
 
 from pretrain.checkpoint import CheckpointSaver, Ranks, Retention, candidates_together
 from pretrain.config import RunConfig, save_config
-from pretrain.config.checks import check_kernels, check_vocabulary
+from pretrain.config.checks import check_vocabulary
+from pretrain.config.kernel_checks import check_kernels
 from pretrain.data import Batch, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine
@@ -114,7 +115,7 @@ class Trainer:
         self.validation = Validation(config, layout, self.data)
         self.samples = Samples(config, layout, self.data.manifest, Ranks())
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
-        check_kernels(config, layout.device.type)
+        check_kernels(config, layout.device)
         self.saver = CheckpointSaver(
             options.dir or self.dir / CHECKPOINTS_FOLDER,
             retention=Retention(options.keep, options.keep_every, options.keep_best),

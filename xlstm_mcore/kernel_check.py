@@ -23,6 +23,7 @@ def compare_kernels(
     device: torch.device | str,
     dtype: torch.dtype,
     states_dtype: torch.dtype = torch.float32,
+    slstm_form: str = "graphs",
 ) -> list[str]:
     """Compare a model's kernels with their fp64 references; see `xlstm_kernels.self_check`.
 
@@ -31,6 +32,7 @@ def compare_kernels(
         device: where they run.
         dtype: what the model computes in.
         states_dtype: what its mLSTM cells keep their states in.
+        slstm_form: `memory.slstm_form`; the persistent one is compared as well.
 
     Returns:
         One sentence for each tensor that differs; empty when all agree.
@@ -63,6 +65,8 @@ def compare_kernels(
     if "s" in letters:
         gates = {"forget_gate": model.slstm_forget_gate, "input_gate": model.slstm_input_gate}
         problems += check_slstm(**scan, **gates, **where)
+        if slstm_form == "persistent":
+            problems += check_slstm(**scan, **gates, **(where | {"backend": "persistent"}))
     if "l" in letters:
         problems += check_lstm(**scan, **where)
     convolved = {

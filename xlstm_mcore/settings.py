@@ -153,3 +153,5 @@ class MemoryConfig(Section):
     """MiB of logits on a process; larger ones are computed in parts, twice, and never kept whole"""
     cell_states: Literal["fp32", "bf16"] = "fp32"
     """what the mLSTM keeps its states between chunks in; they are carried in fp32"""
+    slstm_form: Literal["graphs", "persistent"] = "graphs"
+    """s on a GPU: replayed graphs of steps, or (bf16) one launch with weights in shared memory"""

@@ -1,4 +1,4 @@
-"""The launches of the persistent sLSTM, which is off until a GPU has run it.
+"""The launches of the persistent sLSTM, which runs where `memory.slstm_form` asks for it.
 
 They are not a part of the default report:
 
@@ -12,20 +12,22 @@ import torch
 from benchmarks.aot import DEVICES
 from benchmarks.kernel_variants.slstm import step_flops
 from benchmarks.kernel_variants.variant import Variant, variant_of
-from xlstm_kernels.common.launch_graph import Device
-from xlstm_kernels.slstm.triton.persistent_plan import plan_backward, plan_forward, plan_group
-from xlstm_kernels.slstm.triton.scan import BATCH, KEPT, kept_buffers
+from xlstm_kernels.slstm.triton.persistent_group import Device, plan_group
+from xlstm_kernels.slstm.triton.persistent_plan import plan_backward, plan_forward
+from xlstm_kernels.slstm.triton.scan import KEPT, kept_buffers
 
 SIZES = {
     target: Device(DEVICES[target].processors, DEVICES[target].shared - DEVICES[target].reserved)
     for target in ("sm_80", "sm_90", "sm_100")
 }
-HEADS = ((4, 192), (4, 512), (2, 1024))  # heads and their width: 125M, 1.3B, and the widest
+# Heads and their width: 125M, 350M, 760M, 1.3B, and wider ones. Any other width is compiled as the
+# next power of two.
+HEADS = ((4, 192), (4, 256), (4, 384), (4, 512), (2, 768), (2, 1024))
 
 
 def describe(target: str, heads: int, d: int, b: int = 16, s: int = 2048) -> list[Variant]:
     """Variants of both passes in bf16 with boundaries; none where the call does not fit."""
-    group = plan_group(b, heads, d, torch.bfloat16, SIZES[target], BATCH)
+    group = plan_group(b, heads, d, SIZES[target])
     if group is None:
         return []
     preacts = torch.empty(b, s, 4, heads, d, dtype=torch.bfloat16, device="meta")
@@ -34,7 +36,7 @@ def describe(target: str, heads: int, d: int, b: int = 16, s: int = 2048) -> lis
     states = [preacts.new_empty(b, heads, d, dtype=torch.float32) for _ in range(4)]
     kept = dict(zip(KEPT, kept_buffers(preacts), strict=True))
     out = preacts[:, :, 0].contiguous()
-    where = target, group, BATCH
+    where = target, group
     forward = plan_forward(preacts, weight, bias, starts, states, out, kept, True, *where)
     backward = plan_backward(
         out, weight, starts, kept, states[:3], torch.empty_like(preacts), *where

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from pretrain.config import support
 from pretrain.config.checks import data_parallel_size, filled_rows, micro_batches
+from pretrain.config.kernel_checks import gpus_for_persistent
 from pretrain.config.schema import RunConfig
+from pretrain.rehearsal.gpus import GPUS
 from pretrain.supervision.progress_file import read_progress
 from xlstm_mcore.pattern import LETTERS, parse_pattern
 from xlstm_mcore.sizes.flops import forward_flops, state_bytes, training_flops
@@ -32,6 +34,16 @@ def _engine(config: RunConfig) -> str:
     if engine.grad_reduce != "fp32":
         words.append(f"gradients summed in {engine.grad_reduce}")
     return ", ".join([*words, engine.precision])
+
+
+def _slstm_form(config: RunConfig) -> list[str]:
+    """Which GPUs hold the persistent sLSTM that the run asks for."""
+    if config.memory.slstm_form != "persistent":
+        return []
+    fits = gpus_for_persistent(config)
+    lost = [name for name in GPUS if name not in fits]
+    but = f"; not {' or '.join(lost)}" if lost else ""
+    return [f"sLSTM             persistent, fits {', '.join(fits)}{but}"]
 
 
 def _grace(config: RunConfig) -> list[str]:
@@ -115,6 +127,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     lines += [
         f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",
+        *_slstm_form(config),
         *_grace(config),
         *_unwatched(config),
         f"data              {', '.join(s.path for s in data.mixture)}",

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from pretrain.config import RunConfig, check_world, data_parallel_size
+from pretrain.config.kernel_checks import check_gpu
 from pretrain.rehearsal.compare import compare_ranks, compare_saved
 from pretrain.rehearsal.gpus import Gpu, gpu_named
 from pretrain.rehearsal.record import RankRecord
@@ -63,6 +64,8 @@ def main(
         ConfigError: the world, the ranks or the GPU do not fit the run.
     """
     device = None if gpu is None else gpu_named(gpu)
+    if device is not None:
+        check_gpu(config, device)
     done = rehearse(config, world, chosen_ranks(config, world, ranks), device)
     print(done.text())
     if out is not None:

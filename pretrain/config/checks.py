@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pretrain.config import support
 from pretrain.config.data_checks import DATA_CHECKS
+from pretrain.config.kernel_checks import KERNEL_CHECKS
 from pretrain.config.layout_checks import LAYOUT_CHECKS, letters_of
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import FIELDS, RunConfig
@@ -240,6 +241,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _init_from,
     _cells,
     _recompute,
+    *KERNEL_CHECKS,
     *DATA_CHECKS,
     _schedule,
     _exponential,
@@ -369,20 +371,3 @@ def check_vocabulary(config: RunConfig, tokens: int, source: object) -> None:
                 f"model.{key}={rows} is smaller than the {tokens} tokens of the tokenizer in "
                 f"{source}; set model.{key} to at least {tokens}"
             )
-
-
-def check_kernels(config: RunConfig, device: str) -> None:
-    """Check that the kernels of `model.kernel_backend` run on this type of device.
-
-    Args:
-        config: the run.
-        device: what torch calls the type of device.
-
-    Raises:
-        ConfigError: Triton kernels are asked for on the CPU.
-    """
-    if config.model.kernel_backend == "triton" and device == "cpu":
-        raise ConfigError(
-            "model.kernel_backend=triton needs a GPU, and this run is on the CPU; leave it "
-            "out to let each kernel take the best backend it has"
-        )

@@ -57,8 +57,9 @@ OF_KERNELS = (
 
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
     """What is wrong with the kernels of a run on a device: one sentence for each tensor."""
-    dtype, states_dtype = DTYPES[config.engine.precision], DTYPES[config.memory.cell_states]
-    return compare_kernels(config.model, device, dtype, states_dtype)
+    dtype, memory = DTYPES[config.engine.precision], config.memory
+    states_dtype = DTYPES[memory.cell_states]
+    return compare_kernels(config.model, device, dtype, states_dtype, memory.slstm_form)
 
 
 def check_kernels_once(config: RunConfig, device: torch.device) -> None:
@@ -100,6 +101,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "kernels": _hash_of_sources(Path(str(xlstm_kernels.__path__[0]))),
         "precision": config.engine.precision,
         "cell_states": config.memory.cell_states,
+        "slstm_form": config.memory.slstm_form,
         "model": model,
     }
 

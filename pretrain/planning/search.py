@@ -1,6 +1,7 @@
 """Trying layouts: the first recompute mode and micro-batch of each shape that fits, and why not."""
 
 from pretrain.config import ConfigError, RunConfig
+from pretrain.config.kernel_checks import check_gpu
 from pretrain.planning.estimate import estimate
 from pretrain.planning.layouts import RECOMPUTE, Layout, with_layout
 from pretrain.planning.tried import Tried
@@ -25,6 +26,7 @@ def try_shape(config: RunConfig, shape: tuple[int, int], gpus: int, gpu: Gpu) ->
             layout = Layout(*shape, recompute, micro_batch)
             try:
                 changed = with_layout(config, layout, gpus)
+                check_gpu(changed, gpu)
             except ConfigError as error:
                 why_not = _reason(error)
                 if all(one.why_not != why_not for one in tried):  # another micro-batch may help

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pretrain import layout as layouts
-from pretrain.rehearsal.memory import MESSAGES, OTHER, STATES, MemoryMeter
+from pretrain.rehearsal.memory import GRAPHS, MESSAGES, OTHER, STATES, MemoryMeter
 from pretrain.rehearsal.record import HostWait, Message, RankRecord, caller_stack
 from xlstm_mcore.megatron import cpu_runtime
 
@@ -80,6 +80,7 @@ class RehearsalMode(FakeTensorMode):
         super().__init__()
         self.record, self.phase = record, "build"
         self.meter = MemoryMeter(NAME)
+        self._graphs: set[tuple] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -122,6 +123,8 @@ class RehearsalMode(FakeTensorMode):
             # A cell returns its output first, and then the states it keeps.
             states = name.startswith("xlstm_kernels::") and number > 0 and tensor.dim() > 3
             self.meter.see(tensor, STATES if states else None)
+        if name.startswith("xlstm_kernels::slstm_scan_triton"):
+            self._see_graph(name.endswith("_backward"), args)
         if on_device and not func.is_view and not name.startswith(_NO_WORK):
             operators = self.record.operators
             operators[self.phase] = operators.get(self.phase, 0) + 1
@@ -134,6 +137,19 @@ class RehearsalMode(FakeTensorMode):
             return
         if waits and source.device.type == NAME and target.device.type == "cpu":
             self.wait("a copy of a tensor in host memory")
+
+    def _see_graph(self, backward: bool, args: tuple) -> None:
+        """Count the buffers of the graph that a GPU would replay for an operator of the sLSTM."""
+        from xlstm_kernels.slstm.triton.graph_memory import graph_bytes
+
+        gates, starts = (args[4][0], args[2]) if backward else (args[0], args[7])
+        batch, steps, _, heads, d = gates.shape
+        facts = {"boundaries": starts is not None, "backward": backward}
+        size = graph_bytes(batch, steps, heads, d, gates.dtype, **facts)
+        key = batch, heads, d, gates.dtype, *facts.values()
+        if size and key not in self._graphs:
+            self._graphs.add(key)
+            self.meter.reserve(size, GRAPHS)
 
     def wait(self, what: str) -> None:
         """Write down that the host waits for the device."""

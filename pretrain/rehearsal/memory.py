@@ -18,6 +18,7 @@ STATES = "cell states"
 LOGITS = "logits and loss"
 MESSAGES = "messages"
 BACKWARD = "backward pass"
+GRAPHS = "sLSTM's graphs"  # the buffers that they work on
 GATHERED = "gathered weights"  # of ZeRO stage 3, while a module needs them
 OTHER = "other"
 # What lasts for the whole run; a tensor of these kinds keeps its kind.
@@ -63,6 +64,10 @@ class MemoryMeter:
             kind = BACKWARD
         gone = weakref.ref(storage, lambda _, key=key: self._free(key))
         self._storages[key] = size, kind, gone
+        self.reserve(size, kind)
+
+    def reserve(self, size: int, kind: str) -> None:
+        """Count bytes; those that lie in no tensor of the rehearsal stay for the whole run."""
         self.live[kind] += size
         self._total += size
         if self._total > self._peak:

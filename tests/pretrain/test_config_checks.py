@@ -1,9 +1,13 @@
 """Rules between keys: each broken one has a message with a way out."""
 
 import pytest
+import torch
 
 from pretrain.commands.check import describe_run
 from pretrain.config import ConfigError, check_world
+from pretrain.config.kernel_checks import check_gpu, check_kernels
+from pretrain.planning.search import try_shape
+from pretrain.rehearsal.gpus import gpu_named
 from tests.pretrain.run_files import config, message
 
 
@@ -231,3 +235,57 @@ def test_every_stage_of_a_ramp_splits_over_the_replicas():
         check_world(ramped, 2)
     assert "25,600,000 tokens" not in describe_run(ramped)
     assert f"{(98 * 16 + 2 * 4) * 256:,} (100 steps)" in describe_run(ramped)
+
+
+# ------------------------------------------------------------------ the persistent sLSTM
+
+PERSISTENT = {
+    "model__pattern": "ms",
+    "model__hidden_size": 2048,
+    "engine__precision": "bf16",
+    "memory__slstm_form": "persistent",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model__pattern": "mm"}, "memory.slstm_form=persistent, but model.pattern has no s"),
+        ({"engine__precision": "fp32"}, "keeps weights in bf16, and engine.precision=fp32"),
+        ({"model__slstm_input_gate": "sigmoid"}, "has an exponential input gate only"),
+        ({"model__kernel_backend": "torch"}, "runs on Triton, and model.kernel_backend=torch"),
+        (
+            {"model__hidden_size": 4096},
+            "fits none of a100-40, a100, h100, h200, b200: of the largest, 4 rows of 4 heads of "
+            "1024 are 256 programs that must run at the same time, and the GPU has 148 processors; "
+            "use memory.slstm_form=graphs, a smaller data.micro_batch or a larger layout.tensor",
+        ),
+    ],
+)
+def test_the_persistent_slstm_says_what_it_cannot_do(changes, says):
+    assert says in message(**PERSISTENT | changes)
+
+
+def test_check_names_the_gpus_that_hold_the_persistent_slstm():
+    assert "persistent, fits a100-40, a100, h100, h200, b200\n" in describe_run(
+        config(**PERSISTENT)
+    )
+    half = {"model__hidden_size": 4096, "layout__tensor": 2}
+    text = describe_run(config(**PERSISTENT | half))
+    assert "persistent, fits h100, h200, b200; not a100-40 or a100\n" in text
+    assert "persistent" not in describe_run(config())
+
+
+def test_a_gpu_that_does_not_hold_the_persistent_slstm_is_an_error_of_its_plan():
+    half = {"model__hidden_size": 4096, "layout__tensor": 2}
+    check_gpu(config(**PERSISTENT | half), gpu_named("h100"))
+    with pytest.raises(ConfigError, match="does not fit a100: 16 columns of a head of 1024 take"):
+        check_gpu(config(**PERSISTENT | half), gpu_named("a100"))
+    tried = try_shape(config(**PERSISTENT | half), (2, 1), 2, gpu_named("a100"))
+    assert tried and all("does not fit a100" in one.why_not for one in tried)
+
+
+def test_the_persistent_slstm_needs_a_gpu_to_train_on():
+    with pytest.raises(ConfigError, match="needs a GPU, and this run is on the CPU"):
+        check_kernels(config(**PERSISTENT), torch.device("cpu"))
+    check_kernels(config(), torch.device("cpu"))

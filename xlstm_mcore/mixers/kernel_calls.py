@@ -206,6 +206,9 @@ def run_slstm(
         token = gate_preacts.squeeze(1)
         h = slstm_step(token, recurrent_weight, bias, state, **_slstm_options(config))
         return h.unsqueeze(1)
+    options = _slstm_options(config)
+    if cache is None and config.slstm_form == "persistent":  # generation has rows of its own number
+        options["backend"] = "persistent"
     h = slstm_scan(
         gate_preacts,
         recurrent_weight,
@@ -213,7 +216,7 @@ def run_slstm(
         state,
         return_last_state=cache is not None or observe is not None,
         boundaries=boundaries,
-        **_slstm_options(config),
+        **options,
     )
     if cache is not None or observe is not None:
         h, state = h

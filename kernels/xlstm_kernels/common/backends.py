@@ -45,6 +45,7 @@ BACKENDS = {
     "slstm_scan": (
         Backend("triton", "xlstm_kernels.slstm.triton.scan", "triton"),
         Backend("numba", "xlstm_kernels.slstm.numba.scan", "numba"),
+        Backend("persistent", "xlstm_kernels.slstm.triton.persistent_scan", "triton"),
         TORCH,
     ),
     "slstm_step": (Backend("triton", "xlstm_kernels.slstm.triton.step", "triton"), TORCH),

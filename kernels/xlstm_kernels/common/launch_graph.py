@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -44,27 +44,6 @@ def can_capture(device: torch.device) -> bool:
     if device.type != "cuda" or not _allowed:
         return False
     return not torch.cuda.is_current_stream_capturing()
-
-
-class Device(NamedTuple):
-    """What programs that run at the same time share.
-
-    Attributes:
-        processors: Multiprocessors.
-        shared: Bytes of shared memory that a program may have.
-    """
-
-    processors: int
-    shared: int
-
-
-def device_of(device: torch.device) -> Device:
-    """What a GPU has; nothing anywhere else, where no two programs run at the same time."""
-    if device.type != "cuda":
-        return Device(0, 0)
-    known = torch.cuda.get_device_properties(device)
-    shared = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
-    return Device(known.multi_processor_count, shared)
 
 
 def current_stream(device: torch.device) -> Hashable:

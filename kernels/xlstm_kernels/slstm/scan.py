@@ -15,6 +15,8 @@ def operator_of(backend: str) -> Callable:
         from xlstm_kernels.slstm.torch.scan import scan_forward
     elif backend == "numba":
         from xlstm_kernels.slstm.numba.scan import scan_forward
+    elif backend == "persistent":
+        from xlstm_kernels.slstm.triton.persistent_scan import scan_forward
     else:
         from xlstm_kernels.slstm.triton.scan import scan_forward
     return scan_forward
@@ -50,7 +52,8 @@ def slstm_scan(
             forgotten.
         forget_gate: "sigmoid" or "exp".
         input_gate: "exp", as in the paper, or "sigmoid".
-        backend: "torch", "triton" or "numba"; None for the best one.
+        backend: "torch", "triton", "numba" or "persistent"; None for the best one. "persistent" is
+            the persistent form on Triton, which is never chosen unasked.
 
     Returns:
         h [b, s, heads, d] in the dtype of gate_preacts; with `return_last_state` (h, (h, c, n, m)).
@@ -63,8 +66,9 @@ def slstm_scan(
     check_no_tangents("slstm_scan", *tensors, *(initial_state or ()))
     check_arguments(*tensors, initial_state, forget_gate, input_gate, time=True)
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
-    cell, d = cell_of(input_gate), gate_preacts.shape[-1]
-    chosen = select_backend("slstm_scan", backend, gate_preacts, d=d, cell=cell)
+    cell, (batch, _, _, heads, d) = cell_of(input_gate), gate_preacts.shape
+    facts = {"d": d, "cell": cell, "batch": batch, "heads": heads}
+    chosen = select_backend("slstm_scan", backend, gate_preacts, **facts)
     state = initial_state if initial_state is not None else (None,) * 4
     sigmoid = forget_gate == "sigmoid"
     h, *rest = operator_of(chosen)(*tensors, *state, boundaries, sigmoid, cell)

@@ -50,7 +50,7 @@ def test_the_one_asked_for_runs_and_it_is_said(said):
 @pytest.mark.parametrize(
     "call, names",
     [
-        (lambda **x: slstm(**x), "'triton', 'numba', 'torch'"),
+        (lambda **x: slstm(**x), "'triton', 'numba', 'persistent', 'torch'"),
         (
             lambda **x: causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), **x),
             "'triton', 'numba', 'torch'",

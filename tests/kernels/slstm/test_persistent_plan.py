@@ -11,14 +11,20 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks.kernel_variants import TARGETS, find_variants
 from benchmarks.kernel_variants.persistent import SIZES
-from xlstm_kernels.common.launch_graph import Device, device_of
-from xlstm_kernels.slstm.triton.persistent_plan import Group, plan_group
+from pretrain.rehearsal.gpus import GPUS
+from xlstm_kernels.common.backends import Like, select_backend
+from xlstm_kernels.slstm.triton import persistent_scan
+from xlstm_kernels.slstm.triton.persistent_group import (
+    Device,
+    Group,
+    device_of,
+    misfit_reason,
+    plan_group,
+)
 
-BF16 = torch.bfloat16
 
-
-def plan(target, batch, heads, d, dtype=BF16):
-    return plan_group(batch, heads, d, dtype, SIZES[target], 16)
+def plan(target, batch, heads, d):
+    return plan_group(batch, heads, d, SIZES[target])
 
 
 @pytest.mark.parametrize("target", SIZES)
@@ -55,10 +61,38 @@ def test_weights_fit_and_every_program_has_a_processor():
     assert some > 100
 
 
-def test_float32_and_other_devices_take_another_form():
-    assert plan("sm_90", 1, 1, 256, torch.float32) is None
-    assert device_of(torch.device("cpu")) == Device(0, 0)
-    assert plan_group(1, 1, 256, BF16, Device(0, 0), 16) is None
+@pytest.mark.parametrize(
+    ("like", "facts", "reason"),
+    [
+        (torch.float32, {"d": 512}, "weights in bfloat16 and is given torch.float32"),
+        (torch.bfloat16, {"d": 512, "cell": "slstm_sigmoid"}, "exponential input gate only"),
+        (
+            torch.bfloat16,
+            {"d": 1024, "heads": 4},
+            "1 rows of 4 heads of 1024 are 256 programs that must run at the same time, and the "
+            "GPU has 132 processors; use 'triton'",
+        ),
+    ],
+    ids=["fp32", "sigmoid", "programs"],
+)
+def test_a_call_that_cannot_run_says_why(monkeypatch, like, facts, reason):
+    monkeypatch.setattr(persistent_scan, "device_of", lambda device: SIZES["sm_90"])
+    with pytest.raises(ValueError, match="backend='persistent' cannot run") as caught:
+        select_backend("slstm_scan", "persistent", Like(torch.device("cuda"), like), **facts)
+    assert reason in str(caught.value)
+
+
+def test_memory_and_devices_without_limits():
+    assert "196,608 bytes of shared memory" in misfit_reason(1, 1, 1024, SIZES["sm_80"])
+    assert misfit_reason(16, 4, 512, SIZES["sm_80"]) is None
+    assert device_of(torch.device("cpu")) is None
+    assert plan_group(64, 8, 1024, None).width == 32
+
+
+def test_gpus_of_the_planner_are_those_that_are_compiled_for():
+    names = {"a100": "sm_80", "a100-40": "sm_80", "h100": "sm_90", "h200": "sm_90"}
+    for name, gpu in GPUS.items():
+        assert Device(gpu.processors, gpu.shared) == SIZES[names.get(name, "sm_100")]
 
 
 def test_launches_are_described_for_nvidia_only():

@@ -8,11 +8,12 @@ compilation.
 
 import math
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 
-from benchmarks.kernel_variants import TARGETS, find_variants
+from benchmarks.kernel_variants import MODULE, TARGETS, find_variants, persistent
 from tests.kernels.comparison import relative_error
 from tests.kernels.triton.checker import Checker
 from xlstm_kernels import (
@@ -116,7 +117,8 @@ def step_case(qk, v, b=2, heads=3, dtype=torch.float32, **options):
     return call, x
 
 
-def slstm_case(s, d, b=3, heads=2, dtype=torch.float32, state=False, **options):
+def slstm_case(s, d, b=3, heads=2, dtype=torch.float32, state=False, on="triton", **options):
+    """`on`: the backend in the place of Triton's usual one."""
     torch.manual_seed(0)
     x = {"x": torch.randn(b, s, 4, heads, d), "R": torch.randn(4, heads, d, d) * d**-0.5}
     x["bias"] = torch.randn(4, heads, d)
@@ -127,6 +129,7 @@ def slstm_case(s, d, b=3, heads=2, dtype=torch.float32, state=False, **options):
 
     def call(x, backend):
         carried = (x["h0"], x["c"], x["n"], x["m"]) if state else None
+        backend = on if backend == "triton" else backend
         result = slstm_scan(
             x["x"], x["R"], x["bias"], carried, return_last_state=True, backend=backend, **options
         )
@@ -242,6 +245,9 @@ CASES = {
         "wide": slstm_case(4, 200, b=2, heads=1, state=True, boundaries=documents(2, 4)),
         "bf16": slstm_case(6, 64, b=17, heads=1, **HALF),
         "wide bf16": slstm_case(3, 272, b=2, heads=1, **HALF),
+        "persistent": slstm_case(
+            4, 72, b=17, heads=1, on="persistent", state=True, boundaries=documents(17, 4)
+        ),
     },
     "slstm_step": {
         "one tile": slstm_step_case(20),
@@ -302,5 +308,10 @@ def test_every_function_with_a_triton_backend_is_here():
 
 def test_every_kernel_that_is_compiled_was_checked():
     ran = set().union(*(checked(*one)[1].kernels for one in ALL))
-    described = {variant.fn.__name__ for target in TARGETS for variant in find_variants(target)}
+    modules = MODULE, persistent.__name__
+    described = {
+        variant.fn.__name__
+        for target, module in product(TARGETS, modules)
+        for variant in find_variants(target, module)
+    }
     assert described <= ran, f"no case runs {', '.join(sorted(described - ran))}"

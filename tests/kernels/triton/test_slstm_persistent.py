@@ -7,24 +7,23 @@ from tests.kernels.comparison import assert_float32_close, relative_error, run
 from tests.kernels.slstm.test_numba import make_inputs, recurrence
 from tests.kernels.slstm.test_scan import outputs, split
 from xlstm_kernels import slstm_scan
+from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.slstm.triton import persistent_plan
 from xlstm_kernels.slstm.triton import scan as scan_triton
+from xlstm_kernels.slstm.triton.persistent_group import Group
 
 SHAPE = (2, 2, 40)  # three programs for each head, of which the last has columns beyond it
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the launches; programs of 16 columns for every dtype and head."""
-    streamed = scan_triton.Tiles(64, False, 64, 4, 1)
-    monkeypatch.setattr(scan_triton, "tiles_for", lambda *_: streamed)
+    """Names of the launches; programs of 16 columns."""
 
-    def plan_group(batch, heads, d, dtype, device, rows):
+    def plan_group(batch, heads, d, device):
         tiles = -(-d // 16)
-        return persistent_plan.Group(16, tiles, heads * tiles * -(-batch // rows), 4)
+        return Group(16, tiles, heads * tiles * -(-batch // 16), 4)
 
     monkeypatch.setattr(persistent_plan, "plan_group", plan_group)
-    monkeypatch.setenv("XLSTM_SLSTM_PERSISTENT", "1")
     names, run_all = [], scan_triton.run_all
 
     def recorded(planned, like):
@@ -38,7 +37,7 @@ def launches(monkeypatch):
 
 def scan(x, **options):
     arguments, state = split(x)
-    result = slstm_scan(*arguments, state, return_last_state=True, backend="triton", **options)
+    result = slstm_scan(*arguments, state, return_last_state=True, backend="persistent", **options)
     return outputs(*result)
 
 
@@ -62,10 +61,12 @@ def test_bfloat16_without_boundaries(launches):
     assert "slstm persistent" in launches
 
 
-def test_it_is_off_until_it_is_asked_for(launches, monkeypatch):
+def test_it_runs_where_it_is_asked_for(launches):
     x, R, b = make_inputs((1, 1, 20), 1).values()
-    for asked, name in (("0", "slstm streamed"), ("1", "slstm persistent")):
-        monkeypatch.setenv("XLSTM_SLSTM_PERSISTENT", asked)
+    for asked, name in (("triton", "slstm resident"), ("persistent", "slstm persistent")):
         launches.clear()
-        slstm_scan(x, R, b, backend="triton")
+        slstm_scan(x, R, b, backend=asked)
         assert launches == [name]
+    assert select_backend("slstm_scan", None, x, d=20) != "persistent"
+    with pytest.raises(ValueError, match="exponential input gate only"):
+        slstm_scan(x, R, b, input_gate="sigmoid", backend="persistent")

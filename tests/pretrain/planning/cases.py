@@ -53,7 +53,7 @@ def counted() -> list:
 
 
 def planned(memory: int) -> list:
-    gpu = Gpu("small", memory, 100.0, 1000.0, 100.0, 10.0)
+    gpu = Gpu("small", memory, 100.0, 1000.0, 100.0, 10.0, 100, 160_000)
     config = run_of("MM", data__seq_len=64)
     return [
         [str(one.layout), one.why_not, one.estimate and one.estimate.tokens_per_second]

@@ -20,6 +20,7 @@ from pretrain.engines import megatron, model
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
+from pretrain.rehearsal.memory import GRAPHS
 from pretrain.rehearsal.rank import rehearse_rank
 from pretrain.rehearsal.record import STEADY
 from tests.dist import work
@@ -29,6 +30,7 @@ from tests.pretrain.rehearsal.faults import (
     one_sided_collective,
     wrong_group,
 )
+from tests.pretrain.run_files import config as run_file
 from xlstm_mcore.megatron.first_import import import_megatron
 
 WORLD = 8
@@ -98,6 +100,7 @@ def faults() -> dict:
     found["everybody_owns"] = [str(m) for m in compare_saved(with_rank(1, everybody_owns()), True)]
     narrow = rehearse_rank(small_run(engine__grad_reduce="bf16"), 0, WORLD)
     found["gradient_bytes"] = [gradient_bytes(record) for record in (sound[0], narrow)]
+    found["forms"] = {form: graph_bytes(form) for form in ("graphs", "persistent")}
     muon = small_run(optimizer__name="muon")
     found["muon"] = [str(m) for m in compare_ranks([rehearse_rank(muon, r, WORLD) for r in (0, 1)])]
     start = first_step.parts(config, WORLD, first_step.Rates(2.0, 0.5, 1e-3, 1e-9, 1e-9))
@@ -109,6 +112,18 @@ def faults() -> dict:
         len(compare_saved(sound[1:], False)),
     ]
     return found
+
+
+def graph_bytes(form: str) -> int:
+    """What the sLSTM's graphs take at the peak, with 2 rows of 256 tokens and 4 heads of 272."""
+    config = run_file(
+        model__pattern="ss",
+        model__hidden_size=4 * 272,
+        engine__precision="bf16",
+        data__micro_batch=2,
+        memory__slstm_form=form,
+    )
+    return rehearse_rank(config, 0, 1, steps_only=True).memory.kinds.get(GRAPHS, 0)
 
 
 def gradient_bytes(record) -> float:

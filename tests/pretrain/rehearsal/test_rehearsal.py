@@ -68,6 +68,15 @@ def test_a_forgotten_wait_is_found_with_its_place(faults):
     assert "value of a tensor" in what and "read_norm" in place and count == 1
 
 
+def test_buffers_of_graphs_are_counted_once_for_all_layers(faults):
+    """128 steps in bf16: gates, h, what is kept for the backward pass, weights and states."""
+    width = 4 * 272
+    tokens, state, weight = 2 * 128, 4 * 2 * width, 2 * 4 * 4 * 272 * 272
+    both = tokens * (2 * 2 * (4 + 1 + 4) * width + 2 * 4 * 3 * width + 2)
+    forward, backward = weight + 2 * 4 * width + 5 * state, weight + 3 * state
+    assert faults["forms"] == {"graphs": both + forward + backward, "persistent": 0}
+
+
 def test_gradients_summed_in_bf16_send_half_the_bytes(faults):
     wide, narrow = faults["gradient_bytes"]
     assert narrow == wide / 2 > 0

@@ -12,8 +12,13 @@ from xlstm_kernels.common.numba.tasks import run_tasks
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 
 
-def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm") -> str | None:
-    """Why this backend cannot run such a call, with the remedy; None if it can."""
+def unsupported_reason(
+    like: Tensor, *, d: int, asked: bool, cell: str = "slstm", batch: int = 1, heads: int = 1
+) -> str | None:
+    """Why this backend cannot run such a call, with the remedy; None if it can.
+
+    Any number of rows and heads will do.
+    """
     if like.device.type != "cpu":
         return f"the compiled loops run on the CPU, not on {like.device.type}; use another backend"
     if like.dtype == torch.float64:

@@ -53,6 +53,26 @@ class Pass(NamedTuple):
     closing: int
 
 
+def buffers_for(launch: Launch, roles: Pass, steps: int) -> dict[str, Tensor]:
+    """Fresh buffers for `steps` steps of a pass, by the names of its arguments.
+
+    They are zeros, so that the launch before the capture computes with numbers.
+
+    Args:
+        launch: Any single step of the pass, planned on the tensors of a call.
+        roles: What its arguments are.
+        steps: Steps of the graph.
+    """
+    known, by_time = launch.arguments, (*roles.read, *roles.written)
+    return {
+        name: known[name].new_zeros(known[name].shape[0], steps, *known[name].shape[2:])
+        if name in by_time
+        else known[name].new_zeros(known[name].shape)
+        for name in (*roles.constant, *by_time, *roles.carried)
+        if known[name] is not None
+    }
+
+
 class Segment:
     """A captured graph of SEGMENT steps and the buffers that it works on.
 
@@ -65,17 +85,9 @@ class Segment:
     def __init__(self, launch: Launch, roles: Pass, steps: int) -> None:
         self.roles, self.steps = roles, steps
         known = launch.arguments
-        by_time = (*roles.read, *roles.written)
-        # A call under torch.inference_mode may be the first one, and the buffers outlive it. They
-        # are zeros, so that the launch before the capture computes with numbers.
+        # A call under torch.inference_mode may be the first one, and the buffers outlive it.
         with torch.inference_mode(False):
-            self.buffers = {
-                name: known[name].new_zeros(known[name].shape[0], steps, *known[name].shape[2:])
-                if name in by_time
-                else known[name].new_zeros(known[name].shape)
-                for name in (*roles.constant, *by_time, *roles.carried)
-                if known[name] is not None
-            }
+            self.buffers = buffers_for(launch, roles, steps)
         arguments = known | self.buffers | {"steps": steps}
         arguments |= {name: self.buffers[other] for name, other in roles.same.items()}
         # A graph would read and write the tensors of this one call for ever.

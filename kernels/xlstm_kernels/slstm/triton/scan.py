@@ -24,8 +24,13 @@ BATCH = 16  # rows of a program: the least that a tensor core's product takes
 STEP = "slstm step"  # the name of a launch that does a single step
 
 
-def unsupported_reason(like: Tensor, *, d: int, asked: bool, cell: str = "slstm") -> str | None:
-    """Why this backend cannot run such a call, with the remedy; None if it can."""
+def unsupported_reason(
+    like: Tensor, *, d: int, asked: bool, cell: str = "slstm", batch: int = 1, heads: int = 1
+) -> str | None:
+    """Why this backend cannot run such a call, with the remedy; None if it can.
+
+    Any number of rows and heads will do.
+    """
     reason = triton_launch.unsupported_reason(like, asked=asked)
     if reason is not None:
         return reason
@@ -208,16 +213,18 @@ def forward(
     boundaries: Tensor | None,
     sigmoid_forget: bool,
     cell: str,
+    *,
+    persistent: bool = False,
 ) -> Results:
-    """The forward pass; see `slstm_scan`."""
+    """The forward pass; see `slstm_scan`. `persistent` asks for that form."""
     preacts, steps = gate_preacts.contiguous(), gate_preacts.shape[1]
     weight = recurrent_weight.to(preacts.dtype).contiguous()
     target = architecture(preacts.device)
     h, c, n, m = (_state(x, preacts) for x in state)
     m.masked_fill_(n == 0, -torch.inf)
-    streamed = tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
-    group = persistent_plan.group_for(preacts, BATCH) if streamed else None
-    if streamed and group is None:
+    group = persistent_plan.group_of(preacts) if persistent else None
+    streamed = group is None and tiles_for(target, preacts.shape[-1], preacts.dtype).inner > 0
+    if streamed:
         h = torch.stack([h, torch.empty_like(h)])
     out, kept = torch.empty_like(preacts[:, :, 0]), kept_buffers(preacts)
     given = (
@@ -225,7 +232,7 @@ def forward(
         dict(zip(KEPT, kept, strict=True)), sigmoid_forget, target,
     )  # fmt: skip
     if group is not None:
-        run_all(persistent_plan.plan_forward(*given, group, BATCH), preacts)
+        run_all(persistent_plan.plan_forward(*given, group), preacts)
         return Results(out, (h, c, n, m), kept)
     _run(partial(plan_forward, *given), FORWARD, preacts)
     if streamed:
@@ -246,7 +253,13 @@ def allocate_gradients(kept: Kept) -> Gradients:
 
 
 def backward(
-    kept: Kept, d_out: Tensor | None, d_last: PartialState, sigmoid_forget: bool, cell: str
+    kept: Kept,
+    d_out: Tensor | None,
+    d_last: PartialState,
+    sigmoid_forget: bool,
+    cell: str,
+    *,
+    persistent: bool = False,
 ) -> Gradients:
     """The backward pass. The derivative of the forget gate is in what was saved."""
     boundaries, out, acts = kept.boundaries, kept.out, kept.saved[0]
@@ -257,15 +270,14 @@ def backward(
     d_states = [_state(x, acts) for x in d_last]
     d_h_first, d_preacts = torch.empty_like(d_states[0]), torch.empty_like(acts)
     saved = dict(zip(KEPT, kept.saved, strict=True))
-    streamed = tiles_for(target, d, out.dtype).inner > 0
-    group = persistent_plan.group_for(acts, BATCH) if streamed else None
+    group = persistent_plan.group_of(acts) if persistent else None
     given = d_out, weight, _bytes(boundaries), saved, d_states
     if group is not None:
-        run_all(persistent_plan.plan_backward(*given, d_preacts, target, group, BATCH), out)
+        run_all(persistent_plan.plan_backward(*given, d_preacts, target, group), out)
     else:
         plan = partial(plan_backward, *given, d_h_first, d_preacts, target)
         _run(plan, BACKWARD, out)
-    if streamed and group is None:
+    if group is None and tiles_for(target, d, out.dtype).inner > 0:
         d_states[0] = d_h_first
     # The gradient of the recurrent weight is one batched product over all steps, gate by gate.
     h_prev = torch.empty_like(out)
