@@ -39,13 +39,13 @@ def kept_by_block(run: RunConfig, tokens: int, mode: str) -> dict[str, int]:
                     submodules = layer_spec(letter, config).submodules
                     layer = XLSTMLayer(config, submodules, layout.groups, layer_number=number)
                     x = torch.empty(
-                        (tokens, 1, config.hidden_size),
+                        (tokens, config.hidden_size),
                         dtype=config.params_dtype,
                         device=device(),
                         requires_grad=True,
                     )
                     with count_saved(layer.parameters()) as saved:
-                        layer(x, None)
+                        layer(x, 1, None)
                     kept[letter] = saved.bytes
         finally:
             layout.close()

@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.layer import XLSTMLayer, XLSTMLayerSubmodules, layer_spec
+from xlstm_mcore.layer import XLSTMLayer, XLSTMLayerSubmodules, layer_spec, of_sequence
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.model import set_vocabulary_slice
 from xlstm_mcore.modules.norm import Norm
@@ -150,7 +150,9 @@ class GPTLayer(XLSTMLayer):
             boundaries = _from_lengths(packed_seq_params.cu_seqlens_q)
         elif attention_mask is not None:
             boundaries = _from_mask(attention_mask, hidden_states.shape[1])
-        return super().forward(hidden_states, boundaries), None
+        shape = hidden_states.shape
+        out = super().forward(hidden_states.flatten(0, 1), shape[1], boundaries)
+        return of_sequence(out, shape), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None

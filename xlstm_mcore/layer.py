@@ -53,10 +53,20 @@ def layer_spec(letter: str, config: XLSTMConfig) -> ModuleSpec:
     return ModuleSpec(XLSTMLayer, submodules=submodules[letter])
 
 
+def of_sequence(x: Tensor, shape: torch.Size) -> Tensor:
+    """Tokens `[s(/tp) * b, h]` as the activations `[s(/tp), b, h]` that stages exchange.
+
+    Megatron's schedules free a stage's output once it is sent, and refuse what autograd knows as a
+    view. Nothing else holds the tokens, so that this one need not be known as a view.
+    """
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
 class XLSTMLayer(MegatronModule):
     """`x + mixer(norm(x))` and then, where present, `x + feed_forward(norm(x))`.
 
-    Without `config.residual` the sums are left out.
+    Without `config.residual` the sums are left out. Tokens are rows, as products take them, from
+    the first layer of a stage to its last one.
 
     Args:
         config: The model's configuration.
@@ -94,20 +104,25 @@ class XLSTMLayer(MegatronModule):
                 prefix=f"{prefix}ffn.",
             )
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        """`x [s(/tp), b, h]` to the same shape.
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
+        """`x [s(/tp) * b, h]` to the same shape.
 
         Args:
-            x: The residual stream.
+            x: The residual stream, in the order of the sequence, then of the batch.
+            batch: `b`.
             boundaries: Bool `[b, s]`, True at the first token of a document, or None.
             cache: This layer's state between calls when generating, or None; read and updated.
         """
         if not torch.is_grad_enabled() or cache is not None or self.recompute == "none":
-            return self._forward(x, boundaries, cache)
+            return self._forward(x, batch, boundaries, cache)
         if self.recompute == "full":
-            return tensor_parallel.checkpoint(lambda x: self._forward(x, boundaries), False, x)
+            return tensor_parallel.checkpoint(
+                lambda x: self._forward(x, batch, boundaries), False, x
+            )
         with selective(cells=self.recompute == "cells"):
-            return self._forward(x, boundaries)
+            return self._forward(x, batch, boundaries)
 
     def borrowed_weights(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         """Modules whose backward pass needs a weight that is not theirs, each with that weight.
@@ -120,8 +135,10 @@ class XLSTMLayer(MegatronModule):
             if self.ffn is not None:
                 yield self.ffn, self.ffn_norm.weight
 
-    def _forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
-        x = self._add(x, self.mixer(self.mixer_norm(x), boundaries, cache))
+    def _forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
+        x = self._add(x, self.mixer(self.mixer_norm(x), batch, boundaries, cache))
         if self.ffn is not None:
             x = self._add(x, self.ffn(self.ffn_norm(x)))
         return x

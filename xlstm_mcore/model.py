@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.layer import layer_spec
+from xlstm_mcore.layer import layer_spec, of_sequence
 from xlstm_mcore.modules.linear import ColumnLinear
 from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
 from xlstm_mcore.modules.norm import Norm
@@ -62,10 +62,11 @@ class XLSTMStack(MegatronModule):
 
     def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
         """`x [s(/tp), b, h]` through this stage's layers, same shape."""
+        shape, x = x.shape, x.flatten(0, 1)
         for layer in self.layers:
             state = None if cache is None else cache.setdefault(layer.layer_number, {})
-            x = layer(x, boundaries, state)
-        return x if self.final_norm is None else self.final_norm(x)
+            x = layer(x, shape[1], boundaries, state)
+        return of_sequence(x if self.final_norm is None else self.final_norm(x), shape)
 
 
 class Head(ColumnLinear):

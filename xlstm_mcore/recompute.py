@@ -118,8 +118,9 @@ class LayerMemory:
         if tensor.is_leaf:
             return tensor
         if id(tensor) not in self.packed:
-            # Detach: an autograd node that saved its own output would be a reference cycle.
-            self.packed[id(tensor)] = tensor.detach(), tensor
+            # Without its node: one that saved its own output would be a reference cycle. `data` is
+            # `detach` without an operator. Autograd itself checks that nobody has written it.
+            self.packed[id(tensor)] = tensor.data, tensor
         return self.packed[id(tensor)][0]
 
     def close(self) -> None:

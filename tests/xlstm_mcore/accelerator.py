@@ -148,11 +148,11 @@ def capture(letter, recompute, fault=None):
             with mode:
                 spec = layer_spec(letter, built).submodules
                 layer = XLSTMLayer(built, spec, place.groups, layer_number=0).train()
-                shape, new = (16, ROWS, 64), {"device": device()}
+                shape, new = (16 * ROWS, 64), {"device": device()}
                 x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True, **new)
                 starts = torch.zeros(ROWS, 16, dtype=torch.bool, **new)
                 for mode.active in (False, True):
-                    y = layer(x, starts)
+                    y = layer(x, ROWS, starts)
                     y = fault(y) if fault else y
                     y.backward(torch.empty_like(y))
                 mode.active = False

@@ -44,7 +44,18 @@ def make(groups, dtype=torch.float64, **keys):
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) / 3)
-    return mixer
+    return BySequence(mixer)
+
+
+class BySequence(torch.nn.Module):
+    """A mixer that is called with `[s, b, h]`."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x, *rest):
+        return self.mixer(x.flatten(0, 1), x.shape[1], *rest).view(x.shape)
 
 
 ROWS = [[0, 5, 6, 17], [0, 11]]  # first tokens of the documents of two rows of 20

@@ -104,9 +104,9 @@ def kept(groups, letter, tokens, precision="bf16", **settings):
     layer = XLSTMLayer(config, layer_spec(letter, config).submodules, groups, layer_number=0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(tokens, 1, 32, dtype=config.params_dtype, requires_grad=True)
+    x = torch.randn(tokens, 32, dtype=config.params_dtype, requires_grad=True)
     with count_saved(layer.parameters()) as saved:
-        layer(x, None)
+        layer(x, 1, None)
     return saved.bytes, config
 
 

@@ -32,7 +32,7 @@ from xlstm_mcore.mixers.attention_span import (
     forget_unseen,
     visible,
 )
-from xlstm_mcore.mixers.base import Mixer
+from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
 
@@ -71,10 +71,13 @@ class AttentionMixer(Mixer):
         )
         self.out_proj = self.output_projection(q)
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
-        qkv = self.in_proj(regather_in_backward(self.region.gather, x))[0]
+        x = regather_in_backward(self.region.gather, x)
+        qkv = by_sequence(self.in_proj(x)[0], batch)
         q, k, v = (
             self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))
             for t in qkv.split(widths, dim=-1)
@@ -93,7 +96,8 @@ class AttentionMixer(Mixer):
         if cache is not None:
             cache["start"] = start[:, -1].expand(q.shape[0])
             forget_unseen(cache, self.span)
-        return self.out_proj(self.context.from_heads(out.flatten(2).transpose(0, 1)))[0]
+        out = self.context.from_heads(out.flatten(2).transpose(0, 1))
+        return self.out_proj(out.flatten(0, 1))[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, span: Span = ALL) -> Tensor:

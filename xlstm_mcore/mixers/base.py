@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
+from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.observation import Observer
@@ -19,13 +19,19 @@ from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
 
 
+def by_sequence(x: Tensor, batch: int) -> Tensor:
+    """Tokens `[s * b, c]` as `[s, b, c]`."""
+    return x.view(-1, batch, x.shape[-1])
+
+
 class Mixer(nn.Module):
     """Base of the sequence mixers. It makes their parameters; `forward` is theirs.
 
-    Every mixer has `forward(x, boundaries, cache=None)`, which mixes `x [s(/cp/tp), b, h]` along
-    the sequence and keeps its shape. `boundaries` is bool `[b, s]` of the whole row, True at the
-    first token of a document, or None. `cache` is the layer's state between calls when generating,
-    a dictionary that the mixer reads and updates, or None.
+    Every mixer has `forward(x, batch, boundaries, cache=None)`, which mixes `x [s(/cp/tp) * b, h]`
+    along the sequence and keeps its shape. Tokens are in the order of the sequence, then of the
+    batch, and `batch` is `b`. `boundaries` is bool `[b, s]` of the whole row, True at the first
+    token of a document, or None. `cache` is the layer's state between calls when generating, a
+    dictionary that the mixer reads and updates, or None.
 
     Args:
         config: The model's configuration.

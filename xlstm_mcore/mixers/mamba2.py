@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.mixers.base import Mixer
+from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import run_conv, run_mamba2
 from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
 from xlstm_mcore.recompute import regather_in_backward
@@ -65,11 +65,13 @@ class Mamba2Mixer(Mixer):
         )
         return new_parameter(self.config, slices)
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
         inner, state, heads = self.inner, self.state, self.num_heads
-        projected = self.in_proj(x)[0].transpose(0, 1)  # [b, s, ...]
+        projected = by_sequence(self.in_proj(x)[0], batch).transpose(0, 1)  # [b, s, ...]
         z, xbc, dt = projected.split([inner, inner + 2 * state, heads], dim=-1)
         conv = self.conv_weight, self.conv_bias
         xbc = run_conv(self.config, xbc, *conv, boundaries, cache, self.context)
@@ -90,7 +92,8 @@ class Mamba2Mixer(Mixer):
             self.context,
         )
         y = h.transpose(1, 2) + self.skip[:, None] * values
-        return self.out_proj(self._gated_norm(y.flatten(2), z).transpose(0, 1))[0]
+        y = self._gated_norm(y.flatten(2), z)
+        return self.out_proj(y.transpose(0, 1).flatten(0, 1))[0]
 
     def _of_all_heads(self, t: Tensor) -> Tensor:
         """`[b, s, N]`, which the heads share, as the kernel reads it: `[b, heads, s, N]`."""

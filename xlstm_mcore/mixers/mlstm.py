@@ -42,16 +42,17 @@ class MLSTMMixer(Mixer):
         self.head_norm_weight = self.split_parameter(["head_norm.weight"], (v,))
         self.out_proj = self.output_projection(v)
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
-        b = x.shape[1]
         dims = self.qk_head_dim, self.qk_head_dim, self.v_head_dim, self.v_head_dim
         q, k, v, ogate, igate, fgate = self.in_proj(
-            x.flatten(0, 1),
+            x,
             gate_weight(self.config, self.gate_weight),
             self.gate_bias,
-            Heads(b, self.num_heads, dims),
+            Heads(batch, self.num_heads, dims),
         )
 
         h = run_mlstm(
@@ -74,8 +75,7 @@ class MLSTMMixer(Mixer):
             ogate,
             keeps_inputs_only=has_head_norm_kernel(self.config, h),
         )
-        out = self.out_proj(gated)[0]
-        return out.view(-1, b, out.shape[-1])
+        return self.out_proj(gated)[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
         """`sigmoid(o) * norm(h)`, `[s * b, heads * d]`, of `h` and `ogate [b, heads, s, d]`."""

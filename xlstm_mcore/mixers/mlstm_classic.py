@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.mixers.base import Mixer
+from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
     run_conv,
@@ -66,10 +66,13 @@ class ClassicMLSTMMixer(Mixer):
         ]
         return new_parameter(self.config, slices)
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
-        x_m, z = self.in_proj(x)[0].chunk(2, dim=-1)  # [s, b, inner]
+        projected = by_sequence(self.in_proj(x)[0], batch)
+        x_m, z = projected.chunk(2, dim=-1)  # [s, b, inner]
         x_m = x_m.transpose(0, 1)  # [b, s, inner], and so is x_c
         x_c = run_conv(
             self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache, self.context
@@ -93,7 +96,7 @@ class ClassicMLSTMMixer(Mixer):
         h = recompute_in_backward(
             self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z
         )
-        return self.out_proj(h)[0]
+        return self.out_proj(h.flatten(0, 1))[0]
 
     def _output(
         self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor

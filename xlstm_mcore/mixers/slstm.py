@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.mixers.base import Mixer
+from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     has_head_norm_kernel,
     run_conv,
@@ -60,10 +60,13 @@ class SLSTMMixer(Mixer):
         part = ParameterSlice(f"{self.prefix}{name}", global_shape, offset, (0, 0, *zeros), shape)
         return new_parameter(self.config, [part])
 
-    def forward(self, x: Tensor, boundaries: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
+    ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         mine = self.context.local_slice  # of a parameter: the heads that this rank computes
-        x = self.context.to_heads(self.region.to_heads(x)).transpose(0, 1)  # [b, s, heads * d]
+        x = self.region.to_heads(by_sequence(x, batch))
+        x = self.context.to_heads(x).transpose(0, 1)  # [b, s, heads * d]
         weight, bias = mine(self.conv_weight, 0), mine(self.conv_bias, 0)
         x_c = run_conv(self.config, x, weight, bias, boundaries, cache)
         h = self.run_cell(
@@ -81,7 +84,8 @@ class SLSTMMixer(Mixer):
             mine(self.head_norm_weight, 0),
             keeps_inputs_only=has_head_norm_kernel(self.config, h),
         )
-        return self.region.from_heads(self.context.from_heads(h.transpose(0, 1)))
+        h = self.region.from_heads(self.context.from_heads(h.transpose(0, 1)))
+        return h.flatten(0, 1)
 
     def _head_norm(self, h: Tensor, weight: Tensor) -> Tensor:
         return run_head_norm(self.config, h, weight).flatten(2)

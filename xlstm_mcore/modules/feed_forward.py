@@ -49,12 +49,11 @@ class FeedForward(nn.Module):
         self.linear_fc2 = output_projection(config, region, f"{prefix}down_proj.weight", width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[s(/tp), b, h] -> [s(/tp), b, h]`."""
-        shape, x = x.shape, x.flatten(0, 1)  # products take tokens as rows
+        """`[s(/tp) * b, h] -> [s(/tp) * b, h]`."""
         gate_up = self.linear_fc1(x)[0]
         kernel = gated_backend(gate_up, self.activation, self.backend) != "torch"
         inner = recompute_in_backward(self._gated, gate_up, keeps_inputs_only=kernel)
-        return self.linear_fc2(inner)[0].view(shape)
+        return self.linear_fc2(inner)[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         return gated_activation(gate_up, self.activation, backend=self.backend)

@@ -26,7 +26,7 @@ class ColumnLinear(ColumnParallelLinear):
     """Megatron's layer with its rows split over ranks; every rank has the whole input."""
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
-        """`x [s, b, h]` to `([s, b, rows/tp], None)`; `weight` stands in for the layer's own."""
+        """`x [..., h]` to `([..., rows/tp], None)`; `weight` stands in for the layer's own."""
         weight = self.weight if weight is None else weight
         if not self.sequence_parallel:
             if not torch.is_grad_enabled():
@@ -40,7 +40,7 @@ class RowLinear(RowParallelLinear):
     """Megatron's layer with its columns split over ranks, like its input; results are summed."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """`x [s, b, columns/tp]` to `([s(/tp), b, h], None)`."""
+        """`x [s * b, columns/tp]` to `([s(/tp) * b, h], None)`."""
         if torch.is_grad_enabled() and self.tp_group.size() == 1:
             return local_product(x, self.weight, self.config.gradient_accumulation_fusion), None
         if torch.is_grad_enabled() or self.sequence_parallel:
@@ -68,7 +68,7 @@ def input_projection(
         kind: What is built.
 
     Returns:
-        A Megatron layer `[s, b, h] -> [s, b, sum(widths)/tp]`. Its rows are this rank's rows of
+        A Megatron layer `[s * b, h] -> [s * b, sum(widths)/tp]`. Its rows are this rank's rows of
         the first projection, then of the second, and so on.
     """
     inside = copy.copy(config)
@@ -91,7 +91,7 @@ def input_projection(
 def output_projection(
     config: XLSTMConfig, region: TensorParallelRegion, name: str, width: int
 ) -> RowLinear:
-    """The projection back to the residual stream, `[s, b, width/tp] -> [s(/tp), b, h]`.
+    """The projection back to the residual stream, `[s * b, width/tp] -> [s(/tp) * b, h]`.
 
     Args:
         config: The model's configuration.

@@ -26,7 +26,7 @@ class TensorParallelRegion:
         self.sequence_parallel = config.sequence_parallel and self.size > 1
 
     def gather(self, x: Tensor) -> Tensor:
-        """All channels at every position: `[s(/tp), b, h] -> [s, b, h]`."""
+        """All channels at every position: `[s(/tp) * b, h] -> [s * b, h]`."""
         if self.size == 1:
             return x
         if self.sequence_parallel:
