@@ -84,6 +84,8 @@ def compare_kernels(
         problems += check_gated_activation(width=sizes.slstm_ffn, activation="gelu", **where)
     norm = {"eps": model.norm_eps, **where}
     problems += check_norm(width=model.hidden_size, kind=model.norm, **norm)
+    if letters & set("Ms*l") and model.residual:  # between a mixer and its feed-forward part
+        problems += check_norm(width=model.hidden_size, kind=model.norm, summed=True, **norm)
     widths = {"M": sizes.v, "m": sizes.up, "s": model.hidden_size, "l": model.hidden_size}
     head_norms = {(widths[letter] // heads, letter == "M") for letter in letters & set(widths)}
     if model.head_norm != "none":

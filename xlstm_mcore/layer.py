@@ -138,10 +138,15 @@ class XLSTMLayer(MegatronModule):
     def _forward(
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
     ) -> Tensor:
-        x = self._add(x, self.mixer(self.mixer_norm(x), batch, boundaries, cache))
-        if self.ffn is not None:
-            x = self._add(x, self.ffn(self.ffn_norm(x)))
-        return x
+        mixed = self.mixer(self.mixer_norm(x), batch, boundaries, cache)
+        if self.ffn is None:
+            return self._add(x, mixed)
+        if self.config.residual:
+            x, normed = self.ffn_norm(x, self._dropout(mixed))  # sum and norm in one pass
+        else:
+            x = self._dropout(mixed)
+            normed = self.ffn_norm(x)
+        return self._add(x, self.ffn(normed))
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         change = self._dropout(change)

@@ -155,6 +155,14 @@ def recompute_in_backward(
     return _remember(_Recomputed.apply(function, *inputs), function, inputs)
 
 
+def known_output(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`output`, which is `function(*inputs)` and which selective recompute does not keep.
+
+    It is for a kernel that has other outputs too, of which `inputs` may be one.
+    """
+    return output if _layer is None else _remember(output, function, inputs)
+
+
 def regather_in_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)` of a collective that keeps nothing for its own backward pass.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu_proof.setting import Setting
 from xlstm_kernels import (
+    add_norm,
     causal_conv1d,
     gated_activation,
     mlstm_chunkwise,
@@ -92,6 +93,7 @@ def cases(setting: Setting) -> Iterator[tuple[str, torch.dtype, Function, dict[s
             yield f"sLSTM step {d}", dtype, _slstm_step, _slstm_inputs(setting, d, dtype)
         yield "head norm and gate", dtype, _head_norm, _norm_inputs(setting, dtype)
         yield "block norm", dtype, _block_norm, _block_norm_inputs(setting, dtype)
+        yield "sum and norm", dtype, _sum_and_norm, _sum_inputs(setting, dtype)
         yield "convolution", dtype, _conv(setting), _conv_inputs(setting, dtype)
         yield "SwiGLU", dtype, _swiglu, _swiglu_inputs(setting, dtype)
         yield "loss", dtype, _loss, _loss_inputs(setting, dtype)
@@ -219,6 +221,16 @@ def _block_norm_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor
 def _block_norm(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
     given = x["x"], x["weight"], "rmsnorm", 1e-6
     return {"y": multihead_norm(*given, layout="row", backend=backend)}
+
+
+def _sum_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = _block_norm_inputs(setting, dtype)
+    return found | {"added": found["x"].flip(0).contiguous()}
+
+
+def _sum_and_norm(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    both = add_norm(x["x"], x["added"], x["weight"], "rmsnorm", 1e-6, backend=backend)
+    return dict(zip(("total", "y"), both, strict=True))
 
 
 def _conv_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:

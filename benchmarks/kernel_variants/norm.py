@@ -32,4 +32,12 @@ def triton_variants(target: str) -> list[Variant]:
         )
         variants.append(variant_of(forward, name, "fw", setting=setting))
         variants.append(variant_of(backward, name, "bw", setting=setting))
+    rows = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+    weight, no_gate = torch.empty(4096, device="meta"), (None, rows, 1e-6, False, "row")
+    forward = plan_forward(rows, weight, *no_gate, added=rows, total=rows)
+    backward, _ = plan_backward(
+        rows, rows, weight, None, rows, None, 1e-6, False, "row", d_total=rows
+    )
+    variants.append(variant_of(forward, "7b sum and norm", "fw"))
+    variants.append(variant_of(backward, "7b sum and norm", "bw"))
     return variants

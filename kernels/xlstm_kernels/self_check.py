@@ -22,7 +22,7 @@ from xlstm_kernels.gated import gated_activation
 from xlstm_kernels.mlstm import mlstm_chunkwise
 from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_kernels.norm import multihead_norm
+from xlstm_kernels.norm import add_norm, multihead_norm
 from xlstm_kernels.slstm import lstm_scan, slstm_scan
 from xlstm_kernels.slstm.arguments import cell_of
 from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
@@ -253,9 +253,10 @@ def check_norm(
     eps: float,
     heads: int = 1,
     gated: bool = False,
+    summed: bool = False,
     backend: str | None = None,
 ) -> list[str]:
-    """What is wrong with `multihead_norm` on a device; as `check_mlstm`.
+    """What is wrong with `multihead_norm`, or `add_norm`, on a device; as `check_mlstm`.
 
     Args:
         device: Where the kernel runs.
@@ -265,6 +266,7 @@ def check_norm(
         eps: As for the kernel.
         heads: Number of heads.
         gated: Whether there is an output gate.
+        summed: Whether it is `add_norm` of one head, whose sum is compared as well.
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
@@ -273,20 +275,29 @@ def check_norm(
         return x.unflatten(-1, (heads, width))
 
     def kernel(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        if summed:
+            return torch.cat(add_norm(x, gate[0], weight, kind, eps, backend=own), dim=-1)
         opened = by_head(gate[0]) if gate else None
         return multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=own).flatten(-2)
 
     def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
-        x = by_head(x)
+        x = by_head(x + gate[0] if summed else x)
         if kind == "layernorm":
-            x = x - x.mean(-1, keepdim=True)
-        y = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * weight
+            centered = x - x.mean(-1, keepdim=True)
+        else:
+            centered = x
+        inverse = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = (centered * inverse).flatten(-2) * weight
+        if summed:
+            return torch.cat((x.flatten(-2), y), dim=-1)
         return y * gate[0].sigmoid() if gate else y
 
     inputs = {"input": _draw(heads * width), "weight": _draw(heads * width)[0]}
-    inputs |= {"gate": _draw(heads * width).flip(0)} if gated else {}
+    second = "gate" if gated else "added"
+    inputs |= {second: _draw(heads * width).flip(0)} if gated or summed else {}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    return _compare("multihead_norm", kernel, reference, inputs, device, dtype, "result")
+    name = "add_norm" if summed else "multihead_norm"
+    return _compare(name, kernel, reference, inputs, device, dtype, "result")
 
 
 class _Loss(torch.autograd.Function):

@@ -47,6 +47,7 @@ OF_KERNELS = (
     "slstm_forget_gate",
     "slstm_input_gate",
     "head_norm",
+    "residual",
     "conv_width",
     "slstm_conv_width",
     "ssm_dim_factor",

@@ -12,7 +12,14 @@ from benchmarks import kernels_gpu
 from benchmarks.gpu_proof import correctness
 from benchmarks.gpu_proof.setting import Setting
 from pretrain.engines.gradients import sum_of_squares
-from xlstm_kernels import mlstm_chunkwise, mlstm_step, multihead_norm, slstm_scan, slstm_step
+from xlstm_kernels import (
+    add_norm,
+    mlstm_chunkwise,
+    mlstm_step,
+    multihead_norm,
+    slstm_scan,
+    slstm_step,
+)
 
 
 def test_all_checks_of_the_benchmark(gpu):
@@ -80,6 +87,22 @@ def test_norm_and_gate(gpu, dtype, kind):
         y = multihead_norm(x, weight, kind, 1e-5, gate=gate, backend=backend)
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
         return y, *torch.autograd.grad(y, inputs, upstream.to(y.device, y.dtype))
+
+    got, expected = run(inputs, "triton"), run([one.float() for one in inputs], "torch")
+    for a, b in zip(got, expected, strict=True):
+        assert (a.float() - b).abs().max() <= kernels_gpu.LIMITS[dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_sum_and_its_norm(gpu, dtype):
+    inputs = [torch.randn(300, 2048, device=gpu).to(dtype) for _ in range(2)]
+    inputs.append(torch.randn(2048, device=gpu))
+
+    def run(inputs, backend):
+        x, added, weight = inputs = [one.detach().requires_grad_() for one in inputs]
+        total, y = add_norm(x, added, weight, "rmsnorm", 1e-5, backend=backend)
+        loss = total.float().sin().sum() + y.float().cos().sum()
+        return total, y, *torch.autograd.grad(loss, inputs)
 
     got, expected = run(inputs, "triton"), run([one.float() for one in inputs], "torch")
     for a, b in zip(got, expected, strict=True):

@@ -61,3 +61,20 @@ def test_a_gpu_has_one_kernel_for_it(asked, kernels, monkeypatch):
     norm = make(torch.float32, kernel_backend=asked)
     norm(torch.randn(3, 48))
     assert calls == [((3, 48), ("rmsnorm", norm.eps), "row")] * kernels
+
+
+def test_a_gpu_adds_and_normalises_by_one_kernel(monkeypatch):
+    monkeypatch.setattr(norm_module, "norm_backend", lambda *_: "triton")
+    calls = []
+    monkeypatch.setattr(norm_module, "add_norm", lambda *x: calls.append(x) or (x[0], x[1]))
+    norm = make(torch.float32)
+    x, added = torch.randn(2, 3, 48)
+    assert norm(x, added) == (x, added)
+    assert [call[3:] for call in calls] == [("rmsnorm", norm.eps)]
+
+
+def test_a_sum_and_its_norm_elsewhere():
+    norm = make(torch.float32)
+    x, added = torch.randn(2, 3, 48)
+    total, y = norm(x, added)
+    assert torch.equal(total, x + added) and torch.equal(y, norm(total))

@@ -8,11 +8,13 @@ import torch
 from megatron.core import tensor_parallel
 
 from benchmarks.saved_memory import count_saved
+from xlstm_kernels import multihead_norm
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.mixers import mlstm
+from xlstm_mcore.modules import norm
 from xlstm_mcore.recompute import recompute_in_backward, rerun_cell, selective
 
 SECTION = {
@@ -227,3 +229,29 @@ def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
         assert watch() is None
     finally:
         gc.enable()
+
+
+def test_selective_computes_the_norm_of_a_sum_again(groups, monkeypatch):
+    """As on a GPU, where one kernel adds and normalises."""
+
+    def normalize(*given, layout):
+        return multihead_norm(*given, layout=layout, backend="torch")
+
+    def both(x, added, *given):
+        total = x + added
+        return total, normalize(total, *given, layout="row")
+
+    monkeypatch.setattr(norm, "norm_backend", lambda *_: "triton")
+    monkeypatch.setattr(norm, "multihead_norm", normalize)
+    monkeypatch.setattr(norm, "add_norm", both)
+    results = []
+    for mode in ("none", "selective"):
+        config = make_config(SECTION | {"pattern": "M", "dropout": 0.0}, memory={"recompute": mode})
+        layer = XLSTMLayer(config, layer_spec("M", config).submodules, groups, layer_number=0)
+        rng = torch.Generator().manual_seed(0)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=rng)
+        x = torch.randn(24, 32, generator=rng).requires_grad_()
+        layer(x, 2, None).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

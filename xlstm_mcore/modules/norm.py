@@ -1,14 +1,16 @@
 """The norm of a block: RMSNorm or LayerNorm, with sequence parallelism."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlstm_kernels import multihead_norm
+from xlstm_kernels import add_norm, multihead_norm
 from xlstm_kernels.norm.norm import norm_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
-from xlstm_mcore.recompute import recompute_in_backward
+from xlstm_mcore.recompute import known_output, recompute_in_backward
 
 
 class Norm(nn.Module):
@@ -29,13 +31,24 @@ class Norm(nn.Module):
         shape = (config.hidden_size,)
         self.weight = new_parameter(config, [ParameterSlice(name, shape, (0,), (0,), shape)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x [..., hidden]`; same shape and dtype."""
-        kernel = self._has_kernel(x)
-        return recompute_in_backward(self._normalize, x, self.weight, keeps_inputs_only=kernel)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Any:
+        """Normalise `x [..., hidden]`; same shape and dtype.
+
+        With `added` of that shape the result is `x + added` and the norm of it, by one kernel on a
+        GPU.
+        """
+        kernel = self._kernel(x)
+        if added is not None and kernel == "triton":
+            total, y = add_norm(x, added, self.weight, self.kind, self.eps)
+            return total, known_output(y, self._normalize, total, self.weight)
+        total = x if added is None else x + added
+        y = recompute_in_backward(
+            self._normalize, total, self.weight, keeps_inputs_only=kernel != "torch"
+        )
+        return y if added is None else (total, y)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self._has_kernel(x):
+        if self._kernel(x) != "torch":
             return multihead_norm(x, weight, self.kind, self.eps, layout="row")
         dtype = torch.promote_types(x.dtype, torch.float32)
         shape, weight = weight.shape, weight.to(dtype)
@@ -45,11 +58,9 @@ class Norm(nn.Module):
             out = _RMSNorm.apply(x.to(dtype), weight, self.eps)
         return out.to(x.dtype)
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether there is a kernel for this device and width."""
-        if self.backend == "torch":
-            return False
-        return norm_backend(x, None) != "torch"
+    def _kernel(self, x: Tensor) -> str:
+        """The backend for this device and width."""
+        return "torch" if self.backend == "torch" else norm_backend(x, None)
 
 
 class _RMSNorm(torch.autograd.Function):

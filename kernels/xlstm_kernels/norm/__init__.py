@@ -1,5 +1,5 @@
-"""The norm over each head."""
+"""The norm over each head, and that of a residual sum."""
 
-from xlstm_kernels.norm.norm import multihead_norm
+from xlstm_kernels.norm.norm import add_norm, multihead_norm
 
-__all__ = ["multihead_norm"]
+__all__ = ["add_norm", "multihead_norm"]

@@ -80,6 +80,39 @@ def multihead_norm(
     return y.reshape(-1, heads * d) if layout == "by head" else y.reshape(shape)
 
 
+def add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, kind: str, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A residual sum, and the norm of its rows as `multihead_norm` computes it.
+
+    Args:
+        x: [..., d].
+        added: The same shape and dtype.
+        weight: Scale [d].
+        kind: "layernorm" or "rmsnorm".
+        eps: Added to the variance or the mean square.
+        backend: "torch", "triton" or "numba"; None for the best one. On Triton it is one kernel.
+
+    Returns:
+        x + added, rounded to the dtype of x, and its norm in that dtype.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation on another backend than "torch".
+    """
+    check_float("x", x, x.ndim, "[..., d]")
+    check_like("added", added, tuple(x.shape), "[..., d]", x)
+    check_like("weight", weight, (x.shape[-1],), "[d]", x)
+    check_choice("kind", kind, ("layernorm", "rmsnorm"))
+    if added.dtype == x.dtype and norm_backend(x, backend) == "triton":
+        from xlstm_kernels.norm.triton import add_norm_triton
+
+        check_no_tangents("add_norm", x, added, weight)
+        return add_norm_triton(x, added, weight, kind, eps)
+    total = x + added
+    return total, multihead_norm(total, weight, kind, eps, layout="row", backend=backend)
+
+
 def _norm(x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor | None) -> Tensor:
     """The PyTorch implementation, of x [..., heads, d]."""
     heads, d = x.shape[-2:]

@@ -4,6 +4,8 @@ A program has some rows (tokens) of one head whole in registers, so statistics a
 backward and nothing but the inputs is kept. Inputs may have any strides with unit stride last, and
 come in the layouts of `multihead_norm` without a view for each. The weight's gradient is summed by
 each program over its rows and then over programs, in float32 and always in the same order.
+
+Where the rows are a sum, the same pass adds, and the backward pass adds the sum's own gradient.
 """
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, run_all
 
-__all__ = ["multihead_norm_triton", "unsupported_reason"]
+__all__ = ["add_norm_triton", "multihead_norm_triton", "unsupported_reason"]
 
 MOST = 4096  # of a head
 ELEMENTS = 2048  # of a tile, or one row
@@ -55,11 +57,14 @@ def open_gate(b_gate):
 
 @triton.jit(do_not_specialize=SIZES)
 def norm_forward(
-    x, weight, gate, y, outer, inner, heads, d, eps,
+    x, added, weight, gate, total, y, outer, inner, heads, d, eps,
     stride_xo, stride_xi, stride_xh, stride_go, stride_gi, stride_gh,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one head of y [outer, inner, heads, d]; grid: tiles of rows * heads."""
+    """ROWS rows of one head of y [outer, inner, heads, d]; grid: tiles of rows * heads.
+
+    The norm is that of x, or with `added` that of total = x + added, which lie as y does.
+    """
     i_program = tl.program_id(0).to(tl.int64)
     i_head = i_program % heads
     # [ROWS], [D]
@@ -70,18 +75,23 @@ def norm_forward(
     m_tile = (o_row < outer * inner)[:, None] & m_d[None, :]
     p_x = tile_at(x, stride_xo, stride_xi, stride_xh, o_row, inner, i_head, o_d)
     b_y = tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+    o_out = ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
+    if added is not None:
+        b_y += tl.load(added + o_out, mask=m_tile, other=0.0).to(tl.float32)
+        b_total = b_y.to(total.dtype.element_ty)
+        tl.store(total + o_out, b_total, mask=m_tile)
+        b_y = b_total.to(tl.float32)
     b_y, _ = normalised(b_y, m_d, d, eps, CENTERED)
     b_y *= tl.load(weight + i_head * d + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
         p_gate = tile_at(gate, stride_go, stride_gi, stride_gh, o_row, inner, i_head, o_d)
         b_y *= open_gate(tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32))
-    p_y = y + ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_tile)
+    tl.store(y + o_out, b_y.to(y.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "programs"])
 def norm_backward(
-    d_y, x, weight, gate, d_x, d_gate, d_weight, programs, outer, inner, heads, d, eps,
+    d_y, d_total, x, weight, gate, d_x, d_gate, d_weight, programs, outer, inner, heads, d, eps,
     stride_do, stride_di, stride_dh, stride_xo, stride_xi, stride_xh,
     stride_go, stride_gi, stride_gh,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -89,6 +99,7 @@ def norm_backward(
     """One head in tiles of ROWS rows, dealt out to `programs` programs; grid: programs * heads.
 
     d_x and d_gate lie as [outer, inner, heads, d]; d_weight is float32 [programs, heads * d].
+    d_total, which lies as d_x does, is added to d_x.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_head, i_part = i_program % heads, i_program // heads
@@ -120,6 +131,8 @@ def norm_backward(
         if CENTERED:
             b_d -= (tl.sum(b_d, 1) / d)[:, None]
         b_d = (b_d - b_x * b_along[:, None]) * b_inverse[:, None]
+        if d_total is not None:
+            b_d += tl.load(d_total + o_out, mask=m_tile, other=0.0).to(tl.float32)
         tl.store(d_x + o_out, b_d.to(d_x.dtype.element_ty), mask=m_tile)
     p_dw = d_weight + (i_part * heads + i_head) * d + o_d
     tl.store(p_dw, tl.sum(b_dw, 0), mask=m_d)
@@ -162,18 +175,21 @@ def _plan(kernel, arguments: dict, x: Tensor, layout: str, programs: int) -> Lau
 
 
 def plan_forward(
-    x, weight, gate, y, eps: float, centered: bool, layout: str = "heads last"
-) -> Launch:
-    """The forward launch; x and gate have the layout, and y is contiguous."""
+    x, weight, gate, y, eps: float, centered: bool, layout: str = "heads last", added=None,
+    total=None,
+) -> Launch:  # fmt: skip
+    """The forward launch; x and gate have the layout, and the other tensors are contiguous."""
     arguments = {"x": x, "weight": weight, "gate": gate, "y": y, "eps": eps, "CENTERED": centered}
+    arguments |= {"added": added, "total": total}
     arguments |= _strides("x", x, layout) | _strides("g", gate, layout)
     outer, inner, _, d = _shape(x, layout)
     return _plan(norm_forward, arguments, x, layout, triton.cdiv(outer * inner, _tile(d)["ROWS"]))
 
 
 def plan_backward(
-    d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool, layout: str = "heads last"
-):
+    d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool, layout: str = "heads last",
+    d_total=None,
+):  # fmt: skip
     """The backward launch, and where it leaves the parts [programs, heads * d] of d_weight."""
     outer, inner, heads, d = _shape(x, layout)
     most = triton.cdiv(outer * inner, _tile(d)["ROWS"])
@@ -181,6 +197,7 @@ def plan_backward(
     d_weight = x.new_empty(programs, heads * d, dtype=torch.float32)
     arguments = {"d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate}
     arguments |= {"d_weight": d_weight, "programs": programs, "eps": eps, "CENTERED": centered}
+    arguments |= {"d_total": d_total}
     if layout == "by head":  # d_y lies as y does
         width = heads * d
         arguments |= {"stride_do": inner * width, "stride_di": width, "stride_dh": d}
@@ -233,6 +250,7 @@ def _(x, weight, gate, eps, centered, layout):
 @torch.library.custom_op("xlstm_kernels::multihead_norm_triton_backward", mutates_args=())
 def _backward(
     d_y: Tensor,
+    d_total: Tensor | None,
     x: Tensor,
     weight: Tensor,
     gate: Tensor | None,
@@ -240,20 +258,24 @@ def _backward(
     centered: bool,
     layout: str,
 ) -> list[Tensor]:
-    """Gradients of x, of the weight (float32), and of the gate if there is one."""
+    """Gradients of x, of the weight (float32), and of the gate if there is one.
+
+    d_total: gradient of x from elsewhere, in the layout "row"; it is added.
+    """
     d_x = _gradient(x, layout)
     d_gate = None if gate is None else _gradient(gate, layout)
     d_y = d_y.contiguous() if layout == "by head" else _readable(d_y, layout)
     rows, gate = _readable(x, layout), _readable(gate, layout)
+    d_total = None if d_total is None else d_total.contiguous()
     launch, d_weight = plan_backward(
-        d_y, rows, weight.contiguous(), gate, d_x, d_gate, eps, centered, layout
+        d_y, rows, weight.contiguous(), gate, d_x, d_gate, eps, centered, layout, d_total
     )
     run_all([launch], x)
     return [d_x, d_weight.sum(0), *([] if d_gate is None else [d_gate])]
 
 
 @_backward.register_fake
-def _(d_y, x, weight, gate, eps, centered, layout):
+def _(d_y, d_total, x, weight, gate, eps, centered, layout):
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     d_gate = [] if gate is None else [_gradient(gate, layout)]
     return [_gradient(x, layout), d_weight, *d_gate]
@@ -266,11 +288,49 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_y):
     x, weight, gate = ctx.saved_tensors
-    d_x, d_weight, *d_gate = _backward(d_y, x, weight, gate, *ctx.options)
+    d_x, d_weight, *d_gate = _backward(d_y, None, x, weight, gate, *ctx.options)
     return d_x, d_weight.to(weight.dtype), *(d_gate or [None]), None, None, None
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("xlstm_kernels::add_norm_triton", mutates_args=())
+def _add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """x + added, and the norm of its rows."""
+    x, added = x.contiguous(), added.contiguous()
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    weight = weight.contiguous()
+    run_all([plan_forward(x, weight, None, y, eps, centered, "row", added, total)], x)
+    return total, y
+
+
+@_add_norm.register_fake
+def _(x, added, weight, eps, centered):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+
+
+def _save_sum(ctx, inputs, output):
+    _, _, weight, *ctx.options = inputs
+    ctx.save_for_backward(output[0], weight)
+
+
+def _differentiate_sum(ctx, d_total, d_y):
+    total, weight = ctx.saved_tensors
+    d_x, d_weight = _backward(d_y, d_total, total, weight, None, *ctx.options, "row")
+    return d_x, d_x, d_weight.to(weight.dtype), None, None
+
+
+_add_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
+
+
+def add_norm_triton(
+    x: Tensor, added: Tensor, weight: Tensor, kind: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Triton backend of `xlstm_kernels.add_norm` (checked arguments, same meaning)."""
+    return _add_norm(x, added, weight, eps, kind == "layernorm")
 
 
 def multihead_norm_triton(

@@ -17,6 +17,7 @@ from benchmarks.kernel_variants import MODULE, TARGETS, find_variants, persisten
 from tests.kernels.comparison import relative_error
 from tests.kernels.triton.checker import Checker
 from xlstm_kernels import (
+    add_norm,
     gated_activation,
     mlstm_chunkwise,
     mlstm_step,
@@ -191,6 +192,18 @@ def norm_case(s, d, b=2, heads=3, kind="layernorm", dtype=torch.float32, gated=T
     return call, x
 
 
+def sum_case(rows, d, kind="rmsnorm", dtype=torch.float32):
+    torch.manual_seed(0)
+    x = {name: torch.randn(rows, d).to(dtype) for name in ("x", "added")}
+    x["weight"] = torch.randn(d)
+
+    def call(x, backend):
+        given = x["x"], x["added"], x["weight"], kind, 1e-3
+        return dict(zip(("total", "y"), add_norm(*given, backend=backend), strict=True))
+
+    return call, x
+
+
 def gated_case(rows, width, activation="silu", dtype=torch.float32):
     torch.manual_seed(0)
 
@@ -258,6 +271,8 @@ CASES = {
         "odd": norm_case(37, 20),
         "rms, plain": norm_case(5, 700, kind="rmsnorm", gated=False),
         "bf16": norm_case(70, 128, **HALF),
+        "sum": sum_case(37, 20),
+        "sum, bf16": sum_case(5, 700, "layernorm", **HALF),
     },
     "gated_activation": {
         "odd": gated_case(5, 20, "gelu"),

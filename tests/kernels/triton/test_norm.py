@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.comparison import assert_float32_close, relative_error, run
-from xlstm_kernels import multihead_norm
+from xlstm_kernels import add_norm, multihead_norm
 from xlstm_kernels.norm import triton as norm_triton
 
 
@@ -133,3 +133,27 @@ def test_custom_op_rules_and_autocast():
 def test_large_heads_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"4097 exceeds 4096; use more heads, or 'torch'"):
         norm(make_inputs(1, heads=1, d=4097))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_residual_sum_and_its_norm_are_those_of_two_kernels_bit_by_bit(dtype):
+    torch.manual_seed(0)
+    x, added = torch.randn(2, 7, 3, 40).to(dtype)
+    weight = torch.randn(40)
+    total, y = add_norm(x, added, weight, "rmsnorm", 1e-5, backend="triton")
+    assert torch.equal(total, x + added)
+    alone = multihead_norm(total, weight, "rmsnorm", 1e-5, layout="row", backend="triton")
+    assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_gradients_of_a_residual_sum(kind):
+    """Both results are used, as in a block; the last tile of rows is not whole."""
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(150, 60), "added": torch.randn(150, 60), "weight": torch.randn(60)}
+
+    def call(x, backend="triton"):
+        both = add_norm(**x, kind=kind, eps=1e-5, backend=backend)
+        return dict(zip(("total", "y"), both, strict=True))
+
+    assert_float32_close(call, lambda x: call(x, "torch"), inputs)

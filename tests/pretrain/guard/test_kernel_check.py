@@ -62,9 +62,22 @@ def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
     channels = [o["channels"] for n, o in asked if n == "conv"]
     assert channels == [32, 64, 64 + 2 * 8]
     norms = [
-        (o["width"], o.get("heads", 1), o.get("gated", False)) for n, o in asked if n == "norm"
+        (o["width"], o.get("heads", 1), *(key for key in ("gated", "summed") if o.get(key)))
+        for n, o in asked
+        if n == "norm"
     ]
-    assert norms == [(32, 1, False), (16, 2, False), (16, 2, True), (32, 2, False)]
+    assert norms == [(32, 1), (32, 1, "summed"), (16, 2), (16, 2, "gated"), (32, 2)]
+
+
+def test_the_persistent_slstm_is_compared_where_the_run_asks_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compared, "check_slstm", lambda **o: asked.append(o["backend"]) or [])
+    persistent = {"memory__slstm_form": "persistent", "engine__precision": "bf16"}
+    for changes in ({}, persistent):
+        kernel_check.kernel_problems(
+            config(**SMALL | {"model__pattern": "s", "model__kernel_backend": None} | changes), CPU
+        )
+    assert asked == [None, None, "persistent"]
 
 
 def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
