@@ -12,7 +12,8 @@ import torch
 from benchmarks.aot import DEVICES
 from benchmarks.kernel_variants.slstm import step_flops
 from benchmarks.kernel_variants.variant import Variant, variant_of
-from xlstm_kernels.slstm.triton.persistent_group import Device, plan_group
+from xlstm_kernels.common.device_limits import Device
+from xlstm_kernels.slstm.triton.persistent_group import plan_group
 from xlstm_kernels.slstm.triton.persistent_plan import plan_backward, plan_forward
 from xlstm_kernels.slstm.triton.scan import KEPT, kept_buffers
 

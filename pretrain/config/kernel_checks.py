@@ -26,7 +26,8 @@ def _share(config: RunConfig) -> dict[str, int]:
 def _misfit(config: RunConfig, processors: int, shared: int) -> str | None:
     """Why a rank's sLSTM does not fit a GPU in its persistent form; None if it fits."""
     # The formula of the kernels' own plan. Its package imports torch, which checks do without.
-    from xlstm_kernels.slstm.triton.persistent_group import Device, misfit_reason
+    from xlstm_kernels.common.device_limits import Device
+    from xlstm_kernels.slstm.triton.persistent_group import misfit_reason
 
     return misfit_reason(**_share(config), device=Device(processors, shared))
 

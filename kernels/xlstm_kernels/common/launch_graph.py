@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from xlstm_kernels.common.device_limits import Device
 from xlstm_kernels.common.triton_launch import Launch
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,15 @@ def can_capture(device: torch.device) -> bool:
     if device.type != "cuda" or not _allowed:
         return False
     return not torch.cuda.is_current_stream_capturing()
+
+
+def device_of(device: torch.device) -> Device | None:
+    """What a GPU has; None anywhere else, where a launch has one step and no program waits."""
+    if device.type != "cuda":
+        return None
+    known = torch.cuda.get_device_properties(device)
+    shared = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
+    return Device(known.multi_processor_count, shared)
 
 
 def current_stream(device: torch.device) -> Hashable:

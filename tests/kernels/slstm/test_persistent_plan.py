@@ -13,11 +13,11 @@ from benchmarks.kernel_variants import TARGETS, find_variants
 from benchmarks.kernel_variants.persistent import SIZES
 from pretrain.rehearsal.gpus import GPUS
 from xlstm_kernels.common.backends import Like, select_backend
+from xlstm_kernels.common.device_limits import Device
+from xlstm_kernels.common.launch_graph import device_of
 from xlstm_kernels.slstm.triton import persistent_scan
 from xlstm_kernels.slstm.triton.persistent_group import (
-    Device,
     Group,
-    device_of,
     misfit_reason,
     plan_group,
 )

@@ -7,22 +7,10 @@ Nothing here needs Triton or a GPU: the checks of a run file ask here too.
 
 from typing import NamedTuple
 
-import torch
+from xlstm_kernels.common.device_limits import Device
 
 ROWS = 16  # of a program: the least that a tensor core's product takes
 WIDTHS = (32, 16)  # columns of a program: of the gates of 8 columns each warp has one product
-
-
-class Device(NamedTuple):
-    """What programs that run at the same time share.
-
-    Attributes:
-        processors: Multiprocessors.
-        shared: Bytes of shared memory that a program may have.
-    """
-
-    processors: int
-    shared: int
 
 
 class Group(NamedTuple):
@@ -39,15 +27,6 @@ class Group(NamedTuple):
     tiles: int
     programs: int
     num_warps: int
-
-
-def device_of(device: torch.device) -> Device | None:
-    """What a GPU has; None anywhere else, where a launch has one step and no program waits."""
-    if device.type != "cuda":
-        return None
-    known = torch.cuda.get_device_properties(device)
-    shared = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
-    return Device(known.multi_processor_count, shared)
 
 
 def _group(batch: int, heads: int, d: int, width: int) -> tuple[Group, int]:

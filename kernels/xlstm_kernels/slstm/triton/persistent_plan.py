@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from xlstm_kernels.common.launch_graph import device_of
 from xlstm_kernels.common.triton_launch import Launch
 from xlstm_kernels.slstm.triton import persistent
-from xlstm_kernels.slstm.triton.persistent_group import ROWS, Group, device_of, plan_group
+from xlstm_kernels.slstm.triton.persistent_group import ROWS, Group, plan_group
 
 
 def group_of(preacts: Tensor) -> Group:

@@ -5,9 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from xlstm_kernels.common.launch_graph import device_of
 from xlstm_kernels.slstm.operator import scan_operator
 from xlstm_kernels.slstm.triton import scan
-from xlstm_kernels.slstm.triton.persistent_group import device_of, misfit_reason
+from xlstm_kernels.slstm.triton.persistent_group import misfit_reason
 
 
 def unsupported_reason(
