@@ -26,6 +26,7 @@ from benchmarks.kernel_variants.mlstm import flops_of
 from pretrain.rehearsal.device import NAME, RehearsalMode
 from pretrain.rehearsal.record import RankRecord
 from xlstm_kernels.common.triton_launch import Launch
+from xlstm_mcore.recompute import memory_of
 
 ARCHITECTURE = 90
 _ATEN = torch.ops.aten
@@ -132,9 +133,9 @@ def of_aten(
     func: Any, name: str, args: tuple, written: list[Tensor], backward: bool
 ) -> list["Kernel"]:
     """The kernel of one of torch's operators; none of a view, or of one that reserves memory."""
-    if func.is_view or name.startswith(_FREE):
-        return []
     read = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    if name.startswith(_FREE) or (func.is_view and memory_of(read[0]) == memory_of(written[0])):
+        return []  # `contiguous` is a view only where there is nothing to copy
     if name.startswith(("aten::zero", "aten::fill", "aten::full", "aten::ones", "aten::new_")):
         read = []
     elif name == "aten::copy_":

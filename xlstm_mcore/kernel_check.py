@@ -22,7 +22,7 @@ def compare_kernels(
     model: ModelConfig,
     device: torch.device | str,
     dtype: torch.dtype,
-    states_dtype: torch.dtype = torch.float32,
+    states_dtype: torch.dtype | None = None,
     slstm_form: str = "graphs",
 ) -> list[str]:
     """Compare a model's kernels with their fp64 references; see `xlstm_kernels.self_check`.
@@ -31,7 +31,7 @@ def compare_kernels(
         model: whose widths, gates, chunk size and backend are tried.
         device: where they run.
         dtype: what the model computes in.
-        states_dtype: what its mLSTM cells keep their states in.
+        states_dtype: what its mLSTM cells keep their states in; None: as the kernel chooses.
         slstm_form: `memory.slstm_form`; the persistent one is compared as well.
 
     Returns:

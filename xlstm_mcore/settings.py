@@ -151,7 +151,7 @@ class MemoryConfig(Section):
     """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
     logits_mib: NonNegativeInt = 512
     """MiB of logits on a process; larger ones are computed in parts, twice, and never kept whole"""
-    cell_states: Literal["fp32", "bf16"] = "fp32"
-    """what the mLSTM keeps its states between chunks in; they are carried in fp32"""
+    cell_states: Literal["fp32", "bf16"] | None = None
+    """what the mLSTM keeps states between chunks in; null: fp32, on a GPU as the model computes"""
     slstm_form: Literal["graphs", "persistent"] = "graphs"
     """s on a GPU: replayed graphs of steps, or (bf16) one launch with weights in shared memory"""

@@ -59,7 +59,7 @@ OF_KERNELS = (
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
     """What is wrong with the kernels of a run on a device: one sentence for each tensor."""
     dtype, memory = DTYPES[config.engine.precision], config.memory
-    states_dtype = DTYPES[memory.cell_states]
+    states_dtype = DTYPES.get(memory.cell_states)  # None: as the model computes
     return compare_kernels(config.model, device, dtype, states_dtype, memory.slstm_form)
 
 

@@ -16,7 +16,9 @@ from xlstm_mcore.parallel.context import ContextParallel
 MODEL = {"pattern": "M", "hidden_size": 32, "num_heads": 2, "vocab_size": 64}
 
 
-@pytest.mark.parametrize(("states", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("states", "dtype"), [(None, None), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_the_type_of_kept_states_reaches_the_kernel(states, dtype, monkeypatch):
     asked = []
     monkeypatch.setattr(

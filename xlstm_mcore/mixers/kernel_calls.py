@@ -35,7 +35,7 @@ from xlstm_mcore.parallel.mlstm_state import entering_state
 from xlstm_mcore.recompute import rerun_cell
 
 # `memory.cell_states` -> what the kernels are asked for.
-STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_mlstm(

@@ -60,9 +60,9 @@ def mlstm_chunkwise(
         gate_soft_cap: Makes both gate pre-activations x into cap * tanh(x / cap) first (xLSTM 7B,
             section 3). None means no cap.
         backend: "torch" or "triton"; None for the best one for the device, dtype and shape.
-        states_dtype: What the states C between chunks are kept in, and their gradients:
-            torch.bfloat16, or the type of the computation (None, torch.float32). They are carried
-            in the latter.
+        states_dtype: What states between chunks are kept in, and their gradients: torch.float32 or
+            torch.bfloat16. They are carried in the type of the computation. None means that type,
+            on "triton" the dtype of q, to which products round the states in any case.
         tiles: Tile sizes for "triton" (None: those of its table). Other backends ignore it.
 
     Returns:

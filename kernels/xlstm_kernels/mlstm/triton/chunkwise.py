@@ -219,8 +219,8 @@ def mlstm_chunkwise_triton(
 ) -> Tensor | tuple[Tensor, State]:
     """Triton backend of `xlstm_kernels.mlstm_chunkwise` (checked arguments, same meaning).
 
-    States between chunks are kept in `states_dtype`, float32 (None) or bfloat16; they are carried
-    in float32. `chunk_size` is rounded down to a power of two, at most 256.
+    States between chunks are kept in `states_dtype`, float32 or bfloat16 (None: as q); they are
+    carried in float32. `chunk_size` is rounded down to a power of two, at most 256.
     """
     b, heads, s, qk_dim = q.shape
     v_dim = v.shape[-1]
@@ -230,7 +230,7 @@ def mlstm_chunkwise_triton(
         "exp_gate": gate == "exp",
         "normalize": normalize,
         "eps": eps,
-        "bf16_states": states_dtype == torch.bfloat16,
+        "bf16_states": (states_dtype or q.dtype) == torch.bfloat16,
         "soft_cap": gate_soft_cap,
         "tiles": None if tiles is None else tiles.flat(),
     }

@@ -10,6 +10,7 @@ MOST_QK, MOST_V = 1024, 1024
 SMALL_SHARED = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")  # about 99 KB a block
 PROGRAMS = 132  # of the largest GPU in use: fewer programs than this leave parts of it idle
 LARGEST_BLOCK = 256
+STATE_TILE = 64, 128  # of queries and values, at most: what a program of the state pass carries
 
 
 class Tile(NamedTuple):
@@ -66,13 +67,16 @@ def default_chunk_size(qk_dim: int, v_dim: int) -> int:
 def pick_chunk_size(chunk_size: int | None, rows: int, s: int, qk_dim: int, v_dim: int) -> int:
     """Chunk size for b * heads = `rows` sequences of s tokens: a power of two, as asked or less.
 
-    Unasked it is smaller, but not below 64, where chunks would be fewer than a large GPU can run.
+    Outputs and gradients have programs for every tile of tokens, whatever the chunk. The pass over
+    states has one for a tile of the state and a segment of chunks. So the chunk is smaller unasked,
+    but not below 64, where tiles of the state times chunks would not fill a large GPU.
     """
     most = chunk_size or default_chunk_size(qk_dim, v_dim)
     picked = CHUNK_SIZES[0]
     for size in CHUNK_SIZES[1:]:  # comparisons only: s may be symbolic
         if size <= most and picked < s:
             picked = size
+    rows *= -(-qk_dim // STATE_TILE[0]) * -(-v_dim // STATE_TILE[1])
     while chunk_size is None and picked > 64 and rows * s <= (PROGRAMS - 1) * picked:
         picked //= 2
     return picked
@@ -100,15 +104,20 @@ def mlstm_config(
             values=narrow,
             keys=Tile(tokens, block(v_dim, 64), block(qk_dim, 64), 8, 2),
         )
-    wide = Tile(tokens, block(qk_dim, 64), block(v_dim, 128), 8, 3)
+    wide = Tile(tokens, block(qk_dim, STATE_TILE[0]), block(v_dim, STATE_TILE[1]), 8, 3)
     narrow = Tile(tokens, block(qk_dim, 64), block(v_dim, 64), 8, 3)
     # Where tensor cores read registers only, a wide tile costs more of them than a tall one.
     tall = Tile(tokens, block(qk_dim, 128), block(v_dim, 64), 8, 3)
     older = arch == "sm_80"
+    rows = narrow if older and bf16_states else wide
+    if v_dim > 512 and not older:
+        # Each tile of a row multiplies all its pairs of tokens again: large heads pay by half as
+        # many. Float32 states fill shared memory sooner.
+        rows = Tile(tokens, block(qk_dim, 64 if bf16_states else 32), block(v_dim, 256), 8, 2)
     return MlstmConfig(
         states=wide if not older else tall if qk_dim <= 256 else narrow,
-        outputs=narrow if older and bf16_states else wide,
-        values=narrow if older and bf16_states else wide,
+        outputs=rows,
+        values=rows,
         keys=Tile(tokens, block(v_dim, 128 if bf16_states else 64), block(qk_dim, 128), 8, 2),
     )
 
