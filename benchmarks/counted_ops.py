@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.device_limits import BANDWIDTH, BF16_PRODUCTS, CELL_FACTOR, FP32_PRODUCTS
-from benchmarks.kernel_variants.mlstm import flops_of
+from benchmarks.kernel_variants import mlstm, qkv
 from pretrain.rehearsal.device import NAME, RehearsalMode
 from pretrain.rehearsal.record import RankRecord
 from xlstm_kernels.common.triton_launch import Launch
@@ -210,14 +210,15 @@ def _of_launch(launch: Launch, operator: str) -> Kernel:
     return Kernel(
         launch.name,
         sum(map(_size, tensors.values())),
-        flops_of(launch) if cell else 0,
+        mlstm.flops_of(launch) or qkv.flops_of(launch),
         narrow=launch.arguments.get("PRECISION") is None or _is_narrow(launch),
         cell=cell,
     )
 
 
 def _is_narrow(launch: Launch) -> bool:
-    return launch.arguments.get("q", launch.arguments.get("a")).dtype == torch.bfloat16
+    read = next(launch.arguments[name] for name in ("x_qk", "q", "a") if name in launch.arguments)
+    return read.dtype == torch.bfloat16
 
 
 def _meta(x: Any) -> Any:

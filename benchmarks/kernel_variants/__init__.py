@@ -15,9 +15,17 @@ MODULE = "benchmarks.kernel_variants"
 
 def triton_variants(target: str) -> list[Variant]:
     """The variants of all kernels for one of `TARGETS`. Imports Triton."""
-    from benchmarks.kernel_variants import conv, cross_entropy, feed_forward, mlstm, norm, slstm
+    from benchmarks.kernel_variants import (
+        conv,
+        cross_entropy,
+        feed_forward,
+        mlstm,
+        norm,
+        qkv,
+        slstm,
+    )
 
-    modules = (conv, cross_entropy, feed_forward, mlstm, norm, slstm)
+    modules = (conv, cross_entropy, feed_forward, mlstm, norm, qkv, slstm)
     return [one for module in modules for one in module.triton_variants(target)]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks.kernel_variants.variant import Variant, variant_of
+from xlstm_kernels.norm import skip_triton
 from xlstm_kernels.norm.triton import plan_backward, plan_forward
 
 
@@ -40,4 +41,16 @@ def triton_variants(target: str) -> list[Variant]:
     )
     variants.append(variant_of(forward, "7b sum and norm", "fw"))
     variants.append(variant_of(backward, "7b sum and norm", "bw"))
+    skip_rows = torch.empty(2048, 4, 2 * 4096, dtype=torch.bfloat16, device="meta")
+    odd = torch.empty(33, 2, 2 * 3 * 20, device="meta")
+    for name, wide, heads in (("1.3b", skip_rows, 4), ("odd", odd, 3)):
+        s, b, width = wide.shape
+        part, weight = wide[..., : width // 2], torch.empty(width // 2, device="meta")
+        h = torch.empty(b, heads, s, width // 2 // heads, dtype=wide.dtype, device="meta")
+        y, d_h, d_x, d_gate = (torch.empty_like(part) for _ in range(4))
+        inputs = h, weight, torch.empty_like(weight), torch.empty_like(part), part
+        forward = skip_triton.plan_forward(*inputs, y, 1e-5, True)
+        backward, _ = skip_triton.plan_backward(y, *inputs, d_h, d_x, d_gate, 1e-5, True)
+        variants.append(variant_of(forward, f"{name} norm, skip and gate", "fw"))
+        variants.append(variant_of(backward, f"{name} norm, skip and gate", "bw"))
     return variants

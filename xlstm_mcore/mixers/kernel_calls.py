@@ -22,6 +22,7 @@ from xlstm_kernels import (
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
+    norm_gated_skip,
     qkv_and_gates,
     slstm_scan,
     slstm_step,
@@ -315,13 +316,8 @@ def run_qkv_and_gates(
     return qkv_and_gates(*inputs, heads, backend=_own_backend(config))
 
 
-def run_gated_skip(config: XLSTMConfig, h: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """`(h + skip * x) * silu(gate)` of tensors `[s, b, inner]`, with `skip [inner]`."""
-    return gated_skip(h, skip, x, gate, backend=_own_backend(config))
-
-
 def _own_backend(config: XLSTMConfig) -> str | None:
-    """The backend of kernels that Triton does not have: PyTorch where the cells must run there."""
+    """The backend of what has no Triton kernel: PyTorch where the cells must run there."""
     return "torch" if config.kernel_backend == "torch" else None
 
 
@@ -356,6 +352,32 @@ def run_head_norm(
         layout=layout,
         backend=config.kernel_backend,
     )
+
+
+def run_norm_gated_skip(
+    config: XLSTMConfig, h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor
+) -> Tensor:
+    """`(norm(h) + skip * x) * silu(gate)`, `[s, b, heads * d]`; see `norm_gated_skip`.
+
+    Args:
+        config: The kind of norm ("none" multiplies by the weight alone), eps and backend are read.
+        h: Hidden states `[b, heads, s, d]`.
+        weight: `[heads * d]`.
+        skip: `[heads * d]`.
+        x: `[s, b, heads * d]`.
+        gate: `[s, b, heads * d]`.
+    """
+    if config.head_norm == "none":
+        h = run_head_norm(config, h, weight, layout="by head").view(x.shape)
+        return gated_skip(h, skip, x, gate, backend=_own_backend(config))
+    return norm_gated_skip(
+        h, weight, config.head_norm, config.norm_eps, skip, x, gate, backend=config.kernel_backend
+    )
+
+
+def joins_skip_with_norm(config: XLSTMConfig, h: Tensor) -> bool:
+    """Whether `run_norm_gated_skip` is one kernel, which keeps its inputs alone."""
+    return config.head_norm != "none" and norm_backend(h, config.kernel_backend) == "triton"
 
 
 def has_head_norm_kernel(config: XLSTMConfig, h: Tensor) -> bool:

@@ -14,10 +14,10 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
+    joins_skip_with_norm,
     run_conv,
-    run_gated_skip,
-    run_head_norm,
     run_mlstm,
+    run_norm_gated_skip,
     run_qkv_and_gates,
 )
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
@@ -93,9 +93,9 @@ class ClassicMLSTMMixer(Mixer):
             self.context,
             observe=self.observe,
         )
-        h = recompute_in_backward(
-            self._output, h, self.head_norm_weight, self.learnable_skip, x_c, z
-        )
+        inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z
+        joined = joins_skip_with_norm(self.config, h)
+        h = recompute_in_backward(self._output, *inputs, keeps_inputs_only=joined)
         return self.out_proj(h.flatten(0, 1))[0]
 
     def _output(
@@ -105,8 +105,7 @@ class ClassicMLSTMMixer(Mixer):
 
         `h` is `[b, heads, s, d]`, `x_c` `[b, s, inner]` and `z` `[s, b, inner]`.
         """
-        h = run_head_norm(self.config, h, norm_weight, layout="by head").view(z.shape)
-        return run_gated_skip(self.config, h, skip, x_c.transpose(0, 1), z)
+        return run_norm_gated_skip(self.config, h, norm_weight, skip, x_c.transpose(0, 1), z)
 
     def _gates(self, partial: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations of both gates, `[b, heads/tp, s]`, from this rank's part of all heads'.

@@ -65,7 +65,11 @@ BACKENDS = {
         TORCH,
     ),
     "gated_skip": (Backend("numba", "xlstm_kernels.gated.numba_skip", "numba"), TORCH),
-    "qkv_and_gates": (Backend("numba", "xlstm_kernels.qkv.numba", "numba"), TORCH),
+    "qkv_and_gates": (
+        Backend("triton", "xlstm_kernels.qkv.triton", "triton"),
+        Backend("numba", "xlstm_kernels.qkv.numba", "numba"),
+        TORCH,
+    ),
     "cross_entropy": (
         Backend("triton", "xlstm_kernels.cross_entropy.triton", "triton"),
         Backend("numba", "xlstm_kernels.cross_entropy.numba", "numba"),

@@ -18,10 +18,12 @@ SIZES = ["batch", "steps"]  # vary without recompilation
 
 
 @triton.jit
-def own_inputs(x, before, i_row, o_t, o_c, m_c, steps, channels, TAPS: tl.constexpr):
+def own_inputs(
+    x, before, i_row, o_t, o_c, m_c, steps, channels, stride_xb, stride_xs, TAPS: tl.constexpr
+):
     """Inputs [tokens, channels] at times o_t of one row; o_t < 0 reads the state before x."""
     # [tokens, channels]
-    o_x = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    o_x = (i_row * stride_xb + o_t * stride_xs)[:, None] + o_c[None, :]
     m_channels = m_c[None, :]
     b_x = tl.load(x + o_x, mask=m_channels & ((o_t >= 0) & (o_t < steps))[:, None], other=0.0)
     b_x = b_x.to(tl.float32)
@@ -40,7 +42,7 @@ def starts_at(starts, i_row, o_t, steps):
 
 @triton.jit
 def preactivation(
-    x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
+    x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels, stride_xb, stride_xs,
     TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sum of taps and bias at times o_t, [tokens, channels]; no tap leaves its document."""
@@ -52,7 +54,9 @@ def preactivation(
     for back in tl.static_range(TAPS):
         # [channels]
         b_w = tl.load(weight + o_c * TAPS + (TAPS - 1 - back), mask=m_c, other=0.0).to(tl.float32)
-        b_x = own_inputs(x, before, i_row, o_t - back, o_c, m_c, steps, channels, TAPS)
+        b_x = own_inputs(
+            x, before, i_row, o_t - back, o_c, m_c, steps, channels, stride_xb, stride_xs, TAPS
+        )
         b_sum += tl.where(m_own[:, None], b_x * b_w[None, :], 0.0)
         if starts is not None:
             m_own = m_own & (starts_at(starts, i_row, o_t - back, steps) == 0)
@@ -72,6 +76,7 @@ def program_place(channels, CHANNELS: tl.constexpr, length, TOKENS: tl.constexpr
 @triton.jit(do_not_specialize=SIZES)
 def conv_forward(
     x, weight, bias, before, starts, y, batch, steps, channels,
+    stride_xb, stride_xs, stride_yb, stride_ys,
     SILU: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y [batch, steps, channels] of a tile of tokens and channels."""
@@ -80,41 +85,45 @@ def conv_forward(
     # [TOKENS, CHANNELS]
     b_y = preactivation(
         x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
-        TAPS, TOKENS, CHANNELS,
+        stride_xb, stride_xs, TAPS, TOKENS, CHANNELS,
     )  # fmt: skip
     if SILU:
         b_y = b_y / (1.0 + tl.exp(-b_y))
-    o_y = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    o_y = (i_row * stride_yb + o_t * stride_ys)[:, None] + o_c[None, :]
     tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=(o_t < steps)[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_backward_taps(
     d_y, x, weight, bias, before, starts, d_pre, d_taps, batch, steps, channels,
+    stride_xb, stride_xs, stride_yb, stride_ys,
     SILU: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """d_pre of a tile, and its part of the gradients of the taps and of the bias (the last)."""
     i_row, o_t, o_c = program_place(channels, CHANNELS, steps, TOKENS)
     m_c = o_c < channels
     # [TOKENS, CHANNELS]
-    o_y = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    o_y = (i_row * stride_yb + o_t * stride_ys)[:, None] + o_c[None, :]
     m_y = (o_t < steps)[:, None] & m_c[None, :]
     b_d = tl.load(d_y + o_y, mask=m_y, other=0.0).to(tl.float32)
     if SILU:
         b_pre = preactivation(
             x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
-            TAPS, TOKENS, CHANNELS,
+            stride_xb, stride_xs, TAPS, TOKENS, CHANNELS,
         )  # fmt: skip
         b_gate = 1.0 / (1.0 + tl.exp(-b_pre))
         b_d = b_d * b_gate * (1.0 + b_pre * (1.0 - b_gate))
-    tl.store(d_pre + o_y, b_d, mask=m_y)
+    o_pre = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    tl.store(d_pre + o_pre, b_d, mask=m_y)
     i_part = tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)
     p_part = d_taps + i_part * ((TAPS + 1) * channels)
     tl.store(p_part + TAPS * channels + o_c, tl.sum(b_d, 0), mask=m_c)
     # [TOKENS]
     m_own = o_t < steps
     for back in tl.static_range(TAPS):
-        b_x = own_inputs(x, before, i_row, o_t - back, o_c, m_c, steps, channels, TAPS)
+        b_x = own_inputs(
+            x, before, i_row, o_t - back, o_c, m_c, steps, channels, stride_xb, stride_xs, TAPS
+        )
         b_tap = tl.sum(tl.where(m_own[:, None], b_x * b_d, 0.0), 0)
         tl.store(p_part + (TAPS - 1 - back) * channels + o_c, b_tap, mask=m_c)
         if starts is not None:
@@ -123,7 +132,7 @@ def conv_backward_taps(
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_backward_inputs(
-    d_pre, weight, starts, d_x, d_before, batch, steps, channels,
+    d_pre, weight, starts, d_x, d_before, batch, steps, channels, stride_xb, stride_xs,
     TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """d_x of a tile of tokens and channels; the state before x counts as TAPS - 1 tokens."""
@@ -144,7 +153,7 @@ def conv_backward_inputs(
         b_w = tl.load(weight + o_c * TAPS + (TAPS - 1 - on), mask=m_c, other=0.0).to(tl.float32)
         b_dx += tl.load(d_pre + o_pre, mask=m_pre, other=0.0) * b_w[None, :]
     # [TOKENS, CHANNELS]
-    o_x = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
+    o_x = (i_row * stride_xb + o_t * stride_xs)[:, None] + o_c[None, :]
     m_x = ((o_t >= 0) & (o_t < steps))[:, None] & m_c[None, :]
     tl.store(d_x + o_x, b_dx.to(d_x.dtype.element_ty), mask=m_x)
     if d_before is not None and TAPS > 1:
@@ -161,10 +170,28 @@ def plan(kernel, arguments: dict, shape, taps: int, length: int) -> Launch:
     return Launch(kernel.__name__, kernel, (blocks,), arguments, 8, 1)
 
 
+def _strides(prefix: str, x: Tensor) -> dict[str, int]:
+    """Strides over rows and times, by the names of the kernels' parameters."""
+    return {f"stride_{prefix}b": x.stride(0), f"stride_{prefix}s": x.stride(1)}
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x`, copied only if the kernels cannot read it where it is."""
+    return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
+
+
+def _result(x: Tensor) -> Tensor:
+    """A fresh tensor like x, without gaps and in its order of tokens."""
+    b, s, c = x.shape
+    if x.stride(0) < x.stride(1):
+        return x.new_empty(s, b, c).transpose(0, 1)
+    return x.new_empty(b, s, c)
+
+
 def plan_forward(x, weight, bias, before, starts, silu: bool, y) -> Launch:
     """The forward launch; starts is uint8 [b, s] or None."""
     arguments = {"x": x, "weight": weight, "bias": bias, "before": before, "starts": starts}
-    arguments |= {"y": y, "SILU": silu}
+    arguments |= {"y": y, "SILU": silu, **_strides("x", x), **_strides("y", y)}
     return plan(conv_forward, arguments, x.shape, weight.shape[1], x.shape[1])
 
 
@@ -176,7 +203,9 @@ def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_x, d_befor
     d_taps = x.new_empty(b * triton.cdiv(s, TOKENS), taps + 1, c, dtype=torch.float32)
     first = {"d_y": d_y, "x": x, "weight": weight, "bias": bias, "before": before}
     first |= {"starts": starts, "d_pre": d_pre, "d_taps": d_taps, "SILU": silu}
+    first |= _strides("x", x) | _strides("y", d_y)
     second = {"d_pre": d_pre, "weight": weight, "starts": starts, "d_x": d_x, "d_before": d_before}
+    second |= _strides("x", d_x)
     launches = [
         plan(conv_backward_taps, first, x.shape, taps, s),
         plan(conv_backward_inputs, second, x.shape, taps, s + taps - 1),
@@ -201,16 +230,16 @@ def conv_triton(
 
     `before` is the initial state [b, c, width - 1]; checked arguments, same meaning.
     """
-    x, weight = x.contiguous(), weight.contiguous()
+    y = _result(x)
+    x, weight = _readable(x), weight.contiguous()
     before = None if before is None else before.contiguous()
-    y = torch.empty_like(x)
     run_all([plan_forward(x, weight, bias, before, _bytes(boundaries), silu, y)], x)
     return y
 
 
 @conv_triton.register_fake
 def _(x, weight, bias, before, boundaries, silu):
-    return x.new_empty(x.shape)
+    return _result(x)
 
 
 @torch.library.custom_op("xlstm_kernels::causal_conv1d_triton_backward", mutates_args=())
@@ -224,11 +253,12 @@ def _backward(
     silu: bool,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and the initial state (the last three float32)."""
-    x, weight, d_y = x.contiguous(), weight.contiguous(), d_y.contiguous()
+    d_x = _result(x)
+    x, weight, d_y = _readable(x), weight.contiguous(), _readable(d_y)
     before = None if before is None else before.contiguous()
     b, _, c = x.shape
     taps = weight.shape[1]
-    d_x, d_before = torch.empty_like(x), x.new_zeros(b, c, taps - 1, dtype=torch.float32)
+    d_before = x.new_zeros(b, c, taps - 1, dtype=torch.float32)
     d_given = None if before is None else d_before
     launches, d_taps = plan_backward(
         d_y, x, weight, bias, before, _bytes(boundaries), silu, d_x, d_given
@@ -243,7 +273,7 @@ def _(d_y, x, weight, bias, before, boundaries, silu):
     b, _, c = x.shape
     taps, wide = weight.shape[1], {"dtype": torch.float32}
     return [
-        x.new_empty(x.shape),
+        _result(x),
         x.new_empty(c, taps, **wide),
         x.new_empty(c, **wide),
         x.new_empty(b, c, taps - 1, **wide),

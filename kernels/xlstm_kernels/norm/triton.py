@@ -138,7 +138,8 @@ def norm_backward(
     tl.store(p_dw, tl.sum(b_dw, 0), mask=m_d)
 
 
-def _tile(d: int) -> dict[str, int]:
+def tile_of(d: int) -> dict[str, int]:
+    """Rows of a program, and the power of two that takes d elements of a row."""
     whole = max(triton.next_power_of_2(d), 16)
     return {"ROWS": max(ELEMENTS // whole, 1), "D": whole}
 
@@ -169,7 +170,7 @@ def _strides(prefix: str, x: Tensor | None, layout: str) -> dict[str, int]:
 def _plan(kernel, arguments: dict, x: Tensor, layout: str, programs: int) -> Launch:
     outer, inner, heads, d = _shape(x, layout)
     arguments |= {"outer": outer, "inner": inner, "heads": heads, "d": d}
-    tile = _tile(d)
+    tile = tile_of(d)
     warps = 8 if tile["D"] > ELEMENTS else 4
     return Launch(kernel.__name__, kernel, (programs * heads,), arguments | tile, warps, 1)
 
@@ -183,7 +184,7 @@ def plan_forward(
     arguments |= {"added": added, "total": total}
     arguments |= _strides("x", x, layout) | _strides("g", gate, layout)
     outer, inner, _, d = _shape(x, layout)
-    return _plan(norm_forward, arguments, x, layout, triton.cdiv(outer * inner, _tile(d)["ROWS"]))
+    return _plan(norm_forward, arguments, x, layout, triton.cdiv(outer * inner, tile_of(d)["ROWS"]))
 
 
 def plan_backward(
@@ -192,7 +193,7 @@ def plan_backward(
 ):  # fmt: skip
     """The backward launch, and where it leaves the parts [programs, heads * d] of d_weight."""
     outer, inner, heads, d = _shape(x, layout)
-    most = triton.cdiv(outer * inner, _tile(d)["ROWS"])
+    most = triton.cdiv(outer * inner, tile_of(d)["ROWS"])
     programs = min(most, max(PROGRAMS // heads, 1))
     d_weight = x.new_empty(programs, heads * d, dtype=torch.float32)
     arguments = {"d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate}

@@ -32,7 +32,7 @@ def qkv_and_gates(
             then of k, then of v.
         gate_weight: [gates, 3 * inner]: columns for q, then for k, then for v.
         heads: Number of heads; it divides the number of blocks.
-        backend: "torch" or "numba"; None for the best one.
+        backend: "torch", "triton" or "numba"; None for the best one.
 
     Returns:
         q, k, v [b, heads, s, inner / heads] in the dtype of x, and gates [b, s, gates] in float32
@@ -66,10 +66,16 @@ def qkv_and_gates(
         head_dim=inner // heads,
         elements=x.numel(),
     )
+    if chosen != "torch":
+        check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
+    if chosen == "triton":
+        from xlstm_kernels.qkv.triton import qkv_and_gates_triton
+
+        matrices = dense_tiles(qkv_weight, joined_blocks(blocks // heads, width))
+        return qkv_and_gates_triton(convolved, x, matrices, gate_weight, heads)
     if chosen == "numba":
         from xlstm_kernels.qkv.numba import qkv_and_gates_numba
 
-        check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
         return qkv_and_gates_numba(convolved, x, qkv_weight, gate_weight, heads)
     maps = zip((convolved, convolved, x), qkv_weight.chunk(3), strict=True)
     q, k, v = (block_diagonal(source, weight, heads) for source, weight in maps)
@@ -105,13 +111,23 @@ def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
         [b, heads, s, head_dim] with head_dim = blocks * width / heads. Tokens lie as those of x, so
         that nothing is put in order before the cell or after it.
     """
+    joined = joined_blocks(len(weight) // heads, weight.shape[2])
+    product = _TileProducts.apply(x, dense_tiles(weight, joined))
+    return product.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined_blocks(blocks: int, width: int) -> int:
+    """How many of a head's blocks are put into one dense tile."""
+    return math.gcd(blocks, max(1, TILE // width))
+
+
+def dense_tiles(weight: Tensor, joined: int) -> Tensor:
+    """`weight [blocks, out, in]` as [tiles, tile, tile], `joined` blocks in each, zeros between."""
     blocks, _, width = weight.shape
-    joined = math.gcd(blocks // heads, max(1, TILE // width))
     tiles, tile = blocks // joined, joined * width
     apart = torch.eye(joined, dtype=weight.dtype, device=weight.device).view(joined, 1, joined, 1)
     dense = weight.view(tiles, joined, width, 1, width) * apart  # [tiles, block, out, block, in]
-    product = _TileProducts.apply(x, dense.view(tiles, tile, tile))
-    return product.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return dense.view(tiles, tile, tile)
 
 
 class _TileProducts(torch.autograd.Function):

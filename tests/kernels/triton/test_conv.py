@@ -55,6 +55,29 @@ def test_values_state_and_gradients(s, c, width, activation, state):
     assert_close(inputs, activation=activation, boundaries=boundaries)
 
 
+def test_a_slice_with_the_sequence_first_is_read_in_place(monkeypatch):
+    """And what comes of it, and its gradient, lie in the order of its tokens."""
+    plain, weight, bias, _ = make_inputs(37, 20, 4)
+    upstream = torch.randn_like(plain)
+    rest = weight, bias, None, None, True
+    expected = conv_triton(plain, *rest), _backward(upstream, plain, *rest)[0]
+
+    def sequence_first(x):
+        return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+    def whole(x):
+        assert x.ndim < 3 or x.is_contiguous()
+        return as_it_was(x)
+
+    x = sequence_first(torch.cat((plain, plain), 2))[..., 20:]
+    upstream = sequence_first(upstream)
+    as_it_was = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", whole)
+    got = conv_triton(x, *rest), _backward(upstream, x, *rest)[0]
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other) and one.transpose(0, 1).is_contiguous()
+
+
 @pytest.mark.parametrize("position", range(6))
 def test_boundary_at_every_position(position):
     boundaries = torch.zeros(B, 6, dtype=torch.bool)

@@ -22,6 +22,8 @@ from xlstm_kernels import (
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
+    norm_gated_skip,
+    qkv_and_gates,
     slstm_scan,
     slstm_step,
     softmax_gradient,
@@ -174,6 +176,35 @@ def conv_case(s, c, width=4, b=2, dtype=torch.float32, state=False, **options):
     return call, x
 
 
+def qkv_case(s, blocks, heads, gates, b=2, dtype=torch.float32):
+    inner = 4 * blocks
+    x = {"convolved": torch.randn(b, s, inner), "x": torch.randn(b, s, 2 * inner)}
+    x |= {"blocks": torch.randn(3 * blocks, 4, 4), "gates": torch.randn(gates, 3 * inner)}
+    x = {name: one.to(dtype) for name, one in x.items()}
+
+    def call(x, backend):
+        inputs = x["convolved"], x["x"][..., inner:], x["blocks"], x["gates"]
+        results = qkv_and_gates(*inputs, heads, backend=backend)
+        return dict(zip(("q", "k", "v", "preacts"), results, strict=True))
+
+    return call, x
+
+
+def norm_skip_case(s, d, b=2, heads=3, dtype=torch.float32):
+    width = heads * d
+    x = {"h": torch.randn(b, heads, s, d), "weight": torch.randn(width)}
+    x |= {"skip": torch.randn(width), "x": torch.randn(s, b, width)}
+    x |= {"gate": torch.randn(s, b, 2 * width)}
+    x = {name: one.to(dtype) for name, one in x.items()}
+
+    def call(x, backend):
+        gate = x["gate"][..., width:]
+        inputs = x["h"], x["weight"], "layernorm", 1e-5, x["skip"], x["x"], gate
+        return {"y": norm_gated_skip(*inputs, backend=backend)}
+
+    return call, x
+
+
 def norm_case(s, d, b=2, heads=3, kind="layernorm", dtype=torch.float32, gated=True):
     """Inputs as the 7B-style block has them: the cell's order of axes, and a slice of a product."""
     torch.manual_seed(0)
@@ -269,6 +300,8 @@ CASES = {
     },
     "multihead_norm": {
         "odd": norm_case(37, 20),
+        "skip": norm_skip_case(37, 20),
+        "skip, bf16": norm_skip_case(9, 128, **HALF),
         "rms, plain": norm_case(5, 700, kind="rmsnorm", gated=False),
         "bf16": norm_case(70, 128, **HALF),
         "sum": sum_case(37, 20),
@@ -281,6 +314,10 @@ CASES = {
     "cross_entropy": {
         "odd": loss_case(5, 70, 30.0),
         "several tiles, bf16": loss_case(3, 4100, None, **HALF),
+    },
+    "qkv_and_gates": {
+        "odd": qkv_case(35, 12, 3, 5),
+        "bf16": qkv_case(17, 16, 2, 8, **HALF),
     },
     "causal_conv1d": {
         "one token": conv_case(1, 16),

@@ -293,6 +293,23 @@ def test_strided_inputs_and_a_second_backward():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1, 3), (0, 2, 1, 3)], ids=["sequence", "batch"])
+def test_gradients_lie_as_their_inputs_do(order):
+    """So that what made q, k and v beside each other reads them without a copy."""
+    x = make_inputs(40, b=2)
+    back = [order.index(axis) for axis in range(4)]
+    beside = {n: x[n].permute(order).contiguous().permute(back).requires_grad_() for n in "qkv"}
+    plain = {n: x[n].requires_grad_() for n in "qkv"}
+    got, expected = (
+        torch.autograd.grad(
+            kernel(x | inputs, chunk_size=16)["h"].square().sum(), [*inputs.values()]
+        )
+        for inputs in (beside, plain)
+    )
+    for name, d, e in zip("qkv", got, expected, strict=True):
+        assert torch.equal(d, e) and d.stride() == beside[name].stride() != e.stride(), name
+
+
 def test_offsets_beyond_32_bits():
     """Rows and batches more than 2^31 elements apart: most of this memory is never touched."""
     far = 2**31 // 256 - 16  # the largest stride that is not copied

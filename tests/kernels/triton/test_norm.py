@@ -40,7 +40,7 @@ def test_a_program_takes_several_blocks_of_rows(monkeypatch):
     """And the last block is not whole."""
     monkeypatch.setattr(norm_triton, "PROGRAMS", 4)  # two for each head
     x = make_inputs(150, d=60)
-    assert 150 > 2 * 2 * norm_triton._tile(60)["ROWS"]
+    assert 150 > 2 * 2 * norm_triton.tile_of(60)["ROWS"]
     assert_float32_close(norm, in_pytorch, x)
 
 

@@ -135,10 +135,23 @@ def allocate_forward(
     return h, (C, n, new(rows)), saved
 
 
+def _laid_out_as(x: Tensor) -> Tensor:
+    """A fresh tensor like x [b, heads, s, d], its heads beside each other where those of x are."""
+    b, heads, s, d = x.shape
+    if x.stride(1) >= x.stride(2):
+        strides = heads * s * d, s * d, d, 1
+    elif x.stride(0) < x.stride(2):
+        strides = heads * d, d, b * heads * d, 1
+    else:
+        strides = s * heads * d, d, heads * d, 1
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
 def allocate_gradients(inputs: Inputs, need_state: bool) -> Gradients:
     """Fresh tensors for all gradients.
 
-    dC [rows, qk, v] and dn [rows, qk] are float32, and None unless `need_state`.
+    Those of q, k and v lie as q and v do: what made these reads their gradients without a copy. dC
+    [rows, qk, v] and dn [rows, qk] are float32, and None unless `need_state`.
     """
     q, _, v, igate, fgate = inputs
     b, heads, s, qk = q.shape
@@ -148,9 +161,9 @@ def allocate_gradients(inputs: Inputs, need_state: bool) -> Gradients:
 
     rows, v_dim = b * heads, v.shape[-1]
     return Gradients(
-        dq=new(b, heads, s, qk, dtype=q.dtype),
-        dk=new(b, heads, s, qk, dtype=q.dtype),
-        dv=new(b, heads, s, v_dim, dtype=q.dtype),
+        dq=_laid_out_as(q),
+        dk=_laid_out_as(q),
+        dv=_laid_out_as(v),
         d_igate=new(b, heads, s, dtype=igate.dtype),
         d_fgate=new(b, heads, s, dtype=fgate.dtype),
         dC=new(rows, qk, v_dim) if need_state else None,

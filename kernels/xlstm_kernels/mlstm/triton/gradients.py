@@ -37,14 +37,14 @@ def query_key_gradients_kernel(
     q, k, v, d_h, dq, dk, states, d_states, n_states, d_n_states, gates, first, inverse, d_nq,
     parts, across, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
-    heads, s, chunks, x_tiles, plane,
+    stride_ob, stride_oh, stride_os, heads, s, chunks, x_tiles, plane,
     QK: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr,
     BX: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, EVEN_S: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A [BT, BX] tile of dq (even programs) or dk (odd); grid 2 * rows * chunks * tiles * x_tiles.
 
-    dq, dk [rows, s, QK] are contiguous. Also writes, in float32, `parts` (see `gates`) and
+    dq and dk have the same strides. Also writes, in float32, `parts` (see `gates`) and
     `across` [rows, chunks, x_tiles * L / BT]: shares of <C, dC> + <n, dn> over a chunk.
     """
     i_program = tl.program_id(0)
@@ -195,7 +195,8 @@ def query_key_gradients_kernel(
     b_inner = tl.where(m_causal, b_inner, 0.0)
     b_out = tl.dot(b_inner.to(b_x.dtype), b_x, b_out, input_precision=PRECISION)
     # [BT, BX]
-    p_out = out + (i_row * s + start) * QK + o_t[:, None] * QK + o_x[None, :]
+    out += i_batch * stride_ob + i_head * stride_oh + start.to(tl.int64) * stride_os
+    p_out = out + o_t[:, None] * stride_os + o_x[None, :]
     m_out = (o_t < rows_left)[:, None] & (o_x < QK)[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 

@@ -147,7 +147,7 @@ def outputs_launch(
     arguments |= {"gates": saved.gates, "first": saved.first if bounded else None}
     arguments |= {"inverse": saved.inverse if normalize else None}
     arguments |= {"nq": saved.nq if normalize and not backward else None}
-    arguments |= {**strides(a=a, b=b, x=x), **z.arguments(), "x_tiles": x_tiles}
+    arguments |= {**strides(a=a, b=b, x=x, o=out), **z.arguments(), "x_tiles": x_tiles}
     arguments |= {"eps": options.eps, "QK": z.qk, "V": z.v, "BT": tile.tokens, "BA": tile.inner}
     arguments |= {"BX": tile.width, "BACKWARD": backward, "NORMALIZE": normalize}
     arguments |= {"BOUNDED": bounded, "EVEN_S": z.s % z.L == 0}
@@ -238,7 +238,7 @@ def plan_backward(
     arguments |= {"states": states.C, "n_states": states.n}
     arguments |= {"d_states": d_states.C, "d_n_states": d_states.n, "gates": saved.gates}
     arguments |= {"first": first, "inverse": saved.inverse if normalize else None, "d_nq": d_nq}
-    arguments |= {"parts": parts, "across": across, **strides(q=q, k=k, v=v, d=d_h)}
+    arguments |= {"parts": parts, "across": across, **strides(q=q, k=k, v=v, d=d_h, o=grads.dq)}
     arguments |= {**z.arguments(), "x_tiles": x_tiles, "QK": z.qk, "V": z.v}
     arguments |= {"BT": tile.tokens, "BA": tile.inner, "BX": tile.width, "NORMALIZE": normalize}
     arguments |= {"BOUNDED": bounded, "EVEN_S": z.s % z.L == 0}

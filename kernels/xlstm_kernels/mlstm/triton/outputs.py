@@ -47,7 +47,8 @@ def pair_weights(row, row_rest, column, column_rest):
 def outputs_kernel(
     a, b, x, out, states, n_states, gates, first, inverse, nq,
     stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs,
-    stride_xb, stride_xh, stride_xs, heads, s, chunks, x_tiles, plane, eps,
+    stride_xb, stride_xh, stride_xs, stride_ob, stride_oh, stride_os,
+    heads, s, chunks, x_tiles, plane, eps,
     QK: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr,
     BX: tl.constexpr, BACKWARD: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
     EVEN_S: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -55,9 +56,8 @@ def outputs_kernel(
     """A [BT, BX] tile of h or dv; grid rows * chunks * (L / BT) * x_tiles.
 
     Forward (a, b, x) = (q, k, v) and `states` are those before each chunk; backward (k, q, d_h) and
-    the gradients of the states after each chunk. out [rows, s, V] is contiguous; forward with
-    NORMALIZE writes inverse = 1 / normalizer and nq = n.q, float32 [rows, T], backward reads
-    inverse.
+    the gradients of the states after each chunk. Forward with NORMALIZE writes inverse =
+    1 / normalizer and nq = n.q, float32 [rows, T], backward reads inverse.
     """
     i_program = tl.program_id(0)
     tiles: tl.constexpr = L // BT
@@ -171,7 +171,8 @@ def outputs_kernel(
             tl.store(inverse + o_chunk + o_t, b_inverse)
             tl.store(nq + o_chunk + o_t, b_nq)
     # [BT, BX]
-    p_out = out + (i_row * s + start) * V + o_t[:, None] * V + o_x[None, :]
+    out += i_batch * stride_ob + i_head * stride_oh + start.to(tl.int64) * stride_os
+    p_out = out + o_t[:, None] * stride_os + o_x[None, :]
     m_out = (o_t < rows_left)[:, None] & (o_x < V)[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 

@@ -1,0 +1,75 @@
+"""The norm with skip and gate of a classic mLSTM block on Triton against PyTorch in float64."""
+
+import pytest
+import torch
+
+from tests.kernels.comparison import assert_float32_close, relative_error, run
+from xlstm_kernels import norm_gated_skip
+from xlstm_kernels.norm import skip_triton
+
+
+def make_inputs(s, b=2, heads=3, d=20):
+    torch.manual_seed(0)
+    width = heads * d
+    x = {"h": torch.randn(b, heads, s, d) + 0.3, "weight": torch.randn(width)}
+    x |= {"skip": torch.randn(width), "x": torch.randn(s, b, width)}
+    return x | {"gate": 3 * torch.randn(s, b, 2 * width)}  # the kernel reads the half it needs
+
+
+def joined(x, kind="layernorm", backend="triton"):
+    gate = x["gate"][..., x["x"].shape[-1] :]
+    inputs = x["h"], x["weight"], kind, 1e-5, x["skip"], x["x"], gate
+    return {"y": norm_gated_skip(*inputs, backend=backend)}
+
+
+def in_pytorch(x, **options):
+    return joined(x, **options, backend="torch")
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize(("s", "d"), [(1, 1), (37, 20), (3, 1000)])
+def test_values_and_gradients(s, d, kind):
+    assert_float32_close(joined, in_pytorch, make_inputs(s, d=d), kind=kind)
+
+
+def test_a_program_takes_several_blocks_of_rows(monkeypatch):
+    """And the last block is not whole."""
+    monkeypatch.setattr(skip_triton, "PROGRAMS", 6)  # two for each head
+    x = make_inputs(80, d=60)
+    assert 160 > 2 * 2 * skip_triton.tile_of(60)["ROWS"]
+    assert_float32_close(joined, in_pytorch, x)
+
+
+def test_tensors_are_read_as_they_lie(monkeypatch):
+    """Gradients lie as the projections need them: heads of a token beside each other."""
+    x = {name: t.requires_grad_() for name, t in make_inputs(5).items()}
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else 1 / 0)
+    x["x"] = x["x"].detach().transpose(0, 1).clone().transpose(0, 1).requires_grad_()
+    y = joined(x)["y"]
+    d_h, d_x = torch.autograd.grad(y.sum(), (x["h"], x["x"]))
+    assert y.is_contiguous() and d_x.is_contiguous() and d_h.permute(2, 0, 1, 3).is_contiguous()
+
+
+def test_bfloat16_rounds_once():
+    x = {name: t.bfloat16() for name, t in make_inputs(40, d=64).items()}
+    exact, got = run(in_pytorch, x, torch.float64), run(joined, x, torch.bfloat16)
+    plain = run(in_pytorch, x, torch.bfloat16)
+    for name, reference in exact.items():
+        error = relative_error(got[name], reference)
+        assert error <= max(relative_error(plain[name], reference), 4e-3), name
+
+
+def test_custom_op_rules():
+    x = make_inputs(3)
+    x["gate"] = x["gate"][..., :60]
+    order = ("h", "weight", "skip", "x", "gate")
+    inputs = tuple(x[name].clone().requires_grad_() for name in order)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(skip_triton._norm_skip, (*inputs, 1e-5, True), test_utils=tests)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x = make_inputs(3)
+    x["x"] = x["x"].transpose(0, 1)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 3, 60\]"):
+        joined(x)
