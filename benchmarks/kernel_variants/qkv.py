@@ -32,7 +32,7 @@ def triton_variants(target: str) -> list[Variant]:
         ("1.3b", 8192, 128, 32, 8, torch.bfloat16),
         ("125m", 16384, 48, 32, 8, torch.bfloat16),
         ("narrow", 70, 3, 16, 2, torch.float32),
-        ("many gates", 1000, 5, 32, 17, torch.float32),
+        ("many gates", 1000, 5, 32, 17, torch.bfloat16),
     ):
         width = tiles * tile
         x = torch.empty(tokens, width, dtype=dtype, **meta)

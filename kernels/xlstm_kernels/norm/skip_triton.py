@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.common.triton_launch import Launch, run_all
-from xlstm_kernels.norm.triton import PROGRAMS, SIZES, normalised, open_gate, tile_at, tile_of
+from xlstm_kernels.norm.triton import PROGRAMS, SIZES, normalised, open_gate, tile_at
 
 __all__ = ["norm_gated_skip_triton"]
+
+ELEMENTS = 1024  # of a tile, or one row: half of what a norm alone takes in its registers
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -100,13 +102,21 @@ def norm_skip_backward(
     tl.store(d_skip + o_part, tl.sum(b_dskip, 0), mask=m_d)
 
 
+def tile_of(d: int) -> dict[str, int]:
+    """Rows of a program, and the power of two that takes d elements of a row."""
+    whole = max(triton.next_power_of_2(d), 16)
+    return {"ROWS": max(ELEMENTS // whole, 1), "D": whole}
+
+
 def _plan(kernel, arguments: dict, h: Tensor, x: Tensor, gate: Tensor, programs: int) -> Launch:
     inner, heads, outer, d = h.shape
     arguments |= {"outer": outer, "inner": inner, "heads": heads, "d": d}
     arguments |= {"stride_ho": h.stride(2), "stride_hi": h.stride(0), "stride_hh": h.stride(1)}
     arguments |= {"stride_xo": x.stride(0), "stride_xi": x.stride(1)}
     arguments |= {"stride_go": gate.stride(0), "stride_gi": gate.stride(1)}
-    return Launch(kernel.__name__, kernel, (programs * heads,), arguments | tile_of(d), 4, 1)
+    tile = tile_of(d)
+    warps = 8 if tile["D"] > ELEMENTS else 4
+    return Launch(kernel.__name__, kernel, (programs * heads,), arguments | tile, warps, 1)
 
 
 def plan_forward(h, weight, skip, x, gate, y, eps: float, centered: bool) -> Launch:

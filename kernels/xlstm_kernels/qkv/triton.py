@@ -4,6 +4,8 @@ Nothing but the inputs is kept: the backward pass computes q, k and v again, a t
 The gradient of the pre-activations enters its products as the sum of two narrow numbers, which has
 16 bits. Gradients of the weights are summed by each program over its tokens and then over programs,
 in float32 and always in the same order.
+
+Float32 inputs with more than 16 gates spill some registers.
 """
 
 import torch
