@@ -93,7 +93,7 @@ def test_the_other_passes_read_nothing_back(launched):
     assert {"gates", "outputs", "gate gradients"} <= set(launched)
     x, weight = new(4, 2, 3, 64), wide(192)
     y = norm_triton._norm._init_fn(x, weight, x, 1e-6, True, "heads last")
-    norm_triton._backward._init_fn(y, x, weight, x, 1e-6, True, "heads last")
+    norm_triton._backward._init_fn(y, None, x, weight, x, 1e-6, True, "heads last")
     x, weight, bias = new(2, 300, 64), wide(64, 4), wide(64)
     y = conv_triton.conv_triton._init_fn(x, weight, bias, None, starts, True)
     conv_triton._backward._init_fn(y, x, weight, bias, None, starts, True)
