@@ -72,12 +72,14 @@ def forward_persistent(
     i_head, o_row = i_group % heads, i_group // heads * BATCH + tl.arange(0, BATCH)
     stride_gate, stride_matrix = heads * d, heads * d * d
     stride_part = tl.cast(batch, tl.int64) * stride_gate
-    # [D], [4 WIDTH]
-    o_inner = tl.arange(0, D)
+    # [D / 2], [4 WIDTH]: two halves, since a product has its whole left operand in registers
+    o_low = tl.arange(0, D // 2)
+    o_high = D // 2 + o_low
     o_gate, o_mixed = mixed_columns(i_tile, WIDTH)
     p_R = weight + i_head * d * d + (o_gate * stride_matrix + o_mixed)[None, :]
-    m_R = (o_inner < d)[:, None] & (o_mixed < d)[None, :]
-    b_R = tl.load(p_R + o_inner[:, None] * d, mask=m_R, other=0.0)
+    m_R = (o_mixed < d)[None, :]
+    b_low = tl.load(p_R + o_low[:, None] * d, mask=(o_low < d)[:, None] & m_R, other=0.0)
+    b_high = tl.load(p_R + o_high[:, None] * d, mask=(o_high < d)[:, None] & m_R, other=0.0)
     b_bias = load_wide(bias + o_gate * stride_gate + i_head * d + o_mixed, o_mixed < d)[None, :]
     # [WIDTH]
     o_column = i_tile * WIDTH + tl.arange(0, WIDTH)
@@ -88,8 +90,8 @@ def forward_persistent(
     b_h = load_wide(h_state + o_state, m_tile)
     b_c, b_n = load_wide(c_state + o_state, m_tile), load_wide(n_state + o_state, m_tile)
     b_m = load_wide(m_state + o_state, m_tile)
-    # [BATCH, D], [BATCH, 4 WIDTH]
-    o_left = o_row[:, None] * stride_gate + (i_head * d + o_inner)[None, :]
+    # [BATCH, D / 2], [BATCH, 4 WIDTH]
+    o_left = o_row[:, None] * stride_gate + (i_head * d + o_low)[None, :]
     o_x = (o_gate * stride_gate + i_head * d + o_mixed)[None, :]
     m_x = (o_row < batch)[:, None] & (o_mixed < d)[None, :]
     for t in range(first, last):
@@ -101,10 +103,13 @@ def forward_persistent(
             m_known = m_known & (tl.load(starts + o_t, mask=m_known, other=0) == 0)
             b_m = tl.where(m_known[:, None], b_m, -float("inf"))
         p_left = h_parts + (t % 2) * stride_part + o_left
-        m_left = m_known[:, None] & (o_inner < d)[None, :]
         # Past the cache of this processor, where an older h may be.
+        m_left = m_known[:, None] & (o_low < d)[None, :]
         b_left = tl.load(p_left, mask=m_left, other=0.0, cache_modifier=".cg")
-        b_all = product(b_left, b_R, PRECISION) + (b_x + b_bias)
+        b_all = product(b_left, b_low, PRECISION)
+        m_left = m_known[:, None] & (o_high < d)[None, :]
+        b_left = tl.load(p_left + D // 2, mask=m_left, other=0.0, cache_modifier=".cg")
+        b_all += product(b_left, b_high, PRECISION) + (b_x + b_bias)
         b_i, b_f, b_z, b_o = gate_tiles(b_all, BATCH, WIDTH)
         o_token = o_t[:, None] * stride_gate + o_head[None, :]
         o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]

@@ -25,7 +25,7 @@ def _launches(kernel, group: Group, arguments: dict, like: Tensor, target: str):
     batch, steps, _, heads, d = like.shape
     arguments = arguments | {"batch": batch, "steps": steps, "heads": heads, "d": d}
     arguments |= {"PRECISION": "ieee", "BATCH": ROWS, "WIDTH": group.width}
-    arguments["D"] = max(16, triton.next_power_of_2(d))
+    arguments["D"] = max(32, triton.next_power_of_2(d))
     count = 1 if target == "interpreter" else steps
     for first in range(0, steps, count):
         yield Launch(
@@ -57,7 +57,7 @@ def plan_backward(
     """Launches of the backward pass; `d_states` (h, c, n) of the last state become the first's."""
     h, c, n = d_states
     steps, d = d_preacts.shape[1], d_preacts.shape[-1]
-    whole = max(16, triton.next_power_of_2(d))
+    whole = max(32, triton.next_power_of_2(d))
     parts = h.new_empty(2, group.programs, ROWS, whole, dtype=torch.float32)
     arguments = {"d_out": d_out, "weight": weight, "starts": starts, **kept, "parts": parts}
     arguments |= {"d_h_state": h, "d_c_state": c, "d_n_state": n, "d_preacts": d_preacts}
