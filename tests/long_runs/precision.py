@@ -12,8 +12,9 @@ with Muon. There are six runs of each (`VARIANTS`):
 - fp32 nudged: a learning rate that is larger by 2^-9, the largest error of a rounding to bf16.
 - bf16 states: bf16, and `memory.cell_states: bf16` too.
 
-How far these go from their runs is what training makes of differences that mean nothing, of the size
-of a rounding in fp32 and in bf16. The exit code is 3 where a run in bf16 ends more than 0.5 % from the validation loss of fp32.
+How far controls and the nudged run go from theirs is what training makes of differences that mean
+nothing, of the size of a rounding in fp32 and in bf16. The exit code is 3 where a run ends more than
+0.5 % from the validation loss of the one it is compared with.
 
 Runs that are finished are not repeated, and one that was stopped goes on: `--minutes M` ends the
 command after so long, with exit code 75.
