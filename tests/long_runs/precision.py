@@ -3,18 +3,19 @@
     python -m tests.long_runs.precision SHARDS --work FOLDER [--steps 2000] [--muon]
 
 Each pattern is trained with AdamW from the same weights on the same samples; `--muon` adds the same
-with Muon. There are six runs of each (`VARIANTS`):
+with Muon. There are seven runs of each (`VARIANTS`):
 
 - fp32 and bf16. Where a CPU has no instructions for bf16, products are computed in fp32 and rounded
   once, as GPUs do it (pretrain/engines/bf16_products.py).
 - A control of each: mLSTM cells with chunks of half the length. That is the same computation with
   another order of sums, and looks into the cells see the same rows.
-- fp32 nudged: a learning rate that is larger by 2^-9, the largest error of a rounding to bf16.
+- fp32 up and down: a learning rate that is larger or smaller by 2^-9, the largest error of a
+  rounding to bf16.
 - bf16 states: bf16, and `memory.cell_states: bf16` too.
 
-How far controls and the nudged run go from theirs is what training makes of differences that mean
-nothing, of the size of a rounding in fp32 and in bf16. The exit code is 3 where a run ends more than
-0.5 % from the validation loss of the one it is compared with.
+How far these go from their runs is what training makes of differences that mean nothing, of the
+size of a rounding in fp32 and in bf16. The exit code is 3 where a run ends more
+than 0.5 % from the validation loss of the one it is compared with.
 
 Runs that are finished are not repeated, and one that was stopped goes on: `--minutes M` ends the
 command after so long, with exit code 75.
@@ -45,14 +46,16 @@ PATTERNS = ("MMM", "mmsm", "MM*")
 VARIANTS: dict[str, str | None] = {
     "fp32": None,
     "fp32 control": "fp32",
-    "fp32 nudged": "fp32",
+    "fp32 up": "fp32",
+    "fp32 down": "fp32",
     "bf16": "fp32",
     "bf16 control": "bf16",
     "bf16 states": "fp32",
 }
 VALID_BATCHES = 20  # the same ones for all runs
 LOOKS = 5  # validation losses and looks into the cells in a run
-RATE, NUDGE = 3e-3, 2**-9
+RATE = 3e-3
+NUDGES = {"up": 2**-9, "down": -(2**-9)}
 GOAL = 0.005  # of the validation loss
 # Means and standard deviations of a gate's pre-activations in a layer.
 GATES = ("igate_mean", "igate_std", "fgate_mean", "fgate_std")
@@ -109,7 +112,7 @@ def run_file(
         "memory": {"cell_states": "bf16" if more == "states" else "fp32"},
         "optimizer": {
             "name": optimizer,
-            "lr": RATE * (1 + NUDGE) if more == "nudged" else RATE,
+            "lr": RATE * (1 + NUDGES.get(more, 0)),
             "betas": [0.9, 0.95],
             "weight_decay": 0.1,
             "clip_grad": 1.0,

@@ -53,7 +53,7 @@ def test_bf16_stands_beside_fp32(warm_python, tmp_path, capsys):
     shares = found["M with adamw"]
     assert all(abs(share) < precision.GOAL for share in shares.values())
     # The control differs in the last bits of fp32 alone, and the others by what they say.
-    assert abs(shares["fp32 control"]) < min(abs(shares["bf16"]), abs(shares["fp32 nudged"]))
+    assert abs(shares["fp32 control"]) < min(abs(shares["bf16"]), abs(shares["fp32 up"]))
     assert shares["bf16"] != shares["bf16 states"]
     told = capsys.readouterr().out
     assert "largest difference: fp32 control 0.000 from fp32, bf16 0.00" in told
