@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.definition import Cell, Experiment, Size, cells_of, load, size_of
+from xlstm_io.allocator import keep_freed_memory
 from xlstm_io.errors import ExitCode, Interrupted, MachineFailed, Superseded, UserError
 from xlstm_io.signals import StopSignal, signal_at_parents_death
 from xlstm_io.storage import write_atomic
@@ -308,6 +309,7 @@ def _child(grid: Grid, cell: Cell, body: Body, folder: Path, stop: StopSignal) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+    keep_freed_memory()  # as `launch` does for its workers
     common = {"cell": {"model": cell.model, **cell.values}, "number": cell.number}
     try:
         fields = {"status": "done", **body(grid, cell, folder, stop)}
