@@ -5,6 +5,8 @@ broken can all give numbers that look like numbers. Each check runs one kernel f
 on a short sequence, on the device and with the backend that a run would use, and compares the
 result and every gradient with the equations in fp64 on the CPU (for cells the step recurrence). The
 inputs are values that the dtype can hold, so what differs is the kernel's own rounding.
+
+This module compares the cells; `self_check_layers` compares the kernels around them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,17 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.conv import causal_conv1d
-from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
-from xlstm_kernels.gated import gated_activation
 from xlstm_kernels.mlstm import mlstm_chunkwise
 from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_kernels.norm import add_norm, multihead_norm
 from xlstm_kernels.slstm import lstm_scan, slstm_scan
 from xlstm_kernels.slstm.arguments import cell_of
 from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
@@ -70,7 +67,7 @@ def check_mlstm(
 
     inputs = {"q": draw(qk_dim), "k": draw(qk_dim), "v": draw(v_dim)}
     inputs |= {"input gate": draw(), "forget gate": draw() + 2}
-    starts = _two_documents(length)
+    starts = two_documents(length)
 
     def kernel(*tensors: Tensor) -> Tensor:
         return mlstm_chunkwise(
@@ -88,7 +85,7 @@ def check_mlstm(
         gates = [soft_cap(gate, gate_soft_cap, q) for gate in gates]
         return mlstm_recurrence(q, k, v, *gates, boundaries=starts, **options)[0]
 
-    return _compare("mlstm_chunkwise", kernel, reference, inputs, device, dtype)
+    return compare("mlstm_chunkwise", kernel, reference, inputs, device, dtype)
 
 
 def check_slstm(
@@ -169,199 +166,19 @@ def _compare_scans(
         "recurrent weight": draw(4, heads, head_dim, head_dim) / head_dim**0.5,
         "bias": draw(4, heads, head_dim),
     }
-    starts = _two_documents(length)
+    starts = two_documents(length)
     on_device = partial(kernel, starts=starts.to(device))
-    return _compare(name, on_device, partial(reference, starts=starts), inputs, device, dtype)
+    return compare(name, on_device, partial(reference, starts=starts), inputs, device, dtype)
 
 
-def check_conv(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    channels: int,
-    width: int,
-    backend: str | None = None,
-) -> list[str]:
-    """What is wrong with `causal_conv1d`, with SiLU, on a device; as `check_mlstm`.
-
-    Args:
-        device: Where the kernel runs.
-        dtype: Of input, weight and bias.
-        channels: Their number.
-        width: Taps.
-        backend: As for the kernel; None for the one that a run would use.
-    """
-    starts = _two_documents(7)
-
-    def kernel(x: Tensor, *weights: Tensor) -> Tensor:
-        return causal_conv1d(
-            x[None], *weights, activation="silu", boundaries=starts.to(device), backend=backend
-        )[0]
-
-    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        document = starts[0].cumsum(0)
-        rows = []
-        for t in range(len(x)):
-            taps = [j for j in range(width) if t >= j and document[t - j] == document[t]]
-            rows.append(sum((weight[:, width - 1 - j] * x[t - j] for j in taps), bias))
-        return F.silu(torch.stack(rows))
-
-    inputs = {
-        "input": _draw(channels),
-        "weight": _draw(channels, width).t(),
-        "bias": _draw(channels)[0],
-    }
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    return _compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
-
-
-def check_gated_activation(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    width: int,
-    activation: str,
-    backend: str | None = None,
-) -> list[str]:
-    """What is wrong with `gated_activation` on a device; as `check_mlstm`.
-
-    Args:
-        device: Where the kernel runs.
-        dtype: Of the packed projection.
-        width: Width of each half.
-        activation: As for the kernel.
-        backend: As for the kernel; None for the one that a run would use.
-    """
-
-    def kernel(x: Tensor) -> Tensor:
-        return gated_activation(x, activation, backend=backend)
-
-    def reference(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up
-
-    inputs = {"gate and up": _draw(2 * width).to(dtype)}
-    return _compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
-
-
-def check_norm(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    width: int,
-    kind: str,
-    eps: float,
-    heads: int = 1,
-    gated: bool = False,
-    summed: bool = False,
-    backend: str | None = None,
-) -> list[str]:
-    """What is wrong with `multihead_norm`, or `add_norm`, on a device; as `check_mlstm`.
-
-    Args:
-        device: Where the kernel runs.
-        dtype: Of input, weight and gate.
-        width: Of a head. The norm of a block has one head as wide as the model.
-        kind: As for the kernel.
-        eps: As for the kernel.
-        heads: Number of heads.
-        gated: Whether there is an output gate.
-        summed: Whether it is `add_norm` of one head, whose sum is compared as well.
-        backend: "torch", or None for the one that a run would use.
-    """
-    own = "torch" if backend == "torch" else None
-
-    def by_head(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, width))
-
-    def kernel(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
-        if summed:
-            return torch.cat(add_norm(x, gate[0], weight, kind, eps, backend=own), dim=-1)
-        opened = by_head(gate[0]) if gate else None
-        return multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=own).flatten(-2)
-
-    def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
-        x = by_head(x + gate[0] if summed else x)
-        if kind == "layernorm":
-            centered = x - x.mean(-1, keepdim=True)
-        else:
-            centered = x
-        inverse = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
-        y = (centered * inverse).flatten(-2) * weight
-        if summed:
-            return torch.cat((x.flatten(-2), y), dim=-1)
-        return y * gate[0].sigmoid() if gate else y
-
-    inputs = {"input": _draw(heads * width), "weight": _draw(heads * width)[0]}
-    second = "gate" if gated else "added"
-    inputs |= {second: _draw(heads * width).flip(0)} if gated or summed else {}
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    name = "add_norm" if summed else "multihead_norm"
-    return _compare(name, kernel, reference, inputs, device, dtype, "result")
-
-
-class _Loss(torch.autograd.Function):
-    """A cross entropy over one part of a vocabulary that is the whole."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, cap, backend):
-        shift, total, chosen = softmax_statistics(logits, labels, cap, backend=backend)
-        ctx.save_for_backward(logits, labels, total.log() + shift)
-        ctx.options = cap, backend
-        return total.log() + shift - chosen
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, labels, log_total = ctx.saved_tensors
-        cap, backend = ctx.options
-        d = softmax_gradient(logits.clone(), labels, log_total, grad, cap, backend=backend)
-        return d, None, None, None
-
-
-def check_loss(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    width: int,
-    soft_cap: float | None,
-    backend: str | None = None,
-) -> list[str]:
-    """What is wrong with `softmax_statistics` and `softmax_gradient`; as `check_mlstm`.
-
-    Args:
-        device: Where the kernels run.
-        dtype: Of the logits.
-        width: Of the vocabulary.
-        soft_cap: As for the kernels.
-        backend: As for the kernels; None for the one that a run would use.
-    """
-    logits = (8 * _draw(width)).to(dtype)
-    labels = torch.arange(len(logits)) * 12345 % width
-
-    def kernel(x: Tensor) -> Tensor:
-        return _Loss.apply(x, labels.to(device), soft_cap, backend)
-
-    def reference(x: Tensor) -> Tensor:
-        y = x if soft_cap is None else soft_cap * torch.tanh(x / soft_cap)
-        return F.cross_entropy(y, labels, reduction="none")
-
-    inputs = {"logits": logits}
-    return _compare("cross_entropy", kernel, reference, inputs, device, dtype, "losses")
-
-
-def _draw(width: int, rows: int = 7) -> Tensor:
-    """A few rows of random numbers, the same in every run."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
-
-
-def _two_documents(length: int) -> Tensor:
+def two_documents(length: int) -> Tensor:
     """Boundaries `[1, length]` of a row with two documents."""
     starts = torch.zeros(1, length, dtype=torch.bool)
     starts[:, [0, length // 3]] = True
     return starts
 
 
-def _compare(
+def compare(
     name: str,
     kernel: Callable[..., Tensor],
     reference: Callable[..., Tensor],

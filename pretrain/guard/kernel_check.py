@@ -49,6 +49,7 @@ OF_KERNELS = (
     "head_norm",
     "residual",
     "conv_width",
+    "qkv_block_size",
     "slstm_conv_width",
     "ssm_dim_factor",
     "ssm_head_dim",
@@ -59,8 +60,11 @@ OF_KERNELS = (
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
     """What is wrong with the kernels of a run on a device: one sentence for each tensor."""
     dtype, memory = DTYPES[config.engine.precision], config.memory
+    data, layout = config.data, config.layout
+    # Tensor-parallel ranks share out the columns, or the tokens: their tensors are as much smaller.
+    tokens = data.micro_batch * data.seq_len // (layout.context * layout.tensor)
     states_dtype = DTYPES.get(memory.cell_states)  # None: as the model computes
-    return compare_kernels(config.model, device, dtype, states_dtype, memory.slstm_form)
+    return compare_kernels(config.model, device, dtype, states_dtype, memory.slstm_form, tokens)
 
 
 def check_kernels_once(config: RunConfig, device: torch.device) -> None:

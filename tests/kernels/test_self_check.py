@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from xlstm_kernels import mlstm_chunkwise, self_check, slstm_scan
-from xlstm_kernels.self_check import (
+from xlstm_kernels import mlstm_chunkwise, self_check, self_check_layers, slstm_scan
+from xlstm_kernels.common.numba.tasks import FEWEST_ELEMENTS
+from xlstm_kernels.self_check import check_lstm, check_mlstm, check_slstm
+from xlstm_kernels.self_check_layers import (
     check_conv,
     check_gated_activation,
     check_loss,
-    check_lstm,
-    check_mlstm,
     check_norm,
-    check_slstm,
+    check_norm_gated_skip,
+    check_qkv_and_gates,
 )
 
 ELEMENTWISE = [
@@ -25,6 +26,21 @@ ELEMENTWISE = [
     (check_conv, {"channels": 10, "width": 4}),
     (check_conv, {"channels": 10, "width": 1}),
     (check_lstm, {"head_dim": 16}),
+    (check_qkv_and_gates, {"inner": 24, "heads": 3, "block": 4}),
+    (check_norm_gated_skip, {"width": 12, "heads": 3, "kind": "layernorm", "eps": 1e-6}),
+]
+# What the compiled loops take of these.
+LARGE = [
+    ("gated_activation", check_gated_activation, {"width": 32, "activation": "silu"}),
+    ("multihead_norm", check_norm, {"width": 32, "kind": "rmsnorm", "eps": 1e-6}),
+    ("softmax_gradient", check_loss, {"width": 32, "soft_cap": 30.0}),
+    ("causal_conv1d", check_conv, {"channels": 32, "width": 4}),
+    ("qkv_and_gates", check_qkv_and_gates, {"inner": 32, "heads": 2, "block": 4}),
+    (
+        "norm_gated_skip",
+        check_norm_gated_skip,
+        {"width": 16, "heads": 2, "kind": "rmsnorm", "eps": 1e-6},
+    ),
 ]
 
 
@@ -66,10 +82,30 @@ def test_the_other_kernels_agree(check, options, dtype):
     ],
 )
 def test_a_wrong_kernel_of_the_others_is_named(name, check, options, named, monkeypatch):
-    right = getattr(self_check, name)
-    monkeypatch.setattr(self_check, name, lambda *x, **options: 1.1 * right(*x, **options))
+    module = self_check if check is check_lstm else self_check_layers
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *x, **options: 1.1 * right(*x, **options))
     problems = check("cpu", torch.float32, backend="torch", **options)
     assert any(one.startswith(named) for one in problems), problems
+
+
+@pytest.mark.parametrize(("name", "check", "options"), LARGE)
+def test_a_run_with_large_tensors_on_a_cpu_has_its_compiled_loops_compared(
+    name, check, options, monkeypatch
+):
+    """What is asked for with a few rows is what a call with all tokens would choose."""
+    pytest.importorskip("numba", reason="the extra cpu (numba) is not installed")
+    asked = []
+    right = getattr(self_check_layers, name)
+
+    def seen(*inputs, backend, **more):
+        asked.append(backend)
+        return right(*inputs, backend=backend, **more)
+
+    monkeypatch.setattr(self_check_layers, name, seen)
+    assert check("cpu", torch.float32, **options) == []
+    assert check("cpu", torch.float32, tokens=FEWEST_ELEMENTS // 32, **options) == []
+    assert asked == ["torch", "numba"]
 
 
 class WrongGradient(torch.autograd.Function):

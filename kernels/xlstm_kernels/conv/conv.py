@@ -60,8 +60,7 @@ def causal_conv1d(
     check_choice("activation", activation, (None, "silu"))
     check_boundaries(boundaries, b, s, x)
 
-    facts = {"state": initial_state is not None, "width": c, "elements": x.numel()}
-    chosen = select_backend("causal_conv1d", backend, x, **facts)
+    chosen = conv_backend(x, initial_state, backend)
     if chosen != "torch":
         silus = activation == "silu"
         if chosen == "triton":
@@ -91,6 +90,12 @@ def causal_conv1d(
     if document is not None:
         state = state.masked_fill((document[:, s:] != document[:, -1:])[..., None], 0)
     return y, state.transpose(1, 2).contiguous()
+
+
+def conv_backend(x: Tensor, initial_state: Tensor | None, backend: str | None) -> str:
+    """Name of the backend that `causal_conv1d` of x [b, s, c] takes."""
+    facts = {"width": x.shape[2], "elements": x.numel()}
+    return select_backend("causal_conv1d", backend, x, state=initial_state is not None, **facts)
 
 
 def _last_state(x, initial_state, boundaries, width):

@@ -57,15 +57,7 @@ def qkv_and_gates(
     )
     gates = len(gate_weight)
     check_like("gate_weight", gate_weight, (gates, 3 * inner), "[gates, 3 * inner]", x)
-    chosen = select_backend(
-        "qkv_and_gates",
-        backend,
-        x,
-        block=width,
-        steps=x.shape[1],
-        head_dim=inner // heads,
-        elements=x.numel(),
-    )
+    chosen = qkv_backend(x, width, heads, backend)
     if chosen != "torch":
         check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
     if chosen == "triton":
@@ -80,6 +72,12 @@ def qkv_and_gates(
     maps = zip((convolved, convolved, x), qkv_weight.chunk(3), strict=True)
     q, k, v = (block_diagonal(source, weight, heads) for source, weight in maps)
     return q, k, v, _project_heads(gate_weight, q, k, v)
+
+
+def qkv_backend(x: Tensor, block: int, heads: int, backend: str | None) -> str:
+    """Name of the backend that `qkv_and_gates` of x [b, s, inner] takes."""
+    facts = {"steps": x.shape[1], "head_dim": x.shape[2] // heads, "elements": x.numel()}
+    return select_backend("qkv_and_gates", backend, x, block=block, **facts)
 
 
 def _project_heads(weight: Tensor, *qkv: Tensor) -> Tensor:

@@ -49,16 +49,20 @@ def test_a_planted_wrong_kernel_stops_the_run_before_it_trains(cache, monkeypatc
 
 def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
     asked = []
-    for name in ("mlstm", "slstm", "lstm", "conv", "norm", "gated_activation", "loss"):
+    cells = "mlstm", "slstm", "lstm"
+    around = "conv", "norm", "gated_activation", "loss", "qkv_and_gates", "norm_gated_skip"
+    for name in (*cells, *around):
         checks = f"check_{name}"
         look = functools.partial(lambda name, **options: asked.append((name, options)) or [], name)
         monkeypatch.setattr(compared, checks, look)
     small = SMALL | {"model__ssm_state_dim": 8, "model__ssm_head_dim": 4, "model__round_up_to": 16}
+    small |= {"data__micro_batch": 2, "data__seq_len": 32, "layout__tensor": 2}
     kernel_check.kernel_problems(config(**small), CPU)
+    assert {o["tokens"] for n, o in asked if n in around} == {32}
     widths = {name: {o.get("width") for n, o in asked if n == name} for name, _ in asked}
-    assert set(widths) == {"mlstm", "slstm", "lstm", "conv", "norm", "gated_activation", "loss"}
-    cells = [(o["qk_dim"], o["v_dim"], o["gate"]) for n, o in asked if n == "mlstm"]
-    assert cells == [(8, 16, "exp"), (8, 4, "sigmoid"), (32, 32, "exp")]
+    assert set(widths) == {*cells, *around}
+    sizes = [(o["qk_dim"], o["v_dim"], o["gate"]) for n, o in asked if n == "mlstm"]
+    assert sizes == [(8, 16, "exp"), (8, 4, "sigmoid"), (32, 32, "exp")]
     channels = [o["channels"] for n, o in asked if n == "conv"]
     assert channels == [32, 64, 64 + 2 * 8]
     norms = [
@@ -66,7 +70,7 @@ def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
         for n, o in asked
         if n == "norm"
     ]
-    assert norms == [(32, 1), (32, 1, "summed"), (16, 2), (16, 2, "gated"), (32, 2)]
+    assert norms == [(32, 1), (32, 1, "summed"), (16, 2), (16, 2, "gated")]
 
 
 def test_the_persistent_slstm_is_compared_where_the_run_asks_for_it(monkeypatch):

@@ -1,0 +1,311 @@
+"""Do the kernels around the cells compute what they should on this device?
+
+A comparison as in `self_check`. On a CPU the backend depends on how large a call is. `tokens` of a
+check is how many a call of the run has: the backend is chosen for so many, and then asked for with
+a few rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_kernels.conv.conv import causal_conv1d, conv_backend
+from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
+from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
+from xlstm_kernels.gated.gated import gated_activation, gated_backend
+from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend
+from xlstm_kernels.norm.skip import norm_gated_skip
+from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
+from xlstm_kernels.self_check import compare, two_documents
+
+ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
+
+
+def check_conv(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    channels: int,
+    width: int,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `causal_conv1d`, with SiLU, on a device; as `check_mlstm` does.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of input, weight and bias.
+        channels: Their number.
+        width: Taps.
+        tokens: Of a call in a run.
+        backend: As for the kernel; None for the one that a run would use.
+    """
+    starts = two_documents(ROWS)
+    chosen = conv_backend(_shaped(device, dtype, 1, tokens, channels), None, backend)
+
+    def kernel(x: Tensor, *weights: Tensor) -> Tensor:
+        return causal_conv1d(
+            x[None], *weights, activation="silu", boundaries=starts.to(device), backend=chosen
+        )[0]
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        document = starts[0].cumsum(0)
+        rows = []
+        for t in range(len(x)):
+            taps = [j for j in range(width) if t >= j and document[t - j] == document[t]]
+            rows.append(sum((weight[:, width - 1 - j] * x[t - j] for j in taps), bias))
+        return F.silu(torch.stack(rows))
+
+    inputs = {
+        "input": _draw(channels),
+        "weight": _draw(channels, width).t(),
+        "bias": _draw(channels)[0],
+    }
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    return compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
+
+
+def check_gated_activation(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    activation: str,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `gated_activation` on a device; as `check_conv`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of the packed projection.
+        width: Width of each half.
+        activation: As for the kernel.
+        tokens: Of a call in a run.
+        backend: As for the kernel; None for the one that a run would use.
+    """
+    chosen = gated_backend(_shaped(device, dtype, tokens, 2 * width), activation, backend)
+
+    def kernel(x: Tensor) -> Tensor:
+        return gated_activation(x, activation, backend=chosen)
+
+    def reference(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up
+
+    inputs = {"gate and up": _draw(2 * width).to(dtype)}
+    return compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
+
+
+def check_norm(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    kind: str,
+    eps: float,
+    heads: int = 1,
+    gated: bool = False,
+    summed: bool = False,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `multihead_norm`, or `add_norm`, on a device; as `check_conv`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of input, weight and gate.
+        width: Of a head. The norm of a block has one head as wide as the model.
+        kind: As for the kernel.
+        eps: As for the kernel.
+        heads: Number of heads.
+        gated: Whether there is an output gate.
+        summed: Whether it is `add_norm` of one head, whose sum is compared as well.
+        tokens: Of a call in a run.
+        backend: "torch", or None for the one that a run would use.
+    """
+    own = "torch" if backend == "torch" else None
+    chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, width))
+
+    def kernel(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        if summed:
+            return torch.cat(add_norm(x, gate[0], weight, kind, eps, backend=chosen), dim=-1)
+        opened = by_head(gate[0]) if gate else None
+        return multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=chosen).flatten(
+            -2
+        )
+
+    def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        x = by_head(x + gate[0] if summed else x)
+        y = _normed(x, kind, eps).flatten(-2) * weight
+        if summed:
+            return torch.cat((x.flatten(-2), y), dim=-1)
+        return y * gate[0].sigmoid() if gate else y
+
+    inputs = {"input": _draw(heads * width), "weight": _draw(heads * width)[0]}
+    second = "gate" if gated else "added"
+    inputs |= {second: _draw(heads * width).flip(0)} if gated or summed else {}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    name = "add_norm" if summed else "multihead_norm"
+    return compare(name, kernel, reference, inputs, device, dtype, "result")
+
+
+def check_qkv_and_gates(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    inner: int,
+    heads: int,
+    block: int,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `qkv_and_gates`, its results side by side; as `check_conv`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of inputs and weights.
+        inner: Columns of the inputs.
+        heads: Number of heads.
+        block: Width of a block.
+        tokens: Of a call in a run.
+        backend: "torch", or None for the one that a run would use.
+    """
+    own = "torch" if backend == "torch" else None
+    chosen = qkv_backend(_shaped(device, dtype, 1, tokens, inner), block, heads, own)
+
+    def joined(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        by_token = (one.transpose(1, 2).flatten(2) for one in (q, k, v))
+        return torch.cat((*by_token, gates.to(q.dtype)), dim=-1)
+
+    def kernel(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
+        inputs = convolved[None], x[None], blocks, gate_weight
+        return joined(*qkv_and_gates(*inputs, heads, backend=chosen))
+
+    def reference(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
+        q, k, v = (
+            source @ torch.block_diag(*weight).t()
+            for source, weight in zip((convolved, convolved, x), blocks.chunk(3), strict=True)
+        )
+        qkv = torch.cat((q, k, v), dim=-1)
+        return torch.cat((qkv, qkv @ gate_weight.t()), dim=-1)[None]
+
+    inputs = {"convolved input": _draw(inner), "input": _draw(inner).flip(0)}
+    inputs["blocks"] = _draw(block * block, 3 * inner // block).view(-1, block, block)
+    inputs["gate weight"] = _draw(3 * inner, 2 * heads) / inner**0.5
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    return compare("qkv_and_gates", kernel, reference, inputs, device, dtype, "result")
+
+
+def check_norm_gated_skip(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    width: int,
+    kind: str,
+    eps: float,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `norm_gated_skip` on a device; as `check_conv`.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of inputs and weights.
+        heads: Number of heads.
+        width: Of a head.
+        kind: As for the kernel.
+        eps: As for the kernel.
+        tokens: Of a call in a run.
+        backend: "torch", or None for the one that a run would use.
+    """
+    own = "torch" if backend == "torch" else None
+    chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+
+    def kernel(h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        by_head = h.unflatten(1, (heads, width)).transpose(0, 1)[None]
+        return norm_gated_skip(
+            by_head, weight, kind, eps, skip, x[:, None], gate[:, None], backend=chosen
+        )[:, 0]
+
+    def reference(h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        normed = _normed(h.unflatten(1, (heads, width)), kind, eps).flatten(1) * weight
+        return (normed + skip * x) * gate * gate.sigmoid()
+
+    inputs = {"hidden states": _draw(heads * width), "weight": _draw(heads * width)[0]}
+    inputs |= {"skip": _draw(heads * width)[1]}
+    inputs |= {"input": _draw(heads * width).flip(0), "gate": _draw(heads * width).flip(1)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    return compare("norm_gated_skip", kernel, reference, inputs, device, dtype, "result")
+
+
+class _Loss(torch.autograd.Function):
+    """A cross entropy over one part of a vocabulary that is the whole."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, cap, backend):
+        shift, total, chosen = softmax_statistics(logits, labels, cap, backend=backend)
+        ctx.save_for_backward(logits, labels, total.log() + shift)
+        ctx.options = cap, backend
+        return total.log() + shift - chosen
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels, log_total = ctx.saved_tensors
+        cap, backend = ctx.options
+        d = softmax_gradient(logits.clone(), labels, log_total, grad, cap, backend=backend)
+        return d, None, None, None
+
+
+def check_loss(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    soft_cap: float | None,
+    tokens: int = ROWS,
+    backend: str | None = None,
+) -> list[str]:
+    """What is wrong with `softmax_statistics` and `softmax_gradient`; as `check_conv`.
+
+    Args:
+        device: Where the kernels run.
+        dtype: Of the logits.
+        width: Of the vocabulary.
+        soft_cap: As for the kernels.
+        tokens: Of a call in a run.
+        backend: As for the kernels; None for the one that a run would use.
+    """
+    logits = (8 * _draw(width)).to(dtype)
+    labels = torch.arange(len(logits)) * 12345 % width
+    chosen = cross_entropy_backend(_shaped(device, dtype, tokens, width), backend)
+
+    def kernel(x: Tensor) -> Tensor:
+        return _Loss.apply(x, labels.to(device), soft_cap, chosen)
+
+    def reference(x: Tensor) -> Tensor:
+        y = x if soft_cap is None else soft_cap * torch.tanh(x / soft_cap)
+        return F.cross_entropy(y, labels, reduction="none")
+
+    inputs = {"logits": logits}
+    return compare("cross_entropy", kernel, reference, inputs, device, dtype, "losses")
+
+
+def _normed(x: Tensor, kind: str, eps: float) -> Tensor:
+    """x with unit variance, or mean square, in its last dimension."""
+    centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+    return centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def _shaped(device: torch.device | str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor of any shape, in the memory of one number."""
+    return torch.empty(1, device=device, dtype=dtype).expand(shape)
+
+
+def _draw(width: int, rows: int = ROWS) -> Tensor:
+    """A few rows of random numbers, the same in every run."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
