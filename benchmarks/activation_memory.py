@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from benchmarks.saved_memory import count_saved
+from benchmarks.counting.saved_memory import count_saved
 from pretrain import layout as layouts
 from pretrain.config import RunConfig, load_config
 from pretrain.rehearsal.device import RehearsalMode, as_rank, device

@@ -7,7 +7,7 @@
 The engine of a run file runs one micro-batch, forward and backward, with two blocks and with three,
 on tensors without data. The difference is a block, and the rest is embedding, head and loss. **A
 bound is not a time**: what it leaves out are communication, the optimizer, the host, and everything
-that keeps a kernel from the rates in benchmarks/device_limits.py.
+that keeps a kernel from the rates in benchmarks/counting/device_limits.py.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks.counted_ops import CountingMode, Kernel, by_name
-from benchmarks.device_limits import BF16_PRODUCTS
+from benchmarks.counting.counted_ops import CountingMode, Kernel, by_name
+from benchmarks.counting.device_limits import BF16_PRODUCTS
 from pretrain import layout as layouts
 from pretrain.config import RunConfig, load_config
 from pretrain.data import Batch
@@ -202,7 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     bound = bound_of(options.config, options.tokens, options.rows, options.recompute)
     print(f"{options.config}, {options.recompute} recompute: counted, not measured")
-    print(f"products at {BF16_PRODUCTS / 1e12:.0f} TFLOP/s; see benchmarks/device_limits.py")
+    print(f"products at {BF16_PRODUCTS / 1e12:.0f} TFLOP/s; see benchmarks.counting.device_limits")
     print("\n".join(describe(bound, options.ops)))
     if options.json:
         parts = {"block": bound.block, "rest": bound.rest}

@@ -22,7 +22,7 @@ import argparse
 from dataclasses import dataclass
 
 from benchmarks.block_roofline import Bound, bound_of
-from benchmarks.device_limits import BANDWIDTH
+from benchmarks.counting.device_limits import BANDWIDTH
 from pretrain.config import load_config
 from pretrain.planning.estimate import DATA, count_fullest
 from pretrain.rehearsal.gpus import GPUS, RESERVE

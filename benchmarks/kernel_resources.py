@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.anchors import ANCHOR_TABLE
-from benchmarks.aot import DEVICES, Resources, examine, write_json
+from benchmarks.compiled.anchors import ANCHOR_TABLE
+from benchmarks.compiled.aot import DEVICES, Resources, examine, write_json
 from benchmarks.kernel_variants import MODULE, TARGETS, Variant, find_variants
 
 SEED, SAMPLE, SAMPLED_SETTINGS = 2405, 24, ("7b", "125m")
@@ -233,7 +233,7 @@ def report(results: list[Resources], failures: list[Failure]) -> None:
     asynchronous = sum(one.from_registers for one in results)
     overwriting = [one for one in results if one.overwritten]
     print(f"{asynchronous} asynchronous products have an operand in registers, {len(overwriting)} "
-          "kernels overwrite one too early (benchmarks/wgmma.py)")  # fmt: skip
+          "kernels overwrite one too early (benchmarks/compiled/wgmma.py)")  # fmt: skip
     for one in overwriting:
         print(f"  {one.target} {one.name}: {'; '.join(one.overwritten)}")
     for target, name, message in failures:

@@ -17,9 +17,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from benchmarks.aot import DEVICES, Resources, examine
 from benchmarks.block_roofline import Pass, count_model, of_run
-from benchmarks.device_limits import BANDWIDTH, BF16_PRODUCTS
+from benchmarks.compiled.aot import DEVICES, Resources, examine
+from benchmarks.counting.device_limits import BANDWIDTH, BF16_PRODUCTS
 from benchmarks.kernel_resources import GRAPH_LAUNCH_US, MEETING_US
 from benchmarks.kernel_variants import persistent
 from benchmarks.kernel_variants.slstm import describe, plan_both

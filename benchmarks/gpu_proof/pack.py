@@ -67,7 +67,7 @@ def download(packages: dict[str, str], folder: Path) -> None:
 def compile_kernels(folder: Path, dry: bool) -> list[str]:
     """Fill Triton's cache with the kernels of the papers' sizes; their names."""
     os.environ |= {"TRITON_CACHE_DIR": str(folder), **ENVIRONMENT}
-    from benchmarks.aot import compile_variant
+    from benchmarks.compiled.aot import compile_variant
     from benchmarks.kernel_variants import find_variants
 
     variants = find_variants(TARGET)

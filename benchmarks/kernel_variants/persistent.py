@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.aot import DEVICES
+from benchmarks.compiled.aot import DEVICES
 from benchmarks.kernel_variants.slstm import step_flops
 from benchmarks.kernel_variants.variant import Variant, variant_of
 from xlstm_kernels.common.device_limits import Device

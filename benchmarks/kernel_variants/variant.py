@@ -1,6 +1,6 @@
 """What is known of a kernel launch before it runs: enough to compile it on a machine without a GPU.
 
-`benchmarks/aot.py` compiles and counts variants. This module does not import Triton.
+`benchmarks/compiled/aot.py` compiles and counts variants. This module does not import Triton.
 """
 
 import inspect

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.context_costs import state_costs
-from benchmarks.saved_memory import count_saved
+from benchmarks.counting.context_costs import state_costs
+from benchmarks.counting.saved_memory import count_saved
 from pretrain import layout as layouts
 from tests.dist import work
 from xlstm_kernels import mlstm_chunkwise

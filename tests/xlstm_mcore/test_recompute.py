@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from benchmarks.saved_memory import count_saved
+from benchmarks.counting.saved_memory import count_saved
 from xlstm_kernels import multihead_norm
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups

@@ -2,8 +2,16 @@
 
 import pytest
 
-from benchmarks.assembly import Listing
-from benchmarks.latency import BARRIER, L2, PRODUCT, SPECIAL, operands_of, step_floor, step_walk
+from benchmarks.compiled.assembly import Listing
+from benchmarks.compiled.latency import (
+    BARRIER,
+    L2,
+    PRODUCT,
+    SPECIAL,
+    operands_of,
+    step_floor,
+    step_walk,
+)
 
 
 def listing(*lines):

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import slstm_forms
 from benchmarks.block_roofline import Pass
-from benchmarks.counted_ops import Kernel
-from benchmarks.device_limits import BANDWIDTH
+from benchmarks.counting.counted_ops import Kernel
+from benchmarks.counting.device_limits import BANDWIDTH
 
 FLOORS = [SimpleNamespace(floor_us=us, ctas_per_sm=1) for us in (3.0, 2.0)]
 TOGETHER = [SimpleNamespace(floor_us=us) for us in (1.0, 0.5)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.assembly import Listing
-from benchmarks.wgmma import overwritten_operands, register_operands
+from benchmarks.compiled.assembly import Listing
+from benchmarks.compiled.wgmma import overwritten_operands, register_operands
 from tests.kernels.benchmarks.test_latency import listing
 
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R64, R104, gdesc[UR16].tnspB, R64"

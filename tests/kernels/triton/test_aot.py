@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.anchors import ANCHOR_TABLE
-from benchmarks.aot import DEVICES, blocks_per_processor
-from benchmarks.assembly import Listing
+from benchmarks.compiled.anchors import ANCHOR_TABLE
+from benchmarks.compiled.aot import DEVICES, blocks_per_processor
+from benchmarks.compiled.assembly import Listing
 from benchmarks.kernel_resources import SEED, choose
 from benchmarks.kernel_variants import MODULE, TARGETS, find_variants
 

@@ -21,7 +21,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.device_limits import BANDWIDTH, BF16_PRODUCTS, CELL_FACTOR, FP32_PRODUCTS
+from benchmarks.counting.device_limits import BANDWIDTH, BF16_PRODUCTS, CELL_FACTOR, FP32_PRODUCTS
 from benchmarks.kernel_variants import mlstm, qkv
 from pretrain.rehearsal.device import NAME, RehearsalMode
 from pretrain.rehearsal.record import RankRecord

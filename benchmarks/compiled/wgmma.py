@@ -12,7 +12,7 @@ to be right: it sees neither shared memory nor the accumulators.
 import re
 from dataclasses import dataclass
 
-from benchmarks.assembly import Instruction, Listing
+from benchmarks.compiled.assembly import Instruction, Listing
 
 OPERAND_REGISTERS = 4  # of a thread: 64 rows of 32 bytes in the registers of 128 threads
 _OLDEST = 8  # groups that are counted apart; the hardware waits for at most 7 newer ones

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from benchmarks.assembly import Instruction, Listing
+from benchmarks.compiled.assembly import Instruction, Listing
 
 # Cycles from issue to result, the smallest published; PRODUCT also from accumulator to accumulator.
 ARITHMETIC, SPECIAL, PRODUCT, SHARED, BARRIER, L2 = 4, 18, 18, 23, 20, 200

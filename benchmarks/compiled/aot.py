@@ -15,10 +15,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.assembly import Listing, LoopCount
+from benchmarks.compiled.assembly import Listing, LoopCount
+from benchmarks.compiled.latency import step_floor, step_walk
+from benchmarks.compiled.wgmma import overwritten_operands, register_operands
 from benchmarks.kernel_variants import Variant
-from benchmarks.latency import step_floor, step_walk
-from benchmarks.wgmma import overwritten_operands, register_operands
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Resources:
     steps: int  # time steps that one launch does
     floor_us: float | None  # least time of one of them, without a launch; not counted on AMD
     floor_by: dict[str, float]  # cycles of that step by what sets the limit
-    waiting: dict[str, float]  # what one warp does in that step: see benchmarks/latency.py
+    waiting: dict[str, float]  # what one warp does in that step: see benchmarks/compiled/latency.py
     from_registers: int  # asynchronous products with an operand in registers: see wgmma.py
     overwritten: list[str]  # writes to these operands that no wait comes before
     unwaited: int  # such writes if the waits were not there
