@@ -203,8 +203,10 @@ class _Life:
                 for process in self._run.processes:
                     process.send_signal(signal.SIGTERM)
                 sent = True
-        self.codes = self._run.wait(SILENCE_S)
+        self._run.wait(SILENCE_S)
+        # At its start a rank waits seconds for one that is gone. This ends it, as `launch` would.
         self._run.kill(random.Random(0))
+        self.codes = [process.poll() for process in self._run.processes]
         return came
 
 

@@ -208,12 +208,12 @@ def finish(process):
 
 def test_compiled_code_is_kept_on_disk_by_processes_that_start_at_once(tmp_path):
     """And what one of them left broken is compiled again, with a word about it."""
-    compiled, kept = ["0", "1", "0", "1"], ["1", "0", "1", "0"]
+    compiled, kept = ["0", "1"], ["1", "0"]  # of a loop, by either process
     for process in [start(tmp_path) for _ in range(2)]:
         counts, _ = finish(process)
-        assert counts in (compiled, kept)
+        assert counts[:2] in (compiled, kept) and counts[2:] in (compiled, kept)
     counts, err = finish(start(tmp_path))
-    assert counts == kept and "compiles" not in err
+    assert counts == 2 * kept and "compiles" not in err
     indices = sorted(tmp_path.rglob("*.nbi"))
     assert len(indices) == 2
     for path in indices:
