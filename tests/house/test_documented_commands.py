@@ -233,7 +233,6 @@ RUN_ELSEWHERE = {
         for words, evidence in (
             ("soak", "soak.soak("),
             ("soak --work soak", "soak.soak("),
-            ("soak --work soak --steps 2500 --deaths 12 --layouts 10", "soak.soak("),
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
             (

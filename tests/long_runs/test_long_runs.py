@@ -1,5 +1,6 @@
 """The commands of this folder at a size that takes seconds."""
 
+import re
 import signal
 import time
 
@@ -24,6 +25,7 @@ def test_a_run_that_dies_and_one_that_moves_end_as_the_one_left_alone(
     assert "left alone: 16 steps in 2 lives" in told
     assert "stopped and killed: 16 steps in 2 lives" in told
     assert "on other layouts: 16 steps in 2 lives, 1 stop and 0 kills" in told
+    assert re.search(r"at most \S+ nat apart, and \S+ by another order of sums", told)
 
 
 def test_deaths_are_drawn_in_their_order_and_of_every_kind():
