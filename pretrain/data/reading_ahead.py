@@ -1,5 +1,6 @@
 """A pipeline that runs ahead of its consumer, in a thread or in worker processes."""
 
+import gc
 import multiprocessing
 import queue
 import signal
@@ -84,7 +85,8 @@ class ReadingProcesses:
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=PREFETCH_STEPS,
-            worker_init_fn=_end_with_the_trainer,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork",  # not the default everywhere
         )
         self._iterator: Iterator | None = None
         self._workers: list[BaseProcess] = []
@@ -120,9 +122,12 @@ class ReadingProcesses:
         self._finalizer()
 
 
-def _end_with_the_trainer(worker: int) -> None:
-    """In a worker process, when it starts."""
+def _start_worker(worker: int) -> None:
+    """In a worker process, first of all."""
     signal_at_parents_death(signal.SIGKILL)
+    # What the trainer has left for collection stays there. A group of gloo's would wait in its
+    # destructor for threads that a fork does not have.
+    gc.freeze()
 
 
 def _as_it_is(item: Any) -> Any:

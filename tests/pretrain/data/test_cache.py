@@ -1,6 +1,5 @@
 """Remote shards: the same rows, verified copies, bounded bytes, several processes at once."""
 
-import multiprocessing
 import os
 import shutil
 
@@ -12,6 +11,7 @@ from benchmarks.synthetic_shards import write_shards
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings
+from tests.clean_processes import CLEAN
 from tests.http_server import serve
 from xlstm_io.errors import ShardFormatError
 from xlstm_io.shards.index import CorruptShardError
@@ -132,11 +132,8 @@ def _read_all(folder, tmp_path, results):
 
 
 def test_processes_share_a_cache_that_is_too_small_for_them(folder, tmp_path):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_read_all, args=(folder, tmp_path, results)) for _ in range(3)
-    ]
+    results = CLEAN.Queue()
+    workers = [CLEAN.Process(target=_read_all, args=(folder, tmp_path, results)) for _ in range(3)]
     for worker in workers:
         worker.start()
     assert [results.get(timeout=60) for _ in workers] == [True] * 3

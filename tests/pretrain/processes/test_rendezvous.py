@@ -1,7 +1,6 @@
 """Ranks meet within a limit; what is wrong is told by name, and a stop is heard meanwhile."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import pytest
 from pretrain.commands.launch import free_port
 from pretrain.processes.environment import Place, read_place
 from pretrain.processes.rendezvous import _missing, meet
+from tests.clean_processes import CLEAN
 from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal
 
@@ -160,9 +160,8 @@ def _wait_for_others(port, ready):
 
 
 def test_a_real_signal_ends_the_wait_for_rank_0(port):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    child = context.Process(target=_wait_for_others, args=(port, ready))
+    ready = CLEAN.Event()
+    child = CLEAN.Process(target=_wait_for_others, args=(port, ready))
     child.start()
     assert ready.wait(120)
     os.kill(child.pid, signal.SIGTERM)
