@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from xlstm_io.allocator import SETTINGS
+
 ROOT = Path(__file__).parents[1]
 VOCAB, HIDDEN, HEADS, BLOCKS = 8192, 256, 4, 4
 PATTERNS = {"large": "MMMM", "classic [1:0]": "mmmm", "classic [3:1]": "mmsm"}
@@ -217,11 +219,9 @@ class Contestant:
             "OMP_WAIT_POLICY": "PASSIVE",  # a waiting process must not spin on the others' cores
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
             "TOKENIZERS_PARALLELISM": "false",
-            # As `launch` sets for its workers: glibc would give memory back after each step.
-            "MALLOC_MMAP_THRESHOLD_": str(2**30),
-            "MALLOC_TRIM_THRESHOLD_": str(2**30),
-            "MALLOC_TOP_PAD_": str(2**26),
         }
+        # As a run does for itself: glibc would give memory back after each step.
+        environment |= {name: str(value) for name, (_, value) in SETTINGS.items()}
         self.process = subprocess.Popen(
             [python, "-m", "benchmarks.train_step_cpu", *map(str, words)],
             cwd=ROOT,

@@ -309,7 +309,7 @@ def _child(grid: Grid, cell: Cell, body: Body, folder: Path, stop: StopSignal) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
-    keep_freed_memory()  # as `launch` does for its workers
+    keep_freed_memory()  # for cells that are no runs; a run does it itself
     common = {"cell": {"model": cell.model, **cell.values}, "number": cell.number}
     try:
         fields = {"status": "done", **body(grid, cell, folder, stop)}

@@ -31,6 +31,7 @@ from pretrain.processes.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
 from pretrain.supervision.progress_file import set_aside
+from xlstm_io.allocator import keep_freed_memory
 from xlstm_io.errors import (
     MACHINE_ERRNOS,
     ConfigError,
@@ -166,6 +167,7 @@ def _import_megatron(config: RunConfig) -> None:
 
 
 def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    keep_freed_memory()  # before there are threads
     # Heard from here on: the imports take seconds, and minutes on a busy file system. A launcher
     # may have blocked the signals until somebody listens.
     with StopSignal(announce=int(os.environ.get("RANK", "0")) == 0) as stop:

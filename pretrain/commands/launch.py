@@ -45,7 +45,6 @@ from pretrain.processes.keeper import Keeper
 from pretrain.run_folder import LOGS_FOLDER, life_logs
 from pretrain.supervision.lease import newest_life
 from pretrain.supervision.watchdog import last_phases
-from xlstm_io import allocator
 from xlstm_io.errors import ConfigError, ExitCode, MachineFailed, is_machine_failure
 from xlstm_io.remote import is_remote
 from xlstm_io.signals import (
@@ -106,8 +105,6 @@ def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    for name, (_, size) in allocator.SETTINGS.items():
-        environment.setdefault(name, str(size))
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     # All peers are on this machine: no need for its name to resolve or its network to be up.

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: the next blocks are there without a page fault."""
+"""Freed memory stays with the process, for any thread: the next blocks need no page faults."""
 
 import platform
 import subprocess
@@ -28,17 +28,53 @@ FAULTS = """if True:
     print((faults() - before) / (3 * 8 * (8 << 20) / resource.getpagesize()))
 """
 
+HEAPS = """if True:
+    import ctypes, sys, threading
+    from xlstm_io.allocator import keep_freed_memory
 
-def faults_per_page(*words, **environment):
-    command = [sys.executable, "-c", FAULTS, *words]
+    if sys.argv[1:]:
+        keep_freed_memory()
+    held = threading.Barrier(5)
+
+    def hold():
+        block = bytearray(100_000)
+        held.wait()
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    held.wait()
+    libc = ctypes.CDLL(None)
+    libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+    libc.fflush(None)
+"""
+
+
+def output_of(program, *words, **environment):
+    command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    return done.stdout
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other libraries are left alone"
+)
+
+
+def faults_per_page(*words, **environment):
+    return float(output_of(FAULTS, *words, **environment))
+
+
+@glibc
 def test_freed_memory_is_used_again_without_page_faults():
     kept = faults_per_page("keep")
     assert kept < 0.1
     # What the environment says is kept: here to give everything back at once.
     assert faults_per_page("keep", **dict.fromkeys(allocator.SETTINGS, "65536")) > kept
+
+
+@glibc
+def test_what_a_thread_frees_serves_all_threads():
+    assert output_of(HEAPS, "keep").count("<heap nr=") == 1
+    assert output_of(HEAPS).count("<heap nr=") > 1
