@@ -133,12 +133,15 @@ def check_command(limits: Health) -> None:
 
 
 def check_devices(limits: Health) -> None:
-    """As many devices as the node is meant to have."""
+    """As many devices as the node is meant to have; the checks that follow use this rank's own."""
     import torch
+
+    from xlstm_mcore.megatron import cpu_runtime
 
     seen = torch.accelerator.device_count()
     if seen != limits.devices:
         raise Bad(f"{seen} devices can be seen, {limits.devices} are meant to be there")
+    cpu_runtime.choose_device()
 
 
 def check_gpus(job: str) -> None:
@@ -163,17 +166,17 @@ def check_product(limits: Health, facts: dict[str, Any]) -> None:
     """A matrix product twice: the same bits, and fast enough."""
     import torch
 
+    from xlstm_mcore.megatron import cpu_runtime
+
     device = _device()
     side = SIDE.get(device.type, 8192)
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(side, side, generator=generator).to(device, torch.bfloat16)
     first = left @ left
-    began = time.perf_counter()
+    began = cpu_runtime.mark()  # behind the first product, which a device may not have done yet
     for _ in range(ROUNDS):
         again = left @ left
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    seconds = (time.perf_counter() - began) / ROUNDS
+    seconds = cpu_runtime.seconds_between(began, cpu_runtime.mark()) / ROUNDS
     if not torch.equal(first, again):
         raise Bad("the same product gave other bits")
     facts["tflops"] = round(2 * side**3 / seconds / 1e12, 3)
@@ -237,16 +240,15 @@ def pairs(count: int) -> list[tuple[int, int]]:
 
 def _speed(values: Any, group: Any) -> float:
     """Gigabytes per second of an all-reduce."""
-    import torch
     import torch.distributed as dist
 
+    from xlstm_mcore.megatron import cpu_runtime
+
     dist.all_reduce(values, group=group)
-    began = time.perf_counter()
+    began = cpu_runtime.mark()
     for _ in range(ROUNDS):
         dist.all_reduce(values, group=group)
-    if values.device.type != "cpu":
-        torch.accelerator.synchronize()
-    seconds = (time.perf_counter() - began) / ROUNDS
+    seconds = cpu_runtime.seconds_between(began, cpu_runtime.mark()) / ROUNDS
     return round(values.numel() * values.element_size() / seconds / 1e9, 3)
 
 

@@ -2,8 +2,12 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import save_config
 from slurm import scheduler
@@ -14,6 +18,7 @@ from slurm.job.preflight import Bad, check_command, check_disk, check_kernels, p
 from slurm.job.state import Life, RunState, State, write
 from tests.pretrain.run_files import config as run_config
 from xlstm_kernels import mlstm_chunkwise, self_check
+from xlstm_mcore.megatron import cpu_runtime
 
 NODES = ("n1", "n2", "n3", "n4")
 SOUND = {"versions": "Python 3.11", "clock": 100.0, "tflops": 50.0, "device_tflops": True}
@@ -151,6 +156,47 @@ def test_a_wrong_kernel_makes_its_node_unfit(tmp_path, monkeypatch):
     monkeypatch.setattr(self_check, "mlstm_chunkwise", planted)
     with pytest.raises(Bad, match=r"mlstm_chunkwise on cpu in float32, hidden states: off by"):
         check_kernels(tmp_path / "run.yaml")
+
+
+def test_a_rank_tries_the_device_that_it_trains_on(tmp_path, monkeypatch):
+    """Four ranks of a node that all tried the first GPU would find it slow, and no other at all."""
+    folder, current, tried = tmp_path / "slurm/life-1", [0], {}
+    write(folder.parent / "health.json", asdict(Health(devices=4, min_free_run_gb=0.0)))
+    for name, value in (("XLSTM_NODES", "n1"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    for check in ("product", "kernels"):
+        note = partial(lambda name, *_: tried.update({name: preflight._device()}), check)
+        monkeypatch.setattr(preflight, f"check_{check}", note)
+    monkeypatch.setattr(preflight.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preflight.os, "_exit", lambda _: None)
+    preflight.main([str(folder)])
+    assert json.loads((folder / "preflight/00002.json").read_text())["bad"] is None
+    assert tried == dict.fromkeys(("product", "kernels"), torch.device("cuda", 2))
+
+
+def test_the_clock_runs_while_the_device_does_what_is_counted(monkeypatch):
+    """A device that has not done the first product yet would do four in the time of three."""
+    done = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                done.append("product")
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(cpu_runtime, "mark", lambda: done.append("mark") or float(len(done)))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: done.append("all-reduce"))
+    with Noting():
+        preflight.check_product(Health(), {})
+    assert done == ["product", "mark", *["product"] * preflight.ROUNDS, "mark"]
+    done.clear()
+    preflight._speed(torch.ones(4), None)
+    assert done == ["all-reduce", "mark", *["all-reduce"] * preflight.ROUNDS, "mark"]
 
 
 def test_a_preflight_of_its_own_says_which_nodes_are_fit(tmp_path, monkeypatch, capsys):

@@ -97,16 +97,28 @@ def device() -> torch.device:
     return _CPU if needed() else torch.device("cuda", torch.cuda.current_device())
 
 
+def choose_device() -> torch.device:
+    """Make the CUDA device of this process, by LOCAL_RANK, its current one; a CPU stays as it is.
+
+    Until then `device` is the first one in every process.
+
+    Raises:
+        ConfigError: there are several devices, and none of that number.
+    """
+    if not needed():
+        index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed reads it for the same purpose
+        torch.cuda.set_device(index)
+    return device()
+
+
 def process_group_options() -> dict[str, Any]:
-    """Options of `init_process_group` for this process's device; selects the device first."""
+    """Options of `init_process_group` for this process's device; chooses the device first."""
     if _made_up is not None:
         return dict(_made_up)
     if needed():
         return {"backend": "gloo"}
-    index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
-    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed reads it for the same purpose
-    torch.cuda.set_device(index)
-    return {"backend": "nccl", "device_id": device()}
+    return {"backend": "nccl", "device_id": choose_device()}
 
 
 def device_index(local_rank: int, visible: int) -> int:
