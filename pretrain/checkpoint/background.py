@@ -11,6 +11,7 @@ a GPU it is pinned, and both pinning and first touching memory cost more than th
 from __future__ import annotations
 
 import logging
+import mmap
 import secrets
 import threading
 import time
@@ -105,16 +106,22 @@ def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
     """The same slices with contiguous tensors, all in one allocation of host memory.
 
     It is pinned where it is, because torch's own pinned memory is rounded up to a power of two: 24
-    GB of a 7B model would take 32.
+    GB of a 7B model would take 32. Processes that are forked do not inherit it, because the system
+    would copy all of what is pinned for each of them.
     """
     starts, end = [], 0
     for part in slices:
         starts.append(end)
         size = part.tensor.numel() * part.tensor.element_size()
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    memory = torch.empty(end, dtype=torch.uint8)
-    if any(part.tensor.device.type != "cpu" for part in slices):
-        cpu_runtime.pin(memory)
+    pages = mmap.mmap(-1, max(end, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
+        pages.madvise(mmap.MADV_DONTFORK)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    for part in slices:
+        if part.tensor.device.type != "cpu":
+            cpu_runtime.pin(memory, part.tensor.device)
+            break
     copies = []
     for part, start in zip(slices, starts, strict=True):
         size = part.tensor.numel() * part.tensor.element_size()

@@ -57,7 +57,7 @@ class Batch:
         parts = list(vars(self).values())
         if torch.device(device).type != "cpu" and torch.accelerator.is_available():
             # A copy from ordinary memory may wait. torch keeps pinned memory for the next batch.
-            parts = [part.pin_memory() for part in parts]
+            parts = [part.pin_memory() if part.device.type == "cpu" else part for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
     def without_loss(self) -> Batch:

@@ -218,13 +218,14 @@ def _of_the_replica_before(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     mine, received = tensor.contiguous(), torch.empty_like(tensor.contiguous())
     # Bools do not travel on every backend.
     sent, taken = (t.view(torch.uint8) if t.dtype == torch.bool else t for t in (mine, received))
-    work = [
-        dist.irecv(taken, group=group, group_src=(place - 1) % size),
-        dist.isend(sent, group=group, group_dst=(place + 1) % size),
+    # As one operation: NCCL would begin a send of its own when the receive before it has ended,
+    # and in a ring that is never.
+    ring = [
+        dist.P2POp(dist.irecv, taken, group=group, group_peer=(place - 1) % size),
+        dist.P2POp(dist.isend, sent, group=group, group_peer=(place + 1) % size),
     ]
-    for one in work:
-        assert one is not None
-        one.wait()
+    for work in dist.batch_isend_irecv(ring):
+        work.wait()
     return received
 
 

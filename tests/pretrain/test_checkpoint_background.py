@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +143,8 @@ class OnDevice:
 def test_memory_is_pinned_where_it_is_before_the_first_save(monkeypatch):
     pinned = []
 
-    def pin(memory):
+    def pin(memory, device):
+        assert device is OnDevice.device
         assert threading.current_thread() is not threading.main_thread()
         pinned.append(memory.nbytes)
 
@@ -154,6 +156,20 @@ def test_memory_is_pinned_where_it_is_before_the_first_save(monkeypatch):
     kept = host._copies
     host.take([TensorSlice(name, (6, 4), (0, 0), torch.ones(6, 4)) for name in "abc"])
     assert host._copies is kept and len(pinned) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere forks inherit it")
+def test_forks_do_not_inherit_the_memory_of_copies():
+    (copy,) = HostCopy().take(slices_of(1)[:1])
+    flags, here = None, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            begin, end = (int(word, 16) for word in first.split("-"))
+            here = begin <= copy.tensor.data_ptr() < end
+        elif here and first == "VmFlags:":
+            flags = line.split()[1:]
+    assert "dc" in flags, "man 5 proc: do not copy area on fork"
 
 
 def test_ordinary_memory_is_not_taken_before_the_first_save():

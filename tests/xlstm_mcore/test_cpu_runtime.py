@@ -206,9 +206,8 @@ def test_a_process_uses_the_device_of_its_number_or_the_only_one_it_sees(capsys)
 def test_the_device_index_is_where_nccl_and_deepspeed_look(monkeypatch):
     chosen = []
     monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
-    monkeypatch.setattr(cpu_runtime, "device", lambda: "the device")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert cpu_runtime.process_group_options() == {"backend": "nccl", "device_id": "the device"}
+    assert cpu_runtime.process_group_options() == {"backend": "nccl"}
     assert chosen == [0] and os.environ["LOCAL_RANK"] == "0"

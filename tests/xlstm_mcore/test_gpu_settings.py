@@ -1,5 +1,6 @@
 """What a model asks of kernels, messages and products on a GPU, without one."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -67,3 +68,29 @@ def test_a_batch_leaves_from_pinned_memory(monkeypatch):
     assert not pinned
     Batch(*(torch.zeros(1, 4) for _ in range(5))).to("meta")
     assert len(pinned) == 5
+    # One that a rank has from another's device, as check_twice of guard.check_replicas has it.
+    Batch(*(torch.zeros(1, 4, device="meta") for _ in range(5))).to("meta")
+    assert len(pinned) == 5
+
+
+def test_a_thread_pins_memory_for_the_device_of_its_process(monkeypatch):
+    """A thread begins at device 0, where each rank would take memory for a context."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        before, current[0] = current[0], chosen.index
+        yield
+        current[0] = before
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address, size, flags):
+            seen.append(current[0])
+            return 1
+
+    monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    cpu_runtime.pin(torch.empty(8), torch.device("cuda", 3))
+    assert seen == [3]

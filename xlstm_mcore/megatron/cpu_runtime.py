@@ -118,7 +118,11 @@ def process_group_options() -> dict[str, Any]:
         return dict(_made_up)
     if needed():
         return {"backend": "gloo"}
-    return {"backend": "nccl", "device_id": choose_device()}
+    choose_device()
+    # Without `device_id`: with it every group makes its communicator at once, all ranks together,
+    # and megatron-core has over a thousand groups at 128 ranks. It would also put all messages of a
+    # group in one line, where those of a pipeline are to overlap.
+    return {"backend": "nccl"}
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -203,8 +207,8 @@ def seconds_between(first: Any, last: Any) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def pin(memory: torch.Tensor) -> None:
-    """Pin host memory where it is, so that copies from the device into it need no detour.
+def pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Pin host memory where it is, so that copies from `device` into it need no detour.
 
     Without CUDA nothing happens. Memory that cannot be pinned stays as it is: copies are slower
     then. It is unpinned before it is freed.
@@ -212,7 +216,10 @@ def pin(memory: torch.Tensor) -> None:
     if needed() or memory.numel() == 0:
         return
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0:
+    # A thread begins at device 0, and would take memory there for a context of its own.
+    with torch.cuda.device(device):
+        pinned = int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0
+    if pinned:
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
 
 

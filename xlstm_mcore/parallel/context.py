@@ -111,11 +111,12 @@ def _shift(x: Tensor, group: dist.ProcessGroup, step: int) -> Tensor:
     """`x` of the rank `step` before this one in the group, or zeros where there is none."""
     x, rank, size = x.contiguous(), group.rank(), group.size()
     received = torch.zeros_like(x)
-    work = []
+    messages = []
     if 0 <= rank - step < size:
-        work.append(dist.irecv(received, group=group, group_src=rank - step))
+        messages.append(dist.P2POp(dist.irecv, received, group=group, group_peer=rank - step))
     if 0 <= rank + step < size:
-        work.append(dist.isend(x, group=group, group_dst=rank + step))
-    for one in work:
-        one.wait()
+        messages.append(dist.P2POp(dist.isend, x, group=group, group_peer=rank + step))
+    # As one operation: on NCCL each rank's send would otherwise wait for its receive.
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
     return received
