@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm import scheduler
-from slurm.job.state import Life, RunState, State
+from slurm.job.state import SUMMARY_FILE, Life, RunState, State
 from slurm.scheduler import QueuedJob
 from xlstm_io.errors import UserError
 from xlstm_io.terminal import say
@@ -141,7 +141,8 @@ def _next(files: RunState, state: State, job: QueuedJob | None, unasked: str) ->
     if job is not None:
         start = "" if job.start == "N/A" else f", expected to start at {job.start}"
         return f"job {job.job} is {job.state.lower()} ({job.reason}){start}"
-    if state.lives and state.lives[-1].action == "done":
+    done = bool(state.lives) and state.lives[-1].action == "done"
+    if done and (files.run / SUMMARY_FILE).exists():  # a rewind takes it away
         return "the run is finished"
     if state.verdict:
         return f"given up: {state.verdict}; after a cure, {resume}"

@@ -9,12 +9,13 @@ its data cursor.
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pretrain.config import load_config
-from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE
+from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE, SUMMARY_FILE
 from pretrain.supervision.lease import Lease
 from pretrain.supervision.progress_file import read_progress
 from pretrain.watching.history import append
@@ -51,6 +52,7 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
     folder = location(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
     path, beyond = _find(folder, to)
     with Lease.take(run) as lease:
+        _keep_records(run, lease.life)
         lives.record_start(folder, lease.life, to, skip_samples)
         append(
             run,
@@ -63,11 +65,6 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
                 "skip_samples": skip_samples,
             },
         )
-        metrics = run / METRICS_FILE
-        if metrics.exists():  # the next start drops what lies beyond the step
-            kept = run / EVIDENCE_FOLDER / f"metrics-before-life-{lease.life:06d}.jsonl"
-            kept.parent.mkdir(exist_ok=True)
-            shutil.copyfile(metrics, kept)
         progress = read_progress(run)
         if progress is not None:
             replace(
@@ -79,6 +76,19 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
     for old in beyond:
         print(f"superseded, never loaded again, and yours to delete: {old}")
     return ExitCode.DONE
+
+
+def _keep_records(run: Path, life: int) -> None:
+    """Keep what the run has said until now in `evidence/`.
+
+    The next start drops the metrics beyond its step. A summary would say that the run is finished.
+    """
+    evidence = run / EVIDENCE_FOLDER
+    evidence.mkdir(exist_ok=True)
+    with suppress(FileNotFoundError):
+        shutil.copyfile(run / METRICS_FILE, evidence / f"metrics-before-life-{life:06d}.jsonl")
+    with suppress(FileNotFoundError):
+        (run / SUMMARY_FILE).rename(evidence / f"summary-before-life-{life:06d}.json")
 
 
 def _find(folder: Location, step: int) -> tuple[Location, list[Location]]:

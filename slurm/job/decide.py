@@ -293,8 +293,9 @@ def _limit(found: Decision, life: Life, past: Sequence[Life], policy: Policy) ->
         return ""
     earlier = [one for one in past if one.cause == found.cause]
     if found.cause is Cause.ERROR and earlier:
-        since = life.checkpoint_step > earlier[-1].checkpoint_step
-        if not since and found.last_line == earlier[-1].last_line:
+        # Not by the steps of the checkpoints: after a rewind newer ones have lower steps.
+        since = [one for one in (*past, life) if one.number > earlier[-1].number]
+        if not any(one.progressed for one in since) and found.last_line == earlier[-1].last_line:
             return "the same error twice, and no checkpoint in between"
     fruitless = _fruitless(life, past)
     quick = [one for one in fruitless if one.seconds < START_S]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm.job.state import CHECKPOINTS_FOLDER, RunState, read_json
+from slurm.job.state import CHECKPOINTS_FOLDER, SUMMARY_FILE, RunState, read_json
 
 FOLDER = "evaluations"
 QUIET_S = 3 * 24 * 3600.0  # a run that wrote nothing for so long is not expected to go on
@@ -46,7 +46,7 @@ def has_ended(run: Path) -> bool:
     """Whether no further checkpoint is expected: the run is finished, given up, or quiet."""
     files = RunState(run)
     steps = files.progress().get("steps")
-    if steps is not None and int(read_json(run / "summary.json").get("steps", -1)) >= int(steps):
+    if steps is not None and int(read_json(run / SUMMARY_FILE).get("steps", -1)) >= int(steps):
         return True
     if files.stop_requested or files.load().verdict:
         return True

@@ -33,6 +33,7 @@ POLICY_FILE = "policy.json"
 STOP_FILE = "STOP"
 HEALTH_FILE = "health.json"
 RUN_FILE = "run.yaml"
+SUMMARY_FILE = "summary.json"  # of the run folder, as in pretrain.run_folder
 LONGEST = 300  # characters of a line that is shown
 
 
@@ -261,18 +262,24 @@ class RunState:
         return found
 
     def newest_step(self, policy: Policy) -> int:
-        """The step of the newest complete checkpoint; 0 when there is none."""
+        """The step of the newest complete checkpoint that counts; 0 when there is none.
+
+        One that a later life has left behind, or a rewind, does not count for the trainer either.
+        """
         if policy.checkpoints is None:
             return int(self.progress().get("checkpoint_step") or 0)
         folder = Path(policy.checkpoints)
+        starts = _starts_of_lives(folder)
         names = [name for name in _names(folder) if name.startswith("step-")]
         for name in sorted(names, reverse=True):
             try:
                 manifest = json.loads((folder / name / "manifest.json").read_bytes())
-                if manifest["complete"] is True:
-                    return int(manifest["step"])
-            except (OSError, ValueError, KeyError, TypeError):
+                step, life = int(manifest["step"]), int(manifest.get("state", {}).get("life", 0))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # an attempt that was cut short
+            left_behind = any(start < step for number, start in starts.items() if number > life)
+            if manifest.get("complete") is True and not left_behind:
+                return step
         return 0
 
     def progress(self) -> dict[str, Any]:
@@ -281,7 +288,7 @@ class RunState:
 
     def finished(self, policy: Policy) -> bool:
         """Whether all steps of the run are done."""
-        return int(read_json(self.run / "summary.json").get("steps", -1)) >= policy.steps
+        return int(read_json(self.run / SUMMARY_FILE).get("steps", -1)) >= policy.steps
 
 
 _Record = TypeVar("_Record", Life, State)
@@ -325,6 +332,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _starts_of_lives(checkpoints: Path) -> dict[int, int]:
+    """The step from which each life of the run went on, by its number, as the trainer counts them.
+
+    `xlstm_io.checkpoint.lives` writes these records, and needs more than the standard library.
+    """
+    starts = {}
+    for name in _names(checkpoints / "lives"):
+        start = read_json(checkpoints / "lives" / name).get("start_step")
+        number = name.removesuffix(".json")
+        if number.isdecimal() and isinstance(start, int):
+            starts[int(number)] = start
+    return starts
 
 
 def _names(folder: Path) -> list[str]:

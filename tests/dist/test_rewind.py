@@ -1,5 +1,8 @@
 """A run that was taken back equals one that never saw the samples that it leaves out."""
 
+import json
+import shutil
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +15,7 @@ from pretrain.config import config_from_dict
 from pretrain.data import DataPlan
 from pretrain.watching.history import read_history
 from pretrain.watching.metrics import read_metrics
+from slurm.job.state import Policy, RunState
 from tests.dist.training_runs import tiny_run
 
 pytestmark = pytest.mark.dist
@@ -91,3 +95,19 @@ def test_a_rewound_run_equals_one_that_never_saw_the_samples(pool, shards, tmp_p
     error = capsys.readouterr().err
     assert "no complete checkpoint of that step" in error and "2, 4, 6, 8" in error
     assert pretrain.cli.run(["rewind", str(tmp_path), "--to", "5"]) == 2
+
+
+def test_a_finished_run_that_was_taken_back_can_go_on(tmp_path, capsys):
+    """Its summary would keep Slurm's jobs from starting it again; nothing is deleted."""
+    golden = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
+    run = tmp_path / "run"
+    shutil.copytree(golden / "run", run)
+    summary = json.dumps({"steps": 6})
+    (run / "summary.json").write_text(summary)
+    files, policy = RunState(run), Policy(steps=6, checkpoints=str(run / "checkpoints"))
+    assert files.finished(policy)
+    assert pretrain.cli.run(["rewind", str(run), "--to", "5"]) == 2  # no such checkpoint
+    assert files.finished(policy)
+    assert pretrain.cli.run(["rewind", str(run), "--to", "3"]) == 0
+    assert not files.finished(policy) and files.newest_step(policy) == 3
+    assert (run / "evidence" / "summary-before-life-000001.json").read_text() == summary

@@ -207,6 +207,8 @@ def test_an_error_is_tried_again_once_per_checkpoint():
     )
     again = after(failed, now=life(9, start=10, checkpoint=10), past=[known])
     assert again.action is Action.FAIL and "the same error twice" in again.reason
+    back = life(9, start=4, checkpoint=6)  # after a rewind
+    assert after(failed, now=back, past=[known]).action is Action.REQUEUE
     other = after(rank(tail=["KeyError: x"]), now=life(9, start=10, checkpoint=10), past=[known])
     assert other.action is Action.REQUEUE
 

@@ -15,6 +15,7 @@ from slurm.job.rank import xids
 from slurm.job.state import Life, Policy, RankRecord, RunState, State, write
 from slurm.job_files import copy_job_files
 from slurm.submit import note_submission
+from xlstm_io.checkpoint.lives import record_start
 
 JOB = "4711"
 
@@ -37,11 +38,12 @@ def put_record(files, number, rank=0, code=75, host="n1", step_id=0, tail=()):
     )
 
 
-def put_checkpoint(files, step, complete=True):
-    folder = files.run / "checkpoints" / f"step-{step:08d}-abc"
+def put_checkpoint(files, step, complete=True, life=1):
+    folder = files.run / "checkpoints" / f"step-{step:08d}-abc{life}"
     folder.mkdir(parents=True)
     if complete:
-        (folder / "manifest.json").write_text(json.dumps({"complete": True, "step": step}))
+        manifest = {"complete": True, "step": step, "state": {"life": life}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_life_begins_and_ends_and_the_next_goes_on(files):
@@ -60,6 +62,25 @@ def test_a_life_begins_and_ends_and_the_next_goes_on(files):
     assert begin(files, restart=1)["LIFE"] == 2
     assert files.load().lives[1].start_step == 20
     assert [line["event"] for line in files.story()] == ["begin", "requeue", "begin"]
+
+
+def test_a_life_after_a_rewind_is_measured_from_there(files):
+    """What the run has left behind counts for the trainer no more, and so not here."""
+    for step in (80, 60, 40):
+        put_checkpoint(files, step)
+    checkpoints = files.run / "checkpoints"
+    record_start(checkpoints, 1, 0)
+    record_start(checkpoints, 2, 40, skip_samples=8)  # the rewind
+    record_start(checkpoints, 3, 40)
+    (checkpoints / "lives" / "000004.json").write_text("{")
+    for restart, step in enumerate((50, 55, 60, 65)):
+        told = begin(files, restart=restart)
+        put_checkpoint(files, step, life=3)
+        put_record(files, told["LIFE"], code=1, tail=["ValueError: what"])
+        assert lives.end(files, told["LIFE"], tries=1)["ACTION"] == "requeue"
+    found = files.load().lives
+    assert [life.start_step for life in found] == [40, 50, 55, 60]
+    assert [life.checkpoint_step for life in found] == [50, 55, 60, 65]
 
 
 def test_a_finished_run_starts_no_life(files):

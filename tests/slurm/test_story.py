@@ -78,12 +78,19 @@ def test_the_story_has_every_life_and_the_steps_that_were_repeated(files):
             "is pending (BeginTime), expected to start",
         ),
         (State(STATE.lives, verdict="no more", job="7"), None, "given up: no more; after a cure"),
-        (State((life(1, 0, 9, 9, action="done"),), job="7"), None, "the run is finished"),
     ],
 )
 def test_what_comes_next_is_one_sentence(files, state, job, said):
     queued = None if job is None else scheduler.QueuedJob(*job)
     assert said in describe(files, state, queued)["next"]
+
+
+def test_a_run_that_was_taken_back_is_finished_no_more(files):
+    write(files.run / "summary.json", {"steps": 100})
+    done = State((life(1, 0, 100, 100, action="done"),), job="7")
+    assert describe(files, done, None)["next"] == "the run is finished"
+    (files.run / "summary.json").unlink()  # as `pretrain rewind` does
+    assert describe(files, done, None)["next"].startswith("no job is queued; python -m slurm")
 
 
 def test_a_stop_that_was_asked_for_is_told(files):
