@@ -187,6 +187,7 @@ class Trainer:
                 if save_failed:
                     self.saver.wait()  # raises on every rank
                 if superseded:
+                    self.watchdog.moved(CHECKPOINT, self.state.step)  # a save under way ends first
                     self._check_lease()  # raises on every rank
                 step = self.state.step
                 last = step == steps
@@ -363,7 +364,8 @@ class Trainer:
 
     def _check_lease(self) -> None:
         """Raise Superseded on all ranks when a newer life has the run."""
-        self.saver.ranks.first("looking at the lease", self._fence)
+        # Not by the saver's group: a save under way has messages there, in a thread of its own.
+        Ranks().first("looking at the lease", self._fence)
 
     def _check_recorded(self, metrics: MetricLogger) -> None:
         """Raise MachineFailed on all ranks when the run ends because a record was not written."""

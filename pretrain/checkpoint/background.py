@@ -142,7 +142,7 @@ class CheckpointSaver:
         asynchronous: Write in a thread. Otherwise `save` returns when the checkpoint is complete.
         files: Small files that every checkpoint holds, see `save_checkpoint`.
         ranks: Who saves together (default: all, through a process group that is made here, so all
-            ranks must construct one together).
+            ranks must construct one together). While a save is under way, nothing else may use it.
         fence: Called on the first rank before a checkpoint is made complete, and before old ones
             are deleted. It raises Superseded when this process may no longer write.
 

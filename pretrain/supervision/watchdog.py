@@ -38,7 +38,8 @@ class Limits:
     Attributes:
         step: one optimizer step. The limit in force is never below `SLOWEST_STEPS` times the
             slowest step so far.
-        startup: imports, meeting the other ranks, building and loading the model.
+        startup: imports, meeting the other ranks, building and loading the model. Until the first
+            step is done no limit is below it.
         checkpoint: waiting for a checkpoint that must be complete.
         evaluation: one batch of an evaluation; None for the limit of a step.
     """
@@ -87,6 +88,7 @@ class Watchdog:
         self._folder, self._rank, self._limits, self._end = folder, rank, limits, end
         self._state = (STARTUP, 0, time.monotonic())  # replaced as a whole: no lock is needed
         self._slowest = 0.0
+        self._stepped = False
         self._written: tuple[str, int] | None = None
         self._waits_for: Callable[[], str] = str
         self._stop = threading.Event()
@@ -98,6 +100,7 @@ class Watchdog:
         now = time.monotonic()
         if before == STEP == phase:
             self._slowest = max(self._slowest, now - since)
+        self._stepped |= phase == STEP
         self._state = (phase, step, now)
 
     def ask(self, waits_for: Callable[[], str]) -> None:
@@ -131,6 +134,8 @@ class Watchdog:
             self._note(phase, step)
             if self._limits is not None:
                 limit = self._limits.of(phase, self._slowest)
+                if not self._stepped:  # an evaluation that comes first compiles and connects too
+                    limit = max(limit, self._limits.startup)
                 silent = time.monotonic() - since
                 if silent > limit:
                     self._report(phase, step, silent, limit)

@@ -115,9 +115,25 @@ def test_an_evaluation_may_have_a_limit_of_its_own(tmp_path):
     assert limits.of(EVALUATION, 3.0) == 0.2 and limits.of(STEP, 3.0) == 60.0
     watchdog, ends = watch(tmp_path, limits)
     with watchdog:
+        watchdog.moved(STEP, 4)
         watchdog.moved(EVALUATION, 4)
         wait_for(lambda: ends)
     assert "in its evaluation, after step 4" in (tmp_path / "hang-3.txt").read_text()
+
+
+def test_an_evaluation_before_the_first_step_has_the_limit_of_start_up(tmp_path, clock):
+    """It compiles and connects: with a step's limit every life would end in it again."""
+    watchdog, ends = watch(tmp_path)
+    with watchdog:
+        watchdog.moved(EVALUATION, 4)
+        clock.now += 0.5  # more than a step's limit, and less than 0.6
+        clock.seen()
+        assert not ends
+        watchdog.moved(STEP, 5)
+        watchdog.moved(EVALUATION, 5)
+        clock.now += 0.5
+        wait_for(lambda: ends)
+    assert "(limit 0 s) in its evaluation, after step 5" in (tmp_path / "hang-3.txt").read_text()
 
 
 def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, monkeypatch):
