@@ -208,6 +208,7 @@ def test_the_device_index_is_where_nccl_and_deepspeed_look(monkeypatch):
     monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert cpu_runtime.process_group_options() == {"backend": "nccl"}
     assert chosen == [0] and os.environ["LOCAL_RANK"] == "0"
