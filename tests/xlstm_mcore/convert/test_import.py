@@ -156,6 +156,55 @@ def test_logits_of_llama(tmp_path, capsys):
     assert read_manifest(resolve(tmp_path / "tied")).config["model"]["tie_embeddings"]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},  # as transformers wrote it before 4.43
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": ["linear"]},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic"}},
+        {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+        {"partial_rotary_factor": 0.5},
+        {"sliding_window": 8},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+    ],
+    ids=str,
+)
+def test_attention_of_another_kind_is_refused(keys, tmp_path, capsys):
+    command, _, _ = write_case(tmp_path / "theirs", "llama")
+    file = tmp_path / "theirs/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    assert cli.main([command, str(tmp_path / "theirs"), str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {file}: ") and "can be imported exactly" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_rope_under_its_older_names_is_read(tmp_path):
+    command, _, _ = write_case(tmp_path / "theirs", "llama")
+    file = tmp_path / "theirs/config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 500.0, "rope_scaling": {"type": "default", "factor": 1.0}}
+    file.write_text(json.dumps(config))
+    assert cli.main([command, str(tmp_path / "theirs"), str(tmp_path / "run")]) == 0
+    assert read_manifest(resolve(tmp_path / "run")).config["model"]["rotary_base"] == 500.0
+
+
+def test_a_cap_of_null_is_no_cap(tmp_path):
+    command, _, _ = write_case(tmp_path / "theirs", "native")
+    file = tmp_path / "theirs/config.json"
+    none = {"gate_soft_cap": None, "output_logit_soft_cap": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | none))
+    assert cli.main([command, str(tmp_path / "theirs"), str(tmp_path / "run")]) == 0
+    model = read_manifest(resolve(tmp_path / "run")).config["model"]
+    assert (model["gate_soft_cap"], model["logit_soft_cap"]) == (None, None)
+
+
 def test_logits_of_transformers_xlstm(tmp_path, capsys):
     config = xLSTMConfig(
         vocab_size=90, hidden_size=96, num_hidden_layers=2, num_heads=2, qk_dim_factor=2 / 3,

@@ -6,6 +6,7 @@ Both turn channel pairs `(i, i + d/2)` by the rotary angles, so converting is re
 from collections.abc import Mapping
 from typing import Any
 
+from xlstm_io.terminal import shortened
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.imports.config import ForeignConfig, count_layers, shape_of, width_keys
 from xlstm_mcore.convert.tables import Shape, Table, renames
@@ -92,6 +93,8 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
     config.must_be("hidden_act", "silu")
     config.must_be("attention_bias", False)
     config.must_be("mlp_bias", False)
+    # Transformers' class heeds it with a cache alone, other programs always.
+    config.must_be("sliding_window", None)
     vocab, hidden = shape_of(shapes, TABLE.embedding, 2)
     layers = count_layers(shapes, TABLE.prefix)
     heads = config.integer("num_attention_heads")
@@ -100,10 +103,6 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
             f"{config.source}: heads of another width than hidden_size / num_attention_heads = "
             f"{hidden / heads:g}, which a * block does not have"
         )
-    rotary = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    if not isinstance(rotary, Mapping) or rotary.get("rope_type", "default") != "default":
-        raise ConvertError(f"{config.source}: only plain rotary positions can be imported exactly")
-    base = ForeignConfig({**config.values, **rotary}, config.source)
     return {
         "pattern": "*" * layers,
         "hidden_size": hidden,
@@ -115,8 +114,29 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
         or config.values.get("tie_word_embeddings") is True,
         "norm_eps": config.number("rms_norm_eps", default=1e-6),
         "logit_soft_cap": None,
-        "rotary_base": base.number("rope_theta", default=10_000.0),
+        "rotary_base": _rotary_base(config),
         **width_keys(
             hidden, ffn=shape_of(shapes, TABLE.prefix.format(n=0) + "mlp.down_proj.weight", 2)[1]
         ),
     }
+
+
+def _rotary_base(config: ForeignConfig) -> float:
+    """The base of rotary positions that are neither scaled nor partial.
+
+    As in transformers, the older key `rope_scaling` goes first, and the kind may be called `type`.
+
+    Raises:
+        ConvertError: they are scaled or partial.
+    """
+    key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    said = config.values.get(key) or {}
+    plain = isinstance(said, Mapping) and said.get("factor", 1) == 1
+    if not plain or said.get("rope_type", said.get("type", "default")) != "default":
+        raise ConvertError(
+            f"{config.source}: {key}={shortened(said)}; only plain rotary positions "
+            '(rope_type="default") can be imported exactly'
+        )
+    rotary = ForeignConfig({**config.values, **said}, config.source)
+    rotary.must_be("partial_rotary_factor", 1.0)
+    return rotary.number("rope_theta", default=10_000.0)

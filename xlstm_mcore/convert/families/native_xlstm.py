@@ -196,9 +196,15 @@ def model_section(config: ForeignConfig, shapes: Mapping[str, Shape]) -> dict[st
         "tie_embeddings": TABLE.head not in shapes,
         "norm_eps": config.number("norm_eps", default=1e-6),
         "cell_eps": config.number("eps", default=1e-6),
-        "gate_soft_cap": config.number("gate_soft_cap", default=15.0),
-        "logit_soft_cap": config.number("output_logit_soft_cap", default=30.0),
+        "gate_soft_cap": _cap(config, "gate_soft_cap", default=15.0),
+        "logit_soft_cap": _cap(config, "output_logit_soft_cap", default=30.0),
         **width_keys(
             hidden, qk=qk, v=v, ffn=shape_of(shapes, f"{first}ffn.proj_down.weight", 2)[1]
         ),
     }
+
+
+def _cap(config: ForeignConfig, name: str, *, default: float) -> float | None:
+    """A cap; null is none at all."""
+    without = name in config.values and config.values[name] is None
+    return None if without else config.number(name, default=default)
