@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -192,20 +193,26 @@ PORTION_BYTES = 32 << 20
 """What is read of a remote file at once, since it is in memory twice for a moment."""
 
 
+#: Local files that a reader keeps open. A checkpoint has one for each rank of its run, an average
+#: reads several checkpoints at once, and a process has often no more than 1024 descriptors.
+OPEN_FILES = 32
+
+
 class RangeReader:
-    """Reads ranges of files into memory of the caller's; keeps local files open in between."""
+    """Reads ranges of files into memory of the caller's, in one thread at a time.
+
+    The local files that were read last stay open in between, at most `OPEN_FILES`.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[Location, int] = {}
+        self._open: OrderedDict[Path, int] = OrderedDict()
 
     def read_into(self, path: Location, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of a file from `begin` on; OSError if it has too few."""
         if isinstance(path, Path):
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            done = 0
+            descriptor, done = self._descriptor(path), 0
             while done < len(buffer):
-                count = os.preadv(self._open[path], [buffer[done:]], begin + done)
+                count = os.preadv(descriptor, [buffer[done:]], begin + done)
                 if count == 0:
                     break
                 done += count
@@ -224,6 +231,14 @@ class RangeReader:
                     break
         if done != len(buffer):
             raise OSError(f"{path} ends at byte {begin + done}, {len(buffer) - done} too early")
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        self._open.move_to_end(path)
+        return self._open[path]
 
     def close(self) -> None:
         """Close what is open."""

@@ -46,6 +46,27 @@ def test_a_file_over_the_limit_is_not_read(place):
         read_file(place, 5)
 
 
+def test_a_reader_of_many_files_keeps_few_of_them_open(tmp_path):
+    paths = [tmp_path / f"data-{number:05d}" for number in range(4 * storage.OPEN_FILES)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%05d" % number)
+
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    reader, before, most = storage.RangeReader(), opened(), 0
+    for number in [*range(len(paths)), 0, *reversed(range(len(paths)))]:
+        part = bytearray(4)
+        reader.read_into(paths[number], 1, memoryview(part))
+        assert int(part) == number
+        most = max(most, opened() - before)
+    assert most == storage.OPEN_FILES
+    paths[0].unlink()
+    reader.read_into(paths[0], 1, memoryview(part))  # the last one is still open
+    reader.close()
+    assert opened() == before
+
+
 def test_a_file_that_is_not_there(place):
     for act in (lambda: read_file(place, 9), lambda: file_size(place), lambda: open_file(place)):
         with pytest.raises(FileNotFoundError):
