@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import (
+    Candidates,
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
@@ -129,7 +130,7 @@ class Start:
 
 
 def with_vocab_tokens(
-    config: RunConfig, tokens: int, checkpoints: list[Location], ranks: Ranks
+    config: RunConfig, tokens: int, checkpoints: Iterable[Location], ranks: Ranks
 ) -> RunConfig:
     """The run with `model.vocab_tokens` filled in where its file leaves it out.
 
@@ -161,7 +162,7 @@ def resume(
     data: DataPlan,
     engine: Engine,
     saver: CheckpointSaver,
-    candidates: list[Location],
+    candidates: Candidates,
 ) -> Start:
     """Load the newest sound checkpoint of the run into the engine, or what the run starts from.
 
@@ -206,8 +207,8 @@ def resume(
         return Start(state, cursor, path, curve, divergence, changes, notes, measured)
     if candidates:
         raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {saver.folder} is sound; move them away "
-            "to start anew"
+            f"none of the {len(list(candidates))} checkpoints in {saver.folder} is sound; move "
+            "them away to start anew"
         )
     folder = Path(config.run.dir)
     ranks.first(

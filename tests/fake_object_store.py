@@ -19,12 +19,14 @@ class ObjectStore(AbstractFileSystem):
     protocol = "objects"
     cachable = False
     bytes_read = 0
+    requests = 0  # that ask for something: listings, also for a file's size, and reads
 
     @classmethod
     def _strip_protocol(cls, path):
         return str(path).removeprefix("objects://").rstrip("/")
 
     def ls(self, path, detail=True, **kwargs):
+        ObjectStore.requests += 1
         path = Path(self._strip_protocol(path))
         if path.is_file():
             entries = [path]
@@ -49,6 +51,7 @@ class ObjectStore(AbstractFileSystem):
         return datetime.datetime.fromtimestamp(os.stat(self._strip_protocol(path)).st_mtime)
 
     def cat_file(self, path, start=None, end=None, **kwargs):
+        ObjectStore.requests += 1
         with open(self._strip_protocol(path), "rb") as file:
             file.seek(start or 0)
             data = file.read(-1 if end is None else end - (start or 0))

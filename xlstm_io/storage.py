@@ -86,6 +86,20 @@ def files(path: Location) -> dict[str, tuple[int, float]]:
     return found
 
 
+def listed_sizes(path: Location) -> dict[str, int | None]:
+    """{name: bytes} of the files behind a URL, in one request; nothing where it cannot be listed.
+
+    Without requests there is nothing to save: of a local folder nothing is said.
+    """
+    if isinstance(path, Path):
+        return {}
+    try:
+        entries = _listing(path)
+    except OSError:
+        return {}
+    return {n: entry["size"] for n, entry in entries.items() if entry["type"] != "directory"}
+
+
 def _listing(path: RemotePath) -> dict[str, dict[str, Any]]:
     with os_errors(path):
         path.fs.invalidate_cache()

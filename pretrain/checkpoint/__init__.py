@@ -14,6 +14,7 @@ All ranks call both.
 from pretrain.checkpoint.background import CheckpointSaver
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.load import (
+    Candidates,
     candidates_together,
     load_checkpoint,
     read_evaluation_together,
@@ -27,6 +28,7 @@ from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = [
+    "Candidates",
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointSaver",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.ranks import Ranks, background_ranks
-from pretrain.checkpoint.retention import Retention, apply_retention
+from pretrain.checkpoint.retention import Known, Retention, apply_retention
 from pretrain.checkpoint.save import write_checkpoint
 from xlstm_io.checkpoint.evaluation import Evaluation, write_evaluation
 from xlstm_io.checkpoint.manifest import MANIFEST_NAME, step_of_folder
@@ -171,6 +171,7 @@ class CheckpointSaver:
         self._asynchronous = asynchronous
         self._files = files
         self._fence = fence
+        self._known: Known = {}
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -330,9 +331,14 @@ class CheckpointSaver:
         if self.ranks.is_first:
             with suppress(Superseded):  # the next save tells all ranks
                 self._fence()
-                apply_retention(self.folder, self._retention, path, self.damaged, self.onset)
+                self._retain(path)
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)
+
+    def _retain(self, just_saved: Location) -> None:
+        apply_retention(
+            self.folder, self._retention, just_saved, self.damaged, self.onset, self._known
+        )
 
     def _notice_removal(self) -> None:
         """Say it when somebody has removed the newest checkpoint while the run was at work."""
@@ -351,7 +357,7 @@ class CheckpointSaver:
         try:
             self._fence()
             write_evaluation(path, evaluation)
-            apply_retention(self.folder, self._retention, path, self.damaged, self.onset)
+            self._retain(path)
         except Superseded:  # the next save tells all ranks
             return
         except (OSError, CheckpointError) as error:

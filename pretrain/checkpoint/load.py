@@ -1,6 +1,6 @@
 """Finding and loading checkpoints, agreed by all ranks; `xlstm_io.checkpoint.reader` reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pretrain.checkpoint.ranks import Ranks
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
@@ -57,7 +57,7 @@ def load_checkpoint(
     return mine[0]
 
 
-def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> list[Location]:
+def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> "Candidates":
     """The checkpoints that a run may continue from, newest first; the same on every rank.
 
     Broken ones are named in a warning and passed over, attempts that were cut short too.
@@ -66,19 +66,54 @@ def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> 
         CheckpointError: There are checkpoints, but each is broken. A run must not start anew by
             accident.
     """
+    return Candidates(root, ranks or Ranks())
 
-    def find() -> list[Location]:
-        broken: list[CheckpointError] = []
-        found = list(newest_first(root, broken))
-        if not found and any(not isinstance(problem, UnfinishedError) for problem in broken):
-            raise CheckpointError(
-                "none of the checkpoints there is sound; move them away to start anew:\n  "
-                + "\n  ".join(map(str, broken))
-            )
+
+class Candidates:
+    """See `candidates_together`. Only the newest is looked for at once.
+
+    The ranks go through the others together. Each is looked for when they come to it.
+    """
+
+    def __init__(self, root: Location | str, ranks: Ranks) -> None:
+        self._root, self._ranks = root, ranks
+        self._broken: list[CheckpointError] = []
+        self._search = newest_first(root, self._broken)  # it moves on the first rank alone
+        self._found: list[Location] = []
+        self._complete = False
+        self._look()
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __iter__(self) -> Iterator[Location]:
+        number = 0
+        while number < len(self._found) or self._look():
+            yield self._found[number]
+            number += 1
+
+    def _look(self) -> bool:
+        """Whether there is one more."""
+        if not self._complete:
+            path = self._ranks.first(f"looking for checkpoints in {self._root}", self._next)
+            if path is not None:
+                self._found.append(path)
+                return True
+            self._complete = True
+        return False
+
+    def _next(self) -> Location | None:
+        path = next(self._search, None)
+        broken = self._broken
+        if path is None and not self._found:
+            if any(not isinstance(problem, UnfinishedError) for problem in broken):
+                raise CheckpointError(
+                    "none of the checkpoints there is sound; move them away to start anew:\n  "
+                    + "\n  ".join(map(str, broken))
+                )
         name_broken(broken)
-        return found
-
-    return (ranks or Ranks()).first(f"looking for checkpoints in {root}", find)
+        broken.clear()
+        return path
 
 
 def read_manifest_together(path: Location, *, ranks: Ranks) -> Manifest:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.checkpoint.manifest import (
     MANIFEST_NAME,
+    check_sizes,
     is_unreadable,
     parse_manifest,
     step_folders,
 )
-from xlstm_io.errors import CheckpointDamagedError, CheckpointError
+from xlstm_io.errors import CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Saved:
         created: When its manifest was written, in seconds since 1970.
         valid_loss: The validation loss at its step; inf where none was measured.
         finite: Whether the loss of its last step was finite.
+        life: The life that wrote it.
     """
 
     path: Location
@@ -68,6 +70,7 @@ class Saved:
     created: float
     valid_loss: float = math.inf
     finite: bool = True
+    life: int = 0
 
 
 def to_delete(
@@ -98,12 +101,18 @@ def to_delete(
     return [s for s in newest if s.path not in stay]
 
 
+#: What was read of sound checkpoints, each with a hash of its folder's listing then: of all names,
+#: sizes and times. Under the same listing nothing has to be read again.
+Known = dict[Location, tuple[int, Saved]]
+
+
 def apply_retention(
     folder: Location,
     retention: Retention,
     just_saved: Location,
     damaged: Collection[Location] = (),
     onset: int | None = None,
+    known: Known | None = None,
 ) -> None:
     """Delete what `to_delete` says, and then dead attempts. One process calls it.
 
@@ -119,23 +128,29 @@ def apply_retention(
         damaged: Checkpoints that the caller knows to be damaged. Those with a file of the wrong
             size are found here.
         onset: See `to_delete`.
+        known: What earlier calls read, for the next one. Behind a URL a checkpoint that has not
+            changed costs one request then.
     """
+    known = {} if known is None else known
     try:
         saved, attempts = [], []
         lives = Lives(folder)
-        for path in step_folders(folder):
-            if path in damaged:
-                continue
+        found = [path for path in step_folders(folder) if path not in damaged]
+        for gone in known.keys() - set(found):
+            del known[gone]
+        for path in found:
             try:
-                about, life = _about(path)
-                # What nobody will load takes no place, and is left for a person.
-                if lives.superseded_by(life, about.step) is None:
-                    saved.append(about)
-            except CheckpointDamagedError:
-                if not exists(path / MANIFEST_NAME):
+                listed = files(path)
+                if MANIFEST_NAME not in listed:
                     attempts.append(path)
+                elif retention.keep is not None:
+                    about = _about(path, listed, known)
+                    # What nobody will load takes no place, and is left for a person.
+                    if lives.superseded_by(about.life, about.step) is None:
+                        saved.append(about)
             except CheckpointError:
-                # Another version of the format: it takes no place, and its program will read it.
+                # Damaged, or of another version of the format, whose program will read it: it
+                # takes no place.
                 continue
             except OSError as error:
                 if not is_unreadable(error):
@@ -154,14 +169,20 @@ def apply_retention(
         log.warning("could not clean up in %s: %s", folder, error)
 
 
-def _about(path: Location) -> tuple[Saved, int]:
-    """A checkpoint, and the life that wrote it."""
-    manifest = parse_manifest(path)
+def _about(path: Location, listed: Mapping[str, tuple[int, float]], known: Known) -> Saved:
+    """A sound checkpoint, from its files where its folder is not what it was at the last call."""
+    listing = hash(frozenset(listed.items()))
+    if path in known and known[path][0] == listing:
+        return known[path][1]
+    manifest = parse_manifest(path, check_files=False)
+    check_sizes(path, manifest.files, {name: size for name, (size, _) in listed.items()})
     measured = read_evaluation(path, manifest)
     loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
     finite = manifest.state.get("loss", 0.0) is not None
-    saved = Saved(path, manifest.step, manifest.created, loss, finite)
-    return saved, int(manifest.state.get("life", 0))
+    life = int(manifest.state.get("life", 0))
+    saved = Saved(path, manifest.step, manifest.created, loss, finite, life)
+    known[path] = listing, saved
+    return saved
 
 
 def _last_change(path: Location) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -98,13 +99,13 @@ def newest(run: str, number: int) -> list[Location]:
         CheckpointError: there are fewer.
     """
     with _explained(run):
-        found = list(newest_first(run, []))
+        found = list(islice(newest_first(run, []), number))
     if len(found) < number:
         raise CheckpointError(
             f"{run} has {len(found)} complete checkpoints, not {number}; checkpoint.keep and "
             "keep_every say how many a run keeps"
         )
-    return found[:number]
+    return found
 
 
 def _write(

@@ -122,7 +122,8 @@ def test_a_checkpoint_between_two_lines_holds_the_mean_of_the_interval(
     raw = tiny_run(tmp_path, shards, logging__interval=5)
     raw["schedule"]["decay_steps"] = 22
     assert pool(2, train, raw | {"run": raw["run"] | {"steps": 13}}) == [0, 0]
-    flip_a_bit(candidates_together(tmp_path)[0])  # so that the next life begins after step 12
+    newest = next(iter(candidates_together(tmp_path)))
+    flip_a_bit(newest)  # so that the next life begins after step 12
     assert pool(2, train, raw) == [0, 0]
     assert log(tmp_path) == lines(whole, (1, 5, 10, 15, 20, 24))
 

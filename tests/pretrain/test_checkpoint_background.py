@@ -21,14 +21,15 @@ from pretrain.checkpoint import (
     TensorSlice,
     find_latest,
     load_checkpoint,
+    save_checkpoint,
 )
 from pretrain.checkpoint import background as background_module
 from pretrain.checkpoint.background import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
 from xlstm_io.checkpoint import evaluation as evaluation_module
 from xlstm_io.checkpoint import writer
-from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation
-from xlstm_io.checkpoint.manifest import parse_manifest
+from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation, write_evaluation
+from xlstm_io.checkpoint.manifest import parse_manifest, step_of_folder
 from xlstm_io.errors import UserError
 
 WAIT_S = 20.0
@@ -255,6 +256,33 @@ def test_the_best_is_judged_by_the_loss_of_its_own_step(tmp_path):
 
 def steps_in(folder):
     return sorted(int(p.name.split("-")[1]) for p in folder.iterdir())
+
+
+def test_what_changes_between_two_saves_is_seen(tmp_path):
+    """Nothing that was read of a checkpoint counts once its folder is another."""
+
+    def path_of(step):
+        return next(path for path in tmp_path.iterdir() if step_of_folder(path) == step)
+
+    with CheckpointSaver(tmp_path, retention=Retention(keep=2, keep_best=1)) as saver:
+
+        def save(step):
+            saver.save(slices_of(step), {}, {}, step=step)
+            saver.wait()
+            return steps_in(tmp_path)
+
+        save(1), save(2)
+        assert save(3) == [2, 3]
+        (path_of(3) / "data-00000.safetensors").write_bytes(b"cut")
+        assert save(4) == [2, 3, 4], "3 takes no place, and is left for a person"
+        write_evaluation(path_of(2), Evaluation(2, 1.0))
+        assert save(5) == [2, 3, 4, 5], "2 is the best"
+        shutil.rmtree(path_of(2))
+        place, state = path_of(4), {"valid_loss": 0.5, "valid_step": 4}
+        other = save_checkpoint(tmp_path.with_name("other"), slices_of(1), state, {}, step=4)
+        shutil.rmtree(place)
+        other.rename(place)
+        assert save(6) == [3, 4, 5, 6], "what took the name of 4 is the best"
 
 
 def test_a_step_whose_loss_is_never_measured_is_not_kept_for_good(tmp_path):

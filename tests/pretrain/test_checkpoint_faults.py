@@ -41,7 +41,7 @@ def test_saving_goes_on_beside_a_step_of_another_format_version(tmp_path, caplog
             saver.save(slices_of(step), {}, {}, step=step)
     assert steps_in(folder) == [2, 4], "the other program's is left to it, and takes no place"
     assert not first.exists()
-    assert candidates_together(folder) == [find_latest(tmp_path)]
+    assert list(candidates_together(folder)) == [find_latest(tmp_path)]
     assert "checkpoint format version 9, this program reads version 2" in caplog.text
 
 
@@ -74,7 +74,7 @@ def unreadable(monkeypatch):
 def test_an_unreadable_newest_step_gives_way_to_an_older_one(tmp_path, unreadable, number, caplog):
     first, second = saved(tmp_path, 1, 2)
     unreadable(second, number)
-    assert candidates_together(tmp_path) == [first]
+    assert list(candidates_together(tmp_path)) == [first]
     assert resolve(tmp_path) == find_latest(tmp_path) == first
     assert f"{second} cannot be read" in caplog.text
     with CheckpointSaver(tmp_path / "checkpoints", retention=Retention(keep=1)) as saver:

@@ -24,10 +24,11 @@ from pretrain.checkpoint import (
     resolve,
     save_checkpoint,
 )
+from pretrain.checkpoint.retention import apply_retention
 from pretrain.commands.show import show
 from tests import fake_object_store
 from xlstm_io.checkpoint import reader
-from xlstm_io.checkpoint.manifest import manifest_checksum
+from xlstm_io.checkpoint.manifest import manifest_checksum, step_of_folder
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import hash_file
 from xlstm_io.storage import RemotePath, location
@@ -202,7 +203,7 @@ def test_a_run_never_starts_anew_beside_broken_checkpoints(checkpoint):
     ):
         candidates_together(folder)
     (checkpoint / "manifest.json").unlink()  # an attempt that never was one
-    assert candidates_together(folder) == []
+    assert list(candidates_together(folder)) == []
 
 
 @pytest.fixture
@@ -219,7 +220,8 @@ def test_a_checkpoint_in_an_object_store(store):
     latest = find_latest(store)
     assert isinstance(latest, RemotePath) and str(latest).startswith(f"{store}/step-00000003-")
     assert resolve(store) == resolve(str(latest)) == latest
-    assert candidates_together(store)[0] == latest and len(candidates_together(store)) == 2
+    found = list(candidates_together(store))
+    assert found[0] == latest and len(found) == 2
     target = wanted()
     assert load_checkpoint(latest, [target]).state == {"tokens": 3}
     assert torch.equal(target.tensor, value())
@@ -240,6 +242,41 @@ def test_only_the_ranges_that_are_needed_are_downloaded(store):
     load_checkpoint(path, [TensorSlice("big", (4096, 4096), (1020, 0), rows)])  # in two of them
     assert torch.equal(rows, big[1020:1030])
     assert fake_object_store.ObjectStore.bytes_read < 33 << 20
+
+
+def requests(act, *args, **kwargs):
+    before = fake_object_store.ObjectStore.requests
+    act(*args, **kwargs)
+    return fake_object_store.ObjectStore.requests - before
+
+
+def test_saves_and_starts_ask_no_more_for_many_files_and_many_checkpoints(store):
+    few, saves, starts = [TensorSlice("w", SHAPE, (0, 0), value())], [], []
+    for step in range(1, 7):
+        files = {f"file-{number}": b"{}" for number in range(10 * step)}
+        saves.append(requests(save_checkpoint, store, few, {}, {}, step=step, files=files))
+        starts.append(requests(candidates_together, store))
+    assert len(set(saves)) == len(set(starts)) == 1 and max(saves + starts) < 10
+    path = find_latest(store)
+    (path / "file-3").fs.rm_file((path / "file-3").key)
+    found = []
+    assert requests(lambda: found.extend(candidates_together(store))) < 6 * starts[0]
+    assert [step_of_folder(one) for one in found] == [5, 4, 3, 2, 1]
+
+
+def test_retention_asks_once_for_a_checkpoint_that_it_knows(store):
+    few, known = [TensorSlice("w", SHAPE, (0, 0), value())], {}
+    files = {f"file-{number}": b"{}" for number in range(100)}
+    paths = [save_checkpoint(store, few, {}, {}, step=step, files=files) for step in range(1, 9)]
+
+    def retain():
+        retention = Retention(keep=1, keep_every=2)
+        apply_retention(paths[0].parent, retention, paths[-1], known=known)
+
+    assert requests(retain) < 10 * len(paths)
+    assert list(candidates_together(store)) == paths[:0:-2] and known.keys() >= {*paths[1::2]}
+    assert requests(retain) <= 4 + 6  # six for the folder itself
+    assert known.keys() == {*paths[1::2]}
 
 
 def test_a_failing_store_is_one_message(store, monkeypatch):

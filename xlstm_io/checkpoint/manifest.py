@@ -27,7 +27,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,15 @@ from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_fil
 from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
 from xlstm_io.json_file import checked, parse_json
-from xlstm_io.storage import Location, exists, file_size, is_folder, location, read_file
+from xlstm_io.storage import (
+    Location,
+    exists,
+    file_size,
+    is_folder,
+    listed_sizes,
+    location,
+    read_file,
+)
 from xlstm_io.storage import subfolders as list_subfolders
 from xlstm_io.terminal import shortened
 from xlstm_io.untrusted import LIMITS, check_name
@@ -180,9 +188,30 @@ def parse_manifest(path: Location | str, *, check_files: bool = True) -> Manifes
         if not _FILE_NAME.fullmatch(name):  # stricter: a checkpoint has no folders in it
             raise CheckpointDamagedError(f"{file} names a file outside its folder: {name!r}")
     if check_files:
-        for name, expected in manifest.files.items():
-            check_size(path / name, expected)
+        check_sizes(path, manifest.files)
     return manifest
+
+
+def check_sizes(
+    path: Location,
+    files: Mapping[str, WrittenFile],
+    listed: Mapping[str, int | None] | None = None,
+) -> None:
+    """Compare the sizes of a checkpoint's files with what was written.
+
+    Args:
+        path: the checkpoint's folder.
+        files: what was written.
+        listed: sizes from a listing of the folder, which is made here if there is none yet. Any
+            that is not right is asked for again.
+
+    Raises:
+        CheckpointDamagedError: a size differs, or a file is missing.
+    """
+    listed = listed_sizes(path) if listed is None else listed
+    for name, expected in files.items():
+        if listed.get(name) != expected.size:
+            check_size(path / name, expected)
 
 
 def check_size(path: Location, expected: WrittenFile) -> None:

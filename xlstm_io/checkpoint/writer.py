@@ -22,7 +22,7 @@ from xlstm_io.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     METADATA_NAME,
-    check_size,
+    check_sizes,
     manifest_checksum,
     step_folder_name,
 )
@@ -215,8 +215,7 @@ def finish_attempt(
         for data_file in data_files
         if data_file.written is not None
     }
-    for name, written in files.items():  # someone may have cleaned up meanwhile
-        check_size(path / name, written)
+    check_sizes(path, files)  # someone may have cleaned up meanwhile
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
