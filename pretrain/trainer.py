@@ -27,8 +27,9 @@ from pretrain.layout import Layout
 from pretrain.resume import open_loader, resume, with_vocab_tokens
 from pretrain.run_folder import CONFIG_FILE
 from pretrain.supervision.events import report
+from pretrain.supervision.job_end import stop_in_time
 from pretrain.supervision.lease import Lease
-from pretrain.supervision.progress_file import Progress
+from pretrain.supervision.progress_file import Progress, read_progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
 from pretrain.watching.cells import CellWatcher
@@ -150,7 +151,9 @@ class Trainer:
             MilestoneWatcher(config, layout, self.start, self.life),
         )
         self._step_seconds: float | None = None
-        self._save_seconds: float | None = None
+        before = read_progress(self.dir) if lease else None
+        self._save_seconds = None if before is None else before.save_seconds
+        stop_in_time(stop, self._save_seconds, self._step_seconds)
         self._write_progress("running")
         self._interval = Interval(config, layout)
 
@@ -314,6 +317,7 @@ class Trainer:
                 f"saved {saved.path} in {saved.seconds:.2f} s; training waited {saved.stall:.3f} s"
             )
             self._save_seconds = saved.seconds
+            stop_in_time(self.stop, self._save_seconds, self._step_seconds)
             self._write_progress("running")
 
     def _tell(self, event: str, why: str = "") -> None:

@@ -112,10 +112,26 @@ def accounted_end(job: str) -> tuple[str, float | None]:
         state, _, end = ask("sacct", *words).rpartition("\n")[2].partition("|")
     except SlurmError:
         return "", None
+    return state, _moment(end)
+
+
+def end_of(job: str) -> float | None:
+    """When a running job meets its time limit, in seconds since 1970; None where there is none.
+
+    Newer versions of Slurm tell the job in SLURM_JOB_END_TIME, and 22.05 does not.
+    """
     try:
-        return state, time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+        return _moment(ask("squeue", "--noheader", f"--jobs={job}", "--format=%e"))
+    except SlurmError:
+        return None
+
+
+def _moment(text: str) -> float | None:
+    """One of Slurm's times in seconds since 1970; None for NONE, Unknown and the like."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
-        return state, None
+        return None
 
 
 def running_jobs() -> list[str]:

@@ -15,6 +15,7 @@ Signals that a parent has ignored stay ignored where `nohup` and the shell's `&`
 """
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -147,7 +148,7 @@ class StopSignal:
     def __init__(self, announce: bool = True) -> None:
         self.started = time.monotonic()
         self._heard = False
-        self._end: float | None = None
+        self._end = math.inf
         self._announce = announce
         self._interrupts = RepeatedInterrupt()
         self._previous: dict[int, Any] = {}
@@ -163,12 +164,16 @@ class StopSignal:
         return "on request" if self._heard or not self._time_is_over else "its time is over"
 
     def end_after(self, seconds: float) -> None:
-        """Count as a request to stop so many seconds after this was made."""
-        self._end = self.started + seconds
+        """Count as a request to stop so many seconds after this was made; the earliest counts."""
+        self._end = min(self._end, self.started + seconds)
+
+    def end_at(self, moment: float) -> None:
+        """The same from a moment on, in seconds since 1970."""
+        self._end = min(self._end, time.monotonic() + moment - time.time())
 
     @property
     def _time_is_over(self) -> bool:
-        return self._end is not None and time.monotonic() >= self._end
+        return time.monotonic() >= self._end
 
     def __enter__(self) -> "StopSignal":
         # Ranks are started in the background, where a shell has SIGINT ignored.

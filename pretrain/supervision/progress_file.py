@@ -29,7 +29,8 @@ class Progress:
         checkpoint: the newest complete checkpoint, or None.
         checkpoint_step: its step, or None.
         step_seconds: of the last step; None before the first.
-        save_seconds: of the last checkpoint, from its begin until it was complete; None before it.
+        save_seconds: of the last checkpoint, from its begin until it was complete, also where an
+            earlier life saved it; None before the first.
         stragglers: hosts that are slow now; see `pretrain.watching.ranks`.
     """
 

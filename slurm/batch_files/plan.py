@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, check_world
+from pretrain.supervision.job_end import seconds_to_stop
 from slurm.batch_files.site import Site, SiteError, time_limit_seconds
 from slurm.batch_files.staging import Staging, plan_staging
 from slurm.job.health import Health
@@ -167,6 +168,7 @@ def plan_training(
             total=site.restarts.total,
             waits=tuple(60 * minutes for minutes in site.restarts.wait_minutes),
             max_excluded=most,
+            stops_in_time=site.signal.seconds == "auto",
         ),
         signal_s=signal_s,
         health=health_of(site) if site.health.preflight else None,
@@ -271,7 +273,7 @@ def _option_problems(site: Site) -> list[str]:
 def _signal_seconds(site: Site, save_s: float, step_s: float) -> int:
     if site.signal.seconds != "auto":
         return site.signal.seconds
-    return max(LEAST_SIGNAL_S, math.ceil(2 * (save_s + step_s)) + 60)
+    return max(LEAST_SIGNAL_S, seconds_to_stop(save_s, step_s))
 
 
 def common_options(

@@ -120,7 +120,8 @@ class Signal(_Section):
     name: Literal["USR1", "USR2", "TERM"] = "USR1"
     """Its name."""
     seconds: Literal["auto"] | Count = "auto"
-    """How long before; auto: twice the last save and a step, and a minute, at least 120."""
+    """How long before; auto: 120, or more where the run has saved before. A run whose saves take
+    longer than that allows stops earlier by itself then."""
 
 
 class Restarts(_Section):

@@ -6,6 +6,7 @@
 
 XLSTM_EXIT='' XLSTM_ACTION='' XLSTM_WAIT=0 XLSTM_LIFE=0 XLSTM_LIFE_FOLDER='' XLSTM_PORT=''
 XLSTM_HEAD='' XLSTM_BURN=-1 XLSTM_TERM='' XLSTM_NODES='' XLSTM_FIT=yes XLSTM_STAGED=()
+XLSTM_JOB_END=''
 
 xlstm_say() { printf '%s xlstm: %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -108,7 +109,7 @@ xlstm_life() {
   trap 'XLSTM_TERM=yes' TERM
   xlstm_ask begin
   [ -z "$XLSTM_EXIT" ] || exit "$XLSTM_EXIT"
-  export MASTER_ADDR=$XLSTM_HEAD
+  export MASTER_ADDR=$XLSTM_HEAD XLSTM_JOB_END
   xlstm_report &
   xlstm_preflight
   [ -z "$XLSTM_FIT" ] || xlstm_stage

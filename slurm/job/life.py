@@ -251,14 +251,20 @@ def shell(values: dict[str, object]) -> str:
 
 
 def _begin(files: RunState, job: str, restart: int) -> dict[str, object]:
-    """`begin`, with what Slurm knows; in a chain the next job is submitted too."""
+    """`begin`, with what Slurm knows; in a chain the next job is submitted too.
+
+    Where the run stops in time by itself, `JOB_END` says when, in seconds since 1970.
+    """
     nodes = scheduler.nodes_of_job()  # without the names every node would be a world of its own
     told = begin(files, job, restart, nodes, scheduler.running_jobs())
     if "LIFE" not in told:
         say(f"nothing to do: {told.pop('REASON')}")
         return told
     say(f"life {told['LIFE']} on {told['NODES']}")
-    if files.policy().mode == "chain":
+    policy = files.policy()
+    if policy.stops_in_time:
+        told["JOB_END"] = scheduler.end_of(job) or ""
+    if policy.mode == "chain":
         # It waits from now on, so that it is there whatever ends this one.
         submit_next(files, "--dependency=singleton")
     return told

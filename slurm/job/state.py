@@ -49,6 +49,7 @@ class Policy:
         total: lives at most.
         waits: seconds before the next life after one, two, ... lives without progress.
         max_excluded: nodes that may be left out.
+        stops_in_time: whether a life is told when its job ends, and stops before that by itself.
     """
 
     steps: int
@@ -58,6 +59,7 @@ class Policy:
     total: int = 100
     waits: tuple[int, ...] = (0, 60, 300)
     max_excluded: int = 2
+    stops_in_time: bool = False
 
 
 @dataclass(frozen=True)

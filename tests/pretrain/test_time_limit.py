@@ -1,11 +1,14 @@
 """A start may have a time limit of its own, which ends it like a stop."""
 
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pretrain import cli, layout
+from pretrain.supervision.job_end import VARIABLE
 from pretrain.supervision.progress_file import Progress, read_progress
 from xlstm_io.errors import ExitCode
 
@@ -40,6 +43,24 @@ def test_when_its_time_is_over_a_start_saves_and_ends(folder, capsys):
     for life, step in ((1, 4), (2, 5), (3, 6)):  # each start keeps its own output
         text = (folder / "logs" / f"life-{life:06d}" / "rank_0.log").read_text()
         assert f"step {step}/6" in text and "continuing from" in text
+
+
+def test_a_life_stops_before_its_job_ends_by_what_its_saves_take(folder, monkeypatch, capsys):
+    """A minute is kept free at least; without a save so far nothing is known."""
+    monkeypatch.setenv(VARIABLE, str(time.time() + 30))
+    every_step = ("--checkpoint.interval", "1", "--checkpoint.asynchronous", "false")
+    assert train(*every_step) == ExitCode.STOPPED
+    assert "stopped after step 5: its time is over" in capsys.readouterr().err, "saved after 4"
+    progress = read_progress(folder)
+    assert 0 < progress.save_seconds < 30
+    replace(progress, save_seconds=1800.0).write(folder)
+    shutil.rmtree(progress.checkpoint)
+    monkeypatch.setenv(VARIABLE, str(time.time() + 3600))
+    assert train() == ExitCode.STOPPED, "an earlier life has measured it"
+    assert "stopped after step 5: its time is over" in capsys.readouterr().err
+    assert read_progress(folder).save_seconds < 30
+    monkeypatch.setenv(VARIABLE, str(time.time() + 3600))
+    assert train() == ExitCode.DONE
 
 
 def test_check_compares_a_step_and_a_save_with_the_grace(folder, capsys):

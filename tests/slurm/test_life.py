@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from slurm import scheduler
 from slurm.job import life as lives
 from slurm.job.rank import xids
 from slurm.job.state import Life, Policy, RankRecord, RunState, State, write
@@ -215,6 +218,7 @@ def test_a_folder_without_a_submission_is_one_message(tmp_path):
 
 def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     """An isolated Python with nothing installed: no torch, no pydantic, no package of ours."""
+    files.save_policy(replace(files.policy(), stops_in_time=True))
     job = files.folder / "job"
     copy_job_files(job)
     script = (
@@ -223,7 +227,7 @@ def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     script += "(sys.argv[1:]); print(*sorted(m for m in sys.modules if m.startswith(('slurm.'"
     script += ", 'xlstm_io'))), file=sys.stderr)"
     words = [sys.executable, "-I", "-S", "-c", script, str(job), "begin", str(files.run)]
-    for name, answer in (("scontrol", "n1\\nn2"), ("squeue", JOB)):
+    for name, answer in (("scontrol", "n1\\nn2"), ("squeue", "2030-01-02T03:04:05")):
         (tmp_path / name).write_text(f"#!/bin/sh\nprintf '{answer}'\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -234,10 +238,38 @@ def test_the_job_runs_from_its_copies_alone(files, tmp_path):
     assert told["XLSTM_LIFE"] == "1"
     assert told["XLSTM_LIFE_FOLDER"] == str(files.life_folder(1))  # with its space
     assert (told["XLSTM_HEAD"], told["XLSTM_NODES"]) == ("n1", "n1 n2")
+    assert time.localtime(float(told["XLSTM_JOB_END"]))[:6] == (2030, 1, 2, 3, 4, 5)
     assert "xlstm: life 1 on n1 n2" in done.stderr and "slurm.job.decide" in done.stderr
     for module in ("health", "evaluations"):  # which other jobs ask
         words = [sys.executable, "-S", "-P", "-c", f"import slurm.job.{module}"]
         subprocess.run(words, env={**environment, "PYTHONPATH": str(job)}, cwd="/", check=True)
+
+
+def test_the_ranks_are_told_when_the_job_ends(tmp_path):
+    """What bash hands to the training step of what the job was told at its begin."""
+    script = """
+        source "$1"
+        xlstm_ask() {
+            case $1 in begin) XLSTM_JOB_END=1.5;; end) XLSTM_ACTION=stop XLSTM_EXIT=0;; esac
+        }
+        xlstm_report() { :; }
+        xlstm_train_step() { exec printenv XLSTM_JOB_END; }
+        xlstm_life
+    """
+    words = ["bash", "-uc", script, "bash", str(Path(lives.__file__).with_name("batch.sh"))]
+    environment = {**os.environ, "XLSTM_RUN": str(tmp_path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert "1.5" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("said", ["NONE", "N/A", "Unknown", ""])
+def test_a_job_without_a_time_limit_has_no_end(tmp_path, monkeypatch, said):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert scheduler.end_of(JOB) is None
+    (tmp_path / "squeue").unlink()
+    assert scheduler.end_of(JOB) is None
 
 
 # One rank ---------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ def test_what_cannot_work_is_refused(keys, message):
 def test_the_signal_comes_early_enough_for_a_save():
     assert plan(speed={"save_s": 100.0, "step_s": 20.0}).signal_s == 300
     assert plan(speed={"save_s": 1.0, "step_s": 1.0}).signal_s == 120
+    assert plan().policy.stops_in_time, "what is learnt later is seen to in the life"
+    assert not plan(signal={"seconds": 90}).policy.stops_in_time
 
 
 def test_names_of_jobs_are_those_of_runs():

@@ -98,8 +98,18 @@ def test_a_time_limit_is_a_request():
         assert not stop.requested and stop.reason == "on request"
         stop.end_after(time.monotonic() - stop.started)
         assert stop.requested and stop.reason == "its time is over"
+        stop.end_after(60)
+        assert stop.requested, "the earliest counts"
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "on request", "what a person or a scheduler asks for comes first"
+
+
+def test_a_time_of_day_is_a_time_limit():
+    with StopSignal(announce=False) as stop:
+        stop.end_at(time.time() + 60)
+        assert not stop.requested
+        stop.end_at(time.time() - 1)
+        assert stop.requested and stop.reason == "its time is over"
 
 
 # The parent of a worker, as torchrun is one. It starts the worker and is killed.
