@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -102,6 +103,8 @@ class TokenDataset:
         source: One source of the folder; None for all of them.
         quarantine: Return damaged rows as padding without a loss instead of raising.
         cache: Where copies of the shards of a URL go.
+        copy: Folder with the same files on a local disk, which are read in place of those in
+            `path`. What is said of the dataset, but for damage, names `path`.
 
     Attributes:
         sources: The folder's sources that the rows are of, in row order.
@@ -122,12 +125,14 @@ class TokenDataset:
         source: str | None = None,
         quarantine: bool = False,
         cache: CacheSettings | None = None,
+        copy: str | None = None,
     ) -> None:
         self.split, self.seq_len, self.source = split, seq_len, source
         self.quarantine = quarantine
         try:
             self._cache = ShardCache(str(path), cache) if is_remote(path) and cache else None
-            self.manifest: Manifest = self._cache.manifest if self._cache else load_manifest(path)
+            self._read_from = self._cache.manifest if self._cache else load_manifest(copy or path)
+            self.manifest: Manifest = self._read_from.at(Path(path)) if copy else self._read_from
             self._entries = self._select()
             if not quarantine:
                 self._check_sizes()
@@ -248,7 +253,7 @@ class TokenDataset:
         if self._cache is not None:
             self._cache.check_sizes(self._entries)
             return
-        check_sizes(self.manifest.root, self._entries)
+        check_sizes(self._read_from.root, self._entries)
 
     def _check(self, path: str | os.PathLike) -> None:
         manifest, seq_len = self.manifest, self.seq_len
@@ -291,7 +296,7 @@ class TokenDataset:
                 self._open.popitem(last=False)[1].close()
             entry = self._entries[number]
             with contextlib.nullcontext() if self._cache is None else self._cache.holding(entry):
-                reader = ShardReader(self.manifest, entry, self._checked.get(number))
+                reader = ShardReader(self._read_from, entry, self._checked.get(number))
             self._checked[number] = reader.checked
             self._open[number] = reader
         self._open.move_to_end(number)

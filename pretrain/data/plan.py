@@ -13,12 +13,14 @@ repeats nothing.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from pretrain.config.schema import DataConfig
+from pretrain.config.schema import DataConfig, SourceConfig, ValidConfig
 from pretrain.data.blend import Blend, Phase
 from pretrain.data.cache import CacheSettings
 from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows
@@ -26,6 +28,10 @@ from pretrain.data.order import Order, RowOrder, WindowOrder, derive_seed
 from xlstm_io.shards.manifest import Manifest
 from xlstm_io.storage import absolute
 
+# What a job has on the disk of its node: folders by the paths that the run file names, as JSON, and
+# the folder for copies of remote shards.
+COPIES_VARIABLE = "XLSTM_DATA_COPIES"
+CACHE_VARIABLE = "XLSTM_DATA_CACHE"
 _SAME = ("tokenizer.sha256", "dtype", "bos_id", "eos_id", "pad_id")
 
 
@@ -202,14 +208,7 @@ def open_plan(data: DataConfig, seed: int) -> DataPlan:
     problems: list[str] = []
     for item in data.mixture:
         try:
-            sources[item.name] = TokenDataset(
-                item.path,
-                "train",
-                seq_len=data.seq_len,
-                source=item.source,
-                quarantine=data.on_corrupt == "quarantine",
-                cache=_cache(data),
-            )
+            sources[item.name] = _open(data, item, "train", data.on_corrupt == "quarantine")
         except DataError as error:
             place = f"source {item.name!r}: " if item.name else "data.path: "
             problems.append(f"{place}{error}")
@@ -242,9 +241,7 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     problems: list[str] = []
     for item in given:
         try:
-            sets[item.name] = TokenDataset(
-                item.path, "valid", seq_len=data.seq_len, source=item.source, cache=_cache(data)
-            )
+            sets[item.name] = _open(data, item, "valid")
         except NoRowsError as error:
             if data.valid:
                 problems.append(f"data.valid {item.name!r}: {error}")
@@ -258,10 +255,25 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     return sets
 
 
-def _cache(data: DataConfig) -> CacheSettings | None:
-    if data.cache_dir is None:
-        return None
-    return CacheSettings(absolute(data.cache_dir), int(data.cache_gb * 1e9))
+def _open(
+    data: DataConfig, item: SourceConfig | ValidConfig, split: str, quarantine: bool = False
+) -> TokenDataset:
+    """One dataset, from a copy on the node's own disk where the job has made one.
+
+    A job says so in its environment: what the run file names stays as it is, in the configuration
+    of checkpoints too, where nobody could use the disk of a node.
+    """
+    cache_dir = data.cache_dir and os.environ.get(CACHE_VARIABLE, data.cache_dir)
+    cache = CacheSettings(absolute(cache_dir), int(data.cache_gb * 1e9)) if cache_dir else None
+    return TokenDataset(
+        item.path,
+        split,
+        seq_len=data.seq_len,
+        source=item.source,
+        quarantine=quarantine,
+        cache=cache,
+        copy=json.loads(os.environ.get(COPIES_VARIABLE, "{}")).get(item.path),
+    )
 
 
 def _phases(data: DataConfig) -> Iterable[Phase]:

@@ -5,7 +5,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pretrain.config import RunConfig
 from slurm.batch_files.site import Site, SiteError
@@ -21,12 +20,12 @@ class Staging:
 
     Attributes:
         copies: pairs of a folder that all nodes see, and the name of its copy.
-        options: keys of the run file that name the copies, as shell code.
+        data: the copies by the paths that the run file names, as JSON and shell code; "" for none.
         venv: whether the ranks run from a copy of their virtual environment.
     """
 
     copies: tuple[tuple[str, str], ...]
-    options: tuple[str, ...]
+    data: str
     venv: bool
 
 
@@ -51,10 +50,16 @@ def plan_staging(config: RunConfig, site: Site, folder: Path) -> Staging | None:
         for _, path in config.data.folders:
             if not is_remote(path):
                 copies.setdefault(str(folder / path), f"shards-{len(copies)}")
-    options = _options(config, folder, copies, f"{site.scratch}/xlstm-{_JOB}")
+    target = f"{site.scratch}/xlstm-{_JOB}"
+    data = {
+        path: f"{target}/{copies[str(folder / path)]}"
+        for _, path in config.data.folders
+        if str(folder / path) in copies
+    }
     if wanted.venv:
         copies[str(_environment(site))] = VENV
-    return Staging(tuple(copies.items()), tuple(options), wanted.venv) if copies else None
+    words = _code(json.dumps(data)) if data else ""
+    return Staging(tuple(copies.items()), words, wanted.venv) if copies else None
 
 
 def _environment(site: Site) -> Path:
@@ -65,26 +70,6 @@ def _environment(site: Site) -> Path:
     if not (python.parent.parent / "pyvenv.cfg").is_file():
         raise SiteError(f"stage.venv: {python} is not in a virtual environment; set python")
     return python.parent.parent
-
-
-def _options(config: RunConfig, folder: Path, copies: dict[str, str], target: str) -> list[str]:
-    """The keys of the run file that name folders of shards, with their copies, as shell code."""
-    if not copies:
-        return []
-
-    def staged(path: str) -> str:
-        name = copies.get(str(folder / path))
-        return path if name is None else f"{target}/{name}"
-
-    data = config.data
-    values: dict[str, Any] = {}
-    if data.path is not None:
-        values["data.path"] = staged(data.path)
-    for key, items in (("data.sources", data.sources), ("data.valid", data.valid)):
-        if items:  # JSON is YAML, and quotes whatever a path has
-            each = [{**i.model_dump(mode="json"), "path": staged(i.path)} for i in items]
-            values[key] = json.dumps(each)
-    return [word for key, text in values.items() for word in (f"--{key}", _code(text))]
 
 
 def _code(text: str) -> str:

@@ -5,7 +5,7 @@
 # shellcheck shell=bash
 
 XLSTM_EXIT='' XLSTM_ACTION='' XLSTM_WAIT=0 XLSTM_LIFE=0 XLSTM_LIFE_FOLDER='' XLSTM_PORT=''
-XLSTM_HEAD='' XLSTM_BURN=-1 XLSTM_TERM='' XLSTM_NODES='' XLSTM_FIT=yes XLSTM_STAGED=()
+XLSTM_HEAD='' XLSTM_BURN=-1 XLSTM_TERM='' XLSTM_NODES='' XLSTM_FIT=yes
 XLSTM_JOB_END=''
 
 xlstm_say() { printf '%s xlstm: %s\n' "$(date '+%F %T')" "$*"; }

@@ -75,8 +75,7 @@ for number in numbers:
     signal.signal(number, lambda number, frame: asked.append(number))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 life, step = newest_life(), newest()
-if "--data.path" in sys.argv:
-    folder = sys.argv[sys.argv.index("--data.path") + 1]
+for folder in json.loads(os.environ.get("XLSTM_DATA_COPIES", "{}")).values():
     print(f"reads {folder}: {os.listdir(folder)}")
 print(f"life {life} goes on from step {step}, port {os.environ['MASTER_PORT']}", flush=True)
 while step < plan["steps"]:

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-from itertools import pairwise
 
 import pytest
 
 from pretrain.config import load_config
+from pretrain.data.plan import CACHE_VARIABLE, COPIES_VARIABLE
 from slurm.batch_files.plan import plan_training
 from slurm.batch_files.render import render
 from slurm.batch_files.site import SiteError
@@ -42,6 +42,7 @@ def test_the_ranks_read_the_copies_where_every_node_has_them(tmp_path):
     sources = [
         {"name": "a", "path": AWKWARD, "weight": 1},
         {"name": "b", "path": "s3://b/c", "weight": 1},
+        {"name": "c", "path": "web", "weight": 1},
     ]
     changes = ["--data.path", "null", "--data.cache_dir", "/cache", "--run.dir", "/projects/r"]
     changes += ["--data.sources", json.dumps(sources)]
@@ -51,7 +52,8 @@ def test_the_ranks_read_the_copies_where_every_node_has_them(tmp_path):
     text = render(plan_training(config, site(**keys), 1, folder=tmp_path))
     text = text.replace('source "$XLSTM_RUN/slurm/job/batch.sh"', "srun() { :; }")
     text = text.replace("exec srun", "printf '%s\\n'")
-    last = "\nXLSTM_SCRATCH=/x; xlstm_stage_step; xlstm_use_stage; xlstm_train_step"
+    last = "\nxlstm_stage_step; xlstm_use_stage; xlstm_train_step"
+    last += f"\nprintenv {COPIES_VARIABLE} {CACHE_VARIABLE}"
     text = text.replace("\nxlstm_life\n", last)
     done = subprocess.run(
         ["bash", "-c", text],
@@ -65,17 +67,13 @@ def test_the_ranks_read_the_copies_where_every_node_has_them(tmp_path):
             "SLURM_JOB_NUM_NODES": "1",
         },
     )
-    lines = done.stdout.splitlines()
-    assert lines[lines.index("/bin/bash") + 2 :][:3] == ["/x", AWKWARD, "shards-0"]
-    options = dict(pairwise(lines))
-    copy = "/my disk/xlstm-7/shards-0"
-    read = json.loads(options["--data.sources"])
-    assert [one["path"] for one in read] == [copy, "s3://b/c"]
-    assert [one["weight"] for one in read] == [1.0, 1.0]
-    assert [one["path"] for one in json.loads(options["--data.valid"])] == [copy]
-    words = lines[lines.index("--data.sources") :][:4]
-    again = load_config(DEMO, [*changes[:4], *words], quiet=True)
-    assert again.data.sources[0].path == copy
+    *lines, copies, cache = done.stdout.splitlines()
+    disk = "/my disk/xlstm-7"
+    staged = lines[lines.index("/bin/bash") + 2 :][:5]
+    assert staged == [disk, AWKWARD, "shards-0", f"{tmp_path}/web", "shards-1"]
+    assert json.loads(copies) == {AWKWARD: f"{disk}/shards-0", "web": f"{disk}/shards-1"}
+    assert cache == f"{disk}/data"
+    assert lines[-1] == "/projects/r/slurm/run.yaml", "no option goes into the checkpoints"
 
 
 def test_a_virtual_environment_is_copied_and_anything_else_refused(tmp_path):

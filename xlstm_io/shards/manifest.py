@@ -156,6 +156,12 @@ class Manifest(StrictModel):
         """Absolute folder that the manifest's relative paths start from."""
         return self._root
 
+    def at(self, root: Path) -> Self:
+        """The manifest of the same files in another folder."""
+        other = self.model_copy()
+        other._root = absolute(root)
+        return other
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""

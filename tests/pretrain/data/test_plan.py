@@ -1,5 +1,8 @@
 """The whole order: sources, mixture, shuffles and phases; what may change under a checkpoint."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from pretrain.data import (
     open_valid,
 )
 from pretrain.data.blend import CYCLE
+from pretrain.data.plan import CACHE_VARIABLE, COPIES_VARIABLE
 
 SOURCES = [
     {"name": "web", "path": "big", "source": "web", "weight": 0.7},
@@ -169,6 +173,36 @@ def test_validation_sets_are_those_named_or_of_every_source(folders):
         open_valid(data(folders, valid=[{"name": "b", "path": "small"}]))
     with pytest.raises(DataError, match="no source has validation rows"):
         open_valid(data(folders, sources=[], phases=[], path="small"))
+
+
+def test_copies_on_the_nodes_disk_are_read_and_what_is_said_names_the_originals(
+    folders, tmp_path, monkeypatch
+):
+    """The paths of the run file go into checkpoints, and a scratch folder ends with its job."""
+    section, rows = data(folders), np.arange(50)
+    plan = open_plan(section, 5)
+    wanted = plan.read(*plan.locate(rows)).tokens
+    moved = {}
+    for name in ("big", "small"):
+        shutil.copytree(folders / name, tmp_path / "own disk" / name)
+        moved[str(folders / name)] = str(tmp_path / "own disk" / name)
+    there = {name: str(tmp_path / "gone" / name) for name in ("big", "small")}
+    gone = data(tmp_path / "gone", valid=[{"name": "v", "path": "big"}])
+    copies = {there[name]: moved[str(folders / name)] for name in there}
+    monkeypatch.setenv(COPIES_VARIABLE, json.dumps(copies))
+    plan = open_plan(gone, 5)
+    assert (plan.read(*plan.locate(rows)).tokens == wanted).all()
+    assert str(plan.manifest.root) == there["small"]
+    assert str(plan.manifest.tokenizer_path).startswith(there["small"])
+    assert plan.describe(3001) == open_plan(section, 5).describe(3001)
+    (valid,) = open_valid(gone, plan).values()
+    assert valid.read(np.arange(5)).tokens.any() and str(valid.manifest.root) == there["big"]
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    remote = data(folders, sources=[], phases=[]).model_copy(
+        update={"path": f"file://{folders}/small", "cache_dir": "/proc/nowhere"}
+    )
+    open_plan(remote, 5)
+    assert list((tmp_path / "cache").rglob("manifest.json"))
 
 
 def test_summary_says_shares_epochs_and_files(folders):
