@@ -191,8 +191,10 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
 def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
     """Rename the run folder where `--fresh` asks for it, before anything is written there."""
-    # A batch job that was requeued runs the same command line again, and goes on.
-    if not options.fresh or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+    # A batch job that was requeued, or a torchrun that starts its workers again after an error, runs
+    # the same command line again, and goes on.
+    restarts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    if not options.fresh or any(int(os.environ.get(name, "0")) > 0 for name in restarts):
         return
     folder = Path(config.run.dir)
     if config.checkpoint.dir is not None:

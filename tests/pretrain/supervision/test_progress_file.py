@@ -64,8 +64,10 @@ def test_a_run_says_where_it_stands_and_does_not_start_anew(folder, capsys):
     assert (folder.with_name("run.old-1") / "elsewhere").exists()
 
 
-def test_a_requeued_job_ignores_fresh(folder, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+@pytest.mark.parametrize("restarts", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_what_is_started_again_ignores_fresh(folder, monkeypatch, restarts):
+    """A job that Slurm requeued, and workers that torchrun starts again."""
+    monkeypatch.setenv(restarts, "1")
     assert train("--fresh", "--run.steps", "4") == ExitCode.DONE
     assert not folder.with_name("run.old-1").exists()
 
