@@ -53,6 +53,8 @@ class Holder:
         started: when the process started, in clock ticks since the boot (field 22 of
             `/proc/PID/stat`); 0 where the system does not tell.
         job: Slurm job, or None.
+        restart: how often Slurm had requeued that job.
+        namespace: where the process number holds; a container may have its own on the same machine.
     """
 
     life: int
@@ -61,6 +63,8 @@ class Holder:
     pid: int
     started: int
     job: str | None
+    restart: int
+    namespace: str
 
     @classmethod
     def here(cls, life: int) -> "Holder":
@@ -72,7 +76,18 @@ class Holder:
             pid=os.getpid(),
             started=_started(os.getpid()),
             job=os.environ.get("SLURM_JOB_ID"),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            namespace=_namespace(),
         )
+
+    def sees(self, other: "Holder") -> bool:
+        """Whether the process numbers of both are of one machine, its start and its namespace."""
+        place = (self.host, self.boot, self.namespace)
+        return place == (other.host, other.boot, other.namespace)
+
+    def follows(self, other: "Holder") -> bool:
+        """Whether this is the same Slurm job, requeued since then; a second step of it is not."""
+        return other.job is not None and other.job == self.job and other.restart < self.restart
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -107,8 +122,9 @@ class Lease:
         """Take the lease of the run in `folder`, which is created if need be.
 
         Taken at once: when nobody holds it, when its holder gave it back, when the holder's process
-        on this machine is gone, when the same Slurm job held it (it was requeued), and when the
-        Slurm job that held it has ended. Otherwise after `STALE_S` seconds of silence.
+        on this machine is gone, when the same Slurm job held it before it was requeued, and when
+        the Slurm job that held it has ended. Otherwise after `STALE_S` seconds of silence, also
+        when it was taken in another container of this machine, whose processes are not seen here.
 
         Args:
             folder: the run folder.
@@ -245,11 +261,12 @@ def _alive(folder: Path, life: int) -> str | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         pass  # it died before its first sign, or the file is damaged: the rest decides
-    if holder is not None and holder.boot == _boot() and holder.host == socket.gethostname():
-        same = _started(holder.pid) == holder.started
-        return f"{holder} is running" if same and holder.started else None
-    if holder is not None and holder.job is not None:
-        if holder.job == os.environ.get("SLURM_JOB_ID") or _job_has_ended(holder.job):
+    if holder is not None:
+        here = Holder.here(life)
+        if here.sees(holder):
+            same = _started(holder.pid) == holder.started
+            return f"{holder} is running" if same and holder.started else None
+        if here.follows(holder) or (holder.job is not None and _job_has_ended(holder.job)):
             return None
     silent = _silence(folder, life)
     if silent >= STALE_S:
@@ -296,6 +313,13 @@ def _job_has_ended(job: str) -> bool:
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -94,8 +94,24 @@ def test_a_lease_that_was_given_back_is_taken_at_once(tmp_path):
 
 def test_a_requeued_job_follows_itself_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    held_by(tmp_path, 1, host="elsewhere", boot="another", job="77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    held_by(tmp_path, 1, host="elsewhere", boot="another", job="77", restart=2)
     assert Lease.take(tmp_path).life == 2
+
+
+def test_a_second_step_of_the_same_job_is_refused(tmp_path, monkeypatch):
+    """On another node, where the first one's process is not seen."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    held_by(tmp_path, 1, host="elsewhere", boot="another", job="77")
+    with pytest.raises(LeaseHeldError, match="job 77"):
+        Lease.take(tmp_path)
+
+
+def test_another_container_of_this_machine_is_waited_for(tmp_path):
+    """Its processes are not seen here, so that none of them says that the holder is gone."""
+    held_by(tmp_path, 1, namespace="pid:[1]")
+    with pytest.raises(LeaseHeldError, match="gone after 300 s"):
+        Lease.take(tmp_path)
 
 
 @pytest.mark.parametrize(
