@@ -191,8 +191,8 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
 def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
     """Rename the run folder where `--fresh` asks for it, before anything is written there."""
-    # A batch job that was requeued, or a torchrun that starts its workers again after an error, runs
-    # the same command line again, and goes on.
+    # A batch job that was requeued runs the same command line again, and so do the workers that
+    # torchrun starts again after an error. They go on.
     restarts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     if not options.fresh or any(int(os.environ.get(name, "0")) > 0 for name in restarts):
         return

@@ -143,11 +143,10 @@ def apply_retention(
                 listed = files(path)
                 if MANIFEST_NAME not in listed:
                     attempts.append(path)
-                elif retention.keep is not None:
-                    about = _about(path, listed, known)
-                    # What nobody will load takes no place, and is left for a person.
-                    if lives.superseded_by(about.life, about.step) is None:
-                        saved.append(about)
+                    continue
+                if retention.keep is None:
+                    continue
+                about = _about(path, listed, known)
             except CheckpointError:
                 # Damaged, or of another version of the format, whose program will read it: it
                 # takes no place.
@@ -156,6 +155,10 @@ def apply_retention(
                 if not is_unreadable(error):
                     raise
                 log.warning("%s cannot be read, and stays: %s", path, error)
+                continue
+            # What nobody will load takes no place, and is left for a person.
+            if lives.superseded_by(about.life, about.step) is None:
+                saved.append(about)
         for old in to_delete(saved, retention, onset):
             # If the run went back to an earlier step, that is what it wants now.
             if old.path != just_saved:
@@ -165,7 +168,7 @@ def apply_retention(
             if now - _last_change(path) > DEAD_AFTER_S and not exists(path / MANIFEST_NAME):
                 log.warning("removing %s, which nobody has written to for hours", path)
                 _delete(path)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         log.warning("could not clean up in %s: %s", folder, error)
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointError, TensorSlice, candidates_together, save_checkpoint
+from pretrain.checkpoint import (
+    CheckpointError,
+    Retention,
+    TensorSlice,
+    candidates_together,
+    save_checkpoint,
+)
+from pretrain.checkpoint.retention import apply_retention
 from xlstm_io.checkpoint.lives import Lives, record_start
 from xlstm_io.checkpoint.manifest import find_latest
 
@@ -59,9 +66,24 @@ def test_a_run_never_starts_anew_because_all_checkpoints_are_superseded(tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"start_step": "x"}', "[1]"])
-def test_a_damaged_record_is_named(tmp_path, text):
-    save(tmp_path, 1, 10)
-    record_start(tmp_path / "checkpoints", 2, 10)
-    (tmp_path / "checkpoints" / "lives" / "000002.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"000002\.json does not say where life 2 began"):
-        candidates_together(tmp_path / "checkpoints")
+def test_a_damaged_record_is_one_error_with_its_repair_and_not_one_of_each_checkpoint(
+    tmp_path, caplog, text
+):
+    saved = [save(tmp_path, 1, step) for step in (5, 10)]
+    folder = tmp_path / "checkpoints"
+    record_start(folder, 2, 10)
+    record = folder / "lives" / "000002.json"
+    record.write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        candidates_together(folder)
+    said = str(error.value)
+    assert said.count(f"{record} is damaged and does not say where life 2 began") == 1
+    assert 'write {"start_step": STEP} into it' in said and "step-0000" not in said
+    with pytest.raises(CheckpointError, match="is damaged and does not say where life 2 began"):
+        find_latest(tmp_path)
+
+    apply_retention(folder, Retention(keep=1), saved[1])
+    assert all(path.exists() for path in saved) and f"clean up in {folder}: {record}" in caplog.text
+
+    record.write_text('{"start_step": 10}')
+    assert list(candidates_together(folder)) == [*reversed(saved)]

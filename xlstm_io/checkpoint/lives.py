@@ -19,9 +19,12 @@ before there were lives count as those of life 0.
 
 import json
 import re
+from typing import Annotated
 
-from xlstm_io.errors import CheckpointDamagedError
-from xlstm_io.json_file import parse_json
+from pydantic import ConfigDict, Field
+
+from xlstm_io.errors import CheckpointError
+from xlstm_io.json_file import StrictModel, parse_json
 from xlstm_io.storage import Location, files, is_folder, read_file, write_atomic
 
 LIVES_FOLDER = "lives"
@@ -47,6 +50,15 @@ def record_start(
     write_atomic(path, json.dumps(record).encode())
 
 
+class _Record(StrictModel):
+    """Where a life began; other keys are those of another version."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    start_step: Annotated[int, Field(ge=0, lt=1 << 62)]
+    skip_samples: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
+
+
 class Lives:
     """The lives that wrote into a folder of checkpoints.
 
@@ -61,7 +73,7 @@ class Lives:
         self._folder = checkpoints / LIVES_FOLDER
         names = files(self._folder) if is_folder(self._folder) else {}
         self._lives = sorted(int(m[1]) for name in names if (m := _RECORD.fullmatch(name)))
-        self._records: dict[int, dict[str, int]] = {}
+        self._records: dict[int, _Record] = {}
 
     def superseded_by(self, life: int, step: int) -> int | None:
         """The later life that went on from an earlier step than a checkpoint's; None if none did.
@@ -71,10 +83,11 @@ class Lives:
             step: of the checkpoint.
 
         Raises:
-            CheckpointDamagedError: a record is not what was written.
+            CheckpointError: the record of a life is damaged. It says nothing about the checkpoint.
+            OSError: a record cannot be read.
         """
         later = (other for other in self._lives if other > life)
-        return next((other for other in later if self._record(other)["start_step"] < step), None)
+        return next((other for other in later if self._record(other).start_step < step), None)
 
     def samples_to_skip(self, life: int, step: int) -> int:
         """How many samples a run that goes on from a checkpoint leaves out before the next one.
@@ -84,25 +97,22 @@ class Lives:
             step: of the checkpoint.
 
         Raises:
-            CheckpointDamagedError: a record is not what was written.
+            CheckpointError: the record of a life is damaged.
+            OSError: a record cannot be read.
         """
         later = (self._record(other) for other in reversed(self._lives) if other > life)
-        rewinds = (r for r in later if "skip_samples" in r and r["start_step"] == step)
-        return next(rewinds, {"skip_samples": 0})["skip_samples"]
+        rewinds = (r.skip_samples for r in later if r.start_step == step)
+        return next((number for number in rewinds if number is not None), 0)
 
-    def _record(self, life: int) -> dict[str, int]:
+    def _record(self, life: int) -> _Record:
         if life not in self._records:
             path = self._folder / f"{life:06d}.json"
             try:
-                read = parse_json(read_file(path, _LIMIT))
-                record = {"start_step": read["start_step"]} | {
-                    key: read[key] for key in ("skip_samples",) if key in read
-                }
-                if not all(type(v) is int and 0 <= v < 1 << 62 for v in record.values()):
-                    raise ValueError("not a number of steps or samples")
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointDamagedError(
-                    f"{path} does not say where life {life} began"
+                self._records[life] = _Record.model_validate(parse_json(read_file(path, _LIMIT)))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path} is damaged and does not say where life {life} began: write "
+                    '{"start_step": STEP} into it, with the step that history.jsonl in the run '
+                    'folder names for the start of that life; for a rewind add "skip_samples"'
                 ) from error
-            self._records[life] = record
         return self._records[life]

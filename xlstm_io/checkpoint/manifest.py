@@ -266,6 +266,7 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
     is one that only this process cannot read: a run that goes on from an older one supersedes it.
 
     Raises:
+        CheckpointError: the record of a life is damaged, which is the fault of no checkpoint.
         OSError: the folder cannot be read, or its storage does not answer.
     """
     lives = Lives(checkpoints_folder(root))
@@ -279,21 +280,25 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
                 manifest = parse_manifest(path)
                 if manifest.step != step:
                     raise CheckpointDamagedError(f"{path}: the manifest says step {manifest.step}")
-                life = manifest.state.get("life", 0)
-                later = lives.superseded_by(life, step)
-                if later is not None:
-                    raise CheckpointError(
-                        f"{path} was written by life {life} of the run after life {later} had gone "
-                        "on from an earlier step"
-                    )
             except CheckpointError as error:
                 broken.append(error)
+                continue
             except OSError as error:
                 if not is_unreadable(error):
                     raise
                 broken.append(CheckpointError(f"{path} cannot be read: {error}"))
-            else:
+                continue
+            life = manifest.state.get("life", 0)
+            later = lives.superseded_by(life, step)
+            if later is None:
                 found.append((manifest.created, path))
+                continue
+            broken.append(
+                CheckpointError(
+                    f"{path} was written by life {life} of the run after life {later} had gone on "
+                    "from an earlier step"
+                )
+            )
         yield from (path for _, path in sorted(found, reverse=True))
 
 
