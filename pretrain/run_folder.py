@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from pretrain.config import RunConfig
+from xlstm_io.checkpoint.lives import CHECKPOINTS_FOLDER
+from xlstm_io.storage import Location, location
+
 CELLS_FILE = "cells.jsonl"
 CONFIG_FILE = "config.yaml"
 EVIDENCE_FOLDER = "evidence"
@@ -15,6 +19,11 @@ STARTS_FOLDER = "starts"
 SUMMARY_FILE = "summary.json"
 TENSORBOARD_DIR = "tensorboard"
 WANDB_ID_FILE = "wandb-id.txt"
+
+
+def checkpoints_of(config: RunConfig) -> Location:
+    """The folder of a run's checkpoints."""
+    return location(config.checkpoint.dir or Path(config.run.dir) / CHECKPOINTS_FOLDER)
 
 
 def life_logs(folder: Path, life: int) -> Path:

@@ -25,7 +25,7 @@ from pretrain.guard.divergence import DivergedError, RejectedStep, diverged, kee
 from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
 from pretrain.resume import open_loader, resume, with_vocab_tokens
-from pretrain.run_folder import CONFIG_FILE
+from pretrain.run_folder import CONFIG_FILE, checkpoints_of
 from pretrain.supervision.events import report
 from pretrain.supervision.job_end import stop_in_time
 from pretrain.supervision.lease import Lease
@@ -43,7 +43,8 @@ from pretrain.watching.provenance import provenance
 from pretrain.watching.ranks import RankWatcher
 from pretrain.watching.summary import describe_start, write_summary
 from pretrain.watching.watcher import StepWatcher, WatchedStep
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, step_of_folder
+from xlstm_io.checkpoint.lives import check_newest
+from xlstm_io.checkpoint.manifest import step_of_folder
 from xlstm_io.errors import ExitCode, MachineFailed
 from xlstm_io.signals import StopSignal
 from xlstm_io.storage import absolute
@@ -118,7 +119,7 @@ class Trainer:
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)
         check_kernels(config, layout.device)
         self.saver = CheckpointSaver(
-            options.dir or self.dir / CHECKPOINTS_FOLDER,
+            checkpoints_of(config),
             retention=Retention(options.keep, options.keep_every, options.keep_best),
             asynchronous=options.asynchronous,
             files=tokenizer_files(self.data.manifest) if layout.is_main else None,
@@ -365,6 +366,7 @@ class Trainer:
         """Raise Superseded when this life may no longer write; for the first rank alone."""
         if self.lease is not None:
             self.lease.check()
+            check_newest(self.saver.folder, self.life)  # other run folders may write there too
 
     def _check_lease(self) -> None:
         """Raise Superseded on all ranks when a newer life has the run."""

@@ -14,11 +14,12 @@ from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.init_from import described, find_origin
 from pretrain.resume import check_is_same_run, curve_of, with_vocab_tokens
+from pretrain.run_folder import checkpoints_of
 from pretrain.supervision.progress_file import check_nothing_is_lost
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, newest_first
+from xlstm_io.checkpoint.manifest import newest_first
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import CheckpointError, ConfigError, UserError
-from xlstm_io.storage import Location, absolute, location
+from xlstm_io.storage import absolute
 from xlstm_io.terminal import counted
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -100,13 +101,9 @@ def _tokenizer(config: RunConfig, plan: DataPlan) -> list[str]:
     ]
 
 
-def _checkpoints(config: RunConfig) -> Location:
-    return location(config.checkpoint.dir or Path(config.run.dir) / CHECKPOINTS_FOLDER)
-
-
 def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
     """What the run would go on from, and what it would change."""
-    folder = _checkpoints(config)
+    folder = checkpoints_of(config)
     broken: list[CheckpointError] = []
     try:
         newest = next(newest_first(folder, broken), None)
@@ -163,7 +160,7 @@ def checkpoints_kept(config: RunConfig) -> int:
 
 def _disk(config: RunConfig) -> list[str]:
     """The space that checkpoints need, against what is free; nothing on remote storage."""
-    folder = _checkpoints(config)
+    folder = checkpoints_of(config)
     if not isinstance(folder, Path):
         return []
     size, kept = checkpoint_bytes(config), checkpoints_kept(config)

@@ -42,8 +42,8 @@ from typing import Any
 from pretrain.config import RunConfig, check_world
 from pretrain.processes.devices import check_gpus
 from pretrain.processes.keeper import Keeper
-from pretrain.run_folder import LOGS_FOLDER, life_logs
-from pretrain.supervision.lease import newest_life
+from pretrain.run_folder import LOGS_FOLDER, checkpoints_of, life_logs
+from pretrain.supervision.lease import newest_life, next_life
 from pretrain.supervision.watchdog import last_phases
 from xlstm_io.errors import ConfigError, ExitCode, MachineFailed, is_machine_failure
 from xlstm_io.remote import is_remote
@@ -388,5 +388,8 @@ def launch(
             )
     words = [sys.executable, "-m", "pretrain", command, config_path, *overrides]
     folder = Path(config.run.dir)
-    logs = life_logs(folder, newest_life(folder) + 1)  # the number that rank 0 will take
-    return run_workers(words, nproc, logs, folder / LOGS_FOLDER)
+    try:
+        life = next_life(folder, checkpoints_of(config))  # the number that rank 0 will take
+    except OSError:  # which rank 0 will say
+        life = newest_life(folder) + 1
+    return run_workers(words, nproc, life_logs(folder, life), folder / LOGS_FOLDER)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pretrain.config import load_config
 from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE, SUMMARY_FILE
-from pretrain.supervision.lease import Lease
+from pretrain.supervision.lease import take_run
 from pretrain.supervision.progress_file import read_progress
 from pretrain.watching.history import append
 from xlstm_io.checkpoint import lives
@@ -50,10 +50,13 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
         raise ConfigError(f"{run} has no {CONFIG_FILE}; give the run.dir of a run")
     config = load_config(run / CONFIG_FILE)
     folder = location(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
+    own = config.checkpoint.dir is None
     path, beyond = _find(folder, to)
-    with Lease.take(run) as lease:
+    # Copied checkpoints bring the numbers of the lives of their run with them.
+    written = [parse_manifest(one).state.get("life", 0) for one in (path, *beyond)]
+    with take_run(run, folder, after=max(written)) as lease:
         _keep_records(run, lease.life)
-        lives.record_start(folder, lease.life, to, skip_samples)
+        lives.record_start(folder, lease.life, to, skip_samples, run=None if own else run)
         append(
             run,
             {

@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pretrain import layout as layouts
+from pretrain.checkpoint import Ranks
 from pretrain.config import RunConfig
 from pretrain.guard.kernel_check import check_kernels_once
-from pretrain.run_folder import LOGS_FOLDER, life_logs
+from pretrain.run_folder import LOGS_FOLDER, checkpoints_of, life_logs
 from pretrain.supervision.console import ConsoleLog
 from pretrain.supervision.failures import machine_failure
-from pretrain.supervision.lease import Lease
+from pretrain.supervision.lease import Lease, take_run
 from pretrain.supervision.out_of_memory import out_of_memory
 from pretrain.supervision.watchdog import Limits, Watchdog
 from pretrain.trainer import Trainer
@@ -50,8 +51,10 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
     folder = Path(config.run.dir)
     with (
         nullcontext(stop) if stop else StopSignal(announce=first) as heard,
-        _lease(folder, take_over) if first else nullcontext() as lease,
-        ConsoleLog(life_logs(folder, lease.life) / "rank_0.log") if lease else nullcontext(),
+        _lease(config, take_over) if first else nullcontext() as taken,
+        ConsoleLog(life_logs(folder, taken.life) / "rank_0.log")
+        if isinstance(taken, Lease)
+        else nullcontext(),
         Watchdog(folder / LOGS_FOLDER, rank, Limits.from_config(config.guard)) as watchdog,
     ):
         if config.run.max_minutes is not None:
@@ -59,8 +62,9 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
         trainer = None
         try:
             layout = layouts.start(config, heard)
+            _check_taken(taken, folder)
             check_kernels_once(config, layout.device)
-            trainer = Trainer(config, layout, heard, lease, watchdog)
+            trainer = Trainer(config, layout, heard, taken, watchdog)
             code = trainer.train()
         except Exception as error:
             failure = out_of_memory(
@@ -78,12 +82,24 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
         return code
 
 
-def _lease(folder: Path, take_over: bool) -> Lease | nullcontext[None]:
-    """The lease of a run; none where the folder cannot be written.
-
-    All ranks say that together, before the first step. Here the others could not hear of it.
-    """
+def _lease(config: RunConfig, take_over: bool) -> Lease | nullcontext[OSError]:
+    """The lease of a run, or why it cannot be taken: here the other ranks could not hear of it."""
     try:
-        return Lease.take(folder, take_over=take_over)
-    except OSError:
-        return nullcontext()
+        return take_run(Path(config.run.dir), checkpoints_of(config), take_over=take_over)
+    except OSError as error:
+        return nullcontext(error)
+
+
+def _check_taken(taken: Lease | OSError | None, folder: Path) -> None:
+    """Raise on all ranks together when the lease cannot be taken; without it nobody trains.
+
+    Raises:
+        CheckpointError: the lease cannot be taken.
+    """
+
+    def check() -> None:
+        if isinstance(taken, OSError):
+            raise taken
+
+    remedy = "; use another run.dir, or checkpoint.dir"
+    Ranks().first(f"taking the lease of run.dir={folder}", check, remedy)

@@ -21,14 +21,13 @@ from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.checkpoint.ranks import background_ranks
 from pretrain.config import RunConfig
 from pretrain.layout import Layout
-from pretrain.run_folder import METRICS_FILE
+from pretrain.run_folder import METRICS_FILE, checkpoints_of
 from pretrain.trainer import Trainer
 from pretrain.watching.metrics import read_metrics
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.errors import ConfigError, ExitCode
 from xlstm_io.signals import StopSignal
-from xlstm_io.storage import Location, is_folder, location, remove_folder
+from xlstm_io.storage import Location, is_folder, remove_folder
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens")
 NEVER = 1 << 40  # an interval that no run reaches
@@ -72,7 +71,7 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
         gc.collect()
         if stop.requested or reached != until:
             raise ConfigError(f"stopped at step {reached}, before the test was over")
-    folders = {kind: _folder(part) for kind, part in runs.items()}
+    folders = {kind: checkpoints_of(part) for kind, part in runs.items()}
     kept = f"; see {Path(config.run.dir) / name}"
     text = ranks.first("self-test", lambda: _compare(runs, folders, steps), kept)
     if layout.is_main:
@@ -94,10 +93,6 @@ def _part(config: RunConfig, name: str, kind: str) -> RunConfig:
     raw["evaluation"]["interval"] = NEVER
     raw["logging"] |= {"interval": 1, "tensorboard": False}
     return RunConfig.model_validate(raw)
-
-
-def _folder(part: RunConfig) -> Location:
-    return location(part.checkpoint.dir or Path(part.run.dir) / CHECKPOINTS_FOLDER)
 
 
 def _compare(runs: dict[str, RunConfig], folders: dict[str, Location], steps: int) -> str:

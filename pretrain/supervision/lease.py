@@ -16,7 +16,6 @@ checkpoint; `xlstm_io.checkpoint.lives` is what keeps that one from ever being l
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import subprocess
@@ -26,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.errors import Superseded, UserError
-from xlstm_io.storage import read_file, write_atomic
+from xlstm_io.storage import Location, absolute, create_new, read_file, write_atomic
 
 LEASE_FILE = "lease.json"
 LIVES_FOLDER = "lives"
@@ -118,7 +118,7 @@ class Lease:
         return self.holder.life
 
     @classmethod
-    def take(cls, folder: Path, *, take_over: bool = False) -> "Lease":
+    def take(cls, folder: Path, *, after: int = 0, take_over: bool = False) -> "Lease":
         """Take the lease of the run in `folder`, which is created if need be.
 
         Taken at once: when nobody holds it, when its holder gave it back, when the holder's process
@@ -128,6 +128,7 @@ class Lease:
 
         Args:
             folder: the run folder.
+            after: a number that the life's must be greater than; see `take_run`.
             take_over: take it from a holder that may be alive, which then ends with exit code 76.
 
         Raises:
@@ -135,12 +136,13 @@ class Lease:
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LIVES_FOLDER).mkdir(exist_ok=True)
         # The number is the next one after the life that was looked at, and no later one: of two
         # that start at once, the second finds it taken.
         newest = newest_life(folder) if take_over else check_free(folder)
-        holder = Holder.here(newest + 1)
+        holder = Holder.here(max(newest, after) + 1)
         try:
-            _create(_record(folder, holder.life), json.dumps(asdict(holder)).encode())
+            create_new(_record(folder, holder.life), json.dumps(asdict(holder)).encode())
         except FileExistsError:
             raise LeaseHeldError(
                 f"run.dir={folder}: another process took life {holder.life} at this very moment; "
@@ -192,8 +194,47 @@ class Lease:
         write_atomic(self.folder / LEASE_FILE, json.dumps(sign).encode(), sync=False)
 
 
-def check_free(folder: Path) -> int:
+def take_run(
+    folder: Path, checkpoints: Location, *, after: int = 0, take_over: bool = False
+) -> Lease:
+    """Take the lease of the run in `folder`, whose checkpoints may lie elsewhere.
+
+    The number of the life is beyond those that are noted among the checkpoints. They may be of a
+    run folder that is lost, or of another one that writes there, whose lease is looked at too where
+    it can be seen from here.
+
+    Args:
+        folder: the run folder.
+        checkpoints: the folder of its checkpoints.
+        after: a number that the life's must be greater than.
+        take_over: take it from a holder that may be alive, which then ends with exit code 76.
+
+    Raises:
+        LeaseHeldError: another life holds it, or is at work on the checkpoints.
+        OSError: the run folder cannot be written, or the other one cannot be read.
+    """
+    # Looked at before the lease: who notes a number there later holds one that is seen here.
+    lives = Lives(checkpoints)
+    if not take_over and lives.run is not None and lives.run != absolute(folder):
+        check_free(lives.run, checkpoints)
+    return Lease.take(folder, after=max(after, lives.newest), take_over=take_over)
+
+
+def next_life(folder: Path, checkpoints: Location) -> int:
+    """The number that `take_run` would give the next life.
+
+    Raises:
+        OSError: one of the folders cannot be read.
+    """
+    return max(newest_life(folder), Lives(checkpoints).newest) + 1
+
+
+def check_free(folder: Path, checkpoints: Location | None = None) -> int:
     """The newest life of the run in `folder`, when its lease can be taken now.
+
+    Args:
+        folder: the run folder.
+        checkpoints: those that it shares with the run which starts; None where it is that run.
 
     Raises:
         LeaseHeldError: another life holds it.
@@ -201,9 +242,12 @@ def check_free(folder: Path) -> int:
     newest = newest_life(folder)
     reason = _alive(folder, newest) if newest else None
     if reason is not None:
+        key, used = "run.dir", f"run.dir={folder}"
+        if checkpoints is not None:
+            key, used = "checkpoint.dir", f"checkpoint.dir={checkpoints}, also that of {used},"
         raise LeaseHeldError(
-            f"run.dir={folder} is in use: {reason}; wait for its end, use another run.dir, or take "
-            "it over with --take-over, which ends the other one"
+            f"{used} is in use: {reason}; wait for its end, use another {key}, or take it over "
+            "with --take-over, which ends the other one"
         )
     return newest
 
@@ -219,25 +263,6 @@ def newest_life(folder: Path) -> int:
 
 def _record(folder: Path, life: int) -> Path:
     return folder / LIVES_FOLDER / f"{life:06d}.json"
-
-
-def _create(path: Path, data: bytes) -> None:
-    """A new file with its content, at once; FileExistsError when there is one."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{secrets.token_hex(8)}")
-    with open(temporary, "xb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)  # unlike a rename, never replaces
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        with open(path, "xb") as file:
-            file.write(data)
-            os.fsync(file.fileno())
-    finally:
-        temporary.unlink()
 
 
 def _holder(folder: Path, life: int) -> Holder | None:

@@ -66,7 +66,12 @@ def record_life(
     )
     ranks.first(
         f"writing to {saver.folder}",
-        lambda: lives.record_start(saver.folder, life, start.state.step),
+        lambda: lives.record_start(
+            saver.folder,
+            life,
+            start.state.step,
+            run=None if config.checkpoint.dir is None else run,
+        ),
     )
 
 

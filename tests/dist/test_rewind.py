@@ -7,16 +7,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import pretrain.cli
 import pretrain.commands.train
-from pretrain.checkpoint import find_latest, read_manifest
-from pretrain.config import config_from_dict
+from pretrain.checkpoint import TensorSlice, find_latest, read_manifest, save_checkpoint
+from pretrain.config import config_from_dict, save_config
 from pretrain.data import DataPlan
 from pretrain.watching.history import read_history
 from pretrain.watching.metrics import read_metrics
 from slurm.job.state import Policy, RunState
 from tests.dist.training_runs import tiny_run
+from xlstm_io.checkpoint.lives import Lives
 
 pytestmark = pytest.mark.dist
 
@@ -111,3 +113,20 @@ def test_a_finished_run_that_was_taken_back_can_go_on(tmp_path, capsys):
     assert pretrain.cli.run(["rewind", str(run), "--to", "3"]) == 0
     assert not files.finished(policy) and files.newest_step(policy) == 3
     assert (run / "evidence" / "summary-before-life-000001.json").read_text() == summary
+
+
+def test_a_branch_leaves_out_samples_after_the_checkpoint_that_it_was_copied_from(
+    shards, tmp_path, capsys
+):
+    """That was written by a later life of its run than any of the branch."""
+    tensor = torch.zeros(2)
+    state = {"life": 12, "cursor": {"consumed_samples": FIRST}}
+    slices = [TensorSlice("w", (2,), (0,), tensor)]
+    saved = save_checkpoint(tmp_path / "run", slices, state, {}, step=TO)
+    assert pretrain.cli.run(["copy", str(saved), str(tmp_path / "branch")]) == 0
+    config = config_from_dict(run_of(tmp_path / "branch", shards, 8))
+    save_config(config, tmp_path / "branch" / "config.yaml")
+    words = ["rewind", str(tmp_path / "branch"), "--to", str(TO), "--skip-samples", str(SKIP)]
+    assert pretrain.cli.run(words) == 0
+    assert "without the samples 16 to 21" in capsys.readouterr().out
+    assert Lives(tmp_path / "branch" / "checkpoints").samples_to_skip(12, TO) == SKIP

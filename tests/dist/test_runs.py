@@ -1,8 +1,10 @@
 """Whole runs of two ranks: resumed, beside damage, on remote storage, after a change of data."""
 
+import errno
 import json
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pretrain.checkpoint import CheckpointError, candidates_together, find_lates
 from pretrain.commands.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import ValidLoader
+from pretrain.supervision.lease import Lease
 from pretrain.watching.metrics import read_metrics
 from tests import fake_object_store
 from tests.dist.training_runs import tiny_run
@@ -138,9 +141,26 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(
     raw.setdefault(key, {})["dir"] = str(tmp_path / "file" / "x")
     answers = pool(2, train, raw)
     assert answers[0] == answers[1]
-    assert answers[0].startswith(f"writing to {'run.dir=' if key == 'run' else ''}{tmp_path}/file/")
+    what = "taking the lease of run.dir=" if key == "run" else "writing to "
+    assert answers[0].startswith(f"{what}{tmp_path}/file/")
     assert "Not a directory" in answers[0] and f"use another {key}.dir" in answers[0]
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def train_without_a_sign(raw):
+    """As `train`, where the sign of life cannot be written."""
+    full = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "lease.json")
+    with mock.patch.object(Lease, "_sign", side_effect=full):
+        return train(raw)
+
+
+def test_nobody_trains_without_the_lease(pool, shards, tmp_path):
+    """What a life without a number saves would count as superseded."""
+    raw = tiny_run(tmp_path, shards, run__steps=2)
+    answers = pool(2, train_without_a_sign, raw)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"taking the lease of run.dir={tmp_path} failed on rank 0: [Errno")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_nothing_starts_anew_where_all_checkpoints_are_damaged(pool, shards, tmp_path):

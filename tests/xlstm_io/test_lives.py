@@ -11,8 +11,9 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.checkpoint.retention import apply_retention
-from xlstm_io.checkpoint.lives import Lives, record_start
+from xlstm_io.checkpoint.lives import Lives, check_newest, record_start
 from xlstm_io.checkpoint.manifest import find_latest
+from xlstm_io.errors import Superseded
 
 
 def save(root, life, step):
@@ -56,6 +57,22 @@ def test_the_newest_checkpoint_of_the_newer_life_is_taken(tmp_path, caplog, url)
     assert next(iter(candidates_together(folder))) == good
     assert find_latest(root) == good
     assert f"{late} was written by life 1 of the run after life 2 had gone on" in caplog.text
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["local", "memory"])
+def test_a_record_is_never_replaced_and_the_newest_one_is_right(tmp_path, url):
+    from xlstm_io.storage import location
+
+    folder = location(f"memory://records{tmp_path}" if url else tmp_path)
+    record_start(folder, 3, 40, run=tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"000003\.json is there already"):
+        record_start(folder, 3, 0)
+    assert Lives(folder).superseded_by(2, 41) == 3 and Lives(folder).superseded_by(2, 40) is None
+    check_newest(folder, 3)
+    record_start(folder, 4, 0, run=tmp_path / "b")
+    assert Lives(folder).newest == 4 and Lives(folder).run == tmp_path / "b"
+    with pytest.raises(Superseded, match=rf"life 4 of run.dir={tmp_path / 'b'} has taken over"):
+        check_newest(folder, 3)
 
 
 def test_a_run_never_starts_anew_because_all_checkpoints_are_superseded(tmp_path):

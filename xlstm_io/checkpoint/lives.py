@@ -8,6 +8,9 @@ and never loaded.
 
     CHECKPOINTS/lives/000003.json    {"start_step": 200}
 
+The record is never replaced. Where the checkpoints do not lie in the run folder, it also names that
+folder (`"run"`), since there may be others that write here. Then, too, the highest number is right.
+
 A person may also take a run back to a checkpoint (`python -m pretrain rewind`). That counts as a
 life which begins there, and its record says how many of the next samples are left out:
 
@@ -19,21 +22,30 @@ before there were lives count as those of life 0.
 
 import json
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from xlstm_io.errors import CheckpointError
+from xlstm_io.errors import CheckpointError, Superseded
 from xlstm_io.json_file import StrictModel, parse_json
-from xlstm_io.storage import Location, files, is_folder, read_file, write_atomic
+from xlstm_io.storage import Location, absolute, create_new, files, is_folder, read_file
 
+#: The folder of a run that holds its checkpoints.
+CHECKPOINTS_FOLDER = "checkpoints"
 LIVES_FOLDER = "lives"
 _RECORD = re.compile(r"(\d{6,})\.json")
 _LIMIT = 4096  # bytes of a record
 
 
 def record_start(
-    checkpoints: Location, life: int, start_step: int, skip_samples: int | None = None
+    checkpoints: Location,
+    life: int,
+    start_step: int,
+    skip_samples: int | None = None,
+    *,
+    run: Path | None = None,
 ) -> None:
     """Note in the folder of a run's checkpoints the step from which a life goes on.
 
@@ -42,12 +54,43 @@ def record_start(
         life: its number.
         start_step: finished steps when it begins.
         skip_samples: samples that are left out from there on; None for a life that is not a rewind.
+        run: the run folder; None where the checkpoints lie in it.
+
+    Raises:
+        CheckpointError: another run folder has begun a life of that number here.
+        OSError: the folder cannot be written.
     """
-    record = {"start_step": start_step}
+    record: dict[str, int | str] = {"start_step": start_step}
     if skip_samples is not None:
         record["skip_samples"] = skip_samples
+    if run is not None:
+        record["run"] = str(absolute(run))
     path = checkpoints / LIVES_FOLDER / f"{life:06d}.json"
-    write_atomic(path, json.dumps(record).encode())
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        create_new(path, json.dumps(record).encode())
+    except FileExistsError:
+        raise CheckpointError(
+            f"{path} is there already: a life with another run folder began at this very moment; "
+            "use a checkpoint.dir of its own for each run.dir"
+        ) from None
+
+
+def check_newest(checkpoints: Location, life: int) -> None:
+    """Nothing while no newer life is noted among the checkpoints, whatever its run folder.
+
+    Raises:
+        Superseded: there is one.
+        OSError: the folder cannot be read.
+    """
+    lives = Lives(checkpoints)
+    if lives.newest > life:
+        whose = "of another run folder" if lives.run is None else f"of run.dir={lives.run}"
+        raise Superseded(
+            f"life {lives.newest} {whose} has taken over {checkpoints} from life {life}, which "
+            "ends here and deletes nothing"
+        )
 
 
 class _Record(StrictModel):
@@ -57,6 +100,7 @@ class _Record(StrictModel):
 
     start_step: Annotated[int, Field(ge=0, lt=1 << 62)]
     skip_samples: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
+    run: str | None = None
 
 
 class Lives:
@@ -74,6 +118,23 @@ class Lives:
         names = files(self._folder) if is_folder(self._folder) else {}
         self._lives = sorted(int(m[1]) for name in names if (m := _RECORD.fullmatch(name)))
         self._records: dict[int, _Record] = {}
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest life; 0 when there was none."""
+        return self._lives[-1] if self._lives else 0
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder of the newest life, where its record names one and is not damaged.
+
+        Raises:
+            OSError: the record cannot be read.
+        """
+        with suppress(CheckpointError):  # named by whoever looks for a checkpoint
+            named = self._record(self.newest).run if self.newest else None
+            return None if named is None else Path(named)
+        return None
 
     def superseded_by(self, life: int, step: int) -> int | None:
         """The later life that went on from an earlier step than a checkpoint's; None if none did.

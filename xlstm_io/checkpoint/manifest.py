@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import xxhash
 
-from xlstm_io.checkpoint.lives import Lives
+from xlstm_io.checkpoint.lives import CHECKPOINTS_FOLDER, Lives
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
 from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
@@ -57,8 +57,6 @@ FORMAT = "xlstm-pretrain checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 METADATA_NAME = "metadata.json"
-#: The folder of a run that holds its checkpoints.
-CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_PREFIX = "optimizer."
 _REMEDY = "use another copy of this checkpoint, or another checkpoint"
 _STEP_FOLDER = re.compile(r"step-(\d{8,18})-[\w.]+")

@@ -10,7 +10,15 @@ import time
 import pytest
 
 from pretrain.supervision import lease as lease_module
-from pretrain.supervision.lease import Holder, Lease, LeaseHeldError, newest_life
+from pretrain.supervision.lease import (
+    Holder,
+    Lease,
+    LeaseHeldError,
+    newest_life,
+    next_life,
+    take_run,
+)
+from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.errors import Superseded
 
 TAKE = """
@@ -173,6 +181,27 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     assert Lease.take(tmp_path).life == 1
     assert Lease.take(tmp_path, take_over=True).life == 2
+
+
+def test_the_number_is_beyond_those_among_the_checkpoints(tmp_path):
+    """The run folder in which those lives were numbered may be lost."""
+    run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
+    record_start(checkpoints, 12, 100, run=tmp_path / "lost")
+    assert next_life(run, checkpoints) == 13
+    assert take_run(run, checkpoints).life == 13
+    assert take_run(run, checkpoints, after=20, take_over=True).life == 21
+    assert next_life(run, checkpoints) == 22
+
+
+def test_checkpoints_that_another_run_folder_writes_are_refused(tmp_path):
+    run, other, checkpoints = (tmp_path / name for name in ("run", "other", "checkpoints"))
+    with take_run(other, checkpoints) as lease:
+        record_start(checkpoints, lease.life, 0, run=other)
+        with pytest.raises(LeaseHeldError, match=rf"checkpoint.dir={checkpoints}, also that of"):
+            take_run(run, checkpoints)
+        assert newest_life(run) == 0
+        assert take_run(run, checkpoints, take_over=True).life == 2
+    assert take_run(tmp_path / "third", checkpoints).life == 2
 
 
 def wait_for(condition):

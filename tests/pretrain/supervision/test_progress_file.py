@@ -7,6 +7,9 @@ import pytest
 
 from pretrain import cli
 from pretrain.supervision.progress_file import Progress, read_progress, set_aside
+from pretrain.trainer import Trainer
+from xlstm_io.checkpoint.lives import record_start
+from xlstm_io.checkpoint.manifest import find_latest, read_manifest, step_of_folder
 from xlstm_io.errors import ExitCode
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "0.1.0"
@@ -77,6 +80,33 @@ def test_checkpoints_elsewhere_are_not_set_aside(folder, tmp_path, capsys):
     assert train(*words) == ExitCode.BAD_INPUT
     assert "give both other names" in capsys.readouterr().err
     assert folder.exists()
+
+
+def test_a_run_whose_folder_was_lost_goes_on_from_its_checkpoints(folder, tmp_path):
+    """Its lives are numbered on, or what it saves would count as superseded."""
+    place = str(tmp_path / "elsewhere")
+    for life, steps in ((1, "2"), (2, "3")):
+        words = ["--run.steps", steps, "--run.dir", f"run-{life}", "--checkpoint.dir", place]
+        assert train(*words) == ExitCode.DONE
+        assert read_manifest(find_latest(place)).state["life"] == life
+        shutil.rmtree(f"run-{life}")
+    assert step_of_folder(find_latest(place)) == 3
+
+
+def test_a_life_ends_when_another_run_folder_has_taken_its_checkpoints(
+    folder, tmp_path, capsys, monkeypatch
+):
+    place, save = tmp_path / "elsewhere", Trainer._save
+
+    def save_late(trainer, metrics):
+        record_start(place, 2, 0, run=tmp_path / "other")
+        save(trainer, metrics)
+
+    monkeypatch.setattr(Trainer, "_save", save_late)
+    words = ["--run.steps", "2", "--run.dir", "run-1", "--checkpoint.dir", str(place)]
+    assert train(*words) == ExitCode.SUPERSEDED
+    assert f"life 2 of run.dir={tmp_path / 'other'} has taken over" in capsys.readouterr().err
+    assert find_latest(place) is None
 
 
 def test_a_run_file_in_the_run_folder_is_not_set_aside(folder, capsys, monkeypatch):
