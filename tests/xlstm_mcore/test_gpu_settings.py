@@ -40,6 +40,8 @@ def test_interleaved_stages_overlap_their_messages_but_not_on_gloo():
     assert (interleaved["batch_p2p_comm"], interleaved["overlap_p2p_comm"]) == (False, True)
     gloo = cpu_runtime.pipeline_settings("gloo", 2)
     assert (gloo["batch_p2p_comm"], gloo["overlap_p2p_comm"]) == (False, False)
+    # True would make the host wait for the device at every message.
+    assert not any(settings["batch_p2p_sync"] for settings in (nccl, interleaved, gloo))
 
 
 def test_a_state_is_a_product_of_bf16_numbers_with_fp32_sums(monkeypatch):

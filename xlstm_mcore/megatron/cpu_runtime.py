@@ -259,6 +259,9 @@ def pipeline_settings(backend: str, virtual: int = 1) -> dict[str, Any]:
     overlaps = backend != "gloo" and virtual > 1
     return {
         "batch_p2p_comm": backend != "gloo" and not overlaps,
+        # By default the host waits for the device after every batch, because until release 1.13 of
+        # torch (pull request 82450) waiting for a batch did not hold back the stream that computes.
+        "batch_p2p_sync": False,
         "overlap_p2p_comm": overlaps,
         "deallocate_pipeline_outputs": backend != "gloo",
     }
