@@ -2,9 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from pretrain.rehearsal.record import HostWait, Message, RankRecord
+from pretrain.rehearsal.circles import circles
+from pretrain.rehearsal.record import HostWait, Message, Mismatch, RankRecord
 from xlstm_io.errors import CheckpointError
 
 POINT_TO_POINT = ("send", "receive")
@@ -12,35 +12,20 @@ POINT_TO_POINT = ("send", "receive")
 _EXPECTED = "pretrain/engines/verdict.py"
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """Two ranks that do not agree.
-
-    Attributes:
-        summary: what, in one line.
-        details: what each of them does and who asked for it.
-    """
-
-    summary: str
-    details: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "\n".join((self.summary, *self.details))
-
-
 def compare_ranks(records: Sequence[RankRecord]) -> list[Mismatch]:
     """Everything in which the rehearsed ranks do not fit together.
 
     In each group all ranks must ask for the same collectives in the same order with the same sizes,
-    each message that is sent must be received, and two groups that share ranks must be used in the
-    same order by all of these.
+    each message that is sent must be received, two groups that share ranks must be used in the same
+    order by all of these, and no ranks may wait for each other.
 
     Args:
         records: of the rehearsed ranks, at least one.
     """
     found = [*_collectives(records), *_point_to_point(records)]
-    # Where a collective is missing the order differs as well, and says nothing new.
-    return found or [*_order_of_groups(records)]
+    # Where a collective is missing the order differs as well, and says nothing new. Both make
+    # ranks wait for each other.
+    return found or [*_order_of_groups(records)] or circles(records)
 
 
 def groups_compared(records: Sequence[RankRecord]) -> int:

@@ -163,7 +163,7 @@ def _accelerator(base: type, mode: RehearsalMode) -> Any:
             return stream
 
         def synchronize(self, device_index: Any = None) -> None:
-            mode.wait("all streams")
+            mode.synchronize()
 
     return Rehearsed()
 

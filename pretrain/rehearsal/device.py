@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PythonCallbackWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pretrain import layout as layouts
@@ -81,6 +82,9 @@ class RehearsalMode(FakeTensorMode):
         self.record, self.phase = record, "build"
         self.meter = MemoryMeter(NAME)
         self._graphs: set[tuple] = set()
+        self._batches = 0
+        self._batch: int | None = None
+        self._running: dict[int, None] = {}  # messages whose end nobody has waited for
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -99,18 +103,24 @@ class RehearsalMode(FakeTensorMode):
             if args[0].device.type == NAME:
                 self.wait("where a tensor is not zero")
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)
+        if func is _ATEN.equal.default:  # as if nothing were wrong with any machine
+            self.wait("whether tensors are equal")
+            return True
         if func is _ATEN._pin_memory.default:
             return args[0].detach()
         if func is _ATEN.addmm.dtype_out:  # one kernel, which torch describes by several operators
             self._see(func, name, args, kwargs, kwargs["out"])
             return kwargs["out"]
-        if name.startswith("c10d::"):
-            self._message(name.removeprefix("c10d::"), args)
-            if "coalesced" in name:
-                return _finished_work()
+        if not name.startswith("c10d::"):
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            self._see(func, name, args, kwargs, result)
+            return result
+        work = self._work(self._message(name.removeprefix("c10d::"), args))
+        if "coalesced" in name:  # has no form for tensors without data
+            return work
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self._see(func, name, args, kwargs, result)
-        return result
+        return tree_map(lambda x: work if isinstance(x, torch.ScriptObject) else x, result)
 
     def _see(self, func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> None:
         """Count memory and work, and notice copies that the host waits for."""
@@ -158,7 +168,14 @@ class RehearsalMode(FakeTensorMode):
         if not self.record.waits or self.record.waits[-1] != wait:
             self.record.waits.append(wait)
 
-    def _message(self, name: str, args: tuple) -> None:
+    def synchronize(self, _device: Any = None) -> None:
+        """The host waits until the device has nothing left to do."""
+        self.record.waits.append(HostWait(self.phase, "all streams", caller_stack()))
+        for number in tuple(self._running):
+            self._end(number)
+
+    def _message(self, name: str, args: tuple) -> int:
+        """Write down a message that starts by itself, and give its number."""
         group = next(found for x in args if (found := _as_group(x)) is not None)
         sizes = {0: 0}
         tensors: list[Tensor] = []
@@ -179,7 +196,7 @@ class RehearsalMode(FakeTensorMode):
         if operation == "receive":
             self.meter.claim(tensors[0], MESSAGES, only=OTHER)
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-        self.write(operation, group, dtype, max(sizes.values()), peer, detail)
+        return self._start(operation, group, dtype, max(sizes.values()), peer, detail)
 
     def write(
         self,
@@ -187,15 +204,58 @@ class RehearsalMode(FakeTensorMode):
         group: dist.ProcessGroup,
         dtype: str = "",
         size: int = 0,
-        peer: int | None = None,
         detail: str = "",
     ) -> None:
-        """Write down a message; the arguments are those of `Message`."""
+        """Write down a message whose end is waited for; the arguments are those of `Message`."""
+        self._end(self._start(operation, group, dtype, size, None, detail))
+
+    def _start(
+        self,
+        operation: str,
+        group: dist.ProcessGroup,
+        dtype: str,
+        size: int,
+        peer: int | None,
+        detail: str,
+    ) -> int:
         name = f"{group.group_name} {group.group_desc}".removesuffix(" undefined")
         members = tuple(dist.get_process_group_ranks(group))
-        self.record.messages.append(
-            Message(operation, name, members, dtype, size, peer, detail, self.phase, caller_stack())
-        )
+        message = Message(
+            operation, name, members, dtype, size, peer, detail, self.phase, caller_stack(),
+            self._batch,
+        )  # fmt: skip
+        number = len(self.record.messages)
+        self.record.messages.append(message)
+        self._running[number] = None
+        return number
+
+    def _end(self, number: int) -> None:
+        """Write down that what follows waits for a message."""
+        if number in self._running:
+            del self._running[number]
+            self.record.ended.append((len(self.record.messages), number))
+
+    def _work(self, number: int) -> torch.ScriptObject:
+        """A message under way, as torch hands it out."""
+
+        def wait(timeout: Any) -> bool:
+            self._end(number)
+            return True
+
+        return PythonCallbackWork(wait).boxed()
+
+    def batch_isend_irecv(self, operations: list[dist.P2POp]) -> list[dist.Work]:
+        """Messages that start together; torch's function asks the backend for it."""
+        peers = {dist.isend: "group_dst", dist.irecv: "group_src"}
+        self._batches += 1
+        self._batch = self._batches
+        try:
+            return [
+                one.op(one.tensor, group=one.group, tag=one.tag, **{peers[one.op]: one.group_peer})
+                for one in operations
+            ]
+        finally:
+            self._batch = None
 
     def object_collectives(self) -> dict[str, Callable]:
         """Collectives of Python objects: every other rank says what this one says."""
@@ -229,21 +289,6 @@ def _as_group(value: Any) -> dist.ProcessGroup | None:
     if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
         return dist.ProcessGroup.unbox(value)
     return None
-
-
-def _batch_isend_irecv(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """Messages that a real backend would start together; here one by one."""
-    peers = {dist.isend: "group_dst", dist.irecv: "group_src"}
-    return [
-        one.op(one.tensor, group=one.group, tag=one.tag, **{peers[one.op]: one.group_peer})
-        for one in operations
-    ]
-
-
-def _finished_work() -> Any:
-    future: torch.futures.Future = torch.futures.Future()
-    future.set_result(None)
-    return torch._C._distributed_c10d._create_work_from_future(future).boxed()
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -288,7 +333,7 @@ def as_rank(rank: int, world: int, mode: RehearsalMode) -> Iterator[None]:
         mock.patch.multiple(
             dist,
             new_group=written_new_group,
-            batch_isend_irecv=_batch_isend_irecv,
+            batch_isend_irecv=mode.batch_isend_irecv,
             **mode.object_collectives(),
         ),
         # Nothing computes it for a device of others but with the square of the row in memory.
@@ -296,6 +341,6 @@ def as_rank(rank: int, world: int, mode: RehearsalMode) -> Iterator[None]:
         # A process group would put its rank before every error of this process.
         mock.patch.object(sys, "excepthook", sys.excepthook),
         mock.patch.object(layouts, "meet", lambda *_: FakeStore()),  # nobody else comes
-        cpu_runtime.made_up_device(device(), {"backend": "fake"}),
+        cpu_runtime.made_up_device(device(), {"backend": "fake"}, mode.synchronize),
     ):
         yield

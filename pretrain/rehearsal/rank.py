@@ -1,4 +1,4 @@
-"""The rehearsal of one rank: build, two steps, evaluation, save, load, and one step more."""
+"""The rehearsal of one rank: build, two steps, evaluation, save, load, and a checked step."""
 
 import dataclasses
 import time
@@ -14,11 +14,14 @@ from pretrain.data import Batch
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.megatron import MegatronEngine
+from pretrain.guard.replicas import ReplicaWatcher
 from pretrain.layout import Layout
 from pretrain.rehearsal.device import RehearsalMode, as_rank
 from pretrain.rehearsal.memory import claim_lasting, watch_model
 from pretrain.rehearsal.record import STEADY, RankRecord, SavedSlice
 from pretrain.trainer import train_step
+from pretrain.watching.metrics import MetricLogger
+from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.reader import TensorSlice
 
 
@@ -94,10 +97,12 @@ def _run(
     _claim_lasting(mode, engine)
     watch_model(mode.meter, engine.models)
 
-    def step(phase: str) -> None:
+    def step(phase: str, *watchers: StepWatcher) -> list[Batch]:
         mode.phase = phase
         layout.seed_step(config.run.seed, 0)
-        train_step(engine, _batches(config, record.micro_batches[0]), config.optimizer.lr)
+        batches = _batches(config, record.micro_batches[0])
+        train_step(engine, batches, config.optimizer.lr, watchers=watchers)
+        return batches
 
     mode.meter.start_peak()
     step("step 1")
@@ -105,7 +110,13 @@ def _run(
     record.memory = mode.meter.result()
     if not steps_only:
         _save_and_load(config, engine, mode, record)
-        step("step 3")
+        every = config.guard.check_replicas
+        watchers = [ReplicaWatcher(config, layout, engine)] if every else []
+        batches = step("step 3", *watchers)
+        mode.phase = "replica check"
+        for watcher in watchers:
+            quiet = MetricLogger("", total_steps=every, enabled=False)
+            watcher.tell(WatchedStep(every, batches, 0.0), quiet)
     engine.close()
 
 

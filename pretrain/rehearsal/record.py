@@ -1,4 +1,4 @@
-"""What one rank did in a rehearsal: messages, waits of the host, memory; plain and picklable."""
+"""What one rank did in a rehearsal: messages, waits, memory; plain and picklable."""
 
 import sys
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ class Message:
         detail: what else must agree, such as the root of a broadcast.
         phase: part of the rehearsal, such as "step 2".
         stack: who asked for it, innermost last.
+        batch: number of the batch whose messages start together; None for a message by itself.
     """
 
     operation: str
@@ -49,6 +50,7 @@ class Message:
     detail: str
     phase: str
     stack: Stack
+    batch: int | None = None
 
     def describe(self) -> str:
         """The message in one line, without its stack."""
@@ -68,6 +70,22 @@ class Message:
             return float(self.bytes)
         rounds = 2 if self.operation.startswith("all_reduce") else 1
         return rounds * self.bytes * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Ranks that do not agree.
+
+    Attributes:
+        summary: what, in one line.
+        details: what each of them does and who asked for it.
+    """
+
+    summary: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join((self.summary, *self.details))
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,8 @@ class RankRecord:
         rank: its global rank.
         place: its rank in each dimension of the layout.
         messages: in the order in which they were asked for.
+        ended: messages whose end was waited for, in this order: how many messages had been asked
+            for by then, and which one. What is asked for later starts after it.
         waits: of the host for the device.
         memory: of the device.
         operators: operators that start work on the device, by phase.
@@ -130,6 +150,7 @@ class RankRecord:
     rank: int
     place: dict[str, int] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
+    ended: list[tuple[int, int]] = field(default_factory=list)
     waits: list[HostWait] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
     operators: dict[str, int] = field(default_factory=dict)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config import RunConfig, support
-from pretrain.rehearsal.compare import Mismatch, groups_compared, unexpected_waits
+from pretrain.rehearsal.compare import groups_compared, unexpected_waits
 from pretrain.rehearsal.gpus import RESERVE, Gpu
-from pretrain.rehearsal.record import STEADY, Message, RankRecord
+from pretrain.rehearsal.record import STEADY, Message, Mismatch, RankRecord
 
 _SHOWN = 8  # mismatches in the text; the JSON has all
 GB = 1e9
@@ -68,6 +68,7 @@ class Rehearsal:
     def _header(self) -> Iterator[str]:
         layout = self.config.layout
         rehearsed, real = self.records[0].micro_batches
+        check = ", the replica check" if self.config.guard.check_replicas else ""
         ranks = ", ".join(str(record.rank) for record in self.records)
         yield (
             f"rehearsed {len(self.records)} of {self.world} ranks: tensor {layout.tensor}, "
@@ -79,8 +80,8 @@ class Rehearsal:
             yield f"engine {self.config.engine.name} with ZeRO stage {stage}"
         yield f"ranks {ranks}"
         yield (
-            f"three steps of {rehearsed} micro-batches (a step of the run has {real}), evaluation, "
-            "saving and loading"
+            f"three steps of {rehearsed} micro-batches (a step of the run has {real}), evaluation"
+            f"{check}, saving and loading"
         )
 
     def _fit(self) -> Iterator[str]:

@@ -28,7 +28,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ _made_up: dict[str, Any] | None = None
 
 
 @contextlib.contextmanager
-def made_up_device(device: torch.device, options: dict[str, Any]) -> Iterator[None]:
+def made_up_device(
+    device: torch.device, options: dict[str, Any], synchronize: Callable[..., None]
+) -> Iterator[None]:
     """Let another device than the CPU stand in for CUDA, for tensors without data.
 
     Megatron-core's modules keep the stand-in for `torch` afterwards, so a process that has been in
@@ -77,14 +79,16 @@ def made_up_device(device: torch.device, options: dict[str, Any]) -> Iterator[No
     Args:
         device: what device requests are answered with.
         options: of `init_process_group`.
+        synchronize: called where megatron-core lets the host wait for the whole device.
     """
     global _CPU, _made_up
-    before = _CPU, _made_up
-    _CPU, _made_up = device, options
+    cuda = _stand_in().cuda
+    before = _CPU, _made_up, cuda.synchronize
+    _CPU, _made_up, cuda.synchronize = device, options, synchronize
     try:
         yield
     finally:
-        _CPU, _made_up = before
+        _CPU, _made_up, cuda.synchronize = before
 
 
 def needed() -> bool:
@@ -273,7 +277,7 @@ class _CudaOnCpu(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch.cuda")
         self.current_device = lambda: _CPU
-        self.synchronize = lambda device=None: None
+        self.synchronize: Callable[..., None] = lambda device=None: None
         self.current_stream = torch.cpu.current_stream
         self.default_stream = torch.cpu.current_stream
         self.manual_seed = torch.default_generator.manual_seed

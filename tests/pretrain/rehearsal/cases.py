@@ -14,27 +14,45 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import first_step
+from pretrain import layout as layouts
 from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import megatron, model
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
+from pretrain.rehearsal.device import RehearsalMode, as_rank
 from pretrain.rehearsal.memory import GRAPHS
 from pretrain.rehearsal.rank import rehearse_rank
-from pretrain.rehearsal.record import STEADY
+from pretrain.rehearsal.record import STEADY, RankRecord
 from tests.dist import work
 from tests.pretrain.rehearsal.faults import (
     forgotten_wait,
     missing_receive,
     one_sided_collective,
+    ring,
     wrong_group,
 )
 from tests.pretrain.run_files import config as run_file
+from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.megatron.first_import import import_megatron
 
 WORLD = 8
 LAYOUT = {"layout__tensor": 2, "layout__sequence": True, "layout__pipeline": 2}
+ALONE = {
+    "layout__tensor": 1,
+    "layout__sequence": False,
+    "layout__pipeline": 1,
+    "data__global_batch": 6,
+}
+SCHEDULES = {
+    "interleaved": {
+        "layout__pipeline": 3,
+        "layout__virtual": 2,
+        "model__pattern": "mmmmmm",
+    },
+    "context": {"layout__context": 2, "model__pattern": "m"},
+}
 
 
 def small_run(**changes) -> RunConfig:
@@ -77,6 +95,7 @@ def faults() -> dict:
     found = {
         "sound": [str(m) for m in whole.mismatches],
         "waits": [str(w) for record in sound for w in unexpected_waits(record, STEADY)],
+        "running": sum(len(record.messages) - len(record.ended) for record in sound),
         "text": whole.text(),
         "json": len(json.dumps(whole.as_json())),
     }
@@ -102,6 +121,13 @@ def faults() -> dict:
     found["gradient_bytes"] = [gradient_bytes(record) for record in (sound[0], narrow)]
     found["forms"] = {form: graph_bytes(form) for form in ("graphs", "persistent")}
     muon = small_run(optimizer__name="muon")
+    found["rings"] = rings()
+    found["schedules"] = {name: schedule(changes) for name, changes in SCHEDULES.items()}
+    with waits_at_every_message():
+        waits = unexpected_waits(rehearse_rank(config, 0, WORLD, steps_only=True), STEADY)
+    found["waits_of_messages"] = [(wait.what, wait.stack[-1]) for wait, _ in waits]
+    checked = [message for message in sound[0].messages if message.phase == "replica check"]
+    found["replica_check"] = sorted({message.operation for message in checked})
     found["muon"] = [str(m) for m in compare_ranks([rehearse_rank(muon, r, WORLD) for r in (0, 1)])]
     start = first_step.parts(config, WORLD, first_step.Rates(2.0, 0.5, 1e-3, 1e-9, 1e-9))
     found["start"] = {part.name: part.seconds for part in start}
@@ -112,6 +138,48 @@ def faults() -> dict:
         len(compare_saved(sound[1:], False)),
     ]
     return found
+
+
+def rings() -> dict[str, list[str]]:
+    """What is found in rings of single messages and of batches, by size and way."""
+    orders = {"receive first": (dist.irecv, dist.isend), "send first": (dist.isend, dist.irecv)}
+
+    def played(size: int, *operations, batch: bool = False) -> list[str]:
+        records = [RankRecord(rank) for rank in range(size)]
+        for rank, record in enumerate(records):
+            mode = RehearsalMode(record)
+            with as_rank(rank, size, mode):
+                layout = layouts.start(small_run(**ALONE))
+                try:
+                    with mode:
+                        ring(layout.groups.dp, *operations, batch=batch)
+                finally:
+                    layout.close()
+        return [str(mismatch) for mismatch in compare_ranks(records)]
+
+    found = {
+        f"{size} {name}": played(size, *operations)
+        for size in (2, 3)
+        for name, operations in orders.items()
+    }
+    return found | {"batch": played(3, *orders["receive first"], batch=True)}
+
+
+def schedule(changes: dict) -> list[str]:
+    """What is found in the steps of other ways to send messages."""
+    config = small_run(**ALONE | changes)
+    ranks = config.layout.pipeline * config.layout.context
+    records = [rehearse_rank(config, rank, ranks, steps_only=True) for rank in range(ranks)]
+    assert any(message.operation == "send" for message in records[0].messages)
+    return [str(mismatch) for mismatch in compare_ranks(records)]
+
+
+def waits_at_every_message():
+    """Megatron's own default."""
+    settings = cpu_runtime.pipeline_settings
+    return mock.patch.object(
+        cpu_runtime, "pipeline_settings", lambda *of: settings(*of) | {"batch_p2p_sync": True}
+    )
 
 
 def graph_bytes(form: str) -> int:

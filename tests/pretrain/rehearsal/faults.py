@@ -1,5 +1,6 @@
 """Faults that are planted in one rank of a rehearsal, with either engine."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from unittest import mock
 
@@ -10,6 +11,7 @@ from pretrain.engines import model
 from pretrain.engines.base import Engine
 from pretrain.engines.verdict import Guard
 from pretrain.rehearsal import device as rehearsed
+from pretrain.rehearsal.device import RehearsalMode
 
 
 def one_sided_collective() -> AbstractContextManager:
@@ -38,18 +40,41 @@ def wrong_group() -> AbstractContextManager:
 
 def missing_receive() -> AbstractContextManager:
     """The first message of the pipeline is not received."""
-    batch = rehearsed._batch_isend_irecv
+    batch = RehearsalMode.batch_isend_irecv
     seen = []
 
-    def all_but_one(operations):
+    def all_but_one(mode, operations):
         if not seen and any(one.op is dist.irecv for one in operations):
             seen.append(operations)
             (lost,) = [one for one in operations if one.op is dist.irecv]
             # Something to wait for, without a message.
             return [dist.all_reduce(lost.tensor, group=one_rank_group(), async_op=True)]
-        return batch(operations)
+        return batch(mode, operations)
 
-    return mock.patch.object(rehearsed, "_batch_isend_irecv", all_but_one)
+    return mock.patch.object(RehearsalMode, "batch_isend_irecv", all_but_one)
+
+
+def ring(group: dist.ProcessGroup, *operations: Callable, batch: bool = False) -> None:
+    """Each rank receives from the rank before it, and sends to the one behind it.
+
+    Args:
+        group: the ring.
+        operations: `dist.irecv` and `dist.isend`, in the order in which a rank asks for them.
+        batch: whether they start together.
+    """
+    size, place = group.size(), group.rank()
+    peers = {dist.irecv: (place - 1) % size, dist.isend: (place + 1) % size}
+    tensors = {one: torch.empty(4, device=rehearsed.device()) for one in operations}
+    if batch:
+        messages = [
+            dist.P2POp(one, tensors[one], group=group, group_peer=peers[one]) for one in operations
+        ]
+        work = dist.batch_isend_irecv(messages)
+    else:
+        sides = {dist.irecv: "group_src", dist.isend: "group_dst"}
+        work = [one(tensors[one], group=group, **{sides[one]: peers[one]}) for one in operations]
+    for one in work:
+        one.wait()
 
 
 def one_rank_group() -> dist.ProcessGroup:

@@ -35,6 +35,7 @@ def faults(results):
 
 def test_a_sound_run_has_no_mismatch(faults):
     assert faults["sound"] == [] and faults["waits"] == []
+    assert faults["running"] == 0, "the ends of all messages are waited for"
     assert "no mismatch" in faults["text"] and "for the verdict" in faults["text"]
 
 
@@ -66,6 +67,29 @@ def test_groups_in_different_order_are_found(faults):
 def test_a_forgotten_wait_is_found_with_its_place(faults):
     ((what, place, count),) = faults["forgotten_wait"]
     assert "value of a tensor" in what and "read_norm" in place and count == 1
+
+
+@pytest.mark.parametrize(
+    "way", ["2 receive first", "2 send first", "3 receive first", "3 send first"]
+)
+def test_a_ring_of_single_messages_is_found_with_its_place(faults, way):
+    (text,) = faults["rings"][way]
+    assert "they wait for each other" in text and text.count("send of 16 bytes") >= int(way[0])
+    assert "rank 0: " in text and "rank 1: " in text and "faults.py" in text
+
+
+def test_messages_that_do_not_wait_for_each_other_pass(faults):
+    assert faults["rings"]["batch"] == []
+    assert faults["schedules"] == {"interleaved": [], "context": []}
+
+
+def test_waits_of_megatron_itself_are_found(faults):
+    assert {what for what, _ in faults["waits_of_messages"]} == {"all streams"}
+    assert all("p2p_communication.py" in place for _, place in faults["waits_of_messages"])
+
+
+def test_the_check_of_replicas_is_played(faults):
+    assert {"all_gather", "all_gather_object", "send", "receive"} <= {*faults["replica_check"]}
 
 
 def test_buffers_of_graphs_are_counted_once_for_all_layers(faults):
