@@ -299,7 +299,7 @@ class GuardConfig(Section):
     kernel_check: Literal["once", "always", "off"] = "once"
     """compare the kernels with fp64 references before training; once: per device and driver"""
     hang_timeout: NonNegativeFloat | None = None
-    """seconds without progress that end a process; null: 600, or 20 slowest steps; 0: no watch"""
+    """seconds without progress that end a process; null: 600, or 20 median steps; 0: no watch"""
     startup_timeout: PositiveFloat = 1800.0
     """the same, from the start of the process to its first step"""
     evaluation_timeout: PositiveFloat | None = None

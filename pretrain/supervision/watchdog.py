@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ from xlstm_io.storage import write_atomic
 STEP, STARTUP, EVALUATION, CHECKPOINT = "step", "start-up", "evaluation", "checkpoint"
 TICK_S = 5.0
 RECORDER_S = 10.0  # for the flight recorder to answer
-SLOWEST_STEPS = 20  # the limit of a step grows with the slowest one so far
+# Without a limit of the user's, a step may take so many times the median of the recent ones. One
+# long wait for the storage does not move the median.
+SHORTEST_S, MEDIAN_STEPS, RECENT_STEPS = 600.0, 20, 15
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,15 @@ class Limits:
     """Seconds without progress after which a rank counts as hanging.
 
     Attributes:
-        step: one optimizer step. The limit in force is never below `SLOWEST_STEPS` times the
-            slowest step so far.
+        step: one optimizer step; None for `SHORTEST_S`, or `MEDIAN_STEPS` times the median of the
+            recent steps where that is more.
         startup: imports, meeting the other ranks, building and loading the model. Until the first
             step is done no limit is below it.
         checkpoint: waiting for a checkpoint that must be complete.
         evaluation: one batch of an evaluation; None for the limit of a step.
     """
 
-    step: float
+    step: float | None
     startup: float
     checkpoint: float
     evaluation: float | None = None
@@ -54,18 +57,22 @@ class Limits:
         """The limits of a run; None where it is not to be watched."""
         if guard.hang_timeout == 0:
             return None
-        step = 600.0 if guard.hang_timeout is None else guard.hang_timeout
-        return cls(step, guard.startup_timeout, guard.checkpoint_timeout, guard.evaluation_timeout)
+        return cls(
+            guard.hang_timeout,
+            guard.startup_timeout,
+            guard.checkpoint_timeout,
+            guard.evaluation_timeout,
+        )
 
-    def of(self, phase: str, slowest: float) -> float:
-        """The limit of a phase, given the slowest step so far in seconds."""
+    def of(self, phase: str, median: float) -> float:
+        """The limit of a phase, given the median of the recent steps in seconds."""
         if phase == STARTUP:
             return self.startup
         if phase == CHECKPOINT:
             return self.checkpoint
         if phase == EVALUATION and self.evaluation is not None:
             return self.evaluation
-        return max(self.step, SLOWEST_STEPS * slowest)
+        return max(SHORTEST_S, MEDIAN_STEPS * median) if self.step is None else self.step
 
 
 class Watchdog:
@@ -87,7 +94,8 @@ class Watchdog:
     ) -> None:
         self._folder, self._rank, self._limits, self._end = folder, rank, limits, end
         self._state = (STARTUP, 0, time.monotonic())  # replaced as a whole: no lock is needed
-        self._slowest = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._median = 0.0
         self._stepped = False
         self._written: tuple[str, int] | None = None
         self._waits_for: Callable[[], str] = str
@@ -96,10 +104,11 @@ class Watchdog:
 
     def moved(self, phase: str, step: int) -> None:
         """This rank has made progress: it now begins `phase`, with `step` steps behind it."""
-        before, _, since = self._state
+        before, done, since = self._state
         now = time.monotonic()
-        if before == STEP == phase:
-            self._slowest = max(self._slowest, now - since)
+        if before == STEP == phase and step > done:
+            self._recent.append(now - since)
+            self._median = sorted(self._recent)[len(self._recent) // 2]
         self._stepped |= phase == STEP
         self._state = (phase, step, now)
 
@@ -127,13 +136,13 @@ class Watchdog:
     def _watch(self) -> None:
         tick = TICK_S
         if self._limits is not None:
-            shortest = min(self._limits.step, self._limits.evaluation or self._limits.step)
-            tick = min(tick, shortest / 4)
+            limits = (self._limits.step, self._limits.evaluation)
+            tick = min([tick, *(limit / 4 for limit in limits if limit is not None)])
         while True:
             phase, step, since = self._state
             self._note(phase, step)
             if self._limits is not None:
-                limit = self._limits.of(phase, self._slowest)
+                limit = self._limits.of(phase, self._median)
                 if not self._stepped:  # an evaluation that comes first compiles and connects too
                     limit = max(limit, self._limits.startup)
                 silent = time.monotonic() - since

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from pretrain.config import GuardConfig
 from pretrain.supervision import watchdog as watchdog_module
 from pretrain.supervision.watchdog import CHECKPOINT, EVALUATION, STARTUP, STEP, Limits, Watchdog
 from xlstm_io.errors import ExitCode
@@ -104,10 +105,31 @@ def test_start_up_and_checkpoints_have_limits_of_their_own(tmp_path, clock):
             wait_for(lambda ends=ends: ends)
 
 
-def test_the_limit_grows_with_the_slowest_step():
-    assert LIMITS.of(STEP, 0.001) == 0.2
-    assert LIMITS.of(STEP, 3.0) == LIMITS.of(EVALUATION, 3.0) == 60.0
-    assert LIMITS.of(STARTUP, 3.0) == 0.6
+def test_a_limit_of_the_user_is_the_limit_and_another_grows_with_the_median_step():
+    limits = Limits.from_config(GuardConfig(hang_timeout=300))
+    assert limits.of(STEP, 60.0) == limits.of(EVALUATION, 60.0) == 300
+    limits = Limits.from_config(GuardConfig())
+    assert limits.of(STEP, 3.0) == limits.of(EVALUATION, 3.0) == 600
+    assert limits.of(STEP, 60.0) == 1200
+    assert limits.of(STARTUP, 60.0) == 1800
+    assert Limits.from_config(GuardConfig(hang_timeout=0)) is None
+
+
+def test_one_long_step_does_not_raise_the_limit(tmp_path, clock):
+    """Nor do the moments between the end of a step and that of its saves lower it."""
+    watchdog, ends = watch(tmp_path, Limits(step=None, startup=1800.0, checkpoint=3900.0))
+    watchdog.moved(STEP, 1)  # the first one compiles, and counts as start-up
+    for step, seconds in enumerate((60, 500, *[60] * 30, 500, 60), 2):
+        clock.now += seconds
+        watchdog.moved(STEP, step)
+        watchdog.moved(STEP, step)
+    with watchdog:
+        clock.now += 1190  # of 20 steps of 60 s
+        clock.seen()
+        assert not ends
+        clock.now += 20
+        wait_for(lambda: ends)
+    assert "(limit 1200 s)" in (tmp_path / "hang-3.txt").read_text()
 
 
 def test_an_evaluation_may_have_a_limit_of_its_own(tmp_path):
