@@ -1,15 +1,17 @@
 """The validation loss of a run while it trains."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
-from pretrain.config import RunConfig, micro_batches
+from pretrain.config import RunConfig
 from pretrain.data import Batch, DataPlan, ValidLoader, open_valid
 from pretrain.engines.base import Engine, mean_of
 from pretrain.layout import Layout
 from pretrain.supervision.watchdog import EVALUATION, Watchdog
 from xlstm_io.checkpoint.evaluation import Evaluation
 from xlstm_io.signals import StopSignal
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -26,12 +28,16 @@ class Validation:
 
     def __init__(self, config: RunConfig, layout: Layout, data: DataPlan) -> None:
         self._config, self._layout = config, layout
+        limit = config.evaluation.max_batches
+        # In rows: the batches of a layout may have more places than a global batch has rows.
+        max_rows = None if limit is None else limit * config.data.global_batch
         self._sets = {
             name: ValidLoader(
                 dataset,
                 micro_batch=config.data.micro_batch,
                 dp_rank=layout.dp_rank,
                 dp_size=layout.dp_size,
+                max_rows=max_rows,
             )
             for name, dataset in open_valid(config.data, data).items()
         }
@@ -62,8 +68,8 @@ class Validation:
         Returns:
             What was measured, or None when a rank was asked to stop.
         """
-        stopped, done, limit = False, 0, self._max_batches()
-        total = sum(len(range(len(loader))[:limit]) for loader in self._sets.values())
+        stopped, done = False, 0
+        total = sum(map(len, self._sets.values()))
 
         def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
             nonlocal stopped, done
@@ -78,15 +84,31 @@ class Validation:
 
         losses = {}
         for name, loader in self._sets.items():
-            losses[name] = engine.evaluate(until_stopped(islice(loader, limit)))
+            losses[name] = engine.evaluate(until_stopped(loader))
             if stopped:
                 return None
+        self._report_damage()
         each = {name: loss.mean for name, loss in losses.items()}
         return Evaluation(step, mean_of(losses.values()), each)
 
-    def _max_batches(self) -> int | None:
-        """Batches of this replica per set; None for all."""
-        limit = self._config.evaluation.max_batches
-        if limit is None:
-            return None
-        return limit * micro_batches(self._config, self._layout.dp_size)
+    def _report_damage(self) -> None:
+        """Warn of the rows that the loss is without; called by all ranks."""
+        if self._config.data.on_corrupt != "quarantine":
+            return
+        own = {
+            (name, row): str(error)
+            for name, loader in self._sets.items()
+            for row, error in loader.damaged
+        }
+        # Ranks of one replica have met the same rows.
+        damaged = {key: why for found in self._layout.gather(own) for key, why in found.items()}
+        for name, loader in self._sets.items():
+            rows = sorted(row for of, row in damaged if of == name)
+            if rows and self._layout.is_main:
+                log.warning(
+                    "the validation loss%s is without %d of %d rows, which are damaged: %s",
+                    f" of {name}" if name else "",
+                    len(rows),
+                    loader.num_rows,
+                    damaged[name, rows[0]],
+                )

@@ -112,7 +112,8 @@ def evaluate(
     path: Location | str, config: RunConfig, by: str | None = None, times: int = 1
 ) -> dict[str, SetLoss]:
     """The loss by validation set; see `main` for `by`, which is not "source" here."""
-    sets = open_valid(config.data)
+    # What is measured is the whole set, or nothing.
+    sets = open_valid(config.data.model_copy(update={"on_corrupt": "raise"}))
     trained_with = read_manifest(path).state.get("tokenizer", {}).get("sha256")
     for dataset in sets.values():
         if dataset.manifest.tokenizer_sha256 != trained_with:

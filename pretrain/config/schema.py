@@ -150,7 +150,7 @@ class DataConfig(Section):
     on_corrupt: Literal["raise", "quarantine"] = "raise"
     """a damaged block stops the run, or its rows keep their place and give no loss"""
     max_quarantined: PositiveInt = 1000
-    """damaged rows that stop a run with on_corrupt=quarantine"""
+    """damaged rows of training that stop a run with on_corrupt=quarantine"""
     cache_dir: NonEmpty | None = None
     """folder on a local disk for copies of shards that paths with :// name (fsspec)"""
     cache_gb: PositiveFloat = 100.0

@@ -26,6 +26,7 @@ from pretrain.data.dataset import Rows, TokenDataset
 from pretrain.data.plan import DataPlan
 from pretrain.data.quarantine import DamagedRow, Quarantine
 from pretrain.data.reading_ahead import ReadingProcesses, ReadingThread
+from xlstm_io.shards.index import CorruptShardError
 
 _LOOK_AHEAD = 1024  # samples that are located at once, to spread numpy's cost per call over them
 
@@ -240,33 +241,51 @@ class ValidLoader:
     """The batches of a split in order; every iteration starts at the beginning.
 
     Batch j of rank r holds the rows [(j * dp_size + r) * micro_batch, + micro_batch). Rows past the
-    end are pad tokens with loss_mask 0, so that every rank has `len(self)` batches of full size.
+    end are pad tokens with loss_mask 0, so that every rank has `len(self)` batches of full size and
+    the rows with a loss are the same ones for every dp_size.
 
     Args:
         dataset: The split.
         micro_batch: Rows per batch.
         dp_rank: This rank among the data-parallel ranks.
         dp_size: Number of data-parallel ranks.
+        max_rows: Only so many rows, over all ranks; None for the whole split.
+
+    Attributes:
+        num_rows: The rows with a loss, over all ranks, damaged ones included.
+        damaged: Row and error of those that the last iteration found damaged, and gave without a
+            loss (see `quarantine` of `TokenDataset`); of this rank.
 
     Raises:
         ValueError: `dp_rank` is outside `dp_size`, or `micro_batch` is less than 1.
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+        self,
+        dataset: TokenDataset,
+        *,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        max_rows: int | None = None,
     ) -> None:
         _check_rank(dp_rank, dp_size)
         if micro_batch < 1:
             raise ValueError(f"data.micro_batch={micro_batch} must be at least 1")
         self.dataset, self.micro_batch = dataset, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        rows = dataset.num_rows
+        self.num_rows = rows if max_rows is None else min(rows, max_rows)
+        self.damaged: list[tuple[int, CorruptShardError]] = []
 
     def __len__(self) -> int:
-        return -(-self.dataset.num_rows // (self.micro_batch * self.dp_size))
+        return -(-self.num_rows // (self.micro_batch * self.dp_size))
 
     def __iter__(self) -> Iterator[Batch]:
+        self.damaged = []
         for number in range(len(self)):
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch
-            rows = np.arange(first, min(first + self.micro_batch, self.dataset.num_rows))
+            rows = np.arange(first, min(first + self.micro_batch, self.num_rows))
             found = self.dataset.read(rows)
+            self.damaged += [(int(rows[place]), error) for place, error in found.damaged]
             yield Batch.of(found.padded(self.micro_batch, self.dataset.manifest.pad_id))

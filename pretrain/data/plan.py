@@ -208,7 +208,7 @@ def open_plan(data: DataConfig, seed: int) -> DataPlan:
     problems: list[str] = []
     for item in data.mixture:
         try:
-            sources[item.name] = _open(data, item, "train", data.on_corrupt == "quarantine")
+            sources[item.name] = _open(data, item, "train")
         except DataError as error:
             place = f"source {item.name!r}: " if item.name else "data.path: "
             problems.append(f"{place}{error}")
@@ -229,7 +229,8 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     Sources without validation rows are left out, as long as there are others.
 
     Args:
-        data: The section `data` of a run file.
+        data: The section `data` of a run file. With `on_corrupt: quarantine` the sets give damaged
+            rows as padding without a loss, as the training data do.
         plan: The training data, whose tokenizer the sets must share; None if there is none.
 
     Raises:
@@ -255,9 +256,7 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     return sets
 
 
-def _open(
-    data: DataConfig, item: SourceConfig | ValidConfig, split: str, quarantine: bool = False
-) -> TokenDataset:
+def _open(data: DataConfig, item: SourceConfig | ValidConfig, split: str) -> TokenDataset:
     """One dataset, from a copy on the node's own disk where the job has made one.
 
     A job says so in its environment: what the run file names stays as it is, in the configuration
@@ -270,7 +269,7 @@ def _open(
         split,
         seq_len=data.seq_len,
         source=item.source,
-        quarantine=quarantine,
+        quarantine=data.on_corrupt == "quarantine",
         cache=cache,
         copy=json.loads(os.environ.get(COPIES_VARIABLE, "{}")).get(item.path),
     )

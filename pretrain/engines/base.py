@@ -1,5 +1,6 @@
 """The protocols between the training loop, an engine and an engine's optimizer."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,8 +27,8 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Nats per unmasked token."""
-        return self.total / max(1, self.tokens)
+        """Nats per unmasked token; nan where there is none, which is not a loss of 0."""
+        return self.total / self.tokens if self.tokens else math.nan
 
 
 def mean_of(sums: Iterable[LossSum]) -> float:

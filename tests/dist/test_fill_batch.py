@@ -16,7 +16,9 @@ def train(raw):
 
 def losses(folder):
     records = [r for r in read_metrics(folder / "metrics.jsonl") if "grad_norm" in r]
-    return {r["step"]: (r["loss"], r["grad_norm"], r["tokens"]) for r in records}
+    assert [r["step"] for r in records if "valid_loss" in r] == [4]
+    steps = {r["step"]: (r["loss"], r["grad_norm"], r["tokens"]) for r in records}
+    return steps, records[-1]["valid_loss"]
 
 
 @pytest.mark.dist
@@ -25,7 +27,8 @@ def test_three_replicas_train_four_rows_as_one_process_does(pool, shards, tmp_pa
     raw = tiny_run(tmp_path / "three", shards, data__fill_batch=True, **changes)
     assert pool(3, train, raw) == [0] * 3
     assert pool(1, train, tiny_run(tmp_path / "one", shards, **changes)) == [0]
-    filled, plain = losses(tmp_path / "three"), losses(tmp_path / "one")
+    (filled, measured), (plain, expected) = losses(tmp_path / "three"), losses(tmp_path / "one")
+    assert measured == pytest.approx(expected, rel=1e-5)  # of four rows, and not of six
     assert filled.keys() == plain.keys() == {1, 2, 3, 4}
     for step, (loss, norm, tokens) in plain.items():
         # Sums in another order; the tight comparison is that of test_parallel.py.

@@ -19,11 +19,12 @@ LATER = {"from_sample": 23, "weights": {"a": 1}}
 def shards(tmp_path_factory):
     root = tmp_path_factory.mktemp("mixture")
     sizes = {"a": [12, 9, 7], "b": [10, 8]}
-    write_shards(root, sizes, seq_len=SEQ_LEN, vocab_size=96, block_rows=4, valid_rows=3)
-    tar = root / "b" / "train" / "shard-00000000.tar"
-    raw = bytearray(tar.read_bytes())
-    raw[700] ^= 2
-    tar.write_bytes(raw)
+    write_shards(root, sizes, seq_len=SEQ_LEN, vocab_size=96, block_rows=4, valid_rows=6)
+    for split in ("b/train", "a/valid"):
+        tar = root / split / "shard-00000000.tar"
+        raw = bytearray(tar.read_bytes())
+        raw[700] ^= 2  # in the first block
+        tar.write_bytes(raw)
     return root
 
 
@@ -81,6 +82,9 @@ def test_stopped_in_the_middle_and_resumed_on_other_processes(pool, shards, tmp_
         assert len(expected) > 2 and got == pytest.approx(expected, rel=1e-5), key
     (mean,), (a,), (b,) = records(whole, "valid_loss", "valid_loss/a", "valid_loss/b")
     assert min(a, b) < mean < max(a, b)  # by their tokens: tests/pretrain/test_evaluate.py
+    for key in ("valid_loss", "valid_loss/a"):  # of the two sound rows of a
+        (expected,), (got,) = records(whole, key), records(cut, key)
+        assert got[-1] == pytest.approx(expected[-1], rel=1e-5), key
     one, two = cursor(whole), cursor(cut)
     assert one == two and one["consumed_samples"] == 4 + 12 + 2 * 4
     samples = [row["sample"] for row in one["quarantined"]]

@@ -5,16 +5,24 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from benchmarks.synthetic_shards import write_shards
 from pretrain import cli, layout
-from pretrain.data import ValidLoader
+from pretrain.data import ValidLoader, open_plan, open_valid
+from pretrain.engines.base import LossSum
 from pretrain.supervision.progress_file import read_progress
+from pretrain.validation import Validation
 from pretrain.watching.metrics import MetricLogger, read_metrics
+from tests.pretrain.run_files import config
 from xlstm_io.checkpoint.evaluation import EVALUATION_NAME, read_evaluation
 from xlstm_io.checkpoint.manifest import find_latest, parse_manifest, step_of_folder
 from xlstm_io.errors import ExitCode
+from xlstm_io.shards.manifest import load_manifest
+from xlstm_io.shards.shard import ShardReader
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
 LOSSES = json.loads((GOLDEN / "losses.json").read_text())
@@ -142,6 +150,69 @@ def test_an_altered_evaluation_is_made_again(folder, batches):
     (find_latest(folder) / EVALUATION_NAME).write_text("{}")
     assert train("--run.steps", "4") == ExitCode.DONE
     assert newest(folder)[1] == before and batches.seen == 2 * seen
+
+
+def damage(shards, block):
+    """Flip a bit in a block of a folder's first validation shard."""
+    manifest = load_manifest(shards)
+    reader = ShardReader(manifest, manifest.shards("valid")[0])
+    raw = bytearray(reader.path.read_bytes())
+    raw[int(reader.index.off[block])] ^= 1
+    reader.path.write_bytes(raw)
+
+
+def told_by_labels(batches):
+    """What an engine measures whose loss of a token is told by the label."""
+    total = tokens = 0.0
+    for batch in batches:
+        total += (batch.labels % 7 * batch.loss_mask).sum().item()
+        tokens += batch.loss_mask.sum().item()
+    return LossSum(total, int(tokens))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_layout_measures_the_same_rows_and_none_that_is_damaged(tmp_path, caplog, ranks):
+    write_shards(
+        tmp_path, {"a": [4]}, seq_len=24, vocab_size=96, block_rows=4, valid_rows=12,
+        document_tokens=9,
+    )  # fmt: skip
+    run = config(
+        data__path=str(tmp_path), data__seq_len=24, data__global_batch=5, data__micro_batch=2,
+        data__fill_batch=True, data__on_corrupt="quarantine", evaluation__max_batches=2,
+    )  # fmt: skip
+    (sound,) = open_valid(run.data).values()
+    rows = sound.read(np.array([0, 1, 2, 3, 8, 9]))  # of ten, but for the second block
+    expected = LossSum((rows.targets() % 7 * rows.masks()[0]).sum(), int(rows.masks()[0].sum()))
+    damage(tmp_path, block=1)
+    measured, met = [], []
+
+    def measure(batches):
+        measured.append(told_by_labels(batches))
+        return measured[-1]
+
+    for rank in reversed(range(ranks)):
+        place = SimpleNamespace(
+            dp_rank=rank, dp_size=ranks, is_main=rank == 0, any=bool,
+            gather=lambda own: met.append(own) or met,
+        )  # fmt: skip
+        Validation(run, place, open_plan(run.data, 0)).measure(
+            SimpleNamespace(evaluate=measure), 1, SimpleNamespace(requested=False),
+            SimpleNamespace(moved=lambda phase, step: None),
+        )  # fmt: skip
+    assert sum(one.total for one in measured) == expected.total
+    assert sum(one.tokens for one in measured) == expected.tokens
+    (warning,) = caplog.messages
+    assert "the validation loss is without 4 of 10 rows, which are damaged: " in warning
+    assert "shard-00000000.tar: block 1 at byte" in warning and "restore the file" in warning
+
+
+def test_a_run_goes_on_where_its_whole_validation_set_is_damaged(folder, caplog):
+    damage(folder.parent / "shards", block=0)
+    assert train("--data.on_corrupt", "quarantine", "--evaluation.interval", "4") == ExitCode.DONE
+    check_complete(folder)
+    assert measured(folder) == {4: None, 6: None}, "no loss, which is not a loss of 0"
+    assert sum("rows, which are damaged" in line for line in caplog.messages) == 2
+    assert train("--data.on_corrupt", "quarantine") == ExitCode.DONE
 
 
 def summary(folder):

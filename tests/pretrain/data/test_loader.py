@@ -336,24 +336,24 @@ def test_bad_arguments_say_what_to_use(plan, change, message):
         steps(plan, 0, **change)
 
 
+@pytest.mark.parametrize("max_rows", [None, 5, 1000])
 @pytest.mark.parametrize("dp_size, micro_batch", [(1, 1), (1, 7), (3, 4), (4, 64)])
-def test_validation_walks_every_row_once(valid, dp_size, micro_batch):
-    whole = valid.read(np.arange(valid.num_rows))
+def test_validation_walks_every_row_once(valid, dp_size, micro_batch, max_rows):
+    num_rows = min(valid.num_rows, max_rows or valid.num_rows)
+    whole = valid.read(np.arange(num_rows))
     tokens, mask = whole.tokens.astype(np.int64), whole.masks()[0]
-    ranks = [
-        list(ValidLoader(valid, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size))
-        for rank in range(dp_size)
-    ]
+    options = dict(micro_batch=micro_batch, dp_size=dp_size, max_rows=max_rows)
+    ranks = [list(ValidLoader(valid, dp_rank=rank, **options)) for rank in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1
-    assert len(ranks[0]) == len(ValidLoader(valid, micro_batch=micro_batch, dp_size=dp_size))
+    assert len(ranks[0]) == len(ValidLoader(valid, **options))
     order = [batch for together in zip(*ranks, strict=True) for batch in together]
     assert all(batch.tokens.shape == (micro_batch, 16) for batch in order)
     rows = torch.cat([batch.tokens for batch in order])
     masks = torch.cat([batch.loss_mask for batch in order])
-    assert torch.equal(rows[: valid.num_rows], torch.tensor(tokens[:, :-1]))
-    assert torch.equal(masks[: valid.num_rows], torch.tensor(mask))
-    assert (rows[valid.num_rows :] == valid.manifest.pad_id).all()
-    assert masks[valid.num_rows :].sum() == 0
+    assert torch.equal(rows[:num_rows], torch.tensor(tokens[:, :-1]))
+    assert torch.equal(masks[:num_rows], torch.tensor(mask))
+    assert (rows[num_rows:] == valid.manifest.pad_id).all()
+    assert masks[num_rows:].sum() == 0
 
 
 def test_validation_can_be_walked_again(valid):
