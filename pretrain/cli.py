@@ -23,8 +23,15 @@ from pretrain.config import (
     override_option,
     split_overrides,
 )
-from pretrain.config.reference import options_help
-from pretrain.options import add_checkpoint, add_demo, add_evaluation, add_generation
+from pretrain.options import (
+    OVERRIDES_HELP,
+    add_checkpoint,
+    add_demo,
+    add_evaluation,
+    add_generation,
+    check_evaluation_keys,
+    overrides_help,
+)
 from pretrain.processes.devices import set_device_defaults
 from pretrain.processes.environment import read_place
 from pretrain.processes.slurm_ranks import adopt_ranks, check_one_node
@@ -46,18 +53,12 @@ from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
 from xlstm_io.storage import absolute
 from xlstm_io.terminal import say, tell, until_nobody_reads
 
-OVERRIDES_HELP = (
-    "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
-    "mappings are written as in the file, in one line: --optimizer.decay '{norm: true}'. "
-    "COMMAND RUN.yaml --help lists all keys."
-)
-
 
 def _config_help(command: str, path: str, overrides: list[str]) -> None:
-    """Print every key of a run file as an option, with the values of this file and command line."""
+    """Print the keys of a run file as options, with the values of this file and command line."""
     config = load_config(path, overrides)
     print(f"usage: python -m pretrain {command} {path} [--section.key VALUE ...]\n")
-    print(f"{OVERRIDES_HELP}\n\n{options_help(config)}")
+    print(overrides_help(command, config))
 
 
 def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -66,7 +67,7 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
         text += " (default: the configuration in the checkpoint)"
     nargs = "?" if optional else None
     parser.add_argument("config", metavar="RUN.yaml", nargs=nargs, help=text)
-    parser.epilog = OVERRIDES_HELP
+    parser.epilog = parser.epilog or OVERRIDES_HELP
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -240,6 +241,7 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
+    check_evaluation_keys(split_overrides(overrides)[1])
     _import_megatron(config)
     from pretrain.commands.evaluate import main
 

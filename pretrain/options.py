@@ -1,6 +1,40 @@
-"""Options of commands about a checkpoint, and those of `generate`."""
+"""Options of commands about a checkpoint, those of `generate`, and keys of a run file."""
 
 import argparse
+from collections.abc import Iterable
+
+from pretrain.config import RunConfig
+from pretrain.config.reference import options_help
+from xlstm_io.errors import ConfigError
+
+OVERRIDES_HELP = (
+    "Every key of the run file can be given as an option, such as --optimizer.lr 3e-4. Lists and "
+    "mappings are written as in the file, in one line: --optimizer.decay '{norm: true}'. "
+    "COMMAND RUN.yaml --help lists all keys."
+)
+EVALUATION_HELP = (
+    "The model is the checkpoint's, in fp32, and every set is measured whole. Keys of the run file "
+    "that say which data these are can be given as options, such as --data.path shards. "
+    "evaluate CKPT RUN.yaml --help lists them."
+)
+EVALUATION_KEYS = (
+    "data.path",
+    "data.sources",
+    "data.valid",
+    "data.seq_len",
+    "data.micro_batch",
+    "data.cache_dir",
+    "data.cache_gb",
+)
+# They decide nothing in `evaluate`, but rules between keys tie them to those that do.
+_TIED_KEYS = ("data.phases", "data.global_batch", "data.batch_ramp", "data.fill_batch")
+
+
+def overrides_help(command: str, config: RunConfig) -> str:
+    """The keys of a run file that a command takes as options, with their values in `config`."""
+    if command == "evaluate":
+        return f"{EVALUATION_HELP}\n\n{options_help(config, EVALUATION_KEYS)}"
+    return f"{OVERRIDES_HELP}\n\n{options_help(config)}"
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +51,26 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_evaluation_keys(given: Iterable[str]) -> None:
+    """Refuse keys of the run file that `evaluate` would not use.
+
+    Args:
+        given: the dotted keys of a command line.
+
+    Raises:
+        ConfigError: there are such keys; the message names them all.
+    """
+    unused = [f"--{key}" for key in given if key not in EVALUATION_KEYS + _TIED_KEYS]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)}: evaluate would not use this; it measures every set whole, with "
+            f"the checkpoint's model in fp32. The keys that count are {', '.join(EVALUATION_KEYS)}"
+        )
+
+
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Options of `evaluate`."""
+    parser.epilog = EVALUATION_HELP
     add_checkpoint(parser)
     parser.add_argument(
         "--by",

@@ -172,6 +172,10 @@ def _check_words(options: argparse.Namespace, overrides: dict[str, Any]) -> None
     if kind in ("prep", "convert") and overrides:
         keys = "; keys of a build belong into its file" if kind == "prep" else ""
         raise UserError(f"--{next(iter(overrides))} is not an option of {kind}{keys}")
+    if kind == "evaluate":
+        from pretrain.options import check_evaluation_keys
+
+        check_evaluation_keys(overrides)
     if options.every_checkpoint is not None:
         if kind != "evaluate":
             raise UserError(f"--every-checkpoint is not an option of {kind}")

@@ -8,7 +8,7 @@ document:
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def markdown() -> str:
         "Every key is also an option of the commands that read a run file: `--optimizer.lr 3e-4`.",
         "Lists and mappings are written as in the file, in one line:",
         "`--optimizer.decay '{norm: true}'`. A key of a section inside a section has all three",
-        "names: `--guard.spikes.policy skip`.",
+        "names: `--guard.spikes.policy skip`. `evaluate` takes the keys that say what is measured.",
         "",
         "`python -m pretrain check RUN.yaml --no-data` says everything that is wrong with a file.",
         "Without `--no-data` it opens the data and the run folder as well, and compares the free",
@@ -157,13 +157,20 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def options_help(config: RunConfig | None = None) -> str:
-    """Every key as a command-line option, with its value in `config`, or else its default."""
+def options_help(config: RunConfig | None = None, only: Collection[str] = ()) -> str:
+    """Keys as command-line options, with their values in `config`, or else their defaults.
+
+    Args:
+        config: the values.
+        only: the dotted keys to list; none for all.
+    """
     width = min(shutil.get_terminal_size().columns, 100)
     values = {} if config is None else config.model_dump(mode="json")
     lines = []
     for name, purpose, keys in sections():
-        if "." in name:
+        if only:
+            keys = [key for key in keys if f"{name}.{key.name}" in only]
+        if "." in name or not keys:
             continue
         lines += ["", f"{name}: {purpose}"]
         for key in keys:

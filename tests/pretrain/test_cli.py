@@ -251,6 +251,18 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
     assert cli.run(["evaluate", "ckpt", run_file, "--data.path", "other"]) == 0
     assert calls[-1][0][0] == "ckpt"
     assert calls[-1][0][1].data.path == "other"
+    known = len(calls)
+    words = ["evaluate", "ckpt", run_file, "--evaluation.max-batches", "5", "--data.path", "other"]
+    assert cli.run([*words, "--engine.precision", "bf16", "--data.on_corrupt", "quarantine"]) == 2
+    said = capsys.readouterr().err
+    assert "--evaluation.max_batches, --engine.precision, --data.on_corrupt: evaluate would" in said
+    assert "The keys that count are data.path, data.sources, data.valid, " in said
+    assert len(calls) == known
+    batch = ["--data.micro_batch", "64", "--data.global_batch", "64"]  # one must divide the other
+    assert cli.run(["evaluate", "ckpt", run_file, *batch]) == 0
+    assert cli.run(["evaluate", "ckpt", run_file, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--data.micro_batch" in said and "--data.workers" not in said and "--run." not in said
     calls = fake("pretrain.commands.report")
     assert cli.run(["report", "runs/x", "runs/y", "--baselines", "b.json"]) == 0
     assert calls[-1] == ((["runs/x", "runs/y"],), {"baselines": "b.json"})

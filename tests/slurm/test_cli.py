@@ -50,6 +50,7 @@ def test_rendering_needs_no_torch():
         (["convert", "a"], "convert takes CKPT and OUT"),
         (["train", "a", "b"], "train takes one FILE"),
         (["evaluate", "a", "--nodes", "2"], "evaluate runs on one node"),
+        (["evaluate", "a", "--engine.precision", "bf16"], "evaluate would not use this"),
         (["evaluate", "nowhere"], "nowhere is not a folder"),
         (["prep", "a.yaml", "--data.path", "x"], "--data.path is not an option of prep"),
         (["prep", "nowhere.yaml", "--site", str(EXAMPLES / "cpu.yaml")], "does not exist"),
