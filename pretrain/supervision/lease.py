@@ -27,7 +27,8 @@ from types import TracebackType
 
 from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.errors import Superseded, UserError
-from xlstm_io.storage import Location, absolute, create_new, read_file, write_atomic
+from xlstm_io.new_file import create_new
+from xlstm_io.storage import Location, absolute, read_file, write_atomic
 
 LEASE_FILE = "lease.json"
 LIVES_FOLDER = "lives"

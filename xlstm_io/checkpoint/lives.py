@@ -30,7 +30,8 @@ from pydantic import ConfigDict, Field
 
 from xlstm_io.errors import CheckpointError, Superseded
 from xlstm_io.json_file import StrictModel, parse_json
-from xlstm_io.storage import Location, absolute, create_new, files, is_folder, read_file
+from xlstm_io.new_file import create_new
+from xlstm_io.storage import Location, absolute, files, is_folder, read_file
 
 #: The folder of a run that holds its checkpoints.
 CHECKPOINTS_FOLDER = "checkpoints"
