@@ -8,7 +8,6 @@ Nothing here has run on a GPU. Tests put a class in the place of torch's graph t
 and runs them again in Triton's interpreter.
 """
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -19,9 +18,6 @@ import torch
 
 from xlstm_kernels.common.device_limits import Device
 from xlstm_kernels.common.triton_launch import Launch
-
-log = logging.getLogger(__name__)
-
 
 _allowed = True
 
@@ -72,7 +68,9 @@ class LaunchGraph:
         device: Where they run.
 
     Raises:
-        RuntimeError: What torch raises where they cannot be captured.
+        RuntimeError: They cannot be captured. Nothing should go on in the process then: torch's
+            allocator holds the capture to be under way for ever, and returns no more memory to the
+            device where it runs short.
     """
 
     def __init__(self, launches: list[Launch], device: torch.device) -> None:
@@ -83,9 +81,17 @@ class LaunchGraph:
         # meanwhile.
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
             launches[0].run()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                for launch in launches:
-                    launch.run()
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    for launch in launches:
+                        launch.run()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the launches of {launches[0].name!r} could not be captured as a CUDA graph "
+                    f"({error}), and torch cannot go on after a broken capture; start again, and "
+                    "if that does not help use memory.slstm_form: persistent or "
+                    "model.kernel_backend: torch, which capture nothing"
+                ) from error
 
     def replay(self) -> None:
         """Run all launches in their order on the current stream."""
@@ -121,24 +127,15 @@ class GraphCache(Generic[Kept]):
     def __init__(self, most: int) -> None:
         self.most = most
         self.lock = threading.RLock()
-        self._kept: OrderedDict[Hashable, Kept | None] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept | None:
-        """What `make` made for `key`, now or earlier; None if it could not, which is logged once.
-
-        A failed capture is not tried again while its key is kept.
-        """
+    def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What `make` made for `key`, now or earlier."""
         if key not in self._kept:
-            try:
-                made = make()
-            except RuntimeError as error:
-                log.warning("no CUDA graph: launching from Python instead, slowly (%s)", error)
-                made = None
-            self._kept[key] = made
+            self._kept[key] = make()
             if len(self._kept) > self.most:
                 _, oldest = self._kept.popitem(last=False)
-                if oldest is not None:
-                    oldest.close()
+                oldest.close()
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -146,5 +143,4 @@ class GraphCache(Generic[Kept]):
         """Free everything."""
         while self._kept:
             _, one = self._kept.popitem()
-            if one is not None:
-                one.close()
+            one.close()

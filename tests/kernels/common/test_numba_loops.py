@@ -63,11 +63,12 @@ def test_small_logits_keep_their_relative_precision():
 
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_logits_that_exp_cannot_take_and_those_that_are_no_numbers(cap):
-    logits = torch.zeros(5, 16)
+    logits = torch.zeros(6, 16)
     logits[0, :2], logits[1] = torch.tensor([1e4, -1e4]), -3e38
     logits[2, :3], logits[3, 7] = torch.tensor([88.0, 89.0, 90.0]), torch.nan
     logits[4, 3] = -torch.inf
-    labels, grad = torch.tensor([1, 0, 2, 0, 0]), torch.ones(5)
+    logits.view(torch.int32)[5, 7] = 0x7FFFFFFF  # the NaN that a GPU writes
+    labels, grad = torch.tensor([1, 0, 2, 0, 0, 0]), torch.ones(6)
     exact = loss_parts(logits.double(), labels, grad.double(), cap, "torch")
     for one, expected in zip(loss_parts(logits, labels, grad, cap, "numba"), exact, strict=True):
         torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -41,5 +41,18 @@ def repair_bf16():
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
+def repair_extremes():
+    """Make `tl.minimum` and `tl.maximum` what they are on a GPU: they drop NaN unless asked.
+
+    Reductions such as `tl.max` drop it in the interpreter as well.
+    """
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+
+
 if INTERPRETED:
     repair_bf16()
+    repair_extremes()

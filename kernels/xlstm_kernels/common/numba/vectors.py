@@ -224,9 +224,10 @@ def split_exponent(x):
 
 @inlined
 def exp(x):
-    """The exponential of x < 88, -inf included; 0 below -86."""
+    """The exponential of x < 88, -inf included; 0 below -86. NaN stays."""
     less_one, shifted = split_exponent(where_less(x, -86.0, -86.0, x))
-    return where_less(x, -86.0, 0.0, times_power_of_two(less_one + 1.0, shifted))
+    power = times_power_of_two(1.0, shifted)  # of a NaN's bits it could make a number
+    return where_less(x, -86.0, 0.0, power * (less_one + 1.0))
 
 
 @inlined

@@ -12,6 +12,8 @@ decays nothing, and nothing reads or writes it. `gates` is float32 [GATE_PLANES,
 import triton
 import triton.language as tl
 
+from xlstm_kernels.common.triton_extremes import larger, smaller
+
 # Planes of `gates`, named as in Tiled Flash Linear Attention (arXiv 2503.14376). An entry of D is
 # exp(TARGET of the row + SOURCE of the column); these exponents are in units of log 2.
 TARGET, TARGET_REST = tl.constexpr(0), tl.constexpr(1)  # sums - m + log(qk_dim^-0.5)
@@ -56,13 +58,7 @@ def cap_slope(x, cap):
 @triton.jit
 def join_spans(total_a, best_a, total_b, best_b):
     """Max-plus composition: m -> max(total + m, best) of span a, then of span b."""
-    return total_a + total_b, tl.maximum(best_a + total_b, best_b)
-
-
-@triton.jit
-def larger(a, b):
-    """Combine function of a running maximum."""
-    return tl.maximum(a, b)
+    return total_a + total_b, larger(best_a + total_b, best_b)
 
 
 @triton.jit
@@ -75,7 +71,9 @@ def load_gates(
     if CAPPED:
         b_f, b_log_i = capped(b_f, cap), capped(b_log_i, cap)
     b_log_f = log_sigmoid(tl.where(b_f < CLOSED, CLOSED, b_f))
-    if not EXP_GATE:
+    if EXP_GATE:  # an infinite gate has no weight: inf - inf
+        b_log_i = tl.where(b_log_i == float("inf"), float("nan"), b_log_i)
+    else:
         b_log_i = log_sigmoid(b_log_i)
     b_log_f = tl.where(m_t, b_log_f, 0.0)
     b_log_i = tl.where(m_t, b_log_i, -float("inf"))
@@ -138,10 +136,10 @@ def gates_kernel(
             b_best = tl.where(o_t < begin, b_log_i + b_after, -float("inf"))
             if BOUNDED:
                 last = tl.max(tl.where(m_start, o_t, -1), 0)
-                b_best = tl.where(o_t == last, tl.maximum(b_log_f, b_log_i) + b_after, b_best)
+                b_best = tl.where(o_t == last, larger(b_log_f, b_log_i) + b_after, b_best)
                 b_best = tl.where(o_t < last, -float("inf"), b_best)
                 total = tl.where(last >= 0, -float("inf"), total)
-            m = tl.maximum(total + m, tl.max(b_best, 0))
+            m = larger(total + m, tl.reduce(b_best, 0, larger))
 
     # [L]
     o_l = tl.arange(0, L)
@@ -154,9 +152,9 @@ def gates_kernel(
         m_before = m.to(tl.float32).to(tl.float64)
         if EXP_GATE:
             b_total = tl.where(m_start, -float("inf"), b_log_f)
-            b_best = tl.where(m_start, tl.maximum(b_log_f, b_log_i), b_log_i)
+            b_best = tl.where(m_start, larger(b_log_f, b_log_i), b_log_i)
             b_total, b_best = tl.associative_scan((b_total, b_best), 0, join_spans)
-            b_exact = tl.maximum(b_total + m, b_best)
+            b_exact = larger(b_total + m, b_best)
             m = tl.sum(tl.where(o_l == L - 1, b_exact, 0.0), 0)
             # Rounded before it is used, so that the returned m and C belong together.
             b_m = b_exact.to(tl.float32).to(tl.float64)
@@ -166,9 +164,9 @@ def gates_kernel(
         b_log_f = tl.where(m_start, 0.0, b_log_f)  # no weight crosses a boundary
         b_sums = tl.cumsum(b_log_f, 0)
         whole = tl.sum(b_log_f, 0)
-        b_bar = tl.exp(tl.minimum(b_sums - b_m + m_before, ROUNDING)) * scale
-        a_bar = tl.exp(tl.minimum(b_log_i - b_sums + whole - m_after, ROUNDING))
-        g = tl.exp(tl.minimum(whole + m_before - m_after, ROUNDING))
+        b_bar = tl.exp(smaller(b_sums - b_m + m_before, ROUNDING)) * scale
+        a_bar = tl.exp(smaller(b_log_i - b_sums + whole - m_after, ROUNDING))
+        g = tl.exp(smaller(whole + m_before - m_after, ROUNDING))
         if BOUNDED:
             b_latest = tl.associative_scan(tl.where(m_start, o_l, -1), 0, larger)
             last = tl.max(b_latest, 0)
@@ -177,8 +175,8 @@ def gates_kernel(
             g = tl.where(last >= 0, 0.0, g)
             tl.store(first + i_row * chunks * L + o_t, b_latest)
         b_target = (b_sums - b_m + log_scale) * LOG2E
-        b_target = tl.minimum(tl.maximum(b_target, -LARGE), LARGE)
-        b_source = tl.minimum(tl.maximum((b_log_i - b_sums) * LOG2E, -LARGE), LARGE)
+        b_target = smaller(larger(b_target, -LARGE), LARGE)
+        b_source = smaller(larger((b_log_i - b_sums) * LOG2E, -LARGE), LARGE)
         store_exponent(gates, TARGET, plane, o_t, b_target)
         store_exponent(gates, SOURCE, plane, o_t, b_source)
         tl.store(gates + B_BAR * plane + o_t, b_bar.to(tl.float32))
@@ -238,7 +236,7 @@ def gate_gradients_kernel(
     if CAPPED:
         b_df *= cap_slope(b_f, cap)
         b_f = capped(b_f, cap)
-    b_df *= 1.0 / (1.0 + tl.exp(tl.minimum(b_f, 700.0)))
+    b_df *= 1.0 / (1.0 + tl.exp(smaller(b_f, 700.0)))
     if CAPPED or not EXP_GATE:
         p_i = igate + i_batch * stride_ib + i_head * stride_ih + o_long * stride_is
         b_i = tl.load(p_i, mask=m_t, other=0.0).to(tl.float64)
@@ -246,7 +244,7 @@ def gate_gradients_kernel(
             b_di *= cap_slope(b_i, cap)
             b_i = capped(b_i, cap)
         if not EXP_GATE:
-            b_di *= 1.0 / (1.0 + tl.exp(tl.minimum(b_i, 700.0)))
+            b_di *= 1.0 / (1.0 + tl.exp(smaller(b_i, 700.0)))
     o_out = i_row * s + o_t
     tl.store(d_fgate + o_out, b_df.to(tl.float32).to(d_fgate.dtype.element_ty), mask=m_t)
     tl.store(d_igate + o_out, b_di.to(tl.float32).to(d_igate.dtype.element_ty), mask=m_t)

@@ -8,6 +8,7 @@ dv_j = a_j k_j dC + sum_{t >= j} D_tj (k_j.q_t) d_h_t / normalizer_t.
 import triton
 import triton.language as tl
 
+from xlstm_kernels.common.triton_extremes import larger, smaller
 from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR, SOURCE, STABILIZER, TARGET
 
 CEILING = tl.constexpr(1.4426950408889634)  # the bound of exponents, 1, in units of log 2
@@ -40,7 +41,7 @@ def load_exponent(gates, i_plane, plane, o_t):
 def pair_weights(row, row_rest, column, column_rest):
     """exp of the sums of all pairs of exponents (value + remainder, in units of log 2)."""
     exponent = (row[:, None] + column[None, :]) + (row_rest[:, None] + column_rest[None, :])
-    return tl.exp2(tl.minimum(exponent, CEILING))
+    return tl.exp2(smaller(exponent, CEILING))
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def outputs_kernel(
         # [BT]
         b_m = tl.load(gates + STABILIZER * plane + o_t)
         # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
-        b_inverse = 1.0 / (tl.maximum(tl.abs(b_nq), tl.exp(tl.maximum(-b_m, -80.0))) + eps)
+        b_inverse = 1.0 / (larger(tl.abs(b_nq), tl.exp(larger(-b_m, -80.0))) + eps)
         b_out *= b_inverse[:, None]
         if i_x == 0:
             tl.store(inverse + o_chunk + o_t, b_inverse)
@@ -206,7 +207,7 @@ def normalizer_gradients_kernel(
     # [BT]
     o_row = i_row * padded + start + o_t
     b_nq = tl.load(nq + o_row)
-    b_least = tl.exp(tl.maximum(-tl.load(gates + STABILIZER * plane + o_row), -80.0))
+    b_least = tl.exp(larger(-tl.load(gates + STABILIZER * plane + o_row), -80.0))
     b_dnq = tl.sum(b_product, 1) * tl.load(inverse + o_row)
     b_dnq = tl.where(b_nq > 0, -b_dnq, b_dnq)
-    tl.store(d_nq + o_row, tl.where(tl.abs(b_nq) > b_least, b_dnq, 0.0))
+    tl.store(d_nq + o_row, tl.where(tl.abs(b_nq) <= b_least, 0.0, b_dnq))

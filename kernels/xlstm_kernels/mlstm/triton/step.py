@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_kernels.common.triton_extremes import larger, smaller
 from xlstm_kernels.common.triton_launch import Launch, run_all
 from xlstm_kernels.mlstm.arguments import Inputs, State
 from xlstm_kernels.mlstm.triton.chunkwise import unsupported_reason
@@ -31,13 +32,13 @@ def step_gates(igate, fgate, m, i_row, cap, EXP_GATE: tl.constexpr, CAPPED: tl.c
     log_f = log_sigmoid(tl.where(f < CLOSED, CLOSED, f))
     if EXP_GATE:
         old = tl.load(m + i_row).to(tl.float64)
-        new = tl.maximum(log_f + old, i).to(tl.float32).to(tl.float64)
-        f_gate = tl.exp(tl.minimum(log_f + old - new, 1.0))
-        i_gate = tl.exp(tl.minimum(i - new, 1.0))
+        new = larger(log_f + old, i).to(tl.float32).to(tl.float64)
+        f_gate = tl.exp(smaller(log_f + old - new, 1.0))
+        i_gate = tl.exp(smaller(i - new, 1.0))
     else:
         new = log_f * 0.0
         f_gate = tl.exp(log_f)
-        i_gate = 1.0 / (1.0 + tl.exp(tl.minimum(-i, 700.0)))
+        i_gate = 1.0 / (1.0 + tl.exp(smaller(-i, 700.0)))
     return f_gate.to(tl.float32), i_gate.to(tl.float32), new.to(tl.float32)
 
 
@@ -76,8 +77,8 @@ def step_kernel(
     b_h = tl.sum(b_sums, 0)
     if NORMALIZE:
         # e^-80 instead of 0: no 0 / 0 where eps = 0 and q is orthogonal to n.
-        least = tl.exp(tl.maximum(-m_new, -80.0))
-        b_h = b_h / (tl.maximum(tl.abs(tl.sum(b_nq, 0)), least) + eps)
+        least = tl.exp(larger(-m_new, -80.0))
+        b_h = b_h / (larger(tl.abs(tl.sum(b_nq, 0)), least) + eps)
     tl.store(h + i_row * V + o_v, b_h.to(h.dtype.element_ty), mask=o_v < V)
 
 

@@ -172,11 +172,10 @@ def forward(
                     else:
                         carried = f + m
                         closing = where_less(f, f, f, 1.0)
-                    # One of the two gates is 1: m is the larger exponent.
-                    smaller = exp(0.0 - magnitude(carried - i))
-                    write = where_less(i, carried, smaller, 1.0)
-                    decay = where_less(carried, i, smaller, 1.0)
-                    store(ms, (index + row) * width + j, where_less(carried, i, i, carried))
+                    # Both exponentials: with one of the difference a broken gate would not show.
+                    m = where_less(carried, i, i, carried)
+                    write, decay = exp(i - m), exp(carried - m)
+                    store(ms, (index + row) * width + j, m)
                     z, o = tanh(z), sigmoid(o)
                     c = decay * load(cs, now + j) + write * z
                     n = decay * load(ns, now + j) + write

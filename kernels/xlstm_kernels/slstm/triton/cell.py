@@ -6,6 +6,8 @@ Values are float32. Gates are in the order i, f, z, o.
 import triton
 import triton.language as tl
 
+from xlstm_kernels.common.triton_extremes import larger
+
 
 @triton.jit
 def gate_factors(i, f, m, SIGMOID: tl.constexpr):
@@ -19,10 +21,10 @@ def gate_factors(i, f, m, SIGMOID: tl.constexpr):
     else:
         carried = f + m
         closing = tl.full(f.shape, 1.0, tl.float32)
-    smaller = tl.exp(-tl.abs(carried - i))  # one of the two gates is 1: m is the larger exponent
-    write = tl.where(i < carried, smaller, 1.0)
-    decay = tl.where(carried < i, smaller, 1.0)
-    return write, decay, decay * closing, tl.maximum(carried, i)
+    m = larger(carried, i)
+    # Both exponentials: with one of the difference a broken gate would not show.
+    write, decay = tl.exp(i - m), tl.exp(carried - m)
+    return write, decay, decay * closing, m
 
 
 @triton.jit

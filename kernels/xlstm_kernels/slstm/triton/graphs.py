@@ -143,12 +143,15 @@ def key_of(launch: Launch, roles: Pass) -> Hashable:
 def run_segments(launch: Launch, roles: Pass) -> int:
     """Do as many steps of a pass as graphs can, in the pass's order; the number of these steps.
 
-    It is 0 where no graph can be captured: on other devices, inside a capture, where a capture
-    failed, and for sequences shorter than a segment.
+    It is 0 where no graph can be captured: on other devices, inside a capture, and for sequences
+    shorter than a segment.
 
     Args:
         launch: The pass's first step, as planned.
         roles: What its arguments are.
+
+    Raises:
+        RuntimeError: A capture failed; see `LaunchGraph`.
     """
     tensors = launch.arguments
     like, steps = tensors[roles.written[0]], tensors["steps"]
@@ -157,8 +160,5 @@ def run_segments(launch: Launch, roles: Pass) -> int:
         return 0
     key = key_of(launch, roles), SEGMENT, like.device, launch_graph.current_stream(like.device)
     with GRAPHS.lock, torch.no_grad():
-        segment = GRAPHS.get(key, lambda: Segment(launch, roles, SEGMENT))
-        if segment is None:
-            return 0
-        segment.walk(tensors, segments)
+        GRAPHS.get(key, lambda: Segment(launch, roles, SEGMENT)).walk(tensors, segments)
     return segments * SEGMENT
