@@ -120,8 +120,7 @@ class Signal(_Section):
     name: Literal["USR1", "USR2", "TERM"] = "USR1"
     """Its name."""
     seconds: Literal["auto"] | Count = "auto"
-    """How long before; auto: 120, or more where the run has saved before. A run whose saves take
-    longer than that allows stops earlier by itself then."""
+    """How long before; auto: at least 120, and a run with slow saves stops earlier by itself."""
 
 
 class Restarts(_Section):
