@@ -56,6 +56,11 @@ def checked_model(
         raise error(f"{source}: model.{key_of(first['loc'])}={value} {rule_of(first)}") from None
     except (UserError, OverflowError) as problem:
         raise error(f"{source}: {problem}") from None
+    if (model.vocab_tokens or 1) > model.vocab_size:
+        raise error(
+            f"{source}: model.vocab_tokens={model.vocab_tokens} is more than the rows of "
+            f"model.vocab_size={model.vocab_size}"
+        )
     sizes = (model.vocab_size, model.hidden_size, widths.qk, widths.v, widths.ffn, widths.up)
     largest = max(*sizes, widths.slstm_ffn, heads, model.num_heads, model.conv_width)
     if largest >= LARGEST:

@@ -14,6 +14,7 @@ class XLSTMBlocksConfig(PreTrainedConfig):
     Attributes:
         pattern: One letter per layer.
         vocab_size: Rows of the embedding.
+        vocab_tokens: Rows with a token; those behind them get no logit. None for all.
         hidden_size: Width of the residual stream.
         num_heads: Heads of every mLSTM and sLSTM.
         norm: Norm before each block, "rmsnorm" or "layernorm".
@@ -52,6 +53,7 @@ class XLSTMBlocksConfig(PreTrainedConfig):
 
     pattern: str = "M"
     vocab_size: int = 50304
+    vocab_tokens: int | None = None
     hidden_size: int = 1024
     num_heads: int = 4
     norm: str = "rmsnorm"

@@ -886,6 +886,8 @@ class XLSTMBlocksForCausalLM(XLSTMBlocksPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Logits in fp32 and, with labels, the mean loss of the next tokens.
 
+        Rows of the vocabulary without a token have the logit minus infinity.
+
         Args:
             input_ids: See `XLSTMBlocksModel.forward`.
             attention_mask: See there.
@@ -910,6 +912,9 @@ class XLSTMBlocksForCausalLM(XLSTMBlocksPreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state
         logits = at_least_fp32(self.lm_head(hidden[:, -logits_to_keep:]))
         logits = soft_cap(logits, self.config.logit_soft_cap)
+        if self.config.vocab_tokens is not None:
+            row = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(row >= self.config.vocab_tokens, -torch.inf)
         loss = None
         if labels is not None:
             loss = self.loss_function(

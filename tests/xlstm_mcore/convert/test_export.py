@@ -56,6 +56,19 @@ def test_rows_of_padding_are_kept_when_asked(exported, tmp_path):
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == REAL
 
 
+def test_rows_that_training_left_out_are_kept_by_our_own_class_alone(
+    exported, spm, tmp_path, capsys
+):
+    checkpoint = save(tmp_path, exported[0], spm, vocab_tokens=REAL)
+    assert to_hf.export(checkpoint, tmp_path / "a", dry_run=True).family == "xlstm"
+    kept = to_hf.export(checkpoint, tmp_path / "a", dry_run=True, keep_padding=True)
+    assert kept.family == "xlstm_blocks" and kept.padding == 0
+    words = ["to-hf", checkpoint, tmp_path / "a", "--keep-padding", "--family", "xlstm"]
+    assert f"training gave one to the first {REAL} alone (leave --keep-padding out), so this" in (
+        refused(capsys, *words)
+    )
+
+
 def test_several_files_of_weights_have_an_index(exported, tmp_path):
     _, checkpoint, folder = exported
     to_hf.export(checkpoint, tmp_path / "hf", shard_bytes=400_000)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.checkpoint import TensorSlice, save_checkpoint
 from tests.xlstm_mcore.convert.hf_models import ARCHITECTURES, our_model
 from tests.xlstm_mcore.test_model import global_tensors
+from xlstm_io.checkpoint.manifest import read_manifest, resolve
 from xlstm_mcore.convert import cli
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.families import choose
@@ -25,16 +26,16 @@ VOCAB = 470  # more than the tokenizer's: the rest is padding
 pytestmark = pytest.mark.usefixtures("few_texts")
 
 
-def exported(root, spm, name):
+def exported(root, spm, name, *words, **changes):
     """(our model, the folder that `to-hf` wrote after it compared the two)."""
-    ours = our_model(name, vocab_size=VOCAB)
+    ours = our_model(name, vocab_size=VOCAB, **changes)
     tensors = global_tensors(ours)
     slices = [TensorSlice(n, tuple(t.shape), (0,) * t.ndim, t.float()) for n, t in tensors.items()]
     digest = hashlib.sha256(spm.read_bytes()).hexdigest()
     state = {"tokens": 1, "tokenizer": {"path": str(spm), "sha256": digest}}
     config = {"model": ours.config.model.model_dump(), "data": {"seq_len": 96}}
     checkpoint = save_checkpoint(root, slices, state, config, step=1)
-    assert cli.main(["to-hf", str(checkpoint), str(root / "hf")]) == 0
+    assert cli.main(["to-hf", str(checkpoint), str(root / "hf"), *words]) == 0
     return ours, root / "hf"
 
 
@@ -116,6 +117,33 @@ def test_the_folder_loads_trains_and_saves_without_this_project(tmp_path, spm):
         "configuration_xlstm_blocks.py",
         "modeling_xlstm_blocks.py",
     }
+
+
+@pytest.mark.parametrize("name", ["hybrid", "llama"])
+def test_rows_without_a_token_that_are_kept_get_no_logit(tmp_path, spm, name):
+    """Loss and samples are those of the run, which `llama` could not say."""
+    ours, folder = exported(tmp_path, spm, name, "--keep-padding", vocab_tokens=450)
+    report = json.loads((folder / "parity.json").read_text())
+    assert all(check["passed"] for check in report["checks"]), report
+    config = json.loads((folder / "config.json").read_text())
+    keys = [config[key] for key in ("model_type", "vocab_size", "vocab_tokens")]
+    assert keys == ["xlstm_blocks", VOCAB, 450]
+    assert "last 20 rows of the vocabulary have no token" in (folder / "README.md").read_text()
+    tokens = torch.randint(450, (2, 33), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    result = model(tokens, labels=tokens)
+    with torch.no_grad():
+        loss = ours(tokens[:, :-1], None, tokens[:, 1:]).mean()
+    assert (result.loss - loss).abs() < 1e-5 * loss
+    assert result.logits[..., :450].isfinite().all() and result.logits[..., 450:].isneginf().all()
+    result.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[450:] = 50 * model.get_output_embeddings().weight[:20]
+    sampled = model.generate(tokens, do_sample=True, top_k=0, temperature=3.0, max_new_tokens=20)
+    assert sampled.max() < 450
+    assert cli.main(["from-hf", str(folder), str(tmp_path / "back")]) == 0
+    assert read_manifest(resolve(tmp_path / "back")).config["model"]["vocab_tokens"] == 450
 
 
 def test_mamba2_has_no_export_and_the_message_says_why():

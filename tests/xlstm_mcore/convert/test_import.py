@@ -205,6 +205,16 @@ def test_a_cap_of_null_is_no_cap(tmp_path):
     assert (model["gate_soft_cap"], model["logit_soft_cap"]) == (None, None)
 
 
+def test_more_tokens_than_rows_are_refused(tmp_path, capsys):
+    command, _, _ = write_case(tmp_path / "theirs", "custom")
+    file = tmp_path / "theirs/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_tokens": 91}))
+    assert cli.main([command, str(tmp_path / "theirs"), str(tmp_path / "run")]) == 2
+    assert "model.vocab_tokens=91 is more than the rows of model.vocab_size=90" in (
+        capsys.readouterr().err
+    )
+
+
 def test_logits_of_transformers_xlstm(tmp_path, capsys):
     config = xLSTMConfig(
         vocab_size=90, hidden_size=96, num_hidden_layers=2, num_heads=2, qk_dim_factor=2 / 3,

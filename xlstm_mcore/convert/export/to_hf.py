@@ -91,9 +91,9 @@ def export(
     check_replaceable(out)
     with CheckpointReader(resolve(checkpoint)) as reader:
         model = model_of(reader.manifest, reader.path)
-        chosen = choose(model, family)
         found = _find_tokenizer(reader.path, tokenizer, model.vocab_size)
         vocab = model.vocab_size if keep_padding else found.vocab_size
+        chosen = choose(with_rows(model, vocab), family)
         plan = plan_files(check_tensors(reader, chosen, model), vocab, dtype, shard_bytes)
         parameters = sum(math.prod(plan.shape(row)) for row in plan.rows)
         padding = sum(math.prod(row.shape) for row in plan.rows) - parameters
@@ -106,6 +106,17 @@ def export(
             written = {*plan.files, INDEX} if len(plan.files) > 1 else set(plan.files)
             put_files(Path(small), folder, keep=written)
     return Export(out, chosen.NAME, plan, parameters, padding, tuple(notes))
+
+
+def with_rows(model: ModelConfig, vocab: int) -> ModelConfig:
+    """The model with the first `vocab` rows of its vocabulary.
+
+    Its `vocab_tokens` is None where none of these rows is padding.
+    """
+    tokens = model.vocab_tokens
+    if tokens is not None and tokens >= vocab:
+        tokens = None
+    return model.model_copy(update={"vocab_size": vocab, "vocab_tokens": tokens})
 
 
 def check_tensors(reader: CheckpointReader, family: ModuleType, model: ModelConfig) -> list[Row]:
@@ -155,11 +166,11 @@ def _write_small_files(
     done: Export,
 ) -> list[str]:
     """All files but the weights; what a user should know about this export."""
-    names = ("bos", "eos", "pad")
+    names, exported = ("bos", "eos", "pad"), with_rows(model, done.plan.vocab)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in names}
     stored = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[done.plan.dtype]
     config = {
-        **family.config(model),
+        **family.config(exported),
         "vocab_size": done.plan.vocab,
         # transformers' own xLSTM kernels are exact in fp32 alone, so they load as fp32.
         "dtype": "float32" if family.NAME == "xlstm" else stored,
@@ -199,6 +210,12 @@ def _write_small_files(
         notes.append(
             f"The last {model.vocab_size - done.plan.vocab} rows of the model's vocabulary have no "
             "token, and the folder does not have them."
+        )
+    if exported.vocab_tokens is not None:
+        spare = exported.vocab_size - exported.vocab_tokens
+        notes.append(
+            f"The last {spare} rows of the vocabulary have no token and get no logit; "
+            "`vocab_tokens` in config.json says so."
         )
     card = model_card(provenance, family, written, [*notes, *family.NOTES])
     (folder / "README.md").write_text(card, encoding="utf-8")

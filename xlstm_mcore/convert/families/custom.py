@@ -54,6 +54,7 @@ SAME_KEYS = (
 
 #: The same, but older folders do not have them.
 LATER_KEYS: dict[str, Any] = {
+    "vocab_tokens": None,
     "slstm_conv_width": None,
     "slstm_input_gate": "exp",
     "attention_window": None,

@@ -54,6 +54,12 @@ def unsupported_reason(model: ModelConfig) -> str | None:
         return "llama has no window of attention (model.attention_window=null)"
     if model.dropout:
         return "llama has no dropout of block outputs"
+    if model.vocab_tokens is not None:
+        return (
+            f"llama gives a logit to all {model.vocab_size} rows of the vocabulary, "
+            f"and training gave one to the first {model.vocab_tokens} alone (leave --keep-padding "
+            "out)"
+        )
     return None
 
 

@@ -104,6 +104,12 @@ def unsupported_reason(model: ModelConfig) -> str | None:
             return f"transformers' xlstm always has a model.{key}"
     if model.tie_embeddings:
         return "transformers' xlstm does not tie the embedding to the output layer"
+    if model.vocab_tokens is not None:
+        return (
+            f"transformers' xlstm gives a logit to all {model.vocab_size} rows of the vocabulary, "
+            f"and training gave one to the first {model.vocab_tokens} alone (leave --keep-padding "
+            "out)"
+        )
     widths = dimensions(model)
     if widths.qk % 64 or widths.v % 64:
         return (

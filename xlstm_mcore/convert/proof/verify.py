@@ -6,6 +6,7 @@ where it is small, and otherwise named as not done.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from xlstm_io.untrusted import LIMITS
 from xlstm_mcore.checked_model import model_of
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.folder import MARKER
-from xlstm_mcore.convert.export.to_hf import check_tensors
+from xlstm_mcore.convert.export.to_hf import check_tensors, with_rows
 from xlstm_mcore.convert.export.weights import DTYPES, Plan, plan_files, read_row
 from xlstm_mcore.convert.families import FAMILIES
 from xlstm_mcore.convert.proof.streamed import loading, our_logits, their_model
@@ -94,14 +95,15 @@ def verify(checkpoint: Location | str, folder: Path | str) -> list[Check]:
         family = FAMILIES[about.family]
         rows = check_tensors(reader, family, model)
         plan = plan_files(rows, about.vocab_size, about.dtype, 1 << 62)
-        checks = [_config(folder, family, model, plan.vocab), _tensors(reader, plan, theirs)]
+        exported = with_rows(model, plan.vocab)
+        checks = [_config(folder, family, exported), _tensors(reader, plan, theirs)]
         # Nothing is built that is larger than the checkpoint's model.
         sound = checks[0].passed and not _missing(plan, theirs)
         if sound:
             ours, nudged = (
                 our_logits(reader, model, DTYPES[plan.dtype], nudged=n) for n in (False, True)
             )
-            checks += _logits(ours, nudged, their_model(folder, theirs), plan.vocab)
+            checks += _logits(ours, nudged, their_model(folder, theirs), exported)
         trained = (reader.manifest.state.get("tokenizer") or {}).get("sha256")
     exact = open_tokenizer(folder)
     checks += [
@@ -136,14 +138,14 @@ def load_exported(folder: Path | str) -> PreTrainedModel:
 
 def whole_model_checks(model: PreTrainedModel, family: str) -> list[Check]:
     """What needs the whole exported model in memory."""
-    vocab = model.config.vocab_size
+    vocab = getattr(model.config, "vocab_tokens", None) or model.config.vocab_size
     tokens = torch.randint(vocab, (2, 9), generator=torch.Generator().manual_seed(1))
     ones = torch.ones_like(tokens)
     options = {"attention_mask": ones, "do_sample": False, "max_new_tokens": 12}
     with torch.no_grad():
         # Compared by logits: of two equal ones, either may be taken.
         written = model.generate(tokens, use_cache=True, eos_token_id=None, **options)
-        logits = model(written, use_cache=False).logits[:, tokens.shape[1] - 1 : -1]
+        logits = model(written, use_cache=False).logits[:, tokens.shape[1] - 1 : -1, :vocab]
         chosen = logits.gather(-1, written[:, tokens.shape[1] :, None]).squeeze(-1)
         worst = (logits.amax(-1) - chosen).max().item()
         limit = _limit(logits)
@@ -161,8 +163,8 @@ def whole_model_checks(model: PreTrainedModel, family: str) -> list[Check]:
         mask = ones.clone()
         mask[0, :4] = 0
         together = model(torch.cat((padded, tokens[1:])), attention_mask=mask, use_cache=False)
-        alone = model(tokens[:1, :5], use_cache=False).logits
-        worst = (together.logits[:1, 4:] - alone).abs().max().item()
+        alone = model(tokens[:1, :5], use_cache=False).logits[..., :vocab]
+        worst = (together.logits[:1, 4:, :vocab] - alone).abs().max().item()
         detail = f"a row padded on the left differs by {worst:.1e} from the row alone"
         return [*checks, Check("padding", worst <= _limit(alone), detail)]
 
@@ -210,10 +212,10 @@ def _missing(plan: Plan, theirs: TensorFiles) -> bool:
     return wanted != {name: info.shape for name, info in theirs.infos.items()}
 
 
-def _config(folder: Path, family: ModuleType, model: ModelConfig, vocab: int) -> Check:
+def _config(folder: Path, family: ModuleType, model: ModelConfig) -> Check:
     """The keys of config.json that say what the model is; others may have been added."""
     said = read_json_file(folder / "config.json")
-    wanted = json.loads(json.dumps(family.config(model) | {"vocab_size": vocab}))
+    wanted = json.loads(json.dumps(family.config(model) | {"vocab_size": model.vocab_size}))
     other = sorted(key for key, value in wanted.items() if said.get(key) != value)
     if other:
         return Check("config", False, f"not the model's: {', '.join(other[:5])}")
@@ -241,20 +243,27 @@ def _identity(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], str]:
     return tensor.dtype, tuple(tensor.shape), digest
 
 
-def _logits(ours: Logits, nudged: Logits, theirs: PreTrainedModel, vocab: int) -> list[Check]:
+def _logits(
+    ours: Logits, nudged: Logits, theirs: PreTrainedModel, exported: ModelConfig
+) -> list[Check]:
     """Logits of random tokens, for every shape of `BATCHES`.
+
+    Rows of the exported vocabulary without a token must get none.
 
     There are models whose logits fp32 does not define as exactly as the limit: rounding the output
     of the embedding another way changes them more. Then that change, four times, is the limit.
     """
     generator = torch.Generator().manual_seed(0)
+    vocab = exported.vocab_tokens or exported.vocab_size
     checks = []
     for batch, length in BATCHES:
         tokens = torch.randint(vocab, (batch, length), generator=generator)
         wanted = ours(tokens).detach().cpu()[..., :vocab]
         with torch.no_grad():
             found = theirs(tokens, use_cache=False).logits
-        worst = (wanted.double() - found.double()).abs().max().item()
+        worst = (wanted.double() - found[..., :vocab].double()).abs().max().item()
+        if not found[..., vocab:].isneginf().all():
+            worst = math.inf
         limit, scale = _limit(wanted), wanted.abs().max().item()
         if worst > limit:
             change = (nudged(tokens).cpu()[..., :vocab] - wanted).abs().max().item()
