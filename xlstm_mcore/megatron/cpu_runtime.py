@@ -120,13 +120,10 @@ def process_group_options() -> dict[str, Any]:
     """Options of `init_process_group` for this process's device; chooses the device first."""
     if _made_up is not None:
         return dict(_made_up)
-    if needed():
-        return {"backend": "gloo"}
     choose_device()
-    # Without `device_id`: with it every group makes its communicator at once, all ranks together,
-    # and megatron-core has over a thousand groups at 128 ranks. It would also put all messages of a
-    # group in one line, where those of a pipeline are to overlap.
-    return {"backend": "nccl"}
+    # No `device_id`: with it every group makes its communicator at once, all ranks together (over a
+    # thousand at 128 ranks), and its messages stand in one line, where a pipeline's are to overlap.
+    return {"backend": "gloo" if needed() else "nccl"}
 
 
 def device_index(local_rank: int, visible: int) -> int:
