@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.layer import layer_spec, of_sequence
 from xlstm_mcore.modules.linear import ColumnLinear
-from xlstm_mcore.modules.loss import linear_cross_entropy, vocab_parallel_cross_entropy
+from xlstm_mcore.modules.loss import (
+    linear_cross_entropy,
+    slice_bytes_of,
+    vocab_parallel_cross_entropy,
+)
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.modules.soft_cap import soft_cap
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
@@ -92,8 +96,9 @@ class Head(ColumnLinear):
             return super().forward(x, weight=weight)
         config, group = self.config, self.tp_group
         weight = self.weight if weight is None else weight
-        limit = config.logits_mib * 2**20
-        if labels.numel() * len(weight) * x.element_size() <= limit:
+        size = labels.numel(), len(weight), x.element_size()
+        slice_bytes = slice_bytes_of(*size, config.logits_mib)
+        if slice_bytes is None:
             logits = super().forward(x, weight=weight)[0]
             return vocab_parallel_cross_entropy(
                 logits,
@@ -104,7 +109,6 @@ class Head(ColumnLinear):
                 config.kernel_backend,
             )
         hidden = TensorParallelRegion(config, group).gather(x)
-        slice_bytes = max(limit // 2, 2**24)
         return linear_cross_entropy(
             hidden,
             weight,

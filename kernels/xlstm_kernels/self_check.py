@@ -1,14 +1,19 @@
 """Do the kernels compute what they should on this device? A comparison with fp64 references.
 
 A kernel that was never tried on a kind of GPU, a driver that miscompiles it, or a device that is
-broken can all give numbers that look like numbers. Each check runs one kernel forward and backward
-on a short sequence, on the device and with the backend that a run would use, and compares the
-result and every gradient with the equations in fp64 on the CPU (for cells the step recurrence). The
-inputs are values that the dtype can hold, so what differs is the kernel's own rounding.
+broken can all give numbers that look like numbers. Each check runs one kernel forward and backward,
+on the device and with the backend that a run would use, and compares the result and every gradient
+with the equations in fp64. The inputs are values that the dtype can hold, so what differs is the
+kernel's own rounding.
+
+Triton compiles a kernel for sizes, strides and dtypes of a call. So there the cells take a call as
+large as the run's, and the kernels around them so many rows that their loops go round. Other
+backends have one binary, and take a short sequence.
 
 This module compares the cells; `self_check_layers` compares the kernels around them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,12 +25,14 @@ from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.mlstm import mlstm_chunkwise
 from xlstm_kernels.mlstm.arguments import soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
+from xlstm_kernels.mlstm.torch.chunkwise import mlstm_chunkwise_torch
 from xlstm_kernels.slstm import lstm_scan, slstm_scan
 from xlstm_kernels.slstm.arguments import cell_of
 from xlstm_kernels.slstm.reference import lstm_recurrence, slstm_recurrence
 
-#: The largest error that is accepted, as a fraction of the largest value of the reference. A wrong
-#: kernel is off by more than a tenth; rounding in bf16 stays below a hundredth.
+#: The largest error that is accepted, as a fraction of the reference: of their largest values, and
+#: of their norms. A wrong kernel is off by more than a tenth; rounding in bf16 stays below a
+#: hundredth.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -35,7 +42,11 @@ def check_mlstm(
     *,
     qk_dim: int = 64,
     v_dim: int = 128,
+    rows: int = 1,
     heads: int = 2,
+    length: int | None = None,
+    order: str = "gbhs",
+    carried: bool = False,
     chunk_size: int | None = None,
     gate_soft_cap: float | None = None,
     states_dtype: torch.dtype | None = None,
@@ -44,13 +55,23 @@ def check_mlstm(
 ) -> list[str]:
     """What is wrong with `mlstm_chunkwise` on a device.
 
+    Two sequences are drawn. The heads of all rows have the one or the other in turn, so the
+    reference computes two, however many there are. It is the step recurrence on the CPU. For calls
+    as large as a run's that would take minutes and more memory than there is: they are compared
+    with the PyTorch implementation in fp64 on the device itself.
+
     Args:
         device: Where the kernel runs.
         dtype: Of queries, keys and values.
         qk_dim: Width of a head's queries and keys.
         v_dim: Width of a head's values.
-        heads: Number of heads.
-        chunk_size: As for the kernel; the sequence is a chunk and a half.
+        rows: Of the batch, on Triton; 1 elsewhere.
+        heads: Number of heads, on Triton; 1 elsewhere.
+        length: Tokens of a row, on Triton. None, and elsewhere: a chunk and a half.
+        order: How the two gates g of a run lie in memory, by batch, heads and s, the innermost
+            last. The heads of q, k and v lie likewise.
+        carried: Whether the rows go on from a state, as on a rank of context parallelism.
+        chunk_size: As for the kernel.
         gate_soft_cap: As for the kernel.
         states_dtype: As for the kernel.
         backend: As for the kernel; None for the one that a run would use.
@@ -59,20 +80,33 @@ def check_mlstm(
     Returns:
         One sentence for each tensor that differs; empty when all agree.
     """
-    length = 3 * (chunk_size or 64) // 2
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(1, heads, length, *shape, generator=generator).to(dtype)
-
-    inputs = {"q": draw(qk_dim), "k": draw(qk_dim), "v": draw(v_dim)}
-    inputs |= {"input gate": draw(), "forget gate": draw() + 2}
-    starts = two_documents(length)
+    like = torch.empty(0, device=device, dtype=dtype)
+    facts = {"qk_dim": qk_dim, "v_dim": v_dim, "chunk_size": chunk_size}
+    compiled = select_backend("mlstm_chunkwise", backend, like, **facts) == "triton"
+    if not compiled:
+        rows, heads, length = 1, 1, None
+    length = length or 3 * (chunk_size or 64) // 2
+    drawn = min(2, rows * heads)
+    inputs = _mlstm_inputs(drawn, length, qk_dim, v_dim, gate_soft_cap)
+    for name in "qkv":
+        inputs[name] = inputs[name].to(dtype).float()
+    if carried:
+        generator = torch.Generator().manual_seed(2)
+        inputs["state C"] = torch.randn(drawn, qk_dim, v_dim, generator=generator)
+        inputs["state n"] = torch.rand(drawn, qk_dim, generator=generator)
+    place = (torch.arange(rows)[:, None] + torch.arange(heads)) % drawn
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[:, [0, length // 6, length // 3]] = True  # see `_mlstm_inputs`
+    starts[:, 0] = not carried  # the first document of the row goes on, or begins
 
     def kernel(*tensors: Tensor) -> Tensor:
+        q, k, v, *gates, C, n = (x[place.to(x.device)] for x in _with_state(tensors))
+        q, k, v = (_laid_out(x.to(dtype), "bhsd", order.replace("g", "") + "d") for x in (q, k, v))
+        gates = _laid_out(torch.stack(gates), "gbhs", order).unbind(0)
         return mlstm_chunkwise(
-            *tensors,
-            boundaries=starts.to(device),
+            *(q, k, v, *gates),
+            (C, n, n.new_zeros(n.shape[:2])) if carried else None,
+            boundaries=starts.repeat(rows, 1).to(device),
             chunk_size=chunk_size,
             gate_soft_cap=gate_soft_cap,
             states_dtype=states_dtype,
@@ -81,11 +115,66 @@ def check_mlstm(
         )
 
     def reference(*tensors: Tensor) -> Tensor:
-        q, k, v, *gates = tensors
+        q, k, v, *gates, C, n = (x[None] for x in _with_state(tensors))
         gates = [soft_cap(gate, gate_soft_cap, q) for gate in gates]
-        return mlstm_recurrence(q, k, v, *gates, boundaries=starts, **options)[0]
+        state = (C, n, n.new_zeros(n.shape[:2])) if carried else None
+        given = {"boundaries": starts.to(q.device), **REFERENCE_OPTIONS, **options}
+        if compiled:
+            large = {"chunk_size": None, "return_last_state": False}
+            h = mlstm_chunkwise_torch(q, k, v, *gates, state, **large, **given)
+        else:
+            h = mlstm_recurrence(q, k, v, *gates, state, **given)[0]
+        return h[0][place.to(h.device)]
 
-    return compare("mlstm_chunkwise", kernel, reference, inputs, device, dtype)
+    return compare(
+        "mlstm_chunkwise",
+        kernel,
+        reference,
+        inputs,
+        device,
+        dtype,
+        where=device if compiled else "cpu",
+        limit=LIMITS[torch.bfloat16 if states_dtype == torch.bfloat16 else dtype],
+    )
+
+
+REFERENCE_OPTIONS = {"gate": "exp", "normalize": True, "eps": 1e-6}  # as `mlstm_chunkwise` has them
+
+
+def _with_state(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of the mLSTM and a state; an empty one where there is none."""
+    none = tensors[0].new_empty(len(tensors[0]), 0)
+    return tensors if len(tensors) > 5 else (*tensors, none, none)
+
+
+def _laid_out(x: Tensor, axes: str, order: str) -> Tensor:
+    """`x`, whose axes have these names, in memory that has them in another order."""
+    there, back = [axes.index(a) for a in order], [order.index(a) for a in axes]
+    return x.permute(there).contiguous().permute(back)
+
+
+def _mlstm_inputs(
+    sequences: int, length: int, qk_dim: int, v_dim: int, cap: float | None
+) -> dict[str, Tensor]:
+    """q, k, v `[sequences, length, d]` and gates `[sequences, length]` for three documents.
+
+    What a token writes lasts for a third of the row, so a state that is lost on the way shows. n.q
+    is far from zero, where the result has no digits, and from the bound of the normalizer, where
+    rounding would decide about a gradient. The input gates of the second document are almost shut:
+    n.q lies below the bound there, and above it elsewhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(sequences, length, *shape, generator=generator)
+
+    q, k, v = draw(qk_dim) + 1, draw(qk_dim) + 1, draw(v_dim)
+    igate, fgate = draw(), draw() + math.log(length / 2)
+    shut = slice(length // 6, length // 3)
+    low = -math.log(length * qk_dim**0.5)
+    igate[:, shut] += low if cap is None else cap * math.atanh(max(low / cap, -0.99))
+    v[:, shut] *= 8  # what is left of it is as large as elsewhere
+    return {"q": q, "k": k, "v": v, "input gate": igate, "forget gate": fgate}
 
 
 def check_slstm(
@@ -93,6 +182,7 @@ def check_slstm(
     dtype: torch.dtype,
     *,
     head_dim: int = 64,
+    rows: int = 1,
     heads: int = 2,
     backend: str | None = None,
     **gates: str,
@@ -104,12 +194,18 @@ def check_slstm(
 
     Args:
         device: Where the kernel runs.
-        dtype: Of the gate pre-activations; weights are float32, as in a run.
+        dtype: Of gate pre-activations, recurrent weight and bias.
         head_dim: Width of a head.
-        heads: Number of heads.
+        rows: Of the batch, on Triton; 1 elsewhere.
+        heads: Number of heads, on Triton; 1 elsewhere.
         backend: As for the kernel; None for the one that a run would use.
         gates: `forget_gate` and `input_gate`, as for the kernel.
     """
+    like = torch.empty(0, device=device, dtype=dtype)
+    facts = {"d": head_dim, "cell": cell_of(gates.get("input_gate", "exp"))}
+    chosen = select_backend("slstm_scan", backend, like, batch=rows, heads=heads, **facts)
+    if chosen not in ("triton", "persistent"):
+        rows, heads = 1, 1
 
     def kernel(*tensors: Tensor, starts: Tensor) -> Tensor:
         return slstm_scan(*tensors, boundaries=starts, backend=backend, **gates)
@@ -117,13 +213,12 @@ def check_slstm(
     def reference(*tensors: Tensor, starts: Tensor) -> Tensor:
         return slstm_recurrence(*tensors, boundaries=starts, **gates)[0]
 
-    problems = _compare_scans("slstm_scan", kernel, reference, device, dtype, head_dim, heads)
-    like = torch.empty(0, device=device, dtype=dtype)
-    cell = cell_of(gates.get("input_gate", "exp"))
-    if select_backend("slstm_scan", backend, like, d=head_dim, cell=cell) == "triton":
+    size = rows, heads, head_dim
+    problems = _compare_scans("slstm_scan", kernel, reference, device, dtype, size)
+    if chosen == "triton":
         from xlstm_kernels.slstm.triton.graph_check import check_graphs
 
-        problems += check_graphs(like, head_dim, heads, gates.get("forget_gate", "sigmoid"))
+        problems += check_graphs(like, head_dim, heads, gates.get("forget_gate", "sigmoid"), rows)
     return problems
 
 
@@ -132,10 +227,9 @@ def check_lstm(
     dtype: torch.dtype,
     *,
     head_dim: int = 64,
-    heads: int = 2,
     backend: str | None = None,
 ) -> list[str]:
-    """What is wrong with `lstm_scan` on a device; as `check_slstm`."""
+    """What is wrong with `lstm_scan`, which has no Triton kernel, on a device; as `check_slstm`."""
 
     def kernel(*tensors: Tensor, starts: Tensor) -> Tensor:
         return lstm_scan(*tensors, boundaries=starts, backend=backend)
@@ -143,7 +237,7 @@ def check_lstm(
     def reference(*tensors: Tensor, starts: Tensor) -> Tensor:
         return lstm_recurrence(*tensors, boundaries=starts)[0]
 
-    return _compare_scans("lstm_scan", kernel, reference, device, dtype, head_dim, heads)
+    return _compare_scans("lstm_scan", kernel, reference, device, dtype, (1, 1, head_dim))
 
 
 def _compare_scans(
@@ -152,21 +246,22 @@ def _compare_scans(
     reference: Callable[..., Tensor],
     device: torch.device | str,
     dtype: torch.dtype,
-    head_dim: int,
-    heads: int,
+    size: tuple[int, int, int],
 ) -> list[str]:
-    length = 24
+    """As `compare`, of a scan over a batch with this size (rows, heads, head_dim)."""
+    (rows, heads, head_dim), length = size, 24
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     inputs = {
-        "gates": draw(1, length, 4, heads, head_dim).to(dtype),
+        "gates": draw(rows, length, 4, heads, head_dim),
         "recurrent weight": draw(4, heads, head_dim, head_dim) / head_dim**0.5,
         "bias": draw(4, heads, head_dim),
     }
-    starts = two_documents(length)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    starts = two_documents(length).repeat(rows, 1)
     on_device = partial(kernel, starts=starts.to(device))
     return compare(name, on_device, partial(reference, starts=starts), inputs, device, dtype)
 
@@ -186,26 +281,31 @@ def compare(
     device: torch.device | str,
     dtype: torch.dtype,
     result: str = "hidden states",
+    where: torch.device | str = "cpu",
+    limit: float | None = None,
 ) -> list[str]:
-    """One sentence for each tensor in which the kernel and the reference differ."""
-    upstream = None
+    """One sentence for each tensor in which the kernel and the reference differ.
+
+    `where` is the device of the reference, and `limit` that of `LIMITS` unless it is given.
+    """
+    upstream, limit = None, limit or LIMITS[dtype]
     found: list[list[Tensor]] = []
-    for function, where, kind in ((reference, "cpu", torch.float64), (kernel, device, None)):
-        given = [x.to(where, kind or x.dtype).requires_grad_() for x in inputs.values()]
+    for function, place, kind in ((reference, where, torch.float64), (kernel, device, None)):
+        given = [x.to(place, kind or x.dtype).requires_grad_() for x in inputs.values()]
         h = function(*given)
         if upstream is None:
             generator = torch.Generator().manual_seed(1)
             upstream = torch.randn(h.shape, generator=generator).to(dtype)
         gradients = torch.autograd.grad(h, given, upstream.to(h.device, h.dtype))
-        found.append([one.detach().cpu().double() for one in (h, *gradients)])
+        found.append([one.detach().to(where).double() for one in (h, *gradients)])
     names = [result, *(f"gradient of {one}" for one in inputs)]
     problems = []
     for what, expected, got in zip(names, *found, strict=True):
-        error = ((got - expected).abs().max() / expected.abs().max()).item()
-        if not error <= LIMITS[dtype]:  # nan is worse than any number
+        off, norm = got - expected, torch.linalg.vector_norm
+        error = max((norm(off, p) / norm(expected, p)).item() for p in (torch.inf, 2))
+        if not error <= limit:  # nan is worse than any number
             problems.append(
                 f"{name} on {device} in {str(dtype).removeprefix('torch.')}, {what}: off by "
-                f"{error:.1e} of the largest value of the fp64 reference (at most "
-                f"{LIMITS[dtype]:.0e})"
+                f"{error:.1e} of the fp64 reference (at most {limit:.0e})"
             )
     return problems

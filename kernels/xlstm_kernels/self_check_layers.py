@@ -2,8 +2,10 @@
 
 A comparison as in `self_check`. On a CPU the backend depends on how large a call is. `tokens` of a
 check is how many a call of the run has: the backend is chosen for so many, and then asked for with
-a few rows.
+fewer rows.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
 from xlstm_kernels.self_check import compare, two_documents
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
+CONV_ROWS = 100  # on Triton: three tiles and a part
+TURNS = 3  # of each program of a backward pass on Triton, and a part
 
 
 def check_conv(
@@ -28,6 +32,7 @@ def check_conv(
     channels: int,
     width: int,
     tokens: int = ROWS,
+    carried: bool = False,
     backend: str | None = None,
 ) -> list[str]:
     """What is wrong with `causal_conv1d`, with SiLU, on a device; as `check_mlstm` does.
@@ -38,29 +43,43 @@ def check_conv(
         channels: Their number.
         width: Taps.
         tokens: Of a call in a run.
+        carried: Whether there are inputs before the first, as on a rank of context parallelism.
         backend: As for the kernel; None for the one that a run would use.
     """
-    starts = two_documents(ROWS)
-    chosen = conv_backend(_shaped(device, dtype, 1, tokens, channels), None, backend)
+    state = _draw(channels, width - 1)[None] if carried else None
+    chosen = conv_backend(_shaped(device, dtype, 1, tokens, channels), state, backend)
+    count = CONV_ROWS if chosen == "triton" else ROWS
+    starts = two_documents(count)
+    starts[:, 0] = not carried  # the first document of the row goes on, or begins
 
-    def kernel(x: Tensor, *weights: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor, *before: Tensor) -> Tensor:
         return causal_conv1d(
-            x[None], *weights, activation="silu", boundaries=starts.to(device), backend=chosen
+            x[None],
+            weight,
+            bias,
+            before[0].t()[None] if before else None,
+            activation="silu",
+            boundaries=starts.to(device),
+            backend=chosen,
         )[0]
 
-    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        document = starts[0].cumsum(0)
+    def reference(x: Tensor, weight: Tensor, bias: Tensor, *before: Tensor) -> Tensor:
+        first = width - 1
+        padded = torch.cat((*(before or [x.new_zeros(first, channels)]), x))
+        document = F.pad(starts[0].cumsum(0), (first, 0))
         rows = []
-        for t in range(len(x)):
-            taps = [j for j in range(width) if t >= j and document[t - j] == document[t]]
-            rows.append(sum((weight[:, width - 1 - j] * x[t - j] for j in taps), bias))
+        for t in range(first, len(padded)):
+            taps = [j for j in range(width) if document[t - j] == document[t]]
+            rows.append(sum((weight[:, first - j] * padded[t - j] for j in taps), bias))
         return F.silu(torch.stack(rows))
 
     inputs = {
-        "input": _draw(channels),
+        "input": _draw(channels, count),
         "weight": _draw(channels, width).t(),
         "bias": _draw(channels)[0],
     }
+    if carried:
+        inputs["inputs before"] = _draw(channels, width - 1).flip(0)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
 
@@ -126,6 +145,7 @@ def check_norm(
     """
     own = "torch" if backend == "torch" else None
     chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+    draw = partial(_draw, heads * width, _rows(chosen, tokens, heads, width))
 
     def by_head(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, width))
@@ -145,9 +165,8 @@ def check_norm(
             return torch.cat((x.flatten(-2), y), dim=-1)
         return y * gate[0].sigmoid() if gate else y
 
-    inputs = {"input": _draw(heads * width), "weight": _draw(heads * width)[0]}
-    second = "gate" if gated else "added"
-    inputs |= {second: _draw(heads * width).flip(0)} if gated or summed else {}
+    inputs = {"input": draw(), "weight": draw()[0]}
+    inputs |= {"gate" if gated else "added": draw().flip(0)} if gated or summed else {}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     name = "add_norm" if summed else "multihead_norm"
     return compare(name, kernel, reference, inputs, device, dtype, "result")
@@ -160,6 +179,7 @@ def check_qkv_and_gates(
     inner: int,
     heads: int,
     block: int,
+    gates: int,
     tokens: int = ROWS,
     backend: str | None = None,
 ) -> list[str]:
@@ -171,15 +191,17 @@ def check_qkv_and_gates(
         inner: Columns of the inputs.
         heads: Number of heads.
         block: Width of a block.
+        gates: Number of gates, those of heads on other ranks too.
         tokens: Of a call in a run.
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
     chosen = qkv_backend(_shaped(device, dtype, 1, tokens, inner), block, heads, own)
+    draw = partial(_draw, inner, _rows(chosen, tokens, heads, inner // heads))
 
-    def joined(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    def joined(q: Tensor, k: Tensor, v: Tensor, preacts: Tensor) -> Tensor:
         by_token = (one.transpose(1, 2).flatten(2) for one in (q, k, v))
-        return torch.cat((*by_token, gates.to(q.dtype)), dim=-1)
+        return torch.cat((*by_token, preacts.to(q.dtype)), dim=-1)
 
     def kernel(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
         inputs = convolved[None], x[None], blocks, gate_weight
@@ -187,15 +209,15 @@ def check_qkv_and_gates(
 
     def reference(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
         q, k, v = (
-            source @ torch.block_diag(*weight).t()
+            torch.einsum("tbi,boi->tbo", source.unflatten(-1, (-1, block)), weight).flatten(1)
             for source, weight in zip((convolved, convolved, x), blocks.chunk(3), strict=True)
         )
         qkv = torch.cat((q, k, v), dim=-1)
         return torch.cat((qkv, qkv @ gate_weight.t()), dim=-1)[None]
 
-    inputs = {"convolved input": _draw(inner), "input": _draw(inner).flip(0)}
+    inputs = {"convolved input": draw(), "input": draw().flip(0)}
     inputs["blocks"] = _draw(block * block, 3 * inner // block).view(-1, block, block)
-    inputs["gate weight"] = _draw(3 * inner, 2 * heads) / inner**0.5
+    inputs["gate weight"] = _draw(3 * inner, gates) / inner**0.5
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return compare("qkv_and_gates", kernel, reference, inputs, device, dtype, "result")
 
@@ -225,6 +247,7 @@ def check_norm_gated_skip(
     """
     own = "torch" if backend == "torch" else None
     chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+    draw = partial(_draw, heads * width, _rows(chosen, tokens, heads, width))
 
     def kernel(h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         by_head = h.unflatten(1, (heads, width)).transpose(0, 1)[None]
@@ -236,9 +259,8 @@ def check_norm_gated_skip(
         normed = _normed(h.unflatten(1, (heads, width)), kind, eps).flatten(1) * weight
         return (normed + skip * x) * gate * gate.sigmoid()
 
-    inputs = {"hidden states": _draw(heads * width), "weight": _draw(heads * width)[0]}
-    inputs |= {"skip": _draw(heads * width)[1]}
-    inputs |= {"input": _draw(heads * width).flip(0), "gate": _draw(heads * width).flip(1)}
+    inputs = {"hidden states": draw(), "weight": draw()[0], "skip": draw()[1]}
+    inputs |= {"input": draw().flip(0), "gate": draw().flip(1)}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return compare("norm_gated_skip", kernel, reference, inputs, device, dtype, "result")
 
@@ -306,6 +328,23 @@ def _shaped(device: torch.device | str, dtype: torch.dtype, *shape: int) -> Tens
     return torch.empty(1, device=device, dtype=dtype).expand(shape)
 
 
+def _rows(chosen: str, tokens: int, heads: int, width: int) -> int:
+    """Rows of a comparison: few, but on Triton so many that programs have several turns backward.
+
+    Args:
+        chosen: The backend.
+        tokens: Of a call in a run, which has no more rows.
+        heads: Number of heads.
+        width: Of a head.
+    """
+    if chosen != "triton":
+        return ROWS
+    from xlstm_kernels.norm.triton import ELEMENTS, PROGRAMS
+
+    # Of all kernels that share out rows, the norm has the most rows in a turn.
+    return min(tokens, TURNS * PROGRAMS // heads * max(ELEMENTS // width, 1) + ROWS // 2)
+
+
 def _draw(width: int, rows: int = ROWS) -> Tensor:
-    """A few rows of random numbers, the same in every run."""
+    """Some rows of random numbers, the same in every run."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
 """The kernels prove themselves on a machine before a run spends hours on it.
 
-The first start on a new combination of device, driver, packages and kernels compares the run's own
-kernels with their references, which takes some seconds. What was found sound is noted for the user,
-and the next start does not repeat it.
+The first start on a new combination of device, driver, packages, kernels and sizes compares the
+run's own kernels with their references, which takes some seconds. What was found sound is noted for
+the user, and the next start does not repeat it.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import xlstm_kernels
 from pretrain.config import RunConfig
 from pretrain.watching.provenance import driver, versions
 from xlstm_io.errors import MachineFailed
-from xlstm_mcore.kernel_check import compare_kernels
+from xlstm_mcore.kernel_check import Share, compare_kernels
 from xlstm_mcore.megatron import cpu_runtime
 
 FOLDER = "xlstm-pretrain/kernel-check"
@@ -42,7 +42,10 @@ OF_KERNELS = (
     "norm_eps",
     "logit_soft_cap",
     "vocab_size",
+    "vocab_tokens",
     "mlstm_gate",
+    "mlstm_input_gate",
+    "mlstm_forget_gate",
     "mlstm_normalize",
     "slstm_forget_gate",
     "slstm_input_gate",
@@ -59,12 +62,9 @@ OF_KERNELS = (
 
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
     """What is wrong with the kernels of a run on a device: one sentence for each tensor."""
-    dtype, memory = DTYPES[config.engine.precision], config.memory
-    data, layout = config.data, config.layout
-    # Tensor-parallel ranks share out the columns, or the tokens: their tensors are as much smaller.
-    tokens = data.micro_batch * data.seq_len // (layout.context * layout.tensor)
-    states_dtype = DTYPES.get(memory.cell_states)  # None: as the model computes
-    return compare_kernels(config.model, device, dtype, states_dtype, memory.slstm_form, tokens)
+    data = config.data
+    share = Share(data.micro_batch, data.seq_len, config.layout, config.memory)
+    return compare_kernels(config.model, share, device, DTYPES[config.engine.precision])
 
 
 def check_kernels_once(config: RunConfig, device: torch.device) -> None:
@@ -105,8 +105,10 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "versions": versions(),
         "kernels": _hash_of_sources(Path(str(xlstm_kernels.__path__[0]))),
         "precision": config.engine.precision,
-        "cell_states": config.memory.cell_states,
-        "slstm_form": config.memory.slstm_form,
+        "micro_batch": config.data.micro_batch,
+        "seq_len": config.data.seq_len,
+        "layout": config.layout.model_dump(include={"tensor", "sequence", "context"}),
+        "memory": config.memory.model_dump(include={"cell_states", "slstm_form", "logits_mib"}),
         "model": model,
     }
 

@@ -25,8 +25,9 @@ ELEMENTWISE = [
     (check_loss, {"width": 70, "soft_cap": None}),
     (check_conv, {"channels": 10, "width": 4}),
     (check_conv, {"channels": 10, "width": 1}),
+    (check_conv, {"channels": 10, "width": 4, "carried": True}),
     (check_lstm, {"head_dim": 16}),
-    (check_qkv_and_gates, {"inner": 24, "heads": 3, "block": 4}),
+    (check_qkv_and_gates, {"inner": 24, "heads": 3, "block": 4, "gates": 12}),
     (check_norm_gated_skip, {"width": 12, "heads": 3, "kind": "layernorm", "eps": 1e-6}),
 ]
 # What the compiled loops take of these.
@@ -35,7 +36,7 @@ LARGE = [
     ("multihead_norm", check_norm, {"width": 32, "kind": "rmsnorm", "eps": 1e-6}),
     ("softmax_gradient", check_loss, {"width": 32, "soft_cap": 30.0}),
     ("causal_conv1d", check_conv, {"channels": 32, "width": 4}),
-    ("qkv_and_gates", check_qkv_and_gates, {"inner": 32, "heads": 2, "block": 4}),
+    ("qkv_and_gates", check_qkv_and_gates, {"inner": 32, "heads": 2, "block": 4, "gates": 4}),
     (
         "norm_gated_skip",
         check_norm_gated_skip,
@@ -51,6 +52,7 @@ LARGE = [
         {"qk_dim": 16, "v_dim": 32},
         {"chunk_size": 16, "gate_soft_cap": 15.0, "eps": 1e-6},
         {"gate": "sigmoid", "normalize": False, "heads": 1},
+        {"qk_dim": 16, "v_dim": 16, "carried": True, "states_dtype": torch.bfloat16},
     ],
 )
 def test_the_mlstm_agrees(dtype, options):
@@ -78,7 +80,7 @@ def test_the_other_kernels_agree(check, options, dtype):
         ("multihead_norm", *ELEMENTWISE[4], "multihead_norm on cpu in float32, gradient of gate"),
         ("softmax_gradient", *ELEMENTWISE[5], "cross_entropy on cpu in float32, gradient of log"),
         ("causal_conv1d", *ELEMENTWISE[7], "causal_conv1d on cpu in float32, gradient of weight"),
-        ("lstm_scan", *ELEMENTWISE[9], "lstm_scan on cpu in float32, hidden states"),
+        ("lstm_scan", *ELEMENTWISE[10], "lstm_scan on cpu in float32, hidden states"),
     ],
 )
 def test_a_wrong_kernel_of_the_others_is_named(name, check, options, named, monkeypatch):
@@ -124,6 +126,13 @@ def forgets_boundaries(*inputs, boundaries, **options):
     return mlstm_chunkwise(*inputs, **options)
 
 
+def loses_its_state(*inputs, boundaries, **options):
+    """Late in the row, as where a segment of the sequence forgets the ones before it."""
+    late = boundaries.clone()
+    late[:, 3 * boundaries.shape[1] // 4] = True
+    return mlstm_chunkwise(*inputs, boundaries=late, **options)
+
+
 def wrong_gradient_of_k(q, k, *rest, **options):
     return mlstm_chunkwise(q, WrongGradient.apply(k), *rest, **options)
 
@@ -136,6 +145,7 @@ def not_a_number(*inputs, **options):
     ("planted", "named"),
     [
         (forgets_boundaries, ["hidden states", "gradient of q", "gradient of v"]),
+        (loses_its_state, ["hidden states", "gradient of q", "gradient of forget gate"]),
         (wrong_gradient_of_k, ["gradient of k"]),
         (not_a_number, ["hidden states", "gradient of q"]),
     ],

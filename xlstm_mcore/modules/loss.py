@@ -59,6 +59,33 @@ def vocab_parallel_cross_entropy(
     return _CrossEntropy.apply(logits, labels, soft_cap, group, tokens, backend)
 
 
+def slice_bytes_of(tokens: int, columns: int, size: int, mib: int) -> int | None:
+    """Memory of a slice of logits in fp32 where all of them take more than `mib`, else None.
+
+    Args:
+        tokens: Rows of the logits.
+        columns: This rank's part of the vocabulary.
+        size: Bytes of one logit.
+        mib: `memory.logits_mib`.
+    """
+    limit = mib * 2**20
+    return None if tokens * columns * size <= limit else max(limit // 2, 2**24)
+
+
+def logit_widths(tokens: int, columns: int, real: int, size: int, mib: int) -> list[int]:
+    """Columns that the kernels of the loss see at a time, each number once.
+
+    `real` of the columns have a token; for the others see `slice_bytes_of`.
+    """
+    held = slice_bytes_of(tokens, columns, size, mib)
+    width = real if held is None else min(real, _slice_width(held, tokens, max(size, 4)))
+    return sorted({width, real % width or width})
+
+
+def _slice_width(held: int, tokens: int, size: int) -> int:
+    return max(1, held // (size * tokens))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -166,7 +193,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = hidden.reshape(-1, hidden.shape[-1])
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         labels_here = labels.reshape(-1) - group.rank() * len(weight)
-        width = max(1, slice_bytes // (dtype.itemsize * len(rows)))
+        width = _slice_width(slice_bytes, len(rows), dtype.itemsize)
         real = _real_columns(len(weight), tokens, group)
 
         largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)

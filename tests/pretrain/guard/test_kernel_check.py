@@ -1,7 +1,10 @@
 """When a run compares its kernels with their references, and what follows."""
 
 import functools
+import importlib.util
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,19 +61,34 @@ def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
     small = SMALL | {"model__ssm_state_dim": 8, "model__ssm_head_dim": 4, "model__round_up_to": 16}
     small |= {"data__micro_batch": 2, "data__seq_len": 32, "layout__tensor": 2}
     kernel_check.kernel_problems(config(**small), CPU)
-    assert {o["tokens"] for n, o in asked if n in around} == {32}
+    assert {o["tokens"] for n, o in asked if n in around} == {64}
+    assert {(o["rows"], o["heads"]) for n, o in asked if n == "slstm"} == {(2, 1)}
+    assert {(o["rows"], o["length"]) for n, o in asked if n == "mlstm"} == {(2, 32)}
     widths = {name: {o.get("width") for n, o in asked if n == name} for name, _ in asked}
     assert set(widths) == {*cells, *around}
     sizes = [(o["qk_dim"], o["v_dim"], o["gate"]) for n, o in asked if n == "mlstm"]
     assert sizes == [(8, 16, "exp"), (8, 4, "sigmoid"), (32, 32, "exp")]
     channels = [o["channels"] for n, o in asked if n == "conv"]
-    assert channels == [32, 64, 64 + 2 * 8]
+    assert channels == [16, 32, 32 + 8]
     norms = [
         (o["width"], o.get("heads", 1), *(key for key in ("gated", "summed") if o.get(key)))
         for n, o in asked
         if n == "norm"
     ]
-    assert norms == [(32, 1), (32, 1, "summed"), (16, 2), (16, 2, "gated")]
+    assert norms == [(32, 1), (32, 1, "summed"), (16, 1), (16, 1, "gated")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_check_runs_the_very_kernels_that_a_training_step_runs(warm_python):
+    done = subprocess.run(
+        [warm_python.executable, "-m", "tests.pretrain.guard.launches"],
+        cwd=Path(__file__).parents[3],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 runs, 0 kernels that the check leaves out" in done.stdout
 
 
 def test_the_persistent_slstm_is_compared_where_the_run_asks_for_it(monkeypatch):
@@ -97,6 +115,9 @@ def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
     check_kernels_once(config(**SMALL, model__chunk_size=8), DEVICE)
     check_kernels_once(config(**SMALL, memory__cell_states="bf16"), DEVICE)
     assert len(looked) == 5
+    for another in ({"data__seq_len": 128}, {"data__micro_batch": 2}, {"layout__context": 2}):
+        check_kernels_once(config(**SMALL | another), DEVICE)
+    assert len(looked) == 8
 
 
 def test_the_states_of_cells_are_kept_as_in_the_run(monkeypatch):

@@ -12,7 +12,9 @@ from xlstm_kernels.slstm.triton.graphs import SEGMENT
 NAMES = ("hidden states", "gradient of gates", "gradient of recurrent weight", "gradient of bias")
 
 
-def check_graphs(like: Tensor, head_dim: int, heads: int, forget_gate: str) -> list[str]:
+def check_graphs(
+    like: Tensor, head_dim: int, heads: int, forget_gate: str, rows: int = 1
+) -> list[str]:
     """One sentence for each tensor whose bits differ; none where no graph can be captured.
 
     Args:
@@ -20,16 +22,17 @@ def check_graphs(like: Tensor, head_dim: int, heads: int, forget_gate: str) -> l
         head_dim: Width of a head.
         heads: Number of heads.
         forget_gate: As for `slstm_scan`.
+        rows: Of the batch.
     """
     generator = torch.Generator().manual_seed(0)
     length = 2 * SEGMENT + SEGMENT // 2  # two replays and a rest that is launched
     given = [
-        torch.randn(1, length, 4, heads, head_dim, generator=generator),
+        torch.randn(rows, length, 4, heads, head_dim, generator=generator),
         torch.randn(4, heads, head_dim, head_dim, generator=generator) / head_dim**0.5,
         torch.randn(4, heads, head_dim, generator=generator),
     ]
     given = [x.to(like.device, like.dtype).requires_grad_() for x in given]
-    starts = torch.zeros(1, length, dtype=torch.bool, device=like.device)
+    starts = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
     starts[:, [SEGMENT // 2, SEGMENT]] = True
     found = []
     for mode in (nullcontext, without_graphs):
