@@ -34,7 +34,10 @@ def a_node_that_fails_its_preflight_is_left_out(make):
     words = ("submit", "preflight", run.folder / "run.yaml", "--nodes", 2, *site(run))
     job = said(run, *words).strip()  # checks, and trains nothing
     assert run.cluster.wait_for_end(job, seconds=300) == {job: "FAILED"}
-    run.cluster.wait_until_idle(120)  # with n1 still ending that job, the run would get others
+    state = ("sinfo", "-h", "-n", "n1", "-p", "three", "-o", "%T")
+    # While n1 is still ending that job, the run would get the other two.
+    slurm = run.cluster
+    slurm.wait_for(lambda: slurm.run(*state).stdout.strip() == "idle", 120, "n1 is not idle")
     run.submit()
     text = (run.files.folder / f"preflight/{job}.out").read_text()
     assert "n1: command: [ $SLURMD_NODENAME != n1 ] ended with 1" in text and "n2: fit" in text
