@@ -3,7 +3,7 @@
     python -m tests.long_runs.precision SHARDS --work FOLDER [--steps 2000] [--muon]
 
 Each pattern is trained with AdamW from the same weights on the same samples; `--muon` adds the same
-with Muon. There are seven runs of each (`VARIANTS`):
+with Muon. There are seven runs of each (`VARIANTS`), or those that `--variants` names:
 
 - fp32 and bf16. Where a CPU has no instructions for bf16, products are computed in fp32 and rounded
   once, as GPUs do it (pretrain/engines/bf16_products.py).
@@ -241,6 +241,7 @@ def compare(
     patterns: Sequence[str],
     optimizers: Sequence[str],
     sizes: Sizes,
+    variants: Sequence[str] = tuple(VARIANTS),
     end: float = float("inf"),
     python: str = sys.executable,
 ) -> dict[str, dict[str, float]]:
@@ -252,6 +253,7 @@ def compare(
         patterns: of their blocks.
         optimizers: of each pattern.
         sizes: how large they are.
+        variants: those of `VARIANTS` that are trained, each with the one it is compared with.
         end: when to stop, by the monotonic clock.
         python: the program that trains.
 
@@ -267,7 +269,7 @@ def compare(
     for optimizer in optimizers:
         for pattern in patterns:
             results = {}
-            for variant in VARIANTS:
+            for variant in variants:
                 words = pattern.replace("*", "a"), optimizer, variant.replace(" ", "-")
                 folder = work / "-".join(words)
                 raw = run_file(folder, shards, pattern, optimizer, variant, sizes)
@@ -277,8 +279,8 @@ def compare(
             print(*side_by_side(name, results, sizes), "", sep="\n", flush=True)
             found[name] = {
                 variant: results[variant].final / results[other].final - 1
-                for variant, other in VARIANTS.items()
-                if other is not None
+                for variant in variants
+                if (other := VARIANTS[variant]) is not None
             }
     return found
 
@@ -290,16 +292,26 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps the runs")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--muon", action="store_true", help="the same with Muon")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     for name, default in (("steps", 2000), ("hidden", 256), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args(words)
+    for variant in asked.variants:
+        if (other := VARIANTS[variant]) is not None and other not in asked.variants:
+            parser.error(f"{variant!r} is compared with {other!r}: name it in --variants too")
     sizes = Sizes(asked.steps, asked.hidden, asked.batch)
     optimizers = ("adamw", "muon") if asked.muon else ("adamw",)
     end = time.monotonic() + 60 * asked.minutes
     try:
         found = compare(
-            asked.shards.resolve(), asked.work.resolve(), asked.patterns, optimizers, sizes, end
+            asked.shards.resolve(),
+            asked.work.resolve(),
+            asked.patterns,
+            optimizers,
+            sizes,
+            asked.variants,
+            end,
         )
     except OutOfTime:
         print("stopped: repeat the command to go on")
