@@ -67,17 +67,19 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the runs are.
+    """How large the runs are, and where they start.
 
     Attributes:
         steps: optimizer steps.
         hidden: width of the model.
         batch: rows of a step.
+        seed: of the weights and of the order of the samples.
     """
 
     steps: int
     hidden: int
     batch: int
+    seed: int = 0
 
     @property
     def interval(self) -> int:
@@ -93,7 +95,7 @@ def run_file(
     precision, _, more = variant.partition(" ")
     seq_len = manifest["row_tokens"] - 1
     return {
-        "run": {"dir": str(folder), "steps": sizes.steps, "seed": 0},
+        "run": {"dir": str(folder), "steps": sizes.steps, "seed": sizes.seed},
         "model": {
             "pattern": pattern,
             "hidden_size": sizes.hidden,
@@ -294,13 +296,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--muon", action="store_true", help="the same with Muon")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
-    for name, default in (("steps", 2000), ("hidden", 256), ("batch", 16)):
+    for name, default in (("steps", 2000), ("hidden", 256), ("batch", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args(words)
     for variant in asked.variants:
         if (other := VARIANTS[variant]) is not None and other not in asked.variants:
             parser.error(f"{variant!r} is compared with {other!r}: name it in --variants too")
-    sizes = Sizes(asked.steps, asked.hidden, asked.batch)
+    sizes = Sizes(asked.steps, asked.hidden, asked.batch, asked.seed)
     optimizers = ("adamw", "muon") if asked.muon else ("adamw",)
     end = time.monotonic() + 60 * asked.minutes
     try:
