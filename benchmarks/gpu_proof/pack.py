@@ -27,7 +27,11 @@ TARGET = "sm_90"
 ROOT = Path(__file__).parents[2]
 # What the machine has.
 THERE = ("torch", "triton", "numpy", "pip", "setuptools", "nvidia-", "cuda-", "xlstm-pretrain")
-IMPORTED = ("pretrain.commands.train", "pretrain.engines.megatron", "benchmarks.synthetic_shards")
+IMPORTED = (
+    "pretrain.commands.train",
+    "pretrain.engines.megatron",
+    "benchmarks.loader.synthetic_shards",
+)
 # Triton's cache is looked up by this too.
 ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
 SIZES = ("7b", "125m")  # in the names of variants

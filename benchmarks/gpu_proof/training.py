@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import yaml
 
 from benchmarks.gpu_proof.setting import Setting
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 
 
 def rows(setting: Setting) -> Iterator[dict]:

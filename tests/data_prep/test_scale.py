@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from benchmarks.plan_scale import measure
+from benchmarks.data_prep.plan_scale import measure
 
 #: Most memory of a build with one worker, whose largest document has 16 MiB.
 MOST_BYTES = 2_500_000_000

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.watching.metrics import read_metrics
 from tests.dist import work

@@ -76,7 +76,7 @@ RUN_ELSEWHERE = {
         "tests/pretrain/evaluation/test_harness.py",
         '"downstream", str(root / "run"), "--include"',
     ),
-    "python -m benchmarks.synthetic_tasks": (SYNTHETIC, "synthetic_tasks.main("),
+    "python -m benchmarks.data_prep.synthetic_tasks": (SYNTHETIC, "synthetic_tasks.main("),
     "python -m pretrain evaluate RUN --by length": (
         "tests/pretrain/test_synthetic_task.py",
         'command("evaluate", "RUN", "--by", "length")',
@@ -139,9 +139,9 @@ RUN_ELSEWHERE = {
         "tests/pretrain/planning/cases.py",
         '"plan", str(run_file), "--gpus", "4"',
     ),
-    "python -m benchmarks.rehearsals": (
+    "python -m benchmarks.large_runs.rehearsals": (
         "tests/pretrain/rehearsal/test_run_files.py",
-        '"-m", "benchmarks.rehearsals"',
+        '"-m", "benchmarks.large_runs.rehearsals"',
     ),
     **{
         command: (
@@ -161,9 +161,9 @@ RUN_ELSEWHERE = {
         "tests/xlstm_mcore/test_benchmarks.py",
         'run("benchmarks.block_roofline"',
     ),
-    "python -m benchmarks.end_to_end": (
+    "python -m benchmarks.large_runs.end_to_end": (
         "tests/xlstm_mcore/test_benchmarks.py",
-        'run("benchmarks.end_to_end"',
+        'run("benchmarks.large_runs.end_to_end"',
     ),
     "python -m benchmarks.slstm_forms": (
         "tests/kernels/benchmarks/test_slstm_forms.py",
@@ -241,11 +241,11 @@ RUN_ELSEWHERE = {
             ),
         )
     },
-    "python -m benchmarks.start_up": (
+    "python -m benchmarks.large_runs.start_up": (
         "tests/xlstm_mcore/test_first_import.py",
         "start_up.measure_all(",
     ),
-    "python -m benchmarks.first_step": (
+    "python -m benchmarks.large_runs.first_step": (
         "tests/pretrain/rehearsal/cases.py",
         "first_step.parts(",
     ),
@@ -258,13 +258,13 @@ RUN_ELSEWHERE = {
         "tests/pretrain/data/test_loader_benchmark.py",
         '"benchmarks.loader", *arguments',
     ),
-    "python -m benchmarks.plan_scale --documents 10000000": (
+    "python -m benchmarks.data_prep.plan_scale --documents 10000000": (
         "tests/data_prep/test_scale.py",
-        "from benchmarks.plan_scale import measure",
+        "from benchmarks.data_prep.plan_scale import measure",
     ),
-    "python -m benchmarks.loader_start": (
+    "python -m benchmarks.loader.start": (
         "tests/pretrain/data/test_loader_benchmark.py",
-        '"benchmarks.loader_start", *arguments',
+        '"benchmarks.loader.start", *arguments',
     ),
     "python -m pytest tests/slurm/test_on_slurm.py -k four_ranks --all-layouts": (
         "tests/conftest.py",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain import cli
 from pretrain.checkpoint import TensorSlice, save_checkpoint
 from pretrain.commands import check_data

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.commands import evaluate
 from pretrain.data import ValidLoader, open_valid
 from pretrain.engines.base import LossSum, mean_of

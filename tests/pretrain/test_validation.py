@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain import cli, layout
 from pretrain.data import ValidLoader, open_plan, open_valid
 from pretrain.engines.base import LossSum

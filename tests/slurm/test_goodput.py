@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.goodput import best_interval, goodput, parser, simulate
+from benchmarks.large_runs.goodput import best_interval, goodput, parser, simulate
 
 
 @pytest.mark.parametrize("nodes", [128, 2048])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from xlstm_io.shards.manifest import MANIFEST_NAME, _digest
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xxhash
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from data_prep.tools.merge import merge
 from data_prep.tools.repack import repack
 from pretrain.checkpoint import TensorSlice, load_checkpoint, save_checkpoint

@@ -62,7 +62,7 @@ def test_generation_beside_transformers(run, tmp_path):
 
 
 def test_a_step_on_many_gpus_is_counted(run):
-    done = run("benchmarks.end_to_end", "pretrain/configs/xlstm_large_164m.yaml")
+    done = run("benchmarks.large_runs.end_to_end", "pretrain/configs/xlstm_large_164m.yaml")
     assert done.returncode == 0, done.stderr
     slow, fast = re.findall(r"messages exposed ([0-9.]+) s.* ([0-9.]+) % MFU", done.stdout)
     assert float(slow[0]) > float(fast[0]) > 0

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import first_step, start_up
+from benchmarks.large_runs import first_step, start_up
 from pretrain.commands.launch import free_port
 from xlstm_mcore.megatron import first_import
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import synthetic_tasks
+from benchmarks.data_prep import synthetic_tasks
 from data_prep.synthetic.command import TASKS
 from data_prep.synthetic.rows import assign
 from data_prep.tools.inspect_shards import show_row

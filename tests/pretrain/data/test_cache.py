@@ -7,7 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import DataError, DataPlan, TokenDataset, TrainLoader, cache
 from pretrain.data.cache import CacheSettings

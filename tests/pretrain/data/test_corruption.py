@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import (
     CorruptShardError,

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks.loader_start import SEQ_LEN, many_shards
+from benchmarks.loader.start import SEQ_LEN, many_shards
 from pretrain.data import CorruptShardError, DataError, TokenDataset
 from pretrain.data import dataset as dataset_module
 from xlstm_io.shards.shard import ShardReader

@@ -13,7 +13,7 @@ import torch
 import webdataset as wds
 from torch.utils.data._utils import worker as worker_module
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import (
     Batch,

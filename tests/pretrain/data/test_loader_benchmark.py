@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from benchmarks import loader, loader_start
+from benchmarks.loader import __main__ as loader
+from benchmarks.loader import start as loader_start
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_the_command_prints_speed_and_resume(monkeypatch, capsys):
 
 def test_the_start_over_many_shards_is_measured(monkeypatch, capsys):
     arguments = ["--shards", "20", "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.loader_start", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.loader.start", *arguments])
     loader_start.main()
     out = capsys.readouterr().out
     assert "20 shards" in out and "first batch" in out

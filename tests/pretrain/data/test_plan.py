@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.config import DataConfig
 from pretrain.config.ramp import BatchRamp
 from pretrain.data import (

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks import first_step
+from benchmarks.large_runs import first_step
 from pretrain import layout as layouts
 from pretrain.commands.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig

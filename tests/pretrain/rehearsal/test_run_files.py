@@ -1,4 +1,4 @@
-"""The rehearsal of shipped run files; all of them by `python -m benchmarks.rehearsals`."""
+"""The rehearsal of shipped run files; `benchmarks.large_runs.rehearsals` takes all of them."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ def test_the_smallest_run_file_passes_at_64_ranks(warm_python):
     done = subprocess.run(
         [
             warm_python.executable,
-            *("-m", "benchmarks.rehearsals", "pretrain/configs/xlstm_large_164m.yaml"),
+            *("-m", "benchmarks.large_runs.rehearsals", "pretrain/configs/xlstm_large_164m.yaml"),
         ],
         cwd=ROOT,
         text=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.watching import provenance as module
 from pretrain.watching.provenance import provenance
 from xlstm_io.shards.manifest import load_manifest

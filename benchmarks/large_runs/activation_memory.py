@@ -1,10 +1,11 @@
 """Bytes of activations that a model keeps for its backward pass, counted without computing them.
 
-`python -m benchmarks.activation_memory pretrain/configs/xlstm_7b.yaml` builds each kind of block
-of a run file with its true widths on the device that does not exist (shapes without memory), runs
-its forward pass with the Triton kernels' own rules for what they save, and counts what autograd
-holds. Nothing here is a measurement: no allocator's rounding, no workspace, no weights, gradients
-or optimizer state.
+    python -m benchmarks.large_runs.activation_memory pretrain/configs/xlstm_7b.yaml
+
+It builds each kind of block of a run file with its true widths on the device that does not exist
+(shapes without memory), runs its forward pass with the Triton kernels' own rules for what they
+save, and counts what autograd holds. Nothing here is a measurement: no allocator's rounding, no
+workspace, no weights, gradients or optimizer state.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What one step of the 7B takes on 64 H100: compute, messages, optimizer and host, by their counts.
 
-    python -m benchmarks.end_to_end
-    python -m benchmarks.end_to_end --recompute cells --grad-reduce bf16
+    python -m benchmarks.large_runs.end_to_end
+    python -m benchmarks.large_runs.end_to_end --recompute cells --grad-reduce bf16
 
 **A bound is not a time.** Compute is that of `benchmarks.block_roofline`. Messages and memory are
 those that the engine asks for when it plays a rank (`pretrain rehearse`), with gradients and

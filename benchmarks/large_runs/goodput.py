@@ -1,6 +1,6 @@
 """How much of a run's time goes into steps that count, and the best interval of checkpoints.
 
-    python -m benchmarks.goodput [--gpus 1024 16384] [--detect 1800] ...
+    python -m benchmarks.large_runs.goodput [--gpus 1024 16384] [--detect 1800] ...
 
 The model: nodes fail independently at a constant rate. A life waits in the queue, starts, and
 trains until a node fails or its time is over. A checkpoint holds the run up for `--stall` seconds
@@ -62,7 +62,9 @@ def best_interval(options, nodes):
 
 def parser():
     """The times of a run, in seconds."""
-    found = argparse.ArgumentParser(prog="python -m benchmarks.goodput", description=__doc__)
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.large_runs.goodput", description=__doc__
+    )
     found.add_argument("--gpus", type=int, nargs="+", default=[1024, 4096, 16384])
     found.add_argument("--gpus-per-node", type=int, default=8)
     found.add_argument("--rate", type=float, default=6.5e-3, help="failures per node and day")

@@ -1,6 +1,6 @@
 """Every run file for GPUs, rehearsed at its size: messages, memory, waits of the host.
 
-    python -m benchmarks.rehearsals [FILE ...] [--world 64] [--gpu h100] [--ranks corners]
+    python -m benchmarks.large_runs.rehearsals [FILE ...] --world 64 --gpu h100 --ranks corners
 
 Without files, all of pretrain/configs but the CPU demos. One line per file; exit code 3 when ranks
 of one of them do not agree or do not fit.
@@ -18,7 +18,7 @@ from pretrain.rehearsal.gpus import RESERVE, gpu_named
 from pretrain.rehearsal.record import STEADY
 from xlstm_io.errors import ExitCode
 
-CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
+CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

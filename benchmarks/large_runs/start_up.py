@@ -1,6 +1,6 @@
 """CPU seconds that a rank spends on imports before it trains.
 
-    python -m benchmarks.start_up [--times 3]
+    python -m benchmarks.large_runs.start_up [--times 3]
 
 Each row is a fresh Python, and the fastest of some times counts, with the files in the page cache.
 The rows take turns, so that a busy machine is busy for all of them.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOAL = 2.5
 RANK = "a rank, as pretrain imports it"
 ROWS = {

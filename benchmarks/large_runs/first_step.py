@@ -1,6 +1,6 @@
 """From the start of a job to its first step: what is measured here, counted, and assumed.
 
-    python -m benchmarks.first_step [RUN_FILE] [--world 64] [--shards 20000] [--megabytes 256]
+    python -m benchmarks.large_runs.first_step [RUN_FILE] --world 64 --shards 20000 --megabytes 256
 
 A rank of the run is rehearsed, which counts its tensors, groups and messages. Rates are CPU time of
 this machine, one core for a rank. What depends on GPUs, the network or the file system is assumed,
@@ -20,7 +20,7 @@ from pretrain.config import RunConfig, load_config
 from xlstm_mcore.megatron.first_import import import_megatron, no_collections
 
 GOAL = 60.0
-RUN_FILE = Path(__file__).parents[1] / "pretrain" / "configs" / "xlstm_7b.yaml"
+RUN_FILE = Path(__file__).parents[2] / "pretrain" / "configs" / "xlstm_7b.yaml"
 
 # Assumed, and measured nowhere.
 RANK_GBS = 1.0  # what the file system gives each rank while all of them read
@@ -166,8 +166,8 @@ def measure(imports: float, shards: int, megabytes: int) -> Rates:
     """
     import torch
 
-    from benchmarks import loader_start
     from benchmarks.checkpoint import make_state
+    from benchmarks.loader import start as loader_start
     from pretrain.checkpoint import TensorSlice, load_checkpoint, save_checkpoint
 
     port, draws, requests = free_port(), torch.empty(1 << 22), 1000

@@ -1,15 +1,17 @@
 """One rank's memory and traffic under context parallelism, counted.
 
-`python -m benchmarks.context_parallel pretrain/configs/xlstm_7b.yaml` prints a table for rows of
-128 k and 1 M tokens (one row per micro-batch, no tensor parallelism, one data-parallel replica).
+    python -m benchmarks.large_runs.context_parallel pretrain/configs/xlstm_7b.yaml
+
+It prints a table for rows of 128 k and 1 M tokens (one row per micro-batch, no tensor parallelism,
+one data-parallel replica).
 Nothing here is a measurement: bytes follow from shapes (`benchmarks.counting.context_costs`,
-`benchmarks.activation_memory`), and no time is given.
+`benchmarks.large_runs.activation_memory`), and no time is given.
 """
 
 import argparse
 
-from benchmarks.activation_memory import kept_by_block
 from benchmarks.counting.context_costs import model_costs
+from benchmarks.large_runs.activation_memory import kept_by_block
 from pretrain.config import load_config
 from xlstm_mcore.pattern import parse_pattern
 from xlstm_mcore.sizes.parameters import count_parameters

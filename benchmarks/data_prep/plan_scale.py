@@ -1,6 +1,6 @@
 """Plan of a build over made-up scans: seconds, bytes of disk and memory for each document.
 
-    python -m benchmarks.plan_scale --documents 100000000 --files 30000
+    python -m benchmarks.data_prep.plan_scale --documents 100000000 --files 30000
 
 Nothing is read or tokenized: scan rows with random hashes (one in fifty repeats another) are
 written, and the plan is made of them: duplicates, splits, shards.

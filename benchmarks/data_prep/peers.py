@@ -1,4 +1,4 @@
-"""What benchmarks/data_prep.py measures itself against: the peers' ways from text to ids."""
+"""What data preparation is measured against: the peers' ways from text to ids."""
 
 import json
 import os

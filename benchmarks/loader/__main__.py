@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 
 MICRO_BATCH, STEP_ROWS = 8, 64
 MEMORY_PROBE = """
@@ -32,7 +32,7 @@ def rss():
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 torch.ones(8, dtype=torch.int64).to(torch.float32)
 before = rss()
-from benchmarks.loader import make_plan, read
+from benchmarks.loader.__main__ import make_plan, read
 plan = make_plan(sys.argv[1], int(sys.argv[2]), sys.argv[3])
 imported = rss()
 read(plan, int(sys.argv[4]))

@@ -1,6 +1,6 @@
 """From a folder of many shards to the first batch: CPU milliseconds, and where they go.
 
-    python -m benchmarks.loader_start --shards 20000
+    python -m benchmarks.loader.start --shards 20000
 
 All shards are links to one small shard, so the folder is made in seconds. Sizes of all files are
 compared as in a run; the blocks of the first batch are hashed.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.synthetic_shards import write_shards
+from benchmarks.loader.synthetic_shards import write_shards
 from xlstm_io.json_file import read_json
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest, write_manifest
 from xlstm_io.untrusted import LIMITS

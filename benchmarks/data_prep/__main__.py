@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import data_prep_peers as peers
+from benchmarks.data_prep import peers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECTIONS = ("speed", "datatrove", "shares", "packing", "scaling", "memory")
 SEQ_LEN = 2048
 
@@ -264,7 +264,7 @@ def scaling(folder: Path, corpus: Path, tokenizer: Path, rounds: int) -> None:
 _PEAK = """
 import contextlib, io, sys
 sys.path.insert(0, sys.argv[1])
-from benchmarks.data_prep import build_config
+from benchmarks.data_prep.__main__ import build_config
 from data_prep.build.build import build
 with contextlib.redirect_stdout(io.StringIO()):
     build(build_config(*sys.argv[2:5], shard_mb=1, packing="best_fit"))
