@@ -139,7 +139,7 @@ class Figure(Strict):
     at: dict[str, Value] = Field(default_factory=dict)
     """only rows with these values on the axes"""
     logarithmic: bool = False
-    """lines: both axes"""
+    """lines: both axes; bars: the axis of the numbers"""
 
 
 class Experiment(Strict):

@@ -111,7 +111,10 @@ def _sources(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
 
 
 def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
-    """A bar per model and its values, with the deviation over seeds, and the paper's number."""
+    """A bar per model and its values, with the deviation over seeds, and the paper's number.
+
+    On a logarithmic axis it is a point, since such an axis has no 0 for a bar to begin at.
+    """
     name = experiment.figure.measure
     rows = [row for row in table["best"] if name in row["mean"]]
     scaled = name in experiment.measures and experiment.measures[name].value == "accuracy"
@@ -119,9 +122,17 @@ def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
     labels = ["\n".join([row["model"], *map(str, row["values"].values())]) for row in rows]
     labels = [label.replace(" ", "\n") if len(rows) > 4 else label for label in labels]
     errors = [row["std"].get(name, 0.0) / (1 - row["chance"] if scaled else 1.0) for row in rows]
-    bars = axes.bar(range(len(rows)), heights, yerr=errors, color="#4477aa", width=0.7)
-    bars.set_label("here")
-    axes.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8, padding=2)
+    places, style = range(len(rows)), {"color": "#4477aa", "label": "here"}
+    if experiment.figure.logarithmic:
+        axes.errorbar(places, heights, yerr=errors, fmt="o", **style)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    else:
+        axes.bar(places, heights, yerr=errors, width=0.7, **style)
+    for place, height, error in zip(places, heights, errors, strict=True):
+        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{height:.3g}", (place, height + error), **above, fontsize=8)
     axes.margins(y=0.1)
     published = [experiment.published_for(row["model"], row["values"]) for row in rows]
     for place, number in enumerate(published):
@@ -130,7 +141,7 @@ def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
     if any(number is not None for number in published):
         axes.plot([], [], color="#cc3311", label="the paper, at its size and on its data")
         axes.legend(frameon=False, fontsize=8)
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xticks(places, labels, fontsize=8 if len(rows) < 7 else 7)
     axes.set_ylabel(experiment.figure.label)
 
 

@@ -39,3 +39,16 @@ def test_the_best_of_every_budget_is_marked(picture):
     marked = picture(experiment, table)
     table["fits"]["Transformer"]["optima"] = []
     assert len(marked) > 10_000 and marked != picture(experiment, table)
+
+
+def test_numbers_of_very_different_sizes_stand_on_a_logarithmic_axis(picture):
+    best = [
+        {"model": name, "values": {}, "mean": {"perplexity": value}, "std": {"perplexity": 1.0}}
+        for name, value in (("LSTM layers", 54.0), ("xLSTM[1:0]", 25.0))
+    ]
+    experiment, table = table_of("ablation", best)
+    assert experiment.figure.logarithmic
+    drawn = picture(experiment, table)
+    figure = experiment.figure.model_copy(update={"logarithmic": False})
+    plain = experiment.model_copy(update={"figure": figure})
+    assert len(drawn) > 10_000 and drawn != picture(plain, table)
