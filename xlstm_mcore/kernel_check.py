@@ -138,7 +138,8 @@ def _around_cells(
     heads, inner = model.num_heads // tensor, sizes.up // tensor
     if "m" in letters:
         blocks = {"block": model.qkv_block_size, "gates": 2 * model.num_heads}
-        problems += check_qkv_and_gates(inner=inner, heads=heads, **blocks, **large)
+        conv = {"width": model.conv_width, "carried": context > 1}
+        problems += check_qkv_and_gates(inner=inner, heads=heads, **blocks, **conv, **large)
         if model.head_norm != "none":
             head = {"heads": heads, "width": inner // heads, "eps": model.norm_eps}
             problems += check_norm_gated_skip(kind=model.head_norm, **head, **large)

@@ -21,11 +21,12 @@ def triton_variants(target: str) -> list[Variant]:
         before = torch.empty(b, c, taps - 1, **meta) if carried else None
         starts = torch.empty(b, s, dtype=torch.uint8, **meta) if bounded else None
         forward = plan_forward(x, weight, bias, before, starts, silu, torch.empty_like(x))
+        more = torch.empty_like(x) if bounded else None
         backward, _ = plan_backward(
-            torch.empty_like(x), x, weight, bias, before, starts, silu, torch.empty_like(x),
+            torch.empty_like(x), x, weight, bias, before, starts, silu, more, torch.empty_like(x),
             None if before is None else torch.empty_like(before),
         )  # fmt: skip
         setting = "125m" if "125m" in name else ""
         variants.append(variant_of(forward, name, "fw", setting=setting))
-        variants += [variant_of(launch, name, "bw", setting=setting) for launch in backward]
+        variants.append(variant_of(backward, name, "bw", setting=setting))
     return variants

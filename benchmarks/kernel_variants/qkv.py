@@ -43,7 +43,8 @@ def triton_variants(target: str) -> list[Variant]:
         preacts = torch.empty(tokens, gates, **meta)
         inputs = x, x_v, matrices, weight
         forward = plan_forward(*inputs, q, k, v, preacts, precision)
-        backward, _, _ = plan_backward(q, k, v, preacts, *inputs, d_qk, d_v, precision)
+        more = None if name == "narrow" else torch.empty_like(x)
+        backward, _, _ = plan_backward(q, k, v, preacts, more, *inputs, d_qk, d_v, precision)
         for launch, phase in ((forward, "fw"), (backward, "bw")):
             variants.append(variant_of(launch, name, phase, flops_of(launch)))
     return variants

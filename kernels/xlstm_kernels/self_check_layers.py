@@ -17,6 +17,7 @@ from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
 from xlstm_kernels.gated.gated import gated_activation, gated_backend
 from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend
 from xlstm_kernels.norm.skip import norm_gated_skip
+from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
 from xlstm_kernels.self_check import compare, two_documents
 
@@ -64,14 +65,7 @@ def check_conv(
         )[0]
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor, *before: Tensor) -> Tensor:
-        first = width - 1
-        padded = torch.cat((*(before or [x.new_zeros(first, channels)]), x))
-        document = F.pad(starts[0].cumsum(0), (first, 0))
-        rows = []
-        for t in range(first, len(padded)):
-            taps = [j for j in range(width) if document[t - j] == document[t]]
-            rows.append(sum((weight[:, first - j] * padded[t - j] for j in taps), bias))
-        return F.silu(torch.stack(rows))
+        return _convolved(x, weight, bias, starts, *before)
 
     inputs = {
         "input": _draw(channels, count),
@@ -82,6 +76,19 @@ def check_conv(
         inputs["inputs before"] = _draw(channels, width - 1).flip(0)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, *before: Tensor) -> Tensor:
+    """SiLU of the causal convolution of x [s, c], from its definition."""
+    width = weight.shape[1]
+    first = width - 1
+    padded = torch.cat((*(before or [x.new_zeros(first, x.shape[1])]), x))
+    document = F.pad(starts[0].cumsum(0), (first, 0))
+    rows = []
+    for t in range(first, len(padded)):
+        taps = [j for j in range(width) if document[t - j] == document[t]]
+        rows.append(sum((weight[:, first - j] * padded[t - j] for j in taps), bias))
+    return F.silu(torch.stack(rows))
 
 
 def check_gated_activation(
@@ -180,10 +187,14 @@ def check_qkv_and_gates(
     heads: int,
     block: int,
     gates: int,
+    width: int = 0,
+    carried: bool = False,
     tokens: int = ROWS,
     backend: str | None = None,
 ) -> list[str]:
     """What is wrong with `qkv_and_gates`, its results side by side; as `check_conv`.
+
+    With `width` it is `conv_qkv_and_gates`.
 
     Args:
         device: Where the kernel runs.
@@ -192,34 +203,67 @@ def check_qkv_and_gates(
         heads: Number of heads.
         block: Width of a block.
         gates: Number of gates, those of heads on other ranks too.
+        width: Taps of the convolution, or 0 without one.
+        carried: As for `check_conv`.
         tokens: Of a call in a run.
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
     chosen = qkv_backend(_shaped(device, dtype, 1, tokens, inner), block, heads, own)
-    draw = partial(_draw, inner, _rows(chosen, tokens, heads, inner // heads))
+    count = _rows(chosen, tokens, heads, inner // heads)
+    draw = partial(_draw, inner, count)
+    starts = two_documents(count)
+    starts[:, 0] = not carried
 
     def joined(q: Tensor, k: Tensor, v: Tensor, preacts: Tensor) -> Tensor:
         by_token = (one.transpose(1, 2).flatten(2) for one in (q, k, v))
         return torch.cat((*by_token, preacts.to(q.dtype)), dim=-1)
 
-    def kernel(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
-        inputs = convolved[None], x[None], blocks, gate_weight
-        return joined(*qkv_and_gates(*inputs, heads, backend=chosen))
+    def kernel(
+        convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor, *conv: Tensor
+    ) -> Tensor:
+        if not conv:
+            inputs = convolved[None], x[None], blocks, gate_weight
+            return joined(*qkv_and_gates(*inputs, heads, backend=chosen))
+        taps, bias, *before = conv
+        of_input, beside, *results = conv_qkv_and_gates(
+            torch.cat((x, convolved), dim=-1)[None],
+            taps,
+            bias,
+            blocks,
+            gate_weight,
+            heads,
+            before[0].t()[None] if before else None,
+            boundaries=starts.to(device),
+            backend=chosen,
+        )
+        return torch.cat((of_input, beside, joined(*results)), dim=-1)
 
-    def reference(convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor) -> Tensor:
+    def reference(
+        convolved: Tensor, x: Tensor, blocks: Tensor, gate_weight: Tensor, *conv: Tensor
+    ) -> Tensor:
+        lead = []
+        if conv:
+            taps, bias, *before = conv
+            beside, convolved = convolved, _convolved(x, taps, bias, starts, *before)
+            lead = [convolved, beside]
         q, k, v = (
             torch.einsum("tbi,boi->tbo", source.unflatten(-1, (-1, block)), weight).flatten(1)
             for source, weight in zip((convolved, convolved, x), blocks.chunk(3), strict=True)
         )
         qkv = torch.cat((q, k, v), dim=-1)
-        return torch.cat((qkv, qkv @ gate_weight.t()), dim=-1)[None]
+        return torch.cat((*lead, qkv, qkv @ gate_weight.t()), dim=-1)[None]
 
     inputs = {"convolved input": draw(), "input": draw().flip(0)}
     inputs["blocks"] = _draw(block * block, 3 * inner // block).view(-1, block, block)
     inputs["gate weight"] = _draw(3 * inner, gates) / inner**0.5
+    if width:
+        inputs |= {"taps": _draw(inner, width).t(), "bias": _draw(inner)[0]}
+    if width and carried:
+        inputs["inputs before"] = _draw(inner, width - 1).flip(0)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    return compare("qkv_and_gates", kernel, reference, inputs, device, dtype, "result")
+    name = "conv_qkv_and_gates" if width else "qkv_and_gates"
+    return compare(name, kernel, reference, inputs, device, dtype, "result")
 
 
 def check_norm_gated_skip(

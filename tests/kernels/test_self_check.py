@@ -15,6 +15,7 @@ from xlstm_kernels.self_check_layers import (
     check_qkv_and_gates,
 )
 
+CONVOLVED = {"inner": 24, "heads": 3, "block": 4, "gates": 12, "width": 4}
 ELEMENTWISE = [
     (check_gated_activation, {"width": 20, "activation": "silu"}),
     (check_gated_activation, {"width": 20, "activation": "gelu"}),
@@ -28,6 +29,8 @@ ELEMENTWISE = [
     (check_conv, {"channels": 10, "width": 4, "carried": True}),
     (check_lstm, {"head_dim": 16}),
     (check_qkv_and_gates, {"inner": 24, "heads": 3, "block": 4, "gates": 12}),
+    (check_qkv_and_gates, CONVOLVED),
+    (check_qkv_and_gates, CONVOLVED | {"carried": True}),
     (check_norm_gated_skip, {"width": 12, "heads": 3, "kind": "layernorm", "eps": 1e-6}),
 ]
 # What the compiled loops take of these.

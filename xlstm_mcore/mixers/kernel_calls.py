@@ -23,7 +23,6 @@ from xlstm_kernels import (
     mlstm_step,
     multihead_norm,
     norm_gated_skip,
-    qkv_and_gates,
     slstm_scan,
     slstm_step,
 )
@@ -309,14 +308,7 @@ def run_conv(
     return y
 
 
-def run_qkv_and_gates(
-    config: XLSTMConfig, *inputs: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v `[b, heads, s, d]` and gates of the classic block; see `qkv_and_gates`."""
-    return qkv_and_gates(*inputs, heads, backend=_own_backend(config))
-
-
-def _own_backend(config: XLSTMConfig) -> str | None:
+def own_backend(config: XLSTMConfig) -> str | None:
     """The backend of what has no Triton kernel: PyTorch where the cells must run there."""
     return "torch" if config.kernel_backend == "torch" else None
 
@@ -369,7 +361,7 @@ def run_norm_gated_skip(
     """
     if config.head_norm == "none":
         h = run_head_norm(config, h, weight, layout="by head").view(x.shape)
-        return gated_skip(h, skip, x, gate, backend=_own_backend(config))
+        return gated_skip(h, skip, x, gate, backend=own_backend(config))
     return norm_gated_skip(
         h, weight, config.head_norm, config.norm_eps, skip, x, gate, backend=config.kernel_backend
     )

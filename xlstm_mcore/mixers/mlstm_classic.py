@@ -10,15 +10,16 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from xlstm_kernels import conv_qkv_and_gates, qkv_and_gates
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
     joins_skip_with_norm,
+    own_backend,
     run_conv,
     run_mlstm,
     run_norm_gated_skip,
-    run_qkv_and_gates,
 )
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
@@ -72,14 +73,10 @@ class ClassicMLSTMMixer(Mixer):
         """Mix along the sequence, see `Mixer`."""
         x = regather_in_backward(self.region.gather, x)
         projected = by_sequence(self.in_proj(x)[0], batch)
-        x_m, z = projected.chunk(2, dim=-1)  # [s, b, inner]
-        x_m = x_m.transpose(0, 1)  # [b, s, inner], and so is x_c
-        x_c = run_conv(
-            self.config, x_m, self.conv_weight, self.conv_bias, boundaries, cache, self.context
-        )
         of_gates = gate_weight(self.config, torch.cat((self.igate_weight, self.fgate_weight)))
-        weights = self.qkv_weight, of_gates
-        q, k, v, partial = run_qkv_and_gates(self.config, x_c, x_m, *weights, heads=self.num_heads)
+        x_c, z, q, k, v, partial = self._before_cell(
+            projected.transpose(0, 1), of_gates, boundaries, cache
+        )
         igate, fgate = self._gates(partial)
         h = run_mlstm(
             self.config,
@@ -93,10 +90,34 @@ class ClassicMLSTMMixer(Mixer):
             self.context,
             observe=self.observe,
         )
-        inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z
+        inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z.transpose(0, 1)
         joined = joins_skip_with_norm(self.config, h)
         h = recompute_in_backward(self._output, *inputs, keeps_inputs_only=joined)
         return self.out_proj(h.flatten(0, 1))[0]
+
+    def _before_cell(
+        self,
+        projected: Tensor,
+        of_gates: Tensor,
+        boundaries: Tensor | None,
+        cache: dict | None,
+    ) -> tuple[Tensor, ...]:
+        """Convolved input, output gate, q, k, v and gates; see `conv_qkv_and_gates`.
+
+        `projected` is `[b, s, 2 * inner]`, and `of_gates` the weight of the cell's gates.
+        """
+        x, z = projected.chunk(2, dim=-1)
+        conv = self.conv_weight, self.conv_bias
+        weights = self.qkv_weight, of_gates, self.num_heads
+        backend = own_backend(self.config)
+        if self.conv_weight is None or cache is not None:
+            x_c = run_conv(self.config, x, *conv, boundaries, cache, self.context)
+            return x_c, z, *qkv_and_gates(x_c, x, *weights, backend=backend)
+        before = self.context.tokens_before(x, self.conv_weight.shape[1] - 1, boundaries)
+        boundaries = self.context.local_slice(boundaries)
+        return conv_qkv_and_gates(
+            projected, *conv, *weights, before, boundaries=boundaries, backend=backend
+        )
 
     def _output(
         self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor

@@ -47,19 +47,9 @@ def causal_conv1d(
         ValueError: For wrong shapes, dtypes, devices or options.
         NotImplementedError: For forward-mode differentiation.
     """
-    check_no_tangents("causal_conv1d", x, weight, bias, initial_state)
-    check_float("x", x, 3, "[b, s, c]")
-    b, s, c = x.shape
-    check_float("weight", weight, 2, "[c, width]")
-    width = weight.shape[1]
-    check_like("weight", weight, (c, width), "[c, width]", x)
-    if bias is not None:
-        check_like("bias", bias, (c,), "[c]", x)
-    if initial_state is not None:
-        check_like("initial_state", initial_state, (b, c, width - 1), "[b, c, width - 1]", x)
+    check_conv_arguments(x, weight, bias, initial_state, boundaries)
     check_choice("activation", activation, (None, "silu"))
-    check_boundaries(boundaries, b, s, x)
-
+    (b, s, c), width = x.shape, weight.shape[1]
     chosen = conv_backend(x, initial_state, backend)
     if chosen != "torch":
         silus = activation == "silu"
@@ -90,6 +80,27 @@ def causal_conv1d(
     if document is not None:
         state = state.masked_fill((document[:, s:] != document[:, -1:])[..., None], 0)
     return y, state.transpose(1, 2).contiguous()
+
+
+def check_conv_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    boundaries: Tensor | None,
+) -> None:
+    """Raise for what `causal_conv1d` cannot take."""
+    check_no_tangents("causal_conv1d", x, weight, bias, initial_state)
+    check_float("x", x, 3, "[b, s, c]")
+    b, s, c = x.shape
+    check_float("weight", weight, 2, "[c, width]")
+    width = weight.shape[1]
+    check_like("weight", weight, (c, width), "[c, width]", x)
+    if bias is not None:
+        check_like("bias", bias, (c,), "[c]", x)
+    if initial_state is not None:
+        check_like("initial_state", initial_state, (b, c, width - 1), "[b, c, width - 1]", x)
+    check_boundaries(boundaries, b, s, x)
 
 
 def conv_backend(x: Tensor, initial_state: Tensor | None, backend: str | None) -> str:

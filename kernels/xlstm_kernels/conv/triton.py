@@ -1,7 +1,8 @@
-"""Causal depthwise convolution with SiLU on Triton: one pass over x forward, two over it backward.
+"""Causal depthwise convolution with SiLU on Triton: one pass over x forward, one over it backward.
 
-The backward pass computes the pre-activation again instead of keeping it. Gradients of weight and
-bias are summed per tile and then over tiles, in float32 and always in the same order.
+The backward pass computes the pre-activation again instead of keeping it, for each tap: what it
+reads for that is in the caches, and what it would write and read in float32 is not. Gradients of
+weight and bias are summed per tile and then over tiles, in float32 and always in the same order.
 """
 
 import torch
@@ -94,71 +95,56 @@ def conv_forward(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def conv_backward_taps(
-    d_y, x, weight, bias, before, starts, d_pre, d_taps, batch, steps, channels,
-    stride_xb, stride_xs, stride_yb, stride_ys,
+def conv_backward(
+    d_y, x, weight, bias, before, starts, d_more, d_x, d_before, d_taps, batch, steps, channels,
+    stride_xb, stride_xs, stride_yb, stride_ys, stride_mb, stride_ms, stride_db, stride_ds,
     SILU: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """d_pre of a tile, and its part of the gradients of the taps and of the bias (the last)."""
-    i_row, o_t, o_c = program_place(channels, CHANNELS, steps, TOKENS)
-    m_c = o_c < channels
-    # [TOKENS, CHANNELS]
-    o_y = (i_row * stride_yb + o_t * stride_ys)[:, None] + o_c[None, :]
-    m_y = (o_t < steps)[:, None] & m_c[None, :]
-    b_d = tl.load(d_y + o_y, mask=m_y, other=0.0).to(tl.float32)
-    if SILU:
-        b_pre = preactivation(
-            x, weight, bias, before, starts, i_row, o_t, o_c, m_c, steps, channels,
-            stride_xb, stride_xs, TAPS, TOKENS, CHANNELS,
-        )  # fmt: skip
-        b_gate = 1.0 / (1.0 + tl.exp(-b_pre))
-        b_d = b_d * b_gate * (1.0 + b_pre * (1.0 - b_gate))
-    o_pre = (i_row * steps + o_t)[:, None] * channels + o_c[None, :]
-    tl.store(d_pre + o_pre, b_d, mask=m_y)
-    i_part = tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)
-    p_part = d_taps + i_part * ((TAPS + 1) * channels)
-    tl.store(p_part + TAPS * channels + o_c, tl.sum(b_d, 0), mask=m_c)
-    # [TOKENS]
-    m_own = o_t < steps
-    for back in tl.static_range(TAPS):
-        b_x = own_inputs(
-            x, before, i_row, o_t - back, o_c, m_c, steps, channels, stride_xb, stride_xs, TAPS
-        )
-        b_tap = tl.sum(tl.where(m_own[:, None], b_x * b_d, 0.0), 0)
-        tl.store(p_part + (TAPS - 1 - back) * channels + o_c, b_tap, mask=m_c)
-        if starts is not None:
-            m_own = m_own & (starts_at(starts, i_row, o_t - back, steps) == 0)
+    """d_x of a tile, and the tile's part of the gradients of the taps and of the bias (the last).
 
-
-@triton.jit(do_not_specialize=SIZES)
-def conv_backward_inputs(
-    d_pre, weight, starts, d_x, d_before, batch, steps, channels, stride_xb, stride_xs,
-    TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """d_x of a tile of tokens and channels; the state before x counts as TAPS - 1 tokens."""
+    The state before x counts as TAPS - 1 tokens. d_more is added to d_x.
+    """
     i_row, o_t, o_c = program_place(channels, CHANNELS, steps + (TAPS - 1), TOKENS)
     o_t -= TAPS - 1
     m_c = o_c < channels
+    # [TOKENS, CHANNELS]
+    b_x = own_inputs(x, before, i_row, o_t, o_c, m_c, steps, channels, stride_xb, stride_xs, TAPS)
     b_dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
-    # [TOKENS]
+    i_part = tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)
+    p_part = d_taps + i_part * ((TAPS + 1) * channels) + o_c
+    # [TOKENS]: whether the later token is still in the document of this one
     m_own = o_t < steps
     for on in tl.static_range(TAPS):
         o_later = o_t + on
         if starts is not None and on > 0:
             m_own = m_own & (starts_at(starts, i_row, o_later, steps) == 0)
-        # [TOKENS, CHANNELS]
-        o_pre = (i_row * steps + o_later)[:, None] * channels + o_c[None, :]
-        m_pre = (m_own & (o_later >= 0) & (o_later < steps))[:, None] & m_c[None, :]
+        # [TOKENS, CHANNELS]: gradient of the pre-activation of the later token
+        m_y = (m_own & (o_later >= 0) & (o_later < steps))[:, None] & m_c[None, :]
+        o_y = (i_row * stride_yb + o_later * stride_ys)[:, None] + o_c[None, :]
+        b_d = tl.load(d_y + o_y, mask=m_y, other=0.0).to(tl.float32)
+        if SILU:
+            b_pre = preactivation(
+                x, weight, bias, before, starts, i_row, o_later, o_c, m_c, steps, channels,
+                stride_xb, stride_xs, TAPS, TOKENS, CHANNELS,
+            )  # fmt: skip
+            b_gate = 1.0 / (1.0 + tl.exp(-b_pre))
+            b_d = b_d * b_gate * (1.0 + b_pre * (1.0 - b_gate))
         # [CHANNELS]
         b_w = tl.load(weight + o_c * TAPS + (TAPS - 1 - on), mask=m_c, other=0.0).to(tl.float32)
-        b_dx += tl.load(d_pre + o_pre, mask=m_pre, other=0.0) * b_w[None, :]
+        b_dx += b_d * b_w[None, :]
+        tl.store(p_part + (TAPS - 1 - on) * channels, tl.sum(b_x * b_d, 0), mask=m_c)
+        if on == 0:
+            tl.store(p_part + TAPS * channels, tl.sum(b_d, 0), mask=m_c)
     # [TOKENS, CHANNELS]
-    o_x = (i_row * stride_xb + o_t * stride_xs)[:, None] + o_c[None, :]
     m_x = ((o_t >= 0) & (o_t < steps))[:, None] & m_c[None, :]
-    tl.store(d_x + o_x, b_dx.to(d_x.dtype.element_ty), mask=m_x)
     if d_before is not None and TAPS > 1:
         o_before = (i_row * channels + o_c)[None, :] * (TAPS - 1) + (o_t + (TAPS - 1))[:, None]
         tl.store(d_before + o_before, b_dx, mask=(o_t < 0)[:, None] & m_c[None, :])
+    if d_more is not None:
+        o_more = (i_row * stride_mb + o_t * stride_ms)[:, None] + o_c[None, :]
+        b_dx += tl.load(d_more + o_more, mask=m_x, other=0.0).to(tl.float32)
+    o_x = (i_row * stride_db + o_t * stride_ds)[:, None] + o_c[None, :]
+    tl.store(d_x + o_x, b_dx.to(d_x.dtype.element_ty), mask=m_x)
 
 
 def plan(kernel, arguments: dict, shape, taps: int, length: int) -> Launch:
@@ -180,9 +166,10 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
 
 
-def _result(x: Tensor) -> Tensor:
-    """A fresh tensor like x, without gaps and in its order of tokens."""
+def _result(x: Tensor, times: int = 1) -> Tensor:
+    """A fresh tensor like x with so many times its channels, in its order of tokens."""
     b, s, c = x.shape
+    c *= times
     if x.stride(0) < x.stride(1):
         return x.new_empty(s, b, c).transpose(0, 1)
     return x.new_empty(b, s, c)
@@ -195,22 +182,17 @@ def plan_forward(x, weight, bias, before, starts, silu: bool, y) -> Launch:
     return plan(conv_forward, arguments, x.shape, weight.shape[1], x.shape[1])
 
 
-def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_x, d_before):
-    """The two backward launches, and where they leave the parts of the gradients of the taps."""
+def plan_backward(d_y, x, weight, bias, before, starts, silu: bool, d_more, d_x, d_before):
+    """The backward launch, and where it leaves parts [parts, taps + 1, c] of taps and bias."""
     b, s, c = x.shape
     taps = weight.shape[1]
-    d_pre = x.new_empty(b, s, c, dtype=torch.float32)
-    d_taps = x.new_empty(b * triton.cdiv(s, TOKENS), taps + 1, c, dtype=torch.float32)
-    first = {"d_y": d_y, "x": x, "weight": weight, "bias": bias, "before": before}
-    first |= {"starts": starts, "d_pre": d_pre, "d_taps": d_taps, "SILU": silu}
-    first |= _strides("x", x) | _strides("y", d_y)
-    second = {"d_pre": d_pre, "weight": weight, "starts": starts, "d_x": d_x, "d_before": d_before}
-    second |= _strides("x", d_x)
-    launches = [
-        plan(conv_backward_taps, first, x.shape, taps, s),
-        plan(conv_backward_inputs, second, x.shape, taps, s + taps - 1),
-    ]
-    return launches, d_taps
+    length = s + taps - 1
+    d_taps = x.new_empty(b * triton.cdiv(length, TOKENS), taps + 1, c, dtype=torch.float32)
+    arguments = {"d_y": d_y, "x": x, "weight": weight, "bias": bias, "before": before}
+    arguments |= {"starts": starts, "d_more": d_more, "d_x": d_x, "d_before": d_before}
+    arguments |= {"d_taps": d_taps, "SILU": silu, **_strides("x", x), **_strides("y", d_y)}
+    arguments |= {**_strides("m", d_x if d_more is None else d_more), **_strides("d", d_x)}
+    return plan(conv_backward, arguments, x.shape, taps, length), d_taps
 
 
 def _bytes(boundaries: Tensor | None) -> Tensor | None:
@@ -243,7 +225,7 @@ def _(x, weight, bias, before, boundaries, silu):
 
 
 @torch.library.custom_op("xlstm_kernels::causal_conv1d_triton_backward", mutates_args=())
-def _backward(
+def conv_gradients(
     d_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -251,29 +233,53 @@ def _backward(
     before: Tensor | None,
     boundaries: Tensor | None,
     silu: bool,
+    d_more: Tensor | None,
+    beside: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias and the initial state (the last three float32)."""
-    d_x = _result(x)
+    """Gradients of x, weight, bias and the initial state (the last three float32).
+
+    Args:
+        d_y: Gradient of y.
+        x: As forward, and so are all up to `silu`.
+        weight: [c, width].
+        bias: [c] or None.
+        before: [b, c, width - 1] or None.
+        boundaries: [b, s] or None.
+        silu: Whether y is activated.
+        d_more: Gradient of x from elsewhere, [b, s, c]; it is added.
+        beside: Gradient of what lies behind the channels of x in one tensor, [b, s, c]. The first
+            result is then that of this tensor, [b, s, 2 * c].
+    """
+    d_all, d_x = _gradients(x, beside)
     x, weight, d_y = _readable(x), weight.contiguous(), _readable(d_y)
     before = None if before is None else before.contiguous()
+    d_more = None if d_more is None else _readable(d_more)
     b, _, c = x.shape
     taps = weight.shape[1]
     d_before = x.new_zeros(b, c, taps - 1, dtype=torch.float32)
     d_given = None if before is None else d_before
-    launches, d_taps = plan_backward(
-        d_y, x, weight, bias, before, _bytes(boundaries), silu, d_x, d_given
+    launch, d_taps = plan_backward(
+        d_y, x, weight, bias, before, _bytes(boundaries), silu, d_more, d_x, d_given
     )
-    run_all(launches, x)
+    run_all([launch], x)
+    if beside is not None:
+        d_all[..., c:].copy_(beside)
     d_taps = d_taps.sum(0)
-    return [d_x, d_taps[:taps].t().contiguous(), d_taps[taps].clone(), d_before]
+    return [d_all, d_taps[:taps].t().contiguous(), d_taps[taps].clone(), d_before]
 
 
-@_backward.register_fake
-def _(d_y, x, weight, bias, before, boundaries, silu):
+def _gradients(x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A fresh tensor for the gradient of x, with room for `beside`, and the part of x in it."""
+    d_all = _result(x, 1 if beside is None else 2)
+    return d_all, d_all[..., : x.shape[2]]
+
+
+@conv_gradients.register_fake
+def _(d_y, x, weight, bias, before, boundaries, silu, d_more, beside):
     b, _, c = x.shape
     taps, wide = weight.shape[1], {"dtype": torch.float32}
     return [
-        _result(x),
+        _gradients(x, beside)[0],
         x.new_empty(c, taps, **wide),
         x.new_empty(c, **wide),
         x.new_empty(b, c, taps - 1, **wide),
@@ -288,7 +294,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_y):
     tensors = ctx.saved_tensors
-    grads = _backward(d_y, *tensors, ctx.silu)
+    grads = conv_gradients(d_y, *tensors, ctx.silu, None, None)
     given = zip(grads, tensors[:4], strict=True)
     return *(None if x is None else grad.to(x.dtype) for grad, x in given), None, None
 

@@ -42,6 +42,28 @@ def qkv_and_gates(
         ValueError: For wrong shapes, dtypes, devices or options.
         NotImplementedError: For forward-mode differentiation on another backend than "torch".
     """
+    check_qkv_arguments(convolved, x, qkv_weight, gate_weight, heads)
+    chosen = qkv_backend(x, qkv_weight.shape[2], heads, backend)
+    if chosen != "torch":
+        check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
+    if chosen == "triton":
+        from xlstm_kernels.qkv.triton import qkv_and_gates_triton
+
+        matrices = tiles_of_heads(qkv_weight, heads)
+        return qkv_and_gates_triton(convolved, x, matrices, gate_weight, heads)
+    if chosen == "numba":
+        from xlstm_kernels.qkv.numba import qkv_and_gates_numba
+
+        return qkv_and_gates_numba(convolved, x, qkv_weight, gate_weight, heads)
+    maps = zip((convolved, convolved, x), qkv_weight.chunk(3), strict=True)
+    q, k, v = (block_diagonal(source, weight, heads) for source, weight in maps)
+    return q, k, v, _project_heads(gate_weight, q, k, v)
+
+
+def check_qkv_arguments(
+    convolved: Tensor, x: Tensor, qkv_weight: Tensor, gate_weight: Tensor, heads: int
+) -> None:
+    """Raise for what `qkv_and_gates` cannot take."""
     check_float("x", x, 3, "[b, s, inner]")
     check_like("convolved", convolved, tuple(x.shape), "[b, s, inner]", x)
     check_float("qkv_weight", qkv_weight, 3, "[3 * blocks, width, width]")
@@ -57,21 +79,6 @@ def qkv_and_gates(
     )
     gates = len(gate_weight)
     check_like("gate_weight", gate_weight, (gates, 3 * inner), "[gates, 3 * inner]", x)
-    chosen = qkv_backend(x, width, heads, backend)
-    if chosen != "torch":
-        check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
-    if chosen == "triton":
-        from xlstm_kernels.qkv.triton import qkv_and_gates_triton
-
-        matrices = dense_tiles(qkv_weight, joined_blocks(blocks // heads, width))
-        return qkv_and_gates_triton(convolved, x, matrices, gate_weight, heads)
-    if chosen == "numba":
-        from xlstm_kernels.qkv.numba import qkv_and_gates_numba
-
-        return qkv_and_gates_numba(convolved, x, qkv_weight, gate_weight, heads)
-    maps = zip((convolved, convolved, x), qkv_weight.chunk(3), strict=True)
-    q, k, v = (block_diagonal(source, weight, heads) for source, weight in maps)
-    return q, k, v, _project_heads(gate_weight, q, k, v)
 
 
 def qkv_backend(x: Tensor, block: int, heads: int, backend: str | None) -> str:
@@ -117,6 +124,12 @@ def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
 def joined_blocks(blocks: int, width: int) -> int:
     """How many of a head's blocks are put into one dense tile."""
     return math.gcd(blocks, max(1, TILE // width))
+
+
+def tiles_of_heads(qkv_weight: Tensor, heads: int) -> Tensor:
+    """The blocks of q, k and v [3 * blocks, out, in] as dense tiles, each within one head."""
+    blocks, _, width = qkv_weight.shape
+    return dense_tiles(qkv_weight, joined_blocks(blocks // 3 // heads, width))
 
 
 def dense_tiles(weight: Tensor, joined: int) -> Tensor:

@@ -8,6 +8,8 @@ in float32 and always in the same order.
 Float32 inputs with more than 16 gates spill some registers.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -109,15 +111,15 @@ def add_gradients(
 
 @triton.jit(do_not_specialize=[*SIZES, "programs"])
 def qkv_backward(
-    d_q, d_k, d_v, d_preacts, x_qk, x_v, matrices, gate_weight, d_qk, d_xv, d_matrices, d_weight,
-    tokens, width, tiles, gates, programs, stride_qk, stride_v,
+    d_q, d_k, d_v, d_preacts, d_more, x_qk, x_v, matrices, gate_weight, d_qk, d_xv, d_matrices,
+    d_weight, tokens, width, tiles, gates, programs, stride_qk, stride_v,
     TILE: tl.constexpr, GATES: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
     """One tile of channels; its tokens are dealt out to `programs` programs: grid programs * tiles.
 
     d_matrices is float32 [programs, 3, tiles, in, out], d_weight float32
-    [programs, 3, GATES, width].
+    [programs, 3, GATES, width]. d_more is added to d_qk.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_tile, i_part = i_program % tiles, i_program // tiles
@@ -162,6 +164,8 @@ def qkv_backward(
         b_dx, b_dwk, b_dgk = add_gradients(
             b_qk, b_dk, b_high, b_low, b_wk, b_gk, b_dx, b_dwk, b_dgk, NARROW, PRECISION
         )
+        if d_more is not None:
+            b_dx += tl.load(d_more + o_y, mask=m_t, other=0.0).to(tl.float32)
         tl.store(d_qk + o_y, b_dx.to(d_qk.dtype.element_ty), mask=m_t)
         b_dx, b_dwv, b_dgv = add_gradients(
             b_v, b_dv, b_high, b_low, b_wv, b_gv, b_zero, b_dwv, b_dgv, NARROW, PRECISION
@@ -197,7 +201,7 @@ def plan_forward(x_qk, x_v, matrices, gate_weight, q, k, v, preacts, precision: 
 
 
 def plan_backward(
-    d_q, d_k, d_v, d_preacts, x_qk, x_v, matrices, gate_weight, d_qk, d_xv, precision: str
+    d_q, d_k, d_v, d_preacts, d_more, x_qk, x_v, matrices, gate_weight, d_qk, d_xv, precision: str
 ) -> tuple[Launch, Tensor, Tensor]:
     """The backward launch, and where it leaves the parts of the gradients of both weights.
 
@@ -210,7 +214,7 @@ def plan_backward(
     d_matrices = x_qk.new_empty(programs, 3, tiles, tile, tile, dtype=torch.float32)
     d_weight = x_qk.new_empty(programs, 3, arguments["GATES"], width, dtype=torch.float32)
     arguments |= {"d_q": d_q, "d_k": d_k, "d_v": d_v, "d_preacts": d_preacts, "d_qk": d_qk}
-    arguments |= {"d_xv": d_xv, "d_matrices": d_matrices, "d_weight": d_weight}
+    arguments |= {"d_more": d_more, "d_xv": d_xv, "d_matrices": d_matrices, "d_weight": d_weight}
     arguments |= {"programs": programs, "BT": TOKENS[1], "NARROW": x_qk.dtype != torch.float32}
     grid = (programs * tiles,)
     launch = Launch("qkv and gates gradients", qkv_backward, grid, arguments, 4, 2)
@@ -251,19 +255,23 @@ def _(x_qk, x_v, matrices, gate_weight):
 
 
 @torch.library.custom_op("xlstm_kernels::qkv_and_gates_triton_backward", mutates_args=())
-def _backward(
+def project_gradients(
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
     d_preacts: Tensor,
+    d_more: Tensor | None,
     x_qk: Tensor,
     x_v: Tensor,
     matrices: Tensor,
     gate_weight: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x_qk and x_v, and in float32 of matrices and gate_weight."""
+    """Gradients of x_qk and x_v, and in float32 of matrices and gate_weight.
+
+    d_more is a gradient of x_qk from elsewhere, [tokens, width]; it is added.
+    """
     d_qk, d_xv = (x.new_empty(x.shape) for x in (x_qk, x_v))
-    grads = (x.contiguous() for x in (d_q, d_k, d_v, d_preacts))
+    grads = (None if x is None else x.contiguous() for x in (d_q, d_k, d_v, d_preacts, d_more))
     weights = matrices.contiguous(), gate_weight.contiguous()
     inputs = _readable(x_qk), _readable(x_v), *weights
     launch, d_matrices, d_weight = plan_backward(*grads, *inputs, d_qk, d_xv, _precision(x_qk))
@@ -272,8 +280,8 @@ def _backward(
     return [d_qk, d_xv, d_matrices.sum(0).mT.contiguous(), d_weight.mT.contiguous()]
 
 
-@_backward.register_fake
-def _(d_q, d_k, d_v, d_preacts, x_qk, x_v, matrices, gate_weight):
+@project_gradients.register_fake
+def _(d_q, d_k, d_v, d_preacts, d_more, x_qk, x_v, matrices, gate_weight):
     wide = {"dtype": torch.float32}
     d_weights = (x.new_empty(x.shape, **wide) for x in (matrices, gate_weight))
     return [x_qk.new_empty(x_qk.shape), x_v.new_empty(x_v.shape), *d_weights]
@@ -284,7 +292,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grads):
-    *d_x, d_matrices, d_weight = _backward(*grads, *ctx.saved_tensors)
+    *d_x, d_matrices, d_weight = project_gradients(*grads, None, *ctx.saved_tensors)
     dtype = ctx.saved_tensors[2].dtype
     return *d_x, d_matrices.to(dtype), d_weight.to(dtype)
 
@@ -292,17 +300,32 @@ def _differentiate(ctx, grads):
 project.register_autograd(_differentiate, setup_context=_save)
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """x [b, s, c] as [s * b, c], in the order of the sequence, then of the batch."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def gate_columns(gate_weight: Tensor) -> Tensor:
+    """Weights [gates, 3 * inner] as [3, inner, gates]."""
+    return gate_weight.unflatten(1, (3, -1)).permute(1, 2, 0)
+
+
+def by_head(results: Sequence[Tensor], b: int, heads: int) -> tuple[Tensor, ...]:
+    """q, k, v [s * b, inner] as [b, heads, s, inner / heads], and gates [s * b, gates] by row."""
+    *qkv, gates = results
+    s = len(gates) // b
+    q, k, v = (y.view(s, b, heads, -1).permute(1, 2, 0, 3) for y in qkv)
+    return q, k, v, gates.view(s, b, -1).transpose(0, 1)
+
+
 def qkv_and_gates_triton(
     convolved: Tensor, x: Tensor, matrices: Tensor, gate_weight: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Triton backend of `xlstm_kernels.qkv_and_gates` (checked arguments, same meaning).
 
     `matrices` [3 * tiles, out, in] are its blocks, some joined in each tile. Tokens are taken in
     the order of the sequence, then of the batch, and so do the results lie.
     """
-    b, s, inner = x.shape
-    tokens = (one.transpose(0, 1).flatten(0, 1) for one in (convolved, x))
-    columns = gate_weight.unflatten(1, (3, -1)).permute(1, 2, 0)  # [3, inner, gates]
-    *qkv, gates = project(*tokens, matrices.unflatten(0, (3, -1)), columns)
-    q, k, v = (y.view(s, b, heads, inner // heads).permute(1, 2, 0, 3) for y in qkv)
-    return q, k, v, gates.view(s, b, -1).transpose(0, 1)
+    weights = matrices.unflatten(0, (3, -1)), gate_columns(gate_weight)
+    results = project(tokens_of(convolved), tokens_of(x), *weights)
+    return by_head(results, len(x), heads)

@@ -96,11 +96,8 @@ def test_the_other_passes_read_nothing_back(launched):
     norm_triton._backward._init_fn(y, None, x, weight, x, 1e-6, True, "heads last")
     x, weight, bias = new(2, 300, 64), wide(64, 4), wide(64)
     y = conv_triton.conv_triton._init_fn(x, weight, bias, None, starts, True)
-    conv_triton._backward._init_fn(y, x, weight, bias, None, starts, True)
-    assert launched[-5:] == [
-        "norm_forward", "norm_backward", "conv_forward", "conv_backward_taps",
-        "conv_backward_inputs",
-    ]  # fmt: skip
+    conv_triton.conv_gradients._init_fn(y, x, weight, bias, None, starts, True, y, y)
+    assert launched[-4:] == ["norm_forward", "norm_backward", "conv_forward", "conv_backward"]
 
 
 @pytest.mark.parametrize(

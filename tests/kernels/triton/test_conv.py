@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.comparison import relative_error
 from xlstm_kernels import causal_conv1d
-from xlstm_kernels.conv.triton import _backward, conv_triton
+from xlstm_kernels.conv.triton import conv_gradients, conv_triton
 
 torch.set_num_threads(1)
 B = 2
@@ -60,7 +60,7 @@ def test_a_slice_with_the_sequence_first_is_read_in_place(monkeypatch):
     plain, weight, bias, _ = make_inputs(37, 20, 4)
     upstream = torch.randn_like(plain)
     rest = weight, bias, None, None, True
-    expected = conv_triton(plain, *rest), _backward(upstream, plain, *rest)[0]
+    expected = conv_triton(plain, *rest), conv_gradients(upstream, plain, *rest, None, None)[0]
 
     def sequence_first(x):
         return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
@@ -73,7 +73,7 @@ def test_a_slice_with_the_sequence_first_is_read_in_place(monkeypatch):
     upstream = sequence_first(upstream)
     as_it_was = torch.Tensor.contiguous
     monkeypatch.setattr(torch.Tensor, "contiguous", whole)
-    got = conv_triton(x, *rest), _backward(upstream, x, *rest)[0]
+    got = conv_triton(x, *rest), conv_gradients(upstream, x, *rest, None, None)[0]
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other) and one.transpose(0, 1).is_contiguous()
 
@@ -120,5 +120,18 @@ def test_custom_ops_follow_the_rules_of_torch():
     torch.library.opcheck(conv_triton, (x, weight, bias, state, boundaries, True), test_utils=tests)
     torch.library.opcheck(conv_triton, (x, weight, None, None, None, False), test_utils=tests)
     with torch.no_grad():
-        arguments = (x, x, weight, None, None, None, False)
-        torch.library.opcheck(_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+        tests = ("test_schema", "test_faketensor")
+        for rest in ((None, None), (x, x)):
+            arguments = (x, x, weight, None, None, None, False, *rest)
+            torch.library.opcheck(conv_gradients, arguments, test_utils=tests)
+
+
+def test_gradients_from_elsewhere_are_added_or_lie_beside():
+    x, weight, bias, _ = make_inputs(37, 20, 4)
+    upstream, more, beside = torch.randn(3, *x.shape)
+    rest = upstream, x, weight, bias, None, None, True
+    plain, *of_weights = conv_gradients(*rest, None, None)
+    got, *others = conv_gradients(*rest, more, beside)
+    torch.testing.assert_close(got, torch.cat((plain + more, beside), 2))
+    for one, other in zip(others, of_weights, strict=True):
+        assert torch.equal(one, other)

@@ -18,6 +18,7 @@ from tests.kernels.comparison import relative_error
 from tests.kernels.triton.checker import Checker
 from xlstm_kernels import (
     add_norm,
+    conv_qkv_and_gates,
     gated_activation,
     mlstm_chunkwise,
     mlstm_step,
@@ -190,6 +191,23 @@ def qkv_case(s, blocks, heads, gates, b=2, dtype=torch.float32):
     return call, x
 
 
+def conv_qkv_case(s, blocks, heads, gates, b=2, dtype=torch.float32, state=False, **options):
+    inner = 4 * blocks
+    x = {"packed": torch.randn(b, s, 2 * inner), "taps": torch.randn(inner, 4)}
+    x |= {"bias": torch.randn(inner), "blocks": torch.randn(3 * blocks, 4, 4)}
+    x |= {"gates": torch.randn(gates, 3 * inner)}
+    x |= {"before": torch.randn(b, inner, 3)} if state else {}
+    x = {name: one.to(dtype) for name, one in x.items()}
+
+    def call(x, backend):
+        inputs = (x[name] for name in ("packed", "taps", "bias", "blocks", "gates"))
+        results = conv_qkv_and_gates(*inputs, heads, x.get("before"), backend=backend, **options)
+        names = "convolved", "beside", "q", "k", "v", "preacts"
+        return dict(zip(names, results, strict=True))
+
+    return call, x
+
+
 def norm_skip_case(s, d, b=2, heads=3, dtype=torch.float32):
     width = heads * d
     x = {"h": torch.randn(b, heads, s, d), "weight": torch.randn(width)}
@@ -318,6 +336,8 @@ CASES = {
     "qkv_and_gates": {
         "odd": qkv_case(35, 12, 3, 5),
         "bf16": qkv_case(17, 16, 2, 8, **HALF),
+        "of a convolution": conv_qkv_case(35, 12, 3, 5, state=True, boundaries=documents(2, 35)),
+        "of a convolution, bf16": conv_qkv_case(17, 16, 2, 8, **HALF),
     },
     "causal_conv1d": {
         "one token": conv_case(1, 16),

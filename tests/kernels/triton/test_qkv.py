@@ -1,10 +1,14 @@
 """q, k, v and gates of the classic mLSTM on Triton against PyTorch in float64."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.comparison import assert_float32_close, relative_error, run
-from xlstm_kernels import qkv_and_gates
+from xlstm_kernels import conv_qkv_and_gates, qkv_and_gates
 from xlstm_kernels.qkv import triton as qkv_triton
 
 
@@ -87,3 +91,56 @@ def test_custom_op_rules():
 def test_tiles_that_cannot_run_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="blocks of 4 in heads of 24 make tiles of 8, and the"):
         heads(make_inputs(1, 3, head_dim=24))
+
+
+CONVOLVED = "convolved", "beside", "q", "k", "v", "gates"
+
+
+def make_packed(b, s, inner=48, gates=8):
+    torch.manual_seed(0)
+    return {
+        "packed": torch.randn(b, s, 2 * inner),
+        "taps": torch.randn(inner, 4),
+        "bias": torch.randn(inner),
+        "blocks": torch.randn(3 * inner // 4, 4, 4),
+        "gate_weight": torch.randn(gates, 3 * inner),
+        "before": torch.randn(b, inner, 3),
+    }
+
+
+def convolved(x, backend="triton", **options):
+    results = conv_qkv_and_gates(
+        *(x[name] for name in ("packed", "taps", "bias", "blocks", "gate_weight")), 3,
+        x.get("before"), backend=backend, **options,
+    )  # fmt: skip
+    return dict(zip(CONVOLVED, results, strict=True))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_with_the_convolution_values_and_gradients(carried):
+    x = make_packed(2, 37)
+    if not carried:
+        del x["before"]
+    options = {"boundaries": torch.rand(2, 37) < 0.2}
+    assert_float32_close(
+        partial(convolved, **options), partial(convolved, backend="torch", **options), x
+    )
+
+
+def test_the_gradient_of_a_projection_is_one_tensor_that_kernels_fill():
+    """No sum of two gradients, and of the two halves only one is put beside the other."""
+    x = {name: t.requires_grad_() for name, t in make_packed(2, 10).items()}
+    projection = x["packed"].detach().transpose(0, 1).contiguous().requires_grad_()
+    results = convolved(x | {"packed": projection.transpose(0, 1)})
+    seen = Counter()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        (got,) = torch.autograd.grad([t.sum() for t in results.values()], projection)
+    assert got.is_contiguous()
+    assert not {"aten::add", "aten::cat"} & set(seen)
+    assert seen["xlstm_kernels::causal_conv1d_triton_backward"] == 1
