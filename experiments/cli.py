@@ -137,6 +137,7 @@ def _body_of_kind(grid: Grid, cells: Sequence[Cell]) -> Body:
 
 
 def _run(grid: Grid, cells: Sequence[Cell], jobs: int, *, strict: bool) -> int:
+    grid.check_unchanged(cells)
     open_ = [cell for cell in cells if grid.result(cell) is None]
     say(
         f"{grid.name}, {grid.size_name}: {counted(len(cells), 'cell')}, "
@@ -150,15 +151,23 @@ def _run(grid: Grid, cells: Sequence[Cell], jobs: int, *, strict: bool) -> int:
 
 
 def _cell(grid: Grid, cell: Cell) -> int:
-    if grid.result(cell) is None:
-        code = go_through(grid, [cell], _body(grid, [cell]))
+    grid.check_unchanged([cell])
+    if grid.result(cell) is not None:
+        return ExitCode.DONE
+    body = _body(grid, [cell])
+    while grid.result(cell) is None:
+        code = go_through(grid, [cell], body)
         if code != ExitCode.DONE:
             return code
         if grid.result(cell) is None:
-            owner = grid.claim(cell).owner()
+            claim = grid.claim(cell)
+            owner = claim.owner()
             if owner is None:
                 raise MachineFailed(f"{cell}: {grid.last_attempt(cell)}; give the command again")
-            say(f"{cell}: {owner} is at work on it")
+            # An element that was requeued may find the claim of the node that failed under it.
+            if claim.shows_life():
+                say(f"{cell}: {owner} is at work on it")
+                break
     return ExitCode.DONE
 
 

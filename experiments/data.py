@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from experiments.claim import Claim
 from experiments.definition import Cell, ShardsData, TaskData, TextData
-from experiments.grid import Claim, Grid
+from experiments.grid import Grid
 from xlstm_io.errors import ConfigError, ExitCode, Interrupted, PrepError
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.signals import signal_at_parents_death
@@ -34,9 +35,13 @@ def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
     for name in dict.fromkeys(data_name(grid, cell) for cell in cells):
         data, folder = grid.size.data[name], data_folder(grid, name)
         claim = Claim(grid.folder / "claims" / f"data-{name}")
+        told = False
         while not claim.take():
+            if not told:
+                say(f"data {name}: {claim.owner() or 'another'} makes them; waiting")
+                told = True
             time.sleep(1.0)
-        try:
+        with claim.held():
             if isinstance(data, TaskData):
                 from data_prep.synthetic.corpus import write_corpora
 
@@ -45,8 +50,6 @@ def prepare(grid: Grid, cells: Sequence[Cell]) -> None:
                 _link(data, folder / TRAINING_FOLDER)
             else:
                 _make_text(data, folder)
-        finally:
-            claim.release()
 
 
 def data_name(grid: Grid, cell: Cell) -> str:

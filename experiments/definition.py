@@ -6,6 +6,7 @@ as learning rate and seed) of one size: toy, small, large or paper.
 
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Shape(Strict):
 
     layers: int
     """blocks: the model's pattern is repeated until it has as many"""
+    budgets: list[float] | None = None
+    """only these of the axis `budget` are spent on it; null for all"""
     run: dict[str, Any] = Field(default_factory=dict)
     """keys of the run file"""
 
@@ -99,7 +102,8 @@ class Size(Strict):
     data: dict[str, TaskData | TextData | ShardsData] = Field(default_factory=dict)
     """data by name; each is one value of the axis `data`"""
     run: dict[str, Any] = Field(default_factory=dict)
-    """keys of the run file of all cells"""
+    """keys of the run file of all cells; `schedule.final_lr` is the rate at the end of the decay,
+    where the share of the peak differs between cells"""
     models: list[str]
     """names of `models`"""
     model_keys: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -273,7 +277,39 @@ def _is_possible(size: Size, model: str, values: Mapping[str, Value]) -> bool:
         rates = size.rates.get(str(values.get("data")), size.axes["lr"])
         if values["lr"] not in rates:
             return False
+    if "shape" in values and "budget" in values:
+        budgets = size.shapes[str(values["shape"])].budgets
+        if budgets is not None and values["budget"] not in budgets:
+            return False
     return all(float(str(values[axis])) <= most for axis, most in limits.items())
+
+
+def settings_of(experiment: Experiment, size: Size, cell: Cell) -> dict[str, Any]:
+    """What the run or measurement of a cell depends on, with dotted keys: `run.run.steps`."""
+    data = [str(cell.values["data"])] if "data" in cell.values else list(size.data)
+    parts = {
+        "kind": experiment.kind,
+        "run": experiment.run,
+        "warmup_share": experiment.warmup_share,
+        "models": experiment.models[cell.model],
+        "run_file": size.run_files.get(cell.model),
+        "size": size.run,
+        "model_keys": size.model_keys.get(cell.model, {}),
+        "data": {name: size.data[name].model_dump() for name in data},
+        "data_keys": {name: size.data_keys.get(name, {}) for name in data},
+        "tasks": size.tasks,
+    }
+    if "shape" in cell.values:
+        parts["shape"] = size.shapes[str(cell.values["shape"])].model_dump()
+    return dict(_dotted(json.loads(json.dumps(parts))))
+
+
+def _dotted(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, part in value.items():
+        yield from _dotted(part, f"{key}.{name}" if key else name)
 
 
 def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

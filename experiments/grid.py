@@ -2,14 +2,13 @@
 
     OUT/NAME-SIZE/data/DATA/            shards
     OUT/NAME-SIZE/cells/CELL/           an ordinary run folder, with run.yaml and output.log
+    OUT/NAME-SIZE/cells/CELL/settings.json  what of the definition it was begun with
     OUT/NAME-SIZE/cells/CELL/result.json   written last: a cell with it is done
     OUT/NAME-SIZE/claims/               who is at work on what
 
 Any number of workers share a grid: the processes of one command, commands beside one another, the
-elements of a Slurm array. Each takes the next cell that nobody has claimed. A claim is a folder,
-which only one of them can put there, and its owner touches it while it works. It is taken over when
-its process is gone from this machine, or was silent for `STALE_S` on another one. So a grid that
-was killed anywhere goes on when the same command is given again.
+elements of a Slurm array. Each takes the next cell that nobody has claimed (`experiments.claim`).
+So a grid that was killed anywhere goes on when the same command is given again.
 
 A worker imports torch once and forks a child for each cell, since the imports cost more than most
 toy cells. It starts no thread of its own before, and the children compute with one thread each.
@@ -18,9 +17,7 @@ toy cells. It starts no thread of its own before, and the children compute with 
 import datetime
 import json
 import os
-import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,18 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.definition import Cell, Experiment, Size, cells_of, load, size_of
+from experiments.claim import TOUCH_S, Claim, read_json
+from experiments.definition import Cell, Experiment, Size, cells_of, load, settings_of, size_of
 from xlstm_io.allocator import keep_freed_memory
-from xlstm_io.errors import ExitCode, Interrupted, MachineFailed, Superseded, UserError
+from xlstm_io.errors import ConfigError, ExitCode, Interrupted, MachineFailed, Superseded, UserError
 from xlstm_io.signals import StopSignal, signal_at_parents_death
 from xlstm_io.storage import write_atomic
-from xlstm_io.terminal import say
+from xlstm_io.terminal import counted, say
 
 RESULT_FILE = "result.json"
 OUTPUT_FILE = "output.log"
 ATTEMPT_FILE = "attempt.json"
-STALE_S = 300.0
-_TOUCH_S = 20.0
+SETTINGS_FILE = "settings.json"
 _LOOK_S = 0.1
 
 #: Ends of a cell after which the same command tries it again: nothing is wrong with the cell.
@@ -86,100 +83,48 @@ class Grid:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What came of a cell; None where it is not done."""
-        return _read(self.cell_folder(cell) / RESULT_FILE)
+        return read_json(self.cell_folder(cell) / RESULT_FILE)
+
+    def changed(self, cell: Cell) -> list[str]:
+        """The settings that a cell was begun with and that the definition has no longer."""
+        old = read_json(self.cell_folder(cell) / SETTINGS_FILE)
+        if old is None:
+            return []
+        new = settings_of(self.experiment, self.size, cell)
+        nothing = object()
+        return [
+            key
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key, nothing) != new.get(key, nothing)
+        ]
+
+    def check_unchanged(self, cells: Sequence[Cell]) -> None:
+        """Refuse to go on with cells that another definition began.
+
+        Raises:
+            ConfigError: there are some; two settings under one name would be one row of the table.
+        """
+        changed = [cell for cell in cells if self.changed(cell)]
+        if changed:
+            raise ConfigError(
+                f"{counted(len(changed), 'cell')} of {self.folder} began with other settings than "
+                f"the definition has now, such as {self.cell_folder(changed[0])} with another "
+                f"{self.changed(changed[0])[0]}; give another --out, or remove their folders"
+            )
 
     def last_attempt(self, cell: Cell) -> str | None:
         """How the newest attempt at a cell without a result ended."""
-        found = _read(self.cell_folder(cell) / ATTEMPT_FILE)
+        found = read_json(self.cell_folder(cell) / ATTEMPT_FILE)
         return None if found is None else str(found.get("reason"))
 
     def spent(self, cell: Cell) -> float:
         """CPU seconds of the attempts at a cell that gave no result."""
-        found = _read(self.cell_folder(cell) / ATTEMPT_FILE)
+        found = read_json(self.cell_folder(cell) / ATTEMPT_FILE)
         return 0.0 if found is None else float(found.get("cpu_seconds", 0.0))
 
-    def claim(self, cell: Cell) -> "Claim":
+    def claim(self, cell: Cell) -> Claim:
         """The claim of a cell."""
         return Claim(self.folder / "claims" / cell.name)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-class Claim:
-    """The right to work on something; a folder.
-
-    Args:
-        folder: the folder, made by the one who has the right.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def take(self) -> bool:
-        """Whether the right is ours now: nobody had it, or who had it is gone."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self._make():
-            return True
-        if not self._is_left():
-            return False
-        # Of several that find it left only one can rename it.
-        aside = self.folder.with_name(f"{self.folder.name}.left-{os.getpid()}-{time.time_ns()}")
-        try:
-            self.folder.rename(aside)
-        except OSError:
-            return False
-        shutil.rmtree(aside, ignore_errors=True)
-        return self._make()
-
-    def touch(self) -> None:
-        """Say that the owner is at work."""
-        os.utime(self.folder)
-
-    def release(self) -> None:
-        """Give the right back."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def owner(self) -> str | None:
-        """Who has the right, for messages; None for nobody."""
-        found = _read(self.folder / "owner.json")
-        if found is None:
-            return "somebody" if self.folder.exists() else None
-        return f"process {found['pid']} on {found['host']}"
-
-    def _make(self) -> bool:
-        # Named beside it first: a claim is never without its owner, whenever we are killed.
-        unique = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-        made = self.folder.with_name(f"{self.folder.name}.new-{unique}")
-        made.mkdir()
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        (made / "owner.json").write_text(json.dumps(owner))
-        try:
-            made.rename(self.folder)  # fails where the folder is there, since it is not empty
-        except OSError:
-            shutil.rmtree(made, ignore_errors=True)
-            return False
-        return True
-
-    def _is_left(self) -> bool:
-        try:
-            silent = time.time() - self.folder.stat().st_mtime
-        except FileNotFoundError:
-            return False  # given back just now; the next look takes it
-        found = _read(self.folder / "owner.json")
-        if found is None or found["host"] != socket.gethostname():
-            return silent > STALE_S
-        try:
-            os.kill(found["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
 
 
 Body = Callable[[Grid, Cell, Path, StopSignal], dict[str, Any]]
@@ -270,7 +215,7 @@ def _one(grid: Grid, cell: Cell, body: Body, claim: Claim, stop: StopSignal) -> 
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - touched > _TOUCH_S:
+        if time.monotonic() - touched > TOUCH_S:
             claim.touch()
             touched = time.monotonic()
         if stop.requested and not told:
@@ -311,6 +256,9 @@ def _child(grid: Grid, cell: Cell, body: Body, folder: Path, stop: StopSignal) -
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     keep_freed_memory()  # for cells that are no runs; a run does it itself
     common = {"cell": {"model": cell.model, **cell.values}, "number": cell.number}
+    if not (folder / SETTINGS_FILE).exists():
+        settings = settings_of(grid.experiment, grid.size, cell)
+        write_atomic(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode())
     try:
         fields = {"status": "done", **body(grid, cell, folder, stop)}
     except (Superseded, Interrupted) as error:
@@ -326,6 +274,9 @@ def _child(grid: Grid, cell: Cell, body: Body, folder: Path, stop: StopSignal) -
         if error.exit_code in _TRY_AGAIN:
             return error.exit_code
         fields = {"status": "failed", "reason": str(error), "exit_code": int(error.exit_code)}
+    except OSError as error:  # a full disk, a share that went away
+        print(f"error: {error}")
+        return ExitCode.MACHINE_FAILED
     except Exception as error:
         import traceback
 

@@ -90,6 +90,10 @@ class Holder:
         """Whether this is the same Slurm job, requeued since then; a second step of it is not."""
         return other.job is not None and other.job == self.job and other.restart < self.restart
 
+    def runs(self) -> bool:
+        """Whether the process is there; asked by one who sees it."""
+        return bool(self.started) and _started(self.pid) == self.started
+
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
         return f"life {self.life} (process {self.pid} on {self.host}{job})"
@@ -290,8 +294,7 @@ def _alive(folder: Path, life: int) -> str | None:
     if holder is not None:
         here = Holder.here(life)
         if here.sees(holder):
-            same = _started(holder.pid) == holder.started
-            return f"{holder} is running" if same and holder.started else None
+            return f"{holder} is running" if holder.runs() else None
         if here.follows(holder) or (holder.job is not None and _job_has_ended(holder.job)):
             return None
     silent = _silence(folder, life)

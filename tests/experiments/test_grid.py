@@ -3,6 +3,8 @@
 Each cell runs in a forked child, as in a real grid.
 """
 
+import dataclasses
+import errno
 import json
 import os
 import signal
@@ -13,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments import claim as claim_module
+from experiments import cli
 from experiments.definition import Cell, Experiment
-from experiments.grid import Claim, Grid, Stopped, go_through
+from experiments.grid import Grid, Stopped, go_through
+from experiments.results import table
 from xlstm_io.errors import ConfigError, ExitCode, MachineFailed
 
 ROOT = Path(__file__).parents[2]
@@ -101,24 +106,40 @@ def test_what_the_machine_did_is_tried_again_by_the_next_command(grid):
     assert numbers(grid) == list(range(6))
 
 
-def test_a_claim_is_one_owners_until_he_is_gone(tmp_path):
-    claim = Claim(tmp_path / "claims" / "x")
-    assert claim.take() and not claim.take()
-    assert claim.owner() == f"process {os.getpid()} on {os.uname().nodename}"
-    claim.release()
-    assert claim.owner() is None and claim.take()
-    # A process that has ended on this machine.
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    owner = {"host": os.uname().nodename, "pid": ended.pid}
-    (claim.folder / "owner.json").write_text(json.dumps(owner))
-    assert claim.take()
-    # One of another machine, first at work and then silent.
-    (claim.folder / "owner.json").write_text(json.dumps({"host": "other", "pid": 1}))
-    assert not claim.take()
-    long_ago = time.time() - 1000
-    os.utime(claim.folder, (long_ago, long_ago))
-    assert claim.take()
+def test_a_full_disk_is_no_result_of_a_cell(grid):
+    def full(grid, cell, folder, stop):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert go_through(grid, grid.cells[:1], full) == ExitCode.DONE
+    assert grid.result(grid.cells[0]) is None
+    assert grid.last_attempt(grid.cells[0]) == "ended by exit code 70"
+
+
+def test_a_cell_that_another_definition_began_is_neither_a_row_nor_gone_on_with(grid):
+    assert go_through(grid, grid.cells[:2], done) == ExitCode.DONE
+    grid.check_unchanged(grid.cells)
+    experiment = grid.experiment.model_copy(update={"models": {"a": {"run.steps": 9}, "b": {}}})
+    now = dataclasses.replace(grid, experiment=experiment)
+    assert now.changed(now.cells[0]) == ["models.run.steps"]
+    with pytest.raises(ConfigError, match=r"2 cells of .* another models\.run\.steps; give"):
+        now.check_unchanged(now.cells)
+    now.check_unchanged(now.cells[2:])
+    rows = table.make(now)["cells"]
+    assert "other settings than now: models.run.steps" in rows[0]["reason"]
+    assert [row["status"] for row in rows] == ["missing"] * 6
+    assert [row["status"] for row in table.make(grid)["cells"]] == ["done"] * 2 + ["missing"] * 4
+
+
+def test_an_element_waits_until_the_owner_shows_life_or_is_gone(grid, monkeypatch):
+    """Slurm may start it again while the claim of the node that failed is still fresh."""
+    monkeypatch.setattr(cli, "_body", lambda grid, cells: done)
+    monkeypatch.setattr(claim_module, "STALE_S", 1.0)
+    cell = grid.cells[0]
+    assert grid.claim(cell).take()
+    owner = grid.claim(cell).folder / "owner.json"
+    owner.write_text(json.dumps(json.loads(owner.read_text()) | {"host": "failed", "pid": 1}))
+    assert cli._cell(grid, cell) == ExitCode.DONE
+    assert numbers(grid) == [0]
 
 
 SCRIPT = """if True:
