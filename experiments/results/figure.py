@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.definition import Experiment, Figure
-from experiments.results.claims import curve
+from experiments.results.rules import curve
 from experiments.results.scaling import runs_of
 
 _DARK = 0.7  # squares with a larger number have white letters

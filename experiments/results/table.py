@@ -2,13 +2,14 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.definition import groups, written
 from experiments.grid import Grid
 from experiments.results import scaling
-from experiments.results.claims import verdict
+from experiments.results.rules import verdict
 from pretrain.watching import provenance
 from xlstm_io.storage import write_atomic
 
@@ -45,7 +46,10 @@ def _different(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 def _row(grid: Grid, cell: Any) -> dict[str, Any]:
     row = {"number": cell.number, "model": cell.model, "values": dict(cell.values)}
-    result = grid.result(cell)
+    changed, result = grid.changed(cell), grid.result(cell)
+    if changed:
+        reason = f"it began with other settings than now: {', '.join(changed)}"
+        return row | {"status": "missing", "reason": reason}
     if result is not None:
         return row | {k: v for k, v in result.items() if k not in ("cell", "number")}
     owner = grid.claim(cell).owner()
@@ -56,20 +60,25 @@ def _row(grid: Grid, cell: Any) -> dict[str, Any]:
 def best_of(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each model the rate with the best mean of `choose`, and its measures over the seeds.
 
-    A rate counts if any of its seeds is done. A model without a rate is one group.
+    A rate counts if any of its seeds is done. The mean of those that survived says little of a
+    rate at which others failed, so one at which fewer failed goes first. A model without a rate is
+    one group.
     """
-    done = [row for row in rows if row["status"] == "done"]
     found = []
     for model, values in groups(grid.cells):
         mine = [
-            row for row in done if row["model"] == model and values.items() <= row["values"].items()
+            row for row in rows if row["model"] == model and values.items() <= row["values"].items()
         ]
         by_rate: dict[Any, list[Mapping[str, Any]]] = {}
+        failed: Counter[Any] = Counter()
         for row in mine:
-            by_rate.setdefault(row["values"].get("lr"), []).append(row)
+            rate = row["values"].get("lr")
+            if row["status"] == "done":
+                by_rate.setdefault(rate, []).append(row)
+            failed[rate] += row["status"] == "failed"
         if not by_rate:
             continue
-        rate = max(by_rate, key=lambda lr: _worth(grid, by_rate[lr]))
+        rate = max(by_rate, key=lambda lr: (-failed[lr], _worth(grid, by_rate[lr])))
         chosen = by_rate[rate]
         found.append(
             {
@@ -77,6 +86,7 @@ def best_of(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "values": values,
                 "lr": rate,
                 "n": len(chosen),
+                "failed": failed[rate],
                 "mean": _over(chosen, "measures", statistics.fmean),
                 "std": _over(chosen, "measures", _deviation),
                 "scaled": _over(chosen, "scaled", statistics.fmean),

@@ -1,8 +1,11 @@
 """The rules of verdicts on made numbers: each can hold, be refuted, and be left open."""
 
+import numpy as np
 import pytest
 
-from experiments.results.claims import Claim, slope_of, verdict
+from experiments.results.chance import Mean, summed
+from experiments.results.claims import Claim
+from experiments.results.rules import slope_of, verdict
 
 
 def row(model, mean, *, std=0.0, n=3, scaled=None, **values):
@@ -84,6 +87,9 @@ class TestSeparates:
         assert judged({**claim, "at": {"data": "a"}}, best) is True
 
 
+LOWER = {"rule": "lower", "model": "a", "than": "b"}
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "std", "n", "holds"),
     [
@@ -91,11 +97,51 @@ class TestSeparates:
         (0.20, 0.10, 0.01, 3, False),
         (0.10, 0.11, 0.02, 3, None),
         (0.10, 0.20, 0.01, 1, None),
+        (0.10, 0.14, 0.01, 2, None),  # four standard errors of two seeds each
+        (0.10, 0.15, 0.01, 2, True),
     ],
 )
-def test_lower_needs_two_standard_errors(better, worse, std, n, holds):
+def test_lower_needs_more_than_chance(better, worse, std, n, holds):
     best = [row("a", better, std=std, n=n), row("b", worse, std=std, n=n)]
-    assert judged({"rule": "lower", "model": "a", "than": "b"}, best) is holds
+    assert judged(dict(LOWER), best) is holds
+
+
+def test_two_of_the_same_are_seldom_told_apart():
+    """Two seeds each: two standard errors would tell one of five pairs apart."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(4000, 2, 2))
+    told = 0
+    for means, deviations in zip(draws.mean(2), draws.std(2, ddof=1), strict=True):
+        told += (
+            summed(
+                [Mean(f, m, s, 2) for f, m, s in zip((1, -1), means, deviations, strict=True)]
+            ).sign
+            is not None
+        )
+    assert told / len(draws) == pytest.approx(0.05, abs=0.012)
+
+
+def test_lower_holds_on_each_of_the_data():
+    def best(*pairs):
+        return [
+            row(model, value, std=0.01, data=str(n))
+            for n, pair in enumerate(pairs)
+            for model, value in zip("ab", pair, strict=True)
+        ]
+
+    assert judged(dict(LOWER), best((0.1, 0.2), (0.3, 0.4))) is True
+    assert judged(dict(LOWER), best((0.1, 0.2), (0.4, 0.3))) is False
+    assert judged(dict(LOWER), best((0.1, 0.2), (0.3, 0.301))) is None
+    assert judged(dict(LOWER), best((0.1, 0.2), (0.3, 0.4))[:3]) is None
+
+
+def test_the_seeds_that_survived_do_not_stand_for_those_that_failed():
+    best = [row("a", 0.1, std=0.01) | {"failed": 1}, row("b", 0.2, std=0.01)]
+    open_ = found(dict(LOWER), best)
+    assert open_["holds"] is None and open_["why"] == "1 run of a failed at its best rate"
+    claim = {"rule": "separates", "measure": "long", "solve": ["s"]}
+    survivors = [row("s", 0, scaled=accuracies(1.0)) | {"failed": 2}]
+    assert found(claim, survivors)["why"] == "2 runs of s failed at its best rate"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +211,7 @@ def test_constant_rises_and_below():
         assert judged(claim, flat) is None
 
 
-def test_wins_counts_the_sources_of_all_sizes():
+def test_wins_counts_the_sources_of_each_size():
     def best(*losses, model="a"):
         return [
             row(model, 1.0, shape=n) | {"by_source": dict(zip("xyz", three, strict=True))}
@@ -175,10 +221,16 @@ def test_wins_counts_the_sources_of_all_sizes():
     other = best((2.0, 2.0, 2.0), (2.0, 2.0, 2.0), model="b")
     rule = {"rule": "wins", "model": "a", "than": "b"}
     ours = best((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
-    assert judged({**rule, "at_least": 0.8}, ours + other) is True
-    assert judged({**rule, "at_least": 0.85}, ours + other) is False
-    assert judged({**rule, "at_least": 0.8}, ours) is None
-    assert judged({**rule, "at_least": 0.8}, [row("a", 1.0), row("b", 1.0)]) is None
+    assert judged({**rule, "at_least": 0.6}, ours + other) is True
+    assert judged({**rule, "at_least": 0.8}, ours + other) is False, "of one size, 5 of 6 of both"
+    assert judged({**rule, "more_than": 0.6}, ours + other) is True
+    assert judged({**rule, "more_than": 2 / 3}, ours + other) is False
+    assert judged({**rule, "at_least": 0.6}, ours) is None
+    assert judged({**rule, "at_least": 0.6}, ours + other[:1]) is None
+    assert judged({**rule, "at_least": 0.6}, [row("a", 1.0), row("b", 1.0)]) is None
+    assert (
+        "more than 50.0% of" in Claim(claim="", where="", measure="x", more_than=0.5, **rule).text()
+    )
 
 
 class TestMatters:
@@ -201,6 +253,11 @@ class TestMatters:
     def test_within_the_error(self):
         assert self.judge(0.9, 0.85, 0.88) is None
         assert self.judge(0.9, 0.2, 0.95, std=0.4) is None
+
+    def test_the_data_of_both_differences_count_twice(self):
+        """Where it lies between the others: 2 long-few - long-many - short-few."""
+        assert self.judge(0.5, 0.32, 0.555, std=0.02, n=3) is None, "0.125; the bound is 0.139"
+        assert self.judge(0.5, 0.38, 0.465, std=0.02, n=3) is None, "it drops out: 0.085 of 0.091"
 
     def test_one_seed(self):
         assert self.judge(0.9, 0.2, 0.95, n=1) is None

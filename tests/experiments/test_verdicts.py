@@ -62,7 +62,10 @@ def test_a_cut_of_memory_mixing_refutes_the_claim(grids):
 def test_recall_separates_matrix_memory_from_the_rest(grids):
     accuracy = scaled(grids, "right/mqar-toy", "recall")
     assert accuracy["xLSTM[1:0]"] >= 0.95 and accuracy["xLSTM[0:1]"] <= 0.1
-    assert verdict(grids, "right/mqar-toy", "sLSTM is below")["holds"] is True
+    found = verdict(grids, "right/mqar-toy", "sLSTM is below")
+    assert (
+        found["measured"]["difference"] > 0.5 and found["why"] == "one seed has no standard error"
+    )
 
 
 def test_measurements_are_grids_too(grids):
