@@ -12,6 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
 from pretrain.engines.base import LossSum
 from pretrain.evaluation.answers import Answers
+from xlstm_io.checkpoint.choose import BEST, choose
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_mcore.inference import open_model
 from xlstm_mcore.megatron import cpu_runtime
@@ -27,7 +28,9 @@ def measure(
     numbers: Sequence[float | None] | None = None,
     by: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Measure the newest checkpoint of a run on the validation split of a folder.
+    """Measure a run on the validation split of a folder, at its best checkpoint if it keeps that.
+
+    Otherwise the newest is measured.
 
     Args:
         config: the run.
@@ -49,7 +52,8 @@ def measure(
         update={"data": config.data.model_copy(update={"micro_batch": rows})}
     )
     dataset = TokenDataset(str(shards), "valid", seq_len=seq_len)
-    model = open_model(config.run.dir)
+    which = BEST if config.checkpoint.keep_best else None
+    model = open_model(choose(config.run.dir, which))
     found = evaluate.measure(model, dataset, config, "position")
     whole: dict[str, Any] = {**_numbers(found.sum, found.answers), "by_position": _groups(found)}
     if "frequency" in by:

@@ -62,10 +62,10 @@ def run_file(grid: Grid, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
         _take_shape(sections, size.shapes[str(cell.values["shape"])])
     if "budget" in cell.values:
         sections["run"]["steps"] = _steps_of(float(str(cell.values["budget"])), sections)
-    steps = sections["run"]["steps"]
-    sections.setdefault("schedule", {}).setdefault(
-        "warmup_steps", round(experiment.warmup_share * steps)
-    )
+    steps, schedule = sections["run"]["steps"], sections.setdefault("schedule", {})
+    schedule.setdefault("warmup_steps", round(experiment.warmup_share * steps))
+    if "final_lr" in schedule:
+        schedule["min_lr_ratio"] = schedule.pop("final_lr") / sections["optimizer"]["lr"]
     sections.setdefault("checkpoint", {}).setdefault("interval", steps)
     sections.setdefault("evaluation", {}).setdefault("interval", steps)
     return sections

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
+from data_prep.synthetic.rows import assign
+from data_prep.synthetic.task import Span
 from experiments import cli, data, definition
 from experiments.cells import training
 from experiments.definition import Cell
@@ -69,6 +72,70 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
                 warmup = grid.size.run.get("schedule.warmup_steps", own)
                 assert config.schedule.warmup_steps == warmup
             assert "lr" not in cell.values or config.optimizer.lr == cell.values["lr"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_who_is_said_to_fail_has_the_steps_of_one_who_solves_it(name):
+    """A model that was hardly trained solves nothing, so that any claim of failing would hold."""
+    experiment = definition.load(name)
+    for claim in experiment.claims:
+        assert claim.solve or not claim.fail, claim.claim
+        for size in experiment.sizes.values():
+            steps = {
+                model: (experiment.run["run"] | _steps(size.run))["steps"]
+                if "run.steps" not in size.model_keys.get(model, {})
+                else size.model_keys[model]["run.steps"]
+                for model in (*claim.solve, *claim.fail)
+            }
+            assert all(steps[a] >= max(map(steps.get, claim.solve)) for a in claim.fail)
+
+
+def _steps(keys):
+    return {"steps": keys["run.steps"]} if "run.steps" in keys else {}
+
+
+PAPER_BATCHES = {  # appendix B.1: samples of a step; a row holds several where they are shorter
+    "parity": 256,
+    "formal": 256,
+    "lra": 32,
+    "mqar": {"64-tokens": 512, "128-tokens": 512, "256-tokens": 256},
+    "mqar-lengths": 24,
+}
+
+
+@pytest.mark.parametrize("name", PAPER_BATCHES)
+def test_a_step_at_paper_size_has_the_papers_samples(name, tmp_path, monkeypatch):
+    shards = SimpleNamespace(seq_len=64, tokenizer=SimpleNamespace(vocab_size=96))
+    monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    grid = Grid.open(name, "paper", tmp_path)
+    rng = np.random.default_rng(0)
+    for data_name, one in grid.size.data.items():
+        (cell, *_) = [c for c in grid.cells if c.values.get("data", data_name) == data_name]
+        rows = training.run_file(grid, cell, tmp_path)["data"]["global_batch"]
+        task = data.task_of(one, tmp_path)
+        span = Span.parse(task.length, "length")
+        drawn = task.draw(rng, (1 << 18) // span.high, span)
+        row, _ = assign(drawn.lengths, task.seq_len or span.high)
+        samples = rows * len(drawn) / (row.max() + 1)
+        wanted = PAPER_BATCHES[name]
+        wanted = wanted[data_name] if isinstance(wanted, dict) else wanted
+        assert samples == pytest.approx(wanted, rel=0.1), data_name
+
+
+@pytest.mark.parametrize(
+    ("name", "final"),
+    [("parity", 1e-5), ("formal", 1e-5), ("mqar", 1e-4), ("mqar-lengths", 1e-5), ("gating", 1e-7)],
+)
+def test_every_rate_ends_where_the_papers_do(name, final, tmp_path, monkeypatch):
+    """`Cosine to 1e-5`: of the rate 1e-2 and of 1e-4."""
+    shards = SimpleNamespace(seq_len=64, tokenizer=SimpleNamespace(vocab_size=96))
+    monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    grid = Grid.open(name, "paper", tmp_path)
+    ends = set()
+    for cell in grid.cells:
+        sections = training.run_file(grid, cell, tmp_path)
+        ends.add(round(sections["schedule"]["min_lr_ratio"] * cell.values["lr"], 12))
+    assert ends == {final}
 
 
 def test_an_unknown_name_gets_the_nearest():
@@ -228,6 +295,25 @@ def test_a_report_says_when_and_where_its_cells_were_measured(tmp_path):
         (grid.cell_folder(cell) / "result.json").write_text(json.dumps(result))
     made = table.make(grid)
     assert "Measured on 2026-01-01 to 2026-01-03, a; b." in table.as_markdown(grid, made, [])
+
+
+def test_a_rate_at_which_fewer_runs_failed_goes_first(tmp_path):
+    """Of three seeds at 0.01 two diverged, and the third has the lowest error of all."""
+    grid = Grid.open("gating", "toy", tmp_path)
+    for cell in grid.cells[:6]:
+        lr, seed = cell.values["lr"], cell.values["seed"]
+        result = {"status": "done", "measures": {"error": 0.1 * lr + 0.01}, "scaled": {}}
+        if lr == 0.01:
+            result = {"status": "failed", "reason": "diverged"} if seed else result
+            result |= {"measures": {"error": 0.001}} if not seed else {}
+        grid.cell_folder(cell).mkdir(parents=True)
+        (grid.cell_folder(cell) / "result.json").write_text(json.dumps(result))
+    (best,) = table.make(grid)["best"]
+    assert (best["lr"], best["n"], best["failed"]) == (0.003, 3, 0)
+    for cell in grid.cells[:3]:
+        (grid.cell_folder(cell) / "result.json").unlink()
+    (best,) = table.make(grid)["best"]
+    assert (best["lr"], best["n"], best["failed"]) == (0.01, 1, 2)
 
 
 def test_a_claim_is_a_rule_in_words():

@@ -145,6 +145,16 @@ class TestVerdicts:
     def test_exponent(self, power, holds):
         assert judged(dict(EXPONENT), rows("a", made(exponent=power))) is holds
 
+    def test_an_exponent_outside_by_chance_is_open(self):
+        """The error is 0.003, with one degree of freedom."""
+        runs = [
+            run
+            for c, e in zip((1e18, 1e19, 1e20), (0.5225, 0.523, 0.5225), strict=True)
+            for run in made(exponent=e, budgets=[c])
+        ]
+        assert judged(dict(EXPONENT), rows("a", runs)) is None
+        assert judged({**EXPONENT, "at_most": 0.55}, rows("a", runs)) is True
+
     def test_an_exponent_with_a_large_error_is_open(self):
         runs = [
             run
@@ -176,6 +186,24 @@ def test_the_steps_of_a_cell_take_its_budget(tmp_path, monkeypatch):
         assert set(model.pattern) == {"M" if cell.model == "xLSTM" else "*"}
         taken = sections["run"]["steps"] * 8 * 128 * training_flops(model, 128)
         assert taken == pytest.approx(cell.values["budget"], rel=0.05)
+
+
+def test_sizes_of_the_paper_are_those_of_its_budgets(tmp_path, monkeypatch):
+    """Runs near them exist at each budget, five sizes at least, and no warmup outlasts its run."""
+    from pretrain.config import config_from_dict
+
+    shards = SimpleNamespace(seq_len=8192, tokenizer=SimpleNamespace(vocab_size=50304))
+    monkeypatch.setattr(training, "load_manifest", lambda path: shards)
+    grid = Grid.open("scaling", "paper", tmp_path)
+    for cell in grid.cells:
+        config_from_dict(training.run_file(grid, cell, tmp_path / "cell"), str(cell))
+    for budget in grid.size.axes["budget"]:
+        shapes = {c.values["shape"] for c in grid.cells if c.values["budget"] == budget}
+        sizes = [run.parameters for run in published() if run.budget == budget]
+        assert len(shapes) >= 5
+        for shape in shapes:
+            wanted = float(shape[:-1]) * {"M": 1e6, "B": 1e9}[shape[-1]]
+            assert min(abs(size / wanted - 1) for size in sizes) < 0.02
 
 
 @pytest.mark.parametrize("size_name", ["toy", "small", "large"])
