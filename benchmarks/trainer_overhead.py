@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loader.synthetic_shards import write_shards
-from pretrain.commands.launch import run_workers
+from pretrain.commands.run.launch import run_workers
 from pretrain.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]

@@ -131,7 +131,7 @@ def _body_of_kind(grid: Grid, cells: Sequence[Cell]) -> Body:
 
     data.prepare(grid, cells)
     from experiments.cells import measure, training  # noqa: F401  (what the children need of torch)
-    from pretrain.commands import train  # noqa: F401
+    from pretrain.commands.run import train  # noqa: F401
 
     return training.body
 

@@ -119,10 +119,10 @@ def _sources(packages: Sequence[str]) -> list[dict[str, str]]:
 def _make_text(data: TextData, folder: Path) -> None:
     """Collect Python's standard library, train a tokenizer on it and pack it; what is made stays.
 
-    The commands are those of the demo (`pretrain.commands.demo`). Packages are read from where the
-    library lies, each as a source of its own.
+    The commands are those of the demo (`pretrain.commands.run.demo`). Packages are read from where
+    the library lies, each as a source of its own.
     """
-    from pretrain.commands.demo import Places, Text, data_commands
+    from pretrain.commands.run.demo import Places, Text, data_commands
 
     work, shards = folder / "work", folder / TRAINING_FOLDER
     places = Places(work, work / "run")

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.commands import copies, downstream, plan, rehearse, self_test
+from pretrain.commands.after_run import copies, downstream
+from pretrain.commands.before_run import plan, rehearse, self_test
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -183,7 +184,7 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 
         with no_collections():
             _import_megatron(config)
-            from pretrain.commands.train import main
+            from pretrain.commands.run.train import main
         # Python's full collections walk all objects, and imports are 200,000 of them: one
         # would hold up a step for 0.2 s, and with it all ranks. These stay until the end.
         gc.freeze()
@@ -216,7 +217,7 @@ def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.commands.launch import launch
+    from pretrain.commands.run.launch import launch
 
     check_one_node("launch")
     words = [*overrides, *(["--take-over"] if options.take_over else [])]
@@ -227,14 +228,14 @@ def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]
 
 
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    from pretrain.commands.check import describe_run
+    from pretrain.commands.before_run.check import describe_run
 
     nproc = _positive_nproc(options)
     if nproc is not None:
         check_world(config, nproc)
     say(describe_run(config, nproc))
     if not options.no_data:
-        from pretrain.commands.check_data import describe_data
+        from pretrain.commands.before_run.check_data import describe_data
 
         say(describe_data(config))
     return ExitCode.DONE
@@ -243,20 +244,14 @@ def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str])
 def _evaluate(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     check_evaluation_keys(split_overrides(overrides)[1])
     _import_megatron(config)
-    from pretrain.commands.evaluate import main
+    from pretrain.commands.after_run.evaluate import main
 
-    return main(
-        options.checkpoint,
-        config,
-        which=options.which,
-        by=options.by,
-        times=options.times,
-        as_json=options.json,
-    )
+    asked = _given(options, "which", "by", "times")
+    return main(options.checkpoint, config, as_json=options.json, **asked)
 
 
 def _show(options: argparse.Namespace) -> int:
-    from pretrain.commands.show import show
+    from pretrain.commands.after_run.show import show
 
     say(show(options.checkpoint, options.which))
     return ExitCode.DONE
@@ -270,7 +265,7 @@ def _generate(options: argparse.Namespace) -> int:
         stop=tuple(options.stop),
         **_given(options, "max_tokens", "temperature", "top_k", "top_p", "seed", "num_samples"),
     )
-    from pretrain.commands.generate import main
+    from pretrain.commands.after_run.generate import main
 
     return main(
         options.checkpoint,
@@ -281,19 +276,19 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pretrain.commands.report import main
+    from pretrain.commands.after_run.report import main
 
     return main(options.run_dirs, baselines=options.baselines)
 
 
 def _rewind(options: argparse.Namespace) -> int:
-    from pretrain.commands.rewind import main
+    from pretrain.commands.after_run.rewind import main
 
     return main(options.run_dir, options.to, options.skip_samples)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from pretrain.commands.demo import main
+    from pretrain.commands.run.demo import main
 
     names = ("model", "steps", "data", "text_field", "vocab_size", "work", "nproc")
     return main(**_given(options, *names))

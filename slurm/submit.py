@@ -48,7 +48,9 @@ def submit_training(
     Raises:
         UserError: it cannot work; nothing was submitted.
     """
-    from pretrain.commands.check_data import describe_data  # needs torch, and `render` does not
+    from pretrain.commands.before_run.check_data import (
+        describe_data,  # needs torch, and `render` does not
+    )
 
     plan = make_plan(config, site, nodes)
     files = RunState(plan.run)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 # What the machine has.
 THERE = ("torch", "triton", "numpy", "pip", "setuptools", "nvidia-", "cuda-", "xlstm-pretrain")
 IMPORTED = (
-    "pretrain.commands.train",
+    "pretrain.commands.run.train",
     "pretrain.engines.megatron",
     "benchmarks.loader.synthetic_shards",
 )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.commands.launch import free_port
+from pretrain.commands.run.launch import free_port
 from pretrain.config import RunConfig, load_config
 from xlstm_mcore.megatron.first_import import import_megatron, no_collections
 
@@ -208,7 +208,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     with no_collections():
         import_megatron()
-        import pretrain.commands.train  # noqa: F401 (what a rank imports)
+        import pretrain.commands.run.train  # noqa: F401 (what a rank imports)
     rates = measure(time.process_time(), options.shards, options.megabytes)
     print(text(parts(load_config(options.run_file, quiet=True), options.world, rates)))
 

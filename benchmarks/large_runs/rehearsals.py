@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.commands.rehearse import chosen_ranks, rehearse
+from pretrain.commands.before_run.rehearse import chosen_ranks, rehearse
 from pretrain.config import load_config
 from pretrain.rehearsal.compare import unexpected_waits
 from pretrain.rehearsal.gpus import RESERVE, gpu_named

@@ -25,7 +25,7 @@ ROWS = {
     RANK: (
         "from xlstm_mcore.megatron.first_import import import_megatron, no_collections\n"
         "with no_collections(): import_megatron(); "
-        "import pretrain.commands.train, pretrain.engines.megatron"
+        "import pretrain.commands.run.train, pretrain.engines.megatron"
     ),
 }
 # Python's end frees what was imported, which is not part of a start.

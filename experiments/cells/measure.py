@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pretrain.commands import evaluate
-from pretrain.commands.evaluate import SetLoss
+from pretrain.commands.after_run import evaluate
+from pretrain.commands.after_run.evaluate import SetLoss
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
 from pretrain.engines.base import LossSum

@@ -106,7 +106,7 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
     """
     import torch
 
-    from pretrain.commands import train
+    from pretrain.commands.run import train
     from pretrain.config import config_from_dict, save_config
     from pretrain.supervision.lease import LeaseHeldError
     from xlstm_mcore.sizes.flops import state_bytes

@@ -1,1 +1,1 @@
-"""Commands of `python -m pretrain` other than training itself."""
+"""Commands of `python -m pretrain`: before a run, the run itself, and after it."""

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
-from pretrain.commands.generate import check_split
+from pretrain.commands.after_run.generate import check_split
 from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import UserError
 from xlstm_io.storage import replacing

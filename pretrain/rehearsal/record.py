@@ -12,7 +12,7 @@ _FOREIGN = (
     "megatron/first_import.py",
     "pretrain/__main__.py",
     "pretrain/cli.py",
-    "pretrain/commands/rehearse.py",
+    "pretrain/commands/before_run/rehearse.py",
 )
 _PACKAGES = Path(__file__).parents[2]
 _OWN = str(Path(__file__).parent)

@@ -1,7 +1,7 @@
 """Rank 0's console, kept in a file beside the output of the other ranks.
 
 Whoever started the run may have closed the terminal, or given its output to a scheduler's file. The
-other ranks' output goes to files of `pretrain.commands.launch`, or to whatever started them.
+other ranks' output goes to files of `pretrain.commands.run.launch`, or to whatever started them.
 """
 
 import sys

@@ -14,7 +14,7 @@ import torch
 
 from pretrain.checkpoint import TensorSlice, candidates_together, save_checkpoint
 from pretrain.checkpoint.retention import Retention, apply_retention
-from pretrain.commands.show import show
+from pretrain.commands.after_run.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import DataCursor
 from pretrain.guard.divergence import Divergence

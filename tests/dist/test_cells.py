@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
 from pretrain.trainer import train_step
@@ -111,7 +111,7 @@ def test_the_distribution_is_that_of_the_pre_activations(pool):
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def test_losses_are_the_same_and_every_step_has_one_look(pool, shards, tmp_path):

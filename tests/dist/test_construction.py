@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 from torch import nn
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
 from pretrain.engines import make_engine
@@ -97,7 +97,7 @@ def test_a_closed_engine_keeps_nothing(pool, changes):
 def train(raw, drawn):
     """The exit code, and how many parts got initial values."""
     with mock.patch.object(build, "initialize", wraps=build.initialize) as initialize:
-        code = pretrain.commands.train.main(config_from_dict(raw))
+        code = pretrain.commands.run.train.main(config_from_dict(raw))
     assert bool(initialize.call_count) == drawn
     return code
 

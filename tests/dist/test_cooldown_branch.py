@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import pretrain.cli
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict, load_config
 from pretrain.watching.metrics import read_metrics
@@ -21,7 +21,7 @@ def run_of(folder, shards, **changes):
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def log(folder):

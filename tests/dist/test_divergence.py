@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest, read_manifest
-from pretrain.commands import train as train_command
+from pretrain.commands.run import train as train_command
 from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.guard.divergence import DivergedError

@@ -2,8 +2,8 @@
 
 import pytest
 
-import pretrain.commands.train
-from pretrain.commands.check import describe_run
+import pretrain.commands.run.train
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import ConfigError, check_world, config_from_dict, micro_batches
 from pretrain.run_folder import life_logs
 from pretrain.watching.metrics import read_metrics
@@ -11,7 +11,7 @@ from tests.dist.training_runs import tiny_run
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def losses(folder):

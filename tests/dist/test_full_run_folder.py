@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import find_latest
 from pretrain.config import config_from_dict
 from pretrain.watching.metrics import MetricLogger, read_metrics
@@ -27,7 +27,7 @@ def train_on_a_full_disk(raw, step):
 
     MetricLogger._write = full
     try:
-        return pretrain.commands.train.main(config_from_dict(raw))
+        return pretrain.commands.run.train.main(config_from_dict(raw))
     except MachineFailed as error:
         return str(error)
     finally:
@@ -35,7 +35,7 @@ def train_on_a_full_disk(raw, step):
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def test_a_full_run_folder_ends_the_run_after_a_save(pool, shards, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import pretrain.cli
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import ConfigError, config_from_dict, load_config
 from pretrain.watching.history import append, read_history
@@ -23,7 +23,7 @@ def train(raw, tmp_path):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return pretrain.commands.train.main(config_from_dict(raw)), said.getvalue()
+            return pretrain.commands.run.train.main(config_from_dict(raw)), said.getvalue()
     except ConfigError as error:
         return str(error), ""
 

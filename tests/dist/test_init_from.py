@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import CheckpointError, find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.watching.history import read_history
@@ -23,7 +23,7 @@ STILL = {"optimizer__lr": 1e-30, "optimizer__weight_decay": 0.0, "schedule__warm
 def train(raw):
     """Exit code, or the message of the error."""
     try:
-        return pretrain.commands.train.main(config_from_dict(raw))
+        return pretrain.commands.run.train.main(config_from_dict(raw))
     except CheckpointError as error:
         return str(error)
 

@@ -6,11 +6,11 @@ are drawn until every two values of an engine and of the layout's axes have met.
 
 import pytest
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 import pretrain.self_test.resume
 from pretrain import cli
 from pretrain.checkpoint import find_latest
-from pretrain.commands.evaluate import evaluate
+from pretrain.commands.after_run.evaluate import evaluate
 from pretrain.config import config_from_dict, support
 from pretrain.data import ValidLoader, open_valid
 from pretrain.watching.metrics import read_metrics
@@ -64,7 +64,7 @@ def run_config(shards, folder, model, **changes):
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def self_test(raw):

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.watching.metrics import read_metrics
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.dist
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def train_and_listen(raw, folder):

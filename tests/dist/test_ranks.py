@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain import layout as layouts
 from pretrain.config import config_from_dict
 from pretrain.watching import ranks
@@ -79,7 +79,7 @@ def train_with_a_slow_rank(raw):
         mock.patch.object(ranks, "LOOKS", 2),
         mock.patch.object(CollectiveTimer, "seconds_between", seconds_between),
     ):
-        return pretrain.commands.train.main(config_from_dict(raw))
+        return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def test_a_slow_host_is_in_the_log_the_metrics_and_the_progress_file(pool, shards, tmp_path):

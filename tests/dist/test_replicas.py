@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
 from pretrain.engines.megatron import MegatronEngine
@@ -41,7 +41,7 @@ def train_with_a_flip(raw, at):
 
     with mock.patch.object(MegatronEngine, "step", step):
         try:
-            return pretrain.commands.train.main(config_from_dict(raw))
+            return pretrain.commands.run.train.main(config_from_dict(raw))
         except MachineFailed as error:
             return str(error)
 

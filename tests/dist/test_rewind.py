@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pretrain.cli
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.checkpoint import TensorSlice, find_latest, read_manifest, save_checkpoint
 from pretrain.config import config_from_dict, save_config
 from pretrain.data import DataPlan
@@ -32,7 +32,7 @@ def run_of(folder, shards, steps):
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 def train_without(raw):

@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 import pretrain.self_test.resume
 from pretrain.checkpoint import CheckpointError, candidates_together, find_latest
-from pretrain.commands.show import show
+from pretrain.commands.after_run.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import ValidLoader
 from pretrain.supervision.lease import Lease
@@ -29,7 +29,7 @@ def train(raw):
     """Exit code, or the message of the error."""
     fake_object_store.register()
     try:
-        return pretrain.commands.train.main(config_from_dict(raw))
+        return pretrain.commands.run.train.main(config_from_dict(raw))
     except CheckpointError as error:
         return str(error)
 

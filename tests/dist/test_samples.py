@@ -5,7 +5,7 @@ import json
 import pytest
 
 import pretrain.cli
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.config import config_from_dict
 from pretrain.evaluation.sample_file import Sample, append_samples, read_samples
 from pretrain.report.page import write_page
@@ -54,7 +54,7 @@ def test_every_layout_continues_like_one_process(pool, one_process, ranks, chang
 
 
 def train(raw):
-    return pretrain.commands.train.main(config_from_dict(raw))
+    return pretrain.commands.run.train.main(config_from_dict(raw))
 
 
 @pytest.mark.dist

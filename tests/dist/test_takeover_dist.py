@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain.config import config_from_dict
 from pretrain.supervision import lease
 from pretrain.supervision.lease import Lease
@@ -55,7 +55,7 @@ def train_and_be_taken_over(raw):
         mock.patch.object(writer, "write_safetensors", write_late),
         pytest.raises(Superseded) as caught,
     ):
-        pretrain.commands.train.main(config_from_dict(raw))
+        pretrain.commands.run.train.main(config_from_dict(raw))
     return str(caught.value)
 
 

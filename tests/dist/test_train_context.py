@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.checkpoint import find_latest
-from pretrain.commands.evaluate import evaluate
+from pretrain.commands.after_run.evaluate import evaluate
 from pretrain.watching.metrics import read_metrics
 from tests.data_prep.small_corpus import make_texts, run, write_jsonl
 from tests.dist import work
@@ -23,7 +23,7 @@ def shards(tmp_path_factory):
 
 
 def train(config):
-    from pretrain.commands.train import main
+    from pretrain.commands.run.train import main
 
     return main(config)
 

@@ -29,7 +29,7 @@ def shards(tmp_path_factory):
 
 
 def train(config):
-    from pretrain.commands.train import main
+    from pretrain.commands.run.train import main
 
     return main(config)
 

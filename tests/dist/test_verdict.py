@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain import layout as layouts
 from pretrain.checkpoint import find_latest, read_manifest
 from pretrain.config import config_from_dict
@@ -176,7 +176,7 @@ def train_with_a_bad_loss(raw, bad_step):
 
     with mock.patch.object(MegatronEngine, "forward_backward", forward_backward):
         try:
-            return pretrain.commands.train.main(config_from_dict(raw))
+            return pretrain.commands.run.train.main(config_from_dict(raw))
         except DivergedError as error:
             return str(error)
 

@@ -265,7 +265,7 @@ def generate_tokens(path: str, prompts: list[str], sampling: Sampling) -> tuple[
 def refused_split(path: str) -> str:
     """The message of a checkpoint whose heads do not split over this call's ranks."""
     from pretrain.checkpoint import resolve
-    from pretrain.commands.generate import check_split
+    from pretrain.commands.after_run.generate import check_split
     from xlstm_io.errors import ConfigError
 
     try:

@@ -198,7 +198,7 @@ MAKES_DATA = """if True:
     import sys
     sys.path[:0] = {path!r}
     from experiments import cli, data
-    from pretrain.commands import demo
+    from pretrain.commands.run import demo
 
     command = ["tests.experiments.slow_builder", "--out", "shards", {notes!r}]
     demo.data_commands = lambda *arguments: [[*command] for _ in range(4)]

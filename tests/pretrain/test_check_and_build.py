@@ -9,7 +9,7 @@ In CI these are 150 run files by seed; by command more, and one alone by its see
 import sys
 import traceback
 
-from pretrain.commands.check import describe_run
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import check_world, config_from_dict
 from tests.pretrain.random_runs import draw, first_step
 from xlstm_io.errors import ConfigError

@@ -10,7 +10,7 @@ import yaml
 from benchmarks.loader.synthetic_shards import write_shards
 from pretrain import cli
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from pretrain.commands import check_data
+from pretrain.commands.before_run import check_data
 from pretrain.config import config_from_dict, load_config
 from pretrain.data import open_plan
 from tests.dist.training_runs import tiny_run

@@ -22,7 +22,7 @@ from pretrain.checkpoint import (
     resolve,
     save_checkpoint,
 )
-from pretrain.commands.show import show
+from pretrain.commands.after_run.show import show
 from xlstm_io.checkpoint.manifest import manifest_checksum
 from xlstm_io.checkpoint.reader import CheckpointReader, check_exact_cover
 from xlstm_io.checkpoint.safetensors_stream import hash_file

@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.checkpoint.retention import apply_retention
-from pretrain.commands.show import show
+from pretrain.commands.after_run.show import show
 from tests import fake_object_store
 from xlstm_io.checkpoint import reader
 from xlstm_io.checkpoint.manifest import manifest_checksum, step_of_folder

@@ -49,7 +49,7 @@ def fake(monkeypatch):
 
 
 def test_train_gets_the_config_with_overrides(run_file, fake):
-    calls = fake("pretrain.commands.train", result=75)
+    calls = fake("pretrain.commands.run.train", result=75)
     assert cli.run(["train", run_file, "--run.steps", "7", "--logging.no-tensorboard"]) == 75
     ((config, stop), options) = calls[0]
     assert config.run.steps == 7 and not stop.requested and options == {"take_over": False}
@@ -57,7 +57,7 @@ def test_train_gets_the_config_with_overrides(run_file, fake):
 
 
 def test_collections_in_training_leave_out_what_was_imported(run_file, fake):
-    fake("pretrain.commands.train")
+    fake("pretrain.commands.run.train")
     gc.unfreeze()
     try:
         assert cli.run(["train", run_file]) == 0
@@ -67,7 +67,7 @@ def test_collections_in_training_leave_out_what_was_imported(run_file, fake):
 
 
 def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch, capsys):
-    calls = fake("pretrain.commands.train")
+    calls = fake("pretrain.commands.run.train")
     place = {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
@@ -77,16 +77,16 @@ def test_train_checks_the_number_of_processes_first(run_file, fake, monkeypatch,
 
 
 def test_a_run_is_taken_over_only_where_it_is_asked_for(run_file, fake):
-    calls = fake("pretrain.commands.train", result=0)
+    calls = fake("pretrain.commands.run.train", result=0)
     assert cli.run(["train", run_file, "--take-over"]) == 0
     assert calls[0][1] == {"take_over": True}
-    workers = fake("pretrain.commands.launch", "launch", result=0)
+    workers = fake("pretrain.commands.run.launch", "launch", result=0)
     assert cli.run(["launch", run_file, "--take-over"]) == 0
     assert workers[-1][0][3] == ["--take-over"]
 
 
 def test_launch_passes_the_same_words_to_its_workers(run_file, fake):
-    calls = fake("pretrain.commands.launch", "launch", result=75)
+    calls = fake("pretrain.commands.run.launch", "launch", result=75)
     words = ["launch", run_file, "--nproc", "2", "--optimizer.betas", "0.8", "0.9"]
     assert cli.run([*words, "--model.gate-soft-cap", "none"]) == 75
     ((path, config, nproc, flags), _) = calls[0]
@@ -143,7 +143,7 @@ def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
     from xlstm_io.errors import CheckpointError, ShardFormatError
 
     for error in (UserError("bad"), ShardFormatError("bad"), CheckpointError("bad")):
-        fake("pretrain.commands.train", result=error)
+        fake("pretrain.commands.run.train", result=error)
         assert cli.run(["train", run_file]) == 2
         assert capsys.readouterr().err == "error: bad\n"
 
@@ -151,8 +151,8 @@ def test_user_errors_of_all_packages_become_2(run_file, fake, capsys):
 def test_an_old_key_is_named_once_by_whoever_reads_it_last(run_file, fake, caplog, monkeypatch):
     """`launch` starts workers, and the first of them names it."""
     monkeypatch.setattr("xlstm_mcore.old_keys._said", set())
-    fake("pretrain.commands.launch", "launch")
-    fake("pretrain.commands.train")
+    fake("pretrain.commands.run.launch", "launch")
+    fake("pretrain.commands.run.train")
     assert cli.run(["launch", run_file, "--model.rope_base", "5"]) == 0
     assert not caplog.records
     for rank in ("1", "0"):
@@ -165,7 +165,7 @@ def test_an_old_key_is_named_once_by_whoever_reads_it_last(run_file, fake, caplo
 def test_what_a_launcher_says_wrongly_is_found_before_torch_is_imported(
     run_file, fake, monkeypatch, capsys
 ):
-    calls = fake("pretrain.commands.train")
+    calls = fake("pretrain.commands.run.train")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")
     assert cli.run(["train", run_file]) == 2
@@ -174,32 +174,32 @@ def test_what_a_launcher_says_wrongly_is_found_before_torch_is_imported(
 
 
 def test_a_failing_machine_is_one_message_and_70(run_file, fake, capsys):
-    fake("pretrain.commands.train", result=MachineFailed("rank 3: the disk is full"))
+    fake("pretrain.commands.run.train", result=MachineFailed("rank 3: the disk is full"))
     assert cli.run(["train", run_file]) == 70
     expected = "error: rank 3: the disk is full; the same command may be repeated\n"
     assert capsys.readouterr().err == expected
 
 
 def test_a_stop_before_all_ranks_have_come(run_file, fake, capsys):
-    fake("pretrain.commands.train", result=Interrupted())
+    fake("pretrain.commands.run.train", result=Interrupted())
     assert cli.run(["train", run_file]) == 75
     assert "run again to continue" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(run_file, fake):
-    fake("pretrain.commands.train", result=ValueError("ours"))
+    fake("pretrain.commands.run.train", result=ValueError("ours"))
     with pytest.raises(ValueError, match="ours"):
         cli.run(["train", run_file])
 
 
 def test_ctrl_c_outside_of_training(run_file, fake, capsys):
-    fake("pretrain.commands.train", result=KeyboardInterrupt())
+    fake("pretrain.commands.run.train", result=KeyboardInterrupt())
     assert cli.run(["train", run_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_generate_arguments(fake):
-    calls = fake("pretrain.commands.generate")
+    calls = fake("pretrain.commands.after_run.generate")
     words = ["generate", "ckpt", "--prompt", "a", "--prompt", "b", "--max-tokens", "5"]
     assert cli.run([*words, "--stop", "x", "--stop", "y", "--out", "x.txt"]) == 0
     args, keys = calls[0]
@@ -225,7 +225,7 @@ def test_generate_arguments(fake):
     ],
 )
 def test_sampling_without_sense_is_refused(words, message, fake, capsys):
-    calls = fake("pretrain.commands.generate")
+    calls = fake("pretrain.commands.after_run.generate")
     assert cli.run(["generate", "ckpt", *words]) == 2
     assert message in capsys.readouterr().err
     assert not calls
@@ -234,20 +234,20 @@ def test_sampling_without_sense_is_refused(words, message, fake, capsys):
 def test_generate_main_takes_what_the_command_passes(fake):
     import inspect
 
-    calls = fake("pretrain.commands.generate")
+    calls = fake("pretrain.commands.after_run.generate")
     cli.run(["generate", "ckpt"])
     args, keys = calls[0]
-    sys.modules.pop("pretrain.commands.generate")
-    from pretrain.commands.generate import main
+    sys.modules.pop("pretrain.commands.after_run.generate")
+    from pretrain.commands.after_run.generate import main
 
     inspect.signature(main).bind(*args, **keys)
 
 
 def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
-    fake("pretrain.commands.show", "show", result="12 tensors")
+    fake("pretrain.commands.after_run.show", "show", result="12 tensors")
     assert cli.run(["show", "ckpt"]) == 0
     assert capsys.readouterr().out == "12 tensors\n"
-    calls = fake("pretrain.commands.evaluate")
+    calls = fake("pretrain.commands.after_run.evaluate")
     assert cli.run(["evaluate", "ckpt", run_file, "--data.path", "other"]) == 0
     assert calls[-1][0][0] == "ckpt"
     assert calls[-1][0][1].data.path == "other"
@@ -263,10 +263,10 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
     assert cli.run(["evaluate", "ckpt", run_file, "--help"]) == 0
     said = capsys.readouterr().out
     assert "--data.micro_batch" in said and "--data.workers" not in said and "--run." not in said
-    calls = fake("pretrain.commands.report")
+    calls = fake("pretrain.commands.after_run.report")
     assert cli.run(["report", "runs/x", "runs/y", "--baselines", "b.json"]) == 0
     assert calls[-1] == ((["runs/x", "runs/y"],), {"baselines": "b.json"})
-    calls = fake("pretrain.commands.demo", result=75)
+    calls = fake("pretrain.commands.run.demo", result=75)
     assert cli.run(["demo", "--model", "classic", "--steps", "20", "--data", "a*"]) == 75
     assert calls[-1][1] == {
         "model": "classic",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pretrain.commands.check import describe_run
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import ConfigError, check_world
 from pretrain.config.kernel_checks import check_gpu, check_kernels
 from pretrain.planning.search import try_shape

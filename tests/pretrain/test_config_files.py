@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.commands.check import describe_run
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import ConfigError, check_world, config_from_dict, load_config, save_config
 from pretrain.config.changes import Rule, init_changes
 from tests.pretrain.run_files import config, raw
@@ -112,7 +112,7 @@ def test_describe_says_that_nobody_watches():
 
 def test_configuration_needs_no_torch():
     code = (
-        "import sys, pretrain.config, pretrain.cli, pretrain.commands.launch; "
+        "import sys, pretrain.config, pretrain.cli, pretrain.commands.run.launch; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

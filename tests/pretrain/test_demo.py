@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands import demo
-from pretrain.commands.demo import CONFIGS, Places, Text, main, shown
+from pretrain.commands.run import demo
+from pretrain.commands.run.demo import CONFIGS, Places, Text, main, shown
 from pretrain.supervision.progress_file import Progress
 from xlstm_io.errors import ConfigError
 
@@ -34,7 +34,7 @@ if sys.argv[1] == os.environ.get("HANG_AT"):
     open("signals", "w").write(" ".join(str(int(number)) for number in got))
     sys.exit(75)
 """
-DEMO = "import sys; from pretrain.commands.demo import main; sys.exit(main(work='w', steps=20))"
+DEMO = "import sys; from pretrain.commands.run.demo import main; sys.exit(main(work='w', steps=20))"
 
 
 @pytest.fixture

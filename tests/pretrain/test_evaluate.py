@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.loader.synthetic_shards import write_shards
-from pretrain.commands import evaluate
+from pretrain.commands.after_run import evaluate
 from pretrain.data import ValidLoader, open_valid
 from pretrain.engines.base import LossSum, mean_of
 from pretrain.evaluation import answers

@@ -70,7 +70,7 @@ def test_prompts_come_from_stdin(run, monkeypatch, capsys):
     both = capsys.readouterr().out
     assert both.startswith(one) and '--- prompt "dog"' in both
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("pretrain.commands.generate.check_split", lambda path: None)
+    monkeypatch.setattr("pretrain.commands.after_run.generate.check_split", lambda path: None)
     assert cli.run([*words, "--prompts", "-"]) == 2
     assert "reaches one of several processes" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands import launch
-from pretrain.commands.launch import run_workers, worker_environment
+from pretrain.commands.run import launch
+from pretrain.commands.run.launch import run_workers, worker_environment
 from pretrain.config import ConfigError, config_from_dict
 from pretrain.processes import devices
 from pretrain.supervision.lease import Lease
@@ -48,7 +48,7 @@ sys.exit(75)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from pretrain.commands.launch import run_workers
+from pretrain.commands.run.launch import run_workers
 command, folder = sys.argv[1:-1], Path(sys.argv[-1])
 code = run_workers([sys.executable, *command], 2, folder / "logs")
 print("launcher returns", code, flush=True)
@@ -273,7 +273,7 @@ def test_a_second_ctrl_c_ends_workers_that_cannot_hear_it(tmp_path, monkeypatch)
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nPath(sys.argv[1], f'ready{rank}').touch()"
     worker = script(tmp_path, deaf + "\ntime.sleep(600)")
     short = LAUNCHER.replace(
-        "import sys", "import sys, pretrain.commands.launch as l; l.INTERRUPT_GRACE_S = 0.3", 1
+        "import sys", "import sys, pretrain.commands.run.launch as l; l.INTERRUPT_GRACE_S = 0.3", 1
     )
     command = [sys.executable, "-c", short, str(worker), str(tmp_path), str(tmp_path)]
     terminal = Terminal(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.commands import report
+from pretrain.commands.after_run import report
 from pretrain.config import config_from_dict, save_config
 from xlstm_io.errors import UserError
 

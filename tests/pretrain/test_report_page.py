@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pretrain.commands import report
+from pretrain.commands.after_run import report
 from pretrain.config import config_from_dict, save_config
 from pretrain.report.figures import draw_loss, smoothed
 from pretrain.report.page import differences, story, write_page

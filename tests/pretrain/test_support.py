@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands.check import describe_run
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import check_world, checks, support
 from pretrain.config.support import Combination
 from tests.pretrain.run_files import config

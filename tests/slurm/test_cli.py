@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.commands import check_data
+from pretrain.commands.before_run import check_data
 from slurm import cli
 from slurm.job.state import CHECKPOINTS_FOLDER
 from tests.slurm.plans import DEMO, EXAMPLES, ROOT, directives

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from pretrain.commands.report import _best_checkpoint
-from pretrain.commands.show import show
+from pretrain.commands.after_run.report import _best_checkpoint
+from pretrain.commands.after_run.show import show
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation, write_evaluation
 from xlstm_io.checkpoint.manifest import parse_manifest
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.large_runs import first_step, start_up
-from pretrain.commands.launch import free_port
+from pretrain.commands.run.launch import free_port
 from xlstm_mcore.megatron import first_import
 
 # A rank imports, and makes a step; then others import what it has left out.
@@ -21,7 +21,7 @@ import torch
 before = torch.compile
 first_import.import_megatron()
 assert torch.compile is before
-import pretrain.commands.train, pretrain.engines.megatron
+import pretrain.commands.run.train, pretrain.engines.megatron
 unused = (
     "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "torch.distributed.tensor", "sympy", "setuptools", "pyarrow", "transformers",

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 import data_prep.cli
-import pretrain.commands.train
+import pretrain.commands.run.train
 from pretrain import layout
 from pretrain.config import load_config
 from pretrain.watching.metrics import read_metrics
@@ -68,7 +68,7 @@ def train(folder: Path) -> dict[int, float]:
     os.chdir(folder)  # the paths in run.yaml are relative
     try:
         layout.leave()  # a group that this process may have joined for something else
-        assert pretrain.commands.train.main(load_config("run.yaml")) == 0
+        assert pretrain.commands.run.train.main(load_config("run.yaml")) == 0
     finally:
         layout.leave()
         os.chdir(before)

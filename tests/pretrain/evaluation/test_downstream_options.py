@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain import cli
-from pretrain.commands import downstream
+from pretrain.commands.after_run import downstream
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from pretrain import cli
-from pretrain.commands.plan import plan
+from pretrain.commands.before_run.plan import plan
 from pretrain.config import load_config, save_config
 from pretrain.planning.estimate import DATA, TENSOR, _sent, count_rank
 from pretrain.rehearsal import device as rehearsed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands import plan
+from pretrain.commands.before_run import plan
 from pretrain.config import ConfigError, check_world, load_config
 from pretrain.config.cuts import cut_evenly
 from pretrain.planning.layouts import Layout, with_layout

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pretrain.commands.launch import free_port
+from pretrain.commands.run.launch import free_port
 from pretrain.processes.environment import Place, read_place
 from pretrain.processes.rendezvous import _missing, meet
 from tests.clean_processes import CLEAN

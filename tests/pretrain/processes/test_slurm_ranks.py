@@ -121,9 +121,9 @@ def stand_in(monkeypatch, name, function="main"):
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("pretrain.commands.train", ["train", "RUN"]),
-        ("pretrain.commands.evaluate", ["evaluate", "CKPT", "RUN"]),
-        ("pretrain.commands.generate", ["generate", "CKPT"]),
+        ("pretrain.commands.run.train", ["train", "RUN"]),
+        ("pretrain.commands.after_run.evaluate", ["evaluate", "CKPT", "RUN"]),
+        ("pretrain.commands.after_run.generate", ["generate", "CKPT"]),
         ("pretrain.self_test.resume", ["self-test", "RUN"]),
     ],
 )
@@ -145,7 +145,7 @@ def test_commands_of_several_processes_take_their_rank(
 def test_workers_of_one_machine_are_refused_in_a_job_of_several(
     command, run_file, monkeypatch, capsys
 ):
-    workers = stand_in(monkeypatch, "pretrain.commands.launch", "launch")
+    workers = stand_in(monkeypatch, "pretrain.commands.run.launch", "launch")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
     assert cli.run([command, run_file]) == 2
     assert "srun --ntasks-per-node=N python -m pretrain" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.large_runs import first_step
 from pretrain import layout as layouts
-from pretrain.commands.rehearse import chosen_ranks, rehearse
+from pretrain.commands.before_run.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import megatron, model
 from pretrain.engines.megatron import MegatronEngine

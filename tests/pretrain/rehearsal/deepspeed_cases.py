@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from pretrain.commands.rehearse import chosen_ranks, rehearse
+from pretrain.commands.before_run.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed_compat as compat
 from pretrain.engines.deepspeed import DeepSpeedEngine

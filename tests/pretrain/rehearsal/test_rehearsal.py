@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands.rehearse import chosen_ranks
+from pretrain.commands.before_run.rehearse import chosen_ranks
 from pretrain.config import ConfigError
 from pretrain.rehearsal.gpus import gpu_named
 from tests.dist import work

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, xLSTMConfig, xLSTMForCausalLM
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from pretrain.commands.show import show
+from pretrain.commands.after_run.show import show
 from tests.xlstm_mcore.convert.small import make_weights, save, train_tokenizer
 from tests.xlstm_mcore.test_generation_state import make_model
 from xlstm_io.checkpoint.manifest import read_manifest, resolve

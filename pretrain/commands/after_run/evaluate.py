@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import read_manifest
-from pretrain.commands.generate import check_split
+from pretrain.commands.after_run.generate import check_split
 from pretrain.config import RunConfig
 from pretrain.config.schema import ValidConfig
 from pretrain.data import Batch, TokenDataset, open_valid

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from pretrain.commands.report import EXPORT_DIR, SAMPLE_FILE, program
+from pretrain.commands.after_run.report import EXPORT_DIR, SAMPLE_FILE, program
 from pretrain.config import load_config
 from pretrain.processes.devices import count_gpus
 from pretrain.supervision.progress_file import read_progress
@@ -114,7 +114,7 @@ class Places:
 
 def config_path(model: str) -> Path:
     """The demo's run file, relative to here where that is possible."""
-    path = Path(__file__).parents[1] / "configs" / CONFIGS[model]
+    path = Path(__file__).parents[2] / "configs" / CONFIGS[model]
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

@@ -25,7 +25,7 @@ from xlstm_io.signals import StopSignal
 def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool = False) -> int:
     """Train as `config` says, from the newest complete checkpoint of its run folder.
 
-    Called by every process of the run (see `pretrain.commands.launch`). Rank 0 takes the run's
+    Called by every process of the run (see `pretrain.commands.run.launch`). Rank 0 takes the run's
     lease before it meets the others, so that a folder in use is refused at once.
 
     After an error the process groups are left as they are: another rank may be gone, and to destroy

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) ->
 def _start_workers(
     options: argparse.Namespace, config: RunConfig, overrides: list[str], steps: int
 ) -> int:
-    from pretrain.commands.launch import launch
+    from pretrain.commands.run.launch import launch
 
     check_one_node("self-test")
     words = [*overrides, "--steps", str(steps)]

@@ -1,0 +1,1 @@
+"""Commands that look before a run: check, plan, rehearse, self-test."""
