@@ -14,8 +14,8 @@ from data_prep.config import BuildConfig, SourceConfig
 from data_prep.options import parse
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
+from xlstm_io.foreign.yaml_file import read_yaml
 from xlstm_io.terminal import shortened
-from xlstm_io.yaml_file import read_yaml
 
 
 def build_options(arguments: list[str], prog: str) -> tuple[BuildConfig, bool]:

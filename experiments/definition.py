@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experiments.results.claims import Claim
 from xlstm_io.errors import ConfigError
-from xlstm_io.yaml_file import read_yaml
+from xlstm_io.foreign.yaml_file import read_yaml
 
 DEFINITIONS = Path(__file__).with_name("definitions")
 SIZES = ("toy", "small", "large", "paper")

@@ -9,7 +9,7 @@ append, no locks, because object stores have none of them. On a local file syste
 is also on the disk (fsync) when a call returns.
 
 Every failure is an OSError, whatever the backend raised, so that one `except` is enough. What a
-file that somebody else wrote may say (names, sizes) is checked by `xlstm_io.untrusted`.
+file that somebody else wrote may say (names, sizes) is checked by `xlstm_io.foreign.untrusted`.
 """
 
 import os
@@ -164,7 +164,7 @@ def read_file(path: Location, limit: int, *, links: bool = False) -> bytes:
 
     Args:
         path: the file.
-        limit: most bytes that are read; see `xlstm_io.untrusted.LIMITS`.
+        limit: most bytes that are read; see `xlstm_io.foreign.untrusted.LIMITS`.
         links: whether it may be a link; see `file_size`.
 
     Raises:

@@ -27,7 +27,8 @@ from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, bytes_of
 from xlstm_io.checkpoint.schema import parse_sizes
 from xlstm_io.errors import UserError
-from xlstm_io.json_file import parse_json
+from xlstm_io.foreign.json_file import parse_json
+from xlstm_io.foreign.untrusted import check_name, inside
 from xlstm_io.storage import (
     Location,
     RangeReader,
@@ -38,7 +39,6 @@ from xlstm_io.storage import (
     read_file,
 )
 from xlstm_io.terminal import one_line
-from xlstm_io.untrusted import check_name, inside
 
 HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file; the library's own limit."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from xlstm_io.errors import ConfigError
-from xlstm_io.yaml_file import YAMLTextError, parse_yaml
+from xlstm_io.foreign.yaml_file import YAMLTextError, parse_yaml
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from data_prep.jobs.workers import Tick
 from data_prep.sources.documents import Document, Part, text_hash
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
 from xlstm_io.shards.manifest import Count, ShardEntry
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import entry_is_there, index_path

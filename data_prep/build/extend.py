@@ -29,12 +29,12 @@ from data_prep.config import BuildConfig
 from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import file_fingerprint
 from xlstm_io.errors import PrepError
-from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.foreign.json_file import StrictModel, checked, read_json
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, place_of
 from xlstm_io.shards.shard import check_size, entry_is_there
 from xlstm_io.storage import absolute, file_size, replacing, temporary_path, write_atomic
 from xlstm_io.terminal import counted
-from xlstm_io.untrusted import LIMITS
 
 _NOTE, _MANIFEST, _HASHES = "earlier.json", "earlier.manifest.json", "earlier.hashes"
 _HASH_BYTES = 16

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import xxhash
 
 from xlstm_io.errors import UserError
-from xlstm_io.json_file import StrictModel, checked, read_json
+from xlstm_io.foreign.json_file import StrictModel, checked, read_json
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
-from xlstm_io.untrusted import LIMITS
 
 _CHECKSUM = "checksum"
 NoteT = TypeVar("NoteT", bound=StrictModel)

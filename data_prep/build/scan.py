@@ -22,7 +22,7 @@ from data_prep.sources.filters import TextFilters
 from data_prep.sources.malformed import Tally
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
 from xlstm_io.shards.manifest import Count
 from xlstm_io.storage import file_size as plain_file_size
 from xlstm_io.storage import temporary_path

@@ -11,10 +11,10 @@ from data_prep.build.scan import FileScan, InputFile, load_scan, scan_path
 from data_prep.config import BuildConfig
 from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, ShardFormatError
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
+from xlstm_io.foreign.untrusted import inside
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.shard import check_sizes
-from xlstm_io.untrusted import inside
 
 STATE_NAME = "build.json"
 

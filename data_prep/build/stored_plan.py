@@ -9,7 +9,7 @@ from pydantic import Field
 
 from data_prep.build.notes import read_note, write_note
 from data_prep.build.scan import FileScan, InputFile
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
 from xlstm_io.shards.manifest import Count
 from xlstm_io.storage import open_plain
 

@@ -28,11 +28,11 @@ from data_prep.sources.names import (
 from data_prep.sources.streams import errors_of
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
-from xlstm_io.json_file import parse_json
+from xlstm_io.foreign.json_file import parse_json
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.remote import file_system, is_remote, masked
 from xlstm_io.storage import location, read_file
 from xlstm_io.terminal import counted
-from xlstm_io.untrusted import LIMITS
 
 PROVENANCE_NAME = "SOURCE.json"
 """Licence and origin of the files beside it; never read as documents."""

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_io.errors import PrepError, ShardFormatError
-from xlstm_io.json_file import read_json
+from xlstm_io.foreign.json_file import read_json
+from xlstm_io.foreign.untrusted import LIMITS, inside
 from xlstm_io.shards.manifest import load_manifest
-from xlstm_io.untrusted import LIMITS, inside
 
 
 def is_finished(out: Path, state_name: str, identity: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from data_prep.sources.files import file_fingerprint
 from data_prep.sources.formats.megatron import MegatronCorpus
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
 from xlstm_io.shards.manifest import (
     Count,
     Manifest,

@@ -16,10 +16,10 @@ from experiments.data import (
 from experiments.definition import Cell, Measure, Shape, TaskData
 from experiments.grid import Grid, Stopped
 from xlstm_io.errors import ConfigError, ExitCode
+from xlstm_io.foreign.yaml_file import read_yaml
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_io.signals import StopSignal
 from xlstm_io.terminal import say
-from xlstm_io.yaml_file import read_yaml
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.flops import training_flops
 

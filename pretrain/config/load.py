@@ -19,10 +19,10 @@ from pretrain.config.messages import field_message
 from pretrain.config.overrides import parse_structured, put, split_overrides
 from pretrain.config.schema import RunConfig
 from xlstm_io.errors import ConfigError
+from xlstm_io.foreign.yaml_file import read_yaml
 from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import counted
-from xlstm_io.yaml_file import read_yaml
 from xlstm_mcore.old_keys import Updated, say, update_keys
 
 

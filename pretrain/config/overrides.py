@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from pretrain.config.schema import FIELDS
 from xlstm_io.errors import ConfigError
-from xlstm_io.yaml_file import YAMLSyntaxError, YAMLTextError, parse_yaml
+from xlstm_io.foreign.yaml_file import YAMLSyntaxError, YAMLTextError, parse_yaml
 from xlstm_mcore.old_keys import OLD_KEYS
 from xlstm_mcore.settings import Section
 

@@ -16,6 +16,7 @@ from xlstm_io.checkpoint.manifest import (
 )
 from xlstm_io.checkpoint.writer import discard_attempt
 from xlstm_io.errors import CheckpointError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import (
     Location,
     exists,
@@ -28,7 +29,6 @@ from xlstm_io.storage import (
     write_atomic,
     writing,
 )
-from xlstm_io.untrusted import LIMITS
 
 PORTION = 16 << 20
 

@@ -22,8 +22,8 @@ from xlstm_io.checkpoint.manifest import (
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.streamed import write_streamed
 from xlstm_io.errors import CheckpointError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, is_folder, location, read_file
-from xlstm_io.untrusted import LIMITS
 
 MASTER = f"{OPTIMIZER_PREFIX}state.param."
 DATA_SUFFIX = ".safetensors"

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import xxhash
 
 from xlstm_io.errors import ShardFormatError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.remote import RemotePath, os_errors
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import (
@@ -34,7 +35,6 @@ from xlstm_io.shards.manifest import (
     place_of,
 )
 from xlstm_io.storage import open_file, read_file, replacing, write_atomic
-from xlstm_io.untrusted import LIMITS
 
 _CHUNK = 1 << 22
 _ATTEMPTS = 3

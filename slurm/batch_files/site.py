@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xlstm_io.errors import UserError
-from xlstm_io.yaml_file import YAMLTextError, parse_yaml, read_yaml
+from xlstm_io.foreign.yaml_file import YAMLTextError, parse_yaml, read_yaml
 
 VARIABLE = "XLSTM_SITE"
 PLACES = ("site.yaml", "~/.config/xlstm/site.yaml")

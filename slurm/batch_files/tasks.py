@@ -34,8 +34,8 @@ from slurm.job.state import (
 )
 from slurm.job_files import copy_job_files
 from xlstm_io.errors import ConfigError, UserError
+from xlstm_io.foreign.yaml_file import read_yaml
 from xlstm_io.storage import absolute, write_atomic
-from xlstm_io.yaml_file import read_yaml
 
 SIGNAL_S = 120  # before the time limit; data preparation stops at once and keeps what is finished
 

@@ -10,7 +10,7 @@ import pytest
 from data_prep.build.notes import read_note, write_note
 from data_prep.build.state import STATE_NAME
 from tests.data_prep.small_corpus import run, tree_bytes, write_jsonl
-from xlstm_io.json_file import StrictModel
+from xlstm_io.foreign.json_file import StrictModel
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlstm_io.arrays import parse_npz
 from xlstm_io.errors import PrepError, UserError
-from xlstm_io.json_file import StrictModel, checked, parse_json, read_json
+from xlstm_io.foreign.arrays import parse_npz
+from xlstm_io.foreign.json_file import StrictModel, checked, parse_json, read_json
+from xlstm_io.foreign.untrusted import LIMITS
+from xlstm_io.foreign.yaml_file import MOST_VALUES
 from xlstm_io.storage import open_file, open_plain, read_file
-from xlstm_io.untrusted import LIMITS
-from xlstm_io.yaml_file import MOST_VALUES
 
 
 class Note(StrictModel):

@@ -20,13 +20,13 @@ from pretrain.data.cache import CacheSettings
 from tests.xlstm_io.conftest import change_manifest
 from xlstm_io.checkpoint.manifest import manifest_checksum, read_manifest
 from xlstm_io.errors import CheckpointError, ShardFormatError, TokenizerFileError, UserError
+from xlstm_io.foreign.untrusted import LIMITS, check_name, check_names, inside
 from xlstm_io.shards import manifest as manifest_module
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.storage import RemotePath
 from xlstm_io.tokenizer.open import open_tokenizer
-from xlstm_io.untrusted import LIMITS, check_name, check_names, inside
 
 OUTSIDE = "names a file outside its folder"
 HOSTILE = {

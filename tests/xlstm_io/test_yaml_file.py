@@ -6,10 +6,10 @@ import pytest
 
 from data_prep import cli as data_prep
 from pretrain.config import load_config
-from xlstm_io import yaml_file
 from xlstm_io.errors import ConfigError, PrepError, UserError
-from xlstm_io.untrusted import LIMITS
-from xlstm_io.yaml_file import MOST_VALUES, YAMLTextError, parse_yaml, read_yaml
+from xlstm_io.foreign import yaml_file
+from xlstm_io.foreign.untrusted import LIMITS
+from xlstm_io.foreign.yaml_file import MOST_VALUES, YAMLTextError, parse_yaml, read_yaml
 
 
 def read(path, error=ConfigError):

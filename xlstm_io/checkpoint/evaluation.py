@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xlstm_io.checkpoint.manifest import Manifest, parse_manifest
-from xlstm_io.json_file import parse_json
+from xlstm_io.foreign.json_file import parse_json
 from xlstm_io.storage import Location, read_file, write_atomic
 
 EVALUATION_NAME = "evaluation.json"

@@ -29,7 +29,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from xlstm_io.errors import CheckpointError, Superseded
-from xlstm_io.json_file import StrictModel, parse_json
+from xlstm_io.foreign.json_file import StrictModel, parse_json
 from xlstm_io.new_file import create_new
 from xlstm_io.storage import Location, absolute, files, is_folder, read_file
 

@@ -39,7 +39,8 @@ from xlstm_io.checkpoint.lives import CHECKPOINTS_FOLDER, Lives
 from xlstm_io.checkpoint.safetensors_stream import DTYPES, WrittenFile, hash_file
 from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError, UnfinishedError
-from xlstm_io.json_file import checked, parse_json
+from xlstm_io.foreign.json_file import checked, parse_json
+from xlstm_io.foreign.untrusted import LIMITS, check_name
 from xlstm_io.storage import (
     Location,
     exists,
@@ -51,7 +52,6 @@ from xlstm_io.storage import (
 )
 from xlstm_io.storage import subfolders as list_subfolders
 from xlstm_io.terminal import shortened
-from xlstm_io.untrusted import LIMITS, check_name
 
 FORMAT = "xlstm-pretrain checkpoint"
 FORMAT_VERSION = 2

@@ -34,8 +34,8 @@ from xlstm_io.checkpoint.writer import (
     write_data_file,
 )
 from xlstm_io.errors import CheckpointError, UserError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, exists, location, read_file, remove_file, write_atomic
-from xlstm_io.untrusted import LIMITS
 
 DATA_FILE_BYTES = 4 << 30
 """Where a conversion begins another data file."""

@@ -12,6 +12,7 @@ import xxhash
 from xlstm_io.checkpoint.manifest import Manifest, read_manifest
 from xlstm_io.checkpoint.safetensors_stream import WrittenFile
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, exists, location, read_file
 from xlstm_io.tokenizer import (
     TOKENIZER_FILES,
@@ -19,7 +20,6 @@ from xlstm_io.tokenizer import (
     open_tokenizer,
     tokenizer_from_files,
 )
-from xlstm_io.untrusted import LIMITS
 
 
 def tokenizer_of(path: Location, given: str | Location | None = None) -> Tokenizer:

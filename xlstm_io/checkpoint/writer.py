@@ -36,7 +36,7 @@ from xlstm_io.checkpoint.safetensors_stream import (
 )
 from xlstm_io.checkpoint.schema import ManifestBody
 from xlstm_io.errors import CheckpointError
-from xlstm_io.json_file import checked
+from xlstm_io.foreign.json_file import checked
 from xlstm_io.storage import (
     Location,
     make_folder,

@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from xlstm_io.arrays import parse_npz
 from xlstm_io.errors import ShardFormatError
+from xlstm_io.foreign.arrays import parse_npz
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import read_file
-from xlstm_io.untrusted import LIMITS
 
 _LABEL_COLUMNS = 3  # the last ones of an index
 

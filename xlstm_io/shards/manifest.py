@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from xlstm_io.errors import ShardFormatError
-from xlstm_io.json_file import StrictModel, checked, read_json, without_collections
+from xlstm_io.foreign.json_file import StrictModel, checked, read_json, without_collections
+from xlstm_io.foreign.untrusted import LIMITS, check_names, inside
 from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.terminal import shortened
 from xlstm_io.tokenizer.base import TOKENIZER_FILES
-from xlstm_io.untrusted import LIMITS, check_names, inside
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "xtok-wds"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from xlstm_io.errors import TokenizerFileError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, exists, is_folder, location, read_file
 from xlstm_io.tokenizer.base import (
     HF_CONFIG_NAME,
@@ -12,7 +13,6 @@ from xlstm_io.tokenizer.base import (
     Tokenizer,
 )
 from xlstm_io.tokenizer.symbols import SymbolsTokenizer
-from xlstm_io.untrusted import LIMITS
 
 
 def open_tokenizer(path: str | Location) -> Tokenizer:

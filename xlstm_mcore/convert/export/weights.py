@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
 from xlstm_io.checkpoint.safetensors_stream import TensorHeader, hash_file, write_safetensors
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, exists, read_file, write_atomic
 from xlstm_io.terminal import tell
-from xlstm_io.untrusted import LIMITS
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.tables import Row
 

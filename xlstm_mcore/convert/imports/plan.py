@@ -14,10 +14,10 @@ import xxhash
 
 from xlstm_io.checkpoint.manifest import TensorInfo
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
+from xlstm_io.foreign.yaml_file import YAMLTextError, parse_yaml
 from xlstm_io.storage import Location
 from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.terminal import one_line
-from xlstm_io.yaml_file import YAMLTextError, parse_yaml
 from xlstm_mcore.checked_model import LARGEST, checked_model
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.families import FAMILIES, nxai_classic, nxai_large

@@ -24,12 +24,12 @@ import xlstm_mcore.hf
 from xlstm_io.checkpoint.manifest import resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.safetensors_stream import bytes_of
-from xlstm_io.json_file import checked, read_json
+from xlstm_io.foreign.json_file import checked, read_json
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, file_size
 from xlstm_io.tensor_files import TensorFiles, open_tensors, read_json_file
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 from xlstm_io.tokenizer.base import HF_CONFIG_NAME
-from xlstm_io.untrusted import LIMITS
 from xlstm_mcore.checked_model import model_of
 from xlstm_mcore.convert.errors import ConvertError
 from xlstm_mcore.convert.export.folder import MARKER

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from xlstm_io.errors import UserError
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import read_file
-from xlstm_io.untrusted import LIMITS
 
 #: Most values of one file, each use of an alias counted in full. A run file has a few hundred.
 MOST_VALUES = 100_000

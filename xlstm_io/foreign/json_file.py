@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xlstm_io.errors import UserError
 from xlstm_io.field_errors import key_of, rule_of
+from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.storage import Location, read_file
 from xlstm_io.terminal import shortened
-from xlstm_io.untrusted import LIMITS
 
 Model = TypeVar("Model", bound=BaseModel)
 
