@@ -10,6 +10,7 @@ import datetime
 import errno
 import ipaddress
 import os
+import resource
 import socket
 import time
 from contextlib import suppress
@@ -17,7 +18,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from pretrain.processes.environment import Place
-from xlstm_io.errors import Interrupted, MachineFailed
+from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal
 
 POLL_S = 0.1
@@ -39,9 +40,11 @@ def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Sto
         A store that all of them share.
 
     Raises:
+        ConfigError: this process may not have a connection to each of them.
         MachineFailed: not all came in time, rank 0 cannot be reached, or its port is taken.
         Interrupted: a rank was asked to stop before all had come.
     """
+    allow_connections(place.world_size)
     deadline = time.monotonic() + limit
     try:
         store = _connect(place, deadline, limit, stop)
@@ -64,6 +67,29 @@ def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Sto
         f"rank {place.rank}: {decision} had not come after {limit:.0f} s "
         "(guard.rendezvous_timeout); look at their output, and at their machines"
     )
+
+
+def allow_connections(world_size: int) -> None:
+    """Let this process open as many files as it may: a connection to another rank is one of them.
+
+    gloo connects each rank with all others, for the saves and on CPUs for everything. Programs
+    start with 1,024 files, whatever they may have, because of those that call `select`.
+
+    Args:
+        world_size: how many ranks there are.
+
+    Raises:
+        ConfigError: that is not enough.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS refuses "as many as you like"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < world_size:
+        raise ConfigError(
+            f"a process on {socket.gethostname()} may have {most} open files, and each of the "
+            f"{world_size} processes of this run has a connection to every other; raise the hard "
+            "limit (ulimit -Hn; Slurm takes it from the shell that submits)"
+        )
 
 
 def _connect(place: Place, deadline: float, limit: float, stop: StopSignal | None) -> dist.TCPStore:

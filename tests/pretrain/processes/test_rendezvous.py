@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,7 +14,7 @@ import pytest
 
 from pretrain.commands.run.launch import free_port
 from pretrain.processes.environment import Place, read_place
-from pretrain.processes.rendezvous import _missing, meet
+from pretrain.processes.rendezvous import _missing, allow_connections, meet
 from tests.clean_processes import CLEAN
 from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal
@@ -49,6 +52,24 @@ def test_what_a_launcher_says_is_checked_first(variables, words):
     with pytest.raises(ConfigError) as caught:
         read_place(HERE | variables)
     assert words in str(caught.value)
+
+
+def test_a_process_may_have_a_connection_to_every_other(monkeypatch):
+    """Systems let it open 1,024 files at first, of which 1,024 ranks need more."""
+    script = """
+import resource
+from pretrain.processes.rendezvous import allow_connections
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 2000))
+allow_connections(1024)
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2000", "2000"], done.stderr
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 1000))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: None)
+    with pytest.raises(ConfigError, match=r"may have 1000 open files.*ulimit -Hn"):
+        allow_connections(1024)
 
 
 def in_threads(places, limit=20.0, stops=None, first=lambda number: None):
