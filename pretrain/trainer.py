@@ -113,7 +113,7 @@ class Trainer:
         self.dir = Path(config.run.dir)
         self.watchdog = watchdog or Watchdog(self.dir, layout.rank, None)
         options = config.checkpoint
-        self.data = open_plan(config.data, config.run.seed)
+        self.data = open_plan(config.data, config.run.seed, check_files=layout.is_main)
         self.validation = Validation(config, layout, self.data)
         self.samples = Samples(config, layout, self.data.manifest, Ranks())
         check_vocabulary(config, self.data.manifest.vocab_size, self.data.manifest.root)

@@ -31,6 +31,7 @@ class Validation:
         limit = config.evaluation.max_batches
         # In rows: the batches of a layout may have more places than a global batch has rows.
         max_rows = None if limit is None else limit * config.data.global_batch
+        sets = open_valid(config.data, data, check_files=layout.is_main)
         self._sets = {
             name: ValidLoader(
                 dataset,
@@ -39,7 +40,7 @@ class Validation:
                 dp_size=layout.dp_size,
                 max_rows=max_rows,
             )
-            for name, dataset in open_valid(config.data, data).items()
+            for name, dataset in sets.items()
         }
 
     def due(self, step: int) -> bool:

@@ -105,15 +105,18 @@ class TokenDataset:
         cache: Where copies of the shards of a URL go.
         copy: Folder with the same files on a local disk, which are read in place of those in
             `path`. What is said of the dataset, but for damage, names `path`.
+        check_files: Whether the sizes of all shards in `path` are compared here; of a `copy` they
+            always are. Of many processes that read one folder, one is enough: all of them at once
+            would ask the file system millions of times.
 
     Attributes:
         sources: The folder's sources that the rows are of, in row order.
 
     Raises:
         DataError: The manifest is missing or damaged, it has another seq_len, the source is
-            unknown, the split has no rows, or shards are missing or truncated. The sizes of all
-            shards are compared here, hashes when a block of rows is read. With `quarantine` a bad
-            shard is found when one of its rows is read.
+            unknown, the split has no rows, or shards are missing or truncated. Hashes are compared
+            when a block of rows is read. With `quarantine`, and without `check_files`, a bad shard
+            is found when one of its rows is read.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class TokenDataset:
         quarantine: bool = False,
         cache: CacheSettings | None = None,
         copy: str | None = None,
+        check_files: bool = True,
     ) -> None:
         self.split, self.seq_len, self.source = split, seq_len, source
         self.quarantine = quarantine
@@ -134,7 +138,7 @@ class TokenDataset:
             self._read_from = self._cache.manifest if self._cache else load_manifest(copy or path)
             self.manifest: Manifest = self._read_from.at(Path(path)) if copy else self._read_from
             self._entries = self._select()
-            if not quarantine:
+            if not quarantine and (check_files or copy):
                 self._check_sizes()
         except ShardFormatError as error:
             raise DataError(str(error)) from error

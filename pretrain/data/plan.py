@@ -194,12 +194,13 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
         )
 
 
-def open_plan(data: DataConfig, seed: int) -> DataPlan:
+def open_plan(data: DataConfig, seed: int, *, check_files: bool = True) -> DataPlan:
     """The training data that the section `data` of a run file describes.
 
     Args:
         data: The section.
         seed: The run's data seed.
+        check_files: See `TokenDataset`.
 
     Raises:
         DataError: Something is wrong; the message lists the problems of all sources.
@@ -208,7 +209,7 @@ def open_plan(data: DataConfig, seed: int) -> DataPlan:
     problems: list[str] = []
     for item in data.mixture:
         try:
-            sources[item.name] = _open(data, item, "train")
+            sources[item.name] = _open(data, item, "train", check_files)
         except DataError as error:
             place = f"source {item.name!r}: " if item.name else "data.path: "
             problems.append(f"{place}{error}")
@@ -223,7 +224,9 @@ def open_plan(data: DataConfig, seed: int) -> DataPlan:
     )
 
 
-def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, TokenDataset]:
+def open_valid(
+    data: DataConfig, plan: DataPlan | None = None, *, check_files: bool = True
+) -> dict[str, TokenDataset]:
     """The sets to evaluate on, by name: `data.valid`, or the validation split of every source.
 
     Sources without validation rows are left out, as long as there are others.
@@ -232,6 +235,7 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
         data: The section `data` of a run file. With `on_corrupt: quarantine` the sets give damaged
             rows as padding without a loss, as the training data do.
         plan: The training data, whose tokenizer the sets must share; None if there is none.
+        check_files: See `TokenDataset`.
 
     Raises:
         DataError: Something is wrong, or there are no rows at all; the message lists the problems
@@ -242,7 +246,7 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     problems: list[str] = []
     for item in given:
         try:
-            sets[item.name] = _open(data, item, "valid")
+            sets[item.name] = _open(data, item, "valid", check_files)
         except NoRowsError as error:
             if data.valid:
                 problems.append(f"data.valid {item.name!r}: {error}")
@@ -256,7 +260,9 @@ def open_valid(data: DataConfig, plan: DataPlan | None = None) -> dict[str, Toke
     return sets
 
 
-def _open(data: DataConfig, item: SourceConfig | ValidConfig, split: str) -> TokenDataset:
+def _open(
+    data: DataConfig, item: SourceConfig | ValidConfig, split: str, check_files: bool
+) -> TokenDataset:
     """One dataset, from a copy on the node's own disk where the job has made one.
 
     A job says so in its environment: what the run file names stays as it is, in the configuration
@@ -272,6 +278,7 @@ def _open(data: DataConfig, item: SourceConfig | ValidConfig, split: str) -> Tok
         quarantine=data.on_corrupt == "quarantine",
         cache=cache,
         copy=json.loads(os.environ.get(COPIES_VARIABLE, "{}")).get(item.path),
+        check_files=check_files,
     )
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from benchmarks.loader.synthetic_shards import write_shards
 from pretrain import cli, layout
-from pretrain.data import ValidLoader, open_plan, open_valid
+from pretrain.data import ValidLoader, dataset, open_plan, open_valid
 from pretrain.engines.base import LossSum
 from pretrain.supervision.progress_file import read_progress
+from pretrain.trainer import Trainer
 from pretrain.validation import Validation
 from pretrain.watching.metrics import MetricLogger, read_metrics
 from tests.pretrain.run_files import config
@@ -204,6 +205,18 @@ def test_every_layout_measures_the_same_rows_and_none_that_is_damaged(tmp_path, 
     (warning,) = caplog.messages
     assert "the validation loss is without 4 of 10 rows, which are damaged: " in warning
     assert "shard-00000000.tar: block 1 at byte" in warning and "restore the file" in warning
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_looks_at_all_shards(tmp_path, monkeypatch, rank):
+    write_shards(tmp_path, {"a": [4]}, seq_len=24, vocab_size=96, valid_rows=12)
+    run = config(data__path=str(tmp_path), data__seq_len=24)
+    place = SimpleNamespace(rank=rank, dp_rank=rank, dp_size=2, is_main=rank == 0)
+    looked = []
+    monkeypatch.setattr(dataset, "check_sizes", lambda root, entries: looked.append(len(entries)))
+    with pytest.raises(AttributeError):  # the training data come before all that needs more
+        Trainer(run, place, SimpleNamespace())
+    assert bool(looked) == (rank == 0)
 
 
 def test_a_run_goes_on_where_its_whole_validation_set_is_damaged(folder, caplog):

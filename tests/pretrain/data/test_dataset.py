@@ -76,6 +76,21 @@ def test_missing_or_short_shard_is_noticed_at_once(shards, tmp_path):
         TokenDataset(copy, "train", seq_len=16)
 
 
+def test_of_many_processes_one_looks_at_all_shards(shards, tmp_path, monkeypatch):
+    """20,000 shards times 1,024 ranks are more than the server of a file system answers."""
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    tar = sorted(copy.rglob("train/*.tar"))[-1]
+    tar.write_bytes(tar.read_bytes()[:-1])
+    looked, real = [], dataset_module.check_sizes
+    monkeypatch.setattr(dataset_module, "check_sizes", lambda *a: looked.append(a) or real(*a))
+    data = TokenDataset(copy, "train", seq_len=16, check_files=False)
+    assert not looked
+    with pytest.raises(CorruptShardError, match=f"{tar.name}.*expected"):  # what is read is checked
+        data.read(np.arange(data.num_rows))
+    with pytest.raises(DataError, match=f"{tar.name}.*expected"):  # a node's own disk
+        TokenDataset(shards, "train", seq_len=16, copy=str(copy), check_files=False)
+
+
 def test_folders_and_not_shards_are_searched_for_links(tmp_path, monkeypatch):
     """A walk along the path of each shard took most of a start over 20,000 of them."""
     many_shards(tmp_path, 300)
