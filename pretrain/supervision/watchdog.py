@@ -6,7 +6,9 @@ phase the rank is in and when it last moved on. Without progress for the phase's
 Python stacks of all threads to `logs/hang-RANK.txt` and ends the process with exit code 74; whoever
 started it ends the rest. The last collectives go beside it, as torch's flight recorder has them
 (`torch.distributed.flight_recorder` reads it). `logs/phase-RANK.json` says in which phase and at
-which step each rank was last, so that the ranks that are missing can be named.
+which step each rank was last, so that the ranks that are missing can be named. Within a phase it is
+written once a minute: a thousand ranks would replace hundreds of files a second otherwise, for as
+long as the run lasts.
 """
 
 import faulthandler
@@ -28,10 +30,18 @@ from xlstm_io.storage import write_atomic
 
 STEP, STARTUP, EVALUATION, CHECKPOINT = "step", "start-up", "evaluation", "checkpoint"
 TICK_S = 5.0
+NOTE_S = 60.0  # between two notes of one phase
 RECORDER_S = 10.0  # for the flight recorder to answer
 # Without a limit of the user's, a step may take so many times the median of the recent ones. One
 # long wait for the storage does not move the median.
 SHORTEST_S, MEDIAN_STEPS, RECENT_STEPS = 600.0, 20, 15
+# What raises the limit of each phase.
+KEYS = {
+    STEP: "guard.hang_timeout",
+    STARTUP: "guard.startup_timeout",
+    EVALUATION: "guard.evaluation_timeout",
+    CHECKPOINT: "guard.checkpoint_timeout",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Watchdog:
         self._median = 0.0
         self._stepped = False
         self._written: tuple[str, int] | None = None
+        self._noted = 0.0
         self._waits_for: Callable[[], str] = str
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -142,31 +153,35 @@ class Watchdog:
             phase, step, since = self._state
             self._note(phase, step)
             if self._limits is not None:
-                limit = self._limits.of(phase, self._median)
-                if not self._stepped:  # an evaluation that comes first compiles and connects too
-                    limit = max(limit, self._limits.startup)
+                limit, key = self._limits.of(phase, self._median), KEYS[phase]
+                # An evaluation that comes first compiles and connects too.
+                if not self._stepped and limit < self._limits.startup:
+                    limit, key = self._limits.startup, KEYS[STARTUP]
                 silent = time.monotonic() - since
                 if silent > limit:
-                    self._report(phase, step, silent, limit)
+                    self._note(phase, step, last=True)
+                    self._report(phase, step, silent, f"{limit:.0f} s, {key}")
                     self._end(ExitCode.HANG)
                     return
             if self._stop.wait(tick):
                 return
 
-    def _note(self, phase: str, step: int) -> None:
+    def _note(self, phase: str, step: int, last: bool = False) -> None:
         """Keep `phase-RANK.json` current; a full disk does not stop the watching."""
-        if self._written == (phase, step):
+        now = time.monotonic()
+        goes_on = self._written is not None and self._written[0] == phase and not last
+        if self._written == (phase, step) or (goes_on and now - self._noted < NOTE_S):
             return
         data = json.dumps({"rank": self._rank, "phase": phase, "step": step}).encode()
         with suppress(OSError):
             write_atomic(self._folder / f"phase-{self._rank}.json", data, sync=False)
-            self._written = (phase, step)
+            self._written, self._noted = (phase, step), now
 
-    def _report(self, phase: str, step: int, silent: float, limit: float) -> None:
+    def _report(self, phase: str, step: int, silent: float, limit: str) -> None:
         path = self._folder / f"hang-{self._rank}.txt"
         words = (
-            f"rank {self._rank} has made no progress for {silent:.0f} s (limit {limit:.0f} s) in "
-            f"its {phase}, after step {step}"
+            f"rank {self._rank} has made no progress for {silent:.0f} s (limit {limit}) in its "
+            f"{phase}, after step {step}"
         )
         waits_for = self._waits_for()
         if waits_for:

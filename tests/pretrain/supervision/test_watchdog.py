@@ -67,7 +67,9 @@ def test_a_rank_that_stands_still_writes_its_stacks_and_ends(tmp_path, clock):
         wait_for(lambda: ends)
     assert ends == [ExitCode.HANG]
     text = (tmp_path / "logs" / "hang-3.txt").read_text()
-    assert "rank 3 has made no progress for 0 s (limit 0 s) in its step, after step 41" in text
+    assert (
+        "rank 3 has made no progress for 0 s (limit 0 s, guard.hang_timeout) in its step, " in text
+    )
     assert "wait_for" in text  # where the main thread stood
     about = json.loads((tmp_path / "logs" / "phase-3.json").read_text())
     assert about == {"rank": 3, "phase": "step", "step": 41}
@@ -129,7 +131,7 @@ def test_one_long_step_does_not_raise_the_limit(tmp_path, clock):
         assert not ends
         clock.now += 20
         wait_for(lambda: ends)
-    assert "(limit 1200 s)" in (tmp_path / "hang-3.txt").read_text()
+    assert "(limit 1200 s, guard.hang_timeout)" in (tmp_path / "hang-3.txt").read_text()
 
 
 def test_an_evaluation_may_have_a_limit_of_its_own(tmp_path):
@@ -155,7 +157,8 @@ def test_an_evaluation_before_the_first_step_has_the_limit_of_start_up(tmp_path,
         watchdog.moved(EVALUATION, 5)
         clock.now += 0.5
         wait_for(lambda: ends)
-    assert "(limit 0 s) in its evaluation, after step 5" in (tmp_path / "hang-3.txt").read_text()
+    words = "(limit 0 s, guard.evaluation_timeout) in its evaluation, after step 5"
+    assert words in (tmp_path / "hang-3.txt").read_text()
 
 
 def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, monkeypatch):
@@ -169,6 +172,38 @@ def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, mon
         watchdog.moved(STEP, 1)
         wait_for(lambda: ends)
     assert (tmp_path / "hang-3.nccl.pickle").read_bytes() == b"a pickle"
+
+
+def test_steps_are_noted_once_a_minute_and_the_last_one_at_the_end(tmp_path, clock):
+    """A thousand ranks would replace their files at every look, for months."""
+    noted = tmp_path / "phase-3.json"
+    watchdog, ends = watch(tmp_path, Limits(step=50.0, startup=50.0, checkpoint=50.0))
+    with watchdog:
+        clock.seen()
+        assert "start-up" in noted.read_text()
+        for step, now, kept in ((1, 5, 1), (2, 20, 1), (3, 55, 1), (4, 66, 4), (5, 70, 4)):
+            watchdog.moved(STEP, step)
+            clock.now = now
+            clock.seen()
+            assert json.loads(noted.read_text()) == {"rank": 3, "phase": "step", "step": kept}
+        watchdog.moved(CHECKPOINT, 5)
+        clock.seen()
+        assert "checkpoint" in noted.read_text()
+        watchdog.moved(STEP, 6)
+        clock.seen()
+        watchdog.moved(STEP, 7)
+        clock.now += 51
+        wait_for(lambda: ends)
+    assert json.loads(noted.read_text())["step"] == 7
+
+
+def test_a_limit_of_start_up_is_named_by_its_key(tmp_path, clock):
+    watchdog, ends = watch(tmp_path)
+    with watchdog:
+        watchdog.moved(EVALUATION, 4)
+        clock.now += 0.7
+        wait_for(lambda: ends)
+    assert "guard.startup_timeout" in (tmp_path / "hang-3.txt").read_text()
 
 
 def test_without_limits_only_the_phase_is_kept(tmp_path):
