@@ -3,7 +3,8 @@
     python -m slurm.job.evaluations RUN
 
 prints shell assignments: `CHECKPOINT`, the name of the oldest one without a result, or "";
-`RESULT`, where its result goes; and `AGAIN`, "yes" while more checkpoints may come. The results lie
+`RESULT`, where its result goes; and `AGAIN`, "yes" while more checkpoints may come. One that a
+later life or a rewind has left behind is not evaluated, as no life goes on from it. The results lie
 in `RUN/evaluations`. Nothing waits for a checkpoint on a node: the job ends, and looks again later.
 """
 
@@ -13,7 +14,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm.job.state import CHECKPOINTS_FOLDER, SUMMARY_FILE, RunState, read_json
+from slurm.job.state import (
+    CHECKPOINTS_FOLDER,
+    SUMMARY_FILE,
+    RunState,
+    names_of_checkpoints,
+    read_json,
+    starts_of_lives,
+    step_that_counts,
+)
 
 FOLDER = "evaluations"
 QUIET_S = 3 * 24 * 3600.0  # a run that wrote nothing for so long is not expected to go on
@@ -25,21 +34,14 @@ def next_checkpoint(run: Path) -> dict[str, str]:
     Args:
         run: the run folder.
     """
-    checkpoints = complete_checkpoints(run)
-    for name in checkpoints:
+    folder = run / CHECKPOINTS_FOLDER
+    starts = starts_of_lives(folder)
+    for name in sorted(names_of_checkpoints(folder)):
         result = run / FOLDER / f"{name}.json"
-        if not result.exists():
+        # What has a result is not read: a manifest names a file of each rank, and there are many.
+        if not result.exists() and step_that_counts(folder / name, starts) is not None:
             return {"CHECKPOINT": name, "RESULT": str(result), "AGAIN": ""}
     return {"CHECKPOINT": "", "RESULT": "", "AGAIN": "" if has_ended(run) else "yes"}
-
-
-def complete_checkpoints(run: Path) -> list[str]:
-    """Names of the complete checkpoints, oldest first."""
-    found = []
-    for manifest in sorted((run / CHECKPOINTS_FOLDER).glob("step-*/manifest.json")):
-        if read_json(manifest).get("complete") is True:
-            found.append(manifest.parent.name)
-    return found
 
 
 def has_ended(run: Path) -> bool:

@@ -18,7 +18,7 @@ nothing of the run's environment.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,16 +271,10 @@ class RunState:
         if policy.checkpoints is None:
             return int(self.progress().get("checkpoint_step") or 0)
         folder = Path(policy.checkpoints)
-        starts = _starts_of_lives(folder)
-        names = [name for name in _names(folder) if name.startswith("step-")]
-        for name in sorted(names, reverse=True):
-            try:
-                manifest = json.loads((folder / name / "manifest.json").read_bytes())
-                step, life = int(manifest["step"]), int(manifest.get("state", {}).get("life", 0))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # an attempt that was cut short
-            left_behind = any(start < step for number, start in starts.items() if number > life)
-            if manifest.get("complete") is True and not left_behind:
+        starts = starts_of_lives(folder)
+        for name in sorted(names_of_checkpoints(folder), reverse=True):
+            step = step_that_counts(folder / name, starts)
+            if step is not None:
                 return step
         return 0
 
@@ -336,7 +330,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _starts_of_lives(checkpoints: Path) -> dict[int, int]:
+def names_of_checkpoints(folder: Path) -> list[str]:
+    """Names of the folders of a run's checkpoints, whatever their state, in no order."""
+    return [name for name in _names(folder) if name.startswith("step-")]
+
+
+def step_that_counts(checkpoint: Path, starts: Mapping[int, int]) -> int | None:
+    """The step of a complete checkpoint; None where it is not, or a later life has left it behind.
+
+    Args:
+        checkpoint: its folder.
+        starts: see `starts_of_lives`.
+    """
+    manifest = read_json(checkpoint / "manifest.json")
+    try:
+        step, life = int(manifest["step"]), int(manifest.get("state", {}).get("life", 0))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # an attempt that was cut short
+    left_behind = any(start < step for number, start in starts.items() if number > life)
+    return step if manifest.get("complete") is True and not left_behind else None
+
+
+def starts_of_lives(checkpoints: Path) -> dict[int, int]:
     """The step from which each life of the run went on, by its number, as the trainer counts them.
 
     `xlstm_io.checkpoint.lives` writes these records, and needs more than the standard library.

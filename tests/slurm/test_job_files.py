@@ -87,6 +87,18 @@ def test_the_oldest_checkpoint_without_a_result_is_next(tmp_path):
     assert next_checkpoint(tmp_path)["AGAIN"] == ""
 
 
+def test_a_checkpoint_that_a_rewind_has_left_behind_is_not_evaluated(tmp_path):
+    kept, left = put_checkpoint(tmp_path, 10), put_checkpoint(tmp_path, 20)
+    write(tmp_path / "checkpoints" / "lives" / "000002.json", {"start_step": 10})
+    told = next_checkpoint(tmp_path)
+    assert told["CHECKPOINT"] == kept
+    write(Path(told["RESULT"]), {})
+    assert next_checkpoint(tmp_path)["CHECKPOINT"] == ""
+    manifest = {"complete": True, "step": 20, "state": {"life": 2}}
+    write(tmp_path / "checkpoints" / f"{left}2" / "manifest.json", manifest)
+    assert next_checkpoint(tmp_path)["CHECKPOINT"] == f"{left}2"
+
+
 def test_nobody_waits_for_a_run_that_does_not_go_on(tmp_path):
     files = RunState(tmp_path)
     write(tmp_path / "progress.json", {"step": 30, "steps": 100})
