@@ -281,7 +281,10 @@ def _bad_node(
 
 def _preflight(bad_nodes: dict[str, str]) -> Decision:
     found = sorted(bad_nodes.items())
-    reason = "preflight: " + ", ".join(f"{node}: {why}" for node, why in found)
+    nodes: dict[str, list[str]] = {}  # a mistake of the software is often that of many
+    for node, why in found:
+        nodes.setdefault(why, []).append(node)
+    reason = "preflight: " + "; ".join(f"{', '.join(of)}: {why}" for why, of in nodes.items())
     return Decision(Action.REQUEUE, Cause.PREFLIGHT, reason, found[0][0], exclude=tuple(found))
 
 

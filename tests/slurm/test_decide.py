@@ -194,6 +194,9 @@ def test_a_preflight_leaves_out_what_it_names_and_costs_no_life():
     decision = after(bad_nodes=found, past=past, now=fruitless(9))
     assert (decision.action, decision.cause) == (Action.REQUEUE, Cause.PREFLIGHT)
     assert decision.exclude == (("n1", "slow"), ("n3", "does not answer"))
+    assert decision.reason == "preflight: n1: slow; n3: does not answer"
+    many = after(bad_nodes=dict.fromkeys(("n2", "n1"), "has Python 3.12, the others Python 3.11"))
+    assert many.reason == "preflight: n1, n2: has Python 3.12, the others Python 3.11"
     assert after(bad_nodes=found, excluded=("n9",)).action is Action.FAIL
     assert after(unfit="preflight fails on every node: x").action is Action.FAIL
 
