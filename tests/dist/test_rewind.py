@@ -18,6 +18,7 @@ from pretrain.watching.history import read_history
 from pretrain.watching.metrics import read_metrics
 from slurm.job.state import Policy, RunState
 from tests.dist.training_runs import tiny_run
+from xlstm_io.checkpoint import manifest as manifest_module
 from xlstm_io.checkpoint.lives import Lives
 
 pytestmark = pytest.mark.dist
@@ -113,6 +114,24 @@ def test_a_finished_run_that_was_taken_back_can_go_on(tmp_path, capsys):
     assert pretrain.cli.run(["rewind", str(run), "--to", "3"]) == 0
     assert not files.finished(policy) and files.newest_step(policy) == 3
     assert (run / "evidence" / "summary-before-life-000001.json").read_text() == summary
+
+
+def test_only_the_checkpoint_of_the_step_is_looked_at_whole(tmp_path, capsys, monkeypatch):
+    """A run of months has a hundred checkpoints, each with a file of every rank."""
+    golden = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
+    run = Path(shutil.copytree(golden / "run", tmp_path / "run"))
+    slices = [TensorSlice("w", (2,), (0,), torch.zeros(2))]
+    for step in (1, 2, 4, 5):
+        beyond = save_checkpoint(run, slices, {"life": step}, {}, step=step)
+    (beyond / "data-00000.safetensors").write_bytes(b"cut")
+    looked, real = set(), manifest_module.check_sizes
+    monkeypatch.setattr(
+        manifest_module, "check_sizes", lambda path, *rest: looked.add(path) or real(path, *rest)
+    )
+    assert pretrain.cli.run(["rewind", str(run), "--to", "3"]) == 0
+    assert {path.name[:13] for path in looked} == {"step-00000003"}
+    assert f"yours to delete: {beyond}" in capsys.readouterr().out
+    assert Lives(run / "checkpoints").superseded_by(5, 5) == 6
 
 
 def test_a_branch_leaves_out_samples_after_the_checkpoint_that_it_was_copied_from(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import TensorSlice, save_checkpoint
+from xlstm_io.checkpoint import manifest as manifest_module
 from xlstm_io.checkpoint.choose import choose
 from xlstm_io.checkpoint.evaluation import Evaluation, write_evaluation
 from xlstm_io.errors import CheckpointError
@@ -50,6 +51,22 @@ def test_what_is_not_there_is_one_message(run, tmp_path):
     save(tmp_path / "other", 10)
     with pytest.raises(CheckpointError, match="whose validation loss was measured"):
         choose(tmp_path / "other", "best")
+
+
+def test_only_what_is_chosen_is_looked_at_whole(run, monkeypatch):
+    """A run of months has a hundred checkpoints, each with a file of every rank."""
+    root, paths = run
+    looked, real = [], manifest_module.check_sizes
+    monkeypatch.setattr(
+        manifest_module, "check_sizes", lambda path, *rest: looked.append(path) or real(path, *rest)
+    )
+    assert choose(root, "10") == paths[10] and looked == [paths[10]]
+    looked.clear()
+    assert choose(root, "best") == paths[20] and looked == [paths[20]]
+    (paths[20] / "data-00000.safetensors").write_bytes(b"cut")
+    assert choose(root, "best") == paths[40]
+    with pytest.raises(CheckpointError, match=r"with that step .*20.*; steps: 10, 30, 40"):
+        choose(root, "20")
 
 
 def test_a_loss_beside_the_manifest_counts(run):

@@ -1,6 +1,7 @@
 """Which checkpoint of a run a user means: the newest, the best, that of a step, or a path."""
 
 import math
+from contextlib import suppress
 
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import (
@@ -41,8 +42,8 @@ def choose(path: Location | str, which: str | None = None) -> Location:
                 f"{path} is one checkpoint; --checkpoint {which} chooses among those of a run "
                 "folder"
             )
-        found = list(newest_first(path, []))
-        chosen = _of_step(found, int(which)) if by_number else _best(found)
+        chosen = _of_step(path, int(which)) if by_number else _best(path)
+        found = [] if chosen else list(newest_first(path, []))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if chosen is None:
@@ -54,15 +55,19 @@ def choose(path: Location | str, which: str | None = None) -> Location:
     return chosen
 
 
-def _of_step(found: list[Location], step: int) -> Location | None:
-    return next((path for path in found if step_of_folder(path) == step), None)
+def _of_step(root: Location | str, step: int) -> Location | None:
+    return next(newest_first(root, [], steps=(step,)), None)
 
 
-def _best(found: list[Location]) -> Location | None:
-    """The one with the lowest loss; of equals the newest."""
+def _best(root: Location | str) -> Location | None:
+    """The one with the lowest loss; of equals the newest. Only its files are looked at."""
     measured = []
-    for path in found:
-        evaluation = read_evaluation(path, parse_manifest(path))
+    for path in newest_first(root, [], check_files=False):
+        evaluation = read_evaluation(path, parse_manifest(path, check_files=False))
         if evaluation is not None and math.isfinite(evaluation.loss):
             measured.append((evaluation.loss, path))
-    return min(measured, key=lambda pair: pair[0])[1] if measured else None
+    for _, path in sorted(measured, key=lambda pair: pair[0]):
+        with suppress(CheckpointError):
+            parse_manifest(path)
+            return path
+    return None

@@ -27,7 +27,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +255,13 @@ def step_folders(root: Location | str) -> list[Location]:
     return [path for path in list_subfolders(folder) if _STEP_FOLDER.fullmatch(path.name)]
 
 
-def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterator[Location]:
+def newest_first(
+    root: Location | str,
+    broken: list[CheckpointError],
+    *,
+    steps: Container[int] | None = None,
+    check_files: bool = True,
+) -> Iterator[Location]:
     """The complete checkpoints under `root`, newest first, reading no more than is asked for.
 
     Newest is the highest step, and among attempts at the same step the last one written. What is
@@ -263,19 +269,27 @@ def newest_first(root: Location | str, broken: list[CheckpointError]) -> Iterato
     that had been superseded is passed over like a broken one; see `xlstm_io.checkpoint.lives`. So
     is one that only this process cannot read: a run that goes on from an older one supersedes it.
 
+    Args:
+        root: A run folder or a `checkpoints` folder.
+        broken: Gets what is wrong.
+        steps: Only checkpoints of these steps; None for all.
+        check_files: Whether the files of a checkpoint must have their sizes. There is one for each
+            rank, so where many checkpoints are gone through that takes long.
+
     Raises:
         CheckpointError: the record of a life is damaged, which is the fault of no checkpoint.
         OSError: the folder cannot be read, or its storage does not answer.
     """
     lives = Lives(checkpoints_folder(root))
-    steps: dict[int, list[Location]] = {}
+    by_step: dict[int, list[Location]] = {}
     for path in step_folders(root):
-        steps.setdefault(step_of_folder(path), []).append(path)
-    for step in sorted(steps, reverse=True):
+        if steps is None or step_of_folder(path) in steps:
+            by_step.setdefault(step_of_folder(path), []).append(path)
+    for step in sorted(by_step, reverse=True):
         found = []
-        for path in steps[step]:
+        for path in by_step[step]:
             try:
-                manifest = parse_manifest(path)
+                manifest = parse_manifest(path, check_files=check_files)
                 if manifest.step != step:
                     raise CheckpointDamagedError(f"{path}: the manifest says step {manifest.step}")
             except CheckpointError as error:

@@ -9,6 +9,7 @@ its data cursor.
 """
 
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -53,7 +54,8 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
     own = config.checkpoint.dir is None
     path, beyond = _find(folder, to)
     # Copied checkpoints bring the numbers of the lives of their run with them.
-    written = [parse_manifest(one).state.get("life", 0) for one in (path, *beyond)]
+    every = [parse_manifest(one, check_files=False) for one in (path, *beyond)]
+    written = [manifest.state.get("life", 0) for manifest in every]
     with take_run(run, folder, after=max(written)) as lease:
         _keep_records(run, lease.life)
         lives.record_start(folder, lease.life, to, skip_samples, run=None if own else run)
@@ -73,7 +75,7 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
             replace(
                 progress, status="stopped", step=to, checkpoint=str(path), checkpoint_step=to
             ).write(run)
-    first = parse_manifest(path).state["cursor"]["consumed_samples"]
+    first = every[0].state["cursor"]["consumed_samples"]
     print(f"the next start of {run} goes on from {path}", end="")
     print(f", without the samples {first} to {first + skip_samples - 1}" if skip_samples else "")
     for old in beyond:
@@ -96,15 +98,15 @@ def _keep_records(run: Path, life: int) -> None:
 
 def _find(folder: Location, step: int) -> tuple[Location, list[Location]]:
     """The newest checkpoint of a step, read whole, and all beyond it."""
-    broken: list[CheckpointError] = []
-    found = list(newest_first(folder, broken))
-    steps = {step_of_folder(path): path for path in reversed(found)}
-    if step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
+    path = next(newest_first(folder, [], steps=(step,)), None)
+    if path is None:
+        steps = sorted({step_of_folder(one) for one in newest_first(folder, [])})
+        there = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
             f"--to {step}: {folder} holds no complete checkpoint of that step that counts; there "
             f"are those of the steps: {there}"
         )
-    path = steps[step]
     verify_hashes(path, parse_manifest(path))
-    return path, [other for other in found if step_of_folder(other) > step]
+    # What is beyond it only gets a name, so its files do not matter.
+    beyond = newest_first(folder, [], steps=range(step + 1, sys.maxsize), check_files=False)
+    return path, list(beyond)
