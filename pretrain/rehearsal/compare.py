@@ -129,24 +129,49 @@ def _between(messages: list[Message], operation: str, peer: int) -> list[Message
 
 
 def _order_of_groups(records: Sequence[RankRecord]) -> Iterator[Mismatch]:
-    for number, one in enumerate(records):
-        for other in records[number + 1 :]:
-            shared = [
-                [
-                    m
-                    for m in record.messages
-                    if m.operation not in POINT_TO_POINT
-                    and one.rank in m.members
-                    and other.rank in m.members
-                ]
-                for record in (one, other)
-            ]
-            place = _first_difference(*([(m.group, *_same(m)) for m in side] for side in shared))
-            if place is not None:
-                yield Mismatch(
-                    f"rank {one.rank} and rank {other.rank} use their groups in different order",
-                    (*_told(one.rank, shared[0], place), *_told(other.rank, shared[1], place)),
-                )
+    """Pairs of ranks that use the groups of both in different order.
+
+    Most pairs share the same few sets of groups, so what a rank does in a set is written out once.
+    """
+    groups: dict[tuple, int] = {}  # group and members -> number
+    calls: dict[tuple, int] = {}  # what must agree of a message -> number
+    courses = [
+        [
+            (groups.setdefault((m.group, m.members), len(groups)), m)
+            for m in record.messages
+            if m.operation not in POINT_TO_POINT
+        ]
+        for record in records
+    ]
+    members = [frozenset(of) for _, of in groups]
+    own = [{group for group, _ in course} for course in courses]
+    kept: dict[tuple[int, frozenset[int]], tuple[int, ...]] = {}
+    alike: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for equal ones
+
+    def course_in(place: int, shared: frozenset[int]) -> tuple[int, ...]:
+        if (place, shared) not in kept:
+            course = tuple(
+                calls.setdefault((group, *_same(m)), len(calls))
+                for group, m in courses[place]
+                if group in shared
+            )
+            kept[place, shared] = alike.setdefault(course, course)
+        return kept[place, shared]
+
+    for first, one in enumerate(records):
+        for second, other in enumerate(records[first + 1 :], first + 1):
+            both = {one.rank, other.rank}
+            shared = frozenset(g for g in own[first] | own[second] if both <= members[g])
+            here, there = course_in(first, shared), course_in(second, shared)
+            if here is there:
+                continue
+            place = _first_difference([*here], [*there])
+            assert place is not None
+            told = [[m for g, m in courses[n] if g in shared] for n in (first, second)]
+            yield Mismatch(
+                f"rank {one.rank} and rank {other.rank} use their groups in different order",
+                (*_told(one.rank, told[0], place), *_told(other.rank, told[1], place)),
+            )
 
 
 def _first_difference(one: list, other: list) -> int | None:

@@ -4,8 +4,11 @@
 rank's first message, and brackets make a batch.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from pretrain.rehearsal import compare
 from pretrain.rehearsal.compare import compare_ranks
 from pretrain.rehearsal.record import Message, RankRecord
 
@@ -135,3 +138,20 @@ def test_a_communicator_that_not_all_ranks_open_is_found():
 
 def test_the_sides_of_a_message_must_both_be_in_batches_or_none():
     assert any("does not come" in text for text in found("c (s1)", "c r0"))
+
+
+def test_the_order_of_groups_is_written_out_once_for_each_rank(monkeypatch):
+    """For each pair of ranks it took minutes for hundreds of them."""
+    seen, real = [], compare._same
+    monkeypatch.setattr(compare, "_same", lambda message: seen.append(message) or real(message))
+    many = records(*["c c c"] * 16)
+    assert list(compare._order_of_groups(many)) == []
+    assert len(seen) == 3 * 16
+    odd = many[5].messages
+    odd[1] = replace(odd[1], group="B")
+    for record in many:
+        if record.rank != 5:
+            record.messages[2] = replace(record.messages[2], group="B")
+    mismatches = list(compare._order_of_groups(many))
+    assert len(mismatches) == 15 and all("rank 5" in one.summary for one in mismatches)
+    assert "in group B" in str(mismatches[0]) and "in group A" in str(mismatches[0])
