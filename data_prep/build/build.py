@@ -88,11 +88,6 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
     known = () if earlier is None else (earlier.document_hashes(), earlier.shard_counts())
     corpus = plan_build(out, config, files, fingerprints, scans, *known)
     check_splits(corpus.plan, config)
-    if state is not None and state.corpus != corpus.digest:
-        raise PrepError(
-            f"{out} was begun with other contents of --input; nothing was overwritten: choose "
-            "another --out, or delete the folder"
-        )
     save_state(out, config, settings, corpus.digest, files, fingerprints)
     for name, data in tokenizer.files.items():
         write_atomic(out / "tokenizer" / name, data)

@@ -125,7 +125,7 @@ def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
     entry = note.entry
     expected = (shard_path(plan), index_path(Path(shard_path(plan))).as_posix())
     ours = (entry.path, entry.index) == expected and entry.docs == plan.documents
-    ours = ours and entry.docs == sum(note.histogram)
+    ours = ours and entry.docs == sum(note.histogram) and entry.bytes_in == plan.bytes_in
     return ShardRecord(**vars(note)) if ours and entry_is_there(out, entry) else None
 
 

@@ -14,6 +14,7 @@ import xxhash
 from xlstm_io.errors import UserError
 from xlstm_io.foreign.json_file import StrictModel, checked, read_json
 from xlstm_io.foreign.untrusted import LIMITS
+from xlstm_io.new_file import create_new
 from xlstm_io.remote import masked_values
 from xlstm_io.storage import write_atomic
 
@@ -26,13 +27,24 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def write_note(path: Path, fields: dict[str, Any], *, sync: bool = True) -> None:
-    """Write `fields` and their checksum, atomically; see `storage.write_atomic`.
+    """Write `fields` and their checksum, atomically; see `storage.write_atomic`."""
+    write_atomic(path, _note_bytes(fields), sync=sync)
 
-    Credentials in URLs are masked: `_work` travels with a folder.
+
+def create_note(path: Path, fields: dict[str, Any]) -> None:
+    """As `write_note`, where there is no note yet.
+
+    Raises:
+        FileExistsError: there is one.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    create_new(path, _note_bytes(fields))
+
+
+def _note_bytes(fields: dict[str, Any]) -> bytes:
+    """The file. Credentials in URLs are masked: `_work` travels with a folder."""
     fields = masked_values(fields)
-    stored = {**fields, _CHECKSUM: _digest(fields)}
-    write_atomic(path, json.dumps(stored, indent=1).encode() + b"\n", sync=sync)
+    return json.dumps({**fields, _CHECKSUM: _digest(fields)}, indent=1).encode() + b"\n"
 
 
 def check_note(kind: type[NoteT], path: Path, *, error: type[UserError] = UserError) -> NoteT:

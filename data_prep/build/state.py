@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from data_prep.build.notes import check_note, write_note
+from data_prep.build.notes import check_note, create_note, write_note
 from data_prep.build.scan import FileScan, InputFile, load_scan, scan_path
 from data_prep.config import BuildConfig
 from data_prep.sources.names import absolute
@@ -98,7 +98,14 @@ def save_state(
     files: list[InputFile],
     fingerprints: list[list],
 ) -> None:
-    """Write the state of a build whose plan is made; later jobs and runs continue from it."""
+    """Write the state of a build whose plan is made; later jobs and runs continue from it.
+
+    Jobs that begin together may see different files: one that is still being copied, a list that
+    was edited. The first one that comes here says what the folder holds.
+
+    Raises:
+        PrepError: `out` was begun with other settings or contents.
+    """
     names = [[absolute(file.path), file.source] for file in files]
     stored = {
         "settings": settings,
@@ -107,7 +114,20 @@ def save_state(
         "files": names,
         "config": config.model_dump(),
     }
-    write_note(out / "_work" / STATE_NAME, stored)
+    path = out / "_work" / STATE_NAME
+    try:
+        create_note(path, stored)
+        return
+    except FileExistsError:
+        begun = load_state(out)
+    if begun is not None:
+        check_same_settings(out, begun.settings, settings)
+        if begun.corpus != corpus:
+            raise PrepError(
+                f"{out} was begun with other contents of --input; nothing was overwritten: choose "
+                "another --out, or delete the folder"
+            )
+    write_note(path, stored)  # files may have got new times
 
 
 def check_same_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

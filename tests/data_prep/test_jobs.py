@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import data_prep.build.build
 import data_prep.build.repeated
 from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
 from xlstm_io.shards.manifest import load_manifest
@@ -84,6 +85,36 @@ def test_merge_from_elsewhere_keeps_the_provenance(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("merge", "../out") == 0
     assert load_manifest(tmp_path / "out").sources[0].provenance == {"licence": "CC0"}
+
+
+@pytest.mark.parametrize("change", ["a new file", "other settings"])
+def test_jobs_that_begin_together_with_other_input_do_not_mix(
+    tmp_path, tokenizer_dir, monkeypatch, capsys, change
+):
+    """A folder takes one build: the second job has begun before the first one says which."""
+    for name in "ac":  # of equal sizes, so that the shards of both builds have equal counts
+        texts = [f"{name} {number:03d} of equal size" for number in range(40)]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"in/{name}.jsonl", texts)
+    flags = ["--input", tmp_path / "in", "--tokenizer", tokenizer_dir, "--valid-fraction", 0]
+    flags += ["--shard-mb", 0.0004, "--workers", 1, "--tasks", 2, "--out", tmp_path / "out"]
+    plan_build = data_prep.build.build.plan_build
+
+    def slowly(*arguments):
+        monkeypatch.setattr(data_prep.build.build, "plan_build", plan_build)
+        if change == "a new file":
+            write_jsonl(tmp_path / "in/b.jsonl", [f"b {n:03d} of equal size" for n in range(40)])
+        more = ["--seq-len", 32 if change == "other settings" else 16, "--task", 1]
+        assert run("build", *flags, *more) == 0
+        return plan_build(*arguments)
+
+    monkeypatch.setattr(data_prep.build.build, "plan_build", slowly)
+    before = [*flags, "--seq-len", 16, "--task", 0]
+    assert run("build", *before) == 2
+    words = {"a new file": "other contents of --input", "other settings": "seq_len 32 -> 16"}
+    assert words[change] in capsys.readouterr().err
+    assert len(list(tmp_path.rglob("*.tar"))) > 0
+    assert all(int(path.stem[-1]) % 2 for path in tmp_path.rglob("*.tar"))  # the other job's alone
 
 
 def test_array_with_gaps_is_refused(one_job, tmp_path, monkeypatch, capsys):
