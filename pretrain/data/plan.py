@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from xlstm_io.storage import absolute
 # the folder for copies of remote shards.
 COPIES_VARIABLE = "XLSTM_DATA_COPIES"
 CACHE_VARIABLE = "XLSTM_DATA_CACHE"
+_UNLIMITED = 1 << 20
+_OPEN_WHEN_READ_IN_ORDER = 2  # shards of a validation set
 _SAME = ("tokenizer.sha256", "dtype", "bos_id", "eos_id", "pad_id")
 
 
@@ -65,10 +68,13 @@ class DataPlan:
         self.seed, self.shuffle, self.window_shards = seed, shuffle, window_shards
         self._blend = Blend(self.names, phases, seed)
         self._orders: list[Order] = []
+        most_open = max(1, _descriptors() // len(self.names))
         for name, dataset in zip(self.names, self.datasets, strict=True):
             own = derive_seed(seed, "source", name) if name else seed
+            # A batch may lie in two windows.
+            wanted = 2 * window_shards if shuffle == "window" else dataset.max_open
+            dataset.max_open = min(wanted, most_open)
             if shuffle == "window":
-                dataset.max_open = 2 * window_shards  # a batch may lie in two windows
                 self._orders.append(WindowOrder(dataset.shard_rows, window_shards, own))
             else:
                 self._orders.append(RowOrder(dataset.num_rows, own))
@@ -170,6 +176,12 @@ class DataPlan:
         }
 
 
+def _descriptors() -> int:
+    """Files that the training data may keep open: half of what the process may."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _UNLIMITED if limit == resource.RLIM_INFINITY else limit // 2
+
+
 def _check_alike(datasets: Sequence[TokenDataset]) -> None:
     """Raise DataError unless all datasets hold ids of one tokenizer in one type."""
 
@@ -247,6 +259,7 @@ def open_valid(
     for item in given:
         try:
             sets[item.name] = _open(data, item, "valid", check_files)
+            sets[item.name].max_open = _OPEN_WHEN_READ_IN_ORDER
         except NoRowsError as error:
             if data.valid:
                 problems.append(f"data.valid {item.name!r}: {error}")

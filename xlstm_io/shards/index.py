@@ -1,5 +1,6 @@
 """The index of a shard: where its blocks lie, with their hashes; and the error of damaged bytes."""
 
+import errno
 import io
 import tarfile
 from dataclasses import dataclass, fields
@@ -49,7 +50,16 @@ class CorruptShardError(ShardFormatError):
 
 
 def cause_of(error: OSError) -> str:
-    """What is in the place of a file that cannot be read."""
+    """What is in the place of a file that cannot be read.
+
+    Raises:
+        ShardFormatError: this process has too many files open, and nothing is known of this one.
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise ShardFormatError(
+            f"{error.filename} cannot be opened, because this process has too many files open; "
+            "raise the limit (`ulimit -n`), or mix fewer sources"
+        )
     return MISSING if isinstance(error, FileNotFoundError) else error.strerror or str(error)
 
 

@@ -1,6 +1,9 @@
 """The whole order: sources, mixture, shuffles and phases; what may change under a checkpoint."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 
 import numpy as np
@@ -21,6 +24,8 @@ from pretrain.data import (
 )
 from pretrain.data.blend import CYCLE
 from pretrain.data.plan import CACHE_VARIABLE, COPIES_VARIABLE
+from xlstm_io.errors import ShardFormatError
+from xlstm_io.shards.index import CorruptShardError
 
 SOURCES = [
     {"name": "web", "path": "big", "source": "web", "weight": 0.7},
@@ -214,3 +219,23 @@ def test_summary_says_shares_epochs_and_files(folders):
 def test_phase_weights_may_name_a_source_once(folders):
     plan = DataPlan({"x": TokenDataset(folders / "small", seq_len=8)}, [Phase(0, {"x": 2})], seed=0)
     assert plan.epochs(64) == {"x": 1.0}
+
+
+def test_many_sources_share_the_descriptors_of_a_process(folders, monkeypatch):
+    """A file that cannot be opened for want of a descriptor is not damaged, nor quarantined."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (12, 12))
+    options = dict(seq_len=8, quarantine=True)
+    sources = {name: TokenDataset(folders / "big", **options) for name in "abc"}
+    plan = DataPlan(sources, [Phase(0, dict.fromkeys("abc", 1.0))], seed=1)
+    assert not plan.read(*plan.locate(np.arange(600))).damaged
+    assert sum(dataset.open_files for dataset in plan.datasets) == 6
+    assert "at most 6 files" in plan.summary(0)
+
+    def no_descriptor(path, *arguments, **options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    sources["a"].close()
+    monkeypatch.setattr("xlstm_io.storage.os.open", no_descriptor)
+    with pytest.raises(ShardFormatError, match=r"too many files open.*ulimit") as caught:
+        sources["a"].read(np.arange(3))
+    assert not isinstance(caught.value, CorruptShardError)
