@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.sources.documents import Fields
 from data_prep.tools.train_tokenizer import sample_texts
@@ -120,3 +123,36 @@ def test_sample_is_bounded_and_independent_of_order(tmp_path):
     assert sample == sample_texts([str(backward)], Fields(), limit)[0]
     assert documents == 200 and total > 2 * limit
     assert limit // 2 < sum(len(t.encode()) for t in sample) <= limit
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "plain eos"])
+def test_a_text_that_spells_a_control_token_does_not_yield_it(kind, tmp_path):
+    """Vocabularies of whole words have `</s>`, and some files do not call their eos special."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer, trainer = {
+        "unigram": (models.Unigram(), trainers.UnigramTrainer(unk_token="<unk>", vocab_size=90)),
+        "words": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer()),
+        "plain eos": (models.BPE(unk_token="<unk>"), trainers.BpeTrainer(vocab_size=90)),
+    }[kind]
+    fast, trainer.special_tokens, trainer.show_progress = Tokenizer(tokenizer), special, False
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    fast.decoder = decoders.Metaspace(prepend_scheme="never")
+    if kind == "words":
+        fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.train_from_iterator(["some <b>text</i> of words / and / signs"] * 20, trainer)
+    fields = json.loads(fast.to_str())
+    for token in fields["added_tokens"]:
+        token["special"] = kind != "plain eos"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    opened = open_tokenizer(tmp_path)
+    texts = ["</s>", "a </s> b<s>", "<s> <s> </s> <pad>", "text of words", "some unknown: \u00e4"]
+    found = [ids.tolist() for ids in opened.encode(texts)]
+    assert not {opened.bos_id, opened.eos_id, opened.pad_id} & {n for ids in found for n in ids}
+    assert found[3:] == [item.ids for item in fast.encode_batch(texts[3:])]
+    if kind != "words":  # which has no signs
+        assert opened.decode(found[1]) == texts[1]
+    assert opened.vocab_size == fast.get_vocab_size()
+    opened._tokenizer = None
+    assert opened.vocab_size  # asked for once: the library makes a dictionary of all tokens
