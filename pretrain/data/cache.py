@@ -34,10 +34,12 @@ from xlstm_io.shards.manifest import (
     load_manifest,
     place_of,
 )
+from xlstm_io.shards.shard import index_path
 from xlstm_io.storage import open_file, read_file, replacing, write_atomic
 
 _CHUNK = 1 << 22
 _ATTEMPTS = 3
+_SPARE_SHARE = 20  # of the cache, that is emptied at once when it is full
 _PAUSE_SECONDS = 1.0  # before the second attempt; doubles
 
 
@@ -124,6 +126,12 @@ class ShardCache:
             os.utime(tar)  # the least recently opened goes first
             yield self.root
 
+    def drop(self, entry: ShardEntry) -> None:
+        """Delete the copies of a shard; the next one who opens it makes them again."""
+        tar = place_of(self.root, entry.path)
+        with _lock(self._lock_file(tar)):
+            _delete(tar)
+
     def _name(self, path: str) -> str:
         return f"{self.url}/{path}"
 
@@ -194,7 +202,11 @@ class ShardCache:
         return digest.hexdigest()
 
     def _make_room(self, needed: int) -> None:
-        """Delete the least recently opened shards of all corpora until `needed` bytes fit."""
+        """Count `needed` bytes more, for which the least recently opened shards are deleted.
+
+        The bytes are noted, because looking at all copies takes seconds where there are thousands.
+        What the note says can be too much, after a broken transfer, and then is counted anew.
+        """
         limit, folder = self.settings.limit, self.settings.folder
         if needed > limit:
             raise ShardFormatError(
@@ -202,15 +214,36 @@ class ShardCache:
                 f"({needed / 1e9:.3g} GB); make it larger"
             )
         with _lock(folder / "locks" / "all"):
-            found = [(p.stat(), p) for p in folder.rglob("*.tar")]
-            total = sum(status.st_size for status, _ in found)
-            for status, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
-                if total + needed <= limit:
-                    break
-                with contextlib.suppress(BlockingIOError), _lock(self._lock_file(path), wait=False):
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".idx.npz").unlink(missing_ok=True)
-                    total -= status.st_size
+            note = folder / "locks" / "bytes"
+            try:
+                total = int(note.read_bytes())
+            except (OSError, ValueError):
+                total = limit  # not known
+            if total + needed > limit:
+                total = self._delete_until(needed)
+            note.write_text(str(total + needed))
+
+    def _delete_until(self, needed: int) -> int:
+        """Delete shards of all corpora until `needed` bytes fit, and some more; the bytes left."""
+        limit, folder = self.settings.limit, self.settings.folder
+        found = [(p.stat(), p) for p in folder.rglob("*.tar")]
+        total = sum(status.st_size for status, _ in found)
+        if total + needed <= limit:
+            return total
+        room = needed + limit // _SPARE_SHARE // needed * needed  # so that the next ones fit, too
+        for status, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
+            if total + room <= limit:
+                break
+            with contextlib.suppress(BlockingIOError), _lock(self._lock_file(path), wait=False):
+                _delete(path)
+                total -= status.st_size
+        return total
+
+
+def _delete(tar: Path) -> None:
+    """Delete a tar and, after it, its index: where there is a tar, there is one."""
+    tar.unlink(missing_ok=True)
+    index_path(tar).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

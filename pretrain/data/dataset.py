@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -19,6 +20,8 @@ from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, ShardEntry, load_manifest
 from xlstm_io.shards.rows import PADDING, POSITION_MASK, no_label, row_masks, token_dtype
 from xlstm_io.shards.shard import CheckedBlocks, ShardReader, check_sizes
+
+log = logging.getLogger(__name__)
 
 _MAX_OPEN_SHARDS = 64  # file descriptors per split, whatever the size of the corpus
 _ALL_PADDING = np.array([PADDING], np.uint32)  # the segments of a row that is all padding
@@ -162,6 +165,7 @@ class TokenDataset:
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._checked: dict[int, CheckedBlocks] = {}
         self._damaged: dict[tuple[int, int | None], CorruptShardError] = {}
+        self._dropped: set[int] = set()  # shards whose copy in the cache was damaged
         self._lock = threading.Lock()  # a prefetching thread and its owner may share the dataset
 
     def __len__(self) -> int:
@@ -285,13 +289,33 @@ class TokenDataset:
                 if known is not None:
                     raise known
             own = labels if self.manifest.labels else None
-            segments = self._shard(shard).row(row, tokens, own)
+            try:
+                segments = self._shard(shard).row(row, tokens, own)
+            except CorruptShardError as error:
+                if not self._copied_again(shard, error):
+                    raise
+                segments = self._shard(shard).row(row, tokens, own)
             if labels is not None and own is None:
                 _label_by_the_next_token(tokens, segments, labels)
             return segments
         except CorruptShardError as error:
             self._damaged[shard, error.block] = error.with_traceback(None)
             raise
+
+    def _copied_again(self, shard: int, error: CorruptShardError) -> bool:
+        """Whether the damage was in the copy of a remote shard, which is thrown away; once each."""
+        cache = self._cache
+        if cache is None or shard in self._dropped or not error.path.startswith(f"{cache.root}/"):
+            return False
+        log.warning(
+            "%s: this copy is damaged (expected %s, got %s), and made again",
+            *(error.path, error.expected, error.got),
+        )
+        self._dropped.add(shard)
+        if shard in self._open:
+            self._open.pop(shard).close()
+        cache.drop(self._entries[shard])
+        return True
 
     def _shard(self, number: int) -> ShardReader:
         reader = self._open.get(number)

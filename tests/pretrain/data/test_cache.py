@@ -120,6 +120,46 @@ def test_a_broken_transfer_is_tried_again_and_a_damaged_object_refused(
     assert [place for place, _ in found.damaged] == list(range(30, 50))
 
 
+def test_copies_are_not_looked_at_one_by_one_for_each_new_one(folder, tmp_path, monkeypatch):
+    """Of 30,000 copies that took three seconds, with all processes waiting."""
+    size = max(path.stat().st_size for path in folder.rglob("*.tar"))
+    looked = []
+    count = cache.ShardCache._delete_until
+
+    def counted(self, needed):
+        looked.append(needed)
+        return count(self, needed)
+
+    monkeypatch.setattr(cache.ShardCache, "_delete_until", counted)
+    assert (remote(folder, tmp_path).read(np.arange(97)).tokens == whole(folder)).all()
+    assert len(looked) == 1 and len(copies(tmp_path)) == 4  # the first finds no note
+    (tmp_path / "cache/locks/bytes").write_text("")  # of a machine that went down
+    copies(tmp_path)[0].unlink()
+    remote(folder, tmp_path).read(np.arange(30))
+    assert len(looked) == 2
+    monkeypatch.setattr(cache, "_SPARE_SHARE", 2)
+    copies(tmp_path)[0].unlink()
+    remote(folder, tmp_path, limit=4 * size).read(np.arange(30))
+    assert len(looked) == 3 and len(copies(tmp_path)) <= 2  # room for two more
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "index"])
+def test_a_damaged_copy_is_made_again(folder, tmp_path, caplog, damage):
+    """The disk of a node fails, not the object store: a run need not end, nor lose the rows."""
+    remote(folder, tmp_path).read(np.arange(97))
+    tar = copies(tmp_path)[1]
+    raw = bytearray(tar.read_bytes())
+    raw[600] ^= 8
+    if damage == "index":
+        tar.with_suffix(".idx.npz").write_bytes(b"")
+    else:
+        tar.write_bytes(raw if damage == "flipped" else raw[:2000])
+    for quarantine in (False, True):
+        found = remote(folder, tmp_path, quarantine=quarantine).read(np.arange(97))
+        assert (found.tokens == whole(folder)).all() and not found.damaged
+    assert caplog.text.count("this copy is damaged") == 1
+
+
 def _read_all(folder, tmp_path, results):
     data = remote(folder, tmp_path, limit=60_000)
     data.max_open = 1
