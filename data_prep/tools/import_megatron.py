@@ -8,6 +8,7 @@ follows from the hash of its decoded text, as in a build of the text.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -201,21 +202,24 @@ def _load_record(task: ImportTask) -> dict[str, Any] | None:
     return note.model_dump()
 
 
+# A worker opens both once: an index may have gigabytes, all of which are checked.
+_opened_tokenizer = lru_cache(maxsize=1)(open_tokenizer)
+_opened_corpus = lru_cache(maxsize=1)(MegatronCorpus)
+
+
 def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
     """Write the shards of one stretch; its record.
 
     Raises:
         PrepError: an id is not one of the tokenizer's.
     """
-    tokenizer = open_tokenizer(task.tokenizer)
+    tokenizer, corpus = _opened_tokenizer(task.tokenizer), _opened_corpus(task.prefix)
     ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
     limit = round(task.settings.valid_fraction * _SPLIT_RESOLUTION)
     kept: dict[str, list[np.ndarray]] = {name: [] for name in SPLIT_NAMES}
     text_bytes = dict.fromkeys(SPLIT_NAMES, 0)
     empty = 0
-    for number, tokens in enumerate(
-        MegatronCorpus(task.prefix).documents(task.first, task.last), task.first
-    ):
+    for number, tokens in enumerate(corpus.documents(task.first, task.last), task.first):
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < tokenizer.vocab_size:
             raise PrepError(
                 f"{task.prefix}: document {number} has the ids {tokens.min()} to {tokens.max()}, "

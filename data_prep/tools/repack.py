@@ -235,7 +235,11 @@ def _with_labels(block: Block) -> np.ndarray:
 
 
 def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]:
-    """Documents of best_fit blocks: parts are joined by the document that they belong to."""
+    """Documents of best_fit blocks: parts are joined by the document that they belong to.
+
+    Its last part is the one that does not fill a row. Where that fills one, too, only the end of
+    the shard shows that no more follow: an eos at the end of a row may stand within a document.
+    """
     held: dict[int, list[np.ndarray]] = {}
     for block in blocks:
         positions = (block.segments & np.uint32(POSITION_MASK)).tolist()
@@ -254,5 +258,7 @@ def _joined(blocks: Iterator[Block], manifest: Manifest) -> Iterator[np.ndarray]
                 if parts:  # its last token begins this part, with its label
                     parts[-1] = parts[-1][..., :-1]
                 parts.append(tokens[..., start:end].copy())
-                if tokens[..., end - 1].flat[0] == manifest.eos_id:
+                if end - start < manifest.row_tokens:
                     yield np.concatenate(held.pop(number), axis=-1)
+    for parts in held.values():
+        yield np.concatenate(parts, axis=-1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.sources.formats.megatron import MegatronCorpus
+from data_prep.tools.repack import stored_documents
 from tests.data_prep.small_corpus import documents_of, run, tree_bytes
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import load_manifest
@@ -93,3 +94,52 @@ def test_damaged_indices_are_refused(prefix, tmp_path):
         (tmp_path / "a.bin").write_bytes(bad_tokens)
         with pytest.raises(PrepError, match="a"):
             MegatronCorpus(str(tmp_path / "a"))
+
+
+def write_corpus(prefix, documents) -> None:
+    """PREFIX.bin and PREFIX.idx of uint16 arrays, each of them a document of one sequence."""
+    sizes = np.array([len(ids) for ids in documents], "<i4")
+    offsets = (2 * (np.cumsum(sizes) - sizes)).astype("<i8")
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(sizes) + 1)
+    bounds = np.arange(len(sizes) + 1, dtype="<i8")
+    index = header + sizes.tobytes() + offsets.tobytes() + bounds.tobytes()
+    prefix.with_suffix(".idx").write_bytes(index)
+    prefix.with_suffix(".bin").write_bytes(b"".join(ids.tobytes() for ids in documents))
+
+
+def test_an_eos_within_a_document_does_not_end_it_when_it_is_packed_again(tmp_path, tokenizer_dir):
+    rng, eos = np.random.default_rng(0), open_tokenizer(tokenizer_dir).eos_id
+    documents = []
+    for length in rng.integers(5, 80, 60).tolist():
+        ids = rng.integers(4, 300, length).astype("<u2")
+        ids[:-1][rng.random(length - 1) < 0.2] = eos
+        documents.append(ids)
+    write_corpus(tmp_path / "c", documents)
+    words = [tmp_path / "c", "--tokenizer", tokenizer_dir, "--seq-len", 16, "--workers", 1]
+    words += ["--packing", "best_fit", "--valid-fraction", 0, "--out", tmp_path / "out"]
+    assert run("import-megatron", *words) == 0
+    assert run("repack", tmp_path / "out", "--seq-len", 32, "--workers", 1) == 0
+    manifest = load_manifest(tmp_path / "out-32")
+    (entry,) = manifest.shards("train")
+    found = sorted(ids.tolist() for ids in stored_documents(manifest, entry))
+    assert found == sorted([manifest.bos_id, *ids.tolist(), eos] for ids in documents)
+
+
+def test_a_worker_reads_the_index_once_and_a_shortened_file_is_one_message(
+    tmp_path, tokenizer_dir, monkeypatch, capsys
+):
+    write_corpus(tmp_path / "c", [np.full(40, 5, "<u2")] * 30)
+    opened = []
+    check = MegatronCorpus.__init__
+
+    def counted(self, prefix):
+        opened.append(prefix)
+        check(self, prefix)
+        if len(opened) == 2:  # after the tasks were cut
+            self.bin.write_bytes(self.bin.read_bytes()[:1000])
+
+    monkeypatch.setattr(MegatronCorpus, "__init__", counted)
+    words = [tmp_path / "c", "--tokenizer", tokenizer_dir, "--workers", 1, "--shard-mb", 0.0004]
+    assert run("import-megatron", *words, "--valid-fraction", 0, "--out", tmp_path / "out") == 2
+    assert "c.bin: became shorter" in capsys.readouterr().err
+    assert len(opened) == 2 and len(list(tmp_path.rglob("*.tar"))) > 1

@@ -87,12 +87,18 @@ class MegatronCorpus:
         return np.diff(totals[self._bounds]) * self.dtype.itemsize
 
     def documents(self, first: int, last: int) -> Iterator[np.ndarray]:
-        """The tokens of the documents `first` up to `last`, not included."""
+        """The tokens of the documents `first` up to `last`, not included.
+
+        Raises:
+            PrepError: the file has become shorter.
+        """
         with open(self.bin, "rb") as file:
             for number in range(first, last):
                 parts = []
                 for sequence in range(int(self._bounds[number]), int(self._bounds[number + 1])):
                     count = int(self._sizes[sequence]) * self.dtype.itemsize
                     data = os.pread(file.fileno(), count, int(self._offsets[sequence]))
+                    if len(data) != count:
+                        raise PrepError(f"{self.bin}: became shorter while it was read; restore it")
                     parts.append(np.frombuffer(data, self.dtype))
                 yield np.concatenate(parts) if parts else np.empty(0, self.dtype)
