@@ -73,6 +73,14 @@ class JobShare(NamedTuple):
     job: int
     jobs: int
 
+    def of_shards(self, count: int) -> range:
+        """The numbers of this job's shards among `count`.
+
+        They are neighbours, and so lie in few files: of a compressed file all must be read that
+        lies before a shard.
+        """
+        return range(count * self.job // self.jobs, count * (self.job + 1) // self.jobs)
+
 
 class SourceConfig(BaseModel):
     """One named corpus among `sources`."""

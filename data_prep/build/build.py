@@ -6,9 +6,9 @@ plan and a record of each finished shard; `manifest.json` is written last. A fol
 with other settings or another corpus is never overwritten.
 
 Several jobs (a Slurm array) may share a build. They share the scan, and each comes to the same plan
-by itself. Job t of n writes the shards t, t + n, t + 2 n, ..., and `merge` writes the manifest when
-all are there. No job waits for another. The result is bit for bit that of a single job, whatever
-the number of workers. Duplicates are dropped by the plan, so this holds for them as well.
+by itself. Each writes a range of the shards (`JobShare.of_shards`), and `merge` writes the manifest
+when all are there. No job waits for another. The result is bit for bit that of a single job,
+whatever the number of workers. Duplicates are dropped by the plan, so this holds for them as well.
 """
 
 import time
@@ -32,6 +32,7 @@ from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Workers, available_cpus
 from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.malformed import report_malformed
+from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
 from xlstm_io.storage import write_atomic
@@ -93,7 +94,7 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
         write_atomic(out / "tokenizer" / name, data)
 
     scanned = time.monotonic()
-    numbers = range(share.job, len(corpus.plan.shards), share.jobs)
+    numbers = share.of_shards(len(corpus.plan.shards))
     records, bytes_done = _encode(out, config, tokenizer, corpus, numbers, workers)
     if share.jobs > 1:
         say(
@@ -175,10 +176,12 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def _input_files(config: BuildConfig) -> list[InputFile]:
+    out = Path(absolute(config.out))  # it may lie in a folder of texts, and is none of them
     return [
         InputFile(path, source.name, source.fields)
         for source in config.all_sources()
         for path in expand_inputs(source.input)
+        if not Path(absolute(path)).is_relative_to(out)
     ]
 
 

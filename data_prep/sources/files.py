@@ -74,7 +74,7 @@ def expand_inputs(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         expand = _expand_remote if is_remote(pattern) else _expand_local
         files, others = expand(pattern)
-        left_out = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
+        left_out = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(8) if n)
         if not files:
             known = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
             raise PrepError(
@@ -83,7 +83,7 @@ def expand_inputs(patterns: list[str]) -> list[str]:
                 "text files by a glob, for example 'folder/**/*.log'"
             )
         if left_out:
-            say(f"{pattern}: left out by suffix: {left_out}; name them by a glob to read them")
+            say(f"{pattern}: left out: {left_out}; name them by a glob to read them")
         for file in files:
             _refuse_table_of_text(file)
         if not any(file_size(file) for file in files):
@@ -119,10 +119,13 @@ def _expand_local(pattern: str) -> tuple[list[str], Counter[str]]:
     others: Counter[str] = Counter()
     for name in sorted(names):
         if name.is_dir():
-            below = [p.relative_to(name).as_posix() for p in name.rglob("*") if p.is_file()]
+            found = list(name.rglob("*"))
+            below = [p.relative_to(name).as_posix() for p in found if p.is_file()]
             chosen, left_out = _files_of_folder(below, _reader_of(name))
             files += (str(name / part) for part in chosen)
             others += left_out
+            # They are not followed, since they may lead into a circle.
+            others["links to folders"] += sum(p.is_symlink() and p.is_dir() for p in found)
         elif not name.is_file():
             raise PrepError(
                 f"--input {name}: a pipe or device, not a file; a corpus is read twice, so write "
@@ -148,7 +151,9 @@ def _expand_remote(pattern: str) -> tuple[list[str], Counter[str]]:
     with errors_of(pattern):
         fs, path = file_system(pattern)
         if glob.has_magic(path):
-            names = [name for name in fs.glob(path) if not fs.isdir(name)]
+            # With the details, because asking for each name would be a request for each.
+            found = fs.glob(path, detail=True)
+            names = [name for name, about in found.items() if about["type"] != "directory"]
             if not names:
                 raise _nothing(pattern)
         elif fs.isdir(path):

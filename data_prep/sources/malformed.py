@@ -96,7 +96,8 @@ def report_malformed(tallies: Sequence[Tally], max_share: float, log: Path | Non
     if not good and not bad:
         raise PrepError("--input: no document in these files")
     if examples and log is not None:
-        write_atomic(log, masked("".join(f"{example}\n" for example in examples)).encode())
+        lines = masked("".join(f"{example}\n" for example in examples))
+        write_atomic(log, lines.encode("utf-8", "backslashreplace"))  # names may not be UTF-8
     most = max(_MOST_OF_A_FILE, max_share)
     _refuse_files([tally for tally in tallies if tally.bad > most * (tally.bad + tally.good)])
     bad_bytes = sum(tally.bad_bytes for tally in tallies)

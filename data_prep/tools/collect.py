@@ -94,6 +94,7 @@ def collect(
                     if is_empty(document.text):
                         continue
                     name = _library_name(root, tallies[-1]) if root else document.id
+                    name = name.encode("utf-8", "backslashreplace").decode()  # a file's name
                     counts.documents += 1
                     counts.bytes += len(document.text.encode("utf-8"))
                     stream.write(orjson.dumps({"id": name, "text": document.text}) + b"\n")

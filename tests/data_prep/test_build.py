@@ -43,6 +43,17 @@ def test_rerun_is_a_no_op(build_flags, tmp_path, capsys, corpus):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
 
 
+def test_shards_within_the_folder_of_texts_are_no_texts(corpus, tokenizer_dir, tmp_path, capsys):
+    shutil.copy(corpus, tmp_path)
+    flags = ["--input", tmp_path, "--tokenizer", tokenizer_dir, "--workers", 1]
+    flags += ["--valid-fraction", 0.2, "--out", tmp_path / "shards"]
+    assert run("build", *flags) == 0
+    (tmp_path / "shards/manifest.json").unlink()
+    assert run("build", *flags) == 0
+    assert run("build", *flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_a_check_says_whether_a_build_can_begin_and_writes_nothing(build_flags, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("build", *build_flags, "--out", out, "--check") == 0

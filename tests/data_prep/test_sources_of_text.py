@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import zipfile
 
@@ -9,7 +10,9 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import zstandard
 
+from data_prep.sources import streams
 from data_prep.sources.documents import Document, Fields, Malformed
 from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.readers import read_documents
@@ -47,6 +50,18 @@ def test_remote_build_equals_the_local_one(memory, tmp_path, corpus, build_flags
     flags = ["--input", "memory://bucket/*.jsonl", "--out", again]
     assert run("build", *build_flags, *flags) == 0
     assert load_manifest(again).sources[0].provenance == {"licence": "CC0"}
+
+
+def test_a_glob_asks_a_store_once_and_not_for_each_file(memory, monkeypatch):
+    for number in range(9):
+        memory.pipe(f"/bucket/{number}.jsonl", b'{"text": "x"}')
+    memory.mkdir("/bucket/folder.jsonl")
+
+    def asked(self, path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr(type(memory), "isdir", asked)
+    assert len(expand_inputs(["memory://bucket/*.jsonl"])) == 9
 
 
 def test_archives_globs_and_what_changes(memory, tmp_path, corpus, texts):
@@ -182,6 +197,69 @@ def test_reading_begins_at_the_first_wanted_line(tmp_path, texts):
     )
     found = list(read_documents(str(cut), wanted=np.array([50]), offset=items[50].offset))
     assert [item.text for item in found] == [texts[50]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst"])
+def test_shards_of_a_compressed_file_read_it_once(
+    name, tmp_path, tokenizer_dir, texts, monkeypatch
+):
+    """It cannot be entered in its middle, and reading up to there costs more than tokenizing."""
+    lines = [json.dumps({"text": t}) if "json" in name else " ".join(t.split()) for t in texts]
+    raw = "\n".join(lines).encode()
+    path, plain = tmp_path / name, tmp_path / name.rpartition(".")[0]
+    plain.write_bytes(raw)
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else zstandard.compress(raw))
+    flags = ["--tokenizer", tokenizer_dir, "--seq-len", 16, "--shard-mb", 0.002, "--workers", 1]
+    flags += ["--valid-fraction", 0.3, "--text-split", "lines"]
+    opened = []
+
+    def counted(path):
+        opened.append(path)
+        return streams.open_text(path)
+
+    for module in ("json_lines", "text"):
+        monkeypatch.setattr(f"data_prep.sources.formats.{module}.open_text", counted)
+    assert run("build", "--input", path, *flags, "--out", tmp_path / "out") == 0
+    assert opened == [str(path)] * 3  # the scan, the training shards, the validation shards
+    manifest = load_manifest(tmp_path / "out")
+    assert len(manifest.shards("train")) > 5 and len(manifest.shards("valid")) > 1
+    assert run("build", "--input", plain, *flags, "--out", tmp_path / "plain") == 0
+    assert tree_bytes(tmp_path / "plain") == tree_bytes(tmp_path / "out")
+
+
+def test_reading_does_not_go_on_in_a_file_that_was_replaced(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    for word in ("old", "new"):
+        lines = "".join(json.dumps({"text": f"{word} {n}"}) + "\n" for n in range(9))
+        path.write_bytes(gzip.compress(lines.encode()))
+        os.utime(path, (len(word), word == "new"))
+        for wanted in ([0, 2], [1], [4]):
+            found = texts_of(str(path), Fields(), np.array(wanted))
+            assert found == [f"{word} {n}" for n in wanted]
+
+
+def test_links_to_folders_are_said_to_be_left_out(tmp_path, texts, capsys):
+    (tmp_path / "real").mkdir()
+    write_jsonl(tmp_path / "real/a.jsonl", texts[:3])
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in/b.jsonl", texts[3:])
+    (tmp_path / "in/other").symlink_to(tmp_path / "real")
+    (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    assert expand_inputs([str(tmp_path / "in")]) == [str(tmp_path / "in/b.jsonl")]
+    assert "left out: 2 links to folders; name them by a glob" in capsys.readouterr().out
+    named = expand_inputs([str(tmp_path / "in/other"), str(tmp_path / "in/*.jsonl")])
+    assert named == [str(tmp_path / "in/b.jsonl"), str(tmp_path / "in/other/a.jsonl")]
+
+
+def test_names_that_are_not_utf8(tmp_path, tokenizer_dir, texts, capsys):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "broken\n")
+    flags = ["--input", path, "--tokenizer", tokenizer_dir, "--workers", 1]
+    assert run("build", *flags, "--valid-fraction", 0.2, "--out", tmp_path / "out") == 0
+    assert r"caf\udce9.jsonl:121: " in (tmp_path / "out/_work/malformed.log").read_text()
+    assert run("collect", "--input", path, "--min-mb", 0, "--out", tmp_path / "corpus") == 0
+    (first, *_) = read_documents(str(tmp_path / "corpus/corpus.jsonl.zst"))
+    assert first.id == r"caf\udce9.jsonl:1"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ thousand levels or half of a surrogate pair in one field say nothing about the t
 import codecs
 import re
 from collections.abc import Iterator
+from functools import partial
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
@@ -25,39 +26,52 @@ from data_prep.sources.documents import (
     printable,
     too_large,
 )
-from data_prep.sources.formats.lines import bounded_lines
+from data_prep.sources.formats.lines import bounded_lines, numbered_records
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import open_text
 
 _MISSING = object()
+_PlacedLine = tuple[bytes | None, int, int]
+"""A line as `bounded_lines` gives it, and the byte at which it starts; 0 in a compressed file."""
 
 
 def read_json_lines(
     path: str, fields: Fields, wanted: np.ndarray | None, offset: int
 ) -> Iterator[Item]:
     """Documents of a file of JSON lines in order; for the arguments see `read_documents`."""
-    remaining: Iterator[int] | None = None if wanted is None else iter(wanted.tolist())
+    records: Iterator[tuple[int, _PlacedLine]]
+    if wanted is None:
+        records = enumerate(_placed_lines(path))
+    elif offset:
+        records = enumerate(_placed_lines(path, offset), int(wanted[0]))
+    else:
+        begin = partial(_placed_lines, path)
+        records = numbered_records(path, "json", begin, int(wanted[0]))
+    remaining = None if wanted is None else iter(wanted.tolist())
     target = None if remaining is None else next(remaining)
+    for number, (line, size, start) in records:
+        if remaining is not None:
+            if number != target:
+                continue
+            target = next(remaining, None)
+        if line is None:
+            reason = f"a line of {size >> 20} MiB; at most {LARGEST_LINE >> 20} MiB are read"
+            yield Malformed(number, f"{path}:{number + 1}", reason, size)
+        elif not line.isspace():
+            yield _parse(path, number, line, fields, start)
+        if remaining is not None and target is None:
+            return
+
+
+def _placed_lines(path: str, offset: int = 0) -> Iterator[_PlacedLine]:
+    """The lines of a file, from the one at byte `offset` on where the file is not compressed."""
     with open_text(path) as stream:
-        first = 0
-        if offset and target is not None and not stream.compressed:
+        if offset and not stream.compressed:
             stream.seek(offset)
-            first = target
         position = 0 if stream.compressed else stream.tell()
-        for number, (line, size) in enumerate(bounded_lines(stream, LARGEST_LINE), first):
-            start = position
+        for line, size in bounded_lines(stream, LARGEST_LINE):
+            yield line, size, position
             position += 0 if stream.compressed else size
-            if remaining is not None:
-                if target is None:
-                    return
-                if number != target:
-                    continue
-                target = next(remaining, None)
-            if line is None:
-                reason = f"a line of {size >> 20} MiB; at most {LARGEST_LINE >> 20} MiB are read"
-                yield Malformed(number, f"{path}:{number + 1}", reason, size)
-            elif not line.isspace():
-                yield _parse(path, number, line, fields, start)
 
 
 def _parse(path: str, number: int, line: bytes, fields: Fields, offset: int) -> Item:
@@ -164,6 +178,7 @@ _TOKEN = re.compile(
 )
 _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|Infinity|NaN)")
 _WORDS = {"true": True, "false": False, "null": None}
+_MOST_WORDS = 1 << 20  # that the second parser reads of a line: some five seconds, 100 MB
 _LONGEST_INTEGER = 300  # digits; longer ones are floats, which may be infinite
 
 
@@ -174,14 +189,17 @@ def parse_leniently(line: bytes) -> Any:
     surrogates.
 
     Raises:
-        ValueError: it is not nested like JSON, or a word of it is none of JSON's.
+        ValueError: it is not nested like JSON, a word of it is none of JSON's, or it has too many.
     """
     text = line.decode("utf-8", "surrogateescape").rstrip(" \t\r\n")
     top: list[Any] = []
     open_values: list[dict[str, Any] | list[Any]] = [top]
     keys: list[str] = [""]  # of each open value: the key whose value comes next
-    place, expected = 0, {"value"}
+    place, expected, words = 0, {"value"}, 0
     while place < len(text):
+        words += 1
+        if words > _MOST_WORDS:
+            raise ValueError(f"more than {_MOST_WORDS:,} values and marks")
         found = _TOKEN.match(text, place)
         if found is None:
             raise ValueError(f"unexpected character at {place}")

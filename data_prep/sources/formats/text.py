@@ -1,6 +1,7 @@
 """Documents out of text files: all of a file, its lines, or what blank lines separate."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from data_prep.sources.documents import (
     TextSplit,
     too_large,
 )
-from data_prep.sources.formats.lines import bounded_lines
+from data_prep.sources.formats.lines import bounded_lines, numbered_records
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import Stream, open_text
 from xlstm_io.errors import PrepError
@@ -34,17 +35,19 @@ def read_text(path: str) -> Iterator[Item]:
 def read_parts(path: str, split: TextSplit, wanted: np.ndarray | None) -> Iterator[Item]:
     """A text file in parts, whatever its size: its lines, or what blank lines separate."""
     kept = None if wanted is None else set(wanted.tolist())
-    with open_text(path) as stream:
-        parts = _lines(stream) if split == "lines" else _paragraphs(stream)
-        for record, (first_line, raw, size) in enumerate(parts):
-            if wanted is not None and record > wanted[-1]:
-                return
-            if kept is not None and record not in kept:
-                continue
+    records: Iterator[tuple[int, _Part]]
+    if wanted is None:
+        records = enumerate(_parts(path, split))
+    else:
+        records = numbered_records(path, split, partial(_parts, path, split), int(wanted[0]))
+    for record, (first_line, raw, size) in records:
+        if kept is None or record in kept:
             if raw is None:
                 yield Malformed(record, f"{path}:{first_line}", too_large(size), size)
             else:
                 yield _decode(path, record, first_line, raw, f"{base_name(path)}:{first_line}")
+        if wanted is not None and record >= wanted[-1]:
+            return
 
 
 def _decode(path: str, record: int, first_line: int, raw: bytes, label: str) -> Item:
@@ -58,6 +61,11 @@ def _decode(path: str, record: int, first_line: int, raw: bytes, label: str) -> 
 
 _Part = tuple[int, bytes | None, int]
 """Number of its first line from 1; its bytes, None where they are too many; their count."""
+
+
+def _parts(path: str, split: TextSplit) -> Iterator[_Part]:
+    with open_text(path) as stream:
+        yield from _lines(stream) if split == "lines" else _paragraphs(stream)
 
 
 def _lines(stream: Stream) -> Iterator[_Part]:
