@@ -5,7 +5,7 @@ array share the pass without waiting for each other: each starts with files of i
 takes those that are not finished yet. A file that two jobs scan at once comes out the same.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from xlstm_io.storage import temporary_path
 
 _CHUNK_ROWS = 1 << 14
 _TICK_BYTES = 1 << 20
+_LOGGED_IN_ALL = 100_000
+"""Malformed records that are held and logged, over all files: a corpus may have millions."""
 
 SCAN_ROW = np.dtype(
     [
@@ -121,7 +123,7 @@ class ScanTask:
 
 def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     """Read one file and store what it holds, unless another job did so meanwhile."""
-    stored = load_scan(task.path)
+    stored = load_scan(task.path, _LOGGED_IN_ALL)
     if stored is not None:
         return stored
     table = task.path.with_suffix(".scan")
@@ -197,13 +199,18 @@ def rule_verdict(number: int) -> int:
     return int(np.iinfo(np.uint8).max) - number
 
 
-def load_scan(path: Path) -> FileScan | None:
-    """The scan stored at `path`; None where it is absent or not what was written."""
+def load_scan(path: Path, examples: int = 0) -> FileScan | None:
+    """The scan stored at `path`; None where it is absent or not what was written.
+
+    Args:
+        path: the note.
+        examples: most of the malformed records that are kept in memory.
+    """
     table = path.with_suffix(".scan")
     note = read_note(_ScanNote, path)
     if note is None:
         return None
-    scan = FileScan(str(table), **note.model_dump())
+    scan = FileScan(str(table), **{**note.model_dump(), "examples": note.examples[:examples]})
     try:
         if plain_file_size(table) != scan.documents * SCAN_ROW.itemsize:
             return None
@@ -262,13 +269,17 @@ def scan_files(
     """
     chosen = filters.settings()
     paths = [scan_path(file, file_fingerprint(file.path), chosen, work) for file in files]
-    stored = [load_scan(path) for path in paths]
-    todo = [n for n in _order(len(files), share) if stored[n] is None]
-    scans = {number: scan for number, scan in enumerate(stored) if scan is not None}
+    most = max(1, _LOGGED_IN_ALL // max(1, len(files)))
+    scans: dict[int, FileScan] = {}
+    for number, path in enumerate(paths):
+        stored = load_scan(path, most)
+        if stored is not None:
+            scans[number] = stored
+    todo = [n for n in _order(len(files), share) if n not in scans]
     with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
         tasks = [ScanTask(files[n], filters, paths[n]) for n in todo]
         for place, scan in workers.run(scan_file, tasks, progress):
-            scans[todo[place]] = scan
+            scans[todo[place]] = replace(scan, examples=scan.examples[:most])
     return [scans[number] for number in range(len(files))]
 
 

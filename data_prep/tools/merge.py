@@ -31,6 +31,7 @@ from xlstm_io.shards.manifest import (
     write_manifest,
 )
 from xlstm_io.shards.shard import check_size
+from xlstm_io.storage import remove_temporaries
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import open_tokenizer
 
@@ -67,7 +68,7 @@ def merge(
     names = _new_names(inputs, manifests, rename)
     _check_equal(inputs, manifests, names)
     if len(inputs) > 1 and not allow_duplicates:
-        _check_distinct(inputs, manifests)
+        _check_distinct(inputs, manifests, out)
     parts = [manifest.model_dump(exclude={"parent"}) for manifest in manifests]
     for part, renamed in zip(parts, names, strict=True):
         for source in part["sources"]:
@@ -107,6 +108,7 @@ def merge(
             progress.set(done)
     for file in manifests[0].tokenizer_files():
         link_file(file, place_of(out, f"tokenizer/{file.name}"))
+    remove_temporaries(out)
     manifest = write_manifest(out, fields)
     joined = ", ".join(source.name for source in manifest.sources)
     shards = counted(len(entries), "shard")
@@ -175,7 +177,7 @@ def _check_equal(
         )
 
 
-def _check_distinct(inputs: list[Path], manifests: list[Manifest]) -> None:
+def _check_distinct(inputs: list[Path], manifests: list[Manifest], out: Path) -> None:
     total = sum(entry.docs for m in manifests for s in ("train", "valid") for entry in m.shards(s))
 
     def numbered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -190,8 +192,10 @@ def _check_distinct(inputs: list[Path], manifests: list[Manifest]) -> None:
         "documents, or join them as they are with --allow-duplicates"
     )
     try:
-        work = manifests[0].root / "_work"
-        repeated = sum(len(part) for part in find_repeated(numbered(), total, work))
+        # Beside `out`, as the inputs may be others' folders and `out` is not there yet.
+        repeated = sum(
+            len(part) for part in find_repeated(numbered(), total, out.absolute().parent)
+        )
     except PrepError as error:
         raise PrepError(f"duplicates cannot be looked for: {error}; {remedy}") from None
     if repeated:
@@ -226,8 +230,8 @@ def merge_jobs(out: Path) -> Manifest:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise PrepError(
             f"{out}: {len(missing)} of {len(shards)} shards are not finished (numbers {numbers}); "
-            "job t of n writes the numbers t, t + n, ...: run those jobs again (--task t --tasks "
-            "n), or the build with --tasks 1, which does what is left"
+            "run the jobs that did not end well again (--task t --tasks n), or the build with "
+            "--tasks 1, which does what is left"
         )
     config, earlier = state.build_config, load_earlier(out)
     finished = Finished(config, tokenizer, state.settings, corpus, records, {}, 0, earlier)

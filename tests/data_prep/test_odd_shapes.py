@@ -119,6 +119,16 @@ def random_json(rng: random.Random, depth: int = 0):
     return [random_json(rng, depth + 1) for _ in range(rng.randrange(4))]
 
 
+@pytest.mark.parametrize(
+    "line", [b"[" * 4000, b'{"a":' * 2000, b'{"text":"x","n":[NaN' + b",{}" * 1000]
+)
+def test_the_lenient_parser_stops_at_a_line_of_too_many_values(line, monkeypatch):
+    """64 MiB of brackets took it minutes and gigabytes."""
+    monkeypatch.setattr("data_prep.sources.formats.json_lines._MOST_WORDS", 1000)
+    with pytest.raises(ValueError, match="more than 1,000 values"):
+        parse_leniently(line)
+
+
 def test_the_lenient_parser_agrees_with_json():
     """On sound texts it gives what `json` gives; cut or altered ones it refuses as `json` does."""
     rng, refused = random.Random(5), 0
