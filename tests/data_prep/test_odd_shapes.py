@@ -16,7 +16,7 @@ import zstandard
 
 from data_prep.sources.documents import LARGEST_TEXT, Document, Fields, Malformed
 from data_prep.sources.files import expand_inputs
-from data_prep.sources.formats import apart
+from data_prep.sources.formats import apart, tables
 from data_prep.sources.formats.json_lines import parse_leniently
 from data_prep.sources.readers import read_documents
 from xlstm_io.errors import PrepError
@@ -226,8 +226,8 @@ def test_a_parser_that_dies_is_an_error_of_its_file(tmp_path, monkeypatch):
         ctypes.string_at(0)
 
     with pytest.raises(PrepError, match=r"a\.parquet: it is damaged.*SIGSEGV"):
-        list(apart.yield_apart(dying, "a.parquet"))
-    items = apart.yield_apart(lambda: iter(range(10**9)), "a.parquet")
+        list(apart.yield_apart(dying, "a.parquet", int))
+    items = apart.yield_apart(lambda: iter(range(10**9)), "a.parquet", int)
     assert next(items) == 0
     items.close()  # ends the process
 
@@ -235,7 +235,17 @@ def test_a_parser_that_dies_is_an_error_of_its_file(tmp_path, monkeypatch):
         yield 1 / 0
 
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        list(apart.yield_apart(buggy, "a.parquet"))
+        list(apart.yield_apart(buggy, "a.parquet", int))
+
+
+def test_tables_of_large_texts_are_held_a_few_at_a_time():
+    """256 books of 16 MiB took 4 GiB, in both processes; so did one that stands in every row."""
+    sizes = [1] * 3 + [apart._BATCH_BYTES] * 2 + [1] * (apart._BATCH + 1)
+    assert [len(batch) for batch in apart._batches(iter(sizes), int)] == [4, 1, apart._BATCH, 1]
+    column = pa.array(["a long text", None, "b"]).dictionary_encode().take(pa.array([0, 0, 1, 2]))
+    first, second, *others = tables._values(column)
+    assert first is second and first == b"a long text" and others == [None, b"b"]
+    assert tables._wanted_of(np.arange(0, 1000, 2), 11, 4) == {12, 14}  # of a row group alone
 
 
 def test_damaged_tables_are_errors(tmp_path):

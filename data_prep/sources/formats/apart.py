@@ -13,23 +13,26 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import BinaryIO, TypeVar
 
 from xlstm_io.errors import PrepError
 
 _Item = TypeVar("_Item")
 
-_BATCH = 256  # items that cross the pipe together
+_BATCH = 256  # items that cross the pipe together,
+_BATCH_BYTES = 1 << 22  # unless they are large: both processes hold them
 _ITEMS, _END = "items", "end"
 
 
-def yield_apart(make: Callable[[], Iterator[_Item]], path: str) -> Iterator[_Item]:
+def yield_apart(
+    make: Callable[[], Iterator[_Item]], path: str, size: Callable[[_Item], int]
+) -> Iterator[_Item]:
     """What `make()` yields, worked out in a forked process.
 
     Args:
         make: gives picklable items; it runs in the other process.
         path: the file that is read, for messages.
+        size: about how many bytes an item takes.
 
     Raises:
         PrepError: `make` raised one, or its process died.
@@ -42,7 +45,7 @@ def yield_apart(make: Callable[[], Iterator[_Item]], path: str) -> Iterator[_Ite
         child = os.fork()
     if child == 0:
         os.close(receiving)
-        _send(make, path, sending)
+        _send(lambda: _batches(make(), size), path, sending)
     os.close(sending)
     finished = False
     try:
@@ -66,7 +69,18 @@ def yield_apart(make: Callable[[], Iterator[_Item]], path: str) -> Iterator[_Ite
         raise PrepError(f"{path}: {_how_it_ended(status)}")
 
 
-def _send(make: Callable[[], Iterator[_Item]], path: str, sending: int) -> None:
+def _batches(items: Iterator[_Item], size: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    batch, held = list[_Item](), 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if len(batch) == _BATCH or held >= _BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _send(make: Callable[[], Iterator[list[_Item]]], path: str, sending: int) -> None:
     """Run `make` and write what it yields to a pipe; does not return."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -81,13 +95,12 @@ def _send(make: Callable[[], Iterator[_Item]], path: str, sending: int) -> None:
         os._exit(0)
 
 
-def _write_items(make: Callable[[], Iterator[_Item]], path: str, stream: BinaryIO) -> None:
+def _write_items(make: Callable[[], Iterator[list[_Item]]], path: str, stream: BinaryIO) -> None:
     def put(kind: type | str, value: object) -> None:
         pickle.dump((kind, value), stream, pickle.HIGHEST_PROTOCOL)
 
     try:
-        items = make()
-        while batch := list(islice(items, _BATCH)):
+        for batch in make():
             put(_ITEMS, batch)
     except PrepError as error:
         put(type(error), str(error))

@@ -7,7 +7,8 @@ leaves the text alone.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def read_table(path: str, kind: str, fields: Fields, wanted: np.ndarray | None) 
         PrepError: the file is not such a table, is damaged, or has no such column.
     """
     read = {".parquet": _read_parquet, ".arrow": _read_arrow}[kind]
-    return yield_apart(lambda: _with_our_errors(path, read(path, fields, wanted)), path)
+    make = partial(_with_our_errors, path, read(path, fields, wanted))
+    return yield_apart(make, path, lambda item: item.stored)
 
 
 def _with_our_errors(path: str, items: Iterator[Item]) -> Iterator[Item]:
@@ -81,7 +83,7 @@ def _read_parquet(path: str, fields: Fields, wanted: np.ndarray | None) -> Itera
             about = file.metadata.row_group(group)
             if wanted is not None and number > wanted[-1]:
                 return
-            if _wants(wanted, number, about.num_rows):
+            if _wanted_of(wanted, number, about.num_rows):
                 # Rows of books are few at a time.
                 mean = about.total_byte_size // max(1, about.num_rows)
                 rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, mean)))
@@ -170,10 +172,12 @@ def _has(schema: "pa.Schema", name: str) -> bool:
     return True
 
 
-def _wants(wanted: np.ndarray | None, first: int, rows: int) -> bool:
+def _wanted_of(wanted: np.ndarray | None, first: int, rows: int) -> Collection[int]:
+    """Those of the wanted numbers that are `first` or one of the next, `rows` in all."""
     if wanted is None:
-        return True
-    return bool(np.searchsorted(wanted, first) < np.searchsorted(wanted, first + rows))
+        return range(first, first + rows)
+    begin, end = np.searchsorted(wanted, [first, first + rows])
+    return set(wanted[begin:end].tolist())
 
 
 def _read_batches(
@@ -184,18 +188,18 @@ def _read_batches(
     wanted: np.ndarray | None,
 ) -> Iterator[Item]:
     """The rows of table batches, of which the first has the number `number`."""
-    kept = None if wanted is None else set(wanted.tolist())
     for batch in batches:
         if wanted is not None and number > wanted[-1]:
             return
-        if _wants(wanted, number, batch.num_rows):
+        kept = _wanted_of(wanted, number, batch.num_rows)
+        if kept:
             texts = zip(*(_values(_column(batch, name)) for name in fields.texts), strict=True)
             names = _names(batch, fields)
             columns = [_for_rules(_column(batch, rule.field)) for rule in fields.keep]
             values = zip(*columns, strict=True) if columns else itertools.repeat(())
             rows = zip(texts, names, values, strict=False)
             for record, (found, name, others) in enumerate(rows, number):
-                if kept is None or record in kept:
+                if record in kept:
                     yield _item(path, record, found, name, others, fields)
         number += batch.num_rows
 
@@ -274,8 +278,10 @@ def _values(array: "pa.Array") -> list[Any]:
     array.validate()
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
+    if pa.types.is_dictionary(array.type):  # not decoded: a long text may stand in every row
+        array.validate(full=True)
+        values = _values(array.dictionary)
+        return [None if n is None else values[n] for n in array.indices.to_pylist()]
     as_bytes = {
         pa.string(): pa.binary(),
         pa.large_string(): pa.large_binary(),
