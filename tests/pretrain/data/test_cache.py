@@ -139,8 +139,11 @@ def test_copies_are_not_looked_at_one_by_one_for_each_new_one(folder, tmp_path, 
     assert len(looked) == 2
     monkeypatch.setattr(cache, "_SPARE_SHARE", 2)
     copies(tmp_path)[0].unlink()
-    remote(folder, tmp_path, limit=4 * size).read(np.arange(30))
-    assert len(looked) == 3 and len(copies(tmp_path)) <= 2  # room for two more
+    limit = sum(path.stat().st_size for path in copies(tmp_path)) + size - 1
+    remote(folder, tmp_path, limit=limit).read(np.arange(30))
+    assert len(looked) == 3 and len(copies(tmp_path)) < 3  # room for more than this one
+    remote(folder, tmp_path, limit=limit).read(np.arange(30, 50))
+    assert len(looked) == 3
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "index"])
