@@ -161,7 +161,7 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
         PrepError: an input file or the tokenizer changed.
         Interrupted: the build was asked to stop.
     """
-    tokenizer = _tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
+    tokenizer = tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
     ids = tokenizer.document_ids()
     dtype = token_dtype(tokenizer.vocab_size)
     histogram = np.zeros(_BINS, np.int64)
@@ -215,8 +215,12 @@ def _encode_parts(
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_worker(path: str, sha256: str) -> Tokenizer:
-    """The tokenizer of a worker process, opened once; `sha256` makes a changed file a miss."""
+def tokenizer_of_worker(path: str, sha256: str) -> Tokenizer:
+    """The tokenizer of a worker process, opened once; `sha256` makes a changed file a miss.
+
+    Raises:
+        PrepError: it is another one by now.
+    """
     tokenizer = open_tokenizer(path)
     if tokenizer.sha256 != sha256:
         raise PrepError(f"--tokenizer {path}: changed while the build was running; run it again")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.build.encode import tokenizer_of_worker
 from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
 from data_prep.build.report import SPLIT_NAMES, split_fields
@@ -37,8 +38,8 @@ from xlstm_io.shards.manifest import (
 )
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows, entry_is_there
-from xlstm_io.storage import remove_temporaries, write_atomic
-from xlstm_io.tokenizer import open_tokenizer
+from xlstm_io.storage import file_version, remove_temporaries, write_atomic
+from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _STATE_NAME = "import.json"
 _SPLIT_RESOLUTION = 1_000_000
@@ -73,6 +74,7 @@ class ImportTask:
     number: int
     size: int
     tokenizer: str
+    tokenizer_sha256: str
     out: Path
     settings: ImportSettings
 
@@ -114,7 +116,7 @@ def import_megatron(
     tokenizer = open_tokenizer(tokenizer_path)
     ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
     files = [f"{prefix}.{kind}" for prefix in prefixes for kind in ("idx", "bin")]
-    tasks = _tasks(prefixes, str(tokenizer.path), out, settings)
+    tasks = _tasks(prefixes, tokenizer, out, settings)
     identity = {
         "inputs": [file_fingerprint(file)[1:] for file in files],
         "tokenizer": tokenizer.sha256,
@@ -178,8 +180,9 @@ def import_megatron(
 
 
 def _tasks(
-    prefixes: list[str], tokenizer: str, out: Path, settings: ImportSettings
+    prefixes: list[str], tokenizer: Tokenizer, out: Path, settings: ImportSettings
 ) -> list[ImportTask]:
+    opened = str(tokenizer.path), tokenizer.sha256
     tasks: list[ImportTask] = []
     for prefix in prefixes:
         sizes = MegatronCorpus(prefix).bytes_of_documents()
@@ -188,7 +191,7 @@ def _tasks(
         for first, last in pairwise(bounds):
             size = int(sizes[first:last].sum())
             number = len(tasks)
-            tasks.append(ImportTask(prefix, first, last, number, size, tokenizer, out, settings))
+            tasks.append(ImportTask(prefix, first, last, number, size, *opened, out, settings))
     return tasks
 
 
@@ -202,9 +205,10 @@ def _load_record(task: ImportTask) -> dict[str, Any] | None:
     return note.model_dump()
 
 
-# A worker opens both once: an index may have gigabytes, all of which are checked.
-_opened_tokenizer = lru_cache(maxsize=1)(open_tokenizer)
-_opened_corpus = lru_cache(maxsize=1)(MegatronCorpus)
+@lru_cache(maxsize=1)
+def _corpus_of_worker(prefix: str, version: str) -> MegatronCorpus:
+    """The corpus, opened once: an index may have gigabytes, all of which are checked."""
+    return MegatronCorpus(prefix)
 
 
 def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
@@ -213,7 +217,8 @@ def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
     Raises:
         PrepError: an id is not one of the tokenizer's.
     """
-    tokenizer, corpus = _opened_tokenizer(task.tokenizer), _opened_corpus(task.prefix)
+    tokenizer = tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
+    corpus = _corpus_of_worker(task.prefix, file_version(Path(f"{task.prefix}.idx")))
     ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
     limit = round(task.settings.valid_fraction * _SPLIT_RESOLUTION)
     kept: dict[str, list[np.ndarray]] = {name: [] for name in SPLIT_NAMES}
