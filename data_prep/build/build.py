@@ -22,6 +22,7 @@ from data_prep.build.report import Finished, finish_build
 from data_prep.build.scan import InputFile, scan_files
 from data_prep.build.state import (
     BuildState,
+    check_number_of_files,
     check_same_settings,
     finished_manifest,
     load_state,
@@ -177,12 +178,14 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 def _input_files(config: BuildConfig) -> list[InputFile]:
     out = Path(absolute(config.out))  # it may lie in a folder of texts, and is none of them
-    return [
+    files = [
         InputFile(path, source.name, source.fields)
         for source in config.all_sources()
         for path in expand_inputs(source.input)
         if not Path(absolute(path)).is_relative_to(out)
     ]
+    check_number_of_files(files)
+    return files
 
 
 def _encode(

@@ -1,5 +1,6 @@
 """The state of a build in `OUT/_work`: what it was begun with, and what of it is there."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ from data_prep.config import BuildConfig
 from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, ShardFormatError
 from xlstm_io.foreign.json_file import StrictModel
-from xlstm_io.foreign.untrusted import inside
+from xlstm_io.foreign.untrusted import LIMITS, inside
 from xlstm_io.shards.manifest import Manifest, load_manifest
 from xlstm_io.shards.shard import check_sizes
 
 STATE_NAME = "build.json"
+_STATE_BYTES, _STATE_VALUES = 100, 8  # of each file, besides its name
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,20 @@ def load_state(out: Path) -> BuildState | None:
         raise PrepError(f"{error}; delete {out} or choose another --out") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PrepError(f"{path} is damaged; delete {out} or choose another --out") from None
+
+
+def check_number_of_files(files: list[InputFile]) -> None:
+    """Check, before they are scanned, that a build of so many files can be continued.
+
+    Raises:
+        PrepError: the state of the build, which names each file twice, could not be read again.
+    """
+    size = sum(2 * len(json.dumps(absolute(f.path))) + len(f.source) + _STATE_BYTES for f in files)
+    if size > LIMITS.build_state or _STATE_VALUES * len(files) > LIMITS.json_values:
+        raise PrepError(
+            f"--input: {len(files):,} files, more than the state of a build can name; gather them "
+            "in fewer by `python -m data_prep collect`, or as lines of JSON"
+        )
 
 
 def save_state(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import data_prep.build.build
+from data_prep.build import state
 from data_prep.build.encode import shard_path
 from data_prep.build.pack import BestFitPacker, ConcatPacker, as_stored
 from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
@@ -52,6 +54,30 @@ def test_shards_within_the_folder_of_texts_are_no_texts(corpus, tokenizer_dir, t
     assert run("build", *flags) == 0
     assert run("build", *flags) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_more_files_than_the_state_can_name_are_refused_before_the_scan(
+    corpus, tokenizer_dir, tmp_path, monkeypatch, capsys
+):
+    """A million texts, a file each: after the scan no run could have read the state again."""
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        shutil.copy(corpus, tmp_path / f"in/{number}.jsonl")
+    flags = ["--input", tmp_path / "in", "--tokenizer", tokenizer_dir, "--workers", 1]
+    flags += ["--valid-fraction", 0.2, "--out", tmp_path / "out"]
+    for limits in ({"build_state": 40 * 106}, {"json_values": 8 * 39}):
+        lower = dataclasses.replace(state.LIMITS, **limits)
+        monkeypatch.setattr(state, "LIMITS", lower)
+        assert run("build", *flags) == 2
+        assert "40 files, more than the state" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        monkeypatch.undo()
+    assert run("build", *flags) == 0
+    stored = (tmp_path / "out/_work/build.json").read_bytes()
+    values = stored.count(b",") + stored.count(b"[") + stored.count(b"{")
+    names = sum(2 * len(json.dumps(str(path))) for path in (tmp_path / "in").iterdir())
+    few = 2_000  # bytes of the settings
+    assert len(stored) < names + 40 * (100 + len("corpus")) + few and values < 8 * 40 + 100
 
 
 def test_a_check_says_whether_a_build_can_begin_and_writes_nothing(build_flags, tmp_path, capsys):

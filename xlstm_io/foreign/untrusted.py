@@ -32,7 +32,7 @@ class Limits:
         tokenizer: a SentencePiece model, a `tokenizer.json` or its `tokenizer_config.json`.
         yaml: a run file, or a file of `data_prep build`.
         note: a small JSON file: `SOURCE.json`, `state.json` of a dataset, a record of a shard.
-        build_state: `build.json` and the plans in `OUT/_work`; some 150 bytes for each input file.
+        build_state: `build.json` and the plans in `OUT/_work`; twice the name of each input file.
         json_values: values of one JSON file (not bytes), so a manifest of 700,000 shards.
     """
 
