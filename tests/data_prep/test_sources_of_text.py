@@ -57,11 +57,12 @@ def test_a_glob_asks_a_store_once_and_not_for_each_file(memory, monkeypatch):
         memory.pipe(f"/bucket/{number}.jsonl", b'{"text": "x"}')
     memory.mkdir("/bucket/folder.jsonl")
 
-    def asked(self, path):
-        raise AssertionError(path)
-
-    monkeypatch.setattr(type(memory), "isdir", asked)
+    asked, isdir = [], type(memory).isdir
+    monkeypatch.setattr(
+        type(memory), "isdir", lambda fs, path: asked.append(path) or isdir(fs, path)
+    )
     assert len(expand_inputs(["memory://bucket/*.jsonl"])) == 9
+    assert not [path for path in asked if path.endswith(".jsonl")]
 
 
 def test_archives_globs_and_what_changes(memory, tmp_path, corpus, texts):
