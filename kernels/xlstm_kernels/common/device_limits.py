@@ -1,6 +1,9 @@
-"""What bounds a launch whose programs run at the same time. Nothing here needs a GPU."""
+"""What GPUs give a program, and programs that run at the same time. Nothing here needs a GPU."""
 
 from typing import NamedTuple
+
+# Architectures of consumers' and small GPUs: a program has about 99 KB of shared memory.
+SMALL_SHARED = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
 
 class Device(NamedTuple):

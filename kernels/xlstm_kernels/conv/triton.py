@@ -214,7 +214,7 @@ def conv_triton(
     """
     y = _result(x)
     x, weight = _readable(x), weight.contiguous()
-    before = None if before is None else before.contiguous()
+    bias, before = (None if one is None else one.contiguous() for one in (bias, before))
     run_all([plan_forward(x, weight, bias, before, _bytes(boundaries), silu, y)], x)
     return y
 
@@ -252,7 +252,7 @@ def conv_gradients(
     """
     d_all, d_x = _gradients(x, beside)
     x, weight, d_y = _readable(x), weight.contiguous(), _readable(d_y)
-    before = None if before is None else before.contiguous()
+    bias, before = (None if one is None else one.contiguous() for one in (bias, before))
     d_more = None if d_more is None else _readable(d_more)
     b, _, c = x.shape
     taps = weight.shape[1]

@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks.kernel_variants import TARGETS, find_variants
 from xlstm_kernels.common import triton_launch
+from xlstm_kernels.common.device_limits import SMALL_SHARED
 from xlstm_kernels.conv import triton as conv_triton
 from xlstm_kernels.mlstm.triton import chunkwise as chunkwise_triton
 from xlstm_kernels.mlstm.triton import step as mlstm_step
@@ -36,6 +37,15 @@ def test_every_grid_lies_on_the_first_axis(target):
     """It may have 2^31 - 1 programs; the others stop at 65,535."""
     for variant in find_variants(target):
         assert len(variant.grid) == 1 and 0 < variant.grid[0] < 2**31, variant.name
+
+
+@pytest.mark.parametrize("target", SMALL_SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resident_matrices_of_the_slstm_fit_small_gpus(target, dtype):
+    for d in (16, 64, 100, 128, 256):
+        tiles = scan_triton.tiles_for(target, d, dtype)
+        if not tiles.inner:
+            assert 4 * tiles.width**2 * dtype.itemsize < 99 << 10
 
 
 @pytest.fixture

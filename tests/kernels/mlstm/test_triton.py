@@ -124,6 +124,17 @@ def test_grids_survive_large_batches():
         assert len(one.grid) == 1 and one.grid[0] < 2**31
 
 
+def test_more_gates_than_32_bits_count_are_refused():
+    """7 planes of gates, or 5 for each tile of q: 2^31 numbers at most."""
+    small = {"heads": 64, "s": 2**16, "qk": 16, "v": 16}
+    plan("sm_90", b=73, **small)
+    with pytest.raises(ValueError, match="74 rows of 64 heads and 65,536 tokens are 310,378,496"):
+        plan("sm_90", b=74, **small)
+    wide = small | {"qk": 1024}  # 8 tiles
+    with pytest.raises(ValueError, match="count at most 53,687,091; use fewer rows at a time"):
+        plan("sm_90", b=13, **wide)
+
+
 def test_chunk_sizes():
     def pick(chunk_size, s, rows=8):
         return tiles.pick_chunk_size(chunk_size, rows, s, 256, 512)

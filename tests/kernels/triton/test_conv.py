@@ -105,6 +105,15 @@ def test_bfloat16_and_strided_inputs():
     assert_close(inputs, torch.bfloat16, limit=1e-2, activation="silu")
 
 
+def test_a_bias_with_gaps_is_read_as_it_lies():
+    x, weight, bias, _ = make_inputs(5, 3, 4)
+    spread = torch.stack((bias, bias + 1), 1)[:, 0]
+    rest = None, None, True
+    assert torch.equal(conv_triton(x, weight, spread, *rest), conv_triton(x, weight, bias, *rest))
+    gaps, plain = (_backward(x, x, weight, one, *rest)[0] for one in (spread, bias))
+    assert torch.equal(gaps, plain)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_finite_input_never_gives_nan(size):
     inputs = make_inputs(9, 3, 4)

@@ -29,7 +29,12 @@ from xlstm_kernels.mlstm.triton.buffers import (
     sizes_of,
     strides,
 )
-from xlstm_kernels.mlstm.triton.gates import GRADIENT_PLANES, gate_gradients_kernel, gates_kernel
+from xlstm_kernels.mlstm.triton.gates import (
+    GATE_PLANES,
+    GRADIENT_PLANES,
+    gate_gradients_kernel,
+    gates_kernel,
+)
 from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel
 from xlstm_kernels.mlstm.triton.outputs import normalizer_gradients_kernel, outputs_kernel
 from xlstm_kernels.mlstm.triton.states import LOCAL, RESUME, WHOLE, states_kernel
@@ -157,6 +162,21 @@ def outputs_launch(
     return Launch(name, outputs_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
+def check_planes(z: Sizes, options: Options) -> None:
+    """Require 32 bits to count what the gates leave: the kernels count so inside a row's tensors.
+
+    Raises:
+        ValueError: There are too many tokens of all heads and rows.
+    """
+    x_tiles = -(-z.qk // options.tiles.keys.width)
+    most = (2**31 - 1) // max(GATE_PLANES, GRADIENT_PLANES * x_tiles)
+    if z.plane > most:
+        raise ValueError(
+            f"{z.b} rows of {z.heads} heads and {z.padded:,} tokens are {z.plane:,} gates, and the "
+            f"Triton kernels count at most {most:,}; use fewer rows at a time, or 'torch'"
+        )
+
+
 def plan_forward(
     inputs: Inputs,
     state: State | tuple[None, None, None],
@@ -166,6 +186,7 @@ def plan_forward(
 ) -> tuple[Tensor, State, Saved, list[Launch]]:
     """Results of the forward pass as of `allocate_forward`, not yet computed, and its launches."""
     z = sizes_of(inputs.q, inputs.v, options.chunk_size)
+    check_planes(z, options)
     q, k, v = (readable(x) for x in inputs[:3])
     C, n, m = state
     h, last, saved = allocate_forward(

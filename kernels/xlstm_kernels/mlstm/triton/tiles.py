@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from xlstm_kernels.common.device_limits import SMALL_SHARED
+
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 MOST_QK, MOST_V = 1024, 1024
-SMALL_SHARED = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")  # about 99 KB a block
 PROGRAMS = 132  # of the largest GPU in use: fewer programs than this leave parts of it idle
 LARGEST_BLOCK = 256
 STATE_TILE = 64, 128  # of queries and values, at most: what a program of the state pass carries

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
+from xlstm_kernels.common.device_limits import SMALL_SHARED
 from xlstm_kernels.common.triton_launch import Launch, architecture, run_all
 from xlstm_kernels.slstm.operator import Gradients, Kept, PartialState, Results, scan_operator
 from xlstm_kernels.slstm.triton import graphs, kernels, persistent_plan
@@ -67,7 +68,9 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     elif wide:
         most, streamed, apart = 64, Tiles(64, False, 16, 8, 2), Tiles(32, True, 16, 4, 2)
     else:
-        most, streamed, apart = 128, Tiles(128, False, 32, 8, 2), Tiles(32, True, 64, 4, 3)
+        # Four matrices of 128 x 128 take 136 KB of shared memory.
+        most = 64 if target in SMALL_SHARED else 128
+        streamed, apart = Tiles(128, False, 32, 8, 2), Tiles(32, True, 64, 4, 3)
     if whole <= most:
         return Tiles(whole, False, 0, 8 if whole > 64 or (wide and whole > 16) else 4, 1)
     return streamed if whole <= 256 else apart
