@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.mlstm import mlstm_chunkwise
-from xlstm_kernels.mlstm.arguments import soft_cap
+from xlstm_kernels.mlstm.arguments import State, soft_cap
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
 from xlstm_kernels.mlstm.torch.chunkwise import mlstm_chunkwise_torch
 from xlstm_kernels.slstm import lstm_scan, slstm_scan
@@ -87,7 +87,7 @@ def check_mlstm(
         rows, heads, length = 1, 1, None
     length = length or 3 * (chunk_size or 64) // 2
     drawn = min(2, rows * heads)
-    inputs = _mlstm_inputs(drawn, length, qk_dim, v_dim, gate_soft_cap)
+    inputs = mlstm_inputs(drawn, length, qk_dim, v_dim, gate_soft_cap)
     for name in "qkv":
         inputs[name] = inputs[name].to(dtype).float()
     if carried:
@@ -95,11 +95,10 @@ def check_mlstm(
         inputs["state C"] = torch.randn(drawn, qk_dim, v_dim, generator=generator)
         inputs["state n"] = torch.rand(drawn, qk_dim, generator=generator)
     place = (torch.arange(rows)[:, None] + torch.arange(heads)) % drawn
-    starts = torch.zeros(1, length, dtype=torch.bool)
-    starts[:, [0, length // 6, length // 3]] = True  # see `_mlstm_inputs`
+    starts = three_documents(length)
     starts[:, 0] = not carried  # the first document of the row goes on, or begins
 
-    def kernel(*tensors: Tensor) -> Tensor:
+    def kernel(*tensors: Tensor, **more: bool) -> Any:
         q, k, v, *gates, C, n = (x[place.to(x.device)] for x in _with_state(tensors))
         q, k, v = (_laid_out(x.to(dtype), "bhsd", order.replace("g", "") + "d") for x in (q, k, v))
         gates = _laid_out(torch.stack(gates), "gbhs", order).unbind(0)
@@ -112,30 +111,50 @@ def check_mlstm(
             states_dtype=states_dtype,
             backend=backend,
             **options,
+            **more,
         )
 
-    def reference(*tensors: Tensor) -> Tensor:
+    def recurrence(*tensors: Tensor) -> tuple[Tensor, State]:
         q, k, v, *gates, C, n = (x[None] for x in _with_state(tensors))
         gates = [soft_cap(gate, gate_soft_cap, q) for gate in gates]
         state = (C, n, n.new_zeros(n.shape[:2])) if carried else None
         given = {"boundaries": starts.to(q.device), **REFERENCE_OPTIONS, **options}
         if compiled:
-            large = {"chunk_size": None, "return_last_state": False}
-            h = mlstm_chunkwise_torch(q, k, v, *gates, state, **large, **given)
+            large = {"chunk_size": None, "return_last_state": True}
+            h, last = mlstm_chunkwise_torch(q, k, v, *gates, state, **large, **given)
         else:
-            h = mlstm_recurrence(q, k, v, *gates, state, **given)[0]
-        return h[0][place.to(h.device)]
+            h, last = mlstm_recurrence(q, k, v, *gates, state, **given)
+        everywhere = place.to(h.device)
+        return h[0][everywhere], tuple(x[0][everywhere] for x in last)
 
-    return compare(
-        "mlstm_chunkwise",
-        kernel,
-        reference,
-        inputs,
-        device,
-        dtype,
-        where=device if compiled else "cpu",
-        limit=LIMITS[torch.bfloat16 if states_dtype == torch.bfloat16 else dtype],
+    def kernel_state(*tensors: Tensor) -> Tensor:
+        return _side_by_side(kernel(*tensors, return_last_state=True)[1])
+
+    rest = device, dtype
+    more = {
+        "where": device if compiled else "cpu",
+        "limit": LIMITS[torch.bfloat16 if states_dtype == torch.bfloat16 else dtype],
+    }
+    problems = compare(
+        "mlstm_chunkwise", kernel, lambda *x: recurrence(*x)[0], inputs, *rest, **more
     )
+    # A kernel of its own, which a look into the cells or a prompt takes.
+    return problems + compare(
+        "mlstm_chunkwise",
+        kernel_state,
+        lambda *x: _side_by_side(recurrence(*x)[1]),
+        inputs,
+        *rest,
+        "last state",
+        gradients=False,
+        **more,
+    )
+
+
+def _side_by_side(state: State) -> Tensor:
+    """C and n of a state as one tensor: their sums are about as large."""
+    C, n, _ = state
+    return torch.cat((C, n[..., None]), dim=-1)
 
 
 REFERENCE_OPTIONS = {"gate": "exp", "normalize": True, "eps": 1e-6}  # as `mlstm_chunkwise` has them
@@ -153,10 +172,17 @@ def _laid_out(x: Tensor, axes: str, order: str) -> Tensor:
     return x.permute(there).contiguous().permute(back)
 
 
-def _mlstm_inputs(
+def three_documents(length: int) -> Tensor:
+    """Boundaries `[1, length]` of a row with the documents of `mlstm_inputs`."""
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[:, [0, length // 6, length // 3]] = True
+    return starts
+
+
+def mlstm_inputs(
     sequences: int, length: int, qk_dim: int, v_dim: int, cap: float | None
 ) -> dict[str, Tensor]:
-    """q, k, v `[sequences, length, d]` and gates `[sequences, length]` for three documents.
+    """q, k, v `[sequences, length, d]` and gates `[sequences, length]` for `three_documents`.
 
     What a token writes lasts for a third of the row, so a state that is lost on the way shows. n.q
     is far from zero, where the result has no digits, and from the bound of the normalizer, where
@@ -283,22 +309,29 @@ def compare(
     result: str = "hidden states",
     where: torch.device | str = "cpu",
     limit: float | None = None,
+    gradients: bool = True,
 ) -> list[str]:
     """One sentence for each tensor in which the kernel and the reference differ.
 
-    `where` is the device of the reference, and `limit` that of `LIMITS` unless it is given.
+    `where` is the device of the reference, and `limit` that of `LIMITS` unless it is given. Without
+    `gradients` the result alone is compared.
     """
     upstream, limit = None, limit or LIMITS[dtype]
     found: list[list[Tensor]] = []
     for function, place, kind in ((reference, where, torch.float64), (kernel, device, None)):
-        given = [x.to(place, kind or x.dtype).requires_grad_() for x in inputs.values()]
+        given = [
+            x.detach().to(place, kind or x.dtype).requires_grad_(gradients) for x in inputs.values()
+        ]
         h = function(*given)
+        if not gradients:
+            found.append([h.to(where).double()])
+            continue
         if upstream is None:
             generator = torch.Generator().manual_seed(1)
             upstream = torch.randn(h.shape, generator=generator).to(dtype)
-        gradients = torch.autograd.grad(h, given, upstream.to(h.device, h.dtype))
-        found.append([one.detach().to(where).double() for one in (h, *gradients)])
-    names = [result, *(f"gradient of {one}" for one in inputs)]
+        grads = torch.autograd.grad(h, given, upstream.to(h.device, h.dtype))
+        found.append([one.detach().to(where).double() for one in (h, *grads)])
+    names = [result, *(f"gradient of {one}" for one in inputs if gradients)]
     problems = []
     for what, expected, got in zip(names, *found, strict=True):
         off, norm = got - expected, torch.linalg.vector_norm

@@ -62,6 +62,17 @@ def test_the_mlstm_agrees(dtype, options):
     assert check_mlstm("cpu", dtype, backend="torch", **options) == []
 
 
+def test_a_wrong_last_state_is_named(monkeypatch):
+    def planted(*inputs, return_last_state=False, **options):
+        h, (C, n, m) = mlstm_chunkwise(*inputs, return_last_state=True, **options)
+        C = torch.cat((0 * C[..., :2], C[..., 2:]), dim=-1)
+        return (h, (C, n, m)) if return_last_state else h
+
+    monkeypatch.setattr(self_check, "mlstm_chunkwise", planted)
+    (found,) = check_mlstm("cpu", torch.float32, qk_dim=16, v_dim=32)
+    assert "mlstm_chunkwise on cpu in float32, last state: off by" in found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
 def test_the_slstm_agrees(dtype, forget_gate):

@@ -92,7 +92,7 @@ def _meta(x):
 
 
 def of_training(config: RunConfig) -> set[tuple]:
-    """Binaries of one micro-batch, forward and backward."""
+    """Binaries of one micro-batch, forward and backward, and of a look into the cells."""
     mode = Recorder()
     layout = config.layout
     with as_rank(0, layout.tensor * layout.context, mode):
@@ -106,6 +106,9 @@ def of_training(config: RunConfig) -> set[tuple]:
                 no_sources = torch.zeros(len(tokens), 0, dtype=torch.float64)
                 batch = Batch(tokens, tokens, torch.ones(shape), marks, no_sources)
                 engine._run([batch], forward_only=False)
+                for layer in (one for model in engine.models for one in model.decoder.layers):
+                    layer.mixer.observe = lambda seen: None  # as `logging.cells` does
+                engine._run([batch], forward_only=True)
                 engine.close()
         finally:
             place.close()
@@ -116,10 +119,11 @@ def of_check(config: RunConfig) -> set[tuple]:
     """Binaries of the comparison before the run."""
     mode = Recorder()
 
-    def compare(name, kernel, reference, inputs, device, *rest, **more):
-        given = [x.to(device).requires_grad_() for x in inputs.values()]
+    def compare(name, kernel, reference, inputs, device, *rest, gradients=True, **more):
+        given = [x.to(device).requires_grad_(gradients) for x in inputs.values()]
         h = kernel(*given)
-        torch.autograd.grad(h, given, torch.empty_like(h))
+        if gradients:
+            torch.autograd.grad(h, given, torch.empty_like(h))
         return []
 
     with (
