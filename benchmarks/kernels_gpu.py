@@ -28,7 +28,9 @@ from xlstm_kernels import mlstm_chunkwise, slstm_scan
 
 BUDGET_S = 450  # what is not timed by then is left out and named
 GOAL_MS = 7.0  # TFLA's setting at 8192, forward + backward
-LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2}  # against the float32 PyTorch implementation
+# Largest error over largest value, against the float32 PyTorch implementation. In Triton's
+# interpreter, which rounds as a GPU does, bf16 is off by 1.4e-2 at most; a wrong kernel by a tenth.
+LIMITS = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,22 @@ CHECKS = [(2, 2, 130, 64, 128), (1, 3, 1000, 48, 80), (1, 1, 4096, 256, 512)]  #
 
 
 def inputs_of(setting: Setting, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """q, k, v and gate pre-activations of a usual size, with gradients."""
+    """q, k, v and gate pre-activations of a usual size, with gradients.
+
+    n.q is far from zero, where h is all rounding, and above the bound of the normalizer, where
+    rounding would decide about a gradient: q and k have a mean of 1, and input gates are open.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
     lead = setting.batch, setting.heads, setting.steps
-    made = [normal(*lead, d).to(dtype) for d in (setting.qk, setting.qk, setting.v)]
-    made += [normal(*lead), normal(*lead) + 3]
+    made = [
+        (normal(*lead, d) + mean).to(dtype)
+        for d, mean in ((setting.qk, 1), (setting.qk, 1), (setting.v, 0))
+    ]
+    made += [normal(*lead).abs(), normal(*lead) + 3]
     return [x.requires_grad_() for x in made]
 
 

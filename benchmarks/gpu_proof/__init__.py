@@ -1,6 +1,6 @@
 """One command for one short GPU run: is it right, how fast is it, and where does the time go.
 
-    python -m benchmarks.gpu_proof --out DIR --budget 420
+    python -m benchmarks.gpu_proof --out DIR --budget 480
     python -m benchmarks.gpu_proof --out DIR --dry-run
 
 Each part runs in a process of its own with a deadline of its own, and a failure never stops the

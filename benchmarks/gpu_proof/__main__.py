@@ -20,7 +20,7 @@ from benchmarks.gpu_proof.setting import Setting
 # Part -> its share of the budget. What a part leaves over goes to those behind it.
 PARTS = {
     "machine": 10,
-    "correctness": 95,
+    "correctness": 155,
     "times": 90,
     "steps": 110,
     "training": 45,
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go there")
-    parser.add_argument("--budget", type=float, default=420, metavar="S", help="seconds in all")
+    parser.add_argument("--budget", type=float, default=480, metavar="S", help="seconds in all")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)

@@ -146,6 +146,24 @@ def test_graphs_of_steps_are_single_launches_bit_by_bit(gpu, dtype):
     assert graphs.GRAPHS._kept
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_of_one_head_are_the_whole_sequence(gpu, dtype, monkeypatch):
+    """A pass over states in two launches gives what the pass in one launch gives."""
+    from xlstm_kernels.mlstm.triton import launches
+
+    setting = kernels_gpu.Setting("segments", 1, 1, 1000, 64, 128)
+    inputs = kernels_gpu.inputs_of(setting, dtype, gpu)
+
+    def cell(*x):
+        return mlstm_chunkwise(*x, backend="triton")
+
+    cut = kernels_gpu.forward_backward(cell, inputs)
+    monkeypatch.setattr(launches, "segments", lambda tiles, chunks: 1)
+    whole = kernels_gpu.forward_backward(cell, inputs)
+    for a, b in zip(cut, whole, strict=True):
+        assert (a - b).abs().max() <= kernels_gpu.LIMITS[dtype] * b.abs().max()
+
+
 # The benchmark's own code, where there is no GPU
 
 
