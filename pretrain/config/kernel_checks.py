@@ -1,5 +1,6 @@
 """Rules of the kernels that a run asks for, and of the GPUs that these run on."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,11 @@ from pretrain.config.layout_checks import letters_of
 from pretrain.config.schema import RunConfig
 from pretrain.rehearsal.gpus import GPUS, Gpu
 from xlstm_io.errors import ConfigError
+from xlstm_mcore.sizes.dimensions import dimensions
+
+# The widest that the Triton kernels take, and what each says itself. Written down here because
+# their modules import torch, which checks do without; a test holds both together.
+WIDEST_HEAD, WIDEST_NORM, LEAST_CHUNK, QKV_TILES = 1024, 4096, 16, (16, 32)
 
 _INSTEAD = "use memory.slstm_form=graphs"
 
@@ -68,7 +74,66 @@ def _slstm_form(config: RunConfig) -> Iterator[str]:
         )
 
 
-KERNEL_CHECKS = (_slstm_form,)
+def _cells_on_pytorch(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The recurrences of a run that have no Triton kernel, and why."""
+    model, sizes, letters = config.model, dimensions(config.model), letters_of(config)
+    heads, chunk = model.num_heads, model.chunk_size
+    widths = {
+        "M": max(sizes.qk, sizes.v) // heads,
+        "m": sizes.up // heads,
+        "d": max(model.ssm_state_dim, model.ssm_head_dim),
+        "s": model.hidden_size // heads,
+    }
+    for letter, width in widths.items():
+        if letter not in letters:
+            continue
+        cell = f"the {'sLSTM' if letter == 's' else 'mLSTM'} of {letter} blocks"
+        if width > WIDEST_HEAD:
+            key = "a smaller model.ssm_head_dim" if letter == "d" else "a larger model.num_heads"
+            yield cell, f"its heads are {width:,} wide, at most {WIDEST_HEAD:,} can be; use {key}"
+        elif letter == "s" and model.slstm_input_gate != "exp":
+            yield cell, f"model.slstm_input_gate={model.slstm_input_gate}, only exp can be"
+        elif letter != "s" and chunk is not None and chunk < LEAST_CHUNK:
+            yield cell, f"model.chunk_size={chunk}, at least {LEAST_CHUNK} can be; leave it out"
+    if "l" in letters:
+        yield "the LSTM of l blocks", "it has no other implementation"
+
+
+def _others_on_pytorch(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What else of a run has no Triton kernel, and why."""
+    model = config.model
+    if model.hidden_size > WIDEST_NORM:
+        why = f"model.hidden_size={model.hidden_size:,}, at most {WIDEST_NORM:,} can be"
+        yield "the norm of blocks", why
+    if "m" in letters_of(config):
+        block, width = model.qkv_block_size, dimensions(model).up // model.num_heads
+        tile = block * math.gcd(width // block, max(1, QKV_TILES[-1] // block))
+        if tile not in QKV_TILES:
+            made = f"model.qkv_block_size={block} makes tiles of {tile} in heads of {width:,}"
+            taken = " and ".join(map(str, QKV_TILES))
+            yield "the projection of m blocks to q, k and v", f"{made}, only {taken} can be"
+
+
+def on_pytorch(config: RunConfig) -> list[str]:
+    """What of a run takes its PyTorch implementation on a GPU too, and why: a sentence for each.
+
+    None where the run asks for that itself.
+    """
+    if config.model.kernel_backend == "torch":
+        return []
+    return [
+        f"{what} runs in PyTorch on a GPU too, slower than a Triton kernel: {why}"
+        for what, why in (*_cells_on_pytorch(config), *_others_on_pytorch(config))
+    ]
+
+
+def _triton_cells(config: RunConfig) -> Iterator[str]:
+    if config.model.kernel_backend == "triton":
+        for what, why in _cells_on_pytorch(config):
+            yield f"model.kernel_backend=triton, but {what} has no Triton kernel here: {why}"
+
+
+KERNEL_CHECKS = (_slstm_form, _triton_cells)
 
 
 def check_gpu(config: RunConfig, gpu: Gpu) -> None:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from pretrain.config import RunConfig, filled_rows, support
+from pretrain.config.kernel_checks import on_pytorch
 from pretrain.data import DataPlan
 from pretrain.engines.base import Engine
 from pretrain.layout import Layout
@@ -41,6 +42,7 @@ def describe_start(
     ]
     cost = filled_rows(config, layout.dp_size)
     lines += [cost] if cost else []
+    lines += on_pytorch(config) if layout.device.type != "cpu" else []
     if start.checkpoint is not None:
         lines.append(f"continuing from {start.checkpoint}")
     since = "changed since then" if start.checkpoint else "other than in run.init_from"

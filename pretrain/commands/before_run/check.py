@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pretrain.config import support
 from pretrain.config.checks import data_parallel_size, filled_rows, micro_batches
-from pretrain.config.kernel_checks import gpus_for_persistent
+from pretrain.config.kernel_checks import gpus_for_persistent, on_pytorch
 from pretrain.config.schema import RunConfig
 from pretrain.rehearsal.gpus import GPUS
 from pretrain.supervision.progress_file import read_progress
@@ -128,6 +128,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"engine            {_engine(config)}",
         f"run folder        {config.run.dir}",
         *_slstm_form(config),
+        *(f"slow              {one}" for one in on_pytorch(config)),
         *_grace(config),
         *_unwatched(config),
         f"data              {', '.join(s.path for s in data.mixture)}",

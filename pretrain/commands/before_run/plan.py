@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 
 from pretrain.config import RunConfig, save_config
+from pretrain.config.kernel_checks import on_pytorch
 from pretrain.planning.layouts import shapes
 from pretrain.planning.tried import Tried, ranked
 from pretrain.rehearsal.gpus import RESERVE, Gpu, gpu_named
@@ -73,7 +74,7 @@ def main(
             raise ConfigError(f"--network={network:g} sends nothing; give GB/s of a node")
         device = device.with_network(network)
     tried = plan(config, gpus, device)
-    print("\n".join(_text(tried, gpus, device, config.engine.precision)))
+    print("\n".join(_text(tried, gpus, device, config)))
     best = tried[0]
     if best.config is None or best.why_not:
         return ExitCode.REFUTED
@@ -115,7 +116,8 @@ def _try_shape(config: RunConfig, shape: tuple[int, int], gpus: int, gpu: Gpu) -
     return try_shape(config, shape, gpus, gpu)
 
 
-def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu, precision: str) -> Iterator[str]:
+def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu, config: RunConfig) -> Iterator[str]:
+    precision = config.engine.precision
     yield (
         f"{gpus} x {gpu.name}: {gpu.memory / 1e9:.0f} GB each, {RESERVE / 1e9:.0f} GB of them for "
         f"the driver, NCCL and gaps; {gpu.tflops:,.0f} TFLOP/s; {gpu.gbs_node:.0f} GB/s in a node, "
@@ -124,6 +126,7 @@ def _text(tried: Sequence[Tried], gpus: int, gpu: Gpu, precision: str) -> Iterat
     yield "the speed is a bound that nobody has measured"
     if precision != "bf16":
         yield f"and that of bf16: engine.precision={precision} is several times slower than it"
+    yield from on_pytorch(config)
     yield ""
     rows = [[
         "tensor", "pipeline", "recompute", "micro", "peak GB", "free GB", "tokens/s", "MFU",
