@@ -13,12 +13,12 @@ from benchmarks.gpu_proof.setting import Setting
 from xlstm_kernels import (
     add_norm,
     causal_conv1d,
+    conv_qkv_and_gates,
     gated_activation,
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
     norm_gated_skip,
-    qkv_and_gates,
     self_check,
     slstm_scan,
     slstm_step,
@@ -112,7 +112,7 @@ def cases(setting: Setting) -> Iterator[tuple[str, torch.dtype, Function, dict[s
         yield "block norm", dtype, _block_norm, _block_norm_inputs(setting, dtype)
         yield "sum and norm", dtype, _sum_and_norm, _sum_inputs(setting, dtype)
         yield "convolution", dtype, _conv(setting), _conv_inputs(setting, dtype)
-        yield "q, k, v and gates", dtype, _qkv(setting), _qkv_inputs(setting, dtype)
+        yield "convolution, q, k, v and gates", dtype, _qkv(setting), _qkv_inputs(setting, dtype)
         yield "SwiGLU", dtype, _swiglu, _swiglu_inputs(setting, dtype)
         yield "loss", dtype, _loss, _loss_inputs(setting, dtype)
 
@@ -296,19 +296,27 @@ def _conv(setting: Setting) -> Function:
 
 def _qkv_inputs(setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
     s, inner, rng = setting.pick(1024, 20), setting.pick(4096, 64), setting.generator()
-    x = _normal(setting, rng, s, 1, 2 * inner).to(dtype)[..., inner:]
-    made = {"convolved": _normal(setting, rng, s, 1, inner).to(dtype), "x": x}
-    made = {name: one.transpose(0, 1) for name, one in made.items()}
-    gates = 2 * setting.pick(4, 2)
-    made["blocks"] = _normal(setting, rng, 3 * inner // 4, 4, 4).to(dtype)
-    return made | {"weight": (_normal(setting, rng, gates, 3 * inner) / inner**0.5).to(dtype)}
+    shapes = {
+        "packed": (s, 1, 2 * inner),
+        "conv": (inner, 4),
+        "bias": (inner,),
+        "blocks": (3 * inner // 4, 4, 4),
+        "gates": (2 * setting.pick(4, 2), 3 * inner),
+    }
+    made = {name: _normal(setting, rng, *shape) for name, shape in shapes.items()}
+    made["gates"] /= inner**0.5
+    made["packed"] = made["packed"].transpose(0, 1)
+    return {name: x.to(dtype) for name, x in made.items()}
 
 
 def _qkv(setting: Setting) -> Function:
     def call(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = (x[name] for name in ("convolved", "x", "blocks", "weight"))
-        results = qkv_and_gates(*given, setting.pick(4, 2), backend=backend)
-        return dict(zip(("q", "k", "v", "gates"), results, strict=True))
+        starts = documents(setting, *x["packed"].shape[:2])
+        given = (x[name] for name in ("packed", "conv", "bias", "blocks", "gates"))
+        heads = setting.pick(4, 2)
+        results = conv_qkv_and_gates(*given, heads, boundaries=starts, backend=backend)
+        names = ("convolved", "beside", "q", "k", "v", "preacts")
+        return dict(zip(names, results, strict=True))
 
     return call
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.commands import plan
-from pretrain.commands.check import describe_run
+from pretrain.commands.before_run import plan
+from pretrain.commands.before_run.check import describe_run
 from pretrain.config import kernel_checks, load_config
 from pretrain.config.kernel_checks import on_pytorch
 from pretrain.rehearsal.gpus import gpu_named

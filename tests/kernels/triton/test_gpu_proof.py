@@ -25,7 +25,7 @@ NAMES = [
     "mLSTM of the 7B, one head",
     "mLSTM of the 1.3B",
     "head norm, skip and gate",
-    "q, k, v and gates",
+    "convolution, q, k, v and gates",
 ]
 SEGMENTS = [
     f"{name}{part}"
