@@ -29,7 +29,7 @@ def verdict(
 
     Numbers of a model are judged when all its cells are done or have failed: another rate may be
     better than the best one so far, and another seed may change a mean. The mean of the seeds that
-    survived is not judged where others failed at the same rate.
+    survived is not judged where others failed at the same rate, nor what is left of several data.
 
     Args:
         claim: the claim.
@@ -54,6 +54,9 @@ def verdict(
             open_[row["model"]].append(
                 f"{counted(row['failed'], 'run')} of {row['model']} failed at its best rate"
             )
+    for cell in cells:
+        if cell["status"] == "failed" and claim.concerns(cell) and not _has_row(cell, best):
+            open_[cell["model"]] = [f"all runs of {cell['model']} failed{_at(cell)}"]
     judges = {
         "lower": _lower,
         "slope": _slope,
@@ -81,6 +84,19 @@ def verdict(
         "holds": holds,
     }
     return found if holds is not None else found | {"why": why}
+
+
+def _group(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cell["values"].items() if key not in ("lr", "seed")}
+
+
+def _has_row(cell: Mapping[str, Any], best: Sequence[Mapping[str, Any]]) -> bool:
+    group = _group(cell).items()
+    return any(row["model"] == cell["model"] and group <= row["values"].items() for row in best)
+
+
+def _at(cell: Mapping[str, Any]) -> str:
+    return "".join(f", {key} {value}" for key, value in _group(cell).items())
 
 
 Judged = tuple[dict[str, Any], bool | None, str]

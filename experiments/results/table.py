@@ -1,6 +1,7 @@
 """The table of a grid: a row for every cell, done or not, and the best of them by model."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,8 @@ def _worth(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> float:
     if name is None:
         return 0.0
     mean = statistics.fmean(row["measures"][name] for row in rows)
+    if not math.isfinite(mean):  # nothing is larger than NaN, so the first rate would win
+        return -math.inf
     return mean if grid.experiment.measures[name].value == "accuracy" else -mean
 
 

@@ -144,6 +144,15 @@ def test_the_seeds_that_survived_do_not_stand_for_those_that_failed():
     assert found(claim, survivors)["why"] == "2 runs of s failed at its best rate"
 
 
+def test_data_on_which_all_runs_failed_are_not_passed_over():
+    claim = {"rule": "separates", "measure": "long", "solve": ["s"]}
+    best = [row("s", 0, scaled=accuracies(1.0), data="a")]
+    cells = [cell("s", "failed", data=data, lr=0.1, seed=0) for data in "ab"]
+    assert judged(claim, best, cells=cells[:1]) is True
+    open_ = found(claim, best, cells=cells)
+    assert (open_["holds"], open_["why"]) == (None, "all runs of s failed, data b")
+
+
 @pytest.mark.parametrize(
     ("claim", "best"),
     [

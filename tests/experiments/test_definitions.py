@@ -316,6 +316,16 @@ def test_a_rate_at_which_fewer_runs_failed_goes_first(tmp_path):
     assert (best["lr"], best["n"], best["failed"]) == (0.01, 1, 2)
 
 
+def test_a_rate_without_a_number_is_not_the_best(tmp_path):
+    grid = Grid.open("gating", "toy", tmp_path)
+    for cell, error in ((grid.cells[0], float("nan")), (grid.cells[3], 0.05)):
+        result = {"status": "done", "measures": {"error": error}, "scaled": {}}
+        grid.cell_folder(cell).mkdir(parents=True)
+        (grid.cell_folder(cell) / "result.json").write_text(json.dumps(result))
+    (best,) = table.make(grid)["best"]
+    assert best["lr"] == grid.cells[3].values["lr"] == 0.01
+
+
 def test_a_claim_is_a_rule_in_words():
     claim = Claim(claim="c", where="w", rule="separates", measure="long", solve=["a"], fail=["b"])
     assert claim.text() == "scaled accuracy of long: a >= 0.95, b <= 0.1"
