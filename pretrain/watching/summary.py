@@ -1,6 +1,7 @@
 """What a run says about itself: its first lines, and `summary.json` when it is complete."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def write_summary(
         layout: where this process stands.
         engine: the model with its optimizer.
         state: where the run stands.
-        valid_loss: measured at its last step, nats per token.
+        valid_loss: measured at its last step, nats per token; null in the file if not finite.
     """
     peak = cpu_runtime.peak_memory_bytes()
     (total,), largest = layout.sum(peak), layout.max(peak)
@@ -80,13 +81,14 @@ def write_summary(
         "steps": state.step,
         "tokens": state.tokens,
         "parameters": engine.num_parameters,
-        "valid_loss": valid_loss,
+        "valid_loss": valid_loss if math.isfinite(valid_loss) else None,
         "seconds": state.seconds,
         "tokens_per_second": trained / max(state.seconds, 1e-9),
         "peak_memory_bytes": {"sum": int(total), "max": int(largest)},
         "processes": layout.world_size,
     }
-    write_atomic(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+    data = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomic(folder / SUMMARY_FILE, data.encode())
     tell(
         f"done: {counted(state.step, 'step')}, which took {duration(state.seconds)}; validation "
         f"loss {valid_loss:.3f}; curves: python -m pretrain report {shlex.quote(str(folder))}"

@@ -224,6 +224,7 @@ def test_a_run_goes_on_where_its_whole_validation_set_is_damaged(folder, caplog)
     assert train("--data.on_corrupt", "quarantine", "--evaluation.interval", "4") == ExitCode.DONE
     check_complete(folder)
     assert measured(folder) == {4: None, 6: None}, "no loss, which is not a loss of 0"
+    assert summary(folder)["valid_loss"] is None, "NaN is not JSON"
     assert sum("rows, which are damaged" in line for line in caplog.messages) == 2
     assert train("--data.on_corrupt", "quarantine") == ExitCode.DONE
 
