@@ -18,7 +18,7 @@ import socket
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -74,9 +74,10 @@ def files(path: Location) -> dict[str, tuple[int, float]]:
     found = {}
     if isinstance(path, Path):
         for local in os.scandir(path):
-            about = local.stat(follow_symlinks=False)
-            if not stat.S_ISDIR(about.st_mode):
-                found[local.name] = (about.st_size, about.st_mtime)
+            with suppress(FileNotFoundError):  # gone since: another's temporary file
+                about = local.stat(follow_symlinks=False)
+                if not stat.S_ISDIR(about.st_mode):
+                    found[local.name] = (about.st_size, about.st_mtime)
         return found
     for name, entry in _listing(path).items():
         if entry["type"] != "directory":

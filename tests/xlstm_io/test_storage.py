@@ -14,6 +14,7 @@ from xlstm_io.remote import RemotePath, file_system, is_remote, os_errors
 from xlstm_io.storage import (
     absolute,
     file_size,
+    files,
     location,
     open_file,
     read_file,
@@ -30,6 +31,16 @@ def place(request, tmp_path):
     if request.param == "local":
         return tmp_path / "folder" / "file.json"
     return location(f"memory://{tmp_path}/folder/file.json")
+
+
+def test_a_file_that_goes_while_its_folder_is_listed_is_not_there(tmp_path, monkeypatch):
+    """A life that looks whether it is the newest would end because another one has just begun."""
+    for name in ("stays", "goes"):
+        write_atomic(tmp_path / name, b"12")
+    listed = [*os.scandir(tmp_path)]
+    (tmp_path / "goes").unlink()
+    monkeypatch.setattr(os, "scandir", lambda path: listed)
+    assert {name: size for name, (size, _) in files(tmp_path).items()} == {"stays": 2}
 
 
 def test_a_file_is_written_and_read_back(place):
