@@ -350,7 +350,7 @@ class Trainer:
         manifest = self.data.manifest
         tokenizer = str(absolute(manifest.tokenizer_path))
         if self.config.data.on_corrupt == "quarantine":
-            for rows in self.layout.gather(self.loader.quarantine.rows):
+            for rows in self.layout.gather(self.loader.quarantine.take_new()):
                 self.loader.quarantine.merge(rows)
         return {
             **asdict(self.state),

@@ -65,6 +65,7 @@ class Quarantine:
     ) -> None:
         self.limit, self.file = limit, file
         self._rows = {row.sample: row for row in known}
+        self._new: list[DamagedRow] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -87,7 +88,13 @@ class Quarantine:
                 lines.writelines(json.dumps(asdict(row)) + "\n" for row in new)
             where = f"{new[0].path} block {new[0].block}"
             log.warning("%d damaged rows without a loss; see %s: %s", len(new), self.file, where)
+        self._new += new
         self.merge(new)
+
+    def take_new(self) -> list[DamagedRow]:
+        """The rows that this process met since the last call, which others have not heard of."""
+        new, self._new = self._new, []
+        return new
 
     def merge(self, rows: Iterable[DamagedRow]) -> None:
         """Add rows that other ranks met.

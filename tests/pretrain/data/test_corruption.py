@@ -180,8 +180,11 @@ def test_other_ranks_rows_count_too(copy):
                 next(loader)
     own = [[row.sample for row in quarantine.rows] for quarantine in quarantines]
     assert sorted(own[0] + own[1]) == bad and all(own)
-    quarantines[0].merge(quarantines[1].rows)
+    quarantines[0].merge(quarantines[1].take_new())
     assert [row.sample for row in quarantines[0].rows] == bad
+    # A thousand ranks that send all that each has heard of would send a million rows.
+    assert [row.sample for row in quarantines[0].take_new()] == own[0]
+    assert not quarantines[0].take_new() and not quarantines[1].take_new()
     with pytest.raises(DataError, match=r"more than data\.max_quarantined=4"):
         Quarantine(4).merge(quarantines[0].rows)
 
