@@ -197,15 +197,18 @@ def check_rendezvous(facts: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from pretrain.processes.rendezvous import allow_connections
     from xlstm_mcore.megatron import cpu_runtime
 
+    allow_connections(int(os.environ["WORLD_SIZE"]))
     options = cpu_runtime.process_group_options()
     dist.init_process_group(timeout=timedelta(seconds=RENDEZVOUS_S), **options)
     together = torch.ones(1, device=_device())
     dist.all_reduce(together)
+    total = int(together.item())  # a device has only been asked until here
     facts["clock"] = time.time()
-    if int(together.item()) != dist.get_world_size():
-        raise Bad(f"an all-reduce of ones gave {together.item()}")
+    if total != dist.get_world_size():
+        raise Bad(f"an all-reduce of ones gave {total}")
 
 
 def check_links(nodes: Sequence[str], facts: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import save_config
+from pretrain.processes import rendezvous
 from slurm import scheduler
 from slurm.job import health, life, preflight
 from slurm.job.gpus import ROWS, STATE, bad_values, others
@@ -197,6 +198,21 @@ def test_the_clock_runs_while_the_device_does_what_is_counted(monkeypatch):
     done.clear()
     preflight._speed(torch.ones(4), None)
     assert done == ["all-reduce", "mark", *["all-reduce"] * preflight.ROUNDS, "mark"]
+
+
+def test_clocks_are_read_when_all_ranks_have_come(monkeypatch):
+    """A device is only asked for the all-reduce, and the host would go on at once."""
+    done = []
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    monkeypatch.setattr(rendezvous, "allow_connections", done.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda **_: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda _: done.append("all-reduce"))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    read = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: done.append("read") or read(self))
+    monkeypatch.setattr(preflight.time, "time", lambda: done.append("clock"))
+    preflight.check_rendezvous({})
+    assert done == [1024, "all-reduce", "read", "clock"]
 
 
 def test_a_preflight_of_its_own_says_which_nodes_are_fit(tmp_path, monkeypatch, capsys):
