@@ -137,10 +137,8 @@ class DeepSpeedEngine(ModelEngine):
 
     def sharded_state(self) -> list[TensorSlice]:
         """The slices this rank saves: every element of the state is saved by exactly one rank."""
-        state: list[tuple[Tensor, TensorSlice]] = []
-        if self.stage == 3 or self.layout.groups.dp_cp.rank() == 0:
-            state += self._weights()
-        state += self._optimizer_slices()
+        weights = self._weights() if self.stage == 3 else self._share_of_weights()
+        state = (*weights, *self._optimizer_slices())
         return [part for parameter, part in state if is_owner(parameter, self.layout)]
 
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:

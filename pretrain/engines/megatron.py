@@ -117,9 +117,7 @@ class MegatronEngine(ModelEngine):
     def sharded_state(self) -> list[TensorSlice]:
         """The slices this rank saves: every element of the state is saved by exactly one rank."""
         self._gather_weights()
-        first_replica = self.layout.groups.dp_cp.rank() == 0
-        weights = self._weights() if first_replica else ()
-        return list(self._counted((*weights, *self.optimizer.slices())))
+        return list(self._counted((*self._share_of_weights(), *self.optimizer.slices())))
 
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and optimizer state.

@@ -12,12 +12,15 @@ from pretrain.data import Batch
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import sum_losses
 from pretrain.engines.next_tokens import next_tokens
-from pretrain.engines.state import is_owner, weight_slices
+from pretrain.engines.state import is_owner, shared_out, weight_slices
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.decay import decays
 from xlstm_mcore.parameters.slices import named_slices
+
+#: Weights that a replica saves for the others, if there are so many.
+SHARE_BYTES = 256 << 20
 
 
 class ModelEngine:
@@ -82,6 +85,18 @@ class ModelEngine:
         for _, parameter, slices in self._parameters():
             for part in weight_slices(parameter, slices):
                 yield parameter, part
+
+    def _share_of_weights(self) -> list[tuple[Tensor, TensorSlice]]:
+        """The weights that this rank saves, where every replica has all of them.
+
+        Of a large model one replica alone would write a hundred times what the others do, and at a
+        resume all ranks would read its file at once. But each more file is opened by all of them.
+        """
+        group, weights = self.layout.groups.dp_cp, list(self._weights())
+        sizes = [part.tensor.numel() * part.tensor.element_size() for _, part in weights]
+        savers = min(group.size(), max(1, sum(sizes) // SHARE_BYTES))
+        owners = shared_out(sizes, savers)
+        return [one for one, owner in zip(weights, owners, strict=True) if owner == group.rank()]
 
     def _sum(self, losses: list[Tensor], batches: list[Batch]) -> Tensor:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""

@@ -14,7 +14,7 @@ the tested stacks do not have.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
 from pretrain.engines.adamw import mask_on_device
 from pretrain.engines.gradients import clip_gradients, sum_of_squares
-from pretrain.engines.state import is_owner, optimizer_prefix
+from pretrain.engines.state import is_owner, optimizer_prefix, shared_out
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat
@@ -119,15 +119,6 @@ class _SplitMatrix:
             )
             for rank in range(self._group.size())
         ]
-
-
-def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Who owns what: the largest first, each to the rank that has least, the first of several."""
-    loads, owners = [0] * ranks, [0] * len(sizes)
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        owners[number] = loads.index(min(loads))
-        loads[owners[number]] += sizes[number]
-    return owners
 
 
 class MuonWithAdamW:

@@ -78,3 +78,12 @@ def is_owner(parameter: Tensor, layout: Layout) -> bool:
     if is_shared(parameter):
         return False  # the last stage's copy of a tied embedding
     return parameter.tensor_model_parallel or layout.groups.tp.rank() == 0
+
+
+def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Who owns what: the largest first, each to the rank that has least, the first of several."""
+    loads, owners = [0] * ranks, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += sizes[number]
+    return owners

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
+from pretrain.engines import model
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
+from xlstm_io.checkpoint.manifest import is_weight
 
 pytestmark = [
     pytest.mark.dist,
@@ -131,3 +133,28 @@ def test_saving_gathers_nothing(pool, stage):
     if stage == 3:
         first, second = (size for _, size in answers)
         assert first == pytest.approx(second, rel=0.02)
+
+
+def shares_of_weights(config):
+    """The weights that this rank saves: of so small a model one replica would save all."""
+    engine, _ = work.make_engine(config)
+    alone = sum(is_weight(part.name) for part in engine.sharded_state())
+    model.SHARE_BYTES = 1 << 10
+    try:
+        return alone, [part for part in engine.sharded_state() if is_weight(part.name)]
+    finally:
+        model.SHARE_BYTES = 256 << 20
+
+
+@pytest.mark.parametrize("name", ["megatron-dp2", "zero2-dp2"])
+def test_replicas_share_the_weights_of_a_large_model(pool, name):
+    """One of 512 replicas of a 7B model would write 7 GB, and each other one 80 MB."""
+    ranks, changes = RUNS[name]
+    (alone, first), (none, second) = pool(
+        ranks, shares_of_weights, work.run_config(MODEL, **changes)
+    )
+    assert alone and not none
+    sizes = [sum(part.tensor.numel() for part in share) for share in (first, second)]
+    whole = work.assemble([first, second])  # each element once
+    assert sum(sizes) == sum(tensor.numel() for tensor in whole.values())
+    assert max(sizes) < 0.6 * sum(sizes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
-from pretrain.engines.muon import shared_out
+from pretrain.engines.state import shared_out
 from tests.dist import work
 from xlstm_mcore.parameters.decay import decays, is_hidden_matrix
 
