@@ -28,7 +28,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         if name != "list":
             command.add_argument("name", metavar="NAME", help="an experiment of `list`")
-            command.add_argument("--size", choices=SIZES, default="toy", help="(default: toy)")
+            command.add_argument(
+                "--size",
+                choices=SIZES,
+                default="toy",
+                help="how much work (default: toy); see `list`",
+            )
             command.add_argument(
                 "--out",
                 type=Path,
@@ -40,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add("list", "the experiments, their sizes and what these cost")
     run = add("run", "make the data, run all cells, draw and judge; goes on where it stopped")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time")
+    run.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)"
+    )
     run.add_argument(
         "--only",
         action="append",
@@ -49,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only these cells, such as model=Transformer or lr=0.003; may be given several times",
     )
     cell = add("cell", "run one cell, as the elements of a Slurm array do")
-    cell.add_argument("--number", type=int, required=True, metavar="I", help="of the cell, from 0")
+    cell.add_argument("--number", type=int, required=True, metavar="I", help="which cell, from 0")
     array = add("slurm", "print the batch file of a Slurm array with an element per cell")
     array.add_argument("--site", metavar="FILE", help="site file (see docs/slurm.md)")
     array.add_argument(

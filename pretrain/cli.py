@@ -88,7 +88,7 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start (default: one replica, tensor x pipeline x context)",
     )
-    train = add("train", "train as one worker of torchrun or launch; alone for one process")
+    train = add("train", "what torchrun and srun start: one process of a run")
     _add_config(train)
     for command in (launch, train):
         command.add_argument(
@@ -110,12 +110,16 @@ def _build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="look at the run file alone, not at data, disk and run folder",
     )
-    check.add_argument("--nproc", type=int, metavar="N", help="also check the layout against N")
+    check.add_argument("--nproc", type=int, metavar="N", help="processes that the layout must fit")
 
     for name, command, help in (
         ("rehearse", rehearse, "play ranks of a large run without a GPU, and compare them"),
-        ("plan", plan, "which layouts fit a number of GPUs, and a bound on their speed"),
-        ("self-test", self_test, "does a resume here repeat the run, does N processes' layout?"),
+        ("plan", plan, "find the layouts that fit a number of GPUs, the fastest first"),
+        (
+            "self-test",
+            self_test,
+            "train a few steps to prove a resume here, or with --layout a layout",
+        ),
     ):
         parser_of = add(name, help)
         _add_config(parser_of)
@@ -139,17 +143,23 @@ def _build_parser() -> argparse.ArgumentParser:
 
     report = add("report", "summary of a run: losses, speed, memory, where things lie")
     report.add_argument(
-        "run_dirs", nargs="+", metavar="RUN_DIR", help="of several, a page compares them all"
+        "run_dirs", nargs="+", metavar="RUN", help="run folder; several are compared on one page"
     )
     report.add_argument(
         "--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote"
     )
 
     rewind = add("rewind", "take a run back to a checkpoint, and leave out the samples after it")
-    rewind.add_argument("run_dir", metavar="RUN_DIR")
-    rewind.add_argument("--to", type=int, required=True, metavar="STEP", help="its step")
+    rewind.add_argument("run_dir", metavar="RUN", help="run folder")
     rewind.add_argument(
-        "--skip-samples", type=int, default=0, metavar="N", help="samples to leave out (default: 0)"
+        "--to", type=int, required=True, metavar="STEP", help="step of that checkpoint"
+    )
+    rewind.add_argument(
+        "--skip-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="samples after it that are left out (default: 0)",
     )
 
     add_demo(add("demo", "the whole pipeline, from text to a trained model and a summary"))

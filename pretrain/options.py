@@ -90,19 +90,20 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Options of `demo`."""
-    parser.add_argument("--model", choices=("large", "classic"), default="large")
-    parser.add_argument("--steps", type=int, default=200, metavar="N")
-    parser.add_argument(
-        "--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)"
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add(
+        "--model",
+        choices=("large", "classic"),
+        default="large",
+        help=f"blocks of xLSTM 7B, or of the first paper {default}",
     )
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field or column of the text"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="ids of the tokenizer"
-    )
-    parser.add_argument("--work", default="runs/demo", metavar="DIR", help="where everything goes")
-    parser.add_argument("--nproc", type=int, metavar="N", help="default 2, or 1 with one GPU")
+    add("--steps", type=int, default=200, metavar="N", help=f"steps to train {default}")
+    add("--data", metavar="PATH", help="your text files or a glob (default: Python's own sources)")
+    field = f"field (jsonl) or column (parquet) of the text {default}"
+    add("--text-field", default="text", metavar="NAME", help=field)
+    add("--vocab-size", type=int, default=8192, metavar="N", help=f"ids of the tokenizer {default}")
+    add("--work", default="runs/demo", metavar="DIR", help=f"where everything goes {default}")
+    add("--nproc", type=int, metavar="N", help="processes (default: 2, or 1 with one GPU)")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:

@@ -39,14 +39,15 @@ def _parser() -> argparse.ArgumentParser:
             "paths",
             nargs="+",
             metavar="FILE",
-            help="train or preflight RUN.yaml, prep BUILD.yaml, evaluate RUN, convert CKPT OUT",
+            help="RUN.yaml for train and preflight, BUILD.yaml for prep, a run folder for "
+            "evaluate, a checkpoint or run folder and OUT for convert",
         )
         command.add_argument(
             "--nodes",
             type=int,
             default=1,
             metavar="N",
-            help="nodes of the job, for prep elements of the array (default: 1)",
+            help="nodes of the job; for prep, elements of its array (default: 1)",
         )
         command.add_argument("--site", metavar="FILE", help="site file (see docs/slurm.md)")
         command.add_argument(
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--after", metavar="JOB", help="start when this job has ended well")
 
     status = add("status", "the story of a run: its lives, why each ended, and what comes next")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    status.add_argument("--json", action="store_true", help="print JSON")
     stop = add("stop", "let a run save and stop, and not start again by itself")
     stop.add_argument("--now", action="store_true", help="cancel the job without saving")
     resume = add("resume", "let a run go on: release its held job, or submit its files again")

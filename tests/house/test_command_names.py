@@ -1,8 +1,19 @@
-"""Messages, help texts and documents spell a command in one way: `python -m PACKAGE COMMAND`."""
+"""Messages, help texts and documents spell a command in one way: `python -m PACKAGE COMMAND`.
 
+Every option of a command says what it is.
+"""
+
+import argparse
 import re
 import subprocess
 from pathlib import Path
+
+import pytest
+
+import experiments.cli
+import pretrain.cli
+import slurm.cli
+import xlstm_mcore.convert.cli
 
 ROOT = Path(__file__).parents[2]
 # The console scripts, which pyproject.toml alone defines. `xlstm-pretrain` is also the name of the
@@ -43,6 +54,32 @@ def test_commands_are_spelled_in_one_way():
 
 def own_name() -> str:
     return Path(__file__).relative_to(ROOT).as_posix()
+
+
+def options_of(parser: argparse.ArgumentParser):
+    """Every argument of a parser and of its commands, with the words that lead there."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options_of(command)
+        else:
+            yield f"{parser.prog} {action.dest}", action.help
+
+
+@pytest.mark.parametrize(
+    "parser",
+    [
+        pretrain.cli._build_parser,
+        slurm.cli._parser,
+        experiments.cli._parser,
+        xlstm_mcore.convert.cli._parser,
+    ],
+    ids=["pretrain", "slurm", "experiments", "convert"],
+)
+def test_every_option_has_a_help_text(parser):
+    """A default alone is none."""
+    for where, text in options_of(parser()):
+        assert re.sub(r"\(default: .*?\)", "", text or "").strip(), where
 
 
 def test_a_script_is_noticed_and_a_format_is_not():

@@ -22,7 +22,9 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("out", metavar="OUT", help="run folder or URL to write into")
     elif name == "average":
         parser.add_argument("run_dir", metavar="RUN", help="run folder, or a URL of one")
-        parser.add_argument("--last", type=int, required=True, metavar="N", help="how many")
+        parser.add_argument(
+            "--last", type=int, required=True, metavar="N", help="checkpoints to average"
+        )
         parser.add_argument(
             "--out", metavar="DIR", help="where it goes (default: average-last-N in RUN)"
         )
@@ -36,7 +38,12 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             choices=("linear", "1-sqrt", "cosine", "exponential"),
             help="shape of the cooldown (default: that of the run)",
         )
-        add("--end", type=float, metavar="R", help="last learning rate over optimizer.lr")
+        add(
+            "--end",
+            type=float,
+            metavar="R",
+            help="last learning rate over optimizer.lr (default: that of the run)",
+        )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="texts that are computed together at most (default: %(default)s)",
     )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of weights and activations (default: %(default)s)",
+    )
     add(
         "--tokenizer",
         metavar="FILE|FOLDER",
