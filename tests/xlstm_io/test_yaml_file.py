@@ -38,7 +38,16 @@ BAD = {
     "an alias bomb": (BOMB, f"more than {MOST_VALUES:,} values"),
     "an alias of itself": ("a: &a [1, *a]\n", "line 1: an alias refers to what it is part of"),
     "deep nesting": ("[" * 5000 + "]" * 5000, "nested too deeply"),
-    "cut short": ("a: [1, 2", "not valid YAML"),
+    "cut short": ("a: [1, 2", "not valid YAML: line 1, column 9: expected ',' or ']'"),
+    "a bracket left open": (
+        "a: {b: 1\nc:\n  d: 2\n",
+        "line 2, column 2: expected ',' or '}', but got ':' (while parsing a flow mapping that "
+        "begins in line 1)",
+    ),
+    "a tab": (
+        "a:\n\tb: 1\n",
+        "line 2, column 1: found character '\\t' that cannot start any token; indent with blanks",
+    ),
     "two documents": ("a: 1\n---\nb: 2\n", "not valid YAML"),
     "a tag of Python": ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     "an unknown alias": ("a: *b\n", "not valid YAML"),

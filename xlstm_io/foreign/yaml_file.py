@@ -89,7 +89,18 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise YAMLSyntaxError("not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a 13th month
-        raise YAMLSyntaxError(f"not valid YAML: {' '.join(str(error).split())}") from error
+        raise YAMLSyntaxError(f"not valid YAML: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong with a text, in one line: yaml's own words point into a drawing of it."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+    context = error.context_mark.line + 1 if error.context_mark is not None else line
+    since = f" ({error.context} that begins in line {context})" if context != line else ""
+    remedy = "; indent with blanks" if "'\\t'" in str(error.problem) else ""
+    return f"line {line}, column {column}: {error.problem}{since}{remedy}"
 
 
 def read_yaml(
