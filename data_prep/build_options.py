@@ -1,5 +1,6 @@
 """The settings of a build from its words on the command line, and from the file they may name."""
 
+import difflib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import field, make_dataclass
@@ -87,7 +88,10 @@ def explain(errors: Sequence[ErrorDetails]) -> str:
         key = key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             model = SourceConfig if len(item["loc"]) > 1 else BuildConfig
-            parts.append(f"{key} is not a setting; use one of {', '.join(model.model_fields)}")
+            known = list(model.model_fields)
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+            parts.append(f"{key} is not a setting; {hint}")
         elif item["type"] == "missing":
             parts.append(f"{key} is missing")
         elif not key:  # a rule about several keys

@@ -10,6 +10,24 @@ from xlstm_io.terminal import one_line
 from xlstm_mcore.pattern import PatternError
 from xlstm_mcore.settings import Section
 
+#: What other trainers (Megatron-LM, torchtitan, nanoGPT) call a key: a likely name would mislead.
+_NAMED_ELSEWHERE = {
+    **dict.fromkeys(("num_layers", "n_layers", "n_layer", "num_blocks"), "model.pattern"),
+    **dict.fromkeys(("d_model", "n_embd", "dim"), "model.hidden_size"),
+    "num_query_groups": "model.attention_kv_heads",
+    "batch_size": "data.global_batch",
+    **dict.fromkeys(("train_iters", "max_iters"), "run.steps"),
+    "output_dir": "run.dir",
+    **dict.fromkeys(("tensor_model_parallel_size", "tp"), "layout.tensor"),
+    **dict.fromkeys(("pipeline_model_parallel_size", "pp"), "layout.pipeline"),
+    **dict.fromkeys(("context_parallel_size", "cp"), "layout.context"),
+    "dtype": "engine.precision",
+    **dict.fromkeys(("learning_rate", "max_lr"), "optimizer.lr"),
+    "grad_clip": "optimizer.clip_grad",
+    "min_lr": "schedule.min_lr_ratio",
+    "save_interval": "checkpoint.interval",
+}
+
 
 def divisors(number: int, limit: int = 64) -> list[int]:
     """Divisors of `number` up to `limit`, ascending."""
@@ -58,6 +76,9 @@ def field_message(error: Mapping[str, Any]) -> str:
 
 def _similar(key: str, section: str | None) -> str:
     """`did you mean ...?` for an unknown key, or the list of keys that there are."""
+    if key in _NAMED_ELSEWHERE:
+        meant = _NAMED_ELSEWHERE[key]
+        return f"did you mean {meant} ({FIELDS[meant].description})?"
     homes = [dotted for dotted in FIELDS if dotted.endswith(f".{key}")]
     if section is None:
         close = difflib.get_close_matches(key, SECTIONS, n=1) or homes

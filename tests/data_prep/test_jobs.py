@@ -166,7 +166,10 @@ def test_bad_sources_are_named_together(two_sources, tmp_path, capsys):
     (tmp_path / "prep.yaml").write_text(bad)
     assert run("build", tmp_path / "prep.yaml") == 2
     error = capsys.readouterr().err
-    assert "sources[0].licens is not a setting" in error and "sources[0].text_split" in error
+    assert (
+        "sources[0].licens is not a setting; did you mean licence?" in error
+        and "sources[0].text_split" in error
+    )
     (tmp_path / "prep.yaml").write_text(text.replace("name: web", "name: code") + "input: x\n")
     assert run("build", tmp_path / "prep.yaml") == 2
     error = capsys.readouterr().err

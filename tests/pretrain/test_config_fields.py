@@ -44,6 +44,8 @@ def test_rules_between_fields_wait_until_every_field_is_sound():
         ({"data__lr": 1}, "did you mean optimizer.lr?"),
         ({"optimiser__lr": 1}, "did you mean optimizer?"),
         ({"model__tie": True}, "did you mean model.tie_embeddings?"),
+        ({"model__num_layers": 2}, "did you mean model.pattern (letter per layer: "),
+        ({"data__batch_size": 8}, "did you mean data.global_batch (rows per optimizer step"),
     ],
 )
 def test_misspelt_keys_get_a_suggestion(changes, says):
