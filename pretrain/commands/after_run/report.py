@@ -1,4 +1,4 @@
-"""The summary of a run, in words for a person: `python -m pretrain report RUN_DIR`.
+"""The summary of a run, in words for a person: `python -m pretrain report RUN`.
 
 Reads what the run left (config.yaml, metrics.jsonl, summary.json, history.jsonl), draws the loss
 curve and a page (report.html), and writes the same text to summary.txt. Works for an unfinished run
@@ -6,7 +6,7 @@ too, from its metrics.
 
 The loss is compared with n-gram models of the same tokens. A bigram model with add-one smoothing
 knows which token follows which. A language model that is not clearly better has not learnt to use
-more context, so the gate is 0.3 nat below the bigram model.
+more context, so the goal is 0.3 nat below the bigram model.
 """
 
 import json
@@ -29,7 +29,7 @@ from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
 from xlstm_io.errors import CheckpointError, ConfigError, ExitCode, UserError
 
-GATE_NATS = 0.3
+GOAL_NATS = 0.3
 BASELINE_NAMES = {
     "unigram": "unigram",
     "bigram_add_one": "bigram, add-one",
@@ -60,7 +60,7 @@ def read_baselines(path: str | os.PathLike) -> dict[str, float]:
     return found
 
 
-def _gate_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> list[str]:
+def _loss_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> list[str]:
     """The validation loss among the baselines, best last, and the verdict."""
     if valid_loss is None:
         return ["validation loss     none yet: no evaluation has run"]
@@ -73,13 +73,17 @@ def _gate_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> lis
     ]
     reference = baselines.get("bigram_add_one")
     if reference is None:
-        return [*lines, "  (no baselines given: --baselines FILE compares with n-gram models)"]
+        return [
+            *lines,
+            "  (no baselines given: `python -m data_prep baselines SHARDS` writes n-gram losses, "
+            "--baselines FILE compares)",
+        ]
     margin = reference - valid_loss
-    verdict = "met" if margin >= GATE_NATS else "NOT met"
+    verdict = "met" if margin >= GOAL_NATS else "NOT met"
     side = "below" if margin >= 0 else "above"
     lines.append(
-        f"gate {verdict}: {abs(margin):.3f} nat {side} the add-one bigram "
-        f"(wanted: {GATE_NATS} below)"
+        f"goal {verdict}: {abs(margin):.3f} nat {side} the add-one bigram "
+        f"(wanted: {GOAL_NATS} below)"
     )
     return lines
 
@@ -139,9 +143,9 @@ def program(name: str) -> str:
 
 
 def _next_steps(
-    run_dir: Path, config: RunConfig, finished: bool, gate_met: bool | None
+    run_dir: Path, config: RunConfig, finished: bool, goal_met: bool | None
 ) -> list[str]:
-    """What a person may want to do now; `gate_met` is None where there is nothing to compare."""
+    """What a person may want to do now; `goal_met` is None where there is nothing to compare."""
     config_path = run_dir / CONFIG_FILE
     steps = config.run.steps if not finished else 2 * config.run.steps
     ours = f"{program('python')} -m pretrain"
@@ -150,12 +154,12 @@ def _next_steps(
         f"  {'train longer' if finished else 'go on':<17} "
         f"{ours} launch {config_path} --run.steps {steps}{words}",
         *([f"  {'':<17} {note}"] if note else []),
-        f"  {'write more text':<17} {ours} generate {run_dir} --prompt 'import ' --max-tokens 300",
+        f"  {'write more text':<17} {ours} generate {run_dir} --max-tokens 300",
         f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
         f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml --no-data",
     ]
-    if finished and gate_met is False:
-        lines.insert(0, "  the gate asks for more steps: a model of this size needs a few hundred")
+    if finished and goal_met is False:
+        lines.insert(0, "  the goal takes a few hundred steps, even with the smallest models")
     return lines
 
 
@@ -181,9 +185,9 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     config, summary, folder = run.config, run.summary, run.folder
     valid_loss = summary.get("valid_loss")
     reference = baselines.get("bigram_add_one")
-    gate_met = None
+    goal_met = None
     if valid_loss is not None and reference is not None:
-        gate_met = reference - valid_loss >= GATE_NATS
+        goal_met = reference - valid_loss >= GOAL_NATS
     state = "finished" if summary["finished"] else "not finished"
     data = config.data
     tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
@@ -193,7 +197,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
         f"pattern {config.model.pattern}",
         f"trained on          {tokens:,} tokens",
         "",
-        *_gate_lines(valid_loss, baselines),
+        *_loss_lines(valid_loss, baselines),
         "",
     ]
     if summary.get("tokens_per_second"):
@@ -205,7 +209,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
         lines.append(memory)
     lines += ["", "where things lie:", *_places(folder)]
     lines += ["", "what to try next:"]
-    lines += _next_steps(folder, config, summary["finished"], gate_met)
+    lines += _next_steps(folder, config, summary["finished"], goal_met)
     return "\n".join(lines)
 
 
