@@ -18,17 +18,15 @@ class ExitCode(IntEnum):
 
     Attributes:
         meaning: one phrase for the documentation.
-        reserved: no command returns this code yet.
     """
 
     meaning: str
-    reserved: bool
 
-    def __new__(cls, number: int, meaning: str, reserved: bool = False) -> "ExitCode":
+    def __new__(cls, number: int, meaning: str) -> "ExitCode":
         """Make a member that is the number and carries its meaning."""
         member = int.__new__(cls, number)
         member._value_ = number
-        member.meaning, member.reserved = meaning, reserved
+        member.meaning = meaning
         return member
 
     DONE = 0, "done"
@@ -55,10 +53,7 @@ class ExitCode(IntEnum):
 
 def exit_code_table() -> str:
     """The exit codes as a Markdown table of two columns: code, meaning."""
-    rows = [
-        f"| {code.value} | {code.meaning}{' (reserved)' if code.reserved else ''} |"
-        for code in ExitCode
-    ]
+    rows = [f"| {code.value} | {code.meaning} |" for code in ExitCode]
     return "\n".join(["| code | meaning |", "|---|---|", *rows]) + "\n"
 
 
