@@ -179,7 +179,7 @@ RUN_ELSEWHERE = {
             ("render train my.yaml --nodes 4", "test_cli.py", '"render", "train"'),
             ("submit train my.yaml --nodes 4", "runs.py", '"submit", "train"'),
             ("submit train my.yaml --nodes 4 --dry-run", "policy.py", '"--dry-run"'),
-            ("submit prep build.yaml --nodes 64", "other_jobs.py", '"submit", "prep"'),
+            ("submit prep prep.yaml --nodes 64", "other_jobs.py", '"submit", "prep"'),
             ("submit evaluate RUN", "training.py", '"submit", "evaluate"'),
             ("submit evaluate RUN --every-checkpoint", "other_jobs.py", '"--every-checkpoint"'),
             ("submit preflight my.yaml --nodes 4", "nodes.py", '"submit", "preflight"'),
