@@ -2,7 +2,10 @@
 
 import sys
 
+from xlstm_io.installed import check_installed
+
 if __name__ == "__main__":
+    check_installed()
     # Here, because every worker process imports this module, and needs no command.
     from data_prep.cli import main
 

@@ -1,5 +1,9 @@
 """`python -m experiments`: the same as the console script `xlstm-experiments`."""
 
-from experiments.cli import main
+from xlstm_io.installed import check_installed
 
-main()
+if __name__ == "__main__":
+    check_installed()
+    from experiments.cli import main
+
+    main()

@@ -1,5 +1,9 @@
 """`python -m pretrain`: the same as the console script `xlstm-pretrain`."""
 
-from pretrain.cli import main
+from xlstm_io.installed import check_installed
 
-main()
+if __name__ == "__main__":
+    check_installed()
+    from pretrain.cli import main
+
+    main()

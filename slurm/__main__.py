@@ -1,5 +1,9 @@
 """`python -m slurm`: the same as the console script `xlstm-slurm`."""
 
-from slurm.cli import main
+from xlstm_io.installed import check_installed
 
-main()
+if __name__ == "__main__":
+    check_installed()
+    from slurm.cli import main
+
+    main()

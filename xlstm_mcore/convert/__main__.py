@@ -2,6 +2,10 @@
 
 import sys
 
-from xlstm_mcore.convert.cli import main
+from xlstm_io.installed import check_installed
 
-sys.exit(main())
+if __name__ == "__main__":
+    check_installed()
+    from xlstm_mcore.convert.cli import main
+
+    sys.exit(main())
