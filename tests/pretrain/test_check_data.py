@@ -89,6 +89,15 @@ def test_wrong_data_are_found_here_unless_left_out(check, changes, says):
     assert code == 0 and "training data" not in out
 
 
+def test_a_run_folder_that_cannot_be_made_is_said(check, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    code, _, err = check(run__dir=str(tmp_path / "file" / "run"))
+    assert code == 2 and f"{tmp_path / 'file'} is not a folder; set another run.dir" in err
+    monkeypatch.setattr(check_data.os, "access", lambda path, mode: False)
+    code, _, err = check()
+    assert code == 2 and f"{tmp_path} may not be written to; set another run.dir" in err
+
+
 def test_a_run_that_had_checkpoints_and_lost_them_is_said(check, tmp_path):
     (tmp_path / "run").mkdir()
     progress = '{"status": "done", "step": 9, "steps": 9, "life": 1, "checkpoint": "gone"}'

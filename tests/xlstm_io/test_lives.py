@@ -56,7 +56,7 @@ def test_the_newest_checkpoint_of_the_newer_life_is_taken(tmp_path, caplog, url)
     late = save(root, 1, 15)  # the old life was only standing still
     assert next(iter(candidates_together(folder))) == good
     assert find_latest(root) == good
-    assert f"{late} was written by life 1 of the run after life 2 had gone on" in caplog.text
+    assert f"{late} of life 1 does not count: life 2 of the run went on" in caplog.text
 
 
 @pytest.mark.parametrize("url", [False, True], ids=["local", "memory"])

@@ -307,8 +307,8 @@ def newest_first(
                 continue
             broken.append(
                 CheckpointError(
-                    f"{path} was written by life {life} of the run after life {later} had gone on "
-                    "from an earlier step"
+                    f"{path} of life {life} does not count: life {later} of the run went on from "
+                    "an earlier step"
                 )
             )
         yield from (path for _, path in sorted(found, reverse=True))

@@ -3,6 +3,7 @@
 It opens everything through the functions that training uses, so it says what a start would say.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,9 @@ def _disk(config: RunConfig) -> list[str]:
     size, kept = checkpoint_bytes(config), checkpoints_kept(config)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     existing = next(path for path in (absolute(folder), *absolute(folder).parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "may not be written to" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"{folder}: {existing} {why}; set another run.dir or checkpoint.dir")
     free = shutil.disk_usage(existing).free
     needed = max(0, size * kept - there)
     words = f"{kept} checkpoints of {_as_size(size)}"
