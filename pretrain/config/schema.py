@@ -77,7 +77,7 @@ class EngineConfig(Section):
     overlap_grad_reduce: bool | None = None
     """reduce gradients while the backward pass still runs; null for yes with NCCL, no with gloo"""
     overlap_param_gather: bool | None = None
-    """megatron: gather new weights while the forward pass runs; null as above"""
+    """megatron: gather new weights in the forward pass; null for yes with NCCL, no with gloo"""
 
 
 class SourceConfig(Section):
@@ -154,7 +154,7 @@ class DataConfig(Section):
     cache_dir: NonEmpty | None = None
     """folder on a local disk for copies of shards that paths with :// name (fsspec)"""
     cache_gb: PositiveFloat = 100.0
-    """gigabytes of copies that are kept there, shared by all processes of the machine"""
+    """gigabytes of copies in cache_dir, shared by all processes of the machine"""
     workers: NonNegativeInt = 0
     """processes that read ahead for each training process; 0 reads ahead in a thread of it"""
 
@@ -264,7 +264,7 @@ class EvaluationConfig(Section):
     prompts: list[str] = Field(default_factory=list)
     """texts that the model continues at every evaluation, into samples.jsonl and the report"""
     prompt_tokens: PositiveInt = 32
-    """tokens to add to each at most; each costs a forward pass over the short texts"""
+    """tokens to add to each prompt at most; each costs a forward pass over all prompts"""
 
 
 def _not_a_switch(value: Any) -> Any:
@@ -282,7 +282,7 @@ class SpikesConfig(Section):
     z_loss: PositiveFloat = 10.0
     """robust z-score of the loss from which on it is a spike"""
     z_norm: PositiveFloat = 20.0
-    """the same for the gradient norm before clipping"""
+    """robust z-score of the gradient norm before clipping from which on it is a spike"""
 
 
 class GuardConfig(Section):
@@ -301,13 +301,13 @@ class GuardConfig(Section):
     hang_timeout: NonNegativeFloat | None = None
     """seconds without progress that end a process; null: 600, or 20 median steps; 0: no watch"""
     startup_timeout: PositiveFloat = 1800.0
-    """the same, from the start of the process to its first step"""
+    """seconds from the start of a process to its first step, after which it is ended"""
     evaluation_timeout: PositiveFloat | None = None
-    """the same, for one batch of an evaluation; null: as for a step"""
+    """seconds of one batch of an evaluation that end a process; null: as hang_timeout"""
     rendezvous_timeout: PositiveFloat = 600.0
     """seconds in which all ranks must have come; those that are missing are named, exit code 70"""
     checkpoint_timeout: PositiveFloat = 3900.0
-    """the same, while training waits for a checkpoint that must be complete"""
+    """seconds of waiting for a checkpoint that must be complete, after which a process is ended"""
 
 
 class WandbConfig(Section):
@@ -318,7 +318,7 @@ class WandbConfig(Section):
     entity: NonEmpty | None = None
     """user or team; null for the one that is logged in"""
     name: NonEmpty | None = None
-    """name of the run there; null for that of the run's folder"""
+    """name of the run at W&B; null for that of the run's folder"""
     mode: Literal["online", "offline"] = "online"
     """offline: into the run's folder, for `wandb sync` later"""
 

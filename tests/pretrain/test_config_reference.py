@@ -1,5 +1,6 @@
 """docs/configuration.md and `--help` say what the schema says."""
 
+import re
 from pathlib import Path
 
 from pretrain.config import reference
@@ -23,6 +24,7 @@ def test_every_key_has_a_help_text():
         for key in keys:
             assert key.help, f"{name}.{key.name}"
             assert "\n" not in key.help
+            assert not re.search(r"^the same|as above", key.help), "a message shows it alone"
 
 
 def test_types_and_defaults_are_written_as_in_a_run_file():
