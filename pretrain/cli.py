@@ -30,6 +30,8 @@ from pretrain.options import (
     add_demo,
     add_evaluation,
     add_generation,
+    add_report,
+    add_rewind,
     check_evaluation_keys,
     overrides_help,
 )
@@ -141,27 +143,8 @@ def _build_parser() -> argparse.ArgumentParser:
     for name, help in copies.HELP.items():
         copies.add_arguments(name, add(name, help))
 
-    report = add("report", "summary of a run: losses, speed, memory, where things lie")
-    report.add_argument(
-        "run_dirs", nargs="+", metavar="RUN", help="run folder; several are compared on one page"
-    )
-    report.add_argument(
-        "--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote"
-    )
-
-    rewind = add("rewind", "take a run back to a checkpoint, and leave out the samples after it")
-    rewind.add_argument("run_dir", metavar="RUN", help="run folder")
-    rewind.add_argument(
-        "--to", type=int, required=True, metavar="STEP", help="step of that checkpoint"
-    )
-    rewind.add_argument(
-        "--skip-samples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="samples after it that are left out (default: 0)",
-    )
-
+    add_report(add("report", "summary of a run: losses, speed, memory, where things lie"))
+    add_rewind(add("rewind", "take a run back to a checkpoint, and leave out the samples after it"))
     add_demo(add("demo", "the whole pipeline, from text to a trained model and a summary"))
     return parser
 

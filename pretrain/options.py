@@ -106,6 +106,22 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add("--nproc", type=int, metavar="N", help="processes (default: 2, or 1 with one GPU)")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Options of `report`."""
+    add = parser.add_argument
+    add("run_dirs", nargs="+", metavar="RUN", help="run folder; several are compared on one page")
+    add("--baselines", metavar="FILE", help="n-gram losses that data_prep baselines wrote")
+
+
+def add_rewind(parser: argparse.ArgumentParser) -> None:
+    """Options of `rewind`."""
+    add = parser.add_argument
+    add("run_dir", metavar="RUN", help="run folder")
+    add("--to", type=int, required=True, metavar="STEP", help="step of that checkpoint")
+    text = "samples after it that are left out (default: %(default)s)"
+    add("--skip-samples", type=int, default=0, metavar="N", help=text)
+
+
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`; their defaults are those of `xlstm_mcore.generation.settings`."""
     add = parser.add_argument
