@@ -160,7 +160,7 @@ def _load(path: Location, slices: Sequence[TensorSlice], with_optimizer: bool) -
     A master weight comes from the checkpoint's own, which has more digits than a bf16 weight, or
     from the weight where there is none, as in an import.
     """
-    with CheckpointReader(path) as reader:
+    with CheckpointReader(path, check_files=False) as reader:  # as `find_origin` has done
         for part in slices:
             if not part.tensor.numel():
                 continue

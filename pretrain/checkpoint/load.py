@@ -39,10 +39,11 @@ def load_checkpoint(
         CheckpointDamagedError: The checkpoint is not sound.
         CheckpointError: A tensor is missing or has another shape, or the file system refuses.
     """
+    ranks = ranks or Ranks()
 
     def read() -> None:
         try:
-            with CheckpointReader(path) as reader:
+            with CheckpointReader(path, check_files=ranks.is_first) as reader:
                 for part in slices:
                     if part.tensor.numel():
                         reader.read_into(part)
@@ -53,7 +54,7 @@ def load_checkpoint(
         mine.append(reader.manifest)
 
     mine: list[Manifest] = []
-    (ranks or Ranks()).together(f"loading the checkpoint {path}", read)
+    ranks.together(f"loading the checkpoint {path}", read)
     return mine[0]
 
 

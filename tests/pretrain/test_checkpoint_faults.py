@@ -10,6 +10,7 @@ from pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
+    Ranks,
     Retention,
     candidates_together,
     find_latest,
@@ -43,6 +44,26 @@ def test_saving_goes_on_beside_a_step_of_another_format_version(tmp_path, caplog
     assert not first.exists()
     assert list(candidates_together(folder)) == [find_latest(tmp_path)]
     assert "checkpoint format version 9, this program reads version 2" in caplog.text
+
+
+class OneOfMany(Ranks):
+    """A rank whose others are not here."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_looks_at_the_files_of_all(tmp_path, monkeypatch, rank):
+    """1,024 ranks that each look at 1,024 files ask a file system a million times at once."""
+    (path,) = saved(tmp_path, 1)
+    sizes, real = [], manifest_module.check_sizes
+    monkeypatch.setattr(manifest_module, "check_sizes", lambda *a: sizes.append(a) or real(*a))
+    slices = slices_of(0)
+    load_checkpoint(path, slices, ranks=OneOfMany(rank))
+    assert len(sizes) == (rank == 0)
+    assert all((a.tensor == b.tensor).all() for a, b in zip(slices, slices_of(1), strict=True))
 
 
 @pytest.fixture

@@ -116,6 +116,8 @@ class CheckpointReader:
 
     Args:
         path: The checkpoint's folder.
+        check_files: Whether the sizes of all its files are compared first. There is a file for each
+            rank that saved, so of many processes that read a checkpoint together one does that.
 
     Attributes:
         manifest: What the manifest says.
@@ -127,9 +129,9 @@ class CheckpointReader:
         OSError: The file system refuses (also from reading).
     """
 
-    def __init__(self, path: Location | str) -> None:
+    def __init__(self, path: Location | str, *, check_files: bool = True) -> None:
         self.path = location(path)
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, check_files=check_files)
         metadata_file = self.path / METADATA_NAME
         if METADATA_NAME not in self.manifest.files:
             raise CheckpointDamagedError(f"{self.path}: the manifest does not list {METADATA_NAME}")
