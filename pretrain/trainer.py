@@ -124,6 +124,7 @@ class Trainer:
             asynchronous=options.asynchronous,
             files=tokenizer_files(self.data.manifest) if layout.is_main else None,
             fence=self._fence,
+            waiting=lambda: self.watchdog.moved(CHECKPOINT, self.state.step),
         )
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
         checkpoints = candidates_together(self.saver.folder, ranks=self.saver.ranks)
@@ -191,7 +192,6 @@ class Trainer:
                 if save_failed:
                     self.saver.wait()  # raises on every rank
                 if superseded:
-                    self.watchdog.moved(CHECKPOINT, self.state.step)  # a save under way ends first
                     self._check_lease()  # raises on every rank
                 step = self.state.step
                 last = step == steps
@@ -204,7 +204,6 @@ class Trainer:
                     if not save:
                         self._save(metrics)
                 if last or stopping:
-                    self.watchdog.moved(CHECKPOINT, step)
                     self.saver.wait()
                 self.watchdog.moved(STEP, step)
                 self._report_finished_save(metrics)
@@ -301,7 +300,6 @@ class Trainer:
         return True
 
     def _save(self, metrics: MetricLogger) -> None:
-        self.watchdog.moved(CHECKPOINT, self.state.step)
         stall = self.saver.save(
             self.engine.sharded_state(),
             self._state_to_save(),

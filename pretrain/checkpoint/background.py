@@ -145,6 +145,7 @@ class CheckpointSaver:
             ranks must construct one together). While a save is under way, nothing else may use it.
         fence: Called on the first rank before a checkpoint is made complete, and before old ones
             are deleted. It raises Superseded when this process may no longer write.
+        waiting: Called before the training loop, or an error that ends it, waits for a save.
 
     Attributes:
         last_good: The newest complete checkpoint that this process knows.
@@ -161,6 +162,7 @@ class CheckpointSaver:
         files: Mapping[str, bytes] | None = None,
         ranks: Ranks | None = None,
         fence: Callable[[], None] = lambda: None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = location(folder)
         self.ranks = ranks or background_ranks()
@@ -170,7 +172,7 @@ class CheckpointSaver:
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
         self._files = files
-        self._fence = fence
+        self._fence, self._waiting = fence, waiting
         self._known: Known = {}
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -272,6 +274,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: It failed; the same error on every rank.
         """
+        self._waiting()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -296,6 +299,7 @@ class CheckpointSaver:
         if kind is None:
             self.wait()
         elif self._thread is not None:
+            self._waiting()
             # All ranks raise these together, so all are there to finish the save.
             together = issubclass(kind, UserError | Superseded)
             self._thread.join(None if together else EXIT_WAIT_S)

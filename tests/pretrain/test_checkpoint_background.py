@@ -220,11 +220,15 @@ def test_leaving_waits_unless_another_rank_may_be_gone(tmp_path, gate, monkeypat
         saver.save(slices_of(1), {}, {}, step=1)
         raise RuntimeError("lost a peer")
     assert find_latest(tmp_path / "a") is None
-    with pytest.raises(UserError, match="diverged"), CheckpointSaver(tmp_path / "b") as saver:
+    told = []  # a watchdog would take the wait for a hang
+    saver = CheckpointSaver(tmp_path / "b", waiting=lambda: told.append(gate.is_set()))
+    with pytest.raises(UserError, match="diverged"), saver:
         saver.save(slices_of(1), {}, {}, step=1)
+        told.clear()
         threading.Timer(0.05, gate.set).start()
         raise UserError("diverged")
     assert find_latest(tmp_path / "b") is not None
+    assert told == [False], "before the wait"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A start may have a time limit of its own, which ends it like a stop."""
+"""A start may have a time limit of its own, which ends it like a stop; an end waits for a save."""
 
 import shutil
 import time
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli, layout
+from pretrain.engines import verdict
 from pretrain.supervision.job_end import VARIABLE
 from pretrain.supervision.progress_file import Progress, read_progress
+from pretrain.supervision.watchdog import CHECKPOINT, STEP, Watchdog
 from xlstm_io.errors import ExitCode
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "0.1.0"
@@ -43,6 +45,24 @@ def test_when_its_time_is_over_a_start_saves_and_ends(folder, capsys):
     for life, step in ((1, 4), (2, 5), (3, 6)):  # each start keeps its own output
         text = (folder / "logs" / f"life-{life:06d}" / "rank_0.log").read_text()
         assert f"step {step}/6" in text and "continuing from" in text
+
+
+def test_an_end_that_waits_for_a_save_is_no_hang(folder, monkeypatch):
+    """A save takes longer than a step may, and its watchdog would end a run that has diverged."""
+    phases, real = [], Watchdog.moved
+    monkeypatch.setattr(
+        Watchdog, "moved", lambda self, *now: phases.append(now) or real(self, *now)
+    )
+    judge = verdict.Guard.judge
+
+    def fails_at_the_fifth(guard, loss, norm, votes=()):
+        if phases[-1] == (STEP, 4):
+            loss[0] = float("nan")
+        return judge(guard, loss, norm, votes)
+
+    monkeypatch.setattr(verdict.Guard, "judge", fails_at_the_fifth)
+    assert train("--checkpoint.interval", "4") == ExitCode.DIVERGED
+    assert phases[-2:] == [(STEP, 4), (CHECKPOINT, 4)]
 
 
 def test_a_life_stops_before_its_job_ends_by_what_its_saves_take(folder, monkeypatch, capsys):
