@@ -333,9 +333,15 @@ class CheckpointSaver:
             return
         self.last_good = path
         if self.ranks.is_first:
-            with suppress(Superseded):  # the next save tells all ranks
+            try:
                 self._fence()
                 self._retain(path)
+            except Superseded:  # the next save tells all ranks
+                pass
+            except OSError as error:
+                log.warning(
+                    "old checkpoints in %s stay until the next save: %s", path.parent, error
+                )
         seconds = time.perf_counter() - started
         self._finished = FinishedSave(path, seconds if stall is None else stall, seconds)
 

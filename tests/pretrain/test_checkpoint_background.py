@@ -338,6 +338,21 @@ def test_a_loss_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplo
     assert read_evaluation(path, parse_manifest(path)) is None
 
 
+def test_storage_that_does_not_answer_after_a_save_is_a_warning(tmp_path, caplog):
+    """The checkpoint is complete, and the trainer hears of it."""
+    answers = iter([None, OSError(errno.ESTALE, os.strerror(errno.ESTALE))])
+
+    def fence():
+        if error := next(answers):
+            raise error
+
+    with CheckpointSaver(tmp_path, fence=fence) as saver:
+        saver.save(slices_of(1), {}, {}, step=1)
+        saver.wait()
+        assert saver.take_finished().path == saver.last_good == find_latest(tmp_path)
+    assert "stay until the next save: [Errno 116] Stale file handle" in caplog.text
+
+
 def test_a_checkpoint_that_somebody_removed_is_missed_at_the_next_save(tmp_path, caplog):
     with CheckpointSaver(tmp_path / "checkpoints") as saver:
         saver.save(slices_of(1), {}, {}, step=1)
