@@ -217,7 +217,8 @@ def _of_launch(launch: Launch, operator: str) -> Kernel:
 
 
 def _is_narrow(launch: Launch) -> bool:
-    read = next(launch.arguments[name] for name in ("x_qk", "q", "a") if name in launch.arguments)
+    names = "x_qk", "q", "a", "d_h"  # of operands
+    read = next(launch.arguments[name] for name in names if name in launch.arguments)
     return read.dtype == torch.bfloat16
 
 

@@ -7,9 +7,9 @@ from xlstm_kernels.common.triton_launch import Launch
 from xlstm_kernels.mlstm.arguments import Inputs
 from xlstm_kernels.mlstm.triton.buffers import Options
 from xlstm_kernels.mlstm.triton.gates import gate_gradients_kernel, gates_kernel
-from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel
+from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel, target_gradients_kernel
 from xlstm_kernels.mlstm.triton.launches import plan_backward, plan_forward
-from xlstm_kernels.mlstm.triton.outputs import normalizer_gradients_kernel, outputs_kernel
+from xlstm_kernels.mlstm.triton.outputs import outputs_kernel
 from xlstm_kernels.mlstm.triton.states import states_kernel
 from xlstm_kernels.mlstm.triton.step import plan_step, step_kernel, step_normalizer_kernel
 from xlstm_kernels.mlstm.triton.tiles import mlstm_config, pick_chunk_size
@@ -123,7 +123,7 @@ def phase_of(launch: Launch) -> str:
         return "gates"
     if launch.kernel in (step_kernel, step_normalizer_kernel):
         return "step"
-    gradients = (normalizer_gradients_kernel, query_key_gradients_kernel)
+    gradients = (target_gradients_kernel, query_key_gradients_kernel)
     backward = launch.kernel in gradients or launch.arguments["BACKWARD"]
     return "bw" if backward else "fw"
 
@@ -131,19 +131,23 @@ def phase_of(launch: Launch) -> str:
 def flops_of(launch: Launch) -> int:
     """Floating-point operations of tensor cores in one launch."""
     known = launch.arguments
-    if launch.kernel not in (states_kernel, outputs_kernel, query_key_gradients_kernel):
+    of_pairs = outputs_kernel, target_gradients_kernel, query_key_gradients_kernel
+    if launch.kernel not in (states_kernel, *of_pairs):
         return 0
-    tokens, qk, v, L = known["plane"], known["QK"], known["V"], known["L"]
+    tokens, qk, v, L = known["plane"], known.get("QK", 0), known["V"], known["L"]
     with_states = 2 * tokens * qk * v  # one product between all tokens and a state
     if launch.kernel is states_kernel:
         return with_states
     # A product over all causal pairs of tiles in all chunks, for one unit of depth.
-    tile, x_tiles = known["BT"], known["x_tiles"]
+    tile, x_tiles = known["BT"], known.get("x_tiles", 1)
     tiles = L // tile
     pairs = 2 * (tokens // L) * tiles * (tiles + 1) // 2 * tile * tile
+    if launch.kernel is target_gradients_kernel:
+        return pairs * v if known["d_pairs"] is not None else 0
     if launch.kernel is outputs_kernel:
         return with_states + pairs * (x_tiles * qk + v)
-    return 2 * with_states + 2 * pairs * (x_tiles * v + qk)
+    computed = v * x_tiles if known["d_pairs"] is None else 0
+    return 2 * with_states + 2 * pairs * (computed + qk)
 
 
 def triton_variants(target: str) -> list[Variant]:

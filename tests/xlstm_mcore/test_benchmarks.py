@@ -61,6 +61,18 @@ def test_generation_beside_transformers(run, tmp_path):
     assert "x as fast (goal of the second 1.3x" in done.stdout
 
 
+def test_the_gradients_of_a_classic_block_are_summed_in_its_kernels(run, tmp_path):
+    out = tmp_path / "out.json"
+    classic = ["pretrain/configs/xlstm_125m_1to0.yaml", "--tokens", 256]
+    done = run("benchmarks.block_roofline", *classic, "--json", out)
+    assert done.returncode == 0, done.stderr
+    block = json.loads(out.read_text())["block"]
+    names = [kernel["name"] for kernel in block if kernel["backward"]]
+    assert names.count("conv_backward") == 1
+    assert names.count("add") == 1, "a sum of two gradients beside that of the residual stream"
+    assert names.count("cat") == 0, "the halves of the projection's gradient are put side by side"
+
+
 def test_a_step_on_many_gpus_is_counted(run):
     done = run("benchmarks.large_runs.end_to_end", "pretrain/configs/xlstm_large_164m.yaml")
     assert done.returncode == 0, done.stderr

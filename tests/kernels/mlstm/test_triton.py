@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
 from benchmarks.kernel_variants.mlstm import (
+    OTHERS,
     SETTINGS,
     phase_of,
     plan,
@@ -182,3 +183,13 @@ def test_decoding_is_two_launches():
     launches = plan_one_step(b=16, heads=8, qk=256, v=512)
     assert [one.grid[0] for one in launches] == [16 * 8 * 8, 16 * 8]
     assert not triton_launch.INTERPRETED
+
+
+@pytest.mark.parametrize(("setting", "once"), [(SETTINGS["7b"], False), (OTHERS["1.3b"], True)])
+def test_gradients_of_pairs_are_computed_once_where_many_tiles_need_them(setting, once):
+    """And where few do, a tensor of them would cost more to write and read."""
+    launches = {one.name: one.arguments for one in plan("sm_90", **setting)}
+    of_targets, of_pairs = launches["target gradients"], launches["query and key gradients"]
+    assert (of_pairs["d_pairs"] is not None) == once
+    assert of_targets["d_pairs"] is of_pairs["d_pairs"]
+    assert (of_targets["v"] is not None) == once, "what is not read would be counted"

@@ -286,6 +286,10 @@ CASES = {
         "documents": mlstm_case(
             70, 24, 20, b=3, chunk_size=32, state=True, boundaries=documents(3, 70)
         ),
+        "wide heads": mlstm_case(
+            70, 200, 16, b=1, chunk_size=64, boundaries=documents(1, 70), views=True
+        ),
+        "wide heads, bf16": mlstm_case(130, 512, 16, b=1, heads=1, chunk_size=128, **HALF),
         "sigmoid, bare": mlstm_case(50, 16, 32, chunk_size=16, gate="sigmoid", normalize=False),
         "bf16": mlstm_case(
             70, 80, 144, b=1, heads=1, chunk_size=32, boundaries=documents(1, 70), **HALF

@@ -1,11 +1,11 @@
 """Launches of the mLSTM on Triton, forward and backward, and the tensors they fill.
 
-Forward: gates, states, outputs. Backward: the normalizer's gradient, gradients of states, of v, of
-q and k, of gates. A pass over states is two launches where batch and heads alone do not fill a GPU.
-The passes are planned as lists of `Launch`, on any device: `benchmarks/kernel_variants` plans on
-the meta device. Equations: `outputs`, `gradients`; decays and precision: `gates`. Products of
-bfloat16 accumulate in float32; float32 products are "tf32x3" (nearly float32) on NVIDIA and exact
-on AMD.
+Forward: gates, states, outputs. Backward: gradients of the normalizer and, in wide heads, of all
+pairs of a chunk, of states, of v, of q and k, of gates. A pass over states is two launches where
+batch and heads alone do not fill a GPU. The passes are planned as lists of `Launch`, on any device:
+`benchmarks/kernel_variants` plans on the meta device. Equations: `outputs`, `gradients`; decays and
+precision: `gates`. Products of bfloat16 accumulate in float32; float32 products are "tf32x3"
+(nearly float32) on NVIDIA and exact on AMD.
 
 Checked without a GPU only, in the interpreter and by ahead-of-time compilation: no time is known.
 Chunks and rows of a batch are as many programs as there are; a state pass is sequential in chunks.
@@ -35,11 +35,12 @@ from xlstm_kernels.mlstm.triton.gates import (
     gate_gradients_kernel,
     gates_kernel,
 )
-from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel
-from xlstm_kernels.mlstm.triton.outputs import normalizer_gradients_kernel, outputs_kernel
+from xlstm_kernels.mlstm.triton.gradients import query_key_gradients_kernel, target_gradients_kernel
+from xlstm_kernels.mlstm.triton.outputs import outputs_kernel
 from xlstm_kernels.mlstm.triton.states import LOCAL, RESUME, WHOLE, states_kernel
 from xlstm_kernels.mlstm.triton.tiles import PROGRAMS, Tile, power_of_two, segments
 
+FEW_TILES = 4  # of columns of dq: so many programs that need dS do not compute it each
 LONGEST_PREFIX = 512  # gates that the gate pass reduces at a time; more take spilled registers
 
 
@@ -207,15 +208,28 @@ def plan_forward(
     return h, last, saved, launches
 
 
-def normalizer_launch(h, d_h, d_nq, saved: Saved, z: Sizes) -> Launch:
-    """The gradient of n.q."""
-    tokens = min(32, z.L)
-    arguments = {"h": h, "d_h": d_h, "gates": saved.gates, "inverse": saved.inverse}
-    arguments |= {"nq": saved.nq, "d_nq": d_nq, **strides(d=d_h), "heads": z.heads, "s": z.s}
-    arguments |= {"padded": z.padded, "plane": z.plane, "V": z.v, "BT": tokens}
-    arguments |= {"BV": min(power_of_two(z.v), 128)}
-    grid = (z.plane // tokens,)
-    return Launch("normalizer gradients", normalizer_gradients_kernel, grid, arguments, 4, 2)
+def targets_launch(
+    v: Tensor,
+    h: Tensor,
+    d_h: Tensor,
+    d_nq: Tensor | None,
+    d_pairs: Tensor | None,
+    saved: Saved,
+    z: Sizes,
+    options: Options,
+) -> Launch:
+    """The gradients of n.q, and of the pairs of each chunk where there is a tensor for them."""
+    tile: Tile = options.tiles.keys
+    normalize, bounded = options.normalize, saved.bounded
+    arguments = {"h": h, "v": None if d_pairs is None else v, "d_h": d_h, "gates": saved.gates}
+    arguments |= {"first": saved.first if bounded else None, "d_pairs": d_pairs}
+    arguments |= {"inverse": saved.inverse if normalize else None, "d_nq": d_nq}
+    arguments |= {"nq": saved.nq if normalize else None, **strides(v=v, d=d_h), **z.arguments()}
+    arguments |= {"V": z.v, "BT": tile.tokens, "BA": tile.inner, "NORMALIZE": normalize}
+    arguments |= {"BOUNDED": bounded, "EVEN_S": z.s % z.L == 0}
+    arguments |= {"PRECISION": options.precision, "STAGES": tile.num_stages}
+    name, grid = "target gradients", (z.plane // tile.tokens,)
+    return Launch(name, target_gradients_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def plan_backward(
@@ -248,7 +262,12 @@ def plan_backward(
     parts = new(GRADIENT_PLANES, x_tiles, z.rows, z.padded)
     across = new(z.rows, z.chunks, tiles * x_tiles)
     d_nq = torch.empty_like(saved.nq) if normalize else None
-    launches = [normalizer_launch(h, d_h, d_nq, saved, z)] if normalize else []
+    d_pairs = None
+    if x_tiles >= FEW_TILES:
+        d_pairs = torch.empty(z.rows, z.padded, z.L, dtype=q.dtype, device=q.device)
+    launches = []
+    if normalize or d_pairs is not None:
+        launches.append(targets_launch(v, h, d_h, d_nq, d_pairs, saved, z, options))
     ends = d_last, (grads.dC, grads.dn)
     launches += states_launches(
         q, d_h, d_states, *ends, saved, z, options, backward=True, d_nq=d_nq
@@ -259,7 +278,8 @@ def plan_backward(
     arguments |= {"states": states.C, "n_states": states.n}
     arguments |= {"d_states": d_states.C, "d_n_states": d_states.n, "gates": saved.gates}
     arguments |= {"first": first, "inverse": saved.inverse if normalize else None, "d_nq": d_nq}
-    arguments |= {"parts": parts, "across": across, **strides(q=q, k=k, v=v, d=d_h, o=grads.dq)}
+    arguments |= {"d_pairs": d_pairs, "parts": parts, "across": across}
+    arguments |= strides(q=q, k=k, v=v, d=d_h, o=grads.dq)
     arguments |= {**z.arguments(), "x_tiles": x_tiles, "QK": z.qk, "V": z.v}
     arguments |= {"BT": tile.tokens, "BA": tile.inner, "BX": tile.width, "NORMALIZE": normalize}
     arguments |= {"BOUNDED": bounded, "EVEN_S": z.s % z.L == 0}

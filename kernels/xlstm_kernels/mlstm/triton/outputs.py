@@ -1,4 +1,4 @@
-"""Outputs of the cell and the gradient of v, which are one computation, and that of the normalizer.
+"""Outputs of the cell and the gradient of v, which are one computation.
 
 A row is a sum over the tokens of its chunk and the state at the edge of the chunk:
 h_t  = [b_t q_t C + sum_{j <= t} D_tj (q_t.k_j) v_j] / normalizer_t and, with dC after the chunk,
@@ -176,38 +176,3 @@ def outputs_kernel(
     p_out = out + o_t[:, None] * stride_os + o_x[None, :]
     m_out = (o_t < rows_left)[:, None] & (o_x < V)[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def normalizer_gradients_kernel(
-    h, d_h, gates, inverse, nq, d_nq, stride_db, stride_dh, stride_ds,
-    heads, s, padded, plane, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Gradient of n.q, float32 [rows, T]: -(d_h.h) / normalizer where |n.q| is the normalizer.
-
-    The grid is rows * T / BT. h [rows, s, V] is contiguous, d_h has strides.
-    """
-    i_program = tl.program_id(0)
-    tiles = padded // BT
-    i_row = (i_program // tiles).to(tl.int64)
-    start = (i_program % tiles) * BT
-    i_batch, i_head = i_row // heads, i_row % heads
-    d_h += i_batch * stride_db + i_head * stride_dh + start.to(tl.int64) * stride_ds
-    h += (i_row * s + start) * V
-    # [BT]
-    o_t = tl.arange(0, BT)
-    b_product = tl.zeros([BT, BV], tl.float32)
-    for i in range(0, V, BV):
-        o_v = i + tl.arange(0, BV)
-        # [BT, BV]
-        m_tile = (o_t < s - start)[:, None] & (o_v < V)[None, :]
-        b_h = tl.load(h + o_t[:, None] * V + o_v[None, :], mask=m_tile, other=0.0)
-        b_dh = tl.load(d_h + o_t[:, None] * stride_ds + o_v[None, :], mask=m_tile, other=0.0)
-        b_product += b_h.to(tl.float32) * b_dh.to(tl.float32)
-    # [BT]
-    o_row = i_row * padded + start + o_t
-    b_nq = tl.load(nq + o_row)
-    b_least = tl.exp(larger(-tl.load(gates + STABILIZER * plane + o_row), -80.0))
-    b_dnq = tl.sum(b_product, 1) * tl.load(inverse + o_row)
-    b_dnq = tl.where(b_nq > 0, -b_dnq, b_dnq)
-    tl.store(d_nq + o_row, tl.where(tl.abs(b_nq) <= b_least, 0.0, b_dnq))
