@@ -20,5 +20,7 @@ def triton_variants(target: str) -> list[Variant]:
         forward = plan_forward(both, out, gelu)
         backward = plan_backward(out, both, torch.empty_like(both), gelu)
         variants.append(variant_of(forward, name, "fw"))
+        again = plan_backward(out, both, torch.empty_like(both), gelu, torch.empty_like(out))
         variants.append(variant_of(backward, name, "bw"))
+        variants.append(variant_of(again, f"{name} with result", "bw"))
     return variants

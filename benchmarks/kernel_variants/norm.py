@@ -33,6 +33,10 @@ def triton_variants(target: str) -> list[Variant]:
         )
         variants.append(variant_of(forward, name, "fw", setting=setting))
         variants.append(variant_of(backward, name, "bw", setting=setting))
+        if gated:
+            d_x, y = torch.empty_like(new), torch.empty_like(new)
+            again, _ = plan_backward(new, x, weight, gate, d_x, d_gate, 1e-6, centered, y=y)
+            variants.append(variant_of(again, f"{name}, with result", "bw", setting=setting))
     rows = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
     weight, no_gate = torch.empty(4096, device="meta"), (None, rows, 1e-6, False, "row")
     forward = plan_forward(rows, weight, *no_gate, added=rows, total=rows)

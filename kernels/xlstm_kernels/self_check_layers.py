@@ -14,12 +14,12 @@ from torch import Tensor
 from xlstm_kernels.conv.conv import causal_conv1d, conv_backend
 from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
-from xlstm_kernels.gated.gated import gated_activation, gated_backend
-from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend
+from xlstm_kernels.gated.gated import gated_activation, gated_activation_again, gated_backend
+from xlstm_kernels.norm.norm import add_norm, multihead_norm, multihead_norm_again, norm_backend
 from xlstm_kernels.norm.skip import norm_gated_skip
 from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
-from xlstm_kernels.self_check import compare, two_documents
+from xlstm_kernels.self_check import compare, compare_again, two_documents
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
 CONV_ROWS = 100  # on Triton: three tiles and a part
@@ -119,8 +119,15 @@ def check_gated_activation(
         gate, up = x.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up
 
+    def again(d_out: Tensor, x: Tensor) -> tuple[Tensor]:
+        return (gated_activation_again(d_out, x, activation),)
+
     inputs = {"gate and up": _draw(2 * width).to(dtype)}
-    return compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
+    problems = compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
+    if chosen == "triton":
+        name = "gated_activation_again"
+        problems += compare_again(name, kernel, again, reference, inputs, device, dtype)
+    return problems
 
 
 def check_norm(
@@ -176,7 +183,18 @@ def check_norm(
     inputs |= {"gate" if gated else "added": draw().flip(0)} if gated or summed else {}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     name = "add_norm" if summed else "multihead_norm"
-    return compare(name, kernel, reference, inputs, device, dtype, "result")
+    problems = compare(name, kernel, reference, inputs, device, dtype, "result")
+    if chosen == "triton" and gated:
+
+        def again(d_y: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> list[Tensor]:
+            x, gate = (by_head(one).transpose(0, 1)[None] for one in (x, gate))
+            d_x, d_weight, d_gate = multihead_norm_again(d_y, x, weight, kind, eps, gate)
+            rows = (d[0].transpose(0, 1).flatten(1) for d in (d_x, d_gate))
+            return [next(rows), d_weight, next(rows)]
+
+        name = "multihead_norm_again"
+        problems += compare_again(name, kernel, again, reference, inputs, device, dtype)
+    return problems
 
 
 def check_qkv_and_gates(

@@ -46,6 +46,24 @@ def gated_activation(gate_up: Tensor, activation: str, *, backend: str | None = 
     return _Gated.apply(gate_up, activation)
 
 
+def gated_activation_again(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """The gradient of `gate_up`, and the result of `gated_activation` in place of its gradient.
+
+    It is one Triton kernel, for a backward pass that needs both. Arguments are not checked.
+
+    Args:
+        d_out: Gradient of the result, contiguous [rows, width]. It is overwritten by the result.
+        gate_up: [rows, 2 * width].
+        activation: "silu" or "gelu".
+
+    Returns:
+        The gradient of gate_up, in its shape.
+    """
+    from xlstm_kernels.gated.triton import gated_activation_again_triton
+
+    return gated_activation_again_triton(d_out, gate_up, activation)
+
+
 def gated_backend(gate_up: Tensor, activation: str, backend: str | None) -> str:
     """Name of the backend that `gated_activation` takes."""
     facts = {"width": gate_up.shape[-1] // 2, "elements": gate_up.numel()}

@@ -1,6 +1,7 @@
 """SwiGLU and GeGLU on Triton: one pass over memory forward and one backward.
 
-Nothing but the input is kept: the backward pass computes the activation again.
+Nothing but the input is kept: the backward pass computes the activation again. It leaves the result
+too where the next operation needs it again.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from xlstm_kernels.common.triton_launch import Launch, run_all, unsupported_reason
 
-__all__ = ["gated_activation_triton", "unsupported_reason"]
+__all__ = ["gated_activation_again_triton", "gated_activation_triton", "unsupported_reason"]
 
 COLUMNS = 1024  # of a tile
 SIZES = ["tiles"]  # vary without recompilation
@@ -44,8 +45,13 @@ def gated_forward(gate_up, out, width, tiles, GELU: tl.constexpr, BW: tl.constex
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gated_backward(d_out, gate_up, d_gate_up, width, tiles, GELU: tl.constexpr, BW: tl.constexpr):
-    """A tile of one row of both halves of d_gate_up [rows, 2 * width]; grid rows * tiles."""
+def gated_backward(
+    d_out, gate_up, d_gate_up, out, width, tiles, GELU: tl.constexpr, BW: tl.constexpr
+):
+    """A tile of one row of both halves of d_gate_up [rows, 2 * width]; grid rows * tiles.
+
+    `out`, where it is asked for, gets the result of the forward pass. It may be d_out itself.
+    """
     i_program = tl.program_id(0)
     i_row = (i_program // tiles).to(tl.int64)
     # [BW]
@@ -60,6 +66,9 @@ def gated_backward(d_out, gate_up, d_gate_up, width, tiles, GELU: tl.constexpr, 
     tl.store(d_gate_up + o_gate, b_dgate, mask=m_w)
     b_dup = (b_d * b_active).to(d_gate_up.dtype.element_ty)
     tl.store(d_gate_up + o_gate + width, b_dup, mask=m_w)
+    if out is not None:
+        b_out = (b_active * b_up).to(out.dtype.element_ty)
+        tl.store(out + i_row * width + o_w, b_out, mask=m_w)
 
 
 def _plan(kernel, arguments: dict, rows: int, width: int, gelu: bool) -> Launch:
@@ -74,9 +83,11 @@ def plan_forward(gate_up: Tensor, out: Tensor, gelu: bool) -> Launch:
     return _plan(gated_forward, {"gate_up": gate_up, "out": out}, *out.shape, gelu)
 
 
-def plan_backward(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor, gelu: bool) -> Launch:
+def plan_backward(
+    d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor, gelu: bool, out: Tensor | None = None
+) -> Launch:
     """The backward launch; all tensors are contiguous."""
-    arguments = {"d_out": d_out, "gate_up": gate_up, "d_gate_up": d_gate_up}
+    arguments = {"d_out": d_out, "gate_up": gate_up, "d_gate_up": d_gate_up, "out": out}
     return _plan(gated_backward, arguments, *d_out.shape, gelu)
 
 
@@ -108,6 +119,19 @@ def _(d_out, gate_up, gelu):
     return gate_up.new_empty(gate_up.shape)
 
 
+@torch.library.custom_op("xlstm_kernels::gated_triton_again", mutates_args=("d_out",))
+def _again(d_out: Tensor, gate_up: Tensor, gelu: bool) -> Tensor:
+    """The gradient of gate_up. The result of the forward pass takes the place of its gradient."""
+    d_gate_up = gate_up.new_empty(gate_up.shape)
+    run_all([plan_backward(d_out, gate_up.contiguous(), d_gate_up, gelu, out=d_out)], gate_up)
+    return d_gate_up
+
+
+@_again.register_fake
+def _(d_out, gate_up, gelu):
+    return gate_up.new_empty(gate_up.shape)
+
+
 def _save(ctx, inputs, output):
     gate_up, ctx.gelu = inputs
     ctx.save_for_backward(gate_up)
@@ -126,3 +150,8 @@ def gated_activation_triton(gate_up: Tensor, activation: str) -> Tensor:
     if len(lead) == 1:
         return _gated(gate_up, activation == "gelu")
     return _gated(gate_up.reshape(-1, both), activation == "gelu").view(*lead, both // 2)
+
+
+def gated_activation_again_triton(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """See `xlstm_kernels.gated_activation_again`."""
+    return _again(d_out, gate_up, activation == "gelu")

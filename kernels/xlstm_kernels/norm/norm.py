@@ -80,6 +80,26 @@ def multihead_norm(
     return y.reshape(-1, heads * d) if layout == "by head" else y.reshape(shape)
 
 
+def multihead_norm_again(
+    d_y: Tensor, x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and gate, and the result of `multihead_norm` in place of its gradient.
+
+    It is one Triton kernel, for a backward pass that needs both. Arguments are not checked.
+
+    Args:
+        d_y: Gradient of the result, contiguous [s * b, heads * d]. It is overwritten by the result.
+        x: [b, heads, s, d].
+        weight: Scale [heads * d].
+        kind: "layernorm" or "rmsnorm".
+        eps: Added to the variance or the mean square.
+        gate: In the shape of x; its sigmoid multiplies the result.
+    """
+    from xlstm_kernels.norm.triton import multihead_norm_again_triton
+
+    return multihead_norm_again_triton(d_y, x, weight, kind, eps, gate)
+
+
 def add_norm(
     x: Tensor, added: Tensor, weight: Tensor, kind: str, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -105,12 +125,41 @@ def add_norm(
     check_like("weight", weight, (x.shape[-1],), "[d]", x)
     check_choice("kind", kind, ("layernorm", "rmsnorm"))
     if added.dtype == x.dtype and norm_backend(x, backend) == "triton":
-        from xlstm_kernels.norm.triton import add_norm_triton
+        from xlstm_kernels.norm.residual_triton import add_norm_triton
 
         check_no_tangents("add_norm", x, added, weight)
         return add_norm_triton(x, added, weight, kind, eps)
     total = x + added
     return total, multihead_norm(total, weight, kind, eps, layout="row", backend=backend)
+
+
+def norm_beside(
+    x: Tensor, weight: Tensor, kind: str, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x`, which goes on beside its norm, and the norm of its rows as of `multihead_norm`.
+
+    On Triton the kernel of the backward pass adds up the gradients of both.
+
+    Args:
+        x: [..., d].
+        weight: Scale [d].
+        kind: "layernorm" or "rmsnorm".
+        eps: Added to the variance or the mean square.
+        backend: "torch", "triton" or "numba"; None for the best one.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation on another backend than "torch".
+    """
+    check_float("x", x, x.ndim, "[..., d]")
+    check_like("weight", weight, (x.shape[-1],), "[d]", x)
+    check_choice("kind", kind, ("layernorm", "rmsnorm"))
+    if norm_backend(x, backend) == "triton":
+        from xlstm_kernels.norm.residual_triton import norm_beside_triton
+
+        check_no_tangents("norm_beside", x, weight)
+        return norm_beside_triton(x, weight, kind, eps)
+    return x, multihead_norm(x, weight, kind, eps, layout="row", backend=backend)
 
 
 def _norm(x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor | None) -> Tensor:

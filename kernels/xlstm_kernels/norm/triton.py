@@ -5,7 +5,8 @@ backward and nothing but the inputs is kept. Inputs may have any strides with un
 come in the layouts of `multihead_norm` without a view for each. The weight's gradient is summed by
 each program over its rows and then over programs, in float32 and always in the same order.
 
-Where the rows are a sum, the same pass adds, and the backward pass adds the sum's own gradient.
+Where the rows are a sum, the same pass adds, and the backward pass adds the sum's own gradient. It
+leaves the norm too where the next operation needs it again.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, run_all
 
-__all__ = ["add_norm_triton", "multihead_norm_triton", "unsupported_reason"]
+__all__ = ["multihead_norm_again_triton", "multihead_norm_triton", "unsupported_reason"]
 
 MOST = 4096  # of a head
 ELEMENTS = 2048  # of a tile, or one row
@@ -91,7 +92,7 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=[*SIZES, "programs"])
 def norm_backward(
-    d_y, d_total, x, weight, gate, d_x, d_gate, d_weight, programs, outer, inner, heads, d, eps,
+    d_y, d_total, x, weight, gate, d_x, d_gate, d_weight, y, programs, outer, inner, heads, d, eps,
     stride_do, stride_di, stride_dh, stride_xo, stride_xi, stride_xh,
     stride_go, stride_gi, stride_gh,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -99,7 +100,8 @@ def norm_backward(
     """One head in tiles of ROWS rows, dealt out to `programs` programs; grid: programs * heads.
 
     d_x and d_gate lie as [outer, inner, heads, d]; d_weight is float32 [programs, heads * d].
-    d_total, which lies as d_x does, is added to d_x.
+    d_total, which lies as d_x does, is added to d_x. `y`, where it is asked for, gets the result of
+    the forward pass, and lies as it does there. It may be d_y itself if that lies so too.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_head, i_part = i_program % heads, i_program // heads
@@ -119,12 +121,16 @@ def norm_backward(
         b_d = tl.load(p_dy, mask=m_tile, other=0.0).to(tl.float32)
         b_x, b_inverse = normalised(b_x, m_d, d, eps, CENTERED)
         o_out = ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
+        b_y = b_x * b_w
         if gate is not None:
             p_gate = tile_at(gate, stride_go, stride_gi, stride_gh, o_row, inner, i_head, o_d)
             b_open = open_gate(tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32))
             b_d *= b_open  # of the norm's result
             b_dgate = b_d * b_x * b_w * (1.0 - b_open)
+            b_y *= b_open
             tl.store(d_gate + o_out, b_dgate.to(d_gate.dtype.element_ty), mask=m_tile)
+        if y is not None:
+            tl.store(y + o_out, b_y.to(y.dtype.element_ty), mask=m_tile)
         b_dw += b_d * b_x
         b_d *= b_w
         b_along = tl.sum(b_d * b_x, 1) / d
@@ -189,7 +195,7 @@ def plan_forward(
 
 def plan_backward(
     d_y, x, weight, gate, d_x, d_gate, eps: float, centered: bool, layout: str = "heads last",
-    d_total=None,
+    d_total=None, y=None,
 ):  # fmt: skip
     """The backward launch, and where it leaves the parts [programs, heads * d] of d_weight."""
     outer, inner, heads, d = _shape(x, layout)
@@ -198,7 +204,7 @@ def plan_backward(
     d_weight = x.new_empty(programs, heads * d, dtype=torch.float32)
     arguments = {"d_y": d_y, "x": x, "weight": weight, "gate": gate, "d_x": d_x, "d_gate": d_gate}
     arguments |= {"d_weight": d_weight, "programs": programs, "eps": eps, "CENTERED": centered}
-    arguments |= {"d_total": d_total}
+    arguments |= {"d_total": d_total, "y": y}
     if layout == "by head":  # d_y lies as y does
         width = heads * d
         arguments |= {"stride_do": inner * width, "stride_di": width, "stride_dh": d}
@@ -233,7 +239,7 @@ def _gradient(x: Tensor, layout: str) -> Tensor:
 
 
 @torch.library.custom_op("xlstm_kernels::multihead_norm_triton", mutates_args=())
-def _norm(
+def norm_op(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, centered: bool, layout: str
 ) -> Tensor:
     """The norm of x, gated by the sigmoid of `gate` of that shape."""
@@ -243,13 +249,13 @@ def _norm(
     return y
 
 
-@_norm.register_fake
+@norm_op.register_fake
 def _(x, weight, gate, eps, centered, layout):
     return _result(x, layout)
 
 
 @torch.library.custom_op("xlstm_kernels::multihead_norm_triton_backward", mutates_args=())
-def _backward(
+def norm_backward_op(
     d_y: Tensor,
     d_total: Tensor | None,
     x: Tensor,
@@ -275,11 +281,31 @@ def _backward(
     return [d_x, d_weight.sum(0), *([] if d_gate is None else [d_gate])]
 
 
-@_backward.register_fake
+@norm_backward_op.register_fake
 def _(d_y, d_total, x, weight, gate, eps, centered, layout):
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     d_gate = [] if gate is None else [_gradient(gate, layout)]
     return [_gradient(x, layout), d_weight, *d_gate]
+
+
+@torch.library.custom_op("xlstm_kernels::multihead_norm_triton_again", mutates_args=("d_y",))
+def _again(
+    d_y: Tensor, x: Tensor, weight: Tensor, gate: Tensor, eps: float, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as of `norm_backward_op`, by head. The norm takes the place of its gradient."""
+    d_x, d_gate = _gradient(x, "by head"), _gradient(gate, "by head")
+    rows, gate = _readable(x, "by head"), _readable(gate, "by head")
+    launch, d_weight = plan_backward(
+        d_y, rows, weight.contiguous(), gate, d_x, d_gate, eps, centered, "by head", y=d_y
+    )
+    run_all([launch], x)
+    return d_x, d_weight.sum(0), d_gate
+
+
+@_again.register_fake
+def _(d_y, x, weight, gate, eps, centered):
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
+    return _gradient(x, "by head"), d_weight, _gradient(gate, "by head")
 
 
 def _save(ctx, inputs, output):
@@ -289,49 +315,11 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_y):
     x, weight, gate = ctx.saved_tensors
-    d_x, d_weight, *d_gate = _backward(d_y, None, x, weight, gate, *ctx.options)
+    d_x, d_weight, *d_gate = norm_backward_op(d_y, None, x, weight, gate, *ctx.options)
     return d_x, d_weight.to(weight.dtype), *(d_gate or [None]), None, None, None
 
 
-_norm.register_autograd(_differentiate, setup_context=_save)
-
-
-@torch.library.custom_op("xlstm_kernels::add_norm_triton", mutates_args=())
-def _add_norm(
-    x: Tensor, added: Tensor, weight: Tensor, eps: float, centered: bool
-) -> tuple[Tensor, Tensor]:
-    """x + added, and the norm of its rows."""
-    x, added = x.contiguous(), added.contiguous()
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    weight = weight.contiguous()
-    run_all([plan_forward(x, weight, None, y, eps, centered, "row", added, total)], x)
-    return total, y
-
-
-@_add_norm.register_fake
-def _(x, added, weight, eps, centered):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-
-
-def _save_sum(ctx, inputs, output):
-    _, _, weight, *ctx.options = inputs
-    ctx.save_for_backward(output[0], weight)
-
-
-def _differentiate_sum(ctx, d_total, d_y):
-    total, weight = ctx.saved_tensors
-    d_x, d_weight = _backward(d_y, d_total, total, weight, None, *ctx.options, "row")
-    return d_x, d_x, d_weight.to(weight.dtype), None, None
-
-
-_add_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
-
-
-def add_norm_triton(
-    x: Tensor, added: Tensor, weight: Tensor, kind: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Triton backend of `xlstm_kernels.add_norm` (checked arguments, same meaning)."""
-    return _add_norm(x, added, weight, eps, kind == "layernorm")
+norm_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def multihead_norm_triton(
@@ -344,5 +332,13 @@ def multihead_norm_triton(
         shaped = (*lead, *shape) if x.ndim < 4 else (*lead, *shape[-3:])
         x = x.reshape(shaped)
         gate = None if gate is None else gate.reshape(shaped)
-    y = _norm(x, weight, gate, eps, kind == "layernorm", layout)
+    y = norm_op(x, weight, gate, eps, kind == "layernorm", layout)
     return y.view(shape) if layout == "heads last" and y.shape != shape else y
+
+
+def multihead_norm_again_triton(
+    d_y: Tensor, x: Tensor, weight: Tensor, kind: str, eps: float, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `xlstm_kernels.multihead_norm_again`."""
+    d_x, d_weight, d_gate = _again(d_y, x, weight, gate, eps, kind == "layernorm")
+    return d_x, d_weight.to(weight.dtype), d_gate

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.comparison import assert_float32_close, relative_error, run
-from xlstm_kernels import gated_activation
+from xlstm_kernels import gated_activation, gated_activation_again
 from xlstm_kernels.gated import triton as gated_triton
 
 
@@ -58,3 +58,17 @@ def test_custom_op_rules():
     x = make_inputs(3)["x"].requires_grad_()
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(gated_triton._gated, (x, False), test_utils=tests)
+    of_again = torch.ones(3, 20), x.detach(), False
+    torch.library.opcheck(gated_triton._again, of_again, test_utils=tests[:2])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_leaves_the_result_too(activation, dtype):
+    """The bits of the two kernels that it stands for; the last tile of a row is not whole."""
+    x = make_inputs(3, width=1030)["x"].to(dtype).requires_grad_()
+    y = gated_activation(x, activation, backend="triton")
+    d_y = torch.randn(y.shape).to(dtype)
+    (expected,) = torch.autograd.grad(y, x, d_y)
+    assert torch.equal(gated_activation_again(d_y, x.detach(), activation), expected)
+    assert torch.equal(d_y, y)

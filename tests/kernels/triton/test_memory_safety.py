@@ -20,9 +20,11 @@ from xlstm_kernels import (
     add_norm,
     conv_qkv_and_gates,
     gated_activation,
+    gated_activation_again,
     mlstm_chunkwise,
     mlstm_step,
     multihead_norm,
+    multihead_norm_again,
     norm_gated_skip,
     qkv_and_gates,
     slstm_scan,
@@ -262,6 +264,43 @@ def gated_case(rows, width, activation="silu", dtype=torch.float32):
     return call, {"x": torch.randn(rows, 2 * width).to(dtype)}
 
 
+def again_case(function, again, d_y, **inputs):
+    """A backward pass that leaves the result as well, in the memory of its gradient."""
+
+    def call(x, backend):
+        d_y, given = x["d_y"].detach().clone(), [x[name].detach() for name in inputs]
+        if backend == "triton":
+            gradients = again(d_y, *given)
+        else:
+            y = function(*(one.requires_grad_() for one in given))
+            gradients, d_y = torch.autograd.grad(y, given, d_y), y.detach()
+        return {"y": d_y} | {f"d_{name}": d for name, d in zip(inputs, gradients, strict=True)}
+
+    return call, inputs | {"d_y": d_y}
+
+
+def gated_again_case(rows, width, activation="silu", dtype=torch.float32):
+    torch.manual_seed(0)
+    return again_case(
+        lambda x: gated_activation(x, activation, backend="torch"),
+        lambda d_y, x: [gated_activation_again(d_y, x, activation)],
+        torch.randn(rows, width).to(dtype),
+        x=torch.randn(rows, 2 * width).to(dtype),
+    )
+
+
+def norm_again_case(s, d, b=2, heads=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    wide = torch.randn(s, b, 2 * heads, d).to(dtype).permute(1, 2, 0, 3)
+    options, by_head = ("layernorm", 1e-3), {"layout": "by head", "backend": "torch"}
+    return again_case(
+        lambda x, weight, gate: multihead_norm(x, weight, *options, gate=gate, **by_head),
+        lambda d_y, x, weight, gate: multihead_norm_again(d_y, x, weight, *options, gate),
+        torch.randn(s * b, heads * d).to(dtype),
+        **{"x": wide[:, heads:], "weight": torch.randn(heads * d), "gate": wide[:, :heads]},
+    )
+
+
 def loss_case(rows, width, cap, dtype=torch.float32):
     torch.manual_seed(0)
     labels = torch.randint(-width, 2 * width, (rows,))
@@ -328,10 +367,14 @@ CASES = {
         "bf16": norm_case(70, 128, **HALF),
         "sum": sum_case(37, 20),
         "sum, bf16": sum_case(5, 700, "layernorm", **HALF),
+        "result left": norm_again_case(37, 20),
+        "result left, bf16": norm_again_case(9, 128, **HALF),
     },
     "gated_activation": {
         "odd": gated_case(5, 20, "gelu"),
         "several tiles, bf16": gated_case(3, 1030, **HALF),
+        "result left": gated_again_case(5, 20, "gelu"),
+        "result left, bf16": gated_again_case(3, 1030, **HALF),
     },
     "cross_entropy": {
         "odd": loss_case(5, 70, 30.0),

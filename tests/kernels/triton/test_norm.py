@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.comparison import assert_float32_close, relative_error, run
-from xlstm_kernels import add_norm, multihead_norm
+from xlstm_kernels import add_norm, multihead_norm, multihead_norm_again, norm_beside
 from xlstm_kernels.norm import triton as norm_triton
 
 
@@ -124,10 +124,30 @@ def test_custom_op_rules_and_autocast():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for gate in (x["gate"], None):
         arguments = (x["x"], x["weight"], gate, 1e-5, True, "heads last")
-        torch.library.opcheck(norm_triton._norm, arguments, test_utils=tests)
+        torch.library.opcheck(norm_triton.norm_op, arguments, test_utils=tests)
+    rows = torch.randn(2, 3, 2, 20)
+    of_again = torch.randn(4, 60), rows, torch.randn(60), rows, 1e-5, True
+    torch.library.opcheck(norm_triton._again, of_again, test_utils=tests[:2])
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)["y"]
     assert y.dtype == torch.float32 and torch.equal(y, norm(x)["y"])
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_leaves_the_norm_too(kind, dtype):
+    """The bits of the two kernels that it stands for, on strides of the 7B-style block."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 70, 20).to(dtype).requires_grad_()
+    gate = torch.randn(70, 2, 6, 20).to(dtype)[:, :, 3:].permute(1, 2, 0, 3).requires_grad_()
+    weight = torch.randn(60, requires_grad=True)
+    y = multihead_norm(x, weight, kind, 1e-5, gate=gate, layout="by head", backend="triton")
+    d_y = torch.randn(y.shape).to(dtype)
+    expected = torch.autograd.grad(y, (x, weight, gate), d_y)
+    given = (t.detach() for t in (x, weight))
+    got = multihead_norm_again(d_y, *given, kind, 1e-5, gate.detach())
+    for one, other in zip((d_y, *got), (y, *expected), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_large_heads_are_refused_with_the_remedy():
@@ -155,5 +175,19 @@ def test_gradients_of_a_residual_sum(kind):
     def call(x, backend="triton"):
         both = add_norm(**x, kind=kind, eps=1e-5, backend=backend)
         return dict(zip(("total", "y"), both, strict=True))
+
+    assert_float32_close(call, lambda x: call(x, "torch"), inputs)
+
+
+@pytest.mark.parametrize("used", ["both", "norm", "stream"])
+def test_gradients_of_what_goes_on_beside_its_norm(used):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(150, 60), "weight": torch.randn(60)}
+
+    def call(x, backend="triton"):
+        both = norm_beside(**x, kind="rmsnorm", eps=1e-5, backend=backend)
+        results = dict(zip(("stream", "norm"), both, strict=True))
+        unused = {name: t * 0 for name, t in x.items() if used == "stream" and name == "weight"}
+        return (results if used == "both" else {used: results[used]}) | unused
 
     assert_float32_close(call, lambda x: call(x, "torch"), inputs)
