@@ -94,6 +94,8 @@ class XLSTMLayer(MegatronModule):
             pg_collection=pg_collection,
             prefix=f"{prefix}mixer.",
         )
+        # The cell is a small part of a 7B-style block, and half of a classic one.
+        self.reruns_cell = config.recompute == "cells" or isinstance(self.mixer, MLSTMMixer)
         self.ffn = None
         if submodules.feed_forward is not None:
             self.ffn_norm = Norm(config, f"{prefix}ffn_norm.weight")
@@ -121,7 +123,7 @@ class XLSTMLayer(MegatronModule):
             return tensor_parallel.checkpoint(
                 lambda x: self._forward(x, batch, boundaries), False, x
             )
-        with selective(cells=self.recompute == "cells"):
+        with selective(cells=self.reruns_cell):
             return self._forward(x, batch, boundaries)
 
     def borrowed_weights(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -138,7 +140,11 @@ class XLSTMLayer(MegatronModule):
     def _forward(
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
     ) -> Tensor:
-        mixed = self.mixer(self.mixer_norm(x), batch, boundaries, cache)
+        if self.config.residual:
+            x, normed = self.mixer_norm(x, beside=True)
+        else:
+            normed = self.mixer_norm(x)
+        mixed = self.mixer(normed, batch, boundaries, cache)
         if self.ffn is None:
             return self._add(x, mixed)
         if self.config.residual:

@@ -8,13 +8,15 @@ not keep what follows from that at the cost of reading it: norms, the activation
 feed-forward part, output gates, fp32 copies, and what sequence parallelism gathered. Autograd saves
 such a tensor twice, as an input or output of the cheap operation and again as a factor of the next
 matrix product, so making the operation a checkpoint is not enough. `recompute_in_backward` also
-leaves a recipe wherever a later operation of the layer saves its output.
+leaves a recipe wherever a later operation of the layer saves its output. Where that is the product
+at the end of a mixer or feed-forward part, both are one step for autograd (`products.product_of`).
+The mLSTM cell of a 7B-style block, a small part of that block, runs once more (`rerun_cell`).
 
-*Cells*: selective, and the mLSTM cells keep neither their states nor their output. Each runs once
-more in the backward pass, for its own gradient and for all that need its output.
+*Cells*: selective, and the mLSTM cells of the other blocks run once more as well. They keep neither
+their states nor their output.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +77,7 @@ class _Rerun:
         """The output of the second run, and the leaves of its graph."""
         if self._found is None:
             inputs = [
-                _unpack(packed).detach().requires_grad_(need)
+                _unpack(packed).data.requires_grad_(need)
                 for packed, need in zip(self.packed, self.needed, strict=True)
             ]
             with torch.enable_grad():
@@ -84,21 +86,20 @@ class _Rerun:
 
     def output(self) -> Tensor:
         """The output, for others."""
-        return self.output_and_inputs()[0].detach()
+        return self.output_and_inputs()[0].data
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """The gradient of each input, None where it needs none. What was held is freed."""
         output, inputs = self.output_and_inputs()
         self._found = None
-        found = iter(torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad))
-        return [next(found) if need else None for need in self.needed]
+        return _gradients_of(output, inputs, grad)
 
 
 class LayerMemory:
     """What one layer's forward pass saves under selective recompute.
 
     Args:
-        cells: Whether cells run again as well.
+        cells: Whether the mLSTM cell runs again as well.
     """
 
     def __init__(self, cells: bool = False) -> None:
@@ -130,6 +131,35 @@ class LayerMemory:
 
 
 _layer: LayerMemory | None = None
+
+
+def is_selective() -> bool:
+    """Whether the forward pass that runs now is that of a layer with selective recompute."""
+    return _layer is not None
+
+
+def run_again(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`function(*inputs)`, and the gradients that follow from that of its output.
+
+    Args:
+        function: What the forward pass ran.
+        inputs: What it ran on.
+        needed: Which of them need a gradient; the others get None.
+        grad: Gradient of the output.
+    """
+    inputs = [t.data.requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
+    with torch.enable_grad():
+        output = function(*inputs)
+    return output.data, _gradients_of(output, inputs, grad)
+
+
+def _gradients_of(output: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """The gradient of each input, None where it needs none."""
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad) if wanted else ())
+    return [next(found) if t.requires_grad else None for t in inputs]
 
 
 def recompute_in_backward(
@@ -192,7 +222,7 @@ def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 @contextmanager
 def selective(cells: bool = False) -> Iterator[None]:
-    """The forward pass of one layer with selective recompute, and that of cells if asked for."""
+    """The forward pass of one layer with selective recompute, and that of its cell if asked for."""
     global _layer
     before, _layer = _layer, LayerMemory(cells)
     memory = _layer
@@ -233,15 +263,7 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[1:]
-        inputs = [
-            t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            output = ctx.function(*inputs)
-        wanted = [t for t in inputs if t.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, grad))
-        return None, *(next(found) if need else None for need in needed)
+        return None, *run_again(ctx.function, ctx.saved_tensors, needed, grad)[1]
 
 
 class _Rerunning(torch.autograd.Function):

@@ -146,7 +146,7 @@ class MemoryConfig(Section):
     """What is kept for the backward pass, and how. No result changes but for rounding."""
 
     recompute: Literal["none", "selective", "cells", "full"] = "none"
-    """selective: norms, activations, gates, gathers; cells: mLSTM cells too; full: whole blocks"""
+    """selective: norms, activations, gates, gathers, M's cells; cells: m's and d's; full: all"""
     recompute_full_blocks: str = ""
     """letters whose blocks are recomputed in full whatever memory.recompute says, such as s*"""
     logits_mib: NonNegativeInt = 512

@@ -1,7 +1,7 @@
 """What one step of the 7B takes on 64 H100: compute, messages, optimizer and host, by their counts.
 
     python -m benchmarks.large_runs.end_to_end
-    python -m benchmarks.large_runs.end_to_end --recompute cells --grad-reduce bf16
+    python -m benchmarks.large_runs.end_to_end --recompute full --grad-reduce bf16
 
 **A bound is not a time.** Compute is that of `benchmarks.block_roofline`. Messages and memory are
 those that the engine asks for when it plays a rank (`pretrain rehearse`), with gradients and
@@ -26,6 +26,7 @@ from benchmarks.counting.device_limits import BANDWIDTH
 from pretrain.config import load_config
 from pretrain.planning.estimate import DATA, count_fullest
 from pretrain.rehearsal.gpus import GPUS, RESERVE
+from xlstm_mcore.recompute import MODES
 from xlstm_mcore.sizes.flops import peak_tflops
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -110,7 +111,7 @@ def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("config", nargs="?", default="pretrain/configs/xlstm_7b.yaml")
-    parser.add_argument("--recompute", default="cells", choices=("selective", "cells"))
+    parser.add_argument("--recompute", default="selective", choices=MODES)
     parser.add_argument("--grad-reduce", default="fp32", choices=("fp32", "bf16"))
     options = parser.parse_args()
     changes = {

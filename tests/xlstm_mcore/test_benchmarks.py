@@ -82,7 +82,7 @@ def test_a_step_on_many_gpus_is_counted(run):
 
 
 # Of a 7B-style block of few tokens, forward and backward. It may only fall.
-DISPATCHES = 157
+DISPATCHES = 145
 
 
 def test_a_block_is_counted_as_it_runs(run, tmp_path):
@@ -98,12 +98,15 @@ def test_a_block_is_counted_as_it_runs(run, tmp_path):
     assert names.count("mm") == 5
     assert "_to_copy" not in names, "something is widened"
     backward = [kernel for kernel in block if kernel["backward"]]
-    # What products need of these is computed again, and none for its own gradient.
+    # What products need of the block's two norms is computed again, and none for its own gradient.
+    # The kernels of the other gradients leave it beside these. The cell runs once more.
     names = [kernel["name"] for kernel in backward]
-    assert names.count("norm_forward") == 3 and names.count("gated_forward") == 1
+    assert names.count("norm_forward") == 2 and names.count("gated_forward") == 0
+    assert names.count("outputs") == 1
+    assert names.count("add") == 0, "the norm adds up the gradients of the residual stream"
     assert names.count("clone") == 0, "gradients of q, k and v are put in order first"
     assert names.count("addmm") == 4, "the four large weights' gradients are added by their product"
     assert names.count("addmm_") == 1, "the gradients of the tokens by two products are one sum"
-    assert len(block) <= 67
+    assert len(block) <= 66
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("block ")]
     assert sum(int(row[3]) for row in rows) <= DISPATCHES

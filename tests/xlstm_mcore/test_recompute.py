@@ -8,14 +8,15 @@ import torch
 from megatron.core import tensor_parallel
 
 from benchmarks.counting.saved_memory import count_saved
-from xlstm_kernels import multihead_norm
+from xlstm_kernels import gated_activation, multihead_norm
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.megatron import compat
 from xlstm_mcore.mixers import mlstm
-from xlstm_mcore.modules import norm
-from xlstm_mcore.recompute import recompute_in_backward, rerun_cell, selective
+from xlstm_mcore.modules import feed_forward, norm
+from xlstm_mcore.modules.products import product_of
+from xlstm_mcore.recompute import recompute_in_backward, rerun_cell, run_again, selective
 
 SECTION = {
     "pattern": "Mms*",
@@ -78,27 +79,6 @@ def test_gradients_are_the_same_bits(groups, settings, precision):
         assert torch.equal(got[name], value), name
 
 
-class ElementwiseCell(torch.autograd.Function):
-    """Keeps q, k, v, the gates and h, as every mLSTM kernel does, and no states."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, igate, fgate):
-        h = v * ((q * k).sum(-1) + igate + fgate)[..., None].to(v.dtype)
-        ctx.save_for_backward(q, k, v, igate, fgate, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:5])
-
-
-@pytest.fixture
-def elementwise_cell(monkeypatch):
-    monkeypatch.setattr(
-        mlstm, "run_mlstm", lambda config, *tensors, **_: ElementwiseCell.apply(*tensors[:5])
-    )
-
-
 def kept(groups, letter, tokens, precision="bf16", **settings):
     """Bytes that one layer keeps for its backward pass."""
     section = {**SECTION, "pattern": letter, "dropout": 0.0}
@@ -118,28 +98,25 @@ def test_a_block_recomputed_in_full_keeps_its_input(groups, letter):
     assert size == 64 * config.hidden_size * 2
 
 
+@pytest.mark.parametrize("mode", ["selective", "cells"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_selective_keeps_what_the_formula_says(groups, elementwise_cell, precision):
-    """Per token of an `M` block, without the cell's own states."""
+def test_a_large_block_keeps_what_the_formula_says(groups, precision, mode):
+    """Per token of an `M` block: its cell keeps neither its states nor its output."""
     size = 2 if precision == "bf16" else 4
-    few, config = kept(groups, "M", 64, precision, recompute="selective")
-    many, _ = kept(groups, "M", 128, precision, recompute="selective")
+    few, config = kept(groups, "M", 64, precision, recompute=mode)
+    many, _ = kept(groups, "M", 128, precision, recompute=mode)
     d, qk, v, f = config.hidden_size, config.qk_dim, config.v_dim, config.ffn_dim
-    # the residual stream twice; q, k, v and o; h; gate and up of the feed-forward part
-    wide = 2 * d + (2 * qk + 2 * v) + v + 2 * f
+    # the residual stream twice; q, k, v and o; gate and up of the feed-forward part
+    wide = 2 * d + (2 * qk + 2 * v) + 2 * f
     gates = 2 * config.num_heads  # in fp32; the soft cap is the cell's
     assert (many - few) / 64 == wide * size + gates * 4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_cells_keep_neither_their_states_nor_their_output(groups, precision):
-    """Per token of an `M` block, with the real cell."""
-    size = 2 if precision == "bf16" else 4
-    few, config = kept(groups, "M", 64, precision, recompute="cells")
-    many, _ = kept(groups, "M", 128, precision, recompute="cells")
-    d, qk, v, f = config.hidden_size, config.qk_dim, config.v_dim, config.ffn_dim
-    wide = 2 * d + (2 * qk + 2 * v) + 2 * f
-    assert (many - few) / 64 == wide * size + 2 * config.num_heads * 4
+def test_a_classic_block_keeps_its_cell_but_with_cells(groups):
+    """The cell is a large part of the block."""
+    selective_size, config = kept(groups, "m", 64, recompute="selective")
+    cells_size, _ = kept(groups, "m", 64, recompute="cells")
+    assert selective_size > cells_size + 64 * config.up_dim * 2  # the output, and states
 
 
 def test_a_cell_runs_once_more_for_all_that_need_it(groups):
@@ -217,6 +194,41 @@ def test_a_kernel_that_keeps_its_inputs_does_not_run_again_for_its_own_gradient(
     assert len(runs) == 3  # nothing needs the output
 
 
+def with_result(function):
+    """The gradients of a function's inputs; its result takes the place of its gradient."""
+
+    def again(d, *inputs):
+        result, gradients = run_again(function, inputs, [True] * len(inputs), d)
+        d.copy_(result)
+        return gradients
+
+    return again
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["run again", "by one kernel"])
+def test_the_operand_of_a_product_is_computed_again(groups, kernel):
+    runs = []
+
+    def scaled(x, scale):
+        runs.append(1)
+        return x.square() * scale
+
+    def again(d, *inputs):
+        return d, with_result(scaled)(d, *inputs)
+
+    torch.manual_seed(0)
+    leaves = [torch.randn(*n, requires_grad=True) for n in [(5, 4), (4,), (3, 4)]]
+    x, scale, weight = leaves
+    with count_saved([scale, weight]) as saved, selective():
+        y = product_of(scaled, (x, scale), weight, False, again if kernel else None)
+    assert saved.bytes == x.numel() * 4 and len(runs) == 1
+    got = torch.autograd.grad(y.square().sum(), leaves)
+    assert len(runs) == 2  # for the weight and for its own gradient
+    expected = torch.autograd.grad((scaled(x, scale) @ weight.t()).square().sum(), leaves)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
     x = torch.randn(1000, requires_grad=True)
     with selective():
@@ -231,19 +243,32 @@ def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
         gc.enable()
 
 
-def test_selective_computes_the_norm_of_a_sum_again(groups, monkeypatch):
-    """As on a GPU, where one kernel adds and normalises."""
+def test_selective_with_the_kernels_of_a_gpu(groups, monkeypatch):
+    """One adds and normalises, one adds gradients, and some leave their result as well."""
 
-    def normalize(*given, layout):
-        return multihead_norm(*given, layout=layout, backend="torch")
+    def normalize(*given, **options):
+        return multihead_norm(*given, backend="torch", **options)
 
-    def both(x, added, *given):
+    def add_norm(x, added, *given):
         total = x + added
         return total, normalize(total, *given, layout="row")
 
+    def norm_again(d, h, weight, kind, eps, gate):
+        return with_result(
+            lambda h, weight, gate: normalize(h, weight, kind, eps, gate=gate, layout="by head")
+        )(d, h, weight, gate)
+
+    def gated_again(d, gate_up, activation):
+        return with_result(lambda x: gated_activation(x, activation))(d, gate_up)[0]
+
     monkeypatch.setattr(norm, "norm_backend", lambda *_: "triton")
     monkeypatch.setattr(norm, "multihead_norm", normalize)
-    monkeypatch.setattr(norm, "add_norm", both)
+    monkeypatch.setattr(norm, "add_norm", add_norm)
+    monkeypatch.setattr(norm, "norm_beside", lambda x, *o: (x, normalize(x, *o, layout="row")))
+    monkeypatch.setattr(mlstm, "norm_is_on_triton", lambda *_: True)
+    monkeypatch.setattr(mlstm, "multihead_norm_again", norm_again)
+    monkeypatch.setattr(feed_forward, "gated_backend", lambda *_: "triton")
+    monkeypatch.setattr(feed_forward, "gated_activation_again", gated_again)
     results = []
     for mode in ("none", "selective"):
         config = make_config(SECTION | {"pattern": "M", "dropout": 0.0}, memory={"recompute": mode})

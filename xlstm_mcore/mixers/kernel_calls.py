@@ -367,8 +367,11 @@ def run_norm_gated_skip(
     )
 
 
-def joins_skip_with_norm(config: XLSTMConfig, h: Tensor) -> bool:
-    """Whether `run_norm_gated_skip` is one kernel, which keeps its inputs alone."""
+def norm_is_on_triton(config: XLSTMConfig, h: Tensor) -> bool:
+    """Whether the norm of `h [..., d]` and what follows is one kernel, which can run backward too.
+
+    It keeps its inputs alone.
+    """
     return config.head_norm != "none" and norm_backend(h, config.kernel_backend) == "triton"
 
 

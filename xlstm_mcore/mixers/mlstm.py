@@ -8,16 +8,18 @@ Tensor parallel by heads; context-parallel ranks pass the cell's state (parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from xlstm_kernels import multihead_norm_again
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
     has_head_norm_kernel,
+    norm_is_on_triton,
     run_head_norm,
     run_mlstm,
 )
 from xlstm_mcore.modules.projections import HeadProjections, Heads
-from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
+from xlstm_mcore.recompute import regather_in_backward
 
 
 class MLSTMMixer(Mixer):
@@ -68,15 +70,21 @@ class MLSTMMixer(Mixer):
             self.config.gate_soft_cap,
             observe=self.observe,
         )
-        gated = recompute_in_backward(
-            self._output,
+        return self.out_proj(
             h,
             self.head_norm_weight,
             ogate,
+            function=self._output,
             keeps_inputs_only=has_head_norm_kernel(self.config, h),
-        )
-        return self.out_proj(gated)[0]
+            again=self._again if norm_is_on_triton(self.config, h) else None,
+        )[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:
         """`sigmoid(o) * norm(h)`, `[s * b, heads * d]`, of `h` and `ogate [b, heads, s, d]`."""
         return run_head_norm(self.config, h, norm_weight, ogate, layout="by head")
+
+    def _again(
+        self, d_output: Tensor, h: Tensor, norm_weight: Tensor, ogate: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        kind, eps = self.config.head_norm, self.config.norm_eps
+        return d_output, multihead_norm_again(d_output, h, norm_weight, kind, eps, ogate)

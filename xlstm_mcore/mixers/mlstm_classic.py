@@ -15,14 +15,14 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
-    joins_skip_with_norm,
+    norm_is_on_triton,
     own_backend,
     run_conv,
     run_mlstm,
     run_norm_gated_skip,
 )
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
-from xlstm_mcore.recompute import recompute_in_backward, regather_in_backward
+from xlstm_mcore.recompute import regather_in_backward
 
 
 class ClassicMLSTMMixer(Mixer):
@@ -91,9 +91,8 @@ class ClassicMLSTMMixer(Mixer):
             observe=self.observe,
         )
         inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z.transpose(0, 1)
-        joined = joins_skip_with_norm(self.config, h)
-        h = recompute_in_backward(self._output, *inputs, keeps_inputs_only=joined)
-        return self.out_proj(h.flatten(0, 1))[0]
+        kernel = norm_is_on_triton(self.config, h)
+        return self.out_proj(*inputs, function=self._output, keeps_inputs_only=kernel)[0]
 
     def _before_cell(
         self,
@@ -122,11 +121,12 @@ class ClassicMLSTMMixer(Mixer):
     def _output(
         self, h: Tensor, norm_weight: Tensor, skip: Tensor, x_c: Tensor, z: Tensor
     ) -> Tensor:
-        """`(norm(h) + skip * x_c) * silu(z)`, `[s, b, inner]`.
+        """`(norm(h) + skip * x_c) * silu(z)`, `[s * b, inner]`.
 
         `h` is `[b, heads, s, d]`, `x_c` `[b, s, inner]` and `z` `[s, b, inner]`.
         """
-        return run_norm_gated_skip(self.config, h, norm_weight, skip, x_c.transpose(0, 1), z)
+        x_c = x_c.transpose(0, 1)
+        return run_norm_gated_skip(self.config, h, norm_weight, skip, x_c, z).flatten(0, 1)
 
     def _gates(self, partial: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations of both gates, `[b, heads/tp, s]`, from this rank's part of all heads'.

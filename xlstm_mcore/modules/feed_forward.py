@@ -3,13 +3,12 @@
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import gated_activation
+from xlstm_kernels import gated_activation, gated_activation_again
 from xlstm_kernels.gated.gated import gated_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.modules.linear import ColumnLinear, output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import set_slices, stacked_slices
-from xlstm_mcore.recompute import recompute_in_backward
 
 
 class FeedForward(nn.Module):
@@ -51,9 +50,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[s(/tp) * b, h] -> [s(/tp) * b, h]`."""
         gate_up = self.linear_fc1(x)[0]
-        kernel = gated_backend(gate_up, self.activation, self.backend) != "torch"
-        inner = recompute_in_backward(self._gated, gate_up, keeps_inputs_only=kernel)
-        return self.linear_fc2(inner)[0]
+        backend = gated_backend(gate_up, self.activation, self.backend)
+        return self.linear_fc2(
+            gate_up,
+            function=self._gated,
+            keeps_inputs_only=backend != "torch",
+            again=self._again if backend == "triton" else None,
+        )[0]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         return gated_activation(gate_up, self.activation, backend=self.backend)
+
+    def _again(self, d_inner: Tensor, gate_up: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        d_gate_up = gated_activation_again(d_inner, gate_up, self.activation)
+        return d_inner, (d_gate_up,)

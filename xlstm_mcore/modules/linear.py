@@ -7,19 +7,22 @@ block that trains.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.products import local_product
+from xlstm_mcore.modules.products import Again, local_product, product_of
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import set_slices, stacked_slices
+from xlstm_mcore.recompute import is_selective, recompute_in_backward
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -39,14 +42,35 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """Megatron's layer with its columns split over ranks, like its input; results are summed."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """`x [s * b, columns/tp]` to `([s(/tp) * b, h], None)`."""
-        if torch.is_grad_enabled() and self.tp_group.size() == 1:
-            return local_product(x, self.weight, self.config.gradient_accumulation_fusion), None
-        if torch.is_grad_enabled() or self.sequence_parallel:
-            return super().forward(x)
-        out = x @ self.weight.t()
-        if self.tp_group.size() > 1:
+    def forward(
+        self,
+        *inputs: Tensor,
+        function: Callable[..., Tensor] | None = None,
+        keeps_inputs_only: bool = False,
+        again: Again | None = None,
+    ) -> tuple[Tensor, None]:
+        """`x [s * b, columns/tp]` to `([s(/tp) * b, h], None)`.
+
+        Args:
+            inputs: `x`, or what `function` makes `x` of.
+            function: See `product_of`; selective recompute does not keep its result.
+            keeps_inputs_only: See `recompute_in_backward`.
+            again: See `product_of`.
+        """
+        into_buffer = self.config.gradient_accumulation_fusion
+        if function is not None and torch.is_grad_enabled() and is_selective():
+            out = product_of(function, inputs, self.weight, into_buffer, again)
+        else:
+            x = inputs[0]
+            if function is not None:
+                x = recompute_in_backward(function, *inputs, keeps_inputs_only=keeps_inputs_only)
+            if torch.is_grad_enabled():
+                out = local_product(x, self.weight, into_buffer)
+            else:
+                out = x @ self.weight.t()
+        if self.sequence_parallel:
+            out = reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        elif self.tp_group.size() > 1:
             out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
         return out, None
 

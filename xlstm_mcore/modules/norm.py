@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlstm_kernels import add_norm, multihead_norm
+from xlstm_kernels import add_norm, multihead_norm, norm_beside
 from xlstm_kernels.norm.norm import norm_backend
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
@@ -31,21 +31,26 @@ class Norm(nn.Module):
         shape = (config.hidden_size,)
         self.weight = new_parameter(config, [ParameterSlice(name, shape, (0,), (0,), shape)])
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, added: Tensor | None = None, *, beside: bool = False) -> Any:
         """Normalise `x [..., hidden]`; same shape and dtype.
 
-        With `added` of that shape the result is `x + added` and the norm of it, by one kernel on a
-        GPU.
+        Args:
+            x: The input.
+            added: A tensor of its shape; the result is `x + added` and the norm of it, by one
+                kernel on a GPU.
+            beside: Whether `x` goes on; the result is `x` and the norm of it, whose gradients one
+                kernel adds up on a GPU.
         """
         kernel = self._kernel(x)
-        if added is not None and kernel == "triton":
-            total, y = add_norm(x, added, self.weight, self.kind, self.eps)
+        if kernel == "triton" and (beside or added is not None):
+            options = self.weight, self.kind, self.eps
+            total, y = norm_beside(x, *options) if added is None else add_norm(x, added, *options)
             return total, known_output(y, self._normalize, total, self.weight)
         total = x if added is None else x + added
         y = recompute_in_backward(
             self._normalize, total, self.weight, keeps_inputs_only=kernel != "torch"
         )
-        return y if added is None else (total, y)
+        return (total, y) if beside or added is not None else y
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._kernel(x) != "torch":

@@ -1,7 +1,15 @@
 """Products of linear layers that share nothing between ranks, and of the gradients' buffers."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from xlstm_mcore.recompute import run_again
+
+# From the gradient of a function's output, which it may overwrite, and the function's inputs: the
+# output, and the gradient of each input.
+Again = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -55,6 +63,54 @@ class _LocalProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = weight_gradient(ctx.weight, grad, x, ctx.into_buffer)
         return d_x, d_weight, None
+
+
+def product_of(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    into_buffer: bool,
+    again: Again | None = None,
+) -> Tensor:
+    """`function(*inputs) @ weight.T`, of which autograd keeps the inputs and not the operand.
+
+    The backward pass needs the operand for the gradient of the weight, and the function's own
+    gradient after that of the operand. Both come from one run of the function, or from one kernel.
+
+    Args:
+        function: Cheap, and a function of the tensors alone: it draws no random numbers, and
+            parameters are among its inputs. It returns `[tokens, columns]`.
+        inputs: Its inputs.
+        weight: `[rows, columns]`.
+        into_buffer: As of `local_product`.
+        again: A kernel for both, or None.
+    """
+    return _ProductOf.apply(function, again, weight, into_buffer, *inputs)
+
+
+class _ProductOf(torch.autograd.Function):
+    """See `product_of`."""
+
+    @staticmethod
+    def forward(ctx, function, again, weight, into_buffer, *inputs):
+        ctx.function, ctx.again, ctx.weight = function, again, weight
+        ctx.into_buffer = into_buffer and hasattr(weight, "main_grad")
+        ctx.save_for_backward(weight, *inputs)
+        return torch.mm(function(*inputs), weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight, *inputs = ctx.saved_tensors
+        d_x = torch.mm(grad, weight)
+        if ctx.again is None:
+            x, d_inputs = run_again(ctx.function, inputs, ctx.needs_input_grad[4:], d_x)
+        else:
+            x, d_inputs = ctx.again(d_x, *inputs)
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            d_weight = weight_gradient(ctx.weight, grad, x, ctx.into_buffer)
+        return None, None, d_weight, None, *d_inputs
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, into_buffer: bool) -> Tensor | None:
