@@ -65,34 +65,33 @@ def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
 
 
 class _Rerun:
-    """A function that runs once more in the backward pass, with a graph for its own gradient."""
+    """A function that runs once more in the backward pass, with a graph for its own gradient.
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-        self.function = function
-        self.needed = [t.requires_grad for t in inputs]
-        self.packed: tuple[Any, ...] = ()
+    It holds no inputs: autograd does, and frees them after the backward pass of their node. A
+    schedule may hold the graph itself for longer.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], needed: Sequence[bool]) -> None:
+        self.function, self.needed = function, needed
         self._found: tuple[Tensor, list[Tensor]] | None = None
 
-    def output_and_inputs(self) -> tuple[Tensor, list[Tensor]]:
+    def output_and_inputs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output of the second run, and the leaves of its graph."""
         if self._found is None:
-            inputs = [
-                _unpack(packed).data.requires_grad_(need)
-                for packed, need in zip(self.packed, self.needed, strict=True)
-            ]
+            leaves = [t.data.requires_grad_(n) for t, n in zip(inputs, self.needed, strict=True)]
             with torch.enable_grad():
-                self._found = self.function(*inputs), inputs
+                self._found = self.function(*leaves), leaves
         return self._found
 
-    def output(self) -> Tensor:
+    def output(self, *inputs: Tensor) -> Tensor:
         """The output, for others."""
-        return self.output_and_inputs()[0].data
+        return self.output_and_inputs(inputs)[0].data
 
-    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+    def gradients(self, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
         """The gradient of each input, None where it needs none. What was held is freed."""
-        output, inputs = self.output_and_inputs()
+        output, leaves = self.output_and_inputs(inputs)
         self._found = None
-        return _gradients_of(output, inputs, grad)
+        return _gradients_of(output, leaves, grad)
 
 
 class LayerMemory:
@@ -213,11 +212,8 @@ def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     if _layer is None or not _layer.cells:
         return function(*inputs)
-    rerun = _Rerun(function, inputs)
-    rerun.packed = tuple(_layer.pack(t) for t in inputs)
-    output = _Rerunning.apply(rerun, *inputs)
-    _layer.recipes[memory_of(output)] = _Recipe(rerun.output, ()), output.untyped_storage()
-    return output
+    rerun = _Rerun(function, [t.requires_grad for t in inputs])
+    return _remember(_Rerunning.apply(rerun, *inputs), rerun.output, inputs)
 
 
 @contextmanager
@@ -272,9 +268,10 @@ class _Rerunning(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rerun, *inputs):
         ctx.rerun = rerun
+        ctx.save_for_backward(*inputs)
         return rerun.function(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, *ctx.rerun.gradients(grad)
+        return None, *ctx.rerun.gradients(ctx.saved_tensors, grad)

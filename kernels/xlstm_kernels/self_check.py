@@ -14,7 +14,7 @@ This module compares the cells; `self_check_layers` compares the kernels around 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -342,40 +342,3 @@ def compare(
                 f"{error:.1e} of the fp64 reference (at most {limit:.0e})"
             )
     return problems
-
-
-class _Again(torch.autograd.Function):
-    """A kernel, and another one that has its gradients and its result in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, kernel, again, probe, *inputs):
-        ctx.again = again
-        ctx.save_for_backward(*inputs)
-        return kernel(*inputs)
-
-    @staticmethod
-    def backward(ctx, d_result):
-        result = d_result.clone()  # which is overwritten
-        gradients = ctx.again(result, *ctx.saved_tensors)
-        return None, None, d_result * result, *gradients
-
-
-def compare_again(
-    name: str,
-    kernel: Callable[..., Tensor],
-    again: Callable[..., Sequence[Tensor]],
-    reference: Callable[..., Tensor],
-    inputs: dict[str, Tensor],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> list[str]:
-    """As `compare`; the result that `again` leaves is the gradient of a factor `1 + probe`."""
-
-    def with_probe(probe: Tensor, *given: Tensor) -> Tensor:
-        result = reference(*given)
-        return result + probe * result.detach()
-
-    result = torch.empty_like(kernel(*(x.to(device) for x in inputs.values())), device="cpu")
-    inputs = {"the result that is left": torch.zeros_like(result), **inputs}
-    run = partial(_Again.apply, kernel, again)
-    return compare(name, run, with_probe, inputs, device, dtype, "result")

@@ -14,12 +14,13 @@ from torch import Tensor
 from xlstm_kernels.conv.conv import causal_conv1d, conv_backend
 from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
-from xlstm_kernels.gated.gated import gated_activation, gated_activation_again, gated_backend
-from xlstm_kernels.norm.norm import add_norm, multihead_norm, multihead_norm_again, norm_backend
+from xlstm_kernels.gated.gated import gated_activation, gated_backend
+from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend
 from xlstm_kernels.norm.skip import norm_gated_skip
 from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
-from xlstm_kernels.self_check import compare, compare_again, two_documents
+from xlstm_kernels.self_check import compare, two_documents
+from xlstm_kernels.self_check_again import compare_again, gated_again, norm_again
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
 CONV_ROWS = 100  # on Triton: three tiles and a part
@@ -111,22 +112,17 @@ def check_gated_activation(
         backend: As for the kernel; None for the one that a run would use.
     """
     chosen = gated_backend(_shaped(device, dtype, tokens, 2 * width), activation, backend)
-
-    def kernel(x: Tensor) -> Tensor:
-        return gated_activation(x, activation, backend=chosen)
+    kernel = partial(gated_activation, activation=activation, backend=chosen)
 
     def reference(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up
 
-    def again(d_out: Tensor, x: Tensor) -> tuple[Tensor]:
-        return (gated_activation_again(d_out, x, activation),)
-
     inputs = {"gate and up": _draw(2 * width).to(dtype)}
     problems = compare("gated_activation", kernel, reference, inputs, device, dtype, "result")
     if chosen == "triton":
-        name = "gated_activation_again"
-        problems += compare_again(name, kernel, again, reference, inputs, device, dtype)
+        of = kernel, gated_again(activation), reference, inputs, device, dtype
+        problems += compare_again("gated_activation_again", *of)
     return problems
 
 
@@ -168,9 +164,8 @@ def check_norm(
         if summed:
             return torch.cat(add_norm(x, gate[0], weight, kind, eps, backend=chosen), dim=-1)
         opened = by_head(gate[0]) if gate else None
-        return multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=chosen).flatten(
-            -2
-        )
+        y = multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=chosen)
+        return y.flatten(-2)
 
     def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
         x = by_head(x + gate[0] if summed else x)
@@ -185,15 +180,8 @@ def check_norm(
     name = "add_norm" if summed else "multihead_norm"
     problems = compare(name, kernel, reference, inputs, device, dtype, "result")
     if chosen == "triton" and gated:
-
-        def again(d_y: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> list[Tensor]:
-            x, gate = (by_head(one).transpose(0, 1)[None] for one in (x, gate))
-            d_x, d_weight, d_gate = multihead_norm_again(d_y, x, weight, kind, eps, gate)
-            rows = (d[0].transpose(0, 1).flatten(1) for d in (d_x, d_gate))
-            return [next(rows), d_weight, next(rows)]
-
-        name = "multihead_norm_again"
-        problems += compare_again(name, kernel, again, reference, inputs, device, dtype)
+        of = kernel, norm_again(heads, width, kind, eps), reference, inputs, device, dtype
+        problems += compare_again("multihead_norm_again", *of)
     return problems
 
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.counting.saved_memory import count_saved
 from xlstm_kernels import gated_activation, multihead_norm
@@ -134,6 +135,19 @@ def test_a_cell_runs_once_more_for_all_that_need_it(groups):
     z.backward()
     assert torch.allclose(x.grad, 4 * x**3 + 2 * x * (x * x).exp())
     assert len(runs) == 2
+
+
+def test_a_cell_frees_its_inputs_though_the_graph_is_held(groups):
+    """A schedule holds the loss of a micro-batch while the next one runs."""
+    x = torch.randn(3, requires_grad=True)
+    with selective(cells=True):
+        y = x + 1
+        z = rerun_cell(torch.square, y).exp().sum()
+    held = StorageWeakRef(y.untyped_storage())
+    del y
+    assert not held.expired()
+    z.backward()
+    assert held.expired()
 
 
 @pytest.mark.parametrize("letter", ["M", "m", "s", "*"])
