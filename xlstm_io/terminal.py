@@ -74,6 +74,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def size_of_model(parameters: int) -> str:
+    """`4.08 M`, `6.87 B`: as people call a model by its number of parameters."""
+    billions = parameters >= 1e9
+    return f"{parameters / (1e9 if billions else 1e6):.2f} {'B' if billions else 'M'}"
+
+
 def reopen_closed_streams() -> None:
     """Give a process whose input, output or errors were closed (`2>&-`) an empty one.
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xlstm_io.errors import ExitCode
-from xlstm_io.terminal import counted, one_line, printable, until_nobody_reads
+from xlstm_io.terminal import counted, one_line, printable, size_of_model, until_nobody_reads
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,10 @@ def test_control_characters_are_spelled_out(text, shown, in_a_line):
 def test_one_thing_has_no_plural():
     assert counted(1, "shard") == "1 shard" and counted(0, "shard") == "0 shards"
     assert counted(2000, "process", "processes") == "2,000 processes"
+
+
+def test_models_are_called_by_millions_or_billions():
+    assert size_of_model(4_081_234) == "4.08 M" and size_of_model(6_865_424_384) == "6.87 B"
 
 
 PRINTS = """

@@ -28,6 +28,7 @@ from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, TENSORBOARD_DIR
 from xlstm_io.checkpoint.evaluation import read_evaluation
 from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
 from xlstm_io.errors import CheckpointError, ConfigError, ExitCode, UserError
+from xlstm_io.terminal import size_of_model
 
 GOAL_NATS = 0.3
 BASELINE_NAMES = {
@@ -193,7 +194,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
     lines = [
         f"run {folder}: {state}, {summary['steps']:,} of {config.run.steps:,} steps",
-        f"model               {summary['parameters'] / 1e6:.2f} M parameters, "
+        f"model               {size_of_model(summary['parameters'])} parameters, "
         f"pattern {config.model.pattern}",
         f"trained on          {tokens:,} tokens",
         "",

@@ -9,13 +9,14 @@ from pretrain.config.kernel_checks import gpus_for_persistent, on_pytorch
 from pretrain.config.schema import RunConfig
 from pretrain.rehearsal.gpus import GPUS
 from pretrain.supervision.progress_file import read_progress
+from xlstm_io.terminal import counted, size_of_model
 from xlstm_mcore.pattern import LETTERS, parse_pattern
 from xlstm_mcore.sizes.flops import forward_flops, state_bytes, training_flops
 from xlstm_mcore.sizes.parameters import count_parameters
 
 
-def _million(count: int) -> str:
-    return f"{count:,} ({count / 1e6:.2f} M)"
+def _parameters(count: int) -> str:
+    return f"{count:,} ({size_of_model(count)})"
 
 
 def _bytes(count: int) -> str:
@@ -80,16 +81,16 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
     counts = count_parameters(model)
     blocks = Counter(parse_pattern(model.pattern).letters)
     replica = layout.tensor * layout.pipeline * layout.context
-    head = "the embedding, tied" if model.tie_embeddings else _million(counts["head"])
+    head = "the embedding, tied" if model.tie_embeddings else _parameters(counts["head"])
     lines = [
-        f"parameters        {_million(counts['total'])}",
-        f"  embedding       {_million(counts['embedding'])}",
+        f"parameters        {_parameters(counts['total'])}",
+        f"  embedding       {_parameters(counts['embedding'])}",
         f"  output layer    {head}",
         f"  {len(counts['layers'])} blocks",
     ]
     for letter, number in blocks.items():
         each = counts["layers"][parse_pattern(model.pattern).letters.index(letter)]
-        lines.append(f"    {number:3} x {letter}       {_million(each)} each: {LETTERS[letter]}")
+        lines.append(f"    {number:3} x {letter}       {_parameters(each)} each: {LETTERS[letter]}")
     forward = forward_flops(model, data.seq_len)
     shares = ", ".join(
         f"{name.replace('_', '-')} {count / sum(forward.values()):.1%}"
@@ -110,7 +111,7 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"({data.global_batch} rows of {data.seq_len})",
         f"tokens in the run {data.ramp.samples(config.run.steps) * data.seq_len:,} "
         f"({config.run.steps:,} steps)",
-        f"one replica       {replica} process{'es' if replica > 1 else ''}: tensor {layout.tensor}"
+        f"one replica       {counted(replica, 'process', 'processes')}: tensor {layout.tensor}"
         f"{' with sequence parallel' if layout.sequence else ''}, pipeline {layout.pipeline}"
         f" (virtual {layout.virtual}), context {layout.context}",
     ]
@@ -118,9 +119,9 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         replicas = data_parallel_size(config, world_size)
         micro = micro_batches(config, replicas)
         lines.append(
-            f"on {world_size} processes    {replicas} data parallel replica"
-            f"{'s' if replicas > 1 else ''}, {micro} micro-batches of {data.micro_batch} rows each "
-            "per step"
+            f"on {world_size} processes    {counted(replicas, 'data parallel replica')}, "
+            f"{counted(micro, 'micro-batch', 'micro-batches')} of "
+            f"{counted(data.micro_batch, 'row')} each per step"
         )
         cost = filled_rows(config, replicas)
         lines += [f"filled batch      {cost}"] if cost else []
