@@ -162,6 +162,8 @@ def _norms_and_loss(
     own = share.tokens // (tensor if share.layout.sequence else 1)
     block = norm | {"width": model.hidden_size, "kind": model.norm, "tokens": own}
     problems = check_norm(**block)
+    if model.residual:  # before a mixer; the kernel of its gradient adds that of the stream
+        problems += check_norm(beside=True, **block)
     if letters & set("Ms*l") and model.residual:  # between a mixer and its feed-forward part
         problems += check_norm(summed=True, **block)
     widths = {"M": sizes.v, "s": model.hidden_size, "l": model.hidden_size}

@@ -15,7 +15,7 @@ from xlstm_kernels.conv.conv import causal_conv1d, conv_backend
 from xlstm_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
 from xlstm_kernels.gated.gated import gated_activation, gated_backend
-from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend
+from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend, norm_beside
 from xlstm_kernels.norm.skip import norm_gated_skip
 from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
@@ -136,10 +136,11 @@ def check_norm(
     heads: int = 1,
     gated: bool = False,
     summed: bool = False,
+    beside: bool = False,
     tokens: int = ROWS,
     backend: str | None = None,
 ) -> list[str]:
-    """What is wrong with `multihead_norm`, or `add_norm`, on a device; as `check_conv`.
+    """What is wrong with `multihead_norm`, `add_norm` or `norm_beside`; as `check_conv`.
 
     Args:
         device: Where the kernel runs.
@@ -150,6 +151,7 @@ def check_norm(
         heads: Number of heads.
         gated: Whether there is an output gate.
         summed: Whether it is `add_norm` of one head, whose sum is compared as well.
+        beside: Whether it is `norm_beside` of one head, with the input that goes on.
         tokens: Of a call in a run.
         backend: "torch", or None for the one that a run would use.
     """
@@ -163,6 +165,8 @@ def check_norm(
     def kernel(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
         if summed:
             return torch.cat(add_norm(x, gate[0], weight, kind, eps, backend=chosen), dim=-1)
+        if beside:
+            return torch.cat(norm_beside(x, weight, kind, eps, backend=chosen), dim=-1)
         opened = by_head(gate[0]) if gate else None
         y = multihead_norm(by_head(x), weight, kind, eps, gate=opened, backend=chosen)
         return y.flatten(-2)
@@ -170,14 +174,14 @@ def check_norm(
     def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
         x = by_head(x + gate[0] if summed else x)
         y = _normed(x, kind, eps).flatten(-2) * weight
-        if summed:
+        if summed or beside:
             return torch.cat((x.flatten(-2), y), dim=-1)
         return y * gate[0].sigmoid() if gate else y
 
     inputs = {"input": draw(), "weight": draw()[0]}
     inputs |= {"gate" if gated else "added": draw().flip(0)} if gated or summed else {}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    name = "add_norm" if summed else "multihead_norm"
+    name = "add_norm" if summed else "norm_beside" if beside else "multihead_norm"
     problems = compare(name, kernel, reference, inputs, device, dtype, "result")
     if chosen == "triton" and gated:
         of = kernel, norm_again(heads, width, kind, eps), reference, inputs, device, dtype

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlstm_kernels import mlstm_chunkwise, self_check, self_check_layers, slstm_scan
+from xlstm_kernels import mlstm_chunkwise, norm_beside, self_check, self_check_layers, slstm_scan
 from xlstm_kernels.common.numba.tasks import FEWEST_ELEMENTS
 from xlstm_kernels.self_check import check_lstm, check_mlstm, check_slstm
 from xlstm_kernels.self_check_layers import (
@@ -32,6 +32,8 @@ ELEMENTWISE = [
     (check_qkv_and_gates, CONVOLVED),
     (check_qkv_and_gates, CONVOLVED | {"carried": True}),
     (check_norm_gated_skip, {"width": 12, "heads": 3, "kind": "layernorm", "eps": 1e-6}),
+    (check_norm, {"width": 24, "summed": True, "kind": "rmsnorm", "eps": 1e-6}),
+    (check_norm, {"width": 24, "beside": True, "kind": "rmsnorm", "eps": 1e-6}),
 ]
 # What the compiled loops take of these.
 LARGE = [
@@ -122,6 +124,16 @@ def test_a_run_with_large_tensors_on_a_cpu_has_its_compiled_loops_compared(
     assert check("cpu", torch.float32, **options) == []
     assert check("cpu", torch.float32, tokens=FEWEST_ELEMENTS // 32, **options) == []
     assert asked == ["torch", "numba"]
+
+
+def test_a_norm_that_forgets_the_gradient_beside_it_is_named(monkeypatch):
+    def planted(x, *rest, **options):
+        return x.detach(), norm_beside(x, *rest, **options)[1]
+
+    monkeypatch.setattr(self_check_layers, "norm_beside", planted)
+    check, options = ELEMENTWISE[-1]
+    (found,) = check("cpu", torch.float32, backend="torch", **options)
+    assert "norm_beside on cpu in float32, gradient of input: off by" in found
 
 
 class WrongGradient(torch.autograd.Function):

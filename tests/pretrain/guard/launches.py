@@ -25,7 +25,7 @@ from pretrain.engines.megatron import MegatronEngine
 from pretrain.guard.kernel_check import kernel_problems
 from pretrain.rehearsal.device import RehearsalMode, as_rank, device
 from pretrain.rehearsal.record import RankRecord
-from xlstm_kernels import self_check, self_check_layers
+from xlstm_kernels import self_check, self_check_again, self_check_layers
 from xlstm_kernels.common.launch_graph import without_graphs
 from xlstm_kernels.common.triton_launch import Launch
 
@@ -128,6 +128,7 @@ def of_check(config: RunConfig) -> set[tuple]:
 
     with (
         mock.patch.object(self_check, "compare", compare),
+        mock.patch.object(self_check_again, "compare", compare),
         mock.patch.object(self_check_layers, "compare", compare),
         mock.patch.object(torch, "equal", lambda *_: True),
         as_rank(0, 1, mode),

@@ -70,12 +70,13 @@ def test_every_kernel_of_every_block_is_looked_at(monkeypatch):
     assert sizes == [(8, 16, "exp"), (8, 4, "sigmoid"), (32, 32, "exp")]
     channels = [o["channels"] for n, o in asked if n == "conv"]
     assert channels == [16, 32, 32 + 8]
+    forms = "gated", "summed", "beside"
     norms = [
-        (o["width"], o.get("heads", 1), *(key for key in ("gated", "summed") if o.get(key)))
+        (o["width"], o.get("heads", 1), *(key for key in forms if o.get(key)))
         for n, o in asked
         if n == "norm"
     ]
-    assert norms == [(32, 1), (32, 1, "summed"), (16, 1), (16, 1, "gated")]
+    assert norms == [(32, 1), (32, 1, "beside"), (32, 1, "summed"), (16, 1), (16, 1, "gated")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
