@@ -103,10 +103,11 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
     ) -> None:
         self._folder, self._rank, self._limits, self._end = folder, rank, limits, end
-        self._state = (STARTUP, 0, time.monotonic())  # replaced as a whole: no lock is needed
+        # Phase, step, since when, and whether a step has begun yet. It is replaced as a whole, so
+        # no lock is needed.
+        self._state = (STARTUP, 0, time.monotonic(), False)
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._median = 0.0
-        self._stepped = False
         self._written: tuple[str, int] | None = None
         self._noted = 0.0
         self._waits_for: Callable[[], str] = str
@@ -115,13 +116,12 @@ class Watchdog:
 
     def moved(self, phase: str, step: int) -> None:
         """This rank has made progress: it now begins `phase`, with `step` steps behind it."""
-        before, done, since = self._state
+        before, done, since, stepped = self._state
         now = time.monotonic()
         if before == STEP == phase and step > done:
             self._recent.append(now - since)
             self._median = sorted(self._recent)[len(self._recent) // 2]
-        self._stepped |= phase == STEP
-        self._state = (phase, step, now)
+        self._state = (phase, step, now, stepped or phase == STEP)
 
     def ask(self, waits_for: Callable[[], str]) -> None:
         """Ask this, from the watchdog's thread, what a rank that stands still is waiting for.
@@ -150,25 +150,25 @@ class Watchdog:
             limits = (self._limits.step, self._limits.evaluation)
             tick = min([tick, *(limit / 4 for limit in limits if limit is not None)])
         while True:
-            phase, step, since = self._state
-            self._note(phase, step)
+            now = time.monotonic()  # before the state: what comes between is no silence
+            phase, step, since, stepped = self._state
+            self._note(phase, step, now)
             if self._limits is not None:
                 limit, key = self._limits.of(phase, self._median), KEYS[phase]
                 # An evaluation that comes first compiles and connects too.
-                if not self._stepped and limit < self._limits.startup:
+                if not stepped and limit < self._limits.startup:
                     limit, key = self._limits.startup, KEYS[STARTUP]
-                silent = time.monotonic() - since
+                silent = now - since
                 if silent > limit:
-                    self._note(phase, step, last=True)
+                    self._note(phase, step, now, last=True)
                     self._report(phase, step, silent, f"{limit:.0f} s, {key}")
                     self._end(ExitCode.HANG)
                     return
             if self._stop.wait(tick):
                 return
 
-    def _note(self, phase: str, step: int, last: bool = False) -> None:
+    def _note(self, phase: str, step: int, now: float, last: bool = False) -> None:
         """Keep `phase-RANK.json` current; a full disk does not stop the watching."""
-        now = time.monotonic()
         goes_on = self._written is not None and self._written[0] == phase and not last
         if self._written == (phase, step) or (goes_on and now - self._noted < NOTE_S):
             return

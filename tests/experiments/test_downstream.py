@@ -65,7 +65,7 @@ def test_accuracies_become_a_table_and_verdicts(harness, tmp_path, monkeypatch, 
     means = {row["model"]: row["mean"]["mean"] for row in made["best"]}
     assert means == pytest.approx({"xLSTM[1:0]": 60.0, "Transformer": 50.0})
     assert [v["holds"] for v in judged] == [True, None]
-    assert judged[0]["measured"] == {"won": 24, "sources": 24}
+    assert judged[0]["measured"] == {"won": 24, "sources": 24, "least share": 1.0}
     assert "43.89" in capsys.readouterr().out, "the paper's mean stands beside ours"
 
 

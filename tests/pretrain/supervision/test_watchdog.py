@@ -235,3 +235,20 @@ def test_watching_ends_with_the_run(tmp_path):
     with watchdog:
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_progress_between_two_looks_is_not_taken_for_silence(tmp_path, clock):
+    """The thread may be held up for minutes between its look at the clock and that at the rank."""
+    watchdog, ends = watch(tmp_path)
+    tells, late = clock.monotonic, [100.0]
+
+    def hold_up():
+        if threading.current_thread().name == "watchdog" and late:
+            clock.now += late.pop()
+            watchdog.moved(STEP, 1)
+        return tells()
+
+    clock.monotonic = hold_up
+    with watchdog:
+        wait_for(lambda: clock.looks > 3)
+    assert not late and not ends
