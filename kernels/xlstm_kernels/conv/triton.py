@@ -69,7 +69,8 @@ def program_place(channels, CHANNELS: tl.constexpr, length, TOKENS: tl.constexpr
     """Row, times and channels of this program; programs go over channels, times, rows."""
     i_program = tl.program_id(0).to(tl.int64)
     across, along = tl.cdiv(channels, CHANNELS), tl.cdiv(length, TOKENS)
-    o_c = i_program % across * CHANNELS + tl.arange(0, CHANNELS)
+    # Without .to every channel of a thread would take two registers.
+    o_c = (i_program % across).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
     o_t = i_program // across % along * TOKENS + tl.arange(0, TOKENS)
     return i_program // across // along, o_t, o_c
 
