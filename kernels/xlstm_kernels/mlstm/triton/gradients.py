@@ -46,11 +46,12 @@ def pair_products(
 @triton.jit
 def pair_gradients(
     b_pairs, b_inverse, b_dnq, gates, first, plane, o_t, o_other, queries,
-    NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """dS of products d_h.v, [o_t, o_other]: o_t are targets if `queries`, and sources if not.
 
-    b_inverse and b_dnq are those of the targets.
+    b_inverse and b_dnq are those of the targets. CAUSAL unless all sources lie before all targets:
+    the mask costs registers.
     """
     if NORMALIZE:
         b_scale = tl.where(queries, b_inverse[:, None], b_inverse[None, :])
@@ -58,14 +59,16 @@ def pair_gradients(
     b_row, b_row_rest = load_exponent(gates, tl.where(queries, TARGET, SOURCE), plane, o_t)
     b_other, b_other_rest = load_exponent(gates, tl.where(queries, SOURCE, TARGET), plane, o_other)
     b_pairs *= pair_weights(b_row, b_row_rest, b_other, b_other_rest)
-    sign = tl.where(queries, 1, -1)
-    m_pairs = (o_t[:, None] - o_other[None, :]) * sign >= 0
+    if CAUSAL:
+        sign = tl.where(queries, 1, -1)
+        b_pairs = tl.where((o_t[:, None] - o_other[None, :]) * sign >= 0, b_pairs, 0.0)
     if BOUNDED:
         b_first = tl.load(first + tl.where(queries, o_t, o_other))  # of the targets
-        m_pairs = m_pairs & tl.where(
+        m_pairs = tl.where(
             queries, b_first[:, None] <= o_other[None, :], b_first[None, :] <= o_t[:, None]
         )
-    return tl.where(m_pairs, b_pairs, 0.0)
+        b_pairs = tl.where(m_pairs, b_pairs, 0.0)
+    return b_pairs
 
 
 @triton.jit
@@ -132,7 +135,7 @@ def target_gradients_kernel(
             )  # fmt: skip
             b_pairs = pair_gradients(
                 b_pairs, b_inverse, b_dnq, gates, first, plane, o_t, o_other, True,
-                NORMALIZE, BOUNDED,
+                True, NORMALIZE, BOUNDED,
             )  # fmt: skip
             p_pairs = d_pairs + (o_chunk + o_t)[:, None] * L + o_other[None, :]
             tl.store(p_pairs, b_pairs.to(d_pairs.dtype.element_ty))
@@ -269,7 +272,7 @@ def query_key_gradients_kernel(
                 b_dnq = tl.load(d_nq + o_target)
             b_scores = pair_gradients(
                 b_scores, b_inverse, b_dnq, gates, first, plane, o_t, o_other, queries,
-                NORMALIZE, BOUNDED,
+                False, NORMALIZE, BOUNDED,
             )  # fmt: skip
         b_out = tl.dot(b_scores.to(b_other_x.dtype), b_other_x, b_out, input_precision=PRECISION)
     b_from_pairs = tl.sum(b_y.to(tl.float32) * b_out, 1)
@@ -288,8 +291,9 @@ def query_key_gradients_kernel(
             b_inverse = tl.load(inverse + o_t)
             b_dnq = tl.load(d_nq + o_t)
         b_inner = pair_gradients(
-            b_inner, b_inverse, b_dnq, gates, first, plane, o_t, o_t, queries, NORMALIZE, BOUNDED
-        )
+            b_inner, b_inverse, b_dnq, gates, first, plane, o_t, o_t, queries,
+            True, NORMALIZE, BOUNDED,
+        )  # fmt: skip
     b_out = tl.dot(b_inner.to(b_x.dtype), b_x, b_out, input_precision=PRECISION)
     # [BT, BX]
     out += i_batch * stride_ob + i_head * stride_oh + start.to(tl.int64) * stride_os
