@@ -236,7 +236,17 @@ RUN_ELSEWHERE = {
             ("precision", "precision.compare("),
             ("precision shards --work precision", "precision.compare("),
             (
-                "precision shards --work precision --steps 200 --hidden 64 --batch 8 --muon",
+                "precision shards --work precision --hidden 64 --batch 8 --muon "
+                '--variants fp32 bf16 "bf16 states"',
+                "precision.compare(",
+            ),
+            (
+                "precision shards --work precision --hidden 64 --batch 8 --patterns mmsm",
+                "precision.compare(",
+            ),
+            (
+                "precision shards --work seed-1 --steps 200 --hidden 64 --batch 8 --patterns mmsm "
+                "--variants fp32 bf16 --seed 1",
                 "precision.compare(",
             ),
         )

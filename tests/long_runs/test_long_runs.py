@@ -65,3 +65,13 @@ def test_bf16_stands_beside_fp32(warm_python, tmp_path, capsys):
     assert {row[1] for row in rows[10:]} == {*precision.GATES}
     # A finished run is read, not repeated.
     assert precision.compare(shards, work, ["M"], ["adamw"], sizes, python="/nowhere") == found
+    some = precision.compare(
+        shards, work, ["M"], ["adamw"], sizes, ("fp32", "bf16"), python="/nowhere"
+    )
+    assert some == {"M with adamw": {"bf16": shares["bf16"]}}
+
+
+def test_a_run_is_named_with_the_one_that_it_is_compared_with(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        precision.main([str(tmp_path), "--work", str(tmp_path), "--variants", "bf16"])
+    assert "'bf16' is compared with 'fp32': name it in --variants too" in capsys.readouterr().err
