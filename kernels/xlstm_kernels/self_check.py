@@ -299,6 +299,11 @@ def two_documents(length: int) -> Tensor:
     return starts
 
 
+def shaped(device: torch.device | str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor of any shape, in the memory of one number: a backend is chosen by it."""
+    return torch.empty(1, device=device, dtype=dtype).expand(shape)
+
+
 def compare(
     name: str,
     kernel: Callable[..., Tensor],

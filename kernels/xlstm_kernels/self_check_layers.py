@@ -19,7 +19,7 @@ from xlstm_kernels.norm.norm import add_norm, multihead_norm, norm_backend, norm
 from xlstm_kernels.norm.skip import norm_gated_skip
 from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
-from xlstm_kernels.self_check import compare, two_documents
+from xlstm_kernels.self_check import compare, shaped, two_documents
 from xlstm_kernels.self_check_again import compare_again, gated_again, norm_again
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
@@ -49,7 +49,7 @@ def check_conv(
         backend: As for the kernel; None for the one that a run would use.
     """
     state = _draw(channels, width - 1)[None] if carried else None
-    chosen = conv_backend(_shaped(device, dtype, 1, tokens, channels), state, backend)
+    chosen = conv_backend(shaped(device, dtype, 1, tokens, channels), state, backend)
     count = CONV_ROWS if chosen == "triton" else ROWS
     starts = two_documents(count)
     starts[:, 0] = not carried  # the first document of the row goes on, or begins
@@ -111,7 +111,7 @@ def check_gated_activation(
         tokens: Of a call in a run.
         backend: As for the kernel; None for the one that a run would use.
     """
-    chosen = gated_backend(_shaped(device, dtype, tokens, 2 * width), activation, backend)
+    chosen = gated_backend(shaped(device, dtype, tokens, 2 * width), activation, backend)
     kernel = partial(gated_activation, activation=activation, backend=chosen)
 
     def reference(x: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def check_norm(
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
-    chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+    chosen = norm_backend(shaped(device, dtype, tokens, heads, width), own)
     draw = partial(_draw, heads * width, _rows(chosen, tokens, heads, width))
 
     def by_head(x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def check_qkv_and_gates(
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
-    chosen = qkv_backend(_shaped(device, dtype, 1, tokens, inner), block, heads, own)
+    chosen = qkv_backend(shaped(device, dtype, 1, tokens, inner), block, heads, own)
     count = _rows(chosen, tokens, heads, inner // heads)
     draw = partial(_draw, inner, count)
     starts = two_documents(count)
@@ -300,7 +300,7 @@ def check_norm_gated_skip(
         backend: "torch", or None for the one that a run would use.
     """
     own = "torch" if backend == "torch" else None
-    chosen = norm_backend(_shaped(device, dtype, tokens, heads, width), own)
+    chosen = norm_backend(shaped(device, dtype, tokens, heads, width), own)
     draw = partial(_draw, heads * width, _rows(chosen, tokens, heads, width))
 
     def kernel(h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def check_loss(
     """
     logits = (8 * _draw(width)).to(dtype)
     labels = torch.arange(len(logits)) * 12345 % width
-    chosen = cross_entropy_backend(_shaped(device, dtype, tokens, width), backend)
+    chosen = cross_entropy_backend(shaped(device, dtype, tokens, width), backend)
 
     def kernel(x: Tensor) -> Tensor:
         return _Loss.apply(x, labels.to(device), soft_cap, chosen)
@@ -375,11 +375,6 @@ def _normed(x: Tensor, kind: str, eps: float) -> Tensor:
     """x with unit variance, or mean square, in its last dimension."""
     centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
     return centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
-
-
-def _shaped(device: torch.device | str, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor of any shape, in the memory of one number."""
-    return torch.empty(1, device=device, dtype=dtype).expand(shape)
 
 
 def _rows(chosen: str, tokens: int, heads: int, width: int) -> int:

@@ -150,7 +150,7 @@ class Watchdog:
             limits = (self._limits.step, self._limits.evaluation)
             tick = min([tick, *(limit / 4 for limit in limits if limit is not None)])
         while True:
-            now = time.monotonic()  # before the state: what comes between is no silence
+            now = time.monotonic()  # read first: progress that comes between counts
             phase, step, since, stepped = self._state
             self._note(phase, step, now)
             if self._limits is not None:
