@@ -55,7 +55,8 @@ def conv_qkv_and_gates(
     if of_conv == qkv_backend(x, qkv_weight.shape[2], heads, backend) == "triton":
         from xlstm_kernels.qkv.convolved_triton import conv_qkv_and_gates_triton
 
-        check_no_tangents("conv_qkv_and_gates", packed, qkv_weight, gate_weight)
+        weights = conv_weight, conv_bias, qkv_weight, gate_weight
+        check_no_tangents("conv_qkv_and_gates", packed, *weights, initial_state)
         conv = conv_weight, conv_bias, initial_state, boundaries
         return conv_qkv_and_gates_triton(
             packed, *conv, tiles_of_heads(qkv_weight, heads), gate_weight, heads
