@@ -43,8 +43,27 @@ def test_a_generated_token_is_timed_and_the_state_counted(model, monkeypatch):
         found = generation.body(grid, cell, Path("unused"), None)
         assert found["measures"]["milliseconds"] > 0
         assert found["measures"]["tokens per second"] > 0
+        assert found["measures"]["times the shortest"] > 0
         sizes[context] = found["state_bytes"]
     assert (sizes[32] > sizes[4]) == (model == "Transformer")
+
+
+def test_a_machine_that_slows_down_does_not_slow_a_context_down(monkeypatch):
+    """Every turn takes twice the time of the turn before it; the longer context 1.5 times."""
+    read = []
+
+    def after(model, section, context, batch):
+        read.append(context)
+        seconds = (context / 16 * 2.0**turn for turn in range(5))
+        return lambda: next(seconds)
+
+    monkeypatch.setattr(generation, "_TOKENS", 5)
+    monkeypatch.setattr(generation, "_after", after)
+    grid = Grid.open("generation", "toy", Path("unused"))
+    cell = cell_of(grid, "Mamba-2", context=24, batch=2)
+    measures = generation.body(grid, cell, Path("unused"), None)["measures"]
+    assert read == [16, 24]
+    assert measures["times the shortest"] == 1.5 and measures["milliseconds"] == 1500
 
 
 def test_the_squared_error_is_that_of_the_mean_number(monkeypatch):
