@@ -23,8 +23,9 @@ class Claim(BaseModel):
         ratio: `measure` of `than` over that of `model` at the largest `over`, at least `at_least`.
         constant: the largest `measure` of `model` over the smallest is at most `at_most`.
         rises: the last `measure` of `model` over `over` exceeds the first by the factor `at_least`.
-        below: every `measure` of `model` is at most `at_most`.
-        above: every `measure` of `model` is at least `at_least`.
+        below: every `measure` of `model` is at most `at_most`; of several seeds by more than
+            chance makes.
+        above: every `measure` of `model` is at least `at_least`, likewise.
         wins: the loss of `model` (of tasks the wrong answers) is below that of `than` on a share of
             the sources of every size, at least `at_least` or more than `more_than`.
         dominates: at every budget the lowest `measure` of `model` is below that of `than`.

@@ -178,8 +178,13 @@ def _lines(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=model)
     if figure.logarithmic:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel(figure.over)
     axes.set_ylabel(figure.label)
     axes.legend(frameon=False, fontsize=8)

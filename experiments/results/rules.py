@@ -234,14 +234,22 @@ def _rises(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
 
 
 def _bounded(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
-    numbers = [row["mean"][claim.measure] for row in _rows(claim, best, claim.model)]
-    if not numbers:
+    """A limit needs no error: one seed is judged as it is, and several by their mean and chance."""
+    rows = _rows(claim, best, claim.model)
+    if not rows:
         return {}, None, f"{claim.model} is not measured"
-    if claim.rule == "below":
-        assert claim.at_most is not None
-        return {"largest": max(numbers)}, max(numbers) <= claim.at_most, ""
-    assert claim.at_least is not None
-    return {"smallest": min(numbers)}, min(numbers) >= claim.at_least, ""
+    factor, limit = (-1.0, claim.at_most) if claim.rule == "below" else (1.0, claim.at_least)
+    assert limit is not None
+    least = min(rows, key=lambda row: factor * row["mean"][claim.measure])
+    measured = {"largest" if factor < 0 else "smallest": least["mean"][claim.measure]}
+    signs = set()
+    for row in rows:
+        inside = _mean(claim, row)
+        inside = summed([inside._replace(factor=1.0, value=factor * (inside.value - limit))])
+        signs.add(inside.value >= 0 if inside.error is None else inside.sign)
+    if False in signs:
+        return measured, False, ""
+    return measured, None if None in signs else True, MAY_BE_CHANCE
 
 
 def _wins(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:

@@ -163,7 +163,7 @@ def test_data_on_which_all_runs_failed_are_not_passed_over():
         ({"rule": "constant", "over": "t", "at_most": 2}, [row("a", 1, t=t) for t in (1, 2)]),
         ({"rule": "rises", "over": "t", "at_least": 2}, [row("a", t, t=t) for t in (1, 2)]),
         ({"rule": "below", "at_most": 2}, [row("a", 1)]),
-        ({"rule": "above", "at_least": 1}, [row("a", 1)]),
+        ({"rule": "above", "at_least": 0.5}, [row("a", 1)]),
         ({"rule": "wins", "than": "b", "at_least": 0.5},
          [row("a", 1) | {"by_source": {"x": 1}}, row("b", 2) | {"by_source": {"x": 2}}]),
     ],
@@ -218,6 +218,19 @@ def test_constant_rises_and_below():
     for rule in ("constant", "rises", "below", "above"):
         claim = {"rule": rule, "model": "c", "at_most": 1.0, "at_least": 1.0, **over}
         assert judged(claim, flat) is None
+
+
+def test_a_limit_is_kept_by_more_than_chance_where_there_are_seeds():
+    """Three seeds with the deviation 0.1: 4.3 standard errors, of 0.058, are 0.25."""
+    below = {"rule": "below", "model": "a", "at_most": 1.0}
+    above = {"rule": "above", "model": "a", "at_least": 1.0}
+    for mean, within in [(0.7, True), (0.8, None), (1.2, None), (1.3, False)]:
+        assert judged(dict(below), [row("a", mean, std=0.1)]) is within
+        assert judged(dict(above), [row("a", 2.0 - mean, std=0.1)]) is within
+        assert judged(dict(below), [row("a", mean, std=0.1, n=1)]) is (mean < 1)
+    mixed = [row("a", mean, std=0.1, t=t) for t, mean in enumerate((0.7, 0.8))]
+    assert judged(dict(below), mixed) is None
+    assert judged(dict(below), [*mixed, row("a", 1.3, std=0.1, t=2)]) is False
 
 
 def test_wins_counts_the_sources_of_each_size():
