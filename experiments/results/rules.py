@@ -244,8 +244,8 @@ def _bounded(claim: Claim, best: Sequence[Mapping[str, Any]]) -> Judged:
     measured = {"largest" if factor < 0 else "smallest": least["mean"][claim.measure]}
     signs = set()
     for row in rows:
-        inside = _mean(claim, row)
-        inside = summed([inside._replace(factor=1.0, value=factor * (inside.value - limit))])
+        mean = _mean(claim, row)
+        inside = summed([mean._replace(value=factor * (mean.value - limit))])
         signs.add(inside.value >= 0 if inside.error is None else inside.sign)
     if False in signs:
         return measured, False, ""
