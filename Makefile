@@ -37,7 +37,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version`. Use: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
-	@echo "installing into $(VENV) (about 2 GB; once)"
+	@echo "installing into $(VENV) (about 3 GB; once)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(INSTALL) -e '.[dev]'
 	@touch $@

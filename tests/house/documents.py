@@ -40,10 +40,14 @@ def commands(name):
     return shell_lines(name) + [code for code in inline if known.match(code)]
 
 
+def anchor_of(heading):
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def anchors(name):
-    """Anchors of a document's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", prose(name), flags=re.M)
-    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+    """Anchors of a document's headings."""
+    return {anchor_of(heading) for heading in re.findall(r"^#+ (.*)$", prose(name), flags=re.M)}
 
 
 def cells(name):

@@ -6,10 +6,14 @@ import subprocess
 
 import pytest
 
+from pretrain.config.messages import _NAMED_ELSEWHERE
+from pretrain.config.schema import FIELDS, SECTIONS
+from slurm.batch_files.site import Site
 from tests.house.documents import (
     DOCUMENTS,
     EXAMPLES,
     ROOT,
+    anchor_of,
     anchors,
     cells,
     prose,
@@ -17,13 +21,15 @@ from tests.house.documents import (
     sections,
 )
 from xlstm_io.errors import exit_code_table
+from xlstm_mcore.old_keys import OLD_KEYS
 
 
 def test_each_named_test_exists():
     named = set()
     for name in DOCUMENTS:
         named |= set(re.findall(r"`(tests/[\w./]+)::(\w+)`", read(name)))
-    assert len(named) >= 14
+        named |= set(re.findall(r'\]\(\.\./(tests/[\w./]+) "(\w+)"\)', read(name)))
+    assert len(named) >= 50
     for path, test in sorted(named):
         assert f"def {test}(" in read(path), f"no {test} in {path}"
 
@@ -31,7 +37,7 @@ def test_each_named_test_exists():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_and_paths_lead_somewhere(name):
     folder = (ROOT / name).parent
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", prose(name)):
+    for target in re.findall(r"\]\((?!http)([^)\s]+)(?:\s[^)]*)?\)", prose(name)):
         path, _, anchor = target.partition("#")
         file = folder / path if path else ROOT / name
         assert file.exists(), f"{name} links to {target}"
@@ -156,3 +162,42 @@ def test_the_five_files_to_read_first_say_what_they_are():
 
 def test_the_exit_codes_are_those_of_the_code():
     assert exit_code_table() in read("docs/exit-codes.md")
+
+
+RUN_KEY = re.compile(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.]+)[`: ]")
+NESTED_KEYS = {
+    f"{key}.{name}"
+    for key, field in FIELDS.items()
+    for name in getattr(field.annotation, "model_fields", ())
+}
+
+
+@pytest.mark.parametrize("name", [n for n in DOCUMENTS if n != "docs/configuration.md"])
+def test_keys_of_a_run_file_exist(name):
+    known = {*FIELDS, *NESTED_KEYS, *OLD_KEYS, "cursor.plan", "tokenizer.sha256"}
+    for key in RUN_KEY.findall(prose(name)):
+        if not key.endswith((".json", ".yaml", ".md", ".py")):
+            assert key in known, f"{name} names {key}"
+
+
+def test_flags_of_other_trainers_are_answered_on_their_page():
+    text = read("docs/from-megatron.md")
+    for theirs, ours in _NAMED_ELSEWHERE.items():
+        assert f"`{ours}" in text, f"{theirs} is {ours}, which docs/from-megatron.md does not name"
+
+
+def test_the_page_about_slurm_lists_every_key_of_a_site_file():
+    text = dict(sections("docs/slurm.md"))["Keys of the site file"]
+    for name, field in Site.model_fields.items():
+        for key in (name, *getattr(field.annotation, "model_fields", ())):
+            assert f"`{key}`" in text, f"{name}: {key} is not in the table"
+
+
+def test_numbers_at_the_head_of_the_benchmarks_are_those_of_their_sections():
+    page = read("docs/benchmarks.md")
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| \[.*?\]\(#(.*?)\) \|$", page, flags=re.M)
+    assert len(rows) >= 8
+    bodies = {anchor_of(heading): text for heading, text in sections("docs/benchmarks.md")}
+    for question, answer, anchor in rows:
+        for number in re.findall(r"\d+(?:[.,]\d+)*", f"{question} {answer}"):
+            assert number in bodies[anchor], f"{question} {number} is not in {anchor}"

@@ -259,6 +259,10 @@ RUN_ELSEWHERE = {
         "tests/pretrain/rehearsal/cases.py",
         "first_step.parts(",
     ),
+    "python -m pytest tests/dist/test_many_ranks.py --many-ranks -s": (
+        "tests/conftest.py",
+        '"--many-ranks"',
+    ),
     "make setup": (".ci/run", "make --no-print-directory setup"),
     "make lint": (".ci/run", "make --no-print-directory lint"),
     "make test": (".ci/run", "make --no-print-directory test"),
