@@ -121,6 +121,9 @@ def markdown() -> str:
         "Without `--no-data` it opens the data and the run folder as well, and compares the free",
         "disk with what the checkpoints will take.",
         "`python -m pretrain check RUN.yaml --help` lists every key with its value.",
+        "",
+        "[One table](#what-may-change) says what may change in mid-run, and",
+        "[another](from-megatron.md#which-key-is-my-flag) which key is a flag of other trainers.",
     ]
     for name, purpose, keys in sections():
         title = f"## `{name}:`"
