@@ -108,6 +108,14 @@ RUN_ELSEWHERE = {
         )
         for command in ("from-hf hf", "from-nxai model.pt")
     },
+    **{
+        f"python -m {words}": ("tests/pretrain/test_from_public_weights.py", evidence)
+        for words, evidence in (
+            ("xlstm_mcore.convert from-hf hf --dry-run", '"from-hf", "hf", "--dry-run"'),
+            ("data_prep tokenizer --from-hf hf --out tok", '"--from-hf", "hf", "--out", "tok"'),
+            ("pretrain evaluate imported my.yaml", '"evaluate", "imported", "my.yaml"'),
+        )
+    },
     "python -m pretrain evaluate CKPT --data.path shards": (
         "tests/pretrain/test_hf_tokenizer.py",
         '"evaluate", str(copy), "--data.path"',
