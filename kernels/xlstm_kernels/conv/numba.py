@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.numba import tasks
-from xlstm_kernels.common.numba.tasks import run_tasks
+from xlstm_kernels.common.numba.tasks import readable, run_tasks
 
 
 def unsupported_reason(
@@ -26,7 +26,7 @@ def conv_numba(
     """
     from xlstm_kernels.conv import numba_loops
 
-    x = _readable(x)
+    x = readable(x)
     y = torch.empty_like(x)
     shapes, inputs = _prepared(x, weight, bias, boundaries, silu)
     run_tasks(numba_loops.forward, _tasks(x), *shapes, y.stride()[:2], *inputs, y)
@@ -35,7 +35,7 @@ def conv_numba(
 
 @conv_numba.register_fake
 def _(x, weight, bias, boundaries, silu):
-    return torch.empty_like(_readable(x))
+    return torch.empty_like(readable(x))
 
 
 @torch.library.custom_op("xlstm_kernels::conv_numba_backward", mutates_args=())
@@ -51,7 +51,7 @@ def _backward(
     from xlstm_kernels.conv import numba_loops
 
     b, _, c = x.shape
-    x, d_y = _readable(x), _readable(d_y)
+    x, d_y = readable(x), readable(d_y)
     d_x, d_bias = torch.empty_like(x), x.new_empty(b, c)
     d_taps = x.new_empty(b, weight.shape[1], c)
     shapes, inputs = _prepared(x, weight, bias, boundaries, silu)
@@ -64,13 +64,8 @@ def _backward(
 
 @_backward.register_fake
 def _(d_y, x, weight, bias, boundaries, silu):
-    d_x = torch.empty_like(_readable(x))
+    d_x = torch.empty_like(readable(x))
     return d_x, x.new_empty(weight.shape), x.new_empty(x.shape[2])
-
-
-def _readable(x: Tensor) -> Tensor:
-    """`x` with unit stride last, copied only if it has none."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tasks(x: Tensor) -> int:

@@ -32,8 +32,7 @@ def softmax_statistics(
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
     """
-    check_float("logits", logits, 2, "[rows, width]")
-    chosen = cross_entropy_backend(logits, backend)
+    chosen = _checked_backend(logits, backend)
     if chosen == "triton":
         from xlstm_kernels.cross_entropy.triton import statistics_triton
 
@@ -55,6 +54,18 @@ def cross_entropy_backend(logits: Tensor, backend: str | None) -> str:
     """Name of the backend that both functions take."""
     rows, width = logits.shape
     return select_backend("cross_entropy", backend, logits, width=width, elements=rows * width)
+
+
+def _checked_backend(logits: Tensor, backend: str | None) -> str:
+    """The backend, which can read these logits where they are: they are written there too."""
+    check_float("logits", logits, 2, "[rows, width]")
+    chosen = cross_entropy_backend(logits, backend)
+    if chosen != "torch" and logits.stride(1) != 1:
+        raise ValueError(
+            f"logits have strides {list(logits.stride())}, but their columns must lie side by "
+            "side; make them contiguous"
+        )
+    return chosen
 
 
 def needs_no_shift(soft_cap: float | None) -> bool:
@@ -88,14 +99,14 @@ def softmax_gradient(
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
     """
-    check_float("logits", logits, 2, "[rows, width]")
+    chosen = _checked_backend(logits, backend)
     for name, vector in (("log_total", log_total), ("grad", grad)):
         check_like(name, vector, (len(logits),), "[rows]", logits)
-    chosen = cross_entropy_backend(logits, backend)
     if chosen == "triton":
         from xlstm_kernels.cross_entropy.triton import gradient_triton
 
-        return gradient_triton(logits, labels, log_total, grad, soft_cap)
+        gradient_triton(logits, labels, log_total, grad, soft_cap)
+        return logits
     if chosen == "numba":
         from xlstm_kernels.cross_entropy.numba import gradient_numba
 

@@ -115,52 +115,29 @@ def _vectors(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("xlstm_kernels::softmax_statistics_triton", mutates_args=())
-def _statistics(logits: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `softmax_statistics`."""
+def statistics_triton(
+    logits: Tensor, labels: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton backend of `softmax_statistics` (checked arguments, same meaning)."""
     out = _vectors(logits)
     run_all([plan_statistics(logits, labels.contiguous(), out, cap)], logits)
     return out
 
 
-@_statistics.register_fake
+@statistics_triton.register_fake
 def _(logits, labels, cap):
     return _vectors(logits)
 
 
 @torch.library.custom_op("xlstm_kernels::softmax_gradient_triton", mutates_args=("logits",))
-def _gradient(
+def gradient_triton(
     logits: Tensor, labels: Tensor, log_total: Tensor, grad: Tensor, cap: float | None
 ) -> None:
-    """See `softmax_gradient`."""
-    vectors = (x.contiguous() for x in (labels, log_total, grad))
+    """Triton backend of `softmax_gradient`, which returns `logits`."""
+    vectors = (x.contiguous() for x in (labels, log_total, grad.float()))
     run_all([plan_gradient(logits, *vectors, cap)], logits)
 
 
-@_gradient.register_fake
+@gradient_triton.register_fake
 def _(logits, labels, log_total, grad, cap):
     return None
-
-
-def _check(logits: Tensor) -> None:
-    if logits.stride(1) != 1:
-        raise ValueError(
-            f"logits have strides {list(logits.stride())}, but their columns must lie side by "
-            "side; make them contiguous"
-        )
-
-
-def statistics_triton(
-    logits: Tensor, labels: Tensor, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton backend of `softmax_statistics` (checked arguments, same meaning)."""
-    _check(logits)
-    return _statistics(logits, labels, cap)
-
-
-def gradient_triton(
-    logits: Tensor, labels: Tensor, log_total: Tensor, grad: Tensor, cap: float | None
-) -> Tensor:
-    """Triton backend of `softmax_gradient` (checked arguments, same meaning)."""
-    _check(logits)
-    _gradient(logits, labels, log_total, grad.float(), cap)
-    return logits

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xlstm_kernels.common.numba.tasks import run_tasks, unsupported_reason
+from xlstm_kernels.common.numba.tasks import readable, run_tasks, unsupported_reason
 
 __all__ = ["gated_skip_numba", "unsupported_reason"]
 
@@ -17,10 +17,10 @@ def gated_skip_numba(h: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor
 
     rows, batch, width = h.shape
     y = h.new_empty(h.shape)
-    inputs = [_readable(one) for one in (h, x, gate)]
+    inputs = [readable(one) for one in (h, x, gate)]
     run_tasks(
         numba_loops.forward_skip, rows, batch, width, *(one.stride()[:2] for one in inputs),
-        *inputs, skip.contiguous(), y,
+        *inputs, skip.float().contiguous(), y,
     )  # fmt: skip
     return y
 
@@ -40,10 +40,10 @@ def _backward(
     rows, batch, width = h.shape
     d_h, d_x, d_gate = (h.new_empty(h.shape) for _ in range(3))
     d_skip = h.new_empty(PARTS, width)
-    inputs = [_readable(one) for one in (d_y, h, x, gate)]
+    inputs = [readable(one) for one in (d_y, h, x, gate)]
     run_tasks(
         numba_loops.backward_skip, PARTS, PARTS, rows, batch, width,
-        *(one.stride()[:2] for one in inputs), *inputs, skip.contiguous(),
+        *(one.stride()[:2] for one in inputs), *inputs, skip.float().contiguous(),
         d_h, d_x, d_gate, d_skip,
     )  # fmt: skip
     return d_h, d_skip.sum(0), d_x, d_gate
@@ -52,7 +52,7 @@ def _backward(
 @_backward.register_fake
 def _(d_y, h, skip, x, gate):
     d_h, d_x, d_gate = (h.new_empty(h.shape) for _ in range(3))
-    return d_h, skip.new_empty(skip.shape), d_x, d_gate
+    return d_h, h.new_empty(skip.shape), d_x, d_gate
 
 
 def _save(ctx, inputs, output):
@@ -64,8 +64,3 @@ def _differentiate(ctx, d_y):
 
 
 gated_skip_numba.register_autograd(_differentiate, setup_context=_save)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """`x` with unit stride last, copied only if it has none."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.numba import tasks
-from xlstm_kernels.common.numba.tasks import run_tasks
+from xlstm_kernels.common.numba.tasks import readable, run_tasks
 
 PARTS = 32  # of the rows, with a sum of the weight's gradient each
 
@@ -21,11 +21,11 @@ def _norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, centered: 
 
     outer, inner, heads, d = x.shape
     y = x.new_empty(x.shape)
-    x = _readable(x)
-    other = x if gate is None else _readable(gate)
+    x = readable(x)
+    other = x if gate is None else readable(gate)
     run_tasks(
         numba_loops.forward, outer * inner, inner, heads, d, eps, centered, gate is not None,
-        x.stride()[:3], other.stride()[:3], x, weight.contiguous(), other, y,
+        x.stride()[:3], other.stride()[:3], x, weight.float().contiguous(), other, y,
     )  # fmt: skip
     return y
 
@@ -45,13 +45,13 @@ def _backward(
     outer, inner, heads, d = x.shape
     d_weight = x.new_empty(PARTS, heads * d)
     d_gate = x.new_empty(0 if gate is None else x.shape)
-    d_y, x = _readable(d_y), _readable(x)
+    d_y, x = readable(d_y), readable(x)
     d_x = torch.empty_like(x)  # as x lies: cells take their gradient by head, without a copy
-    other = x if gate is None else _readable(gate)
+    other = x if gate is None else readable(gate)
     run_tasks(
         numba_loops.backward, PARTS, PARTS, outer * inner, inner, heads, d, eps, centered,
         gate is not None, d_y.stride()[:3], x.stride()[:3], other.stride()[:3], d_x.stride()[:3],
-        d_y, x, weight.contiguous(), other, d_x, d_x if gate is None else d_gate, d_weight,
+        d_y, x, weight.float().contiguous(), other, d_x, d_x if gate is None else d_gate, d_weight,
     )  # fmt: skip
     return d_x, d_weight.sum(0), d_gate
 
@@ -59,7 +59,7 @@ def _backward(
 @_backward.register_fake
 def _(d_y, x, weight, gate, eps, centered):
     d_gate = x.new_empty(0 if gate is None else x.shape)
-    return torch.empty_like(_readable(x)), x.new_empty(weight.shape), d_gate
+    return torch.empty_like(readable(x)), x.new_empty(weight.shape), d_gate
 
 
 def _save(ctx, inputs, output):
@@ -74,11 +74,6 @@ def _differentiate(ctx, d_y):
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """`x` with unit stride last, copied only if it has none."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def multihead_norm_numba(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.numba import tasks
-from xlstm_kernels.common.numba.tasks import run_tasks
+from xlstm_kernels.common.numba.tasks import readable, run_tasks
 
 PARTS = 16  # of the tokens, with a sum of the weights' gradients each
 WIDTH = 4  # of a block
@@ -30,11 +30,11 @@ def qkv_and_gates_numba(
     from xlstm_kernels.qkv import numba_loops
 
     q, k, v, gates = _results(x, gate_weight, heads)
-    sources = _readable(convolved), _readable(x)
+    sources = readable(convolved), readable(x)
     run_tasks(
         numba_loops.forward, x.shape[0] * x.shape[1] // TOKENS, *_sizes(q, gates),
         *(source.stride()[:2] for source in sources), *sources,
-        _diagonals(qkv_weight), gate_weight.contiguous(), q, k, v, gates,
+        _diagonals(qkv_weight), gate_weight.float().contiguous(), q, k, v, gates,
     )  # fmt: skip
     return q, k, v, gates
 
@@ -62,24 +62,24 @@ def _backward(
     from xlstm_kernels.qkv import numba_loops
 
     inner = x.shape[2]
-    d_convolved, d_x = torch.empty_like(convolved), torch.empty_like(x)
     d_diagonals = x.new_empty(PARTS, 3, WIDTH, inner)
     d_gate_weight = x.new_empty(PARTS, *gate_weight.shape)
-    sources, gradients = (_readable(convolved), _readable(x)), (d_convolved, d_x)
+    sources = readable(convolved), readable(x)
+    gradients = [torch.empty_like(one) for one in sources]
     run_tasks(
         numba_loops.backward, PARTS, PARTS, len(x), *_sizes(q, d_gates),
         *(one.stride()[:2] for one in (*sources, *gradients)),
         *(one.contiguous() for one in (d_q, d_k, d_v, d_gates)), *sources,
-        _diagonals(qkv_weight.mT), gate_weight.contiguous(), q, k, v,
+        _diagonals(qkv_weight.mT), gate_weight.float().contiguous(), q, k, v,
         *gradients, d_diagonals, d_gate_weight,
     )  # fmt: skip
-    return d_convolved, d_x, _blocks(d_diagonals.sum(0)), d_gate_weight.sum(0)
+    return *gradients, _blocks(d_diagonals.sum(0)), d_gate_weight.sum(0)
 
 
 @_backward.register_fake
 def _(d_q, d_k, d_v, d_gates, convolved, x, qkv_weight, gate_weight, q, k, v):
-    d_weights = qkv_weight.new_empty(qkv_weight.shape), gate_weight.new_empty(gate_weight.shape)
-    return torch.empty_like(convolved), torch.empty_like(x), *d_weights
+    d_weights = x.new_empty(qkv_weight.shape), x.new_empty(gate_weight.shape)
+    return *(torch.empty_like(readable(one)) for one in (convolved, x)), *d_weights
 
 
 def _save(ctx, inputs, output):
@@ -106,11 +106,6 @@ def _sizes(q: Tensor, gates: Tensor) -> tuple[int, int, int, int]:
     return q.shape[2], q.shape[1], q.shape[3], gates.shape[2]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """`x` with unit stride last, copied only if it has none."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _turned() -> tuple[Tensor, Tensor]:
     """Rows and columns [turn, row] of a block, by how far the column lies after the row."""
     row = torch.arange(WIDTH).expand(WIDTH, WIDTH)
@@ -120,7 +115,7 @@ def _turned() -> tuple[Tensor, Tensor]:
 def _diagonals(weight: Tensor) -> Tensor:
     """Blocks [3 * blocks, out, in] as [3, turn, inner]: what multiplies inputs turned so far."""
     row, column = _turned()
-    turned = weight.unflatten(0, (3, -1))[..., row, column]  # [3, blocks, turn, out]
+    turned = weight.float().unflatten(0, (3, -1))[..., row, column]  # [3, blocks, turn, out]
     return turned.transpose(1, 2).reshape(3, WIDTH, -1).contiguous()
 
 

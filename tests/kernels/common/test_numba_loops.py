@@ -84,6 +84,50 @@ def test_a_part_of_wider_rows_of_logits_is_written_in_place():
     torch.testing.assert_close(d.double(), exact[2], rtol=1e-5, atol=1e-6)
 
 
+def test_columns_of_logits_that_lie_apart_are_refused():
+    logits, labels = torch.randn(16, 4).t(), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="side by side"):
+        softmax_statistics(logits, labels, None, backend="numba")
+    with pytest.raises(ValueError, match="side by side"):
+        softmax_gradient(logits, labels, logits[:, 0], logits[:, 0], None, backend="numba")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_and_gates_may_have_another_type_than_the_input(dtype):
+    torch.manual_seed(0)
+    x, like_x = torch.randn(2, 8, 16), (2, 8, 16)
+    shapes = (128,), like_x, (16,), like_x, like_x, like_x, (12, 4, 4), (2, 48)
+    given = [torch.randn(shape).to(dtype) for shape in shapes]
+
+    def run(given):
+        weight, gate, skip, beside, opening, convolved, blocks, gates = leaves = [
+            one.clone().requires_grad_() for one in given
+        ]
+        outputs = (
+            multihead_norm(x, weight, "rmsnorm", 1e-6, gate=gate, backend="numba"),
+            gated_skip(x, skip, beside, opening, backend="numba"),
+            *qkv_and_gates(convolved, x, blocks, gates, 1, backend="numba"),
+        )
+        return outputs, torch.autograd.grad(sum(one.sum() for one in outputs), leaves)
+
+    (outputs, grads), (expected, expected_grads) = run(given), run([one.float() for one in given])
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+    for grad, other in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad, other.to(dtype))
+
+
+def test_gradients_of_tokens_that_lie_side_by_side():
+    torch.manual_seed(0)
+    blocks, gates = torch.randn(12, 4, 4), torch.randn(2, 48)
+    turned = [torch.randn(1, 16, 8).transpose(1, 2) for _ in range(2)]
+    found = []
+    for leaves in (turned, [one.contiguous() for one in turned]):
+        leaves = [one.detach().requires_grad_() for one in leaves]
+        outputs = qkv_and_gates(*leaves, blocks, gates, 1, backend="numba")
+        found.append(torch.autograd.grad(sum(one.square().sum() for one in outputs), leaves))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e-3])
 def test_swiglu_values_and_gradients(scale):
     torch.manual_seed(0)

@@ -64,7 +64,7 @@ def test_custom_op_rules():
     logits, labels, grad = make_inputs(6, 20)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        cross_entropy_triton._statistics, (logits, labels, 30.0), test_utils=tests
+        cross_entropy_triton.statistics_triton, (logits, labels, 30.0), test_utils=tests
     )
     arguments = (logits, labels, torch.zeros(6), grad, 30.0)
-    torch.library.opcheck(cross_entropy_triton._gradient, arguments, test_utils=tests)
+    torch.library.opcheck(cross_entropy_triton.gradient_triton, arguments, test_utils=tests)

@@ -40,6 +40,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "compiled-loops")
 
 
+def readable(x: Tensor) -> Tensor:
+    """`x` in float32 with unit stride last, as the loops read it; copied only if it is not so."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def run_tasks(loop, tasks: int, *arguments) -> None:
     """Call loop(first_task, end_task, *arguments) for all tasks, spread over torch's threads.
 
