@@ -78,50 +78,47 @@ BACKENDS = {
 }
 
 
-def select_backend(kernel: str, backend: str | None, like: Tensor | None = None, **facts) -> str:
+def select_backend(kernel: str, backend: str | None, like: Tensor, **facts) -> str:
     """Name of the backend that runs `kernel`: the requested one, or the best one that can.
 
     Args:
         kernel: A key of `BACKENDS`.
         backend: The requested one, or None for the best one.
-        like: An input of the call, of which device and dtype count. Without it only "torch" is
-            chosen unasked.
+        like: An input of the call, of which device and dtype count.
         facts: What else backends decide by, such as sizes.
 
     Raises:
         ValueError: If `backend` names something that `kernel` does not have (the message lists
             what exists), or that cannot run this call (the message says why).
     """
-    device, dtype = (None, None) if like is None else (like.device, like.dtype)
-    return _select(kernel, backend, device, dtype, tuple(facts), tuple(facts.values()))
+    return _select(kernel, backend, like.device, like.dtype, tuple(facts), tuple(facts.values()))
 
 
 def _select(
     kernel: str,
     backend: str | None,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
+    device: torch.device,
+    dtype: torch.dtype,
     names: tuple,
     values: tuple,
 ) -> str:
-    like = None if device is None else Like(device, dtype)
-    facts = dict(zip(names, values, strict=True))
+    like, facts = Like(device, dtype), dict(zip(names, values, strict=True))
     available = BACKENDS[kernel]
     if backend is None:
         reasons = []
         for one in available:
-            reason = None if one.module is None else _unsupported_reason(one, like, False, facts)
+            reason = _unsupported_reason(one, like, False, facts)
             if reason is None:
                 why = "; ".join(reasons) or "it is the preferred one and can run this call"
-                _say_once(kernel, one.name, None if like is None else str(like.device), why)
+                _say_once(kernel, one.name, str(device), why)
                 return one.name
             reasons.append(f"not {one.name!r}: {reason}")
     for one in available:
         if one.name == backend:
-            reason = None if one.module is None else _unsupported_reason(one, like, True, facts)
+            reason = _unsupported_reason(one, like, True, facts)
             if reason is not None:
                 raise ValueError(f"backend={backend!r} cannot run this {kernel}: {reason}")
-            _say_once(kernel, one.name, None if like is None else str(like.device), "asked for")
+            _say_once(kernel, one.name, str(device), "asked for")
             return one.name
     raise ValueError(
         f"backend={backend!r} does not exist for {kernel}; "
@@ -134,9 +131,9 @@ def _select(
 _select._dynamo_marked_constant = True
 
 
-def _unsupported_reason(one: Backend, like: Like | None, asked: bool, facts: dict) -> str | None:
-    if like is None and not asked:
-        return "nothing is known of the call"
+def _unsupported_reason(one: Backend, like: Like, asked: bool, facts: dict) -> str | None:
+    if one.module is None:
+        return None
     if one.needs is not None and not _installed(one.needs):
         return f"the package {one.needs!r} is not installed; pip install {one.needs}"
     if not asked and one.needs == "triton" and like.device.type == "cpu":
@@ -150,5 +147,5 @@ def _installed(package: str) -> bool:
 
 
 @cache
-def _say_once(kernel: str, name: str, device: str | None, why: str) -> None:
-    log.info("%s on %s: backend %r (%s)", kernel, device or "any device", name, why)
+def _say_once(kernel: str, name: str, device: str, why: str) -> None:
+    log.info("%s on %s: backend %r (%s)", kernel, device, name, why)

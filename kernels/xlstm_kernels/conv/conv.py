@@ -49,37 +49,24 @@ def causal_conv1d(
     """
     check_conv_arguments(x, weight, bias, initial_state, boundaries)
     check_choice("activation", activation, (None, "silu"))
-    (b, s, c), width = x.shape, weight.shape[1]
+    width, silus = weight.shape[1], activation == "silu"
     chosen = conv_backend(x, initial_state, backend)
-    if chosen != "torch":
-        silus = activation == "silu"
-        if chosen == "triton":
-            from xlstm_kernels.conv.triton import conv_triton
+    if chosen == "triton":
+        from xlstm_kernels.conv.triton import conv_triton
 
-            y = conv_triton(x, weight, bias, initial_state, boundaries, silus)
-        else:
-            from xlstm_kernels.conv.numba import conv_numba
+        y = conv_triton(x, weight, bias, initial_state, boundaries, silus)
+    elif chosen == "numba":
+        from xlstm_kernels.conv.numba import conv_numba
 
-            y = conv_numba(x, weight, bias, boundaries, silus)
-        return (y, _last_state(x, initial_state, boundaries, width)) if return_last_state else y
-
-    if initial_state is None:
-        before = x.new_zeros(b, width - 1, c)
+        y = conv_numba(x, weight, bias, boundaries, silus)
     else:
-        before = initial_state.transpose(1, 2).to(x.dtype)
-    padded = torch.cat([before, x], 1)
-    document = None
-    if boundaries is not None:  # number of the document that each row of `padded` belongs to
-        document = pad(boundaries.cumsum(1), (width - 1, 0))
-    y = conv_taps(padded, weight, bias, document).to(x.dtype)
-    if activation == "silu":
-        y = silu(y)
-    if not return_last_state:
-        return y
-    state = padded[:, s:]
-    if document is not None:
-        state = state.masked_fill((document[:, s:] != document[:, -1:])[..., None], 0)
-    return y, state.transpose(1, 2).contiguous()
+        document = None
+        if boundaries is not None:  # number of the document that each padded row belongs to
+            document = pad(boundaries.cumsum(1), (width - 1, 0))
+        padded = torch.cat([_inputs_before(x, initial_state, width), x], 1)
+        y = conv_taps(padded, weight, bias, document).to(x.dtype)
+        y = silu(y) if silus else y
+    return (y, _last_state(x, initial_state, boundaries, width)) if return_last_state else y
 
 
 def check_conv_arguments(
@@ -109,23 +96,25 @@ def conv_backend(x: Tensor, initial_state: Tensor | None, backend: str | None) -
     return select_backend("causal_conv1d", backend, x, state=initial_state is not None, **facts)
 
 
-def _last_state(x, initial_state, boundaries, width):
+def _inputs_before(x: Tensor, initial_state: Tensor | None, width: int) -> Tensor:
+    """The inputs before x, oldest first, [b, width - 1, c]."""
+    if initial_state is None:
+        return x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    return initial_state.transpose(1, 2).to(x.dtype)
+
+
+def _last_state(
+    x: Tensor, initial_state: Tensor | None, boundaries: Tensor | None, width: int
+) -> Tensor:
     """State after x, from the last width - 1 inputs alone."""
-    b, s, c = x.shape
-    if width == 1:
-        return x.new_zeros(b, c, 0)
-    seen = x[:, max(s - width + 1, 0) :]
+    first = max(x.shape[1] - width + 1, 0)
+    seen = x[:, first:]
     if seen.shape[1] < width - 1:
-        if initial_state is None:
-            before = x.new_zeros(b, width - 1, c)
-        else:
-            before = initial_state.transpose(1, 2).to(x.dtype)
-        seen = torch.cat([before, seen], 1)[:, -(width - 1) :]
+        seen = torch.cat([_inputs_before(x, initial_state, width), seen], 1)[:, -(width - 1) :]
     if boundaries is not None:  # zeros for what lies before the last start
-        tail = boundaries[:, max(s - width + 1, 0) :].cumsum(1)
+        tail = boundaries[:, first:].cumsum(1)
         document = pad(tail, (width - 1 - tail.shape[1], 0))
-        lost = document != document[:, -1:]
-        seen = seen.masked_fill(lost[..., None], 0)
+        seen = seen.masked_fill((document != document[:, -1:])[..., None], 0)
     return seen.transpose(1, 2).contiguous()
 
 
