@@ -65,7 +65,8 @@ def checked_model(
     largest = max(*sizes, widths.slstm_ffn, heads, model.num_heads, model.conv_width)
     if largest >= LARGEST:
         raise error(f"{source}: a width of {largest} is not one of a model")
-    divided = {"M": (widths.qk, widths.v), "m": (widths.up,), "s": (model.hidden_size,)}
+    by_head = (model.hidden_size,)
+    divided = {"M": (widths.qk, widths.v), "m": (widths.up,), "s": by_head, "l": by_head}
     for width in (width for letter in letters for width in divided.get(letter, ())):
         if width % model.num_heads:
             raise error(f"{source}: {model.num_heads} heads do not divide a width of {width}")

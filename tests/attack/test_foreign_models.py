@@ -192,6 +192,7 @@ def test_configurations_without_sense(folder, capsys, changes, words):
         ({"ffn_dim": 4096}, "has shape [192, 64]"),
         ({"hidden_size": "wide"}, "model.hidden_size=wide"),
         ({"norm": None}, "model.norm=None"),
+        ({"pattern": "l", "num_heads": 5}, "5 heads do not divide a width of 64"),
         ({"num_heads": 10**9}, "heads do not divide"),
     ],
 )
