@@ -5,8 +5,8 @@ micro-batch about ten times and keeps several fp32 copies of them. At a vocabula
 logits are the largest tensor of the step. There are two ways around this, by their size:
 
 - If the logits fit, `vocab_parallel_cross_entropy` holds them once, in their own type, with fp32
-  copies of a few rows beside them (none on a GPU, where a kernel reads them once), and writes the
-  gradient over them.
+  copies of a few rows beside them (none where a kernel reads them once), and writes the gradient
+  over them.
 - If they do not fit, `linear_cross_entropy` never holds them all. It takes the head's weight a
   slice of the vocabulary at a time, in the forward pass for the logsumexp and again in the backward
   pass for the gradients, which costs one more product with the head (1 % of a 7B's step). Slices
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xlstm_kernels import softmax_gradient, softmax_statistics
-from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend, needs_no_shift
+from xlstm_kernels.cross_entropy.cross_entropy import cross_entropy_backend
 from xlstm_mcore.modules.products import add_product
 
 # Logits that are handled at a time: they should stay in a CPU core's cache, and fill a GPU.
@@ -44,8 +44,7 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: `[..., vocab/tp]`, from this rank's rows of the head, in the order of ranks. Its
-            memory is used for the capped logits and then for the gradient: nothing else may read
-            it afterwards.
+            memory is used for the gradient: nothing else may read it afterwards.
         labels: Int64 `[...]` in the whole vocabulary.
         soft_cap: The cap, or None.
         group: The tensor-parallel group.
@@ -126,12 +125,15 @@ class _CrossEntropy(torch.autograd.Function):
         rows = logits.detach().reshape(-1, width)
         real = _real_columns(width, tokens, group)
         labels_here = labels.reshape(-1) - group.rank() * width
-        ctx.kernels = cross_entropy_backend(rows[:, :real], backend)
-        if real and ctx.kernels != "torch":
-            found = softmax_statistics(rows[:, :real], labels_here, soft_cap, backend=ctx.kernels)
-        else:
-            found = _statistics_by_rows(rows, labels_here, real, soft_cap)
-        log_total, chosen = _over_ranks(*found, group)
+        ctx.backend = cross_entropy_backend(rows[:, :real], backend)
+        ctx.parts = _row_slices(rows, ctx.backend) if real else []
+        found = [
+            softmax_statistics(rows[part, :real], labels_here[part], soft_cap, backend=ctx.backend)
+            for part in ctx.parts
+        ]
+        if len(found) > 1:
+            found = [tuple(map(torch.cat, zip(*found, strict=True)))]
+        log_total, chosen = _over_ranks(*(found[0] if real else _of_no_columns(rows)), group)
         ctx.save_for_backward(labels_here, log_total)
         # Not a saved tensor: autograd would object to its memory being used again.
         ctx.rows, ctx.soft_cap, ctx.shape, ctx.real = rows, soft_cap, logits.shape, real
@@ -144,45 +146,12 @@ class _CrossEntropy(torch.autograd.Function):
         rows, ctx.rows = ctx.rows, None
         if rows is None:
             raise RuntimeError("the loss can be differentiated once: its memory is used again")
-        cap, grad, dtype, real = ctx.soft_cap, grad.reshape(-1), log_total.dtype, ctx.real
-        if real < rows.shape[1]:
-            rows[:, real:] = 0.0
-        if real and ctx.kernels != "torch":
-            given = rows[:, :real], labels_here, log_total, grad, cap
-            softmax_gradient(*given, backend=ctx.kernels)
-            return rows.view(ctx.shape), *[None] * 5
-        local, mine = _local_labels(labels_here, 0, real)
-        for part in _row_slices(rows) if real else ():
-            y = rows[part, :real]
-            if y.dtype != dtype:  # the forward pass could not leave the capped logits there
-                y = _cap_in_place(y.to(dtype), cap)
-            d = _gradient(y, log_total[part], local[part], mine[part], grad[part], cap)
-            rows[part, :real] = d
+        rows[:, ctx.real :] = 0.0
+        grad = grad.reshape(-1)
+        for part in ctx.parts:
+            given = labels_here[part], log_total[part], grad[part], ctx.soft_cap
+            softmax_gradient(rows[part, : ctx.real], *given, backend=ctx.backend)
         return rows.view(ctx.shape), *[None] * 5
-
-
-def _statistics_by_rows(
-    rows: Tensor, labels_here: Tensor, real: int, soft_cap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `softmax_statistics` says of the first `real` columns, a few rows at a time.
-
-    Capped logits stay in `rows` where their type allows it.
-    """
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    local, mine = _local_labels(labels_here, 0, real)
-    shifts = not needs_no_shift(soft_cap)
-    largest = rows.new_full((len(rows),), -torch.inf if shifts or not real else 0.0, dtype=dtype)
-    total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-    for part in _row_slices(rows) if real else ():
-        y = _cap_in_place(rows[part, :real].to(dtype), soft_cap)
-        chosen[part] = y.gather(1, local[part, None]).squeeze(1)
-        if shifts:
-            largest[part] = y.amax(dim=1)
-            y = y.sub(largest[part, None])
-            total[part] = y.exp_().sum(dim=1)
-        else:
-            total[part] = y.exp().sum(dim=1)
-    return largest, total, torch.where(mine, chosen, 0.0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -191,13 +160,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, soft_cap, group, slice_bytes, tokens, backend):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         labels_here = labels.reshape(-1) - group.rank() * len(weight)
-        width = _slice_width(slice_bytes, len(rows), dtype.itemsize)
         real = _real_columns(len(weight), tokens, group)
-
-        largest = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
-        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+        largest, total, chosen = _of_no_columns(rows)
+        width = _slice_width(slice_bytes, len(rows), total.dtype.itemsize)
         for first in range(0, real, width):
             logits = rows @ weight[first : min(first + width, real)].t()
             top, more, own = softmax_statistics(
@@ -233,14 +199,10 @@ def _real_columns(width: int, tokens: int | None, group: dist.ProcessGroup) -> i
     return width if tokens is None else min(max(tokens - group.rank() * width, 0), width)
 
 
-def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Labels counted from column `first`, and which of them lie in the next `width` columns.
-
-    Those outside are 0, so that they can index a row.
-    """
-    local = labels - first
-    mine = (local >= 0) & (local < width)
-    return torch.where(mine, local, 0), mine
+def _of_no_columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `softmax_statistics` says of no columns at all."""
+    total = rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+    return torch.full_like(total, -torch.inf), total, total.clone()
 
 
 def _over_ranks(
@@ -263,24 +225,10 @@ def _over_ranks(
     return total.log() + largest, chosen
 
 
-def _gradient(
-    y: Tensor, log_total: Tensor, local: Tensor, mine: Tensor, grad: Tensor, cap: float | None
-) -> Tensor:
-    """Gradient of the losses with respect to the logits, from the capped logits `y`."""
-    d = y.sub(log_total[:, None]).exp_()  # softmax
-    d.scatter_add_(1, local[:, None], -mine[:, None].to(d.dtype))
-    d.mul_(grad[:, None])
-    if cap is not None:  # times 1 - (y / cap)^2, the slope of the cap
-        d.addcmul_(d * y, y, value=-(cap**-2))
-    return d
-
-
-def _row_slices(rows: Tensor) -> list[slice]:
-    """Slices of as many rows as are handled at a time."""
+def _row_slices(rows: Tensor, backend: str) -> list[slice]:
+    """As many rows as are handled at a time; a kernel takes all, and makes no copies of them."""
+    if backend != "torch":
+        return [slice(None)]
     elements = _ELEMENTS.get(rows.device.type, _ELEMENTS_ON_ACCELERATOR)
     step = max(1, elements // rows.shape[1])
     return [slice(first, first + step) for first in range(0, len(rows), step)]
-
-
-def _cap_in_place(x: Tensor, cap: float | None) -> Tensor:
-    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
