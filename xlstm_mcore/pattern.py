@@ -107,7 +107,7 @@ def spelled_out(pattern: str) -> str:
     if ratio == ("1", "1") and 0 < layers <= _MOST_LAYERS and layers % 2 == 0:
         return "ms" * (layers // 2)
     if ratio == ("7", "1") and layers in SLSTM_POSITIONS:
-        return classic_pattern(layers, slstm=True)
+        return classic_pattern(layers)
     depths = ", ".join(map(str, SLSTM_POSITIONS))
     raise PatternError(
         f"pattern='{shorten(pattern)}' is not a model of the papers; use xLSTM[1:0]xN or "

@@ -85,11 +85,10 @@ def test_stage_cuts_change_no_count():
 
 
 def test_slstm_positions_of_the_7_to_1_patterns():
-    assert classic_pattern(24, True) == "mmmsmmmmmmmmmmmmmmmmsmmm"
+    assert classic_pattern(24) == "mmmsmmmmmmmmmmmmmmmmsmmm"
     for layers, positions in SLSTM_POSITIONS.items():
-        pattern = classic_pattern(layers, True)
+        pattern = classic_pattern(layers)
         assert tuple(i for i, letter in enumerate(pattern) if letter == "s") == positions
-        assert classic_pattern(layers, False) == "m" * layers
 
 
 def test_rounding_up_forgives_floating_point():

@@ -1,7 +1,7 @@
 """Floating point operations of a model, by arithmetic, and the share of a device that they use.
 
 What is counted is the model's own work: a matrix product of `[m, k]` and `[k, n]` is 2 m k n, and
-the cells count their recurrences (arXiv 2405.04517, equations 16 to 27), not what a kernel happens
+the cells count their recurrences (arXiv 2405.04517, equations 8 to 27), not what a kernel happens
 to execute for them. A chunkwise kernel does more (`chunkwise_cell_flops`), and so does a run that
 recomputes activations; counting that as useful work would make a slower setting look better.
 Elementwise work is left out, as is usual. Backward is twice forward: one product for the gradient
@@ -147,10 +147,9 @@ def state_bytes(model: ModelConfig, activation_bytes: int, tokens: int = 0) -> i
     """Bytes of one sequence's state in generation after `tokens` tokens.
 
     It is the same after any number of them but for attention, which keeps k and v of each, or at
-    most those of two windows and the sinks. Cell
-    states are fp32 (C, n, m of mLSTM and Mamba-2; h, c, n, m of sLSTM; h, c of LSTM); the
-    convolutions keep their last inputs, and attention k and v, in the activations' type of
-    `activation_bytes` bytes.
+    most those of two windows and the sinks. Cell states are fp32 (C, n, m of mLSTM and Mamba-2;
+    h, c, n, m of sLSTM; h, c of LSTM). The convolutions keep their last inputs, and attention k
+    and v, in the activations' type of `activation_bytes` bytes.
     """
     dims, heads = dimensions(model), model.num_heads
     taps, slstm_taps = (
