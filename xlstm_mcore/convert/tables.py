@@ -225,15 +225,14 @@ class Row:
         return self.ours[0] in (EMBEDDING, OUTPUT)
 
 
-def rows(table: Table, model: ModelConfig, sizes: Mapping[str, int] | None = None) -> Iterator[Row]:
+def rows(table: Table, model: ModelConfig) -> Iterator[Row]:
     """All tensors of a model in a family's format, in the order of the forward pass.
 
     Args:
         table: The family's table; it has the letters of the model's pattern.
         model: The model.
-        sizes: What the shapes are made of, if that is not `sizes_of(model)`.
     """
-    sizes = sizes_of(model) if sizes is None else sizes
+    sizes = sizes_of(model)
 
     def row(entry: Entry, tensors: Mapping[str, tuple[str, ...]], prefix: str, theirs: str) -> Row:
         shapes = tuple(tuple(sizes[word] for word in tensors[name]) for name in entry.ours)

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -105,7 +105,7 @@ def export(
             write_weights(reader, plan, folder)
             written = {*plan.files, INDEX} if len(plan.files) > 1 else set(plan.files)
             put_files(Path(small), folder, keep=written)
-    return Export(out, chosen.NAME, plan, parameters, padding, tuple(notes))
+    return replace(done, notes=tuple(notes))
 
 
 def with_rows(model: ModelConfig, vocab: int) -> ModelConfig:
@@ -223,7 +223,6 @@ def _write_small_files(
 
 
 def _seq_len(reader: CheckpointReader) -> int:
-    """Tokens of a training row, as the checkpoint's configuration or state says."""
-    data = reader.manifest.config.get("data") or {}
-    length = data.get("seq_len")
+    """Tokens of a training row by the checkpoint's configuration; imports do not say it."""
+    length = (reader.manifest.config.get("data") or {}).get("seq_len")
     return length if isinstance(length, int) else 2048

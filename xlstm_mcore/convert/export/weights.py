@@ -102,7 +102,8 @@ def write_weights(reader: CheckpointReader, plan: Plan, folder: Location) -> Non
         ConvertError: A number is too large for the type.
         OSError: As the file system does.
     """
-    finished = _finished_files(folder, _fingerprint(reader, plan))
+    fingerprint = _fingerprint(reader, plan)
+    finished = _finished_files(folder, fingerprint)
     by_key = {row.theirs: row for row in plan.rows}
     with tqdm(total=len(plan.rows), unit="tensor", disable=None) as progress:
 
@@ -118,7 +119,7 @@ def write_weights(reader: CheckpointReader, plan: Plan, folder: Location) -> Non
                 tell(f"writing {name}")
             file, _ = write_safetensors(folder / name, list(map(plan.header, rows)), tensor_of)
             finished[name] = {"size": file.size, "xxh3": file.xxh3}
-            body = {"plan": _fingerprint(reader, plan), "files": finished}
+            body = {"plan": fingerprint, "files": finished}
             write_atomic(folder / PROGRESS, json.dumps(body).encode())
     if len(plan.files) > 1:
         total = sum(plan.header(row).num_bytes for row in plan.rows)
@@ -145,10 +146,9 @@ def _finished_files(folder: Location, fingerprint: str) -> dict[str, dict]:
         body = json.loads(read_file(folder / PROGRESS, LIMITS.checkpoint_json))
         if body["plan"] != fingerprint:
             return {}
-        listed = dict(body["files"])
         return {
             name: entry
-            for name, entry in listed.items()
+            for name, entry in dict(body["files"]).items()
             if exists(folder / name) and hash_file(folder / name).xxh3 == entry["xxh3"]
         }
     except (ValueError, KeyError, TypeError):

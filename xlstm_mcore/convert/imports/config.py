@@ -48,13 +48,13 @@ class ForeignConfig:
             raise ConvertError(f"{self.source}: {name}={value!r} must be a positive {kind}")
         return value
 
-    def must_be(self, name: str, wanted: object, *, default: object = None) -> None:
-        """Refuse another value than the one that we can compute.
+    def must_be(self, name: str, wanted: object) -> None:
+        """Refuse another value than the one that we can compute; it may be missing.
 
         Raises:
             ConvertError: it is another one.
         """
-        value = self.values.get(name, wanted if default is None else default)
+        value = self.values.get(name, wanted)
         if value != wanted:
             raise ConvertError(
                 f"{self.source}: {name}={value!r}; only models with {name}={wanted!r} can be "
