@@ -237,6 +237,6 @@ def set_vocabulary_slice(
     weight: nn.Parameter, name: str, config: XLSTMConfig, group: dist.ProcessGroup
 ) -> None:
     """Record that an embedding or head `[vocab/tp, h]` holds this rank's rows of tensor `name`."""
-    shape = (config.vocab_size, config.hidden_size)
-    slices = stacked_slices([name], [shape], shard_dim=0, rank=group.rank(), size=group.size())
+    shapes = {name: (config.vocab_size, config.hidden_size)}
+    slices = stacked_slices(shapes, shard_dim=0, rank=group.rank(), size=group.size())
     set_slices(weight, slices)

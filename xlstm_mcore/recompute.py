@@ -175,8 +175,7 @@ def recompute_in_backward(
             operations need of its output.
     """
     if keeps_inputs_only:
-        output = function(*inputs)
-        return output if _layer is None else _remember(output, function, inputs)
+        return known_output(function(*inputs), function, *inputs)
     if _layer is None:
         # Through one alias each input's gradient is summed inside first, as it is when recomputed:
         # the order of sums, and so every bit, is the same in both modes.
@@ -198,9 +197,7 @@ def regather_in_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Ten
     Where its output is needed again, selective recompute repeats the collective in the backward
     pass instead of holding the whole sequence on every rank. Its gradient is its own.
     """
-    if _layer is None:
-        return function(x)
-    return _remember(function(x), function, (x,))
+    return known_output(function(x), function, x)
 
 
 def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_slices_cover_every_parameter_once(groups):
 
 def test_a_dimension_that_does_not_divide_by_the_ranks_is_refused():
     with pytest.raises(ValueError, match=r"w: dimension 0 of \(6, 2\) does not divide by"):
-        stacked_slices(["w"], [(6, 2)], shard_dim=0, rank=0, size=4)
+        stacked_slices({"w": (6, 2)}, shard_dim=0, rank=0, size=4)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (4, 1, 3), (2, 2, 2, 3)])

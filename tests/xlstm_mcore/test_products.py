@@ -62,7 +62,7 @@ def test_a_linear_layer_adds_its_weight_gradient_to_the_buffer(precision, recomp
     cpu_runtime.activate()
     model = {"pattern": "M", "hidden_size": 32, "num_heads": 2, "vocab_size": 64}
     config = make_config(model, precision=precision, fuses_weight_gradients=True)
-    linear = input_projection(config, TensorParallelRegion(config, groups.tp), ["w"], [16])
+    linear = input_projection(config, TensorParallelRegion(config, groups.tp), {"w": 16})
     weight = linear.weight
     with torch.no_grad():
         weight.copy_(torch.randn(weight.shape))

@@ -279,7 +279,7 @@ def test_selective_with_the_kernels_of_a_gpu(groups, monkeypatch):
     monkeypatch.setattr(norm, "multihead_norm", normalize)
     monkeypatch.setattr(norm, "add_norm", add_norm)
     monkeypatch.setattr(norm, "norm_beside", lambda x, *o: (x, normalize(x, *o, layout="row")))
-    monkeypatch.setattr(mlstm, "norm_is_on_triton", lambda *_: True)
+    monkeypatch.setattr(mlstm, "head_norm_backend", lambda *_: "triton")
     monkeypatch.setattr(mlstm, "multihead_norm_again", norm_again)
     monkeypatch.setattr(feed_forward, "gated_backend", lambda *_: "triton")
     monkeypatch.setattr(feed_forward, "gated_activation_again", gated_again)

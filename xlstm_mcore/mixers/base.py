@@ -1,6 +1,5 @@
 """What every mixer has: its place among the ranks, and parameters split over them by heads."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -53,21 +52,18 @@ class Mixer(nn.Module):
         self.region = TensorParallelRegion(config, pg_collection.tp)
         self.context = ContextParallel(pg_collection.cp)
 
-    def split_parameter(self, names: Sequence[str], global_shape: tuple[int, ...]) -> nn.Parameter:
-        """This rank's rows of tensors of one global shape, stacked along dimension 0.
+    def split_parameter(self, shapes: dict[str, tuple[int, ...]], dim: int = 0) -> nn.Parameter:
+        """This rank's part of some tensors, one below the other.
 
         Args:
-            names: The tensors' names, without the prefix.
-            global_shape: Their shape; the tensor-parallel size divides its first dimension.
+            shapes: Their global shapes, by their names without the prefix.
+            dim: The dimension that is split over the ranks; the tensor-parallel size divides it.
         """
-        slices = stacked_slices(
-            [f"{self.prefix}{name}" for name in names],
-            [global_shape] * len(names),
-            shard_dim=0,
-            rank=self.region.rank,
-            size=self.region.size,
+        shapes = {f"{self.prefix}{name}": shape for name, shape in shapes.items()}
+        rank, size = self.region.rank, self.region.size
+        return new_parameter(
+            self.config, stacked_slices(shapes, shard_dim=dim, rank=rank, size=size)
         )
-        return new_parameter(self.config, slices)
 
     def input_projection(
         self, widths: dict[str, int], kind: type[ColumnLinear] = ColumnLinear
@@ -76,8 +72,8 @@ class Mixer(nn.Module):
 
         See `modules.linear.input_projection`; names come without the prefix.
         """
-        names = [f"{self.prefix}{name}" for name in widths]
-        return input_projection(self.config, self.region, names, list(widths.values()), kind)
+        widths = {f"{self.prefix}{name}": width for name, width in widths.items()}
+        return input_projection(self.config, self.region, widths, kind)
 
     def output_projection(self, width: int) -> RowLinear:
         """The projection `out_proj` from `width` channels back to the residual stream."""

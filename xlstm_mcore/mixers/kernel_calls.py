@@ -8,6 +8,7 @@ Without a cache, the layer continues from what the context-parallel ranks before
 there are any.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -190,7 +191,7 @@ def run_slstm(
     """The sLSTM cell over `s` tokens of the whole row.
 
     Args:
-        config: The forget gate and backend are read.
+        config: The gates, the form and the backend are read.
         gate_preacts: `[b, s, 4, heads, d]` in the order i, f, z, o.
         recurrent_weight: `[4, heads, d, d]`.
         bias: `[4, heads, d]`.
@@ -201,38 +202,21 @@ def run_slstm(
     Returns:
         Hidden states `[b, s, heads, d]`.
     """
-    state = None if cache is None else cache.get("slstm")
-    if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
-        token = gate_preacts.squeeze(1)
-        h = slstm_step(token, recurrent_weight, bias, state, **_slstm_options(config))
-        return h.unsqueeze(1)
-    options = _slstm_options(config)
-    if cache is None and config.slstm_form == "persistent":  # generation has rows of its own number
-        options["backend"] = "persistent"
-    h = slstm_scan(
-        gate_preacts,
-        recurrent_weight,
-        bias,
-        state,
-        return_last_state=cache is not None or observe is not None,
-        boundaries=boundaries,
-        **options,
-    )
-    if cache is not None or observe is not None:
-        h, state = h
-    if cache is not None:
-        cache["slstm"] = state
-    if observe is not None:
-        observe(of_slstm(gate_preacts, recurrent_weight, bias, h, state, boundaries))
-    return h
-
-
-def _slstm_options(config: XLSTMConfig) -> dict[str, Any]:
-    return {
+    tensors = gate_preacts, recurrent_weight, bias
+    options: dict[str, Any] = {
         "forget_gate": config.slstm_forget_gate,
         "input_gate": config.slstm_input_gate,
         "backend": config.kernel_backend,
     }
+    step = partial(slstm_step, **options)
+    if cache is None and config.slstm_form == "persistent":  # generation has rows of its own number
+        options["backend"] = "persistent"
+    h, state = _recurrence(
+        "slstm", partial(slstm_scan, **options), step, tensors, boundaries, cache
+    )
+    if observe is not None and state is not None:
+        observe(of_slstm(*tensors, h, state, boundaries))
+    return h
 
 
 def run_lstm(
@@ -248,21 +232,31 @@ def run_lstm(
 
     Its gates and state are not observed: `observe` is not called.
     """
-    state = None if cache is None else cache.get("lstm")
+    tensors = gate_preacts, recurrent_weight, bias
+    scan = partial(lstm_scan, backend=config.kernel_backend)
+    return _recurrence("lstm", scan, lstm_step, tensors, boundaries, cache)[0]
+
+
+def _recurrence(
+    key: str,
+    scan: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+    step: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    boundaries: Tensor | None,
+    cache: dict | None,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Hidden states of a cell that goes token by token, and a scan's last state.
+
+    `tensors` are pre-activations, recurrent weight and bias; the cache has the state under `key`.
+    """
+    gate_preacts, *weights = tensors
+    state = None if cache is None else cache.get(key)
     if state is not None and gate_preacts.shape[1] == 1 and _may_step(boundaries):
-        return lstm_step(gate_preacts.squeeze(1), recurrent_weight, bias, state).unsqueeze(1)
-    h = lstm_scan(
-        gate_preacts,
-        recurrent_weight,
-        bias,
-        state,
-        return_last_state=cache is not None,
-        boundaries=boundaries,
-        backend=config.kernel_backend,
-    )
+        return step(gate_preacts.squeeze(1), *weights, state).unsqueeze(1), None
+    h, state = scan(*tensors, state, return_last_state=True, boundaries=boundaries)
     if cache is not None:
-        h, cache["lstm"] = h
-    return h
+        cache[key] = state
+    return h, state
 
 
 def run_conv(
@@ -309,7 +303,7 @@ def run_conv(
 
 
 def own_backend(config: XLSTMConfig) -> str | None:
-    """The backend of what has no Triton kernel: PyTorch where the cells must run there."""
+    """The backend beside cells and norms: PyTorch where it is asked for, else the best one."""
     return "torch" if config.kernel_backend == "torch" else None
 
 
@@ -367,19 +361,12 @@ def run_norm_gated_skip(
     )
 
 
-def norm_is_on_triton(config: XLSTMConfig, h: Tensor) -> bool:
-    """Whether the norm of `h [..., d]` and what follows is one kernel, which can run backward too.
+def head_norm_backend(config: XLSTMConfig, h: Tensor) -> str:
+    """The backend of `run_head_norm` of `h [..., d]`, and on Triton of `run_norm_gated_skip`.
 
-    It keeps its inputs alone.
+    All but PyTorch are one kernel that keeps its inputs alone.
     """
-    return config.head_norm != "none" and norm_backend(h, config.kernel_backend) == "triton"
-
-
-def has_head_norm_kernel(config: XLSTMConfig, h: Tensor) -> bool:
-    """Whether `run_head_norm` of `h [..., heads, d]` is a kernel, which keeps its inputs alone."""
-    if config.head_norm == "none":
-        return False
-    return norm_backend(h, config.kernel_backend) != "torch"
+    return "torch" if config.head_norm == "none" else norm_backend(h, config.kernel_backend)
 
 
 def _may_step(boundaries: Tensor | None) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import run_conv, run_mamba2
-from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
 from xlstm_mcore.recompute import regather_in_backward
 
 
@@ -45,25 +44,17 @@ class Mamba2Mixer(Mixer):
         self.conv_weight = self.conv_bias = None
         if config.conv_width:
             widths = {"x": inner, "b": state, "c": state}
-            taps = config.conv_width
-            self.conv_weight = self._stacked("weight", {n: (w, taps) for n, w in widths.items()})
-            self.conv_bias = self._stacked("bias", {n: (w,) for n, w in widths.items()})
-        self.a_log = self.split_parameter(["a_log"], (heads,))
-        self.dt_bias = self.split_parameter(["dt_bias"], (heads,))
-        self.skip = self.split_parameter(["skip"], (heads,))
-        self.norm_weight = self.split_parameter(["gated_norm.weight"], (inner,))
+            self.conv_weight = self.split_parameter(
+                {f"{n}_conv.weight": (w, config.conv_width) for n, w in widths.items()}
+            )
+            self.conv_bias = self.split_parameter(
+                {f"{n}_conv.bias": (w,) for n, w in widths.items()}
+            )
+        self.a_log = self.split_parameter({"a_log": (heads,)})
+        self.dt_bias = self.split_parameter({"dt_bias": (heads,)})
+        self.skip = self.split_parameter({"skip": (heads,)})
+        self.norm_weight = self.split_parameter({"gated_norm.weight": (inner,)})
         self.out_proj = self.output_projection(inner)
-
-    def _stacked(self, name: str, shapes: dict[str, tuple[int, ...]]) -> torch.nn.Parameter:
-        """This rank's channels of the convolutions of x, B and C, one under the other."""
-        slices = stacked_slices(
-            [f"{self.prefix}{part}_conv.{name}" for part in shapes],
-            list(shapes.values()),
-            shard_dim=0,
-            rank=self.region.rank,
-            size=self.region.size,
-        )
-        return new_parameter(self.config, slices)
 
     def forward(
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None

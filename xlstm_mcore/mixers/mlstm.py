@@ -13,8 +13,7 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
-    has_head_norm_kernel,
-    norm_is_on_triton,
+    head_norm_backend,
     run_head_norm,
     run_mlstm,
 )
@@ -37,11 +36,10 @@ class MLSTMMixer(Mixer):
             {"q_proj.weight": qk, "k_proj.weight": qk, "v_proj.weight": v, "ogate.weight": v},
             HeadProjections,
         )
-        self.gate_weight = self.split_parameter(
-            ["igate.weight", "fgate.weight"], (heads, config.hidden_size)
-        )
-        self.gate_bias = self.split_parameter(["igate.bias", "fgate.bias"], (heads,))
-        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (v,))
+        shape = heads, config.hidden_size
+        self.gate_weight = self.split_parameter({"igate.weight": shape, "fgate.weight": shape})
+        self.gate_bias = self.split_parameter({"igate.bias": (heads,), "fgate.bias": (heads,)})
+        self.head_norm_weight = self.split_parameter({"head_norm.weight": (v,)})
         self.out_proj = self.output_projection(v)
 
     def forward(
@@ -70,13 +68,14 @@ class MLSTMMixer(Mixer):
             self.config.gate_soft_cap,
             observe=self.observe,
         )
+        backend = head_norm_backend(self.config, h)
         return self.out_proj(
             h,
             self.head_norm_weight,
             ogate,
             function=self._output,
-            keeps_inputs_only=has_head_norm_kernel(self.config, h),
-            again=self._again if norm_is_on_triton(self.config, h) else None,
+            keeps_inputs_only=backend != "torch",
+            again=self._again if backend == "triton" else None,
         )[0]
 
     def _output(self, h: Tensor, norm_weight: Tensor, ogate: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
     gate_weight,
-    norm_is_on_triton,
+    head_norm_backend,
     own_backend,
     run_conv,
     run_mlstm,
@@ -39,17 +39,17 @@ class ClassicMLSTMMixer(Mixer):
         self.in_proj = self.input_projection({"up_proj.weight": inner, "z_proj.weight": inner})
         self.conv_weight = self.conv_bias = None
         if config.conv_width:
-            self.conv_weight = self.split_parameter(["conv.weight"], (inner, config.conv_width))
-            self.conv_bias = self.split_parameter(["conv.bias"], (inner,))
+            self.conv_weight = self.split_parameter({"conv.weight": (inner, config.conv_width)})
+            self.conv_bias = self.split_parameter({"conv.bias": (inner,)})
         # [q blocks, k blocks, v blocks], each block (out, in)
         self.qkv_weight = self.split_parameter(
-            [f"{n}_proj.weight" for n in "qkv"], (inner // block, block, block)
+            {f"{n}_proj.weight": (inner // block, block, block) for n in "qkv"}
         )
         self.igate_weight = self._gate_weight(f"{prefix}igate.weight")
         self.fgate_weight = self._gate_weight(f"{prefix}fgate.weight")
-        self.gate_bias = self.split_parameter(["igate.bias", "fgate.bias"], (heads,))
-        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (inner,))
-        self.learnable_skip = self.split_parameter(["learnable_skip"], (inner,))
+        self.gate_bias = self.split_parameter({"igate.bias": (heads,), "fgate.bias": (heads,)})
+        self.head_norm_weight = self.split_parameter({"head_norm.weight": (inner,)})
+        self.learnable_skip = self.split_parameter({"learnable_skip": (inner,)})
         self.out_proj = self.output_projection(inner)
 
     def _gate_weight(self, name: str) -> nn.Parameter:
@@ -91,7 +91,7 @@ class ClassicMLSTMMixer(Mixer):
             observe=self.observe,
         )
         inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z.transpose(0, 1)
-        kernel = norm_is_on_triton(self.config, h)
+        kernel = head_norm_backend(self.config, h) == "triton"
         return self.out_proj(*inputs, function=self._output, keeps_inputs_only=kernel)[0]
 
     def _before_cell(

@@ -8,18 +8,17 @@ a second all-to-all, after which every rank runs the whole sequence of its `1/(t
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
-    has_head_norm_kernel,
+    head_norm_backend,
     run_conv,
     run_head_norm,
     run_lstm,
     run_slstm,
 )
-from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
 from xlstm_mcore.recompute import recompute_in_backward
 
 GATES = ("igate", "fgate", "zgate", "ogate")
@@ -44,21 +43,12 @@ class SLSTMMixer(Mixer):
         self.conv_weight = self.conv_bias = None
         taps = config.slstm_conv_dim
         if taps:
-            self.conv_weight = self.split_parameter(["conv.weight"], (width, taps))
-            self.conv_bias = self.split_parameter(["conv.bias"], (width,))
-        self.gate_weight = self.split_parameter([f"{g}.weight" for g in GATES], (heads, d, d))
-        self.recurrent_weight = self._four_gates("recurrent_weight", (4, heads, d, d))
-        self.bias = self._four_gates("bias", (4, heads, d))
-        self.head_norm_weight = self.split_parameter(["head_norm.weight"], (width,))
-
-    def _four_gates(self, name: str, global_shape: tuple[int, ...]) -> nn.Parameter:
-        """This rank's heads, the second dimension, of a tensor that holds all four gates."""
-        gates, _, *rest = global_shape
-        zeros = (0,) * len(rest)
-        offset = (0, self.region.rank * self.num_heads, *zeros)
-        shape = (gates, self.num_heads, *rest)
-        part = ParameterSlice(f"{self.prefix}{name}", global_shape, offset, (0, 0, *zeros), shape)
-        return new_parameter(self.config, [part])
+            self.conv_weight = self.split_parameter({"conv.weight": (width, taps)})
+            self.conv_bias = self.split_parameter({"conv.bias": (width,)})
+        self.gate_weight = self.split_parameter({f"{g}.weight": (heads, d, d) for g in GATES})
+        self.recurrent_weight = self.split_parameter({"recurrent_weight": (4, heads, d, d)}, 1)
+        self.bias = self.split_parameter({"bias": (4, heads, d)}, 1)
+        self.head_norm_weight = self.split_parameter({"head_norm.weight": (width,)})
 
     def forward(
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
@@ -82,7 +72,7 @@ class SLSTMMixer(Mixer):
             self._head_norm,
             h,
             mine(self.head_norm_weight, 0),
-            keeps_inputs_only=has_head_norm_kernel(self.config, h),
+            keeps_inputs_only=head_norm_backend(self.config, h) != "torch",
         )
         h = self.region.from_heads(self.context.from_heads(h.transpose(0, 1)))
         return h.flatten(0, 1)

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from xlstm_kernels import gated_activation, gated_activation_again
 from xlstm_kernels.gated.gated import gated_backend
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.modules.linear import ColumnLinear, output_projection
+from xlstm_mcore.modules.linear import input_projection, output_projection
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
-from xlstm_mcore.parameters.slices import set_slices, stacked_slices
 
 
 class FeedForward(nn.Module):
@@ -33,18 +32,8 @@ class FeedForward(nn.Module):
         super().__init__()
         region = TensorParallelRegion(config, pg_collection.tp)
         self.activation, self.backend = activation, config.kernel_backend
-        self.linear_fc1 = ColumnLinear(
-            config.hidden_size,
-            2 * width,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            tp_group=region.group,
-        )
-        names = [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"]
-        shapes = [(width, config.hidden_size)] * 2
-        slices = stacked_slices(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
-        set_slices(self.linear_fc1.weight, slices)
+        widths = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
+        self.linear_fc1 = input_projection(config, region, widths, gathered=False)
         self.linear_fc2 = output_projection(config, region, f"{prefix}down_proj.weight", width)
 
     def forward(self, x: Tensor) -> Tensor:

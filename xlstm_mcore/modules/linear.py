@@ -78,36 +78,38 @@ class RowLinear(RowParallelLinear):
 def input_projection(
     config: XLSTMConfig,
     region: TensorParallelRegion,
-    names: list[str],
-    widths: list[int],
+    widths: dict[str, int],
     kind: type[ColumnLinear] = ColumnLinear,
+    *,
+    gathered: bool = True,
 ) -> ColumnLinear:
-    """Several bias-free projections of the same, already gathered input as one matrix product.
+    """Several bias-free projections of the same input as one matrix product.
 
     Args:
         config: The model's configuration.
         region: The tensor-parallel region.
-        names: Global names of the projections' weights.
-        widths: Their global output widths; the tensor-parallel size divides each.
+        widths: Global output widths by the global names of the weights; the tensor-parallel size
+            divides each.
         kind: What is built.
+        gathered: Whether the input comes from `region.gather`, whose backward pass reduces.
 
     Returns:
         A Megatron layer `[s * b, h] -> [s * b, sum(widths)/tp]`. Its rows are this rank's rows of
         the first projection, then of the second, and so on.
     """
     inside = copy.copy(config)
-    inside.sequence_parallel = False  # the mixer has gathered the input once for all projections
+    inside.sequence_parallel = config.sequence_parallel and not gathered
     linear = kind(
         config.hidden_size,
-        sum(widths),
+        sum(widths.values()),
         config=inside,
         init_method=config.init_method,
         bias=False,
-        disable_grad_reduce=True,  # TensorParallelRegion.gather's backward reduces
+        disable_grad_reduce=gathered,
         tp_group=region.group,
     )
-    shapes = [(width, config.hidden_size) for width in widths]
-    slices = stacked_slices(names, shapes, shard_dim=0, rank=region.rank, size=region.size)
+    shapes = {name: (width, config.hidden_size) for name, width in widths.items()}
+    slices = stacked_slices(shapes, shard_dim=0, rank=region.rank, size=region.size)
     set_slices(linear.weight, slices)
     return linear
 
@@ -133,7 +135,7 @@ def output_projection(
         skip_bias_add=False,
         tp_group=region.group,
     )
-    shapes = [(config.hidden_size, width)]
-    slices = stacked_slices([name], shapes, shard_dim=1, rank=region.rank, size=region.size)
+    shapes = {name: (config.hidden_size, width)}
+    slices = stacked_slices(shapes, shard_dim=1, rank=region.rank, size=region.size)
     set_slices(linear.weight, slices)
     return linear

@@ -9,9 +9,8 @@ w come from the gates. `keep` is the decay over the slice (0 where a document st
 every rank first computes S_own, then a scan over ranks gives S_in, and then the cell runs once with
 the right initial state. The cost is the product, in the model's own type with fp32 sums:
 `2 qk_dim v_dim` operations per token and head, a third of the cell's, which is itself about a
-hundredth of a 7B model's. Running the cell from zero
-first and adding the missing part later would need that product too, and the cell would have to
-return numerator and denominator separately.
+hundredth of a 7B model's. Running the cell from zero first and adding the missing part later would
+need that product too, and the cell would have to return numerator and denominator separately.
 
 The backward pass is the transpose. The cell gives dL/dS_in of each rank, a scan from the last rank
 to the first turns them into dL/dS_out, and the product's gradients complete those of k, v and the

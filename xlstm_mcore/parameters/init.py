@@ -2,7 +2,7 @@
 
 Every global tensor has its own random stream, seeded by the run's seed and the tensor's name,
 and every rank copies its slices from the whole. Nothing depends on the order in which modules are
-built or on how they are sharded. Formulas: spec of the reference implementations, sections 1a, 1b
+built or on how they are sharded. Formulas: those of the papers' own code
 (small init: Nguyen and Salazar 2019; wang init: Wang and Komatsuzaki, GPT-J; Mamba-2's own
 parameters: Dao and Gu 2024, arXiv 2405.21060).
 """
@@ -29,12 +29,16 @@ def _wang(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> N
     t.normal_(0.0, 2 / (config.num_layers * math.sqrt(config.hidden_size)), generator=rng)
 
 
-def _zeros(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
-    t.zero_()
-
-
 def _ones(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
     t.fill_(1.0)
+
+
+def _gate(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
+    """Headwise projections of the input in the sLSTM; the mLSTM's gates start from their biases."""
+    if config.layer_letters[layer] in "sl":
+        _small(t, config, layer, rng)
+    else:
+        t.zero_()
 
 
 def _conv(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
@@ -90,6 +94,7 @@ _RULES: list[tuple[str, Rule]] = [
     (r".*\.(learnable_skip|skip)", _ones),
     (r".*\.(q|k|v|up|z|gate|x|b|c|dt)_proj\.weight", _small),
     (r".*\.(out|down)_proj\.weight", _wang),
+    (r".*\.[ifzo]gate\.weight", _gate),
     (r".*\.([xbc]_)?conv\.(weight|bias)", _conv),
     (r".*\.recurrent_weight", _recurrent),
     (r".*\.a_log", _a_log),
@@ -117,17 +122,10 @@ def initial_value(name: str, shape: Iterable[int], config: XLSTMConfig, seed: in
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
     layer = int(match.group(1)) if match else 0
     value = torch.empty(tuple(shape))
-    _rule(name, config, layer)(value, config, layer, rng)
-    return value
-
-
-def _rule(name: str, config: XLSTMConfig, layer: int) -> Rule:
-    if re.fullmatch(r".*\.(i|f|z|o)gate\.weight|.*\.ogate\.weight", name):
-        # sLSTM gates are headwise projections of the input; mLSTM gates start from their biases.
-        return _small if config.layer_letters[layer] in "sl" else _zeros
     for pattern, rule in _RULES:
         if re.fullmatch(pattern, name):
-            return rule
+            rule(value, config, layer, rng)
+            return value
     raise KeyError(f"no initialisation for {name}")
 
 

@@ -20,7 +20,7 @@ parameters and not modules. These are all attributes that this project and Megat
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,18 +62,12 @@ def _index(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def stacked_slices(
-    names: Sequence[str],
-    global_shapes: Sequence[tuple[int, ...]],
-    *,
-    shard_dim: int,
-    rank: int,
-    size: int,
+    global_shapes: Mapping[str, tuple[int, ...]], *, shard_dim: int, rank: int, size: int
 ) -> list[ParameterSlice]:
     """Slices of a parameter that stacks this rank's shard of several tensors along dimension 0.
 
     Args:
-        names: Global names in the order of stacking.
-        global_shapes: Their global shapes.
+        global_shapes: Global shapes by global names, in the order of stacking.
         shard_dim: The dimension that is split over the ranks.
         rank: This rank in the tensor-parallel group.
         size: Ranks in the tensor-parallel group.
@@ -82,7 +76,7 @@ def stacked_slices(
         ValueError: The dimension does not divide by `size`.
     """
     slices, row = [], 0
-    for name, global_shape in zip(names, global_shapes, strict=True):
+    for name, global_shape in global_shapes.items():
         shape, offset = list(global_shape), [0] * len(global_shape)
         if shape[shard_dim] % size:
             raise ValueError(
@@ -92,7 +86,7 @@ def stacked_slices(
         shape[shard_dim] //= size
         offset[shard_dim] = rank * shape[shard_dim]
         local = (row, *([0] * (len(shape) - 1)))
-        slices.append(ParameterSlice(name, tuple(global_shape), tuple(offset), local, tuple(shape)))
+        slices.append(ParameterSlice(name, global_shape, tuple(offset), local, tuple(shape)))
         row += shape[0]
     return slices
 
