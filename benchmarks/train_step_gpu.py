@@ -32,7 +32,7 @@ from pretrain.config import RunConfig, config_from_dict
 from pretrain.data import Batch
 from pretrain.engines import make_engine
 from pretrain.trainer import train_step
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 from xlstm_mcore.sizes.flops import peak_tflops, training_flops
 
 CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
@@ -109,7 +109,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         "seconds": median,
         "tokens_per_second": rate,
         "tflops": rate * training_flops(config.model, data.seq_len) / 1e12,
-        "memory": cpu_runtime.peak_memory_bytes(),
+        "memory": hardware.peak_memory_bytes(),
         "main": layout.is_main,
     }
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     chosen = parser.parse_args(arguments)
-    if cpu_runtime.needed():
+    if hardware.without_cuda():
         print("no GPU here: torch.cuda.is_available() is False. Nothing was timed.")
         return 0
     peak = peak_tflops(torch.cuda.get_device_name())

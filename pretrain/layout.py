@@ -16,6 +16,7 @@ from pretrain.processes.devices import set_device_defaults
 from pretrain.processes.environment import read_place
 from pretrain.processes.rendezvous import meet
 from xlstm_io.signals import StopSignal
+from xlstm_mcore import hardware
 from xlstm_mcore.megatron import compat, cpu_runtime
 
 
@@ -139,7 +140,7 @@ def start(config: RunConfig, stop: StopSignal | None = None, *, alone: bool = Fa
     cpu_runtime.activate()
     if config.run.deterministic:
         make_deterministic()
-    options = cpu_runtime.process_group_options()
+    options = hardware.process_group_options()
     if options["backend"] == "nccl":
         # What NCCL did last, for the watchdog's report; the second is the older name.
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
@@ -162,7 +163,7 @@ def start(config: RunConfig, stop: StopSignal | None = None, *, alone: bool = Fa
     layout = Layout(
         rank=dist.get_rank(),
         world_size=world_size,
-        device=cpu_runtime.device(),
+        device=hardware.device(),
         backend=options["backend"],
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )

@@ -35,9 +35,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from xlstm_mcore import hardware
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.layer import XLSTMLayer, XLSTMLayerSubmodules, layer_spec, of_sequence
-from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.model import set_vocabulary_slice
 from xlstm_mcore.modules.norm import Norm
 from xlstm_mcore.modules.soft_cap import soft_cap
@@ -236,6 +236,6 @@ def _from_mask(mask: Tensor, rows: int) -> Tensor:
 def _from_lengths(starts: Tensor) -> Tensor:
     """Boundaries `[1, s]` from `cu_seqlens`: the documents' first tokens, and the end."""
     length = int(starts[-1])
-    boundaries = torch.zeros(1, length, dtype=torch.bool, device=cpu_runtime.device())
+    boundaries = torch.zeros(1, length, dtype=torch.bool, device=hardware.device())
     boundaries[0, starts[:-1].long()] = True
     return boundaries

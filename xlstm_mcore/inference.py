@@ -15,6 +15,7 @@ from xlstm_io.checkpoint.tokenizer import tokenizer_of
 from xlstm_io.errors import CheckpointError
 from xlstm_io.storage import Location
 from xlstm_io.tokenizer.base import Tokenizer
+from xlstm_mcore import hardware
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.checked_model import check_parameters, model_of
 from xlstm_mcore.megatron import compat, cpu_runtime
@@ -46,7 +47,7 @@ def inference_groups() -> ProcessGroupCollection:
         return single_process_groups()
     cpu_runtime.activate()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(**cpu_runtime.process_group_options())
+        torch.distributed.init_process_group(**hardware.process_group_options())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             torch.distributed.get_world_size(), create_gloo_process_groups=False
@@ -142,7 +143,7 @@ def prepare_for_tokens(model: XLSTMModel) -> None:
 def model_logits(model: XLSTMModel, tokens: Tensor) -> Tensor:
     """Logits `[b, s, vocab]` (fp32) of int64 `tokens [b, s]`, the same on every rank."""
     model.eval()
-    return gather_vocabulary(model, model(tokens.to(cpu_runtime.device())))
+    return gather_vocabulary(model, model(tokens.to(hardware.device())))
 
 
 def gather_vocabulary(model: XLSTMModel, logits: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from experiments.cells.kernel_times import clock, wait_for
 from experiments.definition import Cell
 from experiments.grid import Grid
 from xlstm_io.signals import StopSignal
+from xlstm_mcore import hardware
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
-from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.settings import ModelConfig
 from xlstm_mcore.sizes.flops import state_bytes
 from xlstm_mcore.sizes.parameters import count_parameters
@@ -66,7 +66,7 @@ def _after(model: Any, section: ModelConfig, context: int, batch: int) -> Callab
         for n, letter in enumerate(section.pattern)
         if letter == "*"
     }
-    tokens = torch.randint(0, section.vocab_size, (batch, context), device=cpu_runtime.device())
+    tokens = torch.randint(0, section.vocab_size, (batch, context), device=hardware.device())
     for first in range(0, context, _PART):
         model(tokens[:, first : first + _PART], cache=cache)
     token = tokens[:, -1:]

@@ -17,7 +17,7 @@ from experiments.grid import Grid
 from xlstm_io.signals import StopSignal
 from xlstm_kernels import mlstm_chunkwise, mlstm_step, slstm_scan
 from xlstm_kernels.mlstm.reference import mlstm_recurrence
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 from xlstm_mcore.mixers.attention import attend
 
 HEADS, WIDTH = 1, 64
@@ -42,7 +42,7 @@ def body(grid: Grid, cell: Cell, folder: Path, stop: StopSignal) -> dict[str, An
 
 def clock() -> float:
     """Seconds: of this process's CPU time, or on a GPU of the wall."""
-    on_cpu = cpu_runtime.device().type == "cpu"
+    on_cpu = hardware.device().type == "cpu"
     return time.process_time() if on_cpu else time.perf_counter()
 
 
@@ -71,7 +71,7 @@ def _forward_and_backward(function: Callable[..., Tensor], inputs: list[Tensor])
 
 
 def _random(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, device=cpu_runtime.device())
+    return torch.randn(shape, device=hardware.device())
 
 
 def _mlstm_inputs(tokens: int) -> list[Tensor]:

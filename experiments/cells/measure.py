@@ -14,8 +14,8 @@ from pretrain.engines.base import LossSum
 from pretrain.evaluation.answers import Answers
 from xlstm_io.checkpoint.choose import BEST, choose
 from xlstm_io.shards.manifest import load_manifest
+from xlstm_mcore import hardware
 from xlstm_mcore.inference import open_model
-from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.model import XLSTMModel
 
 _TOKENS = 4096  # of a forward pass
@@ -104,7 +104,7 @@ def squared_error(
         numbers: the number of each id, None for other ids.
         rows: that are read at once.
     """
-    device = cpu_runtime.device()
+    device = hardware.device()
     ids = torch.tensor([number is not None for number in numbers], device=device)
     of_id = torch.tensor([0.0 if n is None else n for n in numbers], device=device)
     total, answers = 0.0, 0

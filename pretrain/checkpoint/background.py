@@ -30,7 +30,7 @@ from xlstm_io.checkpoint.manifest import MANIFEST_NAME, step_of_folder
 from xlstm_io.checkpoint.reader import TensorSlice
 from xlstm_io.errors import CheckpointError, Superseded, UserError
 from xlstm_io.storage import Location, exists, location, make_folder, remove_folder, write_atomic
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _allocate(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     for part in slices:
         if part.tensor.device.type != "cpu":
-            cpu_runtime.pin(memory, part.tensor.device)
+            hardware.pin(memory, part.tensor.device)
             break
     copies = []
     for part, start in zip(slices, starts, strict=True):

@@ -19,8 +19,8 @@ import xlstm_kernels
 from pretrain.config import RunConfig
 from pretrain.watching.provenance import driver, versions
 from xlstm_io.errors import MachineFailed
+from xlstm_mcore import hardware
 from xlstm_mcore.kernel_check import Share, compare_kernels
-from xlstm_mcore.megatron import cpu_runtime
 
 FOLDER = "xlstm-pretrain/kernel-check"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,7 +100,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     """Everything that the result depends on."""
     model = config.model.model_dump(include=set(OF_KERNELS))
     return {
-        "device": cpu_runtime.device_name(),
+        "device": hardware.device_name(),
         "driver": driver(),
         "versions": versions(),
         "kernels": _hash_of_sources(Path(str(xlstm_kernels.__path__[0]))),

@@ -30,7 +30,7 @@ from pretrain.data import Batch
 from pretrain.watching.metrics import MetricLogger
 from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.errors import MachineFailed
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -191,7 +191,7 @@ def check_twice(
     if first is not None:  # on the last stage
         twice = torch.equal(first, again)
         alike = torch.equal(_of_the_replica_before(first, group), borrowed)
-    answers = layout.gather((twice, alike, before, cpu_runtime.device_name()))
+    answers = layout.gather((twice, alike, before, hardware.device_name()))
     makes = [make for *_, make in answers]
     unstable = [
         f"rank {rank} computes the same micro-batch in two ways"

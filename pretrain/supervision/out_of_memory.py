@@ -12,7 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.planning.advice import ask, text
 from xlstm_io.errors import ConfigError, MachineFailed
 from xlstm_io.terminal import counted
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 FIRST_STEPS = 3  # of a life, in which every tensor of a step has been there once
 
@@ -41,10 +41,10 @@ def out_of_memory(
     """
     if not is_out_of_memory(error):
         return None
-    used, peak = cpu_runtime.memory_bytes(), cpu_runtime.peak_memory_bytes()
-    limit = cpu_runtime.device_memory_bytes()
+    used, peak = hardware.memory_bytes(), hardware.peak_memory_bytes()
+    limit = hardware.device_memory_bytes()
     snapshot = folder / f"memory-rank_{rank}.pickle"
-    kept = cpu_runtime.save_memory_snapshot(snapshot)
+    kept = hardware.save_memory_snapshot(snapshot)
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     lines = [
         f"rank {rank} ran out of memory after {counted(steps, 'step')} of this start: {first_line}",

@@ -6,7 +6,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.verdict import StepResult
 from pretrain.layout import Layout
 from pretrain.resume import TrainState
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 from xlstm_mcore.sizes.flops import peak_tflops, training_flops
 
 
@@ -78,8 +78,8 @@ class Interval:
             "step_seconds": self._seconds / count,
             "data_wait_seconds": self._data_wait / count,
             "eta_seconds": (self._steps - state.step) * self._seconds / count,
-            "memory_bytes": cpu_runtime.memory_bytes(),
-            "peak_memory_bytes": cpu_runtime.peak_memory_bytes(),
+            "memory_bytes": hardware.memory_bytes(),
+            "peak_memory_bytes": hardware.peak_memory_bytes(),
         }
         self._start_anew()
         return record
@@ -99,7 +99,7 @@ class Efficiency:
         )
         self._peak = config.logging.peak_tflops
         if self._peak is None and config.engine.precision == "bf16":
-            self._peak = peak_tflops(cpu_runtime.device_name())
+            self._peak = peak_tflops(hardware.device_name())
 
     def of(self, tokens_per_second: float) -> dict[str, float]:
         """`tflops` per process, and `mfu` where the device's peak is known."""

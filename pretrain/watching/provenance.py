@@ -72,9 +72,9 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
 
 def device() -> str | None:
     """The name of the GPU; None where there is none."""
-    from xlstm_mcore.megatron import cpu_runtime  # needs torch, and the rest of this file does not
+    from xlstm_mcore import hardware  # needs torch, and the rest of this file does not
 
-    return cpu_runtime.device_name()
+    return hardware.device_name()
 
 
 def driver() -> str | None:

@@ -26,7 +26,7 @@ from pretrain.config import RunConfig
 from pretrain.layout import Layout
 from pretrain.watching.metrics import MetricLogger
 from pretrain.watching.watcher import StepWatcher, WatchedStep
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 BEHIND = 0.08  # of the median: what makes a rank slow
 LOOKS = 20  # looks in a row after which a slow host is named
@@ -194,19 +194,19 @@ class CollectiveTimer:
                     # The descriptor goes back. What `getattr` gives is a function without a self.
                     self._originals.append((owner, name, vars(owner)[name]))
                     setattr(owner, name, self._timed(getattr(owner, name)))
-        self._begin = cpu_runtime.mark()
+        self._begin = hardware.mark()
 
     def stop(self) -> None:
         """End the measurement."""
-        self._end = cpu_runtime.mark()
+        self._end = hardware.mark()
         while self._originals:
             owner, name, original = self._originals.pop()
             setattr(owner, name, original)
 
     def seconds_between(self) -> float:
         """Seconds between the collectives; waits for the device."""
-        held_up = sum(cpu_runtime.seconds_between(*pair) for pair in self._marks)
-        return cpu_runtime.seconds_between(self._begin, self._end) - held_up
+        held_up = sum(hardware.seconds_between(*pair) for pair in self._marks)
+        return hardware.seconds_between(self._begin, self._end) - held_up
 
     def _timed(self, original: Callable) -> Callable:
         def call(*args: Any, **options: Any) -> Any:
@@ -222,10 +222,10 @@ class CollectiveTimer:
 
     @contextmanager
     def _held_up(self) -> Iterator[None]:
-        started, first = time.perf_counter(), cpu_runtime.mark()
+        started, first = time.perf_counter(), hardware.mark()
         try:
             yield
         finally:
             with self._lock:
-                self._marks.append((first, cpu_runtime.mark()))
+                self._marks.append((first, hardware.mark()))
                 self.host_seconds += time.perf_counter() - started

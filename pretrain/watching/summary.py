@@ -15,7 +15,7 @@ from pretrain.run_folder import SUMMARY_FILE
 from pretrain.watching.progress import duration
 from xlstm_io.storage import write_atomic
 from xlstm_io.terminal import counted, tell
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 
 def describe_start(
@@ -72,7 +72,7 @@ def write_summary(
         state: where the run stands.
         valid_loss: measured at its last step, nats per token; null in the file if not finite.
     """
-    peak = cpu_runtime.peak_memory_bytes()
+    peak = hardware.peak_memory_bytes()
     (total,), largest = layout.sum(peak), layout.max(peak)
     if not layout.is_main:
         return

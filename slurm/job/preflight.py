@@ -136,12 +136,12 @@ def check_devices(limits: Health) -> None:
     """As many devices as the node is meant to have; the checks that follow use this rank's own."""
     import torch
 
-    from xlstm_mcore.megatron import cpu_runtime
+    from xlstm_mcore import hardware
 
     seen = torch.accelerator.device_count()
     if seen != limits.devices:
         raise Bad(f"{seen} devices can be seen, {limits.devices} are meant to be there")
-    cpu_runtime.choose_device()
+    hardware.choose_device()
 
 
 def check_gpus(job: str) -> None:
@@ -166,17 +166,17 @@ def check_product(limits: Health, facts: dict[str, Any]) -> None:
     """A matrix product twice: the same bits, and fast enough."""
     import torch
 
-    from xlstm_mcore.megatron import cpu_runtime
+    from xlstm_mcore import hardware
 
     device = _device()
     side = SIDE.get(device.type, 8192)
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(side, side, generator=generator).to(device, torch.bfloat16)
     first = left @ left
-    began = cpu_runtime.mark()  # behind the first product, which a device may not have done yet
+    began = hardware.mark()  # behind the first product, which a device may not have done yet
     for _ in range(ROUNDS):
         again = left @ left
-    seconds = cpu_runtime.seconds_between(began, cpu_runtime.mark()) / ROUNDS
+    seconds = hardware.seconds_between(began, hardware.mark()) / ROUNDS
     if not torch.equal(first, again):
         raise Bad("the same product gave other bits")
     facts["tflops"] = round(2 * side**3 / seconds / 1e12, 3)
@@ -187,9 +187,9 @@ def check_product(limits: Health, facts: dict[str, Any]) -> None:
 
 
 def _device() -> Any:
-    from xlstm_mcore.megatron import cpu_runtime
+    from xlstm_mcore import hardware
 
-    return cpu_runtime.device()
+    return hardware.device()
 
 
 def check_rendezvous(facts: dict[str, Any]) -> None:
@@ -198,10 +198,10 @@ def check_rendezvous(facts: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from pretrain.processes.rendezvous import allow_connections
-    from xlstm_mcore.megatron import cpu_runtime
+    from xlstm_mcore import hardware
 
     allow_connections(int(os.environ["WORLD_SIZE"]))
-    options = cpu_runtime.process_group_options()
+    options = hardware.process_group_options()
     dist.init_process_group(timeout=timedelta(seconds=RENDEZVOUS_S), **options)
     together = torch.ones(1, device=_device())
     dist.all_reduce(together)
@@ -245,13 +245,13 @@ def _speed(values: Any, group: Any) -> float:
     """Gigabytes per second of an all-reduce."""
     import torch.distributed as dist
 
-    from xlstm_mcore.megatron import cpu_runtime
+    from xlstm_mcore import hardware
 
     dist.all_reduce(values, group=group)
-    began = cpu_runtime.mark()
+    began = hardware.mark()
     for _ in range(ROUNDS):
         dist.all_reduce(values, group=group)
-    seconds = cpu_runtime.seconds_between(began, cpu_runtime.mark()) / ROUNDS
+    seconds = hardware.seconds_between(began, hardware.mark()) / ROUNDS
     return round(values.numel() * values.element_size() / seconds / 1e9, 3)
 
 

@@ -36,6 +36,7 @@ LONG_FILES = {"xlstm_mcore/hf/modeling_xlstm_blocks.py": 950}
 # Where the word may stand: what makes megatron-core run without it, and what asks for the device.
 CUDA_FILES = {
     "kernels/xlstm_kernels/common/launch_graph.py",  # captures what it is given
+    "xlstm_mcore/hardware.py",
     "xlstm_mcore/megatron/cpu_runtime.py",
     "xlstm_mcore/megatron/compat.py",
     "pretrain/layout.py",

@@ -21,6 +21,7 @@ from pretrain.data import Batch
 from pretrain.engines import make_engine
 from pretrain.lr_schedule import learning_rate
 from pretrain.trainer import train_step
+from xlstm_mcore import hardware
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.sizes.parameters import count_parameters
 
@@ -179,7 +180,7 @@ def alone(rank: int, processes: int) -> Iterator[None]:
     place = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
     with (
         mock.patch.dict(os.environ, {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}),
-        mock.patch.object(cpu_runtime, "process_group_options", lambda: {"backend": "fake"}),
+        mock.patch.object(hardware, "process_group_options", lambda: {"backend": "fake"}),
         mock.patch.object(layouts, "meet", lambda *place: FakeStore()),
         mock.patch.object(cpu_runtime, "pipeline_settings", lambda *_: _GLOO),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # torch's names the rank

@@ -149,7 +149,7 @@ def test_memory_is_pinned_where_it_is_before_the_first_save(monkeypatch):
         assert threading.current_thread() is not threading.main_thread()
         pinned.append(memory.nbytes)
 
-    monkeypatch.setattr(background_module.cpu_runtime, "pin", pin)
+    monkeypatch.setattr(background_module.hardware, "pin", pin)
     host = HostCopy()
     host.prepare([TensorSlice(name, (6, 4), (0, 0), OnDevice()) for name in "abc"])
     host._thread.join()

@@ -19,7 +19,7 @@ from slurm.job.preflight import Bad, check_command, check_disk, check_kernels, p
 from slurm.job.state import Life, RunState, State, write
 from tests.pretrain.run_files import config as run_config
 from xlstm_kernels import mlstm_chunkwise, self_check
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 NODES = ("n1", "n2", "n3", "n4")
 SOUND = {"versions": "Python 3.11", "clock": 100.0, "tflops": 50.0, "device_tflops": True}
@@ -166,7 +166,7 @@ def test_a_rank_tries_the_device_that_it_trains_on(tmp_path, monkeypatch):
     write(folder.parent / "health.json", asdict(Health(devices=4, min_free_run_gb=0.0)))
     for name, value in (("XLSTM_NODES", "n1"), ("RANK", "2"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
+    monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
@@ -191,7 +191,7 @@ def test_the_clock_runs_while_the_device_does_what_is_counted(monkeypatch):
                 done.append("product")
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(cpu_runtime, "mark", lambda: done.append("mark") or float(len(done)))
+    monkeypatch.setattr(hardware, "mark", lambda: done.append("mark") or float(len(done)))
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: done.append("all-reduce"))
     with Noting():
         preflight.check_product(Health(), {})

@@ -13,10 +13,11 @@ from pretrain.engines.megatron import MegatronEngine
 from pretrain.trainer import train_step
 from tests.dist import work
 from xlstm_io.errors import ConfigError
+from xlstm_mcore import hardware
 from xlstm_mcore.megatron import compat, cpu_runtime
 
 pytestmark = pytest.mark.skipif(
-    not cpu_runtime.needed(), reason="the CPU runtime is off where CUDA is present"
+    not hardware.without_cuda(), reason="the CPU runtime is off where CUDA is present"
 )
 
 
@@ -195,20 +196,20 @@ def test_step_counters_are_separate_tensors(engine):
 
 
 def test_a_process_uses_the_device_of_its_number_or_the_only_one_it_sees(capsys):
-    assert cpu_runtime.device_index(3, 4) == 3
+    assert hardware.device_index(3, 4) == 3
     assert capsys.readouterr().err == ""
-    assert cpu_runtime.device_index(3, 1) == 0
+    assert hardware.device_index(3, 1) == 0
     assert "LOCAL_RANK=3 sees one device and uses it" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"LOCAL_RANK=3.*2 devices.*--gpu-bind=none"):
-        cpu_runtime.device_index(3, 2)
+        hardware.device_index(3, 2)
 
 
 def test_the_device_index_is_where_nccl_and_deepspeed_look(monkeypatch):
     chosen = []
-    monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
+    monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert cpu_runtime.process_group_options() == {"backend": "nccl"}
+    assert hardware.process_group_options() == {"backend": "nccl"}
     assert chosen == [0] and os.environ["LOCAL_RANK"] == "0"

@@ -8,6 +8,7 @@ import torch
 
 from pretrain.data.batch import Batch
 from xlstm_kernels.common import products
+from xlstm_mcore import hardware
 from xlstm_mcore.build import make_config
 from xlstm_mcore.megatron import cpu_runtime
 from xlstm_mcore.mixers import kernel_calls
@@ -91,8 +92,8 @@ def test_a_thread_pins_memory_for_the_device_of_its_process(monkeypatch):
             seen.append(current[0])
             return 1
 
-    monkeypatch.setattr(cpu_runtime, "needed", lambda: False)
+    monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    cpu_runtime.pin(torch.empty(8), torch.device("cuda", 3))
+    hardware.pin(torch.empty(8), torch.device("cuda", 3))
     assert seen == [3]

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from xlstm_mcore import hardware
 from xlstm_mcore.config import XLSTMConfig
-from xlstm_mcore.megatron import cpu_runtime
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def new_parameter(config: XLSTMConfig, slices: Sequence[ParameterSlice]) -> nn.P
     """An uninitialised parameter on the model's device, just large enough for its slices."""
     ends = ([o + n for o, n in zip(part.local_offset, part.shape, strict=True)] for part in slices)
     shape = [max(end) for end in zip(*ends, strict=True)]
-    weight = nn.Parameter(
-        torch.empty(shape, dtype=config.params_dtype, device=cpu_runtime.device())
-    )
+    weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=hardware.device()))
     set_slices(weight, slices, sequence_parallel=config.sequence_parallel)
     return weight
 

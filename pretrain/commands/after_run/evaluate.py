@@ -25,8 +25,8 @@ from xlstm_io.checkpoint.choose import choose
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import Location
 from xlstm_io.terminal import say
+from xlstm_mcore import hardware
 from xlstm_mcore.inference import open_model
-from xlstm_mcore.megatron import cpu_runtime
 
 BY = ("position", "length", "frequency", "source")
 _BUCKETS = 40  # powers of two; no row is longer
@@ -218,7 +218,7 @@ def _batches(
     The rows of a split continue each other in the order in which they were written, and a row that
     begins with a document has a boundary there.
     """
-    device, width = cpu_runtime.device(), dataset.seq_len
+    device, width = hardware.device(), dataset.seq_len
     for first in range(0, dataset.num_rows, micro_batch * times):
         last = min(first + micro_batch * times, dataset.num_rows)
         rows = dataset.read(np.arange(first, last))
@@ -237,7 +237,7 @@ def _batches(
 def frequencies(dataset: TokenDataset, micro_batch: int) -> Tensor:
     """How often each id is a target of a set, int64 `[ids]`; `micro_batch` rows at once."""
     size = dataset.manifest.vocab_size
-    counts = torch.zeros(size, dtype=torch.int64, device=cpu_runtime.device())
+    counts = torch.zeros(size, dtype=torch.int64, device=hardware.device())
     for batch, _ in _batches(dataset, micro_batch):
         counts += torch.bincount(batch.labels[batch.loss_mask > 0], minlength=size)
     return counts

@@ -23,7 +23,7 @@ ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmo
 
 def said(error, steps, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ask", lambda *_: FOUND)
-    monkeypatch.setattr(module.cpu_runtime, "device_memory_bytes", lambda: int(80e9))
+    monkeypatch.setattr(module.hardware, "device_memory_bytes", lambda: int(80e9))
     return out_of_memory(error, CONFIG, rank=3, processes=8, steps=steps, folder=tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_later_the_same_command_may_be_repeated(tmp_path, monkeypatch):
 def test_a_snapshot_is_kept_where_the_device_has_one(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        module.cpu_runtime, "save_memory_snapshot", lambda path: not saved.append(path)
+        module.hardware, "save_memory_snapshot", lambda path: not saved.append(path)
     )
     found = said(ERROR, 1, tmp_path, monkeypatch)
     assert saved == [tmp_path / "memory-rank_3.pickle"] and str(saved[0]) in str(found)
