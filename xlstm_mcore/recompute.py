@@ -186,18 +186,10 @@ def recompute_in_backward(
 def known_output(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`output`, which is `function(*inputs)` and which selective recompute does not keep.
 
-    It is for a kernel that has other outputs too, of which `inputs` may be one.
+    Its gradient is its own. It is for a collective, which keeps nothing for its backward pass, and
+    for a kernel that has other outputs too, of which `inputs` may be one.
     """
     return output if _layer is None else _remember(output, function, inputs)
-
-
-def regather_in_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)` of a collective that keeps nothing for its own backward pass.
-
-    Where its output is needed again, selective recompute repeats the collective in the backward
-    pass instead of holding the whole sequence on every rank. Its gradient is its own.
-    """
-    return known_output(function(x), function, x)
 
 
 def rerun_cell(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from xlstm_mcore.mixers.attention_span import (
     visible,
 )
 from xlstm_mcore.mixers.base import Mixer, by_sequence
-from xlstm_mcore.recompute import regather_in_backward
 from xlstm_mcore.sizes.dimensions import attention_heads
 
 # Boundaries on a device -> the lengths of their documents, for as long as the boundaries are there.
@@ -76,7 +75,7 @@ class AttentionMixer(Mixer):
     ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
         widths = [n * self.head_dim for n in (self.num_heads, *[self.num_kv_heads] * 2)]
-        x = regather_in_backward(self.region.gather, x)
+        x = self.gathered(x)
         qkv = by_sequence(self.in_proj(x)[0], batch)
         q, k, v = (
             self.context.to_heads(t).transpose(0, 1).unflatten(-1, (-1, self.head_dim))

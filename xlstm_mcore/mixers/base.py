@@ -16,6 +16,7 @@ from xlstm_mcore.modules.linear import (
 from xlstm_mcore.parallel.context import ContextParallel
 from xlstm_mcore.parallel.tensor import TensorParallelRegion
 from xlstm_mcore.parameters.slices import new_parameter, stacked_slices
+from xlstm_mcore.recompute import known_output
 
 
 def by_sequence(x: Tensor, batch: int) -> Tensor:
@@ -51,6 +52,14 @@ class Mixer(nn.Module):
         self.config, self.prefix = config, prefix
         self.region = TensorParallelRegion(config, pg_collection.tp)
         self.context = ContextParallel(pg_collection.cp)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All channels at every position of the slice: `[s(/tp) * b, h] -> [s * b, h]`.
+
+        Where the whole is needed again, selective recompute repeats the collective in the backward
+        pass, and no rank holds all of the sequence.
+        """
+        return known_output(self.region.gather(x), self.region.gather, x)
 
     def split_parameter(self, shapes: dict[str, tuple[int, ...]], dim: int = 0) -> nn.Parameter:
         """This rank's part of some tensors, one below the other.

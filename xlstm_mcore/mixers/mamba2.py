@@ -17,7 +17,6 @@ from torch import Tensor
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import run_conv, run_mamba2
-from xlstm_mcore.recompute import regather_in_backward
 
 
 class Mamba2Mixer(Mixer):
@@ -60,7 +59,7 @@ class Mamba2Mixer(Mixer):
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
     ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
-        x = regather_in_backward(self.region.gather, x)
+        x = self.gathered(x)
         inner, state, heads = self.inner, self.state, self.num_heads
         projected = by_sequence(self.in_proj(x)[0], batch).transpose(0, 1)  # [b, s, ...]
         z, xbc, dt = projected.split([inner, inner + 2 * state, heads], dim=-1)

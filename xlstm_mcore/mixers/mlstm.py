@@ -18,7 +18,6 @@ from xlstm_mcore.mixers.kernel_calls import (
     run_mlstm,
 )
 from xlstm_mcore.modules.projections import HeadProjections, Heads
-from xlstm_mcore.recompute import regather_in_backward
 
 
 class MLSTMMixer(Mixer):
@@ -46,7 +45,7 @@ class MLSTMMixer(Mixer):
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
     ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
-        x = regather_in_backward(self.region.gather, x)
+        x = self.gathered(x)
         dims = self.qk_head_dim, self.qk_head_dim, self.v_head_dim, self.v_head_dim
         q, k, v, ogate, igate, fgate = self.in_proj(
             x,

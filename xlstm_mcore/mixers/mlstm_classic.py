@@ -22,7 +22,6 @@ from xlstm_mcore.mixers.kernel_calls import (
     run_norm_gated_skip,
 )
 from xlstm_mcore.parameters.slices import ParameterSlice, new_parameter
-from xlstm_mcore.recompute import regather_in_backward
 
 
 class ClassicMLSTMMixer(Mixer):
@@ -71,7 +70,7 @@ class ClassicMLSTMMixer(Mixer):
         self, x: Tensor, batch: int, boundaries: Tensor | None, cache: dict | None = None
     ) -> Tensor:
         """Mix along the sequence, see `Mixer`."""
-        x = regather_in_backward(self.region.gather, x)
+        x = self.gathered(x)
         projected = by_sequence(self.in_proj(x)[0], batch)
         of_gates = gate_weight(self.config, torch.cat((self.igate_weight, self.fgate_weight)))
         x_c, z, q, k, v, partial = self._before_cell(

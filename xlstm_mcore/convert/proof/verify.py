@@ -169,18 +169,14 @@ def whole_model_checks(model: PreTrainedModel, family: str) -> list[Check]:
         return [*checks, Check("padding", worst <= _limit(alone), detail)]
 
 
-def samples(
-    exported: PreTrainedModel, folder: Path | str, *, count: int = 3, new_tokens: int = 48
-) -> list[str]:
+def samples(exported: PreTrainedModel, folder: Path | str) -> list[str]:
     """A few texts that transformers generates from bos, sampled with a fixed seed."""
     tokenizer = open_tokenizer(Path(folder))
     prompt = torch.tensor([[tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]])
     torch.manual_seed(0)
     texts = []
-    for _ in range(count):
-        ids = exported.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
-        )
+    for _ in range(3):
+        ids = exported.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48)
         texts.append(tokenizer.decode([i for i in ids[0, 1:].tolist() if i < tokenizer.vocab_size]))
     return texts
 
