@@ -145,12 +145,12 @@ class GPTLayer(XLSTMLayer):
             packed_seq_params: Megatron's description of one packed row, or None.
             unused: What other layers need (rotary embeddings, contexts of cross-attention).
         """
-        boundaries = None
+        boundaries, shape = None, hidden_states.shape
         if packed_seq_params is not None:
-            boundaries = _from_lengths(packed_seq_params.cu_seqlens_q)
+            ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+            boundaries = _from_lengths(packed_seq_params, ranks * shape[0])
         elif attention_mask is not None:
-            boundaries = _from_mask(attention_mask, hidden_states.shape[1])
-        shape = hidden_states.shape
+            boundaries = _from_mask(attention_mask, shape[1])
         out = super().forward(hidden_states.flatten(0, 1), shape[1], boundaries)
         return of_sequence(out, shape), None
 
@@ -233,9 +233,14 @@ def _from_mask(mask: Tensor, rows: int) -> Tensor:
     return torch.cat((first, hidden), dim=1).expand(rows, -1)
 
 
-def _from_lengths(starts: Tensor) -> Tensor:
-    """Boundaries `[1, s]` from `cu_seqlens`: the documents' first tokens, and the end."""
-    length = int(starts[-1])
-    boundaries = torch.zeros(1, length, dtype=torch.bool, device=hardware.device())
-    boundaries[0, starts[:-1].long()] = True
-    return boundaries
+def _from_lengths(packed: PackedSeqParams, length: int) -> Tensor:
+    """Boundaries `[1, s]`, at the documents' first tokens, in a packed row of `length` tokens.
+
+    Where documents are padded the padding counts as theirs. Documents may be empty, as where the
+    end of the row is repeated to fill the tensor.
+    """
+    starts = packed.cu_seqlens_q_padded
+    starts = packed.cu_seqlens_q if starts is None else starts
+    boundaries = torch.zeros(1, length + 1, dtype=torch.bool, device=hardware.device())
+    boundaries[0, starts.long()] = True
+    return boundaries[:, :length]

@@ -84,13 +84,17 @@ def test_gpt_model_gives_the_same_logits_losses_and_gradients(groups, changes):
         assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max(), name
 
 
-def test_packed_rows_are_cut_at_their_lengths(groups):
+@pytest.mark.parametrize("behind", [[], [24, 24]], ids=["plain", "empty documents"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_rows_are_cut_at_their_lengths(groups, padded, behind):
     _, ours, theirs = both(groups)
     tokens = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
     boundaries = torch.zeros(1, 24, dtype=torch.bool)
     boundaries[0, [5, 6, 17]] = True
-    starts = torch.tensor([0, 5, 6, 17, 24], dtype=torch.int32)
+    starts = torch.tensor([0, 5, 6, 17, 24, *behind], dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    if padded:  # then the plain lengths leave the padding out, and the tokens do not lie there
+        packed.cu_seqlens_q_padded, packed.cu_seqlens_q = starts, starts // 2
     with torch.no_grad():
         got = theirs(tokens, torch.arange(24)[None], None, packed_seq_params=packed)
         assert (got - ours(tokens, boundaries)).abs().max() < 1e-6 * got.abs().max()
