@@ -78,7 +78,7 @@ class XLSTMConfig(TransformerConfig):
         return dimensions(self.model).slstm_ffn
 
     @property
-    def slstm_conv_dim(self) -> int:
+    def slstm_taps(self) -> int:
         """Taps of the convolution in the sLSTM and LSTM blocks."""
         return dimensions(self.model).slstm_conv
 

@@ -116,9 +116,6 @@ def spelled_out(pattern: str) -> str:
     )
 
 
-def shorten(pattern: str, limit: int = 60) -> str:
-    """The pattern for a message: cut in the middle where it is longer than `limit`."""
-    if len(pattern) <= limit:
-        return pattern
-    half = (limit - 3) // 2
-    return f"{pattern[:half]}...{pattern[-half:]}"
+def shorten(pattern: str) -> str:
+    """The pattern for a message: cut in the middle where it is longer than 60 letters."""
+    return pattern if len(pattern) <= 60 else f"{pattern[:28]}...{pattern[-28:]}"

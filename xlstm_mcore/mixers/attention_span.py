@@ -41,7 +41,7 @@ def visible(query: Tensor, key: Tensor, start: Tensor, span: Span) -> Tensor:
     return seen & ((query - key < span.window) | (key - start < span.sinks))
 
 
-def extend_cache(cache: dict, k: Tensor, v: Tensor, span: Span = ALL) -> None:
+def extend_cache(cache: dict, k: Tensor, v: Tensor, span: Span) -> None:
     """Put new keys and values `[b, s, kv_heads, d]` behind those in a layer's cache.
 
     Args:
@@ -70,7 +70,7 @@ def extend_cache(cache: dict, k: Tensor, v: Tensor, span: Span = ALL) -> None:
     cache["length"] = past + new
 
 
-def attend_to_cache(q: Tensor, start: Tensor, cache: dict, span: Span = ALL) -> Tensor:
+def attend_to_cache(q: Tensor, start: Tensor, cache: dict, span: Span) -> Tensor:
     """Attention of the last `s` cached tokens to themselves and the past.
 
     The mask takes `[b, s, keys]`, which is small because decoding adds one token at a time.

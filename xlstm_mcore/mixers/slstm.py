@@ -41,7 +41,7 @@ class SLSTMMixer(Mixer):
         d = self.head_dim
 
         self.conv_weight = self.conv_bias = None
-        taps = config.slstm_conv_dim
+        taps = config.slstm_taps
         if taps:
             self.conv_weight = self.split_parameter({"conv.weight": (width, taps)})
             self.conv_bias = self.split_parameter({"conv.bias": (width,)})

@@ -42,7 +42,7 @@ def _gate(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> N
 
 
 def _conv(t: Tensor, config: XLSTMConfig, layer: int, rng: torch.Generator) -> None:
-    width = config.slstm_conv_dim if config.layer_letters[layer] in "sl" else config.conv_width
+    width = config.slstm_taps if config.layer_letters[layer] in "sl" else config.conv_width
     bound = 1 / math.sqrt(width)  # torch's Conv1d default at one input channel
     t.uniform_(-bound, bound, generator=rng)
 
