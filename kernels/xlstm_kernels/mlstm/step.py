@@ -6,6 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import compute_dtype
+from xlstm_kernels.common.gates import CLOSED
 from xlstm_kernels.mlstm.arguments import State, check_arguments, check_soft_cap, soft_cap
 
 
@@ -66,7 +67,8 @@ def _step(q, k, v, igate_preact, fgate_preact, state, gate, normalize, eps):
     C, n, m = state
     dtype = compute_dtype(q.dtype)
     query, key, value = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
-    log_f, log_i = logsigmoid(fgate_preact.to(dtype)), igate_preact.to(dtype)
+    log_f = logsigmoid(fgate_preact.to(dtype).clamp(min=CLOSED))
+    log_i = igate_preact.to(dtype)
     if gate == "exp":
         m_new = torch.maximum(log_f + m, log_i)
         f, i = (log_f + m - m_new).exp(), (log_i - m_new).exp()
