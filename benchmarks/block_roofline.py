@@ -112,6 +112,15 @@ def of_run(
     )
 
 
+def block_of(path: str, letter: str, tokens: int, rows: int, recompute: str) -> tuple[Pass, Pass]:
+    """A block of one kind, and embedding, head and loss."""
+    two, three = (
+        count_model(of_run(path, letter, blocks, tokens, rows, recompute)) for blocks in (2, 3)
+    )
+    block = three.minus(two)
+    return block, two.minus(block).minus(block)
+
+
 @dataclass
 class Bound:
     """A model as the sum of its parts, for one micro-batch.
@@ -144,15 +153,11 @@ class Bound:
 
 def bound_of(path: str, tokens: int, rows: int, recompute: str) -> Bound:
     """Count a run file's model by its most frequent block."""
-    letters = parse_pattern(load_config(path, {}, quiet=True).model.pattern).letters
+    model = load_config(path, quiet=True).model
+    letters = parse_pattern(model.pattern).letters
     letter, _ = Counter(letters).most_common(1)[0]
-    two, three = (
-        count_model(of_run(path, letter, blocks, tokens, rows, recompute)) for blocks in (2, 3)
-    )
-    block = three.minus(two)
-    rest = two.minus(block).minus(block)
-    config = load_config(path, {}, quiet=True)
-    model = config.model.model_copy(update={"pattern": letter * len(letters)})
+    block, rest = block_of(path, letter, tokens, rows, recompute)
+    model = model.model_copy(update={"pattern": letter * len(letters)})
     return Bound(block, rest, len(letters), rows * tokens, training_flops(model, tokens))
 
 

@@ -177,7 +177,7 @@ def peers(setting: Setting) -> dict[str, tuple[Callable, str]]:
         found["fla simple_gla"] = (simple_gla, "another cell")
     except ImportError:
         pass
-    heads, width = setting.heads * setting.v // 128, setting.batch * setting.steps
+    heads = setting.heads * setting.v // 128
 
     def attention(q, k, v, i, f):
         # As wide as the mLSTM's output, in heads of 128: made of v, so the gradient reaches it.
@@ -185,7 +185,7 @@ def peers(setting: Setting) -> dict[str, tuple[Callable, str]]:
         out = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
         return out + 0 * (q.sum() + k.sum() + i.sum() + f.sum())
 
-    if setting.v * setting.heads % 128 == 0 and width:
+    if setting.v * setting.heads % 128 == 0:
         found["torch attention"] = (attention, "another cell; flash where PyTorch has it")
     return found
 

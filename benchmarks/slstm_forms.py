@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from benchmarks.block_roofline import Pass, count_model, of_run
+from benchmarks.block_roofline import Pass, block_of
 from benchmarks.compiled.aot import DEVICES, Resources, examine
 from benchmarks.counting.device_limits import BANDWIDTH, BF16_PRODUCTS
 from benchmarks.kernel_resources import GRAPH_LAUNCH_US, MEETING_US
@@ -121,15 +121,6 @@ def loop_of(
     return Loop(launches, floor, copied, replays, rest, at_once)
 
 
-def block_of(path: str, letter: str, tokens: int, rows: int, recompute: str) -> tuple[Pass, Pass]:
-    """A block of one kind, and embedding, head and loss."""
-    two, three = (
-        count_model(of_run(path, letter, blocks, tokens, rows, recompute)) for blocks in (2, 3)
-    )
-    block = three.minus(two)
-    return block, two.minus(block).minus(block)
-
-
 def without_loop(block: Pass) -> tuple[Pass, int]:
     """A block without its sLSTM operators, and how many forward passes these were."""
     scans = [one for one in block.kernels if "slstm_scan" in one.name]
@@ -141,7 +132,7 @@ def compare(
     mixed: str, plain: str, rows: int, tokens: int, kernels: tuple, recompute: str
 ) -> list[str]:
     """Lines of one micro-batch size."""
-    config = load_config(mixed, {}, quiet=True).model
+    config = load_config(mixed, quiet=True).model
     letters = Counter(parse_pattern(config.pattern).letters)
     m_block, rest = block_of(plain, "m", tokens, rows, recompute)
     s_block, _ = block_of(mixed, "s", tokens, rows, recompute)
@@ -178,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of a row")
     parser.add_argument("--recompute", default="none")
     options = parser.parse_args(arguments)
-    config = load_config(options.mixed, {}, quiet=True).model
+    config = load_config(options.mixed, quiet=True).model
     heads, d = config.num_heads, config.hidden_size // config.num_heads
     shape = {"b": 16, "s": options.tokens, "heads": heads}
     floors = [examine(one, TARGET) for one in describe(TARGET, d, torch.bfloat16, **shape)]

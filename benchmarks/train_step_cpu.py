@@ -193,9 +193,8 @@ def worker(model: str, peer: str, arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    make = our_step if peer == "ours" else None
-    batch, length = arguments.batch, arguments.steps
-    step = make(model, batch, length) if make else peer_step(model, peer, batch, length)
+    sizes = arguments.batch, arguments.steps
+    step = our_step(model, *sizes) if peer == "ours" else peer_step(model, peer, *sizes)
     step()  # compiles, allocates
     print("ready", flush=True)
     for line in sys.stdin:
@@ -211,7 +210,7 @@ class Contestant:
     """A model in a process of its own that takes one step when asked."""
 
     def __init__(self, model: str, peer: str, python: str, arguments: argparse.Namespace):
-        self.model, self.peer, self.seconds = model, peer, []
+        self.peer, self.seconds = peer, []
         words = ["--worker", model, peer, "--batch", arguments.batch, "--steps", arguments.steps]
         words += ["--threads", arguments.threads]
         environment = os.environ | {

@@ -94,10 +94,6 @@ class Resources:
     limits: list[str] = field(default_factory=list)  # why it could not be launched
     cooperative: bool = False  # all programs run at the same time, and meet at every step
 
-    def to_json(self) -> dict:
-        """A dict of plain values."""
-        return asdict(self)
-
 
 def triton_tool(name: str) -> Path:
     """One of the NVIDIA programs inside Triton's wheel."""
@@ -264,6 +260,6 @@ def _amd_number(assembly: str, key: str) -> int:
 
 def write_json(path: Path, results: list[Resources], **about: object) -> None:
     """Results and what they are about, one JSON file."""
-    rows = [result.to_json() for result in results]
+    rows = [asdict(result) for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | {"kernels": rows}, indent=1) + "\n", encoding="utf-8")

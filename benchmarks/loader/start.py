@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.loader.synthetic_shards import write_shards
+from data_prep.build.report import split_fields
 from xlstm_io.foreign.json_file import read_json
 from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest, write_manifest
@@ -29,16 +30,15 @@ def many_shards(root: Path, shards: int) -> None:
     fields = read_json(root / MANIFEST_NAME, LIMITS.shard_manifest)
     split = fields["sources"][0]["splits"]["train"]
     (first,) = split["shards"]
-    split["shards"] = []
+    entries = []
     for number in range(shards):
         entry = dict(first)
         for key in ("path", "index"):
             entry[key] = first[key].replace("00000000", f"{number:08d}")
             if number:
                 os.link(root / first[key], root / entry[key])
-        split["shards"].append(entry)
-    for key in ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in"):
-        split[key] = shards * first[key]
+        entries.append(entry)
+    split |= split_fields(entries)
     for key in ("version", "format", "hash", "checksum"):
         del fields[key]
     write_manifest(root, fields)

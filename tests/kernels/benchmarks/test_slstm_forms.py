@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import slstm_forms
+from benchmarks import block_roofline, slstm_forms
 from benchmarks.block_roofline import Pass
 from benchmarks.counting.counted_ops import Kernel
 from benchmarks.counting.device_limits import BANDWIDTH
@@ -70,7 +70,7 @@ def test_the_command_compares_the_two_models(monkeypatch, capsys):
         letters = config.model.pattern
         return Pass([Kernel("x", byte_count)] * len(letters) + [operator] * letters.count("s"))
 
-    monkeypatch.setattr(slstm_forms, "count_model", count_model)
+    monkeypatch.setattr(block_roofline, "count_model", count_model)
 
     def examine(one, target):
         return (TOGETHER if one.cooperative else FLOORS)["bw" in one.name]
