@@ -9,9 +9,16 @@ from typing import Any
 
 from experiments.definition import SIZES, Cell, cells_of, chosen, load, names
 from experiments.grid import Body, Grid, go_through
-from xlstm_io.errors import ConfigError, ExitCode, Interrupted, MachineFailed, UserError
+from xlstm_io.errors import (
+    ConfigError,
+    ExitCode,
+    Interrupted,
+    MachineFailed,
+    UserError,
+    exit_code_of,
+)
 from xlstm_io.signals import stop_signals_raise
-from xlstm_io.terminal import counted, say
+from xlstm_io.terminal import counted, say, tell, until_nobody_reads
 
 DEFAULT_OUT = "runs/experiments"
 
@@ -216,18 +223,16 @@ def run(words: Sequence[str]) -> int:
         with stop_signals_raise():  # while cells run, `go_through` listens instead
             return _dispatch(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        tell(f"error: {error}")
+        return exit_code_of(error)
     except MachineFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return ExitCode.MACHINE_FAILED
     except (Interrupted, KeyboardInterrupt):
         say("stopped; what is finished is kept, give the same command again to go on")
         return ExitCode.STOPPED
-    except BrokenPipeError:  # `list | head`
-        return ExitCode.NOBODY_READS
 
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(until_nobody_reads(lambda: run(sys.argv[1:])))

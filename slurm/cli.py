@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm.batch_files.site import Site, load_site
-from xlstm_io.errors import ExitCode, UserError
-from xlstm_io.terminal import tell
+from xlstm_io.errors import ExitCode, UserError, exit_code_of
+from xlstm_io.terminal import tell, until_nobody_reads
 
 if TYPE_CHECKING:
     from slurm.batch_files.tasks import TaskPlan
@@ -194,11 +194,9 @@ def run(words: Sequence[str]) -> int:
         return _dispatch(words)
     except UserError as error:
         tell(f"error: {error}")
-        return error.exit_code
-    except BrokenPipeError:  # `render | head`
-        return ExitCode.DONE
+        return exit_code_of(error)
 
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(until_nobody_reads(lambda: run(sys.argv[1:])))

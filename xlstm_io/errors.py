@@ -121,13 +121,8 @@ def is_machine_failure(error: BaseException) -> bool:
 
 
 def exit_code_of(error: UserError) -> ExitCode:
-    """What a command ends with after an error: 70 where storage fails behind it."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.errno in MACHINE_ERRNOS:
-            return ExitCode.MACHINE_FAILED
-        found = found.__cause__
-    return error.exit_code
+    """What a command ends with after an error: 70 where the machine fails behind it."""
+    return ExitCode.MACHINE_FAILED if is_machine_failure(error) else error.exit_code
 
 
 class MachineFailed(Exception):

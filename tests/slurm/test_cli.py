@@ -30,6 +30,16 @@ def test_keys_of_the_site_and_of_the_run_can_be_given_in_words(tmp_path, monkeyp
     assert cli.run([*words, "--set", "partition"]) == 2
 
 
+def test_a_reader_that_ends_ends_the_command():
+    words = ["render", "train", str(DEMO), "--site", str(EXAMPLES / "cpu.yaml")]
+    command = [sys.executable, "-m", "slurm", *words, "--run.dir", "/projects/r"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_rendering_needs_no_torch():
     """Its import takes seconds, on a login node with a slow file system a minute."""
     example = EXAMPLES / "cpu.yaml"

@@ -65,6 +65,7 @@ def test_errors_travel_between_processes(name):
     [
         (OSError(errno.EIO, "Input/output error", "manifest.json"), 70),
         (OSError(errno.ESTALE, "Stale file handle", "manifest.json"), 70),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 70),
         (PermissionError(errno.EACCES, "Permission denied", "manifest.json"), 2),
         (KeyError("step"), 2),
         (None, 2),
