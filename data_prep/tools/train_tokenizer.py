@@ -127,6 +127,7 @@ def train_tokenizer(
         "model_type": model_type,
         "vocab_size": vocab_size,
         "text_field": fields.text,
+        "text_split": fields.split,
         "sample_mb": sample_mb,
         "special_tokens": list(special_tokens),
     }
@@ -180,7 +181,11 @@ def _stored_info(out: Path, settings: dict) -> dict | None:
     try:
         info = json.loads((out / INFO_NAME).read_bytes())
         info = {key: info[key] for key in ("settings", "inputs", "corpus", "sha256")}
-        changed = [key for key, value in settings.items() if info["settings"].get(key, []) != value]
+        # Older versions had no special tokens, and did not note how text files were split: what was
+        # read of them is not known then.
+        known = {"special_tokens": [], "text_split": settings["text_split"]} | info["settings"]
+        info["inputs"] = info["inputs"] if "text_split" in info["settings"] else None
+        changed = [key for key, value in settings.items() if known.get(key) != value]
     except FileNotFoundError:
         if model.exists():
             raise PrepError(

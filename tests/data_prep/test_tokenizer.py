@@ -69,6 +69,21 @@ def test_other_settings_do_not_overwrite(tmp_path, corpus, capsys):
     assert (tmp_path / "t/tokenizer.model").read_bytes() == before
 
 
+def test_another_split_of_text_files_is_another_corpus(tmp_path, texts, capsys):
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    flags = ["--input", tmp_path / "corpus.txt", "--vocab-size", 310, "--out", tmp_path / "t"]
+    assert run("tokenizer", *flags) == 0
+    assert run("tokenizer", *flags, "--text-split", "lines") == 2
+    assert "other text_split" in capsys.readouterr().err
+    info = tmp_path / "t/tokenizer_info.json"  # of an older version:
+    fields = json.loads(info.read_text())
+    del fields["settings"]["text_split"]
+    info.write_text(json.dumps(fields))
+    assert run("tokenizer", *flags) == 0
+    assert run("tokenizer", *flags, "--text-split", "lines") == 2
+    assert "other contents" in capsys.readouterr().err
+
+
 def test_same_contents_are_a_no_op_and_others_an_error(tmp_path, corpus, texts, capsys):
     flags = ["--vocab-size", 310, "--out", tmp_path / "t"]
     copy = write_jsonl(tmp_path / "copy.jsonl", texts)
