@@ -33,10 +33,10 @@ from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Workers, available_cpus
 from data_prep.sources.files import expand_inputs, file_fingerprint
 from data_prep.sources.malformed import report_malformed
-from data_prep.sources.names import absolute
 from xlstm_io.errors import PrepError, TokenizerFileError
+from xlstm_io.remote import is_remote
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import absolute, write_atomic
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
@@ -177,12 +177,12 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def _input_files(config: BuildConfig) -> list[InputFile]:
-    out = Path(absolute(config.out))  # it may lie in a folder of texts, and is none of them
+    out = absolute(config.out)  # it may lie in a folder of texts, and is none of them
     files = [
         InputFile(path, source.name, source.fields)
         for source in config.all_sources()
         for path in expand_inputs(source.input)
-        if not Path(absolute(path)).is_relative_to(out)
+        if is_remote(path) or not absolute(path).is_relative_to(out)
     ]
     check_number_of_files(files)
     return files

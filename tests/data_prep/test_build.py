@@ -45,9 +45,16 @@ def test_rerun_is_a_no_op(build_flags, tmp_path, capsys, corpus):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
 
 
-def test_shards_within_the_folder_of_texts_are_no_texts(corpus, tokenizer_dir, tmp_path, capsys):
+@pytest.mark.parametrize("linked", [False, True])
+def test_shards_within_the_folder_of_texts_are_no_texts(
+    corpus, tokenizer_dir, tmp_path, capsys, linked
+):
     shutil.copy(corpus, tmp_path)
-    flags = ["--input", tmp_path, "--tokenizer", tokenizer_dir, "--workers", 1]
+    texts = tmp_path
+    if linked:
+        texts = tmp_path / "link"
+        texts.symlink_to(tmp_path)
+    flags = ["--input", texts, "--tokenizer", tokenizer_dir, "--workers", 1]
     flags += ["--valid-fraction", 0.2, "--out", tmp_path / "shards"]
     assert run("build", *flags) == 0
     (tmp_path / "shards/manifest.json").unlink()
