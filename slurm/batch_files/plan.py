@@ -299,40 +299,36 @@ def common_options(
         requeue: whether the job may run again.
         gpus: whether it needs the node's GPUs.
     """
-    devices: list[str | None] = []
+    options: dict[str, Any] = {
+        "job-name": name,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "reservation": site.reservation,
+        "constraint": site.constraint,
+        "nice": site.nice,
+        "mail-user": site.mail,
+        "mail-type": "END,FAIL" if site.mail else None,
+        "nodes": nodes,
+        "ntasks-per-node": tasks,
+    }
     if site.gpus_per_node and gpus:
-        devices = [f"gres={site.gres}" if site.gres else f"gpus-per-node={site.gpus_per_node}"]
-    found: list[str | None] = [
-        f"job-name={name}",
-        f"partition={site.partition}",
-        *[
-            f"{key}={value}" if value is not None else None
-            for key, value in (
-                ("account", site.account),
-                ("qos", site.qos),
-                ("reservation", site.reservation),
-                ("constraint", site.constraint),
-                ("nice", site.nice),
-                ("mail-user", site.mail),
-                ("mail-type", "END,FAIL" if site.mail else None),
-            )
-        ],
-        f"nodes={nodes}",
-        f"ntasks-per-node={tasks}",
-        *devices,
-        f"cpus-per-task={site.cpus_per_task}" if site.cpus_per_task else None,
-        f"mem={site.mem}" if site.mem else None,
-        "exclusive" if site.exclusive else None,
-        f"time={site.time}",
-        "requeue" if requeue else "no-requeue",
-        "open-mode=append",
-        f"output={output}",
-        f"signal={site.signal.name}@{signal_s}",
-        "export=NONE",
-        "wait-all-nodes=1" if nodes > 1 else None,
-    ]
-    extra = [option.removeprefix("--") for option in site.extra_sbatch]
-    return [f"--{text}" for text in [*found, *extra] if text is not None]
+        options |= {"gres": site.gres} if site.gres else {"gpus-per-node": site.gpus_per_node}
+    options |= {
+        "cpus-per-task": site.cpus_per_task,
+        "mem": site.mem,
+        "exclusive": True if site.exclusive else None,
+        "time": site.time,
+        "requeue" if requeue else "no-requeue": True,
+        "open-mode": "append",
+        "output": output,
+        "signal": f"{site.signal.name}@{signal_s}",
+        "export": "NONE",
+        "wait-all-nodes": 1 if nodes > 1 else None,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    found = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+    return [*found, *site.extra_sbatch]
 
 
 def _step(site: Site, nodes: int, tasks: int, gpus: bool) -> list[str]:

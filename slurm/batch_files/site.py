@@ -10,11 +10,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xlstm_io.errors import UserError
+from xlstm_io.field_errors import rule_of
 from xlstm_io.foreign.yaml_file import YAMLTextError, parse_yaml, read_yaml
 
 VARIABLE = "XLSTM_SITE"
@@ -284,30 +285,10 @@ def _set(raw: dict[str, Any], word: str) -> None:
         value = parse_yaml(text)
     except YAMLTextError as error:
         raise SiteError(f"--set {word}: {error}") from None
-    # YAML takes 2:00 for the number 120, and the shell has removed the quotes.
+    # A key of numbers takes them as text, too. YAML would take 2:00 for the number 120, and the
+    # shell has removed the quotes.
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    raw[last] = text if number and _wants_text([*sections, last]) else value
-
-
-def _wants_text(parts: Sequence[str]) -> bool:
-    """Whether a key takes text and no number."""
-
-    def types(annotation: Any) -> set[Any]:
-        if get_origin(annotation) is Annotated:
-            return types(get_args(annotation)[0])
-        return {annotation}.union(*map(types, get_args(annotation)))
-
-    model: type[BaseModel] = Site
-    for part in parts:
-        field = model.model_fields.get(part)
-        if field is None:
-            return False
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        else:
-            found = types(field.annotation)
-            return str in found and not found & {int, float}
-    return False
+    raw[last] = text if number else value
 
 
 def _message(error: Mapping[str, Any]) -> str:
@@ -321,9 +302,7 @@ def _message(error: Mapping[str, Any]) -> str:
         return f"{key} is not a key of a site file; {known}"
     if error["type"] == "missing":
         return f"{key} is missing; set it ({field})"
-    if error["type"] == "string_type":
-        return f"{key}={error['input']!r} must be text; put it into quotes ({field})"
-    rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    rule = rule_of(error)
     return f"{key}={error['input']!r} {rule} ({field})" if field else f"{key} {rule}"
 
 

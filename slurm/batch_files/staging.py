@@ -46,16 +46,11 @@ def plan_staging(config: RunConfig, site: Site, folder: Path) -> Staging | None:
     if site.scratch is None:
         raise SiteError("stage copies to each node's own disk; set scratch, a folder on it")
     copies: dict[str, str] = {}
-    if wanted.data:
-        for _, path in config.data.folders:
-            if not is_remote(path):
-                copies.setdefault(str(folder / path), f"shards-{len(copies)}")
-    target = f"{site.scratch}/xlstm-{_JOB}"
-    data = {
-        path: f"{target}/{copies[str(folder / path)]}"
-        for _, path in config.data.folders
-        if str(folder / path) in copies
-    }
+    data: dict[str, str] = {}
+    for _, path in config.data.folders if wanted.data else ():
+        if not is_remote(path):
+            copy = copies.setdefault(str(folder / path), f"shards-{len(copies)}")
+            data[path] = f"{site.scratch}/xlstm-{_JOB}/{copy}"
     if wanted.venv:
         copies[str(_environment(site))] = VENV
     words = _code(json.dumps(data)) if data else ""

@@ -8,8 +8,9 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import RunConfig, runnable_text
 from slurm import scheduler
@@ -61,7 +62,7 @@ class TaskPlan(JobPlan):
     copies: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPlan(TaskPlan):
     """A job that evaluates every checkpoint of a run as it comes.
 
@@ -71,9 +72,9 @@ class EvaluationPlan(TaskPlan):
         requeue: how it comes back; of the site.
     """
 
-    run: Path = Path()
-    wait_s: int = 0
-    requeue: str = "never"
+    run: Path
+    wait_s: int
+    requeue: str
 
 
 def shards_of(file: Path) -> Path:
@@ -114,16 +115,12 @@ def plan_preparation(
     allowed = ("--allow-functions",) if allow_functions else ()
     build = ("-m", "data_prep", "build", str(folder / file), *allowed)
     merge = ("-m", "data_prep", "merge", str(out))
-    array = _task(
-        site,
-        jobs,
-        folder,
-        f"{job_name(out)}-prep",
-        (*build, "--tasks", str(elements)),
-        array=elements,
-    )
-    array = replace(array, check=(*build, "--check"))
-    return [array, _task(site, jobs, folder, f"{job_name(out)}-merge", merge)]
+    name, words = job_name(out), (*build, "--tasks", str(elements))
+    array = _task_fields(site, jobs, folder, f"{name}-prep", words, array=elements)
+    return [
+        TaskPlan(**array, check=(*build, "--check")),
+        TaskPlan(**_task_fields(site, jobs, folder, f"{name}-merge", merge)),
+    ]
 
 
 def plan_evaluation(
@@ -151,14 +148,16 @@ def plan_evaluation(
     path = folder / run
     words = ("-m", "pretrain", "evaluate", str(path), *options)
     name = f"{job_name(path)}-evaluate"
-    plan = _task(site, path / FOLDER, folder, name, words, ranks=tasks_per_node(site), gpus=True)
+    ranks, jobs = tasks_per_node(site), path / FOLDER
+    fields = _task_fields(site, jobs, folder, name, words, ranks=ranks, gpus=True)
     if every_minutes is None:
-        return [plan]
+        return [TaskPlan(**fields)]
     _check_checkpoints_lie_in(path)
+    fields["template"] = "evaluate_each.sbatch.j2"
     return [
         EvaluationPlan(
-            **{one.name: getattr(plan, one.name) for one in fields(plan)}
-            | {"template": "evaluate_each.sbatch.j2", "copies": plan.file.with_suffix(".job")},
+            **fields,
+            copies=fields["file"].with_suffix(".job"),
             run=path,
             wait_s=math.ceil(60 * every_minutes),
             requeue=site.requeue,
@@ -191,8 +190,8 @@ def plan_conversion(
     folder = folder or Path.cwd()
     words = ("-m", "xlstm_mcore.convert", "to-hf", str(folder / checkpoint), str(folder / out))
     jobs = _folder_beside(folder / out)
-    plan = _task(site, jobs, folder, f"{job_name(folder / out)}-convert", words)
-    return [replace(plan, check=(*words, "--dry-run"))]
+    fields = _task_fields(site, jobs, folder, f"{job_name(folder / out)}-convert", words)
+    return [TaskPlan(**fields, check=(*words, "--dry-run"))]
 
 
 def plan_preflight(
@@ -261,8 +260,8 @@ def plan_array(
     """
     folder = folder or Path.cwd()
     jobs = _folder_beside(results)
-    plan = _task(site, jobs, folder, name, words, array=elements, gpus=True)
-    return replace(plan, option=option)
+    fields = _task_fields(site, jobs, folder, name, words, array=elements, gpus=True)
+    return TaskPlan(**fields, option=option)
 
 
 def _folder_beside(out: Path) -> Path:
@@ -270,7 +269,7 @@ def _folder_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.slurm")
 
 
-def _task(
+def _task_fields(
     site: Site,
     jobs: Path,
     folder: Path,
@@ -280,7 +279,8 @@ def _task(
     array: int = 0,
     ranks: int = 1,
     gpus: bool = False,
-) -> TaskPlan:
+) -> dict[str, Any]:
+    """The fields of a `TaskPlan` that every task has."""
     check_site(site, jobs)
     options = common_options(
         site,
@@ -295,15 +295,15 @@ def _task(
     if array:
         options.append(f"--array=0-{array - 1}")
     kind = name.rpartition("-")[2]
-    return TaskPlan(
-        template="array.sbatch.j2" if array else "task.sbatch.j2",
+    return {
+        "template": "array.sbatch.j2" if array else "task.sbatch.j2",
         **common_fields(site, folder, jobs.parent, nodes=1, tasks=ranks, gpus=gpus),
-        scratch=None,
-        options=tuple(options),
-        words=tuple(words),
-        file=jobs / f"{kind}.sbatch",
-        restarts=0 if site.requeue == "never" else site.restarts.total,
-    )
+        "scratch": None,
+        "options": tuple(options),
+        "words": tuple(words),
+        "file": jobs / f"{kind}.sbatch",
+        "restarts": 0 if site.requeue == "never" else site.restarts.total,
+    }
 
 
 def submit_tasks(

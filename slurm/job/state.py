@@ -18,7 +18,7 @@ nothing of the run's environment.
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,15 +213,6 @@ class RunState:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "story.jsonl", "a", encoding="utf-8") as file:
             file.write(masked(json.dumps(line)) + "\n")
-
-    def story(self) -> Iterator[dict[str, Any]]:
-        """The lines of the story; a last one that was cut short is left out."""
-        path = self.folder / "story.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
 
     def policy(self) -> Policy:
         """The limits.

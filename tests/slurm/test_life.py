@@ -64,7 +64,8 @@ def test_a_life_begins_and_ends_and_the_next_goes_on(files):
     assert (life.checkpoint_step, life.last_step, life.cause) == (20, 24, "interrupted")
     assert begin(files, restart=1)["LIFE"] == 2
     assert files.load().lives[1].start_step == 20
-    assert [line["event"] for line in files.story()] == ["begin", "requeue", "begin"]
+    story = map(json.loads, (files.folder / "story.jsonl").read_text().splitlines())
+    assert [line["event"] for line in story] == ["begin", "requeue", "begin"]
 
 
 def test_a_life_after_a_rewind_is_measured_from_there(files):
