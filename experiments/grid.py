@@ -50,7 +50,7 @@ class Grid:
     Attributes:
         name: the experiment's name.
         experiment: its definition.
-        size_name: toy, small or paper.
+        size_name: one of `definition.SIZES`.
         size: the size's definition.
         folder: where everything lies.
     """

@@ -66,14 +66,6 @@ class PowerLaw:
     exponent: float
     error: float
 
-    def at(self, x: float) -> float:
-        """The law's value."""
-        return self.factor * x**self.exponent
-
-    def inverse(self, y: float) -> float:
-        """Where the law has a value."""
-        return (y / self.factor) ** (1 / self.exponent)
-
 
 @dataclass(frozen=True)
 class LossLaw:

@@ -52,9 +52,9 @@ class TestPublishedRuns:
 
     def test_a_model_of_a_billion_wants_the_printed_compute_and_tokens(self):
         size, tokens = self.laws()
-        compute = size.inverse(1e9)
+        compute = (1e9 / size.factor) ** (1 / size.exponent)
         assert compute == pytest.approx(1.78e20, rel=0.05)
-        assert tokens.at(compute) == pytest.approx(22.8e9, rel=0.05)
+        assert tokens.factor * compute**tokens.exponent == pytest.approx(22.8e9, rel=0.05)
 
     def test_the_law_of_all_runs_is_near_most_of_them(self):
         law = loss_law(published())
@@ -103,7 +103,7 @@ def test_a_power_law_and_its_error():
     x = [1e18, 1e19, 1e20, 1e21]
     law = power_law(x, [0.01 * c**0.55 for c in x])
     assert (law.factor, law.exponent) == pytest.approx((0.01, 0.55))
-    assert law.error < 1e-9 and law.inverse(law.at(3e19)) == pytest.approx(3e19)
+    assert law.error < 1e-9
     bent = power_law(x, [c**0.55 * f for c, f in zip(x, (1, 1.2, 0.9, 1), strict=True)])
     assert 0.01 < bent.error < 0.1
     assert power_law(x[:2], x[:2]) is None
