@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from xlstm_io.errors import ExitCode, Interrupted
@@ -180,12 +180,7 @@ class StopSignal:
         self._previous = install(self._handle, keep_ignored=(signal.SIGHUP,))
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         restore(self._previous)
         self._previous = {}
 

@@ -21,33 +21,15 @@ import xxhash
 
 from xlstm_io.checkpoint.manifest import (
     METADATA_NAME,
-    Manifest,
     TensorInfo,
-    is_weight,
     read_json,
     read_manifest,
-    resolve,
 )
 from xlstm_io.checkpoint.safetensors_stream import bytes_of, hash_file, view_as
 from xlstm_io.checkpoint.schema import parse_sizes
 from xlstm_io.errors import CheckpointDamagedError, CheckpointError
 from xlstm_io.storage import Location, RangeReader, location
 from xlstm_io.terminal import shortened
-
-__all__ = [
-    "STORED_SLICE_BYTES",
-    "CheckpointDamagedError",
-    "CheckpointError",
-    "CheckpointReader",
-    "Manifest",
-    "StoredSlice",
-    "TensorInfo",
-    "TensorSlice",
-    "check_exact_cover",
-    "is_weight",
-    "read_manifest",
-    "resolve",
-]
 
 #: Saving cuts slices into stored slices of at most this size (one row may be larger). It is small
 #: enough that reading a part of a tensor reads little else, and large enough for full speed.
