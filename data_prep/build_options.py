@@ -11,7 +11,7 @@ import tyro
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.config import BuildConfig, SourceConfig, TextConfig
 from data_prep.options import parse
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
@@ -68,7 +68,9 @@ def _build_flags(values: dict[str, Any]) -> type:
     if isinstance(values.get("input"), str):
         values = {**values, "input": [values["input"]]}
     members = []
-    for name, info in BuildConfig.model_fields.items():
+    # The keys of the build itself first: they begin with those that must be given.
+    inherited = TextConfig.model_fields
+    for name, info in sorted(BuildConfig.model_fields.items(), key=lambda key: key[0] in inherited):
         if name == "sources":  # for prep.yaml alone
             continue
         kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]

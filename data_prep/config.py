@@ -30,41 +30,8 @@ def _usable_as_folder(value: str) -> str:
     return value
 
 
-# The keys that describe a corpus, in `sources` and for a single corpus alike.
 Inputs = Annotated[list[str], BeforeValidator(_one_is_a_list)]
 SourceName = Annotated[str, AfterValidator(_usable_as_folder)]
-TextField = Annotated[
-    str, Field(description="Field (jsonl) or column (parquet, arrow) of the text.")
-]
-IdField = Annotated[str, Field(description="Field or column of the document's name, for messages.")]
-SplitOfText = Annotated[
-    TextSplit,
-    Field(
-        description="What of a text file is one document: file, lines, or paragraphs (between "
-        "blank lines)."
-    ),
-]
-PromptField = Annotated[
-    str,
-    Field(description="Field or column of a text that is not learnt; with completion_field."),
-]
-CompletionField = Annotated[
-    str, Field(description="Field or column of the text that follows the prompt, and is learnt.")
-]
-SegmentsField = Annotated[
-    str,
-    Field(
-        description="Field (jsonl) of a list of {text, loss: true|false}: the parts of a text, "
-        "where those with loss: true are learnt."
-    ),
-]
-Licence = Annotated[
-    str,
-    Field(
-        description="Note for the manifest, beside what SOURCE.json in the inputs' folders says."
-    ),
-]
-Origin = Annotated[str, Field(description="Note for the manifest: where the corpus comes from.")]
 
 
 class JobShare(NamedTuple):
@@ -82,23 +49,37 @@ class JobShare(NamedTuple):
         return range(count * self.job // self.jobs, count * (self.job + 1) // self.jobs)
 
 
-class SourceConfig(BaseModel):
-    """One named corpus among `sources`."""
+class TextConfig(BaseModel):
+    """What describes the texts of a corpus, in `sources` and for a single corpus alike."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet, arrow) of the text."""
+    id_field: str = "id"
+    """Field or column of the document's name, for messages."""
+    text_split: TextSplit = "file"
+    """What of a text file is one document: file, lines, or paragraphs (between blank lines)."""
+    prompt_field: str = ""
+    """Field or column of a text that is not learnt; with completion_field."""
+    completion_field: str = ""
+    """Field or column of the text that follows the prompt, and is learnt."""
+    segments_field: str = ""
+    """Field (jsonl) of a list of {text, loss: true|false}: the parts of a text, where those with
+    loss: true are learnt."""
+    licence: str = ""
+    """Note for the manifest, beside what SOURCE.json in the inputs' folders says."""
+    origin: str = ""
+    """Note for the manifest: where the corpus comes from."""
+
+
+class SourceConfig(TextConfig):
+    """One named corpus among `sources`."""
 
     name: SourceName
     """A folder in OUT; blends of the trainer name it."""
     input: Inputs = Field(min_length=1)
     """Files, folders, quoted globs or URLs."""
-    text_field: TextField = "text"
-    id_field: IdField = "id"
-    text_split: SplitOfText = "file"
-    licence: Licence = ""
-    origin: Origin = ""
-    prompt_field: PromptField = ""
-    completion_field: CompletionField = ""
-    segments_field: SegmentsField = ""
     keep: dict[str, Rule] = Field(default_factory=dict, max_length=100)
     """Rules on other fields: the values that are kept, or {min:, max:, none_of:}."""
     sample: float = Field(1.0, gt=0.0, le=1.0)
@@ -135,10 +116,8 @@ class SourceConfig(BaseModel):
         return chosen
 
 
-class BuildConfig(BaseModel):
+class BuildConfig(TextConfig):
     """Settings of a build: keys of `prep.yaml` and flags of the command line alike."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     input: Inputs = Field(default_factory=list)
     """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also compressed."""
@@ -154,14 +133,6 @@ class BuildConfig(BaseModel):
     """Share of the documents for validation, chosen by the hash of the text."""
     source: SourceName = "corpus"
     """Name of the corpus: a folder in OUT."""
-    text_field: TextField = "text"
-    id_field: IdField = "id"
-    text_split: SplitOfText = "file"
-    prompt_field: PromptField = ""
-    completion_field: CompletionField = ""
-    segments_field: SegmentsField = ""
-    licence: Licence = ""
-    origin: Origin = ""
     extends: str = ""
     """A finished folder of shards: OUT gets its shards as they are (hard links), and new ones of
     the files of input that it does not have."""

@@ -16,10 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.loader.synthetic_shards import write_shards
-from data_prep.build.report import split_fields
 from xlstm_io.foreign.json_file import read_json
 from xlstm_io.foreign.untrusted import LIMITS
-from xlstm_io.shards.manifest import MANIFEST_NAME, load_manifest, write_manifest
+from xlstm_io.shards.manifest import (
+    MANIFEST_NAME,
+    load_manifest,
+    split_fields,
+    write_manifest,
+)
 
 SEQ_LEN, SHARD_ROWS, BATCH = 16, 8, 64
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_io.shards.manifest import Manifest, write_manifest
+from xlstm_io.shards.manifest import Manifest, split_fields, write_manifest
 from xlstm_io.shards.rows import Block, token_dtype
 from xlstm_io.shards.shard import default_block_rows, index_path
 from xlstm_io.shards.writer import ShardWriter
@@ -56,8 +56,7 @@ def write_shards(
                 )
                 for number, rows in enumerate(rows_of)
             ]  # fmt: skip
-            keys = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
-            splits[split] = {k: sum(s[k] for s in shards) for k in keys} | {"shards": shards}
+            splits[split] = split_fields(shards)
         sources.append(
             {
                 "name": name,
@@ -98,9 +97,7 @@ def _shard(root, path, rows, row_tokens, rng, vocab_size, block_rows, document_t
     with ShardWriter(root / path) as writer:
         for first in range(0, rows, block_rows):
             size = min(block_rows, rows - first)
-            tokens = rng.integers(3, vocab_size, (size, row_tokens)).astype(
-                np.uint16 if vocab_size <= 65_535 else np.uint32
-            )
+            tokens = rng.integers(3, vocab_size, (size, row_tokens)).astype(token_dtype(vocab_size))
             starts = rng.random((size, row_tokens)) < 1 / document_tokens
             starts[:, 0], starts[:, -1] = True, False
             row, position = np.nonzero(starts)

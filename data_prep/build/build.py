@@ -31,7 +31,7 @@ from data_prep.build.state import (
 from data_prep.config import BuildConfig, JobShare
 from data_prep.jobs.progress import Progress, say
 from data_prep.jobs.workers import Workers, available_cpus
-from data_prep.sources.files import expand_inputs, file_fingerprint
+from data_prep.sources.files import expand_inputs, file_fingerprint, file_size
 from data_prep.sources.malformed import report_malformed
 from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.remote import is_remote
@@ -87,8 +87,7 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
     scans = scan_files(files, config.filters(), out / "_work", workers, share)
     tallies = [scan.tally(file.path) for file, scan in zip(files, scans, strict=True)]
     report_malformed(tallies, config.max_bad_share, out / "_work" / "malformed.log")
-    known = () if earlier is None else (earlier.document_hashes(), earlier.shard_counts())
-    corpus = plan_build(out, config, files, fingerprints, scans, *known)
+    corpus = plan_build(out, config, files, fingerprints, scans, earlier)
     check_splits(corpus.plan, config)
     save_state(out, config, settings, corpus.digest, files, fingerprints)
     for name, data in tokenizer.files.items():
@@ -105,7 +104,7 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
         )
         return None
     seconds = {"scan": scanned - started, "tokenize": time.monotonic() - scanned}
-    finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done, earlier)
+    finished = Finished(config, tokenizer, settings, corpus, records, seconds, bytes_done)
     return finish_build(out, finished)
 
 
@@ -127,7 +126,7 @@ def check_build(config: BuildConfig, *, allow_functions: bool = False) -> None:
     state = None
     if not config.extends:  # what is extended is compared when it is opened
         state = _begun(out, {**config.settings(), "tokenizer": tokenizer.sha256})
-    size = sum(int(file_fingerprint(file.path)[1] or 0) for file in files)
+    size = sum(file_size(file.path) for file in files)
     say(
         f"{out} can be built: {counted(len(files), 'file')} of {size / 1e6:,.1f} MB, "
         f"{tokenizer.vocab_size:,} tokens in the vocabulary"

@@ -77,8 +77,7 @@ class EncodeTask:
     labels: bool
 
 
-@dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(StrictModel):
     """A finished shard: its manifest entry, and figures for the report.
 
     Attributes:
@@ -87,15 +86,6 @@ class ShardRecord:
         round_trips: documents that were decoded again and compared.
         lossy: those of them that came back changed.
     """
-
-    entry: ShardEntry
-    histogram: list[int]
-    round_trips: int
-    lossy: int
-
-
-class _RecordNote(StrictModel):
-    """A stored `ShardRecord`."""
 
     entry: ShardEntry
     histogram: Annotated[list[Count], Field(min_length=_BINS, max_length=_BINS)]
@@ -119,14 +109,14 @@ def load_record(out: Path, plan: ShardPlan) -> ShardRecord | None:
     Raises:
         ShardFormatError: a link leads out of the folder.
     """
-    note = read_note(_RecordNote, record_path(out, plan))
-    if note is None:
+    record = read_note(ShardRecord, record_path(out, plan))
+    if record is None:
         return None
-    entry = note.entry
+    entry = record.entry
     expected = (shard_path(plan), index_path(Path(shard_path(plan))).as_posix())
     ours = (entry.path, entry.index) == expected and entry.docs == plan.documents
-    ours = ours and entry.docs == sum(note.histogram) and entry.bytes_in == plan.bytes_in
-    return ShardRecord(**vars(note)) if ours and entry_is_there(out, entry) else None
+    ours = ours and entry.docs == sum(record.histogram) and entry.bytes_in == plan.bytes_in
+    return record if ours and entry_is_there(out, entry) else None
 
 
 def encode_tasks(
@@ -189,8 +179,10 @@ def encode_shard(task: EncodeTask, tick: Tick) -> ShardRecord:
     entry = write_shard(
         task.out, shard_path(task.plan), documents(), packer, bytes_in=task.plan.bytes_in
     )
-    record = ShardRecord(entry, histogram.tolist(), checked, lossy)
-    write_note(record_path(task.out, task.plan), {**vars(record), "entry": entry.model_dump()})
+    record = ShardRecord(
+        entry=entry, histogram=histogram.tolist(), round_trips=checked, lossy=lossy
+    )
+    write_note(record_path(task.out, task.plan), record.model_dump())
     return record
 
 

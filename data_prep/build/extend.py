@@ -4,24 +4,17 @@ The result is a folder of its own. The old shards are hard links in it (copies w
 has none), the new ones count on, and the manifest names its parent. So a run on the old folder goes
 on undisturbed, and no text of the old folder changes its split. A text that the old folder holds is
 a duplicate in the new files.
-
-What is needed of the old folder is kept in `OUT/_work`: its manifest, the fingerprints of its input
-files, and the hashes of its documents. So the result can be extended in turn, and the old folder
-and its texts may go.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import xxhash
-from pydantic import Field
 
-from data_prep.build.notes import check_note, write_note
+from data_prep.build.earlier import Earlier, load_earlier, store_earlier, store_hashes
 from data_prep.build.plan import DROPPED, Corpus, plan_build
 from data_prep.build.scan import InputFile
 from data_prep.build.state import STATE_NAME, BuildState, load_state
@@ -29,85 +22,10 @@ from data_prep.config import BuildConfig
 from data_prep.jobs.progress import Progress, say
 from data_prep.sources.files import file_fingerprint
 from xlstm_io.errors import PrepError
-from xlstm_io.foreign.json_file import StrictModel, checked, read_json
-from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, place_of
 from xlstm_io.shards.shard import check_size, entry_is_there
-from xlstm_io.storage import absolute, file_size, replacing, temporary_path, write_atomic
+from xlstm_io.storage import absolute, temporary_path
 from xlstm_io.terminal import counted
-
-_NOTE, _MANIFEST, _HASHES = "earlier.json", "earlier.manifest.json", "earlier.hashes"
-_HASH_BYTES = 16
-
-
-class _EarlierNote(StrictModel):
-    """What is noted about the folder that a build extends."""
-
-    hash: str
-    stamps: list[Annotated[list[int | str | None], Field(min_length=3, max_length=3)]]
-    documents: Annotated[int, Field(ge=1)]
-    hashes_xxh3: str
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The folder that a build extends, as the build state keeps it.
-
-    Attributes:
-        manifest: its manifest; `root` is that of the new folder, where its shards are, too.
-        stamps: fingerprints of its input files, and of those that it extends itself.
-        hashes: file with the hash of each of its documents, two uint64 each.
-        documents: how many they are.
-    """
-
-    manifest: Manifest
-    stamps: list[list[Any]]
-    hashes: Path
-    documents: int
-
-    def document_hashes(self) -> np.ndarray:
-        """Uint64 `[documents, 2]`, mapped from disk."""
-        return np.memmap(self.hashes, np.uint64, "r", shape=(self.documents, 2))
-
-    def shard_counts(self) -> dict[tuple[str, str], int]:
-        """How many shards each split of each source has."""
-        return {
-            (source.name, name): len(split.shards)
-            for source in self.manifest.sources
-            for name, split in source.splits.items()
-        }
-
-
-def load_earlier(out: Path) -> Earlier | None:
-    """What a build in `out` extends; None if it extends nothing.
-
-    Raises:
-        PrepError: it is damaged.
-    """
-    work = out / "_work"
-    remedy = f"delete {out} or choose another --out"
-    try:
-        note = check_note(_EarlierNote, work / _NOTE, error=PrepError)
-        fields = read_json(work / _MANIFEST, LIMITS.shard_manifest, error=PrepError)
-        size = file_size(work / _HASHES)
-    except FileNotFoundError:
-        if (work / _NOTE).exists():
-            raise PrepError(f"{work}: files of what is extended are gone; {remedy}") from None
-        return None
-    manifest = checked(Manifest, fields, named_in=work / _MANIFEST, remedy=remedy, error=PrepError)
-    sound = size == note.documents * _HASH_BYTES and _hash_of(work / _HASHES) == note.hashes_xxh3
-    if not sound or manifest.hash != note.hash:
-        raise PrepError(f"{work}: what is known of the extended folder is damaged; {remedy}")
-    manifest._root = absolute(out)
-    return Earlier(manifest, note.stamps, work / _HASHES, note.documents)
-
-
-def _hash_of(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def take_over(out: Path, config: BuildConfig, settings: dict[str, Any]) -> Earlier:
@@ -123,17 +41,16 @@ def take_over(out: Path, config: BuildConfig, settings: dict[str, Any]) -> Earli
             another one.
     """
     known, folder = load_earlier(out), Path(config.extends)
-    if known is not None and not (folder / MANIFEST_NAME).exists():
-        return known
-    manifest = load_manifest(folder)
-    if known is not None:
-        if known.manifest.hash != manifest.hash:
+    if known is not None:  # the folder itself may be gone
+        there = (folder / MANIFEST_NAME).exists()
+        if there and load_manifest(folder).hash != known.manifest.hash:
             raise PrepError(f"{out} extends another folder than {folder}; choose another --out")
         return known
-    if (out / "_work" / STATE_NAME).exists() and absolute(folder) != absolute(out):
-        raise PrepError(f"{out} holds a build that does not extend {folder}; choose another --out")
+    manifest = load_manifest(folder)
     if absolute(folder) == absolute(out):
         raise PrepError(f"--extends {folder} is --out; a run may use it: choose another --out")
+    if (out / "_work" / STATE_NAME).exists():
+        raise PrepError(f"{out} holds a build that does not extend {folder}; choose another --out")
     state = load_state(folder)
     if state is None:
         raise PrepError(
@@ -143,18 +60,9 @@ def take_over(out: Path, config: BuildConfig, settings: dict[str, Any]) -> Earli
     _check_settings(folder, state.settings, settings)
     before = load_earlier(folder)
     stamps = [*(before.stamps if before else []), *state.fingerprints]
-    (out / "_work").mkdir(parents=True, exist_ok=True)
-    documents, digest = 0, xxhash.xxh3_128()
-    with replacing(out / "_work" / _HASHES) as file:
-        for hashes in kept_hashes(folder):
-            data = np.ascontiguousarray(hashes).tobytes()
-            documents += len(hashes)
-            digest.update(data)
-            file.write(data)
+    store_hashes(out, kept_hashes(folder))
     _link_shards(out, manifest)
-    write_atomic(out / "_work" / _MANIFEST, (manifest.root / MANIFEST_NAME).read_bytes())
-    note = {"hash": manifest.hash, "stamps": stamps, "documents": documents}
-    write_note(out / "_work" / _NOTE, {**note, "hashes_xxh3": digest.hexdigest()})
+    store_earlier(out, manifest, stamps)
     earlier = load_earlier(out)
     assert earlier is not None
     return earlier
@@ -180,7 +88,7 @@ def _check_settings(folder: Path, stored: dict[str, Any], settings: dict[str, An
 
 
 def _link_shards(out: Path, manifest: Manifest) -> None:
-    entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
+    entries = manifest.all_shards()
     with Progress("link", sum(entry.bytes for entry in entries)) as progress:
         done = 0
         for entry in entries:
@@ -235,12 +143,8 @@ def stored_corpus(out: Path, state: BuildState) -> Corpus | None:
     scans = [scan for scan in stored if scan is not None]
     if len(scans) < len(stored):
         return None
-    earlier = load_earlier(out)
-    config, files = state.build_config, state.input_files()
-    if earlier is None:
-        return plan_build(out, config, files, state.fingerprints, scans)
-    hashes, counts = earlier.document_hashes(), earlier.shard_counts()
-    return plan_build(out, config, files, state.fingerprints, scans, hashes, counts)
+    files, stamps = state.input_files(), state.fingerprints
+    return plan_build(out, state.build_config, files, stamps, scans, load_earlier(out))
 
 
 def kept_hashes(out: Path) -> Iterator[np.ndarray]:
@@ -254,9 +158,8 @@ def kept_hashes(out: Path) -> Iterator[np.ndarray]:
     corpus = None if state is None else stored_corpus(out, state)
     if corpus is None:
         raise PrepError(f"{out} does not say which documents it holds (_work is gone)")
-    earlier = load_earlier(out)
-    if earlier is not None:
-        yield earlier.document_hashes()
+    if corpus.earlier is not None:
+        yield corpus.earlier.document_hashes()
     assignments = np.fromfile(corpus.plan.assignments, np.uint8)
     first = 0
     for scan in corpus.scans:

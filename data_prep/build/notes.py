@@ -5,6 +5,7 @@ and a stranger's note could name files anywhere. So a note is used only when its
 and its schema holds; else it is as if it were not there.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from xlstm_io.foreign.json_file import StrictModel, checked, read_json
 from xlstm_io.foreign.untrusted import LIMITS
 from xlstm_io.new_file import create_new
 from xlstm_io.remote import masked_values
-from xlstm_io.storage import write_atomic
+from xlstm_io.storage import open_plain, write_atomic
 
 _CHECKSUM = "checksum"
 NoteT = TypeVar("NoteT", bound=StrictModel)
@@ -71,3 +72,9 @@ def read_note(kind: type[NoteT], path: Path) -> NoteT | None:
         return check_note(kind, path)
     except (OSError, UserError):
         return None
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file that a note speaks of."""
+    with open(open_plain(path), "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from data_prep.build.earlier import Earlier
 from data_prep.build.repeated import BUCKET_ROWS, find_repeated
 from data_prep.build.scan import FileScan, InputFile, rule_verdict
 from data_prep.build.stored_plan import (
@@ -29,7 +30,8 @@ from data_prep.sources.filters import KEPT, TextFilters
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import temporary_path
 
-_SPLIT_RESOLUTION = 1_000_000
+SPLIT_RESOLUTION = 1_000_000
+"""A text is for validation where its hash, modulo this, is below as large a share of it."""
 _VERDICTS = 1 << 8  # values of SCAN_ROW's drop
 DROPPED, TRAIN, VALID = 0, 1, 2  # split assignments
 SPLITS = {"train": TRAIN, "valid": VALID}
@@ -45,6 +47,7 @@ class Corpus:
         scans: of each file.
         plan: what goes into which shard.
         digest: see `corpus_digest`.
+        earlier: the folder that the build extends, if any.
     """
 
     files: list[InputFile]
@@ -52,6 +55,7 @@ class Corpus:
     scans: list[FileScan]
     plan: CorpusPlan
     digest: str
+    earlier: Earlier | None
 
 
 def corpus_digest(files: list[InputFile], scans: list[FileScan]) -> str:
@@ -66,8 +70,7 @@ def plan_build(
     files: list[InputFile],
     fingerprints: list[list],
     scans: list[FileScan],
-    earlier: np.ndarray | None = None,
-    shard_counts: dict[tuple[str, str], int] | None = None,
+    earlier: Earlier | None,
 ) -> Corpus:
     """Decide from the scans what goes into which shard.
 
@@ -77,8 +80,8 @@ def plan_build(
         files: the input files.
         fingerprints: of each file.
         scans: of each file.
-        earlier: hashes uint64 `[n, 2]` of documents that an extended folder holds.
-        shard_counts: shards of that folder, by source and split; the new ones count on.
+        earlier: the folder that the build extends, if any: its documents are known, and the new
+            shards count on.
     """
     work = out / "_work"
     shard_bytes = max(1, int(config.shard_mb * 1e6))
@@ -92,9 +95,8 @@ def plan_build(
         work,
         samples,
         earlier,
-        shard_counts or {},
     )
-    return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans))
+    return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans), earlier)
 
 
 def check_splits(plan: CorpusPlan, config: BuildConfig) -> None:
@@ -137,8 +139,7 @@ def plan_corpus(
     shard_bytes: int,
     work: Path,
     samples: dict[str, float],
-    earlier: np.ndarray | None = None,
-    shard_counts: dict[tuple[str, str], int] | None = None,
+    earlier: Earlier | None = None,
 ) -> CorpusPlan:
     """Drop what filters say and repeated texts, choose the splits, and cut them into shards.
 
@@ -155,13 +156,14 @@ def plan_corpus(
         work: `OUT/_work`.
         samples: by source, the share of its documents that is taken.
         earlier: see `plan_build`.
-        shard_counts: see `plan_build`.
     """
     key = repr([corpus_digest(files, scans), valid_fraction, shard_bytes])
     if any(share < 1 for share in samples.values()):
         key += repr(samples)
+    hashes, counts = np.empty((0, 2), np.uint64), dict[tuple[str, str], int]()
     if earlier is not None:
-        key += repr(sorted((shard_counts or {}).items())) + xxhash.xxh3_128_hexdigest(earlier.data)
+        hashes, counts = earlier.document_hashes(), earlier.shard_counts()
+        key += repr(sorted(counts.items())) + xxhash.xxh3_128_hexdigest(hashes.data)
     path = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     total = sum(scan.documents for scan in scans)
     stored = load_plan(path, files, scans)
@@ -172,8 +174,7 @@ def plan_corpus(
     temporary = temporary_path(file)
     try:
         assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
-        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent, earlier)
-        counts = shard_counts or {}
+        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent, hashes)
         shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments, counts))
         assignments.flush()
         del assignments
@@ -192,7 +193,7 @@ def _drop(
     samples: dict[str, float],
     assignments: np.ndarray,
     scratch: Path,
-    earlier: np.ndarray | None,
+    earlier: np.ndarray,
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Mark in `assignments` which documents are dropped (0) and which are kept (1, TRAIN).
 
@@ -211,8 +212,8 @@ def _drop(
         drop, kept = rows["drop"], rows["drop"] == KEPT
         if samples[file.source] < 1:
             # The half of the hash that does not choose the split.
-            limit = np.uint64(round(samples[file.source] * _SPLIT_RESOLUTION))
-            taken = rows["hash"][:, 0] % np.uint64(_SPLIT_RESOLUTION) < limit
+            limit = np.uint64(round(samples[file.source] * SPLIT_RESOLUTION))
+            taken = rows["hash"][:, 0] % np.uint64(SPLIT_RESOLUTION) < limit
             unsampled[file.source] += int((kept & ~taken).sum())
             kept &= taken
         assignments[end - scan.documents : end] = kept
@@ -221,7 +222,7 @@ def _drop(
         codes[file.source] += np.bincount(drop, minlength=_VERDICTS)
 
     by_file = np.zeros(len(files), np.int64)
-    known = 0 if earlier is None else len(earlier)
+    known = len(earlier)
     hashes = _kept_hashes(scans, ends, assignments, earlier)
     for numbers in find_repeated(hashes, known + int(ends[-1]), scratch):
         repeated = numbers[numbers >= known] - known
@@ -254,12 +255,11 @@ def _kept_hashes(
     scans: list[FileScan],
     ends: np.ndarray,
     assignments: np.ndarray,
-    earlier: np.ndarray | None,
+    earlier: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(numbers, hashes) of the documents of an extended folder, then of those not dropped here."""
-    known = 0 if earlier is None else len(earlier)
+    known = len(earlier)
     for first in range(0, known, BUCKET_ROWS):
-        assert earlier is not None
         part = earlier[first : first + BUCKET_ROWS]
         yield np.arange(first, first + len(part)), part
     for scan, end in zip(scans, ends.tolist(), strict=True):
@@ -276,7 +276,7 @@ def _cut(
     shard_counts: dict[tuple[str, str], int],
 ) -> Iterator[ShardPlan]:
     """Mark validation texts in `assignments` and cut each source's splits into shards."""
-    limit = np.uint64(round(valid_fraction * _SPLIT_RESOLUTION))
+    limit = np.uint64(round(valid_fraction * SPLIT_RESOLUTION))
     names = list(dict.fromkeys(file.source for file in files))
     cuts = {
         (name, split): _Cutter(name, split, shard_bytes, shard_counts.get((name, split), 0))
@@ -288,7 +288,7 @@ def _cut(
         rows = scan.rows()
         begin, end = end, end + scan.documents
         mine = assignments[begin:end]
-        valid = rows["hash"][:, 1] % np.uint64(_SPLIT_RESOLUTION) < limit
+        valid = rows["hash"][:, 1] % np.uint64(SPLIT_RESOLUTION) < limit
         mine[(mine != DROPPED) & valid] = VALID
         for split, assigned in SPLITS.items():
             chosen = np.flatnonzero(mine == assigned)

@@ -10,22 +10,18 @@ from typing import Any
 import numpy as np
 
 from data_prep.build.encode import BINS_PER_OCTAVE, ShardRecord
-from data_prep.build.extend import Earlier
-from data_prep.build.plan import Corpus
+from data_prep.build.pack import Packing
+from data_prep.build.plan import SPLITS, Corpus
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.jobs.progress import say
 from data_prep.sources.files import provenance_notes
 from xlstm_io.remote import masked_values
-from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
+from xlstm_io.shards.manifest import MANIFEST_NAME, Manifest, split_fields, write_manifest
 from xlstm_io.shards.rows import token_dtype
 from xlstm_io.shards.shard import default_block_rows
 from xlstm_io.storage import remove_temporaries, write_atomic
 from xlstm_io.terminal import counted
-from xlstm_io.tokenizer import Tokenizer
-
-SPLIT_NAMES = ("train", "valid")
-TOTALS = ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in")
-"""Fields of a split that are the sums of its shards'."""
+from xlstm_io.tokenizer import DocumentIds, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,6 @@ class Finished:
         records: of the shards, in the order of the plan.
         seconds: wall clock of the passes that this run did.
         bytes_done: text that this run tokenized.
-        earlier: the folder that the build extends, if any.
     """
 
     config: BuildConfig
@@ -50,7 +45,6 @@ class Finished:
     records: list[ShardRecord]
     seconds: dict[str, float]
     bytes_done: int
-    earlier: Earlier | None = None
 
 
 def finish_build(out: Path, finished: Finished) -> Manifest:
@@ -65,10 +59,7 @@ def finish_build(out: Path, finished: Finished) -> Manifest:
 
 
 def _write_manifest(out: Path, finished: Finished) -> Manifest:
-    config, tokenizer = finished.config, finished.tokenizer
-    plan = finished.corpus.plan
-    ids = tokenizer.document_ids()
-    dtype = token_dtype(tokenizer.vocab_size)
+    config, plan = finished.config, finished.corpus.plan
     identity = {"settings": finished.settings, "corpus": finished.corpus.digest}
     sources = [
         {
@@ -77,19 +68,51 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
             "documents_read": plan.documents_read[source.name],
             "dropped": plan.dropped[source.name],
             "filters": {**finished.settings["filters"], **source.choice()},
-            "splits": {split: _split(finished, source.name, split) for split in SPLIT_NAMES},
+            "splits": {split: _split(finished, source.name, split) for split in SPLITS},
         }
         for source in config.all_sources()
         if source.name in plan.documents_read  # extending, a source may have no new file
     ]
     fields: dict[str, Any] = {
+        **format_fields(
+            finished.tokenizer,
+            seq_len=config.seq_len,
+            packing=config.packing,
+            valid_fraction=config.valid_fraction,
+            labels=config.labels,
+        ),
+        "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "sources": sources,
+        "code": code_fields(),
+    }
+    if finished.corpus.earlier is not None:
+        fields["sources"] = _joined(finished.corpus.earlier.manifest, sources)
+        fields["parent"] = finished.corpus.earlier.manifest.hash
+    return write_manifest(out, fields)
+
+
+def format_fields(
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    packing: Packing,
+    valid_fraction: float,
+    labels: bool = False,
+) -> dict[str, Any]:
+    """The fields of a manifest that say how its shards are written.
+
+    Samples of synthetic tasks, whose tokenizer names no bos, stand without bos and eos.
+    """
+    dtype, marked = token_dtype(tokenizer.vocab_size), tokenizer.bos_id is not None
+    ids = tokenizer.document_ids() if marked else DocumentIds(0, 0, 0)
+    return {
         "dtype": dtype.name,
-        "seq_len": config.seq_len,
-        "row_tokens": config.seq_len + 1,
-        "block_rows": default_block_rows(config.seq_len + 1, dtype),
-        "packing": config.packing,
-        "add_bos": True,
-        "add_eos": True,
+        "seq_len": seq_len,
+        "row_tokens": seq_len + 1,
+        "block_rows": default_block_rows(seq_len + 1, dtype),
+        "packing": packing,
+        "add_bos": marked,
+        "add_eos": marked,
         "bos_id": ids.bos,
         "eos_id": ids.eos,
         "pad_id": ids.pad,
@@ -99,16 +122,14 @@ def _write_manifest(out: Path, finished: Finished) -> Manifest:
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
         },
-        "valid_fraction": config.valid_fraction,
-        **({"labels": True} if config.labels else {}),
-        "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        "sources": sources,
-        "code": {"version": metadata.version("xlstm-pretrain")},
+        "valid_fraction": valid_fraction,
+        **({"labels": True} if labels else {}),
     }
-    if finished.earlier is not None:
-        fields["sources"] = _joined(finished.earlier.manifest, sources)
-        fields["parent"] = finished.earlier.manifest.hash
-    return write_manifest(out, fields)
+
+
+def code_fields() -> dict[str, str]:
+    """What wrote a manifest."""
+    return {"version": metadata.version("xlstm-pretrain")}
 
 
 def _joined(parent: Manifest, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -141,11 +162,6 @@ def _split(finished: Finished, source: str, split: str) -> dict[str, Any]:
         record.entry for plan, record in pairs if (plan.source, plan.split) == (source, split)
     ]
     return split_fields([entry.model_dump() for entry in entries])
-
-
-def split_fields(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """A manifest's `SplitEntry` from its shards' entries."""
-    return {**{name: sum(shard[name] for shard in shards) for name in TOTALS}, "shards": shards}
 
 
 def _provenance(finished: Finished, source: SourceConfig) -> dict[str, Any] | None:

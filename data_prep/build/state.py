@@ -1,7 +1,6 @@
 """The state of a build in `OUT/_work`: what it was begun with, and what of it is there."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +20,7 @@ STATE_NAME = "build.json"
 _STATE_BYTES, _STATE_VALUES = 100, 8  # of each file, besides its name
 
 
-@dataclass(frozen=True)
-class BuildState:
+class BuildState(StrictModel):
     """What a build was begun with.
 
     Attributes:
@@ -35,14 +33,18 @@ class BuildState:
 
     settings: dict[str, Any]
     corpus: str
-    fingerprints: list[list]
-    files: list[list[str]]
+    fingerprints: list[Annotated[list[int | str | None], Field(min_length=3, max_length=3)]] = (
+        Field(alias="stamps")
+    )
+    files: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     config: dict[str, Any]
 
     @property
     def build_config(self) -> BuildConfig:
         """The configuration, checked."""
-        return BuildConfig.model_validate(self.config)
+        # Older versions kept there whether functions may be run.
+        known = {key: value for key, value in self.config.items() if key != "allow_functions"}
+        return BuildConfig.model_validate(known)
 
     def input_files(self) -> list[InputFile]:
         """The input files, in the order of the plan."""
@@ -56,16 +58,6 @@ class BuildState:
         return [load_scan(scan_path(*pair, filters, work)) for pair in pairs]
 
 
-class _StateNote(StrictModel):
-    """A stored `BuildState`."""
-
-    settings: dict[str, Any]
-    corpus: str
-    stamps: list[Annotated[list[int | str | None], Field(min_length=3, max_length=3)]]
-    files: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
-    config: dict[str, Any]
-
-
 def load_state(out: Path) -> BuildState | None:
     """The state of the build in `out`; None when no build was begun there.
 
@@ -75,10 +67,7 @@ def load_state(out: Path) -> BuildState | None:
     name = f"_work/{STATE_NAME}"
     path = inside(out, name, named_in=out, error=PrepError)
     try:
-        note = check_note(_StateNote, path, error=PrepError)
-        # Older versions kept there whether functions may be run.
-        config = {key: value for key, value in note.config.items() if key != "allow_functions"}
-        state = BuildState(note.settings, note.corpus, note.stamps, note.files, config)
+        state = check_note(BuildState, path, error=PrepError)
         if len(state.input_files()) != len(state.fingerprints):
             raise ValueError("a fingerprint for each file")
         if not all(isinstance(state.settings[key], dict) for key in ("filters", "sources")):
@@ -168,11 +157,9 @@ def finished_manifest(out: Path) -> Manifest | None:
     """The manifest of a finished build whose shards are all there, else None."""
     try:
         manifest = load_manifest(out)
-        for split in ("train", "valid"):
-            check_sizes(manifest.root, manifest.shards(split))
-            for entry in manifest.shards(split):
-                if not manifest.place(entry.index).exists():
-                    return None
-        return manifest if manifest.tokenizer_path.exists() else None
+        entries = manifest.all_shards()
+        check_sizes(manifest.root, entries)
+        beside = [manifest.tokenizer_path, *(manifest.place(entry.index) for entry in entries)]
+        return manifest if all(path.exists() for path in beside) else None
     except ShardFormatError:
         return None

@@ -4,14 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import xxhash
 from pydantic import Field
 
-from data_prep.build.notes import read_note, write_note
+from data_prep.build.notes import file_hash, read_note, write_note
 from data_prep.build.scan import FileScan, InputFile
 from xlstm_io.foreign.json_file import StrictModel
 from xlstm_io.shards.manifest import Count
-from xlstm_io.storage import open_plain
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def load_plan(path: Path, files: list[InputFile], scans: list[FileScan]) -> Corp
                 return None
     try:
         total = sum(scan.documents for scan in scans)
-        if file.stat().st_size != max(1, total) or _hash_of(file) != note.assignments_xxh3:
+        if file.stat().st_size != max(1, total) or file_hash(file) != note.assignments_xxh3:
             return None
     except OSError:
         return None
@@ -100,16 +98,7 @@ def load_plan(path: Path, files: list[InputFile], scans: list[FileScan]) -> Corp
     return CorpusPlan(shards, note.documents_read, note.dropped, str(file))
 
 
-def _hash_of(file: Path) -> str:
-    """xxh3-128 of the split assignments."""
-    digest = xxhash.xxh3_128()
-    with open(open_plain(file), "rb") as stream:
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def store_plan(path: Path, plan: CorpusPlan) -> None:
     """Note a plan whose split assignments are written."""
     fields = {key: value for key, value in asdict(plan).items() if key != "assignments"}
-    write_note(path, {**fields, "assignments_xxh3": _hash_of(Path(plan.assignments))})
+    write_note(path, {**fields, "assignments_xxh3": file_hash(Path(plan.assignments))})

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from data_prep.jobs.progress import Progress
@@ -127,12 +126,7 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._executor is not None:
             self._stop.set()
             self._executor.shutdown(wait=True, cancel_futures=True)
@@ -150,14 +144,3 @@ def _here(
 
     for number, task in enumerate(tasks):
         yield number, function(task, tick)
-
-
-def run_tasks(
-    function: Callable[[Task, Tick], Result],
-    tasks: Sequence[Task],
-    workers: int,
-    progress: Progress,
-) -> Iterator[tuple[int, Result]]:
-    """`Workers.run` of one list of tasks, with at most `workers` processes of its own."""
-    with Workers(min(workers, len(tasks))) as processes:
-        yield from processes.run(function, tasks, progress)

@@ -11,16 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.build.report import split_fields
+from data_prep.build.report import code_fields, format_fields
 from data_prep.jobs.progress import Progress, say
 from data_prep.synthetic.rows import as_blocks
-from data_prep.synthetic.task import PAD, Samples, Span, Task, inside
+from data_prep.synthetic.task import Samples, Span, Task, inside
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import (
@@ -29,10 +28,11 @@ from xlstm_io.shards.manifest import (
     ShardEntry,
     load_manifest,
     place_of,
+    split_fields,
     write_manifest,
 )
 from xlstm_io.shards.rows import token_dtype
-from xlstm_io.shards.shard import default_block_rows, index_path
+from xlstm_io.shards.shard import index_path
 from xlstm_io.shards.writer import ShardWriter
 from xlstm_io.storage import write_atomic
 from xlstm_io.tokenizer.base import SYMBOLS_NAME
@@ -108,8 +108,9 @@ def _write_folder(name: str, task: Task, folder: str, splits: list[Split]) -> Ma
         say(f"{out} is finished: nothing to do")
         return load_manifest(out)
     write_atomic(out / "_work" / _STATE_NAME, json.dumps(settings).encode() + b"\n")
-    tokenizer = SymbolsTokenizer.file_of(task.symbols())
-    write_atomic(place_of(out, f"tokenizer/{SYMBOLS_NAME}"), tokenizer)
+    place, symbols = place_of(out, f"tokenizer/{SYMBOLS_NAME}"), task.symbols()
+    tokenizer = SymbolsTokenizer(place, {SYMBOLS_NAME: SymbolsTokenizer.file_of(symbols)})
+    write_atomic(place, tokenizer.files[SYMBOLS_NAME])
     made = {split.name: list(_shards(name, task, out, split, seq_len)) for split in splits}
     source = {
         "name": _SOURCE,
@@ -118,9 +119,19 @@ def _write_folder(name: str, task: Task, folder: str, splits: list[Split]) -> Ma
         "dropped": {},
         "splits": {key: split_fields([e.model_dump() for e in made[key]]) for key in made},
     }
-    fields = _format(seq_len, len(task.symbols()), hashlib.sha256(tokenizer).hexdigest())
-    identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    manifest = write_manifest(out, {**fields, "config_hash": identity, "sources": [source]})
+    fields = {
+        **format_fields(
+            tokenizer,
+            seq_len=seq_len,
+            packing="best_fit",
+            valid_fraction=VALID_SHARE,
+            labels=True,
+        ),
+        "code": code_fields(),
+        "config_hash": hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+        "sources": [source],
+    }
+    manifest = write_manifest(out, fields)
     for key, split in manifest.sources[0].splits.items():
         say(
             f"{out} {key}: {split.docs} samples, {split.tokens} tokens, {split.targets} labels, "
@@ -128,32 +139,6 @@ def _write_folder(name: str, task: Task, folder: str, splits: list[Split]) -> Ma
         )
     say(f"manifest {out / MANIFEST_NAME}  hash {manifest.hash[:12]}")
     return manifest
-
-
-def _format(seq_len: int, symbols: int, sha256: str) -> dict[str, Any]:
-    """The fields of a manifest that say how the shards are written."""
-    dtype = token_dtype(symbols)
-    return {
-        "dtype": dtype.name,
-        "seq_len": seq_len,
-        "row_tokens": seq_len + 1,
-        "block_rows": default_block_rows(seq_len + 1, dtype),
-        "packing": "best_fit",
-        "add_bos": False,
-        "add_eos": False,
-        "bos_id": PAD,
-        "eos_id": PAD,
-        "pad_id": PAD,
-        "tokenizer": {
-            "type": SymbolsTokenizer.kind,
-            "path": f"tokenizer/{SYMBOLS_NAME}",
-            "sha256": sha256,
-            "vocab_size": symbols,
-        },
-        "valid_fraction": VALID_SHARE,
-        "labels": True,
-        "code": {"version": metadata.version("xlstm-pretrain")},
-    }
 
 
 def _settings(name: str, task: Task, seq_len: int, splits: list[Split]) -> dict[str, Any]:

@@ -14,8 +14,6 @@ import numpy as np
 
 from xlstm_io.errors import PrepError
 
-PAD = 0
-"""Id of padding in every task."""
 _LONGEST = 1 << 20
 NONE = -1
 """What stands in `Samples.labels` for a position without a label."""
@@ -26,7 +24,7 @@ class Samples:
     """Some samples, filled up to the same width.
 
     Attributes:
-        tokens: int32 `[n, width]`, `PAD` beyond the end of a sample.
+        tokens: int32 `[n, width]`, 0 (padding, in every task) beyond the end of a sample.
         labels: int32 `[n, width]`, `NONE` where there is none.
         lengths: int64 `[n]`.
     """

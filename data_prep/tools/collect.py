@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -21,12 +20,6 @@ from xlstm_io.storage import replacing, write_atomic
 CORPUS_NAME = "corpus.jsonl.zst"
 _RECORD_NAME = ".collect.json"  # how the corpus was made, for reruns
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-@dataclass
-class _Counts:
-    documents: int = 0
-    bytes: int = 0
 
 
 def library_files(root: Path) -> list[Path]:
@@ -84,7 +77,8 @@ def collect(
         say(f"{corpus} is finished and its inputs are unchanged: nothing to do")
         return corpus
 
-    counts, tallies = _Counts(), list[Tally]()
+    documents = size = 0
+    tallies = list[Tally]()
     out.mkdir(parents=True, exist_ok=True)
     total = sum(map(file_size, paths))
     with replacing(corpus) as file:
@@ -93,29 +87,28 @@ def collect(
                 for document in read_counted(paths, fields, tallies):
                     if is_empty(document.text):
                         continue
-                    name = _library_name(root, tallies[-1]) if root else document.id
+                    name = document.id
+                    if root:
+                        name = Path(tallies[-1].path).relative_to(root).as_posix()
                     name = name.encode("utf-8", "backslashreplace").decode()  # a file's name
-                    counts.documents += 1
-                    counts.bytes += len(document.text.encode("utf-8"))
+                    documents += 1
+                    size += len(document.text.encode("utf-8"))
                     stream.write(orjson.dumps({"id": name, "text": document.text}) + b"\n")
-                    progress.set(counts.bytes)
+                    progress.set(size)
         report_malformed(tallies, max_bad_share)
-        if counts.bytes < min_mb * 1e6:
+        if size < min_mb * 1e6:
             raise PrepError(
-                f"only {counts.bytes / 1e6:.2f} MB of text in {counts.documents} documents, "
+                f"only {size / 1e6:.2f} MB of text in {documents} documents, "
                 f"--min-mb asks for {min_mb:g}; give more text with --input, or lower --min-mb"
             )
-        noted = {**provenance, "documents": counts.documents, "bytes": counts.bytes}
+        noted = {**provenance, "documents": documents, "bytes": size}
         write_atomic(out / PROVENANCE_NAME, json.dumps(noted, indent=1).encode() + b"\n")
         # The record is written first: a corpus without one was made by something else, and is
         # never overwritten.
         done = {"settings": settings, "size": file.tell()}
         write_atomic(record, json.dumps(done).encode() + b"\n")
     skipped = sum(tally.bad for tally in tallies)
-    say(
-        f"{corpus}: {counts.documents} documents, {counts.bytes / 1e6:.2f} MB of text, "
-        f"{skipped} skipped"
-    )
+    say(f"{corpus}: {documents} documents, {size / 1e6:.2f} MB of text, {skipped} skipped")
     say(f"origin: {provenance['origin']}; licence: {provenance['licence']}")
     return corpus
 
@@ -147,7 +140,3 @@ def _finished(record: Path, corpus: Path, settings: dict) -> bool:
     if not same_size:
         raise PrepError(f"{corpus} has changed since it was written; delete it and run again")
     return True
-
-
-def _library_name(root: Path, tally: Tally) -> str:
-    return Path(tally.path).relative_to(root).as_posix()

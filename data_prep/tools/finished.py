@@ -1,4 +1,4 @@
-"""Whether a folder of shards is finished already, for the commands that make shards of shards."""
+"""Whether a folder of shards is finished already, for the commands beside `build` that make one."""
 
 from pathlib import Path
 from typing import Any

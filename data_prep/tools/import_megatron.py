@@ -9,19 +9,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_prep.build.encode import tokenizer_of_worker
 from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, as_stored, make_packer, write_shard
-from data_prep.build.report import SPLIT_NAMES, split_fields
+from data_prep.build.plan import SPLIT_RESOLUTION, SPLITS
+from data_prep.build.report import code_fields, format_fields
 from data_prep.jobs.progress import Progress, say
-from data_prep.jobs.workers import Tick, available_cpus, run_tasks
+from data_prep.jobs.workers import Tick, Workers, available_cpus
 from data_prep.sources.documents import text_hash
 from data_prep.sources.files import file_fingerprint
 from data_prep.sources.formats.megatron import MegatronCorpus
@@ -34,15 +33,15 @@ from xlstm_io.shards.manifest import (
     ShardEntry,
     SplitName,
     load_manifest,
+    split_fields,
     write_manifest,
 )
 from xlstm_io.shards.rows import token_dtype
-from xlstm_io.shards.shard import default_block_rows, entry_is_there
+from xlstm_io.shards.shard import entry_is_there
 from xlstm_io.storage import file_version, remove_temporaries, write_atomic
 from xlstm_io.tokenizer import Tokenizer, open_tokenizer
 
 _STATE_NAME = "import.json"
-_SPLIT_RESOLUTION = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class ImportTask:
         return self.out / "_work" / "done" / f"{self.number:08d}.json"
 
 
-class _StretchNote(StrictModel):
-    """What is stored about a finished stretch."""
+class StretchRecord(StrictModel):
+    """A finished stretch: its shards by split, and how many documents it has, and empty ones."""
 
     entries: dict[SplitName, ShardEntry]
     read: Count
@@ -114,7 +113,7 @@ def import_megatron(
         TokenizerFileError: the tokenizer defines no bos or eos.
     """
     tokenizer = open_tokenizer(tokenizer_path)
-    ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
+    tokenizer.document_ids()  # it must define what stands around a document
     files = [f"{prefix}.{kind}" for prefix in prefixes for kind in ("idx", "bin")]
     tasks = _tasks(prefixes, tokenizer, out, settings)
     identity = {
@@ -131,46 +130,39 @@ def import_megatron(
 
     records = {n: record for n, task in enumerate(tasks) if (record := _load_record(task))}
     todo = [number for number in range(len(tasks)) if number not in records]
-    with Progress("import", sum(tasks[number].size for number in todo)) as progress:
-        chosen = [tasks[number] for number in todo]
-        for place, record in run_tasks(
-            import_stretch, chosen, workers or available_cpus(), progress
-        ):
+    chosen, total = [tasks[number] for number in todo], sum(tasks[number].size for number in todo)
+    with Workers(workers or available_cpus()) as processes, Progress("import", total) as progress:
+        for place, record in processes.run(import_stretch, chosen, progress):
             records[todo[place]] = record
     remove_temporaries(out)
     done = [records[number] for number in range(len(tasks))]
-    splits = {s: [r["entries"][s] for r in done if s in r["entries"]] for s in SPLIT_NAMES}
+    splits = {
+        name: [record.entries[name].model_dump() for record in done if name in record.entries]
+        for name in SPLITS
+    }
     if not splits["train"]:
         raise PrepError(f"{', '.join(prefixes)}: no document is left for training")
     manifest = write_manifest(
         out,
         {
-            "dtype": dtype.name,
-            "seq_len": settings.seq_len,
-            "row_tokens": settings.seq_len + 1,
-            "block_rows": default_block_rows(settings.seq_len + 1, dtype),
-            "packing": settings.packing,
-            **{"add_bos": True, "add_eos": True},
-            **{"bos_id": ids.bos, "eos_id": ids.eos, "pad_id": ids.pad},
-            "tokenizer": {
-                "type": tokenizer.kind,
-                "path": f"tokenizer/{next(iter(tokenizer.files))}",
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-            },
-            "valid_fraction": settings.valid_fraction,
+            **format_fields(
+                tokenizer,
+                seq_len=settings.seq_len,
+                packing=settings.packing,
+                valid_fraction=settings.valid_fraction,
+            ),
             "config_hash": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
             "sources": [
                 {
                     "name": settings.source,
                     "provenance": None,
-                    "documents_read": sum(record["read"] for record in done),
-                    "dropped": {"empty": sum(record["empty"] for record in done)},
+                    "documents_read": sum(record.read for record in done),
+                    "dropped": {"empty": sum(record.empty for record in done)},
                     "filters": {},
                     "splits": {name: split_fields(shards) for name, shards in splits.items()},
                 }
             ],
-            "code": {"version": metadata.version("xlstm-pretrain")},
+            "code": code_fields(),
         },
     )
     for name, split in manifest.sources[0].splits.items():
@@ -195,14 +187,14 @@ def _tasks(
     return tasks
 
 
-def _load_record(task: ImportTask) -> dict[str, Any] | None:
-    note = read_note(_StretchNote, task.record_path)
-    if note is None:
+def _load_record(task: ImportTask) -> StretchRecord | None:
+    record = read_note(StretchRecord, task.record_path)
+    if record is None:
         return None
-    for split, entry in note.entries.items():
+    for split, entry in record.entries.items():
         if entry.path != task.shard_path(split) or not entry_is_there(task.out, entry):
             return None
-    return note.model_dump()
+    return record
 
 
 @lru_cache(maxsize=1)
@@ -211,7 +203,7 @@ def _corpus_of_worker(prefix: str, version: str) -> MegatronCorpus:
     return MegatronCorpus(prefix)
 
 
-def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
+def import_stretch(task: ImportTask, tick: Tick) -> StretchRecord:
     """Write the shards of one stretch; its record.
 
     Raises:
@@ -220,9 +212,9 @@ def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
     tokenizer = tokenizer_of_worker(task.tokenizer, task.tokenizer_sha256)
     corpus = _corpus_of_worker(task.prefix, file_version(Path(f"{task.prefix}.idx")))
     ids, dtype = tokenizer.document_ids(), token_dtype(tokenizer.vocab_size)
-    limit = round(task.settings.valid_fraction * _SPLIT_RESOLUTION)
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in SPLIT_NAMES}
-    text_bytes = dict.fromkeys(SPLIT_NAMES, 0)
+    limit = round(task.settings.valid_fraction * SPLIT_RESOLUTION)
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
     empty = 0
     for number, tokens in enumerate(corpus.documents(task.first, task.last), task.first):
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < tokenizer.vocab_size:
@@ -237,7 +229,7 @@ def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
             empty += 1
             continue
         data = tokenizer.decode(inner).encode("utf-8", "replace")
-        split = "valid" if text_hash(data)[1] % _SPLIT_RESOLUTION < limit else "train"
+        split = "valid" if text_hash(data)[1] % SPLIT_RESOLUTION < limit else "train"
         kept[split].append(as_stored(inner, ids.bos, ids.eos, dtype))
         text_bytes[split] += len(data)
     entries = {}
@@ -246,7 +238,7 @@ def import_stretch(task: ImportTask, tick: Tick) -> dict[str, Any]:
             path = task.shard_path(split)
             packer = make_packer(task.settings.packing, task.settings.seq_len, dtype, ids.pad)
             entry = write_shard(task.out, path, documents, packer, bytes_in=text_bytes[split])
-            entries[split] = entry.model_dump()
-    record = {"entries": entries, "read": task.last - task.first, "empty": empty}
-    write_note(task.record_path, record)
+            entries[split] = entry
+    record = StretchRecord(entries=entries, read=task.last - task.first, empty=empty)
+    write_note(task.record_path, record.model_dump())
     return record

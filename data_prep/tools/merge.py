@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.build.encode import load_record
-from data_prep.build.extend import kept_hashes, link_file, load_earlier, stored_corpus
+from data_prep.build.extend import kept_hashes, link_file, stored_corpus
 from data_prep.build.plan import check_splits
 from data_prep.build.repeated import find_repeated
 from data_prep.build.report import Finished, finish_build
@@ -178,7 +178,7 @@ def _check_equal(
 
 
 def _check_distinct(inputs: list[Path], manifests: list[Manifest], out: Path) -> None:
-    total = sum(entry.docs for m in manifests for s in ("train", "valid") for entry in m.shards(s))
+    total = sum(entry.docs for manifest in manifests for entry in manifest.all_shards())
 
     def numbered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first = 0
@@ -233,6 +233,5 @@ def merge_jobs(out: Path) -> Manifest:
             "run the jobs that did not end well again (--task t --tasks n), or the build with "
             "--tasks 1, which does what is left"
         )
-    config, earlier = state.build_config, load_earlier(out)
-    finished = Finished(config, tokenizer, state.settings, corpus, records, {}, 0, earlier)
-    return finish_build(out, finished)
+    config, settings = state.build_config, state.settings
+    return finish_build(out, Finished(config, tokenizer, settings, corpus, records, {}, 0))

@@ -14,9 +14,8 @@ import numpy as np
 
 from data_prep.build.notes import read_note, write_note
 from data_prep.build.pack import Packing, make_packer, write_shard
-from data_prep.build.report import split_fields
 from data_prep.jobs.progress import Progress, say
-from data_prep.jobs.workers import Tick, available_cpus, run_tasks
+from data_prep.jobs.workers import Tick, Workers, available_cpus
 from data_prep.tools.finished import is_finished
 from xlstm_io.errors import PrepError
 from xlstm_io.shards.manifest import (
@@ -25,6 +24,7 @@ from xlstm_io.shards.manifest import (
     ShardEntry,
     load_manifest,
     place_of,
+    split_fields,
     write_manifest,
 )
 from xlstm_io.shards.rows import (
@@ -106,14 +106,14 @@ def repack(
     for file in manifest.tokenizer_files():
         write_atomic(place_of(out, f"tokenizer/{file.name}"), file.read_bytes())
 
-    entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
     format_only = manifest.model_copy(update={"sources": []})  # workers need not know all shards
-    tasks = [RepackTask(format_only, e, out, seq_len, packing) for e in entries]
+    tasks = [RepackTask(format_only, e, out, seq_len, packing) for e in manifest.all_shards()]
     stored = {task.entry.path: _load_record(task) for task in tasks}
     done = {path: entry for path, entry in stored.items() if entry is not None}
     todo = [task for task in tasks if task.entry.path not in done]
-    with Progress("repack", sum(task.entry.bytes for task in todo)) as progress:
-        for place, entry in run_tasks(repack_shard, todo, workers or available_cpus(), progress):
+    total = sum(task.entry.bytes for task in todo)
+    with Workers(workers or available_cpus()) as processes, Progress("repack", total) as progress:
+        for place, entry in processes.run(repack_shard, todo, progress):
             done[todo[place].entry.path] = entry.model_dump()
     remove_temporaries(out)
 

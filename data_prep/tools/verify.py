@@ -1,5 +1,6 @@
 """Checks a folder of shards against its manifest: sizes and indices, or every byte."""
 
+import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from xlstm_io.errors import PrepError, TokenizerFileError
 from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import (
     MANIFEST_NAME,
+    TOTALS,
     Manifest,
     ShardEntry,
     data_hash,
@@ -21,8 +23,6 @@ from xlstm_io.shards.rows import CONTINUATION, PADDING, POSITION_MASK, Block, no
 from xlstm_io.shards.shard import ShardReader
 from xlstm_io.terminal import counted
 from xlstm_io.tokenizer import open_tokenizer
-
-_CHUNK = 1 << 22
 
 
 def verify(out: Path, *, full: bool = False) -> Manifest:
@@ -45,7 +45,7 @@ def verify(out: Path, *, full: bool = False) -> Manifest:
     problems = list(_tokenizer_problems(manifest))
     if manifest.hash != data_hash(manifest.root):
         problems.append(f"{manifest.root / MANIFEST_NAME}: its hash is not that of its data")
-    entries = [entry for split in ("train", "valid") for entry in manifest.shards(split)]
+    entries = manifest.all_shards()
     with Progress("verify", sum(entry.bytes for entry in entries)) as progress:
         done = 0
         for entry in entries:
@@ -54,7 +54,7 @@ def verify(out: Path, *, full: bool = False) -> Manifest:
             progress.set(done)
     for source in manifest.sources:
         for name, split in source.splits.items():
-            for key in ("rows", "tokens", "targets", "pad_tokens", "docs", "bytes_in"):
+            for key in TOTALS:
                 total = sum(getattr(entry, key) for entry in split.shards)
                 if total != getattr(split, key):
                     stated = getattr(split, key)
@@ -120,12 +120,10 @@ def _content_problems(manifest: Manifest, entry: ShardEntry, reader: ShardReader
         yield from (f"{reader.path}: block {number}: {p}" for p in _label_problems(block))
         docs_here, targets_here = count_block(block, manifest.seq_len)
         docs, targets = docs + docs_here, targets + targets_here
-    digest = xxhash.xxh3_64()
     with open(reader.path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != entry.xxh3 and not damaged:
-        yield str(CorruptShardError(reader.path, None, 0, f"xxh3 {entry.xxh3}", digest.hexdigest()))
+        xxh3 = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+    if xxh3 != entry.xxh3 and not damaged:
+        yield str(CorruptShardError(reader.path, None, 0, f"xxh3 {entry.xxh3}", xxh3))
     if damaged:
         return
     kinds = ("tok", "doc", "lab") if manifest.labels else ("tok", "doc")

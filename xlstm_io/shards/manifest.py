@@ -77,6 +77,15 @@ class SplitEntry(StrictModel):
     shards: list[ShardEntry]
 
 
+TOTALS = tuple(name for name in SplitEntry.model_fields if name != "shards")
+"""Fields of a split that are the sums of its shards'."""
+
+
+def split_fields(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a `SplitEntry`, from those of its shards."""
+    return {**{name: sum(shard[name] for shard in shards) for name in TOTALS}, "shards": shards}
+
+
 class SourceEntry(StrictModel):
     """One named corpus; `provenance` is its licence and origin note, where one was given."""
 
@@ -143,10 +152,9 @@ class Manifest(StrictModel):
         if len(set(names)) < len(names):
             problems.append("the names of the sources must differ")
         row_bytes = self.row_tokens * (2 if self.dtype == "uint16" else 4)
-        for split in self.split_names():
-            for entry in self.shards(split):
-                if entry.rows * row_bytes > entry.bytes:
-                    problems.append(f"{entry.path}: {entry.rows} rows in {entry.bytes} bytes")
+        for entry in self.all_shards():
+            if entry.rows * row_bytes > entry.bytes:
+                problems.append(f"{entry.path}: {entry.rows} rows in {entry.bytes} bytes")
         if problems:
             raise ValueError("; ".join(problems[:3]))
         return self
@@ -204,6 +212,10 @@ class Manifest(StrictModel):
         """All shards of a split, over all sources, in row order (empty where there are none)."""
         parts = (source.splits.get(split) for source in self.sources)
         return [shard for part in parts if part is not None for shard in part.shards]
+
+    def all_shards(self) -> list[ShardEntry]:
+        """All shards of all splits, split after split."""
+        return [entry for split in self.split_names() for entry in self.shards(split)]
 
 
 def place_of(root: Path, name: str) -> Path:
@@ -286,8 +298,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     manifest = checked(
         Manifest, fields, named_in=file, remedy="rebuild the shards", error=ShardFormatError
     )
-    entries = [entry for split in manifest.split_names() for entry in manifest.shards(split)]
-    names = [name for entry in entries for name in (entry.path, entry.index)]
+    names = [name for entry in manifest.all_shards() for name in (entry.path, entry.index)]
     check_names([manifest.tokenizer.path, *names], named_in=file, error=ShardFormatError)
     if len(set(names)) < len(names):
         raise ShardFormatError(f"{file} names a file for two shards; rebuild the shards")

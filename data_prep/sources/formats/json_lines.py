@@ -26,7 +26,7 @@ from data_prep.sources.documents import (
     printable,
     too_large,
 )
-from data_prep.sources.formats.lines import bounded_lines, numbered_records
+from data_prep.sources.formats.lines import bounded_lines, chosen, numbered_records
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import open_text
 
@@ -47,20 +47,12 @@ def read_json_lines(
     else:
         begin = partial(_placed_lines, path)
         records = numbered_records(path, "json", begin, int(wanted[0]))
-    remaining = None if wanted is None else iter(wanted.tolist())
-    target = None if remaining is None else next(remaining)
-    for number, (line, size, start) in records:
-        if remaining is not None:
-            if number != target:
-                continue
-            target = next(remaining, None)
+    for number, (line, size, start) in chosen(records, wanted):
         if line is None:
             reason = f"a line of {size >> 20} MiB; at most {LARGEST_LINE >> 20} MiB are read"
             yield Malformed(number, f"{path}:{number + 1}", reason, size)
         elif not line.isspace():
             yield _parse(path, number, line, fields, start)
-        if remaining is not None and target is None:
-            return
 
 
 def _placed_lines(path: str, offset: int = 0) -> Iterator[_PlacedLine]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from data_prep.sources.files import file_fingerprint
 from data_prep.sources.streams import Stream
 
@@ -23,6 +25,26 @@ def bounded_lines(stream: Stream, longest: int) -> Iterator[tuple[bytes | None, 
             line = stream.readline(longest + 1)
             size += len(line)
         yield None, size
+
+
+def chosen(
+    records: Iterator[tuple[int, _Record]], wanted: np.ndarray | None
+) -> Iterator[tuple[int, _Record]]:
+    """Those of the numbered records that are wanted; all where nothing is said.
+
+    Args:
+        records: (number, record) in order; none is asked for behind the last wanted one.
+        wanted: sorted numbers, at least one; None for all.
+    """
+    if wanted is None:
+        yield from records
+        return
+    numbers, last = set(wanted.tolist()), int(wanted[-1])
+    for number, record in records:
+        if number in numbers:
+            yield number, record
+        if number >= last:
+            return
 
 
 class _Reading(NamedTuple):

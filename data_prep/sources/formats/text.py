@@ -13,7 +13,7 @@ from data_prep.sources.documents import (
     TextSplit,
     too_large,
 )
-from data_prep.sources.formats.lines import bounded_lines, numbered_records
+from data_prep.sources.formats.lines import bounded_lines, chosen, numbered_records
 from data_prep.sources.names import base_name
 from data_prep.sources.streams import Stream, open_text
 from xlstm_io.errors import PrepError
@@ -34,20 +34,16 @@ def read_text(path: str) -> Iterator[Item]:
 
 def read_parts(path: str, split: TextSplit, wanted: np.ndarray | None) -> Iterator[Item]:
     """A text file in parts, whatever its size: its lines, or what blank lines separate."""
-    kept = None if wanted is None else set(wanted.tolist())
     records: Iterator[tuple[int, _Part]]
     if wanted is None:
         records = enumerate(_parts(path, split))
     else:
         records = numbered_records(path, split, partial(_parts, path, split), int(wanted[0]))
-    for record, (first_line, raw, size) in records:
-        if kept is None or record in kept:
-            if raw is None:
-                yield Malformed(record, f"{path}:{first_line}", too_large(size), size)
-            else:
-                yield _decode(path, record, first_line, raw, f"{base_name(path)}:{first_line}")
-        if wanted is not None and record >= wanted[-1]:
-            return
+    for record, (first_line, raw, size) in chosen(records, wanted):
+        if raw is None:
+            yield Malformed(record, f"{path}:{first_line}", too_large(size), size)
+        else:
+            yield _decode(path, record, first_line, raw, f"{base_name(path)}:{first_line}")
 
 
 def _decode(path: str, record: int, first_line: int, raw: bytes, label: str) -> Item:
