@@ -52,7 +52,7 @@ def resume(run: Path) -> int:
         files.tell("resume", f"job {job.job} was released", job=job.job)
         print(f"released job {job.job}")
         return 0
-    if files.finished(files.policy()):
+    if files.finished(files.policy().steps):
         raise UserError(f"{run} is finished; there is nothing to resume")
     check_not_held(files)
     print(resubmit(files))

@@ -123,7 +123,7 @@ def check_not_held(files: RunState) -> None:
 
 
 def _check_run(files: RunState, plan: TrainingPlan) -> None:
-    if files.finished(plan.policy):
+    if files.finished(plan.policy.steps):
         raise ConfigError(
             f"run.dir={plan.run}: all {plan.policy.steps} steps are done; set run.steps higher to "
             "train on, or use another run.dir"

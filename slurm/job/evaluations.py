@@ -16,10 +16,8 @@ from pathlib import Path
 
 from slurm.job.state import (
     CHECKPOINTS_FOLDER,
-    SUMMARY_FILE,
     RunState,
     names_of_checkpoints,
-    read_json,
     starts_of_lives,
     step_that_counts,
 )
@@ -48,7 +46,7 @@ def has_ended(run: Path) -> bool:
     """Whether no further checkpoint is expected: the run is finished, given up, or quiet."""
     files = RunState(run)
     steps = files.progress().get("steps")
-    if steps is not None and int(read_json(run / SUMMARY_FILE).get("steps", -1)) >= int(steps):
+    if steps is not None and files.finished(int(steps)):
         return True
     if files.stop_requested or files.load().verdict:
         return True

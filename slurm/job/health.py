@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,20 @@ class Verdict:
     Attributes:
         bad_nodes: nodes to leave out, with the reason.
         failed: why the run cannot start on any nodes, or "".
+        cut_short: whether Slurm ended the preflight, which says nothing about the nodes.
     """
 
     bad_nodes: dict[str, str]
     failed: str = ""
+    cut_short: bool = False
+
+    @property
+    def fit(self) -> bool:
+        """Whether the run may start on these nodes."""
+        return not (self.bad_nodes or self.failed or self.cut_short)
 
 
-def judge_folder(
-    folder: Path, nodes: Sequence[str], notes: Sequence[str] = ()
-) -> tuple[Verdict, list[dict[str, Any]]]:
+def judge_folder(folder: Path, nodes: Sequence[str], notes: Sequence[str] = ()) -> Verdict:
     """Judge the reports in a folder, and write `preflight.json` there.
 
     Args:
@@ -76,15 +81,13 @@ def judge_folder(
             beside it.
         nodes: that were checked.
         notes: what was found beside the nodes, in sentences.
-
-    Returns:
-        The verdict, and the reports.
     """
     limits = Health(**json.loads((folder.parent / HEALTH_FILE).read_bytes()))
     reports = read_reports(folder)
     verdict = judge(reports, nodes, limits)
-    write(folder / "preflight.json", {**asdict(verdict), "notes": notes, "reports": reports})
-    return verdict, reports
+    found = {"bad_nodes": verdict.bad_nodes, "failed": verdict.failed}
+    write(folder / "preflight.json", {**found, "notes": notes, "reports": reports})
+    return verdict
 
 
 def notes_on_cluster(run: Path) -> list[str]:
@@ -123,7 +126,7 @@ def judge(reports: Sequence[Mapping[str, Any]], nodes: Sequence[str], limits: He
         limits: what a node must be like.
     """
     if any(report["interrupted"] for report in reports):
-        return Verdict({})
+        return Verdict({}, cut_short=True)
     found = {node: _of_node([r for r in reports if r["node"] == node]) for node in nodes}
     bad = {node: why for node, (check, why) in found.items() if why and check not in MEETING}
     for odd in (_odd_versions(reports), _odd_clocks(reports, limits), _slow_devices(reports)):
@@ -216,16 +219,16 @@ def main(words: Sequence[str]) -> int:
     """Print which nodes are fit; 70 when one is not, or the preflight was cut short."""
     folder, nodes = Path(words[0]), words[1:]
     notes = notes_on_cluster(folder.parents[2])  # RUN/slurm/preflight/JOB
-    verdict, reports = judge_folder(folder, nodes, notes)
+    verdict = judge_folder(folder, nodes, notes)
     for node in nodes:
         print(f"{node}: {verdict.bad_nodes.get(node) or verdict.failed or 'fit'}")
     for note in notes:
         print(f"note: {note}")
-    if any(report["interrupted"] for report in reports):
+    if verdict.cut_short:
         print("the preflight was cut short")
         return ExitCode.MACHINE_FAILED
     print(f"measured: {folder / 'preflight.json'}")
-    return ExitCode.MACHINE_FAILED if verdict.bad_nodes or verdict.failed else ExitCode.DONE
+    return ExitCode.DONE if verdict.fit else ExitCode.MACHINE_FAILED
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def begin(
     last = state.lives[-1] if state.lives else None
     if last and last.ended is None and last.job != job and last.job in running:
         return {"EXIT": 0, "REASON": f"job {last.job} is at work on this run"}
-    if files.finished(policy):
+    if files.finished(policy.steps):
         return _none(files, f"all {policy.steps} steps are done")
     if last and last.ended is None:
         # Its batch script was ended too: a lost node, or Slurm's own requeue.
@@ -168,9 +168,8 @@ def checked(
     life = next(one for one in files.load().lives if one.number == number)
     if interrupted:
         return {"FIT": ""}
-    verdict, reports = judge_folder(files.life_folder(number), life.nodes, notes)
-    cut_short = any(report["interrupted"] for report in reports)
-    return {"FIT": "" if verdict.bad_nodes or verdict.failed or cut_short else "yes"}
+    verdict = judge_folder(files.life_folder(number), life.nodes, notes)
+    return {"FIT": "yes" if verdict.fit else ""}
 
 
 def close(
@@ -200,7 +199,7 @@ def close(
     bad_nodes, unfit = read_preflight(files.life_folder(life.number))
     evidence = Evidence(
         records,
-        finished=files.finished(policy),
+        finished=files.finished(policy.steps),
         stop_requested=files.stop_requested,
         bad_nodes=bad_nodes,
         unfit=unfit,

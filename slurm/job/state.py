@@ -273,9 +273,9 @@ class RunState:
         """What the trainer's `progress.json` says; empty when there is none."""
         return read_json(self.run / "progress.json")
 
-    def finished(self, policy: Policy) -> bool:
-        """Whether all steps of the run are done."""
-        return int(read_json(self.run / SUMMARY_FILE).get("steps", -1)) >= policy.steps
+    def finished(self, steps: int) -> bool:
+        """Whether the run, which has so many steps, is finished."""
+        return int(read_json(self.run / SUMMARY_FILE).get("steps", -1)) >= steps
 
 
 _Record = TypeVar("_Record", Life, State)
