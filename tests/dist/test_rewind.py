@@ -108,11 +108,11 @@ def test_a_finished_run_that_was_taken_back_can_go_on(tmp_path, capsys):
     summary = json.dumps({"steps": 6})
     (run / "summary.json").write_text(summary)
     files, policy = RunState(run), Policy(steps=6, checkpoints=str(run / "checkpoints"))
-    assert files.finished(policy)
+    assert files.finished(policy.steps)
     assert pretrain.cli.run(["rewind", str(run), "--to", "5"]) == 2  # no such checkpoint
-    assert files.finished(policy)
+    assert files.finished(policy.steps)
     assert pretrain.cli.run(["rewind", str(run), "--to", "3"]) == 0
-    assert not files.finished(policy) and files.newest_step(policy) == 3
+    assert not files.finished(policy.steps) and files.newest_step(policy) == 3
     assert (run / "evidence" / "summary-before-life-000001.json").read_text() == summary
 
 
