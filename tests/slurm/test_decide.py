@@ -173,6 +173,8 @@ def test_a_rank_that_was_killed_is_the_cause_of_what_the_others_lost():
     decision = after(rank(1, -9, time=1.0), lost)
     assert (decision.cause, decision.node) == (Cause.INTERRUPTED, "")
     assert decision.reason == "interrupted, rank 1 on n2: killed by signal 9"
+    silent = rank(2, None, time=0.0)  # it never ended by itself, so it was not the first
+    assert after(rank(1, -9, time=1.0), silent, lost).cause is Cause.INTERRUPTED
     later = after(rank(1, -15, time=3.0), lost)  # by Slurm, after the loss
     assert later.cause is Cause.NODE_LOST
 
@@ -262,7 +264,7 @@ def test_slow_nodes_are_left_out_while_there_is_room():
     )
     assert told.exclude == (("n3", "slow for long"),), "one is left out already, one more may be"
     full = after(
-        rank(0, 75), now=now, policy=policy, slow_nodes=["n3"], excluded=["n1", "n2", "n0"]
+        rank(0, 75), now=now, policy=policy, slow_nodes=["n3", "n4"], excluded=["n1", "n2", "n0"]
     )
     assert full.action is Action.REQUEUE and not full.exclude, "the run goes on with it"
     assert not after(rank(0, 2), now=now, policy=policy, slow_nodes=["n3"]).exclude

@@ -19,6 +19,7 @@ from slurm.job.state import Life, Policy, RankRecord, RunState, State, write
 from slurm.job_files import copy_job_files
 from slurm.submit import note_submission
 from xlstm_io.checkpoint.lives import record_start
+from xlstm_io.errors import ExitCode
 
 JOB = "4711"
 
@@ -92,6 +93,8 @@ def test_a_finished_run_starts_no_life(files):
     told = begin(files)
     assert told["EXIT"] == 0 and "all 100 steps are done" in told["REASON"]
     assert files.load() == State()
+    files.save_policy(replace(files.policy(), steps=200))
+    assert begin(files)["LIFE"] == 1, "it is to have more steps by now"
 
 
 def test_a_run_that_another_job_is_at_work_on_is_left_alone(files):
@@ -130,12 +133,32 @@ def test_a_stop_request_starts_no_life(files):
     assert "a stop was asked for" in begin(files)["REASON"]
 
 
-def test_the_batch_script_ends_with_the_code_of_a_mistake(files):
+@pytest.mark.parametrize(
+    ("code", "most", "ends_with"),
+    [
+        (ExitCode.BAD_INPUT, 100, ExitCode.BAD_INPUT),
+        (ExitCode.DIVERGED, 100, ExitCode.DIVERGED),
+        (ExitCode.HANG, 1, ExitCode.HANG),
+        (ExitCode.MACHINE_FAILED, 1, ExitCode.BUG),
+    ],
+)
+def test_the_batch_script_ends_with_the_code_of_a_failure(files, code, most, ends_with):
+    files.save_policy(replace(files.policy(), total=most))
     begin(files)
-    put_record(files, 1, code=2, tail=["error: data.path is not a folder"])
+    put_record(files, 1, code=int(code), tail=["error: data.path is not a folder"])
     told = lives.end(files, 1, tries=1)
-    assert (told["ACTION"], told["EXIT"]) == ("fail", 2)
+    assert (told["ACTION"], told["EXIT"]) == ("fail", ends_with)
     assert "data.path is not a folder" in begin(files)["REASON"]
+
+
+def test_nodes_stay_left_out_when_a_later_life_ends(files):
+    begin(files)
+    write(files.run / "progress.json", {"step": 24, "stragglers": ["n2"]})
+    lives.end(files, 1, tries=1)
+    write(files.run / "progress.json", {"step": 48})
+    begin(files, restart=1, nodes=("n1", "n3"))
+    lives.end(files, 2, tries=1)
+    assert files.load().excluded == {"n2": "slow for long"}
 
 
 def test_a_port_in_use_is_tried_again_in_the_same_life(files):
@@ -324,7 +347,7 @@ def test_stopped_is_no_failure_for_slurm_but_it_is_recorded(files, tmp_path):
 
 def test_a_killed_rank_says_by_which_signal(files, tmp_path):
     code, record, _ = run_rank(files, tmp_path, "import os; os.kill(os.getpid(), 9)")
-    assert (code, record.code) == (137, -9)
+    assert (code, record.code, record.out_of_memory) == (137, -9, False)
 
 
 def test_a_signal_during_the_imports_waits_for_the_handlers(files, tmp_path):
