@@ -72,6 +72,9 @@ def test_every_cell_has_a_sound_run_file(name, tmp_path, monkeypatch):
                 warmup = grid.size.run.get("schedule.warmup_steps", own)
                 assert config.schedule.warmup_steps == warmup
             assert "lr" not in cell.values or config.optimizer.lr == cell.values["lr"]
+        for cell in grid.cells[-1:]:  # the last of its seeds
+            found = training.run_file(grid, cell, tmp_path / "cell")["run"].get("seed")
+            assert found == cell.values.get("seed", found)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -302,7 +305,8 @@ def test_a_rate_at_which_fewer_runs_failed_goes_first(tmp_path):
     grid = Grid.open("gating", "toy", tmp_path)
     for cell in grid.cells[:6]:
         lr, seed = cell.values["lr"], cell.values["seed"]
-        result = {"status": "done", "measures": {"error": 0.1 * lr + 0.01}, "scaled": {}}
+        error = 0.1 * lr + 0.01 + 0.001 * seed
+        result = {"status": "done", "measures": {"error": error}, "scaled": {}}
         if lr == 0.01:
             result = {"status": "failed", "reason": "diverged"} if seed else result
             result |= {"measures": {"error": 0.001}} if not seed else {}
@@ -310,6 +314,7 @@ def test_a_rate_at_which_fewer_runs_failed_goes_first(tmp_path):
         (grid.cell_folder(cell) / "result.json").write_text(json.dumps(result))
     (best,) = table.make(grid)["best"]
     assert (best["lr"], best["n"], best["failed"]) == (0.003, 3, 0)
+    assert best["std"]["error"] == pytest.approx(0.001), "of the sample: n - 1"
     for cell in grid.cells[:3]:
         (grid.cell_folder(cell) / "result.json").unlink()
     (best,) = table.make(grid)["best"]
