@@ -209,9 +209,10 @@ def test_finished_folders_are_joined_unless_documents_repeat(
     shutil.rmtree(second / "_work")
     assert run("merge", tmp_path / "newer", "--inputs", first, second) == 2
     assert "cannot be looked for" in capsys.readouterr().err
-    other = build_source(tmp_path, "d", texts[:9], tokenizer_dir, **{"seq-len": 8})
+    others = {"seq-len": 8, "valid-fraction": 0.5}
+    other = build_source(tmp_path, "d", texts[:9], tokenizer_dir, **others)
     assert run("merge", tmp_path / "newer", "--inputs", first, other) == 2
-    assert "seq_len 16 and 8" in capsys.readouterr().err
+    assert "seq_len 16 and 8, valid_fraction 0.2 and 0.5" in capsys.readouterr().err
     assert run("merge", out, "--inputs", first, third, "--allow-duplicates") == 2
     assert tree_bytes(out) == before
 
@@ -239,13 +240,14 @@ def test_filters_are_counted_by_reason(tmp_path, tokenizer_dir, texts, monkeypat
     )
     monkeypatch.syspath_prepend(tmp_path)
     kept = [text for text in texts if 20 <= len(text) <= 400]
+    edges = ["abc " * 5, "abc " * 100]  # just long and short enough
     bad = [
         "12 34 56 78 90 12 34 56 78",
         "same line here\n" * 9,
         "x" * 99,
         "a zebra is a zebra " * 2,
     ]
-    corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, *bad, ""])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, *bad, *edges, ""])
     flags = ["--input", corpus, "--tokenizer", tokenizer_dir, "--valid-fraction", 0.2]
     flags += ["--min-chars", 20, "--max-chars", 400, "--min-letter-share", 0.2, "--workers", 1]
     flags += ["--max-repeated-line-share", 0.8, "--max-mean-word-chars", 50]
@@ -261,7 +263,8 @@ def test_filters_are_counted_by_reason(tmp_path, tokenizer_dir, texts, monkeypat
     expected = dict.fromkeys([*reasons, "my_filters:no_zebra", "empty"], 1)
     assert source.dropped == expected | {"duplicate": 0, "malformed": 0}
     assert source.filters["min_chars"] == 20 and "sha256" in source.filters["my_filters:no_zebra"]
-    assert sorted(documents_of(out, "train") + documents_of(out, "valid")) == sorted(kept)
+    found = documents_of(out, "train") + documents_of(out, "valid")
+    assert sorted(found) == sorted([*kept, *edges])
     broken = [*flags[:-1], "my_filters:broken", "--allow-functions", "--out", tmp_path / "new"]
     assert run("build", *broken) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err

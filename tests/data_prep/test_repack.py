@@ -86,6 +86,17 @@ def test_interrupted_repack_goes_on_and_then_is_a_no_op(shards, tmp_path, monkey
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_document_that_gets_lost_is_an_error(shards, tmp_path, monkeypatch, capsys):
+    def all_but_one(*words, real=data_prep.tools.repack.stored_documents):
+        yield from list(real(*words))[1:]
+
+    monkeypatch.setattr(data_prep.tools.repack, "stored_documents", all_but_one)
+    out = tmp_path / "out"
+    assert run("repack", shards, "--seq-len", 20, "--workers", 1, "--out", out) == 2
+    assert "tokens, the manifest says" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists() and not list(out.rglob("*.tar"))
+
+
 def test_repack_overwrites_nothing(shards, tmp_path, capsys):
     copy = shutil.copytree(shards, tmp_path / "copy")
     before = tree_bytes(copy)

@@ -41,11 +41,12 @@ def write_both(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows()), folder / "parquet/00000.parquet")
 
 
-def build(folder: Path, tokenizer_dir: Path, name: str, **source) -> Path:
+def build(folder: Path, tokenizer_dir: Path, name: str, splits: float = 0, **source) -> Path:
     out = folder / f"out-{name}"
     config = {
         "sources": [{"name": "web", "input": str(folder / name), **source}],
-        **{"tokenizer": str(tokenizer_dir), "out": str(out), "valid_fraction": 0, "workers": 1},
+        **{"tokenizer": str(tokenizer_dir), "out": str(out), "workers": 1},
+        "valid_fraction": splits,
     }
     (folder / "prep.yaml").write_text(yaml.safe_dump(config))
     assert run("build", folder / "prep.yaml") == 0
@@ -138,6 +139,14 @@ def test_samples_are_nested_and_counted(tmp_path, tokenizer_dir):
         assert source.filters == ({} if share == 1 else {"sample": share})
     assert set(found[0.2]) < set(found[0.5]) < set(found[1.0])
     assert len(found[1.0]) == 80 and 5 < len(found[0.2]) < 30
+
+
+def test_a_sample_is_split_like_the_whole(tmp_path, tokenizer_dir):
+    """The halves of a hash that choose the two differ: by one, all of a sample would validate."""
+    write_both(tmp_path)
+    out = build(tmp_path, tokenizer_dir, "jsonl", sample=0.5, splits=0.5)
+    counts = [len(documents_of(out, split)) for split in ("train", "valid")]
+    assert min(counts) > 8 and sum(counts) < 56
 
 
 def slimpajama(folder: Path) -> None:

@@ -15,6 +15,7 @@ from xlstm_io.shards.index import CorruptShardError
 from xlstm_io.shards.manifest import Manifest, load_manifest, write_manifest
 from xlstm_io.shards.rows import parse_block
 from xlstm_io.shards.shard import ShardReader, check_sizes
+from xlstm_io.shards.writer import ShardWriter
 
 
 def readers(root):
@@ -87,6 +88,25 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1 << bit
     path.write_bytes(data)
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+
+    def synced(descriptor, real=os.fsync):
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".tmp.")[0])
+        real(descriptor)
+
+    def named(old, new, real=os.replace):
+        calls.append(f"name {Path(new).name}")
+        real(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    with ShardWriter(tmp_path / "train" / "s.tar") as writer:
+        writer.close()
+    tar, index = "s.tar", "s.idx.npz"
+    assert calls == [tar, index, f"name {index}", "train", f"name {tar}", "train"]
 
 
 def test_flipped_payload_names_block_and_offset(copy):

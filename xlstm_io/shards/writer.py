@@ -12,7 +12,7 @@ import xxhash
 from xlstm_io.shards.index import BlockIndex
 from xlstm_io.shards.rows import Block
 from xlstm_io.shards.shard import index_path, member_name, tar_header
-from xlstm_io.storage import temporary_path, write_atomic
+from xlstm_io.storage import sync_folder, temporary_path, write_atomic
 
 
 class _HashingFile:
@@ -88,6 +88,7 @@ class ShardWriter:
         raw = index.to_bytes()
         write_atomic(index_path(self.path), raw)
         os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)  # whoever names the shard next relies on it
         return WrittenShard(
             rows=int(index.rows.sum()),
             bytes=self._hashing.position,
