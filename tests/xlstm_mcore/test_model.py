@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.xlstm_mcore import reference_model
+from xlstm_mcore import layer
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.parameters.slices import named_slices
@@ -19,7 +20,13 @@ def groups():
 
 MODELS = {
     "7b": {"pattern": "MM", "norm_eps": 1e-4},
-    "7b-tied": {"pattern": "M", "tie_embeddings": True, "qk_dim_factor": 1.0, "norm_eps": 1e-4},
+    "7b-tied": {
+        "pattern": "M",
+        "tie_embeddings": True,
+        "qk_dim_factor": 1.0,
+        "norm_eps": 1e-4,
+        "cell_eps": 0.3,
+    },
     "7b-uncapped": {"pattern": "M", "gate_soft_cap": None, "logit_soft_cap": None},
     "classic-m": {"pattern": "mm", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
     "classic-s": {"pattern": "ss", "norm": "layernorm", "norm_eps": 1e-5, "logit_soft_cap": None},
@@ -201,6 +208,16 @@ def test_dropout_is_drawn_in_training_only(groups):
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("letter", "Mmsld*")
+def test_dropout_is_of_all_that_a_block_adds(groups, letter, monkeypatch):
+    changes = {"pattern": letter, "ssm_head_dim": 16, "ssm_state_dim": 8, "dropout": 0.5}
+    _, model = make(groups, "7b", **changes)
+    monkeypatch.setattr(layer.F, "dropout", lambda x, share: torch.zeros_like(x))
+    x = torch.randn(6, 32)
+    with torch.no_grad():
+        assert torch.equal(model.decoder.layers[0].train()(x, 2, None), x)
 
 
 @pytest.mark.parametrize("name", ["7b", "7b-tied", "classic-m"])

@@ -15,7 +15,7 @@ CUSTOM = FAMILIES["xlstm_blocks"]
 
 #: Architectures at awkward sizes: odd widths, heads that do not divide by 4, every ablation key.
 ARCHITECTURES = {
-    "7b-tied": {"pattern": "MM", "tie_embeddings": True, "qk_dim_factor": 0.75},
+    "7b-tied": {"pattern": "MM", "tie_embeddings": True, "qk_dim_factor": 0.75, "cell_eps": 0.3},
     "7b-uncapped": {
         "pattern": "M",
         "gate_soft_cap": None,

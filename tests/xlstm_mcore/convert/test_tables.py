@@ -80,6 +80,37 @@ def test_the_family_is_the_first_that_computes_the_model(keys, family):
     assert choose(ModelConfig.model_validate({**SMALL, **keys})).NAME == family
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("xlstm", "norm", "layernorm"),
+        ("xlstm", "head_norm", "rmsnorm"),
+        ("xlstm", "mlstm_gate", "sigmoid"),
+        ("xlstm", "mlstm_normalize", False),
+        ("xlstm", "mlstm_input_gate", False),
+        ("xlstm", "mlstm_forget_gate", "bias"),
+        ("xlstm", "residual", False),
+        ("xlstm", "dropout", 0.1),
+        ("xlstm", "gate_soft_cap", None),
+        ("xlstm", "logit_soft_cap", None),
+        ("xlstm", "tie_embeddings", True),
+        ("xlstm", "vocab_tokens", 64),
+        ("llama", "norm", "layernorm"),
+        ("llama", "logit_soft_cap", 30.0),
+        ("llama", "residual", False),
+        ("llama", "attention_window", 8),
+        ("llama", "dropout", 0.1),
+        ("llama", "vocab_tokens", 64),
+    ],
+)
+def test_a_family_is_not_taken_for_what_it_would_compute_otherwise(family, key, value):
+    """Such an export would load without an error and be another model."""
+    fitting = {"pattern": "MM"} if family == "xlstm" else {"pattern": "**", "logit_soft_cap": None}
+    fitting |= {**SMALL, "hidden_size": 128}
+    assert choose(ModelConfig.model_validate(fitting)).NAME == family
+    assert choose(ModelConfig.model_validate({**fitting, key: value})).NAME == "xlstm_blocks"
+
+
 def test_a_family_that_cannot_compute_the_model_says_why():
     with pytest.raises(ConvertError, match=r"always has model\.norm=rmsnorm"):
         choose(ModelConfig(pattern="*", norm="layernorm", **SMALL), "llama")
