@@ -29,8 +29,9 @@ from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
 from xlstm_io.checkpoint import evaluation as evaluation_module
 from xlstm_io.checkpoint import writer
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation, write_evaluation
+from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.checkpoint.manifest import parse_manifest, step_of_folder
-from xlstm_io.errors import UserError
+from xlstm_io.errors import Superseded, UserError
 
 WAIT_S = 20.0
 
@@ -287,6 +288,34 @@ def test_what_changes_between_two_saves_is_seen(tmp_path):
         shutil.rmtree(place)
         other.rename(place)
         assert save(6) == [3, 4, 5, 6], "what took the name of 4 is the best"
+
+
+def test_a_life_that_is_superseded_after_its_manifest_deletes_and_measures_nothing(tmp_path):
+    looks = []
+
+    def fence():
+        looks.append(None)
+        if len(looks) > 3:  # before a manifest and before retention, of two saves
+            raise Superseded("a newer life has the run")
+
+    retention = Retention(keep=1)
+    with CheckpointSaver(tmp_path, retention=retention, asynchronous=False, fence=fence) as saver:
+        for step in (1, 2):
+            saver.save(slices_of(step), {}, {}, step=step)
+        saver.record(Evaluation(2, 1.0))
+    assert len(looks) == 5 and steps_in(tmp_path) == [1, 2]
+    assert not list(tmp_path.glob("*/evaluation.json"))
+
+
+def test_what_a_superseded_life_left_takes_no_place(tmp_path):
+    """It has the highest step, and would be the newest of two."""
+    with CheckpointSaver(tmp_path, retention=Retention(keep=2)) as saver:
+        saver.save(slices_of(9), {"life": 1}, {}, step=9)
+        saver.wait()
+        record_start(tmp_path, 2, 0)
+        for step in (1, 2, 3):
+            saver.save(slices_of(step), {"life": 2}, {}, step=step)
+    assert sorted(step_of_folder(path) for path in tmp_path.glob("step-*")) == [2, 3, 9]
 
 
 def test_a_step_whose_loss_is_never_measured_is_not_kept_for_good(tmp_path):

@@ -119,6 +119,9 @@ def test_once_looks_again_after_a_change_alone(cache, monkeypatch):
     for another in ({"data__seq_len": 128}, {"data__micro_batch": 2}, {"layout__context": 2}):
         check_kernels_once(config(**SMALL | another), DEVICE)
     assert len(looked) == 8
+    monkeypatch.setattr(kernel_check, "_hash_of_sources", lambda folder: "another")
+    check_kernels_once(config(**SMALL), DEVICE)
+    assert len(looked) == 9
 
 
 def test_the_states_of_cells_are_kept_as_in_the_run(monkeypatch):

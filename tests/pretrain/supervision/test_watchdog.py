@@ -115,6 +115,10 @@ def test_a_limit_of_the_user_is_the_limit_and_another_grows_with_the_median_step
     assert limits.of(STEP, 60.0) == 1200
     assert limits.of(STARTUP, 60.0) == 1800
     assert Limits.from_config(GuardConfig(hang_timeout=0)) is None
+    each = {"hang": STEP, "startup": STARTUP, "evaluation": EVALUATION, "checkpoint": CHECKPOINT}
+    values = {f"{key}_timeout": number for number, key in enumerate(each, 1)}
+    limits = Limits.from_config(GuardConfig(**values))
+    assert [limits.of(phase, 60.0) for phase in each.values()] == [1, 2, 3, 4]
 
 
 def test_one_long_step_does_not_raise_the_limit(tmp_path, clock):
