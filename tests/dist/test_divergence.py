@@ -74,6 +74,11 @@ def test_a_spike_is_skipped_on_all_ranks_and_the_same_after_a_resume(pool, shard
     kept = sorted(path.name[:13] for path in (whole / "checkpoints").glob("step-*"))
     assert kept == ["step-00000006", "step-00000012"]
 
+    # So does a life that begins after the spike.
+    assert pool(1, train, run_of(cut, shards, run__steps=14), {}) == [0]
+    kept = sorted(path.name[:13] for path in (cut / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000006", "step-00000014"]
+
     (file,) = (whole / "evidence").iterdir()
     evidence = json.loads(file.read_text())
     assert file.name == "step-00000008-life-000001.json"

@@ -3,8 +3,9 @@
 from unittest import mock
 
 import pytest
+import torch
 
-from pretrain.config import support
+from pretrain.config import OptimizerConfig, support
 from tests.dist import work
 from tests.dist.matrix import covering, name, ranks_and_changes
 from tests.dist.needs import needs_deepspeed
@@ -207,6 +208,49 @@ def test_a_sharded_weight_must_be_marked(pool):
     """DeepSpeed would leave the other ranks' shards out of the gradient norm, without an error."""
     config = work.run_config(MODEL, **ZERO, **TP2)
     assert pool(2, start_with_a_shard_that_is_not_marked, config)[0].startswith("embedding.")
+
+
+# Values that are not the defaults, and not those of `work.run_config`.
+KEYS = {
+    "lr": 5e-3,
+    "betas": ([0.8, 0.95], [0.9, 0.8]),
+    "eps": 1e-1,
+    "muon_momentum": 0.5,
+    "weight_decay": 0.5,
+    "decay": ({"norm": True}, {"projection": False}),
+    "clip_grad": 0.1,
+}
+
+
+def masters_after_two_steps(config):
+    parts = work.train(config, 2)[1]
+    return torch.cat([part.tensor.flatten() for part in parts if ".param." in part.name])
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"optimizer__name": "muon"}, *(ZERO | {"engine__zero_stage": n} for n in (1, 3))],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "adamw",
+)
+def test_every_key_of_the_optimizer_changes_the_weights(pool, engine):
+    """One that is read nowhere would have its default on every layout, and equal one process."""
+    assert KEYS.keys() | {"name"} == set(OptimizerConfig.model_fields)
+    changes = [
+        {key: value}
+        for key, values in KEYS.items()
+        for value in (values if isinstance(values, tuple) else (values,))
+        if key != "muon_momentum" or engine.get("optimizer__name") == "muon"
+    ]
+    usual, *found = (
+        pool(
+            1,
+            masters_after_two_steps,
+            work.run_config("large", **engine, **{f"optimizer__{k}": v for k, v in change.items()}),
+        )[0]
+        for change in ({}, *changes)
+    )
+    for change, masters in zip(changes, found, strict=True):
+        assert (masters - usual).abs().max() > 1e-6, change
 
 
 def test_nothing_is_compiled_and_nothing_is_taken_for_ulysses(pool):

@@ -74,7 +74,10 @@ def test_the_largest_go_to_those_that_have_least():
 
 @pytest.mark.dist
 def test_first_update_is_muons_for_each_matrix_by_itself(pool):
-    """Against torch's optimizers on unpacked tensors, with the gradient that AdamW's run saw."""
+    """Against torch's optimizers on unpacked tensors, with the gradient that AdamW's run saw.
+
+    Momentum, and what decays, are not those of the defaults.
+    """
     changes = {"optimizer__clip_grad": 0.0}
     gradients = {
         name.removeprefix("optimizer.state.exp_avg."): value / (1 - 0.9)
@@ -82,6 +85,8 @@ def test_first_update_is_muons_for_each_matrix_by_itself(pool):
             pool(1, work.first_moments, work.run_config(MODEL, **changes))
         ).items()
     }
+    own = {"muon_momentum": 0.8, "weight_decay": 0.5, "decay": {"norm": True, "projection": False}}
+    changes |= {f"optimizer__{key}": value for key, value in own.items()}
     config = work.run_config(MODEL, **MUON, **changes)
     ((_, start),) = pool(1, work.train, config, 0)
     ((_, end),) = pool(1, work.train, config, 1)
@@ -91,12 +96,18 @@ def test_first_update_is_muons_for_each_matrix_by_itself(pool):
     for name, gradient in gradients.items():
         parameter = start[PREFIX + name].float().requires_grad_()
         parameter.grad = gradient.float()
-        decay = options.weight_decay if decays(name) else 0.0
+        decay = options.weight_decay if decays(name, options.decay) else 0.0
         if is_hidden_matrix(name, parameter.shape):
             matrices += 1
             optimizer = torch.optim.Muon(
-                [parameter], options.lr, decay, adjust_lr_fn="match_rms_adamw"
+                [parameter],
+                options.lr,
+                decay,
+                options.muon_momentum,
+                adjust_lr_fn="match_rms_adamw",
             )
+            momentum = end[f"optimizer.state.momentum.{name}"]
+            assert (momentum - 0.2 * gradient).norm() < 1e-5 * gradient.norm(), name
         else:
             optimizer = torch.optim.AdamW(
                 [parameter], options.lr, options.betas, options.eps, weight_decay=decay

@@ -16,6 +16,7 @@ from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
 from xlstm_io.errors import MachineFailed
+from xlstm_mcore.megatron import cpu_runtime
 
 pytestmark = pytest.mark.dist
 
@@ -77,8 +78,11 @@ def train_and_flip(config, flips):
     return [*answers, said()]
 
 
-def compute_twice(config, wrong, deterministic):
-    """What is said when the last rank computes wrongly in some of its forward passes."""
+def compute_twice(config, wrong, deterministic, makes=("same", "same")):
+    """What is said when the last rank computes wrongly in some of its forward passes.
+
+    The first one's device is of the first of two makes, all others' of the second.
+    """
     engine, layout = work.make_engine(config)
     batch = work.random_batches(config, 0)[layout.dp_rank]
     passes = []
@@ -89,8 +93,10 @@ def compute_twice(config, wrong, deterministic):
         return output * (1 + 2**-20) if last and len(passes) in wrong else None
 
     engine.models[-1].decoder.layers[-1].register_forward_hook(spoil)
+    make = makes[bool(layout.rank)]
     try:
-        return check_twice(engine, layout, batch, 0, deterministic=deterministic)
+        with mock.patch.object(cpu_runtime, "device_name", lambda: make):
+            return check_twice(engine, layout, batch, 0, deterministic=deterministic)
     except MachineFailed as error:
         return str(error)
 
@@ -117,6 +123,8 @@ def test_a_wrong_computation_is_found(pool, ranks, changes):
         assert f"rank {last} computes the same micro-batch in two ways" in said
     for (said,) in pool(ranks, compute_twice, config, ONCE, False):
         assert f"rank {last} computes the same micro-batch in two ways: a device is faulty" in said
+    if not changes:  # devices of different makes round differently
+        assert pool(2, compute_twice, config, ALWAYS, True, ("one", "other")) == [[]] * 2
 
 
 def differing_gradient(config, name):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -15,6 +16,8 @@ from pretrain.checkpoint import CheckpointError, candidates_together, find_lates
 from pretrain.commands.after_run.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import ValidLoader
+from pretrain.engines.base import LossSum
+from pretrain.engines.megatron import MegatronEngine
 from pretrain.supervision.lease import Lease
 from pretrain.watching.metrics import read_metrics
 from tests import fake_object_store
@@ -67,6 +70,39 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(pool, shards, tm
     assert pool(2, train, last) == [0, 0]
     assert log(tmp_path) == whole
     assert newest.exists(), "left for a person"
+
+
+def test_a_damaged_checkpoint_of_the_step_that_a_life_goes_on_from_stays(pool, shards, tmp_path):
+    """No later life began before its step, so it does not count as left behind."""
+    raw = tiny_run(tmp_path, shards, run__steps=4)
+    assert pool(1, train, raw) == [0]
+    sound = find_latest(tmp_path)
+    twin = shutil.copytree(sound, sound.with_name("step-00000004-zzzzzzzz"))
+    flip_a_bit(twin)
+    raw["run"]["steps"] = 10
+    assert pool(1, train, raw) == [0]
+    assert twin.exists() and not sound.exists()
+
+
+def train_and_measure(raw, losses):
+    """As `train`, with these validation losses in place of the measured ones."""
+    told = iter(losses)
+
+    def evaluate(engine, batches):
+        list(batches)
+        return LossSum(next(told), 1)
+
+    with mock.patch.object(MegatronEngine, "evaluate", evaluate):
+        return train(raw)
+
+
+def test_the_best_and_every_nth_checkpoint_stay(pool, shards, tmp_path):
+    keys = {"checkpoint__keep": 1, "checkpoint__keep_every": 5, "checkpoint__keep_best": 2}
+    raw = tiny_run(tmp_path, shards, run__steps=12, evaluation__interval=2, **keys)
+    losses = {2: 5.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 3.0, 12: 6.0}
+    assert pool(1, train_and_measure, raw, list(losses.values())) == [0]
+    kept = {int(path.name.split("-")[1]) for path in (tmp_path / "checkpoints").glob("step-*")}
+    assert kept == {4, 6, 10, 12}
 
 
 def stopped_in_an_evaluation(raw):

@@ -98,6 +98,16 @@ def test_stopped_in_the_middle_and_resumed_on_other_processes(pool, shards, tmp_
 
 
 @pytest.mark.dist
+def test_a_run_meets_no_more_damaged_rows_than_it_may(pool, shards, tmp_path):
+    """Those that an earlier life has met count too."""
+    run = tmp_path / "run"
+    assert pool(1, train, run_config(shards, run)) == [0]
+    less = len(cursor(run)["quarantined"]) - 1
+    with pytest.raises(AssertionError, match=rf"more than data\.max_quarantined={less}, in"):
+        pool(1, train, run_config(shards, run, steps=STEPS + 1, data__max_quarantined=less))
+
+
+@pytest.mark.dist
 def test_another_plan_is_refused_unless_it_is_meant(pool, shards, tmp_path):
     run = tmp_path / "run"
     assert pool(1, train, run_config(shards, run, steps=4)) == [0]
