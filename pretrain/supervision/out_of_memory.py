@@ -1,7 +1,9 @@
 """What an error says when a device has no memory left: where it went, and what to change first.
 
-In the first steps of a life that is the run file's mistake. Later it is not: the same work fitted
+In the first steps of a run that is the run file's mistake. Later it is not: the same work fitted
 many times, so the memory was fragmented or somebody else's, and the same command may be repeated.
+A run that goes on may have been given another layout; a start that gets nowhere is not repeated
+without end (`slurm.job.decide`), so it is the machine's failure too.
 """
 
 from pathlib import Path
@@ -24,6 +26,7 @@ def out_of_memory(
     rank: int,
     processes: int,
     steps: int,
+    before: int,
     folder: Path,
 ) -> ConfigError | MachineFailed | None:
     """An error as the end of the device's memory, or None if it is something else.
@@ -34,10 +37,11 @@ def out_of_memory(
         rank: of this process.
         processes: how many the run has.
         steps: that this life has done.
+        before: steps that the run had done when this life began.
         folder: where a snapshot of the device's memory goes.
 
     Returns:
-        A `ConfigError` in the first steps of a life, else a `MachineFailed`.
+        A `ConfigError` in the first steps of a run, else a `MachineFailed`.
     """
     if not is_out_of_memory(error):
         return None
@@ -59,8 +63,15 @@ def out_of_memory(
             "data.micro_batch or use a higher memory.recompute"
         )
         return MachineFailed("\n".join(lines))
+    kind: type[ConfigError | MachineFailed] = ConfigError
+    if before:
+        kind = MachineFailed
+        lines.append(
+            f"the run has done {counted(before, 'step')} before: on the same layout they had room "
+            "enough, so repeat the command; on another"
+        )
     lines.append(text(ask(config, processes, limit), processes, limit))
-    return ConfigError("\n".join(lines))
+    return kind("\n".join(lines))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -200,7 +200,10 @@ class Watchdog:
             os.write(sys.stderr.fileno(), f"error: {words}; its stacks are in {path}\n".encode())
 
     def _dump_collectives(self) -> None:
-        """`hang-RANK.nccl.pickle` from NCCL's recorder, which has not been seen on a GPU."""
+        """`hang-nccl-RANK` from NCCL's recorder, which has not been seen on a GPU.
+
+        torch's `torchfrtrace --prefix hang-nccl-` reads names that end in the rank.
+        """
         torch = sys.modules.get("torch")
         if torch is None or not torch.distributed.is_initialized():
             return
@@ -210,7 +213,7 @@ class Watchdog:
             if dump is not None:
                 kind = name.removeprefix("_dump_").removesuffix("_trace")
                 with suppress(OSError, RuntimeError):
-                    path = self._folder / f"hang-{self._rank}.{kind}.pickle"
+                    path = self._folder / f"hang-{kind}-{self._rank}"
                     recorded = dump()
                     if recorded:  # None where no collective has been recorded yet
                         write_atomic(path, recorded, sync=False)

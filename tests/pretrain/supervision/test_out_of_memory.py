@@ -21,10 +21,11 @@ FOUND = {
 ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore words")
 
 
-def said(error, steps, tmp_path, monkeypatch):
+def said(error, steps, tmp_path, monkeypatch, before=0):
     monkeypatch.setattr(module, "ask", lambda *_: FOUND)
     monkeypatch.setattr(module.hardware, "device_memory_bytes", lambda: int(80e9))
-    return out_of_memory(error, CONFIG, rank=3, processes=8, steps=steps, folder=tmp_path)
+    place = {"rank": 3, "processes": 8, "folder": tmp_path}
+    return out_of_memory(error, CONFIG, steps=steps, before=before, **place)
 
 
 def test_in_the_first_steps_the_run_file_is_to_be_changed(tmp_path, monkeypatch):
@@ -45,6 +46,14 @@ def test_later_the_same_command_may_be_repeated(tmp_path, monkeypatch):
     found = said(ERROR, 500, tmp_path, monkeypatch)
     assert isinstance(found, MachineFailed)
     assert "so repeat the command" in str(found) and "GB at its peak" not in str(found)
+
+
+def test_a_run_of_days_is_not_given_up_for_the_first_step_of_a_life(tmp_path, monkeypatch):
+    """The memory may be that of a process which the last start left on the device."""
+    found = said(ERROR, 1, tmp_path, monkeypatch, before=5000)
+    assert isinstance(found, MachineFailed)
+    assert "the run has done 5,000 steps before" in str(found)
+    assert "and --data.micro_batch 2: 30.0 GB, which fits" in str(found)
 
 
 def test_a_snapshot_is_kept_where_the_device_has_one(tmp_path, monkeypatch):

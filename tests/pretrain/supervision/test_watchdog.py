@@ -1,13 +1,16 @@
 """A rank that stands still says where and ends; one that moves is left alone."""
 
 import json
+import pickle
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.flight_recorder.components.loader import read_dir
 
 from pretrain.config import GuardConfig
 from pretrain.supervision import watchdog as watchdog_module
@@ -167,15 +170,17 @@ def test_an_evaluation_before_the_first_step_has_the_limit_of_start_up(tmp_path,
 
 def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, monkeypatch):
     recorders = torch._C._distributed_c10d
+    recorded = pickle.dumps({"entries": [], "version": "2.9", "pg_config": {}})
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(recorders, "_dump_nccl_trace", lambda: b"a pickle", raising=False)
+    monkeypatch.setattr(recorders, "_dump_nccl_trace", lambda: recorded, raising=False)
     monkeypatch.setattr(recorders, "_dump_fr_trace", lambda: time.sleep(60), raising=False)
     monkeypatch.setattr(watchdog_module, "RECORDER_S", 0.2)
     watchdog, ends = watch(tmp_path)
     with watchdog:
         watchdog.moved(STEP, 1)
         wait_for(lambda: ends)
-    assert (tmp_path / "hang-3.nccl.pickle").read_bytes() == b"a pickle"
+    read, _ = read_dir(SimpleNamespace(trace_dir=str(tmp_path), prefix="hang-nccl-"))
+    assert [one["rank"] for one in read.values()] == [3]
 
 
 def test_steps_are_noted_once_a_minute_and_the_last_one_at_the_end(tmp_path, clock):
