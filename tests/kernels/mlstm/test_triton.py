@@ -23,7 +23,8 @@ from benchmarks.kernel_variants.mlstm import (
     triton_variants,
 )
 from xlstm_kernels.common import triton_launch
-from xlstm_kernels.mlstm.triton import tiles
+from xlstm_kernels.mlstm.arguments import Inputs
+from xlstm_kernels.mlstm.triton import buffers, tiles
 
 KERNELS = Path(__file__).parents[3] / "kernels" / "xlstm_kernels"
 
@@ -177,6 +178,15 @@ def test_kernels_use_plain_pointers_and_no_float_atomics():
         text = path.read_text().replace("tl.atomic_add(arrived, ", "")  # an integer: programs
         for word in ("make_block_ptr", "tl.advance", "tensor_descriptor", "atomic", "autotune"):
             assert word not in text, (path.name, word)
+
+
+def test_offsets_of_gradients_fit_32_bits_in_large_batches():
+    """Where those over the tokens of a chunk would not, gradients do not lie by token."""
+    by_token = torch.empty(300, 4096, 4, 1024, dtype=torch.bfloat16, device="meta")
+    q = by_token.permute(1, 2, 0, 3)
+    gradients = buffers.allocate_gradients(Inputs(q, q, q, q[..., 0], q[..., 0]), False)
+    for one in (gradients.dq, gradients.dk, gradients.dv):
+        assert buffers.readable(one) is one
 
 
 def test_decoding_is_two_launches():

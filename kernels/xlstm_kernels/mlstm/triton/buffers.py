@@ -140,7 +140,7 @@ def _laid_out_as(x: Tensor) -> Tensor:
     b, heads, s, d = x.shape
     if x.stride(1) >= x.stride(2):
         strides = heads * s * d, s * d, d, 1
-    elif x.stride(0) < x.stride(2):
+    elif x.stride(0) < x.stride(2) and b * heads * d * LARGEST_BLOCK < 2**31:  # as `readable`
         strides = heads * d, d, b * heads * d, 1
     else:
         strides = s * heads * d, d, heads * d, 1
