@@ -96,7 +96,7 @@ def test_the_other_passes_read_nothing_back(launched):
     q, gate = new(2, 2, 300, 64), wide(2, 2, 300)
     starts = torch.empty(2, 300, dtype=torch.bool, device="meta")
     inputs, options = (q, q, q, gate, gate), (128, True, True, 1e-6, False, 15.0, None)
-    h, _, *saved, C, n = chunkwise_triton.mlstm_forward._init_fn(
+    h, *saved, C, n, _ = chunkwise_triton.mlstm_forward._init_fn(
         *inputs, None, None, None, starts, True, *options
     )
     chunkwise_triton.mlstm_backward._init_fn(*inputs, h, saved, h, C, n, True, *options)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.mlstm.arguments import Gradients, Inputs
+from xlstm_kernels.mlstm.arguments import Gradients, Inputs, State
 from xlstm_kernels.mlstm.triton.gates import GATE_PLANES
 from xlstm_kernels.mlstm.triton.tiles import LARGEST_BLOCK, MlstmConfig
 
@@ -97,8 +97,6 @@ class Saved(NamedTuple):
     first: Tensor  # int32 [rows, T], or empty without boundaries
     C_before: Tensor  # [rows, chunks, qk, v] state before each chunk
     n_before: Tensor  # float32 [rows, chunks, qk]
-    inverse: Tensor  # float32 [rows, T], 1 / normalizer; empty without normalisation
-    nq: Tensor  # float32 [rows, T], n.q; empty without normalisation
 
     @property
     def bounded(self) -> bool:
@@ -107,21 +105,22 @@ class Saved(NamedTuple):
 
 
 def allocate_forward(
-    q: Tensor, z: Sizes, *, normalize: bool, bf16_states: bool, bounded: bool, need_last: bool
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor], Saved]:
+    q: Tensor, z: Sizes, *, bf16_states: bool, bounded: bool, need_last: bool
+) -> tuple[Tensor, State | tuple[None, None, None], Saved]:
     """Fresh tensors for h, the last state and `Saved`.
 
     h [b, heads, s, v] has the dtype of q. The last state is float32: C [rows, qk, v], n [rows, qk],
-    m [rows]; C and n are None unless they are asked for.
+    m [rows]; they are None unless they are asked for.
     """
 
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     rows = z.rows
-    vectors = (rows, z.padded) if normalize else (0,)
     h = new(z.b, z.heads, z.s, z.v, dtype=q.dtype)
-    C, n = (new(rows, z.qk, z.v), new(rows, z.qk)) if need_last else (None, None)
+    last = None, None, None
+    if need_last:
+        last = new(rows, z.qk, z.v), new(rows, z.qk), new(rows)
     states_dtype = torch.bfloat16 if bf16_states else torch.float32
     saved = Saved(
         gates=new(GATE_PLANES, rows, z.padded),
@@ -129,10 +128,8 @@ def allocate_forward(
         first=new(rows, z.padded, dtype=torch.int32) if bounded else new(0, dtype=torch.int32),
         C_before=new(rows, z.chunks, z.qk, z.v, dtype=states_dtype),
         n_before=new(rows, z.chunks, z.qk),
-        inverse=new(*vectors),
-        nq=new(*vectors),
     )
-    return h, (C, n, new(rows)), saved
+    return h, last, saved
 
 
 def _laid_out_as(x: Tensor) -> Tensor:

@@ -108,9 +108,8 @@ def mlstm_forward(
 
 
 def _as_list(h: Tensor, last: tuple, saved: Saved) -> list[Tensor]:
-    """h, m of the last state, the fields of `Saved`, and C and n of it if they are asked for."""
-    C, n, m = last
-    return [h, m, *saved, *([] if C is None else [C, n])]
+    """h, the fields of `Saved`, and the last state if it is asked for."""
+    return [h, *saved, *(x for x in last if x is not None)]
 
 
 @mlstm_forward.register_fake
@@ -120,7 +119,6 @@ def _(q, k, v, igate, fgate, C, n, m, boundaries, need_last, chunk_size, exp_gat
         *allocate_forward(
             q,
             sizes_of(q, v, chunk_size),
-            normalize=normalize,
             bf16_states=bf16_states,
             bounded=boundaries is not None,
             need_last=need_last,
@@ -168,18 +166,18 @@ def _(q, k, v, igate, fgate, h, saved, d_h, d_C_last, d_n_last, need_state, *_):
 
 def _save(ctx, inputs, output):
     *inputs, C, n, _, _, _, chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles = inputs
-    h, last_m, *rest = output
-    saved = rest[: len(Saved._fields)]
+    h, *rest = output
+    saved, last_m = rest[: len(Saved._fields)], rest[len(Saved._fields) + 2 :]
     ctx.options = chunk_size, exp_gate, normalize, eps, bf16, soft_cap, tiles
     ctx.state_like = [None if x is None else (x.shape, x.dtype) for x in (C, n)]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(last_m, *saved)
+    ctx.mark_non_differentiable(*saved, *last_m)
     ctx.save_for_backward(*inputs, h, *saved)
 
 
 def _differentiate(ctx, d_outputs):
-    d_h, _, *rest = d_outputs
-    d_C_last, d_n_last = rest[len(Saved._fields) :] or (None, None)
+    d_h, *rest = d_outputs
+    d_C_last, d_n_last, _ = rest[len(Saved._fields) :] or (None, None, None)
     q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
     if d_h is None:
         d_h = torch.zeros_like(h)
@@ -235,8 +233,8 @@ def mlstm_chunkwise_triton(
         "tiles": None if tiles is None else tiles.flat(),
     }
     inputs = (q, k, v, igate_preact, fgate_preact)
-    h, m, *rest = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)
+    h, *rest = mlstm_forward(*inputs, *state, boundaries, return_last_state, **options)
     if not return_last_state:
         return h
-    C, n = rest[-2:]
+    C, n, m = rest[-3:]
     return h, (C.view(b, heads, qk_dim, v_dim), n.view(b, heads, qk_dim), m.view(b, heads))

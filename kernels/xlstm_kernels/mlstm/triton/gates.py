@@ -21,7 +21,10 @@ SOURCE, SOURCE_REST = tl.constexpr(2), tl.constexpr(3)  # log_i - sums
 B_BAR = tl.constexpr(4)  # weight of the state before the chunk, with qk_dim^-0.5
 A_BAR = tl.constexpr(5)  # weight of a token in the state after the chunk
 STABILIZER = tl.constexpr(6)  # m
-GATE_PLANES = 7
+# What the outputs leave beside them, where there is a normalizer.
+INVERSE = tl.constexpr(7)  # 1 / normalizer
+N_Q = tl.constexpr(8)  # n.q
+GATE_PLANES = 9
 
 # Planes of the partial gate gradients, float32 [GRADIENT_PLANES, x tiles, b * heads, T].
 ROW, COLUMN_STATE, COLUMN_PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -105,7 +108,8 @@ def gates_kernel(
     A program first reduces all gates before its own in blocks of PREFIX to the m that it starts
     from: reading the gates again is cheaper than a second launch. Writes `gates`, g_bar
     [rows, chunks] (decay of the state over a chunk), first int32 [rows, T] (place in its chunk of
-    the last document start at or before a token, -1 if none; with BOUNDED) and last_m [rows].
+    the last document start at or before a token, -1 if none; with BOUNDED) and last_m [rows],
+    where it is asked for.
     """
     i_program = tl.program_id(0)
     i_row = (i_program // programs).to(tl.int64)
@@ -183,8 +187,9 @@ def gates_kernel(
         tl.store(gates + A_BAR * plane + o_t, a_bar.to(tl.float32))
         tl.store(gates + STABILIZER * plane + o_t, b_m.to(tl.float32))
         tl.store(g_bar + i_row * chunks + i_chunk, g.to(tl.float32))
-    if first_chunk + chunks_per_program >= chunks:
-        tl.store(last_m + i_row, m.to(tl.float32))
+    if last_m is not None:
+        if first_chunk + chunks_per_program >= chunks:
+            tl.store(last_m + i_row, m.to(tl.float32))
 
 
 @triton.jit

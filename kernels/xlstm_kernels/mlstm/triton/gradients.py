@@ -19,6 +19,8 @@ from xlstm_kernels.mlstm.triton.gates import (
     COLUMN_STATE,
     CORNER,
     INPUT,
+    INVERSE,
+    N_Q,
     ROW,
     SOURCE,
     STABILIZER,
@@ -73,7 +75,7 @@ def pair_gradients(
 
 @triton.jit
 def target_gradients_kernel(
-    h, v, d_h, gates, first, inverse, nq, d_nq, d_pairs,
+    h, v, d_h, gates, first, d_nq, d_pairs,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds, heads, s, chunks, plane,
     V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr,
     NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, EVEN_S: tl.constexpr,
@@ -115,9 +117,9 @@ def target_gradients_kernel(
             b_dh = load_rows(d_h, stride_ds, rows_left, o_t, o_v, V, BA, EVEN_S)
             b_product += b_h.to(tl.float32) * b_dh.to(tl.float32)
         # [BT]
-        b_nq = tl.load(nq + o_chunk + o_t)
+        b_nq = tl.load(gates + N_Q * plane + o_t)
         b_least = tl.exp(larger(-tl.load(gates + STABILIZER * plane + o_t), -80.0))
-        b_inverse = tl.load(inverse + o_chunk + o_t)
+        b_inverse = tl.load(gates + INVERSE * plane + o_t)
         b_dnq = tl.sum(b_product, 1) * b_inverse
         b_dnq = tl.where(b_nq > 0, -b_dnq, b_dnq)
         b_dnq = tl.where(tl.abs(b_nq) <= b_least, 0.0, b_dnq)
@@ -151,7 +153,7 @@ def load_pairs(d_pairs, o_t, o_other, L: tl.constexpr, queries):
 
 @triton.jit
 def query_key_gradients_kernel(
-    q, k, v, d_h, dq, dk, states, d_states, n_states, d_n_states, gates, first, inverse, d_nq,
+    q, k, v, d_h, dq, dk, states, d_states, n_states, d_n_states, gates, first, d_nq,
     d_pairs, parts, across, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     stride_ob, stride_oh, stride_os, heads, s, chunks, x_tiles, plane,
@@ -187,7 +189,6 @@ def query_key_gradients_kernel(
     if BOUNDED:
         first += o_chunk
     if NORMALIZE:
-        inverse += o_chunk
         d_nq += o_chunk
     if d_pairs is not None:
         d_pairs += o_chunk * L
@@ -229,7 +230,7 @@ def query_key_gradients_kernel(
     b_inverse = tl.full([BT], 1.0, tl.float32)
     b_dnq = tl.zeros([BT], tl.float32)
     if NORMALIZE:
-        b_inverse = tl.load(inverse + o_t)
+        b_inverse = tl.load(gates + INVERSE * plane + o_t)
         b_dnq = tl.load(d_nq + o_t)
 
     # The state at the edge of the chunk.
@@ -268,7 +269,7 @@ def query_key_gradients_kernel(
             )  # fmt: skip
             if NORMALIZE:
                 o_target = tl.where(queries, o_t, o_other)
-                b_inverse = tl.load(inverse + o_target)
+                b_inverse = tl.load(gates + INVERSE * plane + o_target)
                 b_dnq = tl.load(d_nq + o_target)
             b_scores = pair_gradients(
                 b_scores, b_inverse, b_dnq, gates, first, plane, o_t, o_other, queries,
@@ -288,7 +289,7 @@ def query_key_gradients_kernel(
             a, b, stride_a, stride_b, rows_left, o_t, o_t, V, BT, BA, EVEN_S, PRECISION, STAGES
         )
         if NORMALIZE:
-            b_inverse = tl.load(inverse + o_t)
+            b_inverse = tl.load(gates + INVERSE * plane + o_t)
             b_dnq = tl.load(d_nq + o_t)
         b_inner = pair_gradients(
             b_inner, b_inverse, b_dnq, gates, first, plane, o_t, o_t, queries,

@@ -48,7 +48,7 @@ def gates_launch(
     inputs: Inputs,
     m0: Tensor | None,
     boundaries: Tensor | None,
-    last_m: Tensor,
+    last_m: Tensor | None,
     saved: Saved,
     z: Sizes,
     options: Options,
@@ -109,7 +109,6 @@ def states_launches(
         local_c = torch.empty(*shape, z.qk, z.v, **new)
         local_n, local_g = torch.empty(*shape, z.qk, **new), torch.empty(*shape, **new)
     shared = {"a": a, "b": b, "gates": saved.gates, "g_bar": saved.g_bar, "d_nq": d_nq}
-    shared |= {"inverse": saved.inverse if backward else None}
     shared |= {"states": states.C, "n_states": states.n, **strides(a=a, b=b), **z.arguments()}
     shared |= {"segment_c": local_c, "segment_n": local_n, "segment_g": local_g}
     shared |= {"chunks_per_segment": per_segment, "q_tiles": q_tiles, "v_tiles": v_tiles}
@@ -151,8 +150,6 @@ def outputs_launch(
     normalize, bounded = options.normalize, saved.bounded
     arguments = {"a": a, "b": b, "x": x, "out": out, "states": states.C, "n_states": states.n}
     arguments |= {"gates": saved.gates, "first": saved.first if bounded else None}
-    arguments |= {"inverse": saved.inverse if normalize else None}
-    arguments |= {"nq": saved.nq if normalize and not backward else None}
     arguments |= {**strides(a=a, b=b, x=x, o=out), **z.arguments(), "x_tiles": x_tiles}
     arguments |= {"eps": options.eps, "QK": z.qk, "V": z.v, "BT": tile.tokens, "BA": tile.inner}
     arguments |= {"BX": tile.width, "BACKWARD": backward, "NORMALIZE": normalize}
@@ -193,13 +190,12 @@ def plan_forward(
     h, last, saved = allocate_forward(
         q,
         z,
-        normalize=options.normalize,
         bf16_states=options.bf16_states,
         bounded=boundaries is not None,
         need_last=need_last,
     )
     states = ChunkStates(saved.C_before, saved.n_before)
-    ends = (C, n), (last[:2] if need_last else (None, None))
+    ends = (C, n), last[:2]
     launches = [
         gates_launch(inputs, m, boundaries, last[2], saved, z, options),
         *states_launches(k, v, states, *ends, saved, z, options, backward=False),
@@ -223,8 +219,7 @@ def targets_launch(
     normalize, bounded = options.normalize, saved.bounded
     arguments = {"h": h, "v": None if d_pairs is None else v, "d_h": d_h, "gates": saved.gates}
     arguments |= {"first": saved.first if bounded else None, "d_pairs": d_pairs}
-    arguments |= {"inverse": saved.inverse if normalize else None, "d_nq": d_nq}
-    arguments |= {"nq": saved.nq if normalize else None, **strides(v=v, d=d_h), **z.arguments()}
+    arguments |= {"d_nq": d_nq, **strides(v=v, d=d_h), **z.arguments()}
     arguments |= {"V": z.v, "BT": tile.tokens, "BA": tile.inner, "NORMALIZE": normalize}
     arguments |= {"BOUNDED": bounded, "EVEN_S": z.s % z.L == 0}
     arguments |= {"PRECISION": options.precision, "STAGES": tile.num_stages}
@@ -261,7 +256,7 @@ def plan_backward(
     d_states = ChunkStates(*(torch.empty_like(x) for x in states))
     parts = new(GRADIENT_PLANES, x_tiles, z.rows, z.padded)
     across = new(z.rows, z.chunks, tiles * x_tiles)
-    d_nq = torch.empty_like(saved.nq) if normalize else None
+    d_nq = new(z.rows, z.padded) if normalize else None
     d_pairs = None
     if x_tiles >= FEW_TILES:
         d_pairs = torch.empty(z.rows, z.padded, z.L, dtype=q.dtype, device=q.device)
@@ -277,8 +272,8 @@ def plan_backward(
     arguments = {"q": q, "k": k, "v": v, "d_h": d_h, "dq": grads.dq, "dk": grads.dk}
     arguments |= {"states": states.C, "n_states": states.n}
     arguments |= {"d_states": d_states.C, "d_n_states": d_states.n, "gates": saved.gates}
-    arguments |= {"first": first, "inverse": saved.inverse if normalize else None, "d_nq": d_nq}
-    arguments |= {"d_pairs": d_pairs, "parts": parts, "across": across}
+    arguments |= {"first": first, "d_nq": d_nq, "d_pairs": d_pairs}
+    arguments |= {"parts": parts, "across": across}
     arguments |= strides(q=q, k=k, v=v, d=d_h, o=grads.dq)
     arguments |= {**z.arguments(), "x_tiles": x_tiles, "QK": z.qk, "V": z.v}
     arguments |= {"BT": tile.tokens, "BA": tile.inner, "BX": tile.width, "NORMALIZE": normalize}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.common.triton_extremes import larger, smaller
-from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR, SOURCE, STABILIZER, TARGET
+from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR, INVERSE, N_Q, SOURCE, STABILIZER, TARGET
 
 CEILING = tl.constexpr(1.4426950408889634)  # the bound of exponents, 1, in units of log 2
 
@@ -46,7 +46,7 @@ def pair_weights(row, row_rest, column, column_rest):
 
 @triton.jit
 def outputs_kernel(
-    a, b, x, out, states, n_states, gates, first, inverse, nq,
+    a, b, x, out, states, n_states, gates, first,
     stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs,
     stride_xb, stride_xh, stride_xs, stride_ob, stride_oh, stride_os,
     heads, s, chunks, x_tiles, plane, eps,
@@ -57,8 +57,8 @@ def outputs_kernel(
     """A [BT, BX] tile of h or dv; grid rows * chunks * (L / BT) * x_tiles.
 
     Forward (a, b, x) = (q, k, v) and `states` are those before each chunk; backward (k, q, d_h) and
-    the gradients of the states after each chunk. Forward with NORMALIZE writes inverse =
-    1 / normalizer and nq = n.q, float32 [rows, T], backward reads inverse.
+    the gradients of the states after each chunk. With NORMALIZE it writes the planes INVERSE and
+    N_Q of `gates` forward, and reads INVERSE backward.
     """
     i_program = tl.program_id(0)
     tiles: tl.constexpr = L // BT
@@ -121,7 +121,7 @@ def outputs_kernel(
         if BOUNDED:
             m_pairs = m_pairs & (o_t[:, None] >= b_first[None, :])
         if NORMALIZE:
-            b_weights *= tl.load(inverse + o_chunk + o_t)[None, :]
+            b_weights *= tl.load(gates + INVERSE * plane + o_t)[None, :]
     else:
         m_pairs = o_in_tile[:, None] >= o_in_tile[None, :]
         if BOUNDED:
@@ -152,7 +152,7 @@ def outputs_kernel(
         b_scores *= pair_weights(b_row, b_row_rest, b_other, b_other_rest)
         if BACKWARD:
             if NORMALIZE:
-                b_scores *= tl.load(inverse + o_chunk + o_other)[None, :]
+                b_scores *= tl.load(gates + INVERSE * plane + o_other)[None, :]
             if BOUNDED:
                 b_other_first = tl.load(first + o_chunk + o_other)
                 b_scores = tl.where(o_t[:, None] >= b_other_first[None, :], b_scores, 0.0)
@@ -169,8 +169,8 @@ def outputs_kernel(
         b_inverse = 1.0 / (larger(tl.abs(b_nq), tl.exp(larger(-b_m, -80.0))) + eps)
         b_out *= b_inverse[:, None]
         if i_x == 0:
-            tl.store(inverse + o_chunk + o_t, b_inverse)
-            tl.store(nq + o_chunk + o_t, b_nq)
+            tl.store(gates + INVERSE * plane + o_t, b_inverse)
+            tl.store(gates + N_Q * plane + o_t, b_nq)
     # [BT, BX]
     out += i_batch * stride_ob + i_head * stride_oh + start.to(tl.int64) * stride_os
     p_out = out + o_t[:, None] * stride_os + o_x[None, :]

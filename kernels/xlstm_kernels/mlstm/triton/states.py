@@ -9,7 +9,7 @@ one column. The weights a, b and g of the gates are those of `gates`.
 import triton
 import triton.language as tl
 
-from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR
+from xlstm_kernels.mlstm.triton.gates import A_BAR, B_BAR, INVERSE
 
 # What a launch does with the segments of the sequence.
 WHOLE, LOCAL, RESUME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -17,7 +17,7 @@ WHOLE, LOCAL, RESUME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def states_kernel(
-    a, b, gates, g_bar, inverse, d_nq, first_c, first_n, states, n_states, last_c, last_n,
+    a, b, gates, g_bar, d_nq, first_c, first_n, states, n_states, last_c, last_n,
     segment_c, segment_n, segment_g,
     stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs,
     heads, s, chunks, segments, chunks_per_segment, q_tiles, v_tiles, plane,
@@ -102,7 +102,7 @@ def states_kernel(
             if NORMALIZE:
                 o_t = i_row * chunks * L + start + o_l
                 b_gain_n = b_gain * tl.load(d_nq + o_t)
-                b_gain = b_gain * tl.load(inverse + o_t)
+                b_gain = b_gain * tl.load(gates + INVERSE * plane + start + o_l)
         else:
             b_gain = tl.load(gates + A_BAR * plane + start + o_l)
             b_gain_n = b_gain
