@@ -17,6 +17,8 @@ import torch
 
 from xlstm_io.errors import ConfigError
 
+# Of a GPU. Older ones cannot multiply bf16 numbers, and Triton is not made for them.
+OLDEST_CAPABILITY = 8, 0
 # What stands in for a device of CUDA.
 _stand_in = torch.device("cpu")
 # Options of `init_process_group` while a made-up device stands in.
@@ -61,10 +63,11 @@ def choose_device() -> torch.device:
     Until then `device` is the first one in every process.
 
     Raises:
-        ConfigError: there are several devices, and none of that number.
+        ConfigError: there are several devices, and none of that number; or the device is too old.
     """
     if not without_cuda():
         index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        check_capability(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed reads it for the same purpose
         torch.cuda.set_device(index)
     return device()
@@ -101,6 +104,25 @@ def device_index(local_rank: int, visible: int) -> int:
         "as many processes per node as it has devices, and with Slurm use --gpu-bind=none, so that "
         "every task sees all of them"
     )
+
+
+def check_capability(name: str, capability: tuple[int, int]) -> None:
+    """Require a GPU that is not older than bf16 and the kernels' compiler allow.
+
+    Args:
+        name: its product name.
+        capability: its compute capability, as `torch.cuda.get_device_capability` gives it.
+
+    Raises:
+        ConfigError: it is older.
+    """
+    if capability < OLDEST_CAPABILITY:
+        has, least = (".".join(map(str, one)) for one in (capability, OLDEST_CAPABILITY))
+        raise ConfigError(
+            f"{name} has compute capability {has}, and the least is {least}: older GPUs cannot "
+            "multiply bf16 numbers, and Triton has no kernels for them; use a newer GPU, or "
+            "CUDA_VISIBLE_DEVICES= in front of the command to compute on the CPU"
+        )
 
 
 def device_name() -> str:

@@ -170,6 +170,8 @@ def test_a_rank_tries_the_device_that_it_trains_on(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     for check in ("product", "kernels"):

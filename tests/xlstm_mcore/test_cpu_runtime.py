@@ -204,8 +204,21 @@ def test_a_process_uses_the_device_of_its_number_or_the_only_one_it_sees(capsys)
         hardware.device_index(3, 2)
 
 
+def test_a_gpu_that_cannot_multiply_bf16_numbers_is_refused(monkeypatch):
+    monkeypatch.setattr(hardware, "without_cuda", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    match = r"T4 has compute capability 7\.5.*8\.0.*VISIBLE_DEVICES="
+    with pytest.raises(ConfigError, match=match):
+        hardware.choose_device()
+    hardware.check_capability("NVIDIA A100", (8, 0))
+
+
 def test_the_device_index_is_where_nccl_and_deepspeed_look(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 # Architectures of consumers' and small GPUs: a program has about 99 KB of shared memory.
-SMALL_SHARED = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
+SMALL_SHARED = ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
 
 class Device(NamedTuple):
