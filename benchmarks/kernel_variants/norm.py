@@ -57,4 +57,7 @@ def triton_variants(target: str) -> list[Variant]:
         backward, _ = skip_triton.plan_backward(y, *inputs, d_h, d_x, d_gate, 1e-5, True)
         variants.append(variant_of(forward, f"{name} norm, skip and gate", "fw"))
         variants.append(variant_of(backward, f"{name} norm, skip and gate", "bw"))
+        again, _ = skip_triton.plan_backward(y, *inputs, d_h, d_x, d_gate, 1e-5, True, y)
+        named = f"{name} norm, skip and gate, with result"
+        variants.append(variant_of(again, named, "bw"))
     return variants

@@ -3,10 +3,10 @@
 Public functions: `mlstm_chunkwise` (training), `mlstm_step` (one token), `slstm_scan`,
 `slstm_step`, `lstm_scan`, `lstm_step`, `causal_conv1d`, `multihead_norm`, `add_norm`,
 `norm_beside`, `norm_gated_skip`, `gated_activation`, `gated_skip`, `qkv_and_gates`,
-`conv_qkv_and_gates`, and `softmax_statistics` with `softmax_gradient`. `gated_activation_again` and
-`multihead_norm_again` are for backward passes. The specification of each cell is its
-`reference.py`; every backend is tested against it in float64. Autocast changes none of them:
-results are those of the dtypes of the arguments, as without it.
+`conv_qkv_and_gates`, and `softmax_statistics` with `softmax_gradient`. `gated_activation_again`,
+`multihead_norm_again` and `norm_gated_skip_again` are for backward passes. The specification of
+each cell is its `reference.py`; every backend is tested against it in float64. Autocast changes
+none of them: results are those of the dtypes of the arguments, as without it.
 """
 
 from xlstm_kernels.conv import causal_conv1d
@@ -19,6 +19,7 @@ from xlstm_kernels.norm import (
     multihead_norm_again,
     norm_beside,
     norm_gated_skip,
+    norm_gated_skip_again,
 )
 from xlstm_kernels.qkv import conv_qkv_and_gates, qkv_and_gates
 from xlstm_kernels.slstm import lstm_scan, lstm_step, slstm_scan, slstm_step
@@ -38,6 +39,7 @@ __all__ = [
     "multihead_norm_again",
     "norm_beside",
     "norm_gated_skip",
+    "norm_gated_skip_again",
     "qkv_and_gates",
     "slstm_scan",
     "slstm_step",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlstm_kernels.gated.gated import gated_activation_again
 from xlstm_kernels.norm.norm import multihead_norm_again
+from xlstm_kernels.norm.skip import norm_gated_skip_again
 from xlstm_kernels.self_check import compare
 
 
@@ -27,6 +28,20 @@ def norm_again(heads: int, width: int, kind: str, eps: float) -> Callable[..., S
         d_x, d_weight, d_gate = multihead_norm_again(d_y, x, weight, kind, eps, gate)
         d_x, d_gate = (d[0].transpose(0, 1).flatten(1) for d in (d_x, d_gate))
         return [d_x, d_weight, d_gate]
+
+    return again
+
+
+def norm_skip_again(heads: int, kind: str, eps: float) -> Callable[..., Sequence[Tensor]]:
+    """`norm_gated_skip_again` of tensors `[s, heads * width]`, as `compare_again` takes it."""
+
+    def again(
+        d_y: Tensor, h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor
+    ) -> list[Tensor]:
+        h = h.unflatten(1, (heads, -1)).transpose(0, 1)[None]
+        given = h, weight, kind, eps, skip, x[:, None], gate[:, None]
+        d_h, d_weight, d_skip, d_x, d_gate = norm_gated_skip_again(d_y[:, None], *given)
+        return [d_h[0].transpose(0, 1).flatten(1), d_weight, d_skip, d_x[:, 0], d_gate[:, 0]]
 
     return again
 

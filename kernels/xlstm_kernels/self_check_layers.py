@@ -20,7 +20,12 @@ from xlstm_kernels.norm.skip import norm_gated_skip
 from xlstm_kernels.qkv.convolved import conv_qkv_and_gates
 from xlstm_kernels.qkv.qkv import qkv_and_gates, qkv_backend
 from xlstm_kernels.self_check import compare, shaped, two_documents
-from xlstm_kernels.self_check_again import compare_again, gated_again, norm_again
+from xlstm_kernels.self_check_again import (
+    compare_again,
+    gated_again,
+    norm_again,
+    norm_skip_again,
+)
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
 CONV_ROWS = 100  # on Triton: three tiles and a part
@@ -316,7 +321,11 @@ def check_norm_gated_skip(
     inputs = {"hidden states": draw(), "weight": draw()[0], "skip": draw()[1]}
     inputs |= {"input": draw().flip(0), "gate": draw().flip(1)}
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    return compare("norm_gated_skip", kernel, reference, inputs, device, dtype, "result")
+    problems = compare("norm_gated_skip", kernel, reference, inputs, device, dtype, "result")
+    if chosen == "triton":
+        of = kernel, norm_skip_again(heads, kind, eps), reference, inputs, device, dtype
+        problems += compare_again("norm_gated_skip_again", *of)
+    return problems
 
 
 class _Loss(torch.autograd.Function):

@@ -71,6 +71,7 @@ def test_the_gradients_of_a_classic_block_are_summed_in_its_kernels(run, tmp_pat
     assert names.count("conv_backward") == 1
     assert names.count("add") == 0, "two gradients are summed by an operator of their own"
     assert names.count("cat") == 0, "the halves of the projection's gradient are put side by side"
+    assert names.count("norm_skip_forward") == 0, "the gradient leaves the result beside it"
 
 
 def test_a_step_on_many_gpus_is_counted(run):

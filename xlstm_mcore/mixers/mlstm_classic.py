@@ -10,7 +10,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from xlstm_kernels import conv_qkv_and_gates, qkv_and_gates
+from xlstm_kernels import conv_qkv_and_gates, norm_gated_skip_again, qkv_and_gates
 from xlstm_mcore.config import XLSTMConfig
 from xlstm_mcore.mixers.base import Mixer, by_sequence
 from xlstm_mcore.mixers.kernel_calls import (
@@ -91,7 +91,12 @@ class ClassicMLSTMMixer(Mixer):
         )
         inputs = h, self.head_norm_weight, self.learnable_skip, x_c, z.transpose(0, 1)
         kernel = head_norm_backend(self.config, h) == "triton"
-        return self.out_proj(*inputs, function=self._output, keeps_inputs_only=kernel)[0]
+        return self.out_proj(
+            *inputs,
+            function=self._output,
+            keeps_inputs_only=kernel,
+            again=self._again if kernel else None,
+        )[0]
 
     def _before_cell(
         self,
@@ -126,6 +131,21 @@ class ClassicMLSTMMixer(Mixer):
         """
         x_c = x_c.transpose(0, 1)
         return run_norm_gated_skip(self.config, h, norm_weight, skip, x_c, z).flatten(0, 1)
+
+    def _again(
+        self,
+        d_output: Tensor,
+        h: Tensor,
+        norm_weight: Tensor,
+        skip: Tensor,
+        x_c: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        options = self.config.head_norm, self.config.norm_eps
+        d_h, d_weight, d_skip, d_x, d_z = norm_gated_skip_again(
+            d_output.view(z.shape), h, norm_weight, *options, skip, x_c.transpose(0, 1), z
+        )
+        return d_output, (d_h, d_weight, d_skip, d_x.transpose(0, 1), d_z)
 
     def _gates(self, partial: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations of both gates, `[b, heads/tp, s]`, from this rank's part of all heads'.

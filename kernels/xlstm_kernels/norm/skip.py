@@ -52,3 +52,37 @@ def norm_gated_skip(
         return norm_gated_skip_triton(h, weight, kind, eps, skip, x, gate)
     normed = multihead_norm(h, weight, kind, eps, layout="by head", backend=backend)
     return gated_skip(normed.view(s, b, heads * d), skip, x, gate, backend=backend)
+
+
+def norm_gated_skip_again(
+    d_y: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    kind: str,
+    eps: float,
+    skip: Tensor,
+    x: Tensor,
+    gate: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of h, weight, skip, x and gate, and the result in place of its gradient.
+
+    It is one Triton kernel, for a backward pass that needs both. Arguments but d_y are those of
+    `norm_gated_skip`, and are not checked.
+
+    Args:
+        d_y: Gradient of the result, contiguous [s, b, heads * d]. It is overwritten by the result.
+        h: [b, heads, s, d].
+        weight: [heads * d].
+        kind: "layernorm" or "rmsnorm".
+        eps: Added to the variance or the mean square.
+        skip: [heads * d].
+        x: [s, b, heads * d].
+        gate: [s, b, heads * d].
+
+    Raises:
+        NotImplementedError: For forward-mode differentiation.
+    """
+    from xlstm_kernels.norm.skip_triton import norm_gated_skip_again_triton
+
+    check_no_tangents("norm_gated_skip_again", d_y, h, weight, skip, x, gate)
+    return norm_gated_skip_again_triton(d_y, h, weight, kind, eps, skip, x, gate)

@@ -2,7 +2,8 @@
 
 As in `triton`, a program has some tokens of one head whole in registers, statistics are computed
 again backward, and nothing but the inputs is kept. Gradients of the weights are summed by each
-program over its tokens and then over programs, in float32 and always in the same order.
+program over its tokens and then over programs, in float32 and always in the same order. The
+backward pass leaves the result too where the next operation needs it again.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from xlstm_kernels.common.triton_launch import Launch, run_all
 from xlstm_kernels.norm.triton import PROGRAMS, SIZES, normalised, open_gate, tile_at
 
-__all__ = ["norm_gated_skip_triton"]
+__all__ = ["norm_gated_skip_again_triton", "norm_gated_skip_triton"]
 
 ELEMENTS = 1024  # of a tile, or one row: half of what a norm alone takes in its registers
 
@@ -49,7 +50,7 @@ def norm_skip_forward(
 
 @triton.jit(do_not_specialize=[*SIZES, "programs"])
 def norm_skip_backward(
-    d_y, h, weight, skip, x, gate, d_h, d_x, d_gate, d_weight, d_skip, programs,
+    d_y, h, weight, skip, x, gate, d_h, d_x, d_gate, d_weight, d_skip, y, programs,
     outer, inner, heads, d, eps,
     stride_do, stride_di, stride_ho, stride_hi, stride_hh,
     stride_xo, stride_xi, stride_go, stride_gi,
@@ -58,7 +59,8 @@ def norm_skip_backward(
     """One head in tiles of ROWS tokens, dealt out to `programs` programs; grid: programs * heads.
 
     d_h, d_x and d_gate lie as [outer, inner, heads, d]; d_weight and d_skip are float32
-    [programs, heads * d].
+    [programs, heads * d]. `y`, where it is asked for, gets the result of the forward pass, and lies
+    as it does there. It may be d_y itself if that lies so too.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_head, i_part = i_program % heads, i_program // heads
@@ -84,9 +86,13 @@ def norm_skip_backward(
         b_gate = tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32)
         b_h, b_inverse = normalised(b_h, m_d, d, eps, CENTERED)
         b_open = open_gate(b_gate)
-        b_dgate = b_d * (b_h * b_w + b_skip * b_x) * b_open * (1.0 + b_gate * (1.0 - b_open))
-        b_d *= b_gate * b_open  # of the sum of norm and skip
+        b_sum = b_h * b_w + b_skip * b_x
+        b_dgate = b_d * b_sum * b_open * (1.0 + b_gate * (1.0 - b_open))
         o_out = ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
+        if y is not None:
+            b_y = b_sum * (b_gate * b_open)
+            tl.store(y + o_out, b_y.to(y.dtype.element_ty), mask=m_tile)
+        b_d *= b_gate * b_open  # of the sum
         tl.store(d_gate + o_out, b_dgate.to(d_gate.dtype.element_ty), mask=m_tile)
         tl.store(d_x + o_out, (b_d * b_skip).to(d_x.dtype.element_ty), mask=m_tile)
         b_dskip += b_d * b_x
@@ -128,7 +134,7 @@ def plan_forward(h, weight, skip, x, gate, y, eps: float, centered: bool) -> Lau
 
 
 def plan_backward(
-    d_y, h, weight, skip, x, gate, d_h, d_x, d_gate, eps: float, centered: bool
+    d_y, h, weight, skip, x, gate, d_h, d_x, d_gate, eps: float, centered: bool, y=None
 ) -> tuple[Launch, Tensor]:
     """The backward launch, and where it leaves parts of the gradients of weight and skip.
 
@@ -138,7 +144,7 @@ def plan_backward(
     programs = min(triton.cdiv(s * b, tile_of(d)["ROWS"]), max(PROGRAMS // heads, 1))
     sums = h.new_empty(2, programs, heads * d, dtype=torch.float32)
     arguments = {"d_y": d_y, "h": h, "weight": weight, "skip": skip, "x": x, "gate": gate}
-    arguments |= {"d_h": d_h, "d_x": d_x, "d_gate": d_gate, "d_weight": sums[0]}
+    arguments |= {"d_h": d_h, "d_x": d_x, "d_gate": d_gate, "d_weight": sums[0], "y": y}
     arguments |= {"d_skip": sums[1], "programs": programs, "eps": eps, "CENTERED": centered}
     arguments |= {"stride_do": d_y.stride(0), "stride_di": d_y.stride(1)}
     return _plan(norm_skip_backward, arguments, h, x, gate, programs), sums
@@ -196,6 +202,31 @@ def _(d_y, h, weight, skip, x, gate, eps, centered):
     return [*_gradients(h, x), weight.new_empty(2, len(weight), dtype=torch.float32)]
 
 
+@torch.library.custom_op("xlstm_kernels::norm_gated_skip_triton_again", mutates_args=("d_y",))
+def _again(
+    d_y: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    skip: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    eps: float,
+    centered: bool,
+) -> list[Tensor]:
+    """Gradients as of `_backward`. The result takes the place of its gradient, which is dense."""
+    grads = _gradients(h, x)
+    launch, sums = plan_backward(
+        d_y, *_readable(h, weight, skip, x, gate), *grads, eps, centered, y=d_y
+    )
+    run_all([launch], h)
+    return [*grads, sums.sum(1)]
+
+
+@_again.register_fake
+def _(d_y, h, weight, skip, x, gate, eps, centered):
+    return [*_gradients(h, x), weight.new_empty(2, len(weight), dtype=torch.float32)]
+
+
 def _save(ctx, inputs, output):
     *tensors, eps, centered = inputs
     ctx.options = eps, centered
@@ -216,3 +247,20 @@ def norm_gated_skip_triton(
 ) -> Tensor:
     """Triton backend of `xlstm_kernels.norm_gated_skip` (checked arguments, same meaning)."""
     return _norm_skip(h, weight, skip, x, gate, eps, kind == "layernorm")
+
+
+def norm_gated_skip_again_triton(
+    d_y: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    kind: str,
+    eps: float,
+    skip: Tensor,
+    x: Tensor,
+    gate: Tensor,
+) -> tuple[Tensor, ...]:
+    """See `xlstm_kernels.norm_gated_skip_again`."""
+    inputs = d_y, h, weight, skip, x, gate
+    d_h, d_x, d_gate, sums = _again(*inputs, eps, kind == "layernorm")
+    d_weight, d_skip = sums.to(weight.dtype)
+    return d_h, d_weight, d_skip, d_x, d_gate

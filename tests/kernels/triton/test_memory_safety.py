@@ -26,6 +26,7 @@ from xlstm_kernels import (
     multihead_norm,
     multihead_norm_again,
     norm_gated_skip,
+    norm_gated_skip_again,
     qkv_and_gates,
     slstm_scan,
     slstm_step,
@@ -301,6 +302,19 @@ def norm_again_case(s, d, b=2, heads=3, dtype=torch.float32):
     )
 
 
+def norm_skip_again_case(s, d, b=2, heads=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    width, options = heads * d, ("layernorm", 1e-3)
+    wide = torch.randn(s, b, 2 * width).to(dtype)
+    return again_case(
+        lambda h, weight, *rest: norm_gated_skip(h, weight, *options, *rest, backend="torch"),
+        lambda d_y, h, weight, *rest: norm_gated_skip_again(d_y, h, weight, *options, *rest),
+        torch.randn(s, b, width).to(dtype),
+        **{"h": torch.randn(b, heads, s, d).to(dtype), "weight": torch.randn(width)},
+        **{"skip": torch.randn(width), "x": wide[..., width:], "gate": wide[..., :width]},
+    )
+
+
 def loss_case(rows, width, cap, dtype=torch.float32):
     torch.manual_seed(0)
     labels = torch.randint(-width, 2 * width, (rows,))
@@ -363,6 +377,8 @@ CASES = {
         "odd": norm_case(37, 20),
         "skip": norm_skip_case(37, 20),
         "skip, bf16": norm_skip_case(9, 128, **HALF),
+        "skip, result left": norm_skip_again_case(37, 20),
+        "skip, result left, bf16": norm_skip_again_case(9, 128, **HALF),
         "rms, plain": norm_case(5, 700, kind="rmsnorm", gated=False),
         "bf16": norm_case(70, 128, **HALF),
         "sum": sum_case(37, 20),

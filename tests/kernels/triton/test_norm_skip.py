@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.comparison import assert_float32_close, relative_error, run
-from xlstm_kernels import norm_gated_skip
+from xlstm_kernels import norm_gated_skip, norm_gated_skip_again
 from xlstm_kernels.norm import skip_triton
 
 
@@ -59,6 +59,27 @@ def test_bfloat16_rounds_once():
         assert error <= max(relative_error(plain[name], reference), 4e-3), name
 
 
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_leaves_the_result_too(kind, dtype):
+    """The bits of the two kernels that it stands for."""
+    made = make_inputs(37)
+    made["gate"] = made["gate"][..., 60:]
+    x = {name: t.to(dtype).requires_grad_() for name, t in made.items()}
+    order = ("h", "weight", "skip", "x", "gate")
+    y = norm_gated_skip(
+        x["h"], x["weight"], kind, 1e-5, *(x[n] for n in order[2:]), backend="triton"
+    )
+    d_y = torch.randn(y.shape).to(dtype)
+    expected = torch.autograd.grad(y, [x[name] for name in order], d_y)
+    given = {name: t.detach() for name, t in x.items()}
+    got = norm_gated_skip_again(
+        d_y, given["h"], given["weight"], kind, 1e-5, *(given[name] for name in order[2:])
+    )
+    for one, other in zip((d_y, *got), (y, *expected), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_custom_op_rules():
     x = make_inputs(3)
     x["gate"] = x["gate"][..., :60]
@@ -66,6 +87,8 @@ def test_custom_op_rules():
     inputs = tuple(x[name].clone().requires_grad_() for name in order)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(skip_triton._norm_skip, (*inputs, 1e-5, True), test_utils=tests)
+    of_again = torch.randn(3, 2, 60), *(t.detach() for t in inputs), 1e-5, True
+    torch.library.opcheck(skip_triton._again, of_again, test_utils=tests[:2])
 
 
 def test_shapes_that_do_not_fit_are_refused():
