@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import check_float, check_like, compute_dtype
+from xlstm_kernels.common.checks import check_float, check_like, check_no_tangents, compute_dtype
 
 
 @torch.no_grad()
@@ -31,7 +31,9 @@ def softmax_statistics(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
+    check_no_tangents("softmax_statistics", logits)
     chosen = _checked_backend(logits, backend)
     if chosen == "triton":
         from xlstm_kernels.cross_entropy.triton import statistics_triton
@@ -98,7 +100,9 @@ def softmax_gradient(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
+    check_no_tangents("softmax_gradient", logits, log_total, grad)
     chosen = _checked_backend(logits, backend)
     for name, vector in (("log_total", log_total), ("grad", grad)):
         check_like(name, vector, (len(logits),), "[rows]", logits)

@@ -58,9 +58,13 @@ def gated_activation_again(d_out: Tensor, gate_up: Tensor, activation: str) -> T
 
     Returns:
         The gradient of gate_up, in its shape.
+
+    Raises:
+        NotImplementedError: For forward-mode differentiation.
     """
     from xlstm_kernels.gated.triton import gated_activation_again_triton
 
+    check_no_tangents("gated_activation_again", d_out, gate_up)
     return gated_activation_again_triton(d_out, gate_up, activation)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import compute_dtype
+from xlstm_kernels.common.checks import check_no_tangents, compute_dtype
 from xlstm_kernels.common.gates import CLOSED
 from xlstm_kernels.mlstm.arguments import State, check_arguments, check_soft_cap, soft_cap
 
@@ -47,10 +47,12 @@ def mlstm_step(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options, and for a missing state.
+        NotImplementedError: For forward-mode differentiation.
     """
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
     check_arguments(q, k, v, igate_preact, fgate_preact, state, gate, time=False)
+    check_no_tangents("mlstm_step", q, k, v, igate_preact, fgate_preact, *state)
     check_soft_cap(gate_soft_cap)
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if select_backend("mlstm_step", backend, q, qk_dim=qk_dim, v_dim=v_dim) == "triton":

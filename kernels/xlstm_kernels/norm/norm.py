@@ -94,9 +94,13 @@ def multihead_norm_again(
         kind: "layernorm" or "rmsnorm".
         eps: Added to the variance or the mean square.
         gate: In the shape of x; its sigmoid multiplies the result.
+
+    Raises:
+        NotImplementedError: For forward-mode differentiation.
     """
     from xlstm_kernels.norm.triton import multihead_norm_again_triton
 
+    check_no_tangents("multihead_norm_again", d_y, x, weight, gate)
     return multihead_norm_again_triton(d_y, x, weight, kind, eps, gate)
 
 

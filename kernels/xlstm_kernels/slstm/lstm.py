@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import check_boundaries
+from xlstm_kernels.common.checks import check_boundaries, check_no_tangents
 from xlstm_kernels.slstm.arguments import State, check_arguments
 from xlstm_kernels.slstm.scan import operator_of
 from xlstm_kernels.slstm.step import gates_of_token
@@ -57,9 +57,11 @@ def lstm_scan(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
+        NotImplementedError: For forward-mode differentiation.
     """
     tensors, state = (gate_preacts, recurrent_weight, bias), _as_slstm(initial_state)
     check_arguments(*tensors, state, "sigmoid", "sigmoid", time=True)
+    check_no_tangents("lstm_scan", *tensors, *(initial_state or ()))
     check_boundaries(boundaries, *gate_preacts.shape[:2], gate_preacts)
     facts = {"d": gate_preacts.shape[-1], "cell": "lstm"}
     chosen = select_backend("slstm_scan", backend, gate_preacts, **facts)
@@ -85,9 +87,11 @@ def lstm_step(
 
     Raises:
         ValueError: For wrong shapes, dtypes or devices.
+        NotImplementedError: For forward-mode differentiation.
     """
     tensors = gate_preacts, recurrent_weight, bias
     check_arguments(*tensors, _as_slstm(state), "sigmoid", "sigmoid", time=False)
+    check_no_tangents("lstm_step", *tensors, *state)
     h, c = state
     with torch.autocast(gate_preacts.device.type, enabled=False):
         i, f, z, o = gates_of_token(*tensors, h)

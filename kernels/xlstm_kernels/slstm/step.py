@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from xlstm_kernels.common.backends import select_backend
-from xlstm_kernels.common.checks import compute_dtype
+from xlstm_kernels.common.checks import check_no_tangents, compute_dtype
 from xlstm_kernels.slstm.arguments import State, cell_of, check_arguments
 
 
@@ -38,11 +38,13 @@ def slstm_step(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options, and for a missing state.
+        NotImplementedError: For forward-mode differentiation.
     """
     if state is None:
         raise ValueError("state=None cannot be updated in place; pass zeros for an empty state")
     tensors = gate_preacts, recurrent_weight, bias
     check_arguments(*tensors, state, forget_gate, input_gate, time=False)
+    check_no_tangents("slstm_step", *tensors, *state)
     facts = {"d": gate_preacts.shape[-1], "cell": cell_of(input_gate)}
     if select_backend("slstm_step", backend, gate_preacts, **facts) == "triton":
         from xlstm_kernels.slstm.triton.step import slstm_step_triton
