@@ -36,7 +36,7 @@ from xlstm_kernels import (
 )
 from xlstm_kernels.common.backends import BACKENDS
 
-B, HEADS, S, D = 2, 2, 5, 16
+B, HEADS, S, D = 2, 2, 8, 16
 # Whose backends are those of another function.
 REGISTERED = {
     "lstm_scan": "slstm_scan",

@@ -40,12 +40,11 @@ def qkv_and_gates(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices or options.
-        NotImplementedError: For forward-mode differentiation on another backend than "torch".
+        NotImplementedError: For forward-mode differentiation.
     """
+    check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
     check_qkv_arguments(convolved, x, qkv_weight, gate_weight, heads)
     chosen = qkv_backend(x, qkv_weight.shape[2], heads, backend)
-    if chosen != "torch":
-        check_no_tangents("qkv_and_gates", convolved, x, qkv_weight, gate_weight)
     if chosen == "triton":
         from xlstm_kernels.qkv.triton import qkv_and_gates_triton
 
