@@ -83,7 +83,7 @@ def test_a_step_on_many_gpus_is_counted(run):
 
 
 # Of a 7B-style block of few tokens, forward and backward. It may only fall.
-DISPATCHES = 145
+DISPATCHES = 139
 
 
 def test_a_block_is_counted_as_it_runs(run, tmp_path):
