@@ -4,9 +4,9 @@
 
 That machine has Python, torch and triton of the environment that packs. The archive brings the
 rest: this checkout's last commit, wheels of what training imports, and kernels that are compiled
-for Hopper already, which are found as long as triton and its ptxas are the same. `sh run.sh` in the
-unpacked folder installs the wheels beside it and starts `benchmarks.gpu_proof`; other kernels are
-compiled there. `--dry-run` downloads nothing and compiles one small kernel.
+for Hopper already: all that the proof launches, which are found as long as triton and its ptxas are
+the same. `sh run.sh` in the unpacked folder installs the wheels beside it and starts
+`benchmarks.gpu_proof`. `--dry-run` downloads nothing and compiles one small kernel.
 
 **The archive has not been used on a GPU yet.**
 """
@@ -34,7 +34,6 @@ IMPORTED = (
 )
 # Triton's cache is looked up by this too.
 ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
-SIZES = ("7b", "125m")  # in the names of variants
 SMALL = "gated_forward"  # of a dry run
 
 RUN = f"""#!/bin/sh
@@ -69,16 +68,17 @@ def download(packages: dict[str, str], folder: Path) -> None:
 
 
 def compile_kernels(folder: Path, dry: bool) -> list[str]:
-    """Fill Triton's cache with the kernels of the papers' sizes; their names."""
+    """Fill Triton's cache with the kernels that the proof launches; their names."""
     os.environ |= {"TRITON_CACHE_DIR": str(folder), **ENVIRONMENT}
     from benchmarks.compiled.aot import compile_variant
     from benchmarks.kernel_variants import find_variants
 
-    variants = find_variants(TARGET)
     if dry:
-        wanted = [one for one in variants if one.name.startswith(SMALL)][:1]
+        wanted = [one for one in find_variants(TARGET) if one.name.startswith(SMALL)][:1]
     else:
-        wanted = [one for one in variants if any(size in one.name for size in SIZES)]
+        from benchmarks.gpu_proof.launches import proof_variants
+
+        wanted = proof_variants()
     for number, variant in enumerate(wanted, 1):
         print(f"{number}/{len(wanted)} {variant.name}", flush=True)
         compile_variant(variant, TARGET)

@@ -19,7 +19,7 @@ POINTERS = {
     "torch.float64": "*fp64",
     "torch.bfloat16": "*bf16",
     "torch.float16": "*fp16",
-    "torch.bool": "*i1",
+    "torch.bool": "*u1",
     "torch.uint8": "*u8",
     "torch.int8": "*i8",
     "torch.int32": "*i32",
@@ -121,7 +121,7 @@ def _specialise(value: object, plain: bool) -> tuple[str, bool]:
         # A fresh allocation is aligned; a view at an odd offset is not.
         return POINTERS[str(value.dtype)], value.storage_offset() * value.itemsize % 16 == 0
     if isinstance(value, bool):
-        return "i1", False
+        return "u1", False
     if isinstance(value, int):
         if value == 1 and not plain:
             return "constexpr", False

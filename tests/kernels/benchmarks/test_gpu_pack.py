@@ -69,3 +69,14 @@ def test_a_dry_run_packs_source_and_kernels_that_are_found(warm_python, tmp_path
         check=False,
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_every_kernel_of_the_proof_is_packed_as_it_is_launched(warm_python):
+    done = subprocess.run(
+        [warm_python.executable, "-m", "tests.kernels.benchmarks.packed"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -11,6 +11,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
 from benchmarks.kernel_variants import TARGETS, find_variants
+from benchmarks.kernel_variants.variant import POINTERS
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.device_limits import SMALL_SHARED
 from xlstm_kernels.conv import triton as conv_triton
@@ -37,6 +38,14 @@ def test_every_grid_lies_on_the_first_axis(target):
     """It may have 2^31 - 1 programs; the others stop at 65,535."""
     for variant in find_variants(target):
         assert len(variant.grid) == 1 and 0 < variant.grid[0] < 2**31, variant.name
+
+
+def test_pointers_are_called_as_triton_calls_them():
+    """Compiled by another name a kernel is another one, and a launch does not find it."""
+    from triton._utils import canonicalize_dtype
+
+    for dtype, pointer in POINTERS.items():
+        assert pointer == f"*{canonicalize_dtype(dtype)}"
 
 
 @pytest.mark.parametrize("target", SMALL_SHARED)
