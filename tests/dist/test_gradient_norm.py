@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pretrain.engines.gradients import sum_of_squares
+from pretrain.engines.gradients import clip_gradients, sum_of_squares
 from pretrain.trainer import train_step
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
@@ -30,6 +30,17 @@ def test_without_gradients_it_is_0_and_what_is_not_finite_stays_so():
     assert sum_of_squares([], CPU).item() == 0.0
     assert sum_of_squares([torch.tensor([1.0, math.inf])], CPU).item() == math.inf
     assert math.isnan(sum_of_squares([torch.tensor([1.0, math.nan])], CPU).item())
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "left"), [(0.5, 1.0, 0.5), (4.0, 1.0, 1.0), (4.0, 0.5, 0.5), (4.0, 0.0, 4.0)]
+)
+def test_gradients_are_scaled_down_and_never_up(norm, limit, left):
+    parameters = [torch.zeros(n) for n in (3, 1, 2)]  # the last one has no gradient
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full_like(parameter, norm / 2)
+    clip_gradients(parameters, limit, torch.tensor(norm, dtype=torch.float64))
+    assert sum_of_squares([p.grad for p in parameters[:2]], CPU).sqrt() == pytest.approx(left)
 
 
 # Optimizer state after one step without clipping -> its share of the gradient.
