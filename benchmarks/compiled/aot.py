@@ -159,7 +159,8 @@ def examine(variant: Variant, target: str) -> Resources:
             innermost = unrolling(
                 listing.main_loops(), Listing(compiled.asm["ptx"], "ptx"), outermost=False
             )
-        walked = step_walk(listing, variant.inner_loops, innermost)
+        launched = variant.steps == 1
+        walked = step_walk(listing, variant.inner_loops, innermost, launched)
         floor_by = step_floor(walked, variant.num_warps, variant.step_bytes)
         waiting = {"instructions": walked.instructions} | dict(walked.waited)
     overwritten = [] if amd else overwritten_operands(listing)

@@ -3,8 +3,9 @@
 It is a bound, not a measured time. A cell that feeds its output back cannot be faster than the
 dependencies of one step allow. `step_walk` follows one warp alone through the code of a step, in
 order. An instruction starts a cycle after the one before it, and not before its operands are there.
-Latencies are the smallest that have been published for A100 and H100. What other warps of the block
-do, bank conflicts, replays and a busy memory only add to that.
+Where a step is a launch of its own, the code before its loop is a part of it. Latencies are the
+smallest that have been published for A100 and H100. What other warps of the block do, bank
+conflicts, replays and a busy memory only add to that.
 
 `step_floor` compares it with the issue rate of the whole block and, for weights that are read again
 at every step, with the widest path from the L2 cache to one processor.
@@ -103,13 +104,13 @@ def operands_of(one: Instruction) -> tuple[list[str], list[str]]:
     return writes, read + _registers(one.guard, 1)
 
 
-def walk(path: list[Instruction]) -> Walk:
-    """One turn of a loop whose turns follow `path`, once it runs evenly."""
+def walk(path: list[Instruction], warmup: int = WARMUP) -> Walk:
+    """One turn of a loop whose turns follow `path`, after `warmup` others; 0: from a cold start."""
     ready: dict[str, tuple[int, str]] = {}
     copies: list[int] = []  # when each closed group of asynchronous copies is there
     open_copy = now = start = 0
-    for turn in range(WARMUP + 1):
-        if turn == WARMUP:
+    for turn in range(warmup + 1):
+        if turn == warmup:
             start, seen = now, Walk()
         for one in path:
             kind, latency = kind_of(one.operation)
@@ -122,7 +123,7 @@ def walk(path: list[Instruction]) -> Walk:
                 done = copies[: len(copies) - left]
                 due, cause = max((due, cause), (max(done, default=0), "global"))
                 copies = copies[len(copies) - left :] if left else []
-            if turn == WARMUP:
+            if turn == warmup:
                 seen.instructions += 1
                 seen.met[kind] += 1
                 if due > now + 1:
@@ -132,7 +133,7 @@ def walk(path: list[Instruction]) -> Walk:
                 open_copy = now + L2
             if kind == "barriers":  # nothing after it starts before it is done
                 now += BARRIER
-                if turn == WARMUP:
+                if turn == warmup:
                     seen.waited[kind] += BARRIER
             for register in writes:
                 ready[register] = (now + latency, kind)
@@ -147,10 +148,27 @@ def shortest_turn(
 
     Goes through that one too where there is no other way.
     """
-    head, blocks = listing.heads[body], listing.blocks
-    penalty = len(listing.instructions)
-    queue, best, via = [(0, head)], {head: 0}, {}
-    back = (float("inf"), head)  # the cheapest way into the head again, and its last block
+    return _shortest_way(listing, listing.heads[body], listing.heads[body], body, avoid)
+
+
+def way_in(listing: Listing, body: frozenset[int]) -> list[Instruction]:
+    """Fewest instructions from the start of the kernel to the head of a loop."""
+    everywhere = frozenset(range(len(listing.instructions)))
+    head = listing.heads[body]
+    return _shortest_way(listing, 0, head, everywhere) if head else []
+
+
+def _shortest_way(
+    listing: Listing,
+    start: int,
+    head: int,
+    body: frozenset[int],
+    avoid: frozenset[int] = frozenset(),
+) -> list[Instruction]:
+    """Fewest instructions from block `start` to `head` in `body`, around `avoid` if possible."""
+    blocks, penalty = listing.blocks, len(listing.instructions)
+    queue, best, via = [(0, start)], {start: 0}, {}
+    back = (float("inf"), start)  # the cheapest way into the head, and its last block
     while queue:
         cost, block = heapq.heappop(queue)
         cost += blocks[block].end - block + penalty * (block in avoid)
@@ -163,17 +181,20 @@ def shortest_turn(
     block, path = back[1], []
     while True:
         path = listing.instructions[block : blocks[block].end] + path
-        if block == head:
+        if block == start:
             return path
         block = via[block]
 
 
-def step_walk(listing: Listing, trips: tuple[int, ...], unrolled: int) -> Walk:
+def step_walk(
+    listing: Listing, trips: tuple[int, ...], unrolled: int, launched: bool = False
+) -> Walk:
     """One time step: a turn of the outermost loop that works, with those of the loops inside it.
 
     `trips` are the turns of these loops in the source, outermost first, `unrolled` how many turns
     of the innermost loop (of all) the assembler made into one. Turns that were moved out of a loop
-    are on the way around it.
+    are on the way around it. `launched`: the step is a launch of its own, so that the way from the
+    start of the kernel to its loop is a part of it.
     """
     nest = listing.working_nest()
     if not nest:
@@ -182,7 +203,10 @@ def step_walk(listing: Listing, trips: tuple[int, ...], unrolled: int) -> Walk:
     gone = len(trips) + 1 - len(nest)
     if gone < 0 or any(turns > 1 for turns in trips[:gone]):
         raise ValueError(f"{len(nest)} loops were found where the source has 1 + {len(trips)}")
-    return _walk_of(listing, nest, trips[gone:], unrolled)
+    total = _walk_of(listing, nest, trips[gone:], unrolled)
+    if launched:
+        total.add(walk(way_in(listing, nest[0]), warmup=0))
+    return total
 
 
 def _walk_of(listing: Listing, nest: list, trips: tuple[int, ...], unrolled: int) -> Walk:

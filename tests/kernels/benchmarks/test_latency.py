@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.compiled.assembly import Listing
 from benchmarks.compiled.latency import (
+    ARITHMETIC,
     BARRIER,
     L2,
     PRODUCT,
@@ -86,6 +87,17 @@ def test_loops_inside_a_step_turn_as_often_as_the_source_says():
     assert found.met["products"] == 15 and found.met["special"] == 1
     assert found.cycles >= 15 * PRODUCT
     assert step_walk(code, (3, 6), 2).met["products"] == 9  # two turns of the source made one
+
+
+def test_a_step_that_is_a_launch_begins_where_the_kernel_does():
+    code = listing(
+        "MOV R1, R9", "@P1 BRA `(.L_x_1)", *["FADD R20, R21, R22"] * 9,
+        "1:", "IADD3 R2, R1, 0x1, RZ",
+        "0:", PRODUCT_LINE, "@P0 BRA `(.L_x_0)", "EXIT",
+    )  # fmt: skip
+    turn, launch = step_walk(code, (), 1), step_walk(code, (), 1, launched=True)
+    assert launch.instructions == turn.instructions + 3  # the shorter way
+    assert launch.cycles == turn.cycles + 1 + ARITHMETIC
 
 
 def test_a_loop_of_one_turn_may_be_gone_but_no_other():

@@ -48,20 +48,24 @@ def forward_step(
 
 
 @triton.jit
-def backward_step(
-    b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates, stride_gate, m_tile
-):
+def load_kept(d_out, acts, decays, cs, ns, o_token, o_gates, stride_gate, m_tile):
+    """What `backward_step` takes of a tile: the token's own gradient, and what was kept of it."""
+    b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
+    b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
+    b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
+    b_out, b_c = load_wide(d_out + o_token, m_tile), load_wide(cs + o_token, m_tile)
+    return b_out, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
+
+
+@triton.jit
+def backward_step(b_dh, b_dc, b_dn, kept, d_preacts, o_gates, stride_gate, m_tile):
     """Gradients of the gates of a tile, which it stores, and of c and n before a step.
 
     `b_dh` is what the steps after it leave, without this token's own gradient.
     """
-    b_dh += load_wide(d_out + o_token, m_tile)
-    b_write, b_closing, b_z, b_o = load_gates(acts + o_gates, stride_gate, m_tile)
-    b_decay = tl.load(decays + o_token, mask=m_tile, other=1.0)
-    b_c = load_wide(cs + o_token, m_tile)
-    b_n = tl.load(ns + o_token, mask=m_tile, other=1.0)
+    b_out, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n = kept
     b_di, b_df, b_dz, b_do, b_dc, b_dn = cell_gradient(
-        b_dh, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
+        b_dh + b_out, b_dc, b_dn, b_write, b_closing, b_z, b_o, b_decay, b_c, b_n
     )
     store_gates(d_preacts + o_gates, stride_gate, b_di, b_df, b_dz, b_do, m_tile)
     return b_di, b_df, b_dz, b_do, b_dc, b_dn
@@ -158,10 +162,10 @@ def backward_resident(
         # [BATCH, D]
         o_token = o_t[:, None] * stride_gate + o_head[None, :]
         o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+        kept = load_kept(d_out, acts, decays, cs, ns, o_token, o_gates, stride_gate, m_tile)
         b_di, b_df, b_dz, b_do, b_dc, b_dn = backward_step(
-            b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates,
-            stride_gate, m_tile,
-        )  # fmt: skip
+            b_dh, b_dc, b_dn, kept, d_preacts, o_gates, stride_gate, m_tile
+        )
         # Rounded as the products take them.
         b_di, b_df = b_di.to(weight.dtype.element_ty), b_df.to(weight.dtype.element_ty)
         b_dz, b_do = b_dz.to(weight.dtype.element_ty), b_do.to(weight.dtype.element_ty)
@@ -177,37 +181,37 @@ def backward_resident(
 
 @triton.jit
 def recurrent_sums(
-    h, weight, m_known, o_row, o_column, m_column, i_head, stride_gate, stride_matrix, d,
+    h, weight, m_row, o_row, i_column, i_head, stride_gate, stride_matrix, d,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BATCH: tl.constexpr, WIDTH: tl.constexpr,
     INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h @ R of the four gates at o_column, [BATCH, WIDTH] each; rows outside m_known are zeros.
+    """h @ R of the four gates, [BATCH, WIDTH] each, for the i_column-th WIDTH columns of a head.
 
-    Products of OPERANDs, summed in float32.
+    Products of OPERANDs, summed in float32. Rows outside m_row are zeros. The gates share a
+    product: where no warp has all four of a column, each comes out in the layout that loads and
+    stores have, and nothing after it has to be brought there.
     """
-    b_i = tl.zeros([BATCH, WIDTH], tl.float32)
-    b_f = tl.zeros([BATCH, WIDTH], tl.float32)
-    b_z = tl.zeros([BATCH, WIDTH], tl.float32)
-    b_o = tl.zeros([BATCH, WIDTH], tl.float32)
+    # [4 WIDTH], gate after gate
+    o_all = tl.arange(0, 4 * WIDTH)
+    o_mixed = i_column * WIDTH + o_all % WIDTH
+    b_all = tl.zeros([BATCH, 4 * WIDTH], tl.float32)
     for k in tl.range(0, d, INNER, num_stages=STAGES):
         # [INNER]
         o_inner = k + tl.arange(0, INNER)
         # [BATCH, INNER]
         b_left = load_wide(
             h + i_head * d + o_row[:, None] * stride_gate + o_inner[None, :],
-            m_known[:, None] & (o_inner < d)[None, :],
+            m_row[:, None] & (o_inner < d)[None, :],
         ).to(OPERAND)
-        # [INNER, WIDTH]
-        p_R = weight + i_head * d * d + o_inner[:, None] * d + o_column[None, :]
-        m_R = (o_inner < d)[:, None] & m_column[None, :]
-        b_R = tl.load(p_R, mask=m_R, other=0.0).to(OPERAND)
-        b_i += product(b_left, b_R, PRECISION)
-        b_R = tl.load(p_R + stride_matrix, mask=m_R, other=0.0).to(OPERAND)
-        b_f += product(b_left, b_R, PRECISION)
-        b_R = tl.load(p_R + 2 * stride_matrix, mask=m_R, other=0.0).to(OPERAND)
-        b_z += product(b_left, b_R, PRECISION)
-        b_R = tl.load(p_R + 3 * stride_matrix, mask=m_R, other=0.0).to(OPERAND)
-        b_o += product(b_left, b_R, PRECISION)
+        # [INNER, 4 WIDTH]
+        p_R = weight + i_head * d * d + o_inner[:, None] * d
+        p_R = p_R + (o_all // WIDTH * stride_matrix + o_mixed)[None, :]
+        m_R = (o_inner < d)[:, None] & (o_mixed < d)[None, :]
+        b_all += product(b_left, tl.load(p_R, mask=m_R, other=0.0).to(OPERAND), PRECISION)
+    # [BATCH, WIDTH, 2, 2], the gates i, f and z, o in the last two
+    b_even, b_odd = tl.split(tl.permute(tl.reshape(b_all, [BATCH, 2, 2, WIDTH]), (0, 3, 1, 2)))
+    b_i, b_z = tl.split(b_even)
+    b_f, b_o = tl.split(b_odd)
     return b_i, b_f, b_z, b_o
 
 
@@ -237,41 +241,37 @@ def forward_streamed(
     for t in range(first, last):
         # [BATCH]
         o_t = o_row * steps + t
-        m_known = o_row < batch
         if starts is not None:
-            m_known = m_known & (tl.load(starts + o_t, mask=m_known, other=0) == 0)
+            m_known = (tl.load(starts + o_t, mask=o_row < batch, other=0) == 0)[:, None]
         p_h = h_states + (t % 2) * stride_part
         for i_column in range(i_tile, tiles):
             # [WIDTH]
             o_column = i_column * WIDTH + tl.arange(0, WIDTH)
             m_column = o_column < d
             # [BATCH, WIDTH]
-            b_i, b_f, b_z, b_o = recurrent_sums(
-                p_h, weight, m_known, o_row, o_column, m_column, i_head, stride_gate,
-                stride_matrix, d, preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
-            )  # fmt: skip
             m_tile = (o_row < batch)[:, None] & m_column[None, :]
             o_head = i_head * d + o_column
             o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
-            b_i += (
-                load_wide(preacts + o_gates, m_tile) + load_wide(bias + o_head, m_column)[None, :]
-            )
-            o_head += stride_gate
-            b_f += load_wide(preacts + o_gates + stride_gate, m_tile)
-            b_f += load_wide(bias + o_head, m_column)[None, :]
-            o_head += stride_gate
-            b_z += load_wide(preacts + o_gates + 2 * stride_gate, m_tile)
-            b_z += load_wide(bias + o_head, m_column)[None, :]
-            o_head += stride_gate
-            b_o += load_wide(preacts + o_gates + 3 * stride_gate, m_tile)
-            b_o += load_wide(bias + o_head, m_column)[None, :]
-            o_head = i_head * d + o_column
             o_state = o_row[:, None] * stride_gate + o_head[None, :]
             o_token = o_t[:, None] * stride_gate + o_head[None, :]
+            # These loads run during the products; after them each would be waited for.
+            b_xi, b_xf, b_xz, b_xo = load_gates(preacts + o_gates, stride_gate, m_tile)
+            b_xi += load_wide(bias + o_head, m_column)[None, :]
+            b_xf += load_wide(bias + stride_gate + o_head, m_column)[None, :]
+            b_xz += load_wide(bias + 2 * stride_gate + o_head, m_column)[None, :]
+            b_xo += load_wide(bias + 3 * stride_gate + o_head, m_column)[None, :]
             b_m = tl.load(m_state + o_state, mask=m_tile, other=0.0)
-            if starts is not None:
-                b_m = tl.where(m_known[:, None], b_m, -float("inf"))
             b_c, b_n = load_wide(c_state + o_state, m_tile), load_wide(n_state + o_state, m_tile)
+            b_i, b_f, b_z, b_o = recurrent_sums(
+                p_h, weight, o_row < batch, o_row, i_column, i_head, stride_gate,
+                stride_matrix, d, preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
+            )  # fmt: skip
+            if starts is not None:
+                # Not in the loads of h, which would wait for `starts`.
+                b_i, b_f = tl.where(m_known, b_i, 0.0), tl.where(m_known, b_f, 0.0)
+                b_z, b_o = tl.where(m_known, b_z, 0.0), tl.where(m_known, b_o, 0.0)
+                b_m = tl.where(m_known, b_m, -float("inf"))
+            b_i, b_f, b_z, b_o = b_i + b_xi, b_f + b_xf, b_z + b_xz, b_o + b_xo
             b_h, b_c, b_n, b_m = forward_step(
                 b_i, b_f, b_z, b_o, b_c, b_n, b_m, out, acts, decays, cs, ns, o_token, o_gates,
                 stride_gate, m_tile, SIGMOID,
@@ -309,57 +309,51 @@ def backward_streamed(
         t = steps - 1 - step
         # [BATCH]
         o_after = o_row * steps + (t + 1)
-        m_known = (o_row < batch) & (step > 0)
+        m_after = (o_row < batch) & (step > 0)
         if starts is not None:
-            m_known = m_known & (tl.load(starts + o_after, mask=m_known, other=0) == 0)
+            m_known = (tl.load(starts + o_after, mask=m_after, other=0) == 0)[:, None]
         for i_column in range(i_tile, tiles):
             # [WIDTH]
             o_column = i_column * WIDTH + tl.arange(0, WIDTH)
             m_column = o_column < d
-            # What each gate adds to d_h, [BATCH, WIDTH]
-            b_from_i = tl.zeros([BATCH, WIDTH], tl.float32)
-            b_from_f = tl.zeros([BATCH, WIDTH], tl.float32)
-            b_from_z = tl.zeros([BATCH, WIDTH], tl.float32)
-            b_from_o = tl.zeros([BATCH, WIDTH], tl.float32)
+            # [BATCH, WIDTH]
+            m_tile = (o_row < batch)[:, None] & m_column[None, :]
+            m_token = m_tile & (t >= 0)
+            o_t = o_row * steps + t
+            o_head = i_head * d + o_column
+            o_state = o_row[:, None] * stride_gate + o_head[None, :]
+            o_token = o_t[:, None] * stride_gate + o_head[None, :]
+            o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+            # These loads run during the products; after them each would be waited for.
+            kept = load_kept(d_out, acts, decays, cs, ns, o_token, o_gates, stride_gate, m_token)
+            b_dc = load_wide(d_c_state + o_state, m_token)
+            b_dn = load_wide(d_n_state + o_state, m_token)
+            b_last = load_wide(d_h_last + o_state, m_tile & (step == 0))
+            # What each gate adds to d_h, [4, BATCH, WIDTH]
+            b_parts = tl.zeros([4, BATCH, WIDTH], tl.float32)
+            o_gate = tl.arange(0, 4)[:, None, None]
             for k in tl.range(0, d, INNER, num_stages=STAGES):
                 # [INNER]
                 o_inner = k + tl.arange(0, INNER)
-                # [BATCH, INNER]
-                p_d = d_preacts + o_after[:, None] * (4 * stride_gate)
-                p_d = p_d + i_head * d + o_inner[None, :]
-                m_d = m_known[:, None] & (o_inner < d)[None, :]
-                # [INNER, WIDTH], transposed
-                p_R = R + o_inner[:, None] + o_column[None, :] * d
-                m_R = (o_inner < d)[:, None] & m_column[None, :]
+                # [4, BATCH, INNER]
+                p_d = d_preacts + o_after[None, :, None] * (4 * stride_gate)
+                p_d = p_d + o_gate * stride_gate + (i_head * d + o_inner)[None, None, :]
+                m_d = m_after[None, :, None] & (o_inner < d)[None, None, :]
+                # [4, INNER, WIDTH], transposed
+                p_R = R + o_gate * stride_matrix + o_inner[None, :, None]
+                p_R = p_R + o_column[None, None, :] * d
+                m_R = (o_inner < d)[None, :, None] & m_column[None, None, :]
                 b_d = tl.load(p_d, mask=m_d, other=0.0)
-                b_from_i += product(b_d, tl.load(p_R, mask=m_R, other=0.0), PRECISION)
-                b_d = tl.load(p_d + stride_gate, mask=m_d, other=0.0)
-                b_R = tl.load(p_R + stride_matrix, mask=m_R, other=0.0)
-                b_from_f += product(b_d, b_R, PRECISION)
-                b_d = tl.load(p_d + 2 * stride_gate, mask=m_d, other=0.0)
-                b_R = tl.load(p_R + 2 * stride_matrix, mask=m_R, other=0.0)
-                b_from_z += product(b_d, b_R, PRECISION)
-                b_d = tl.load(p_d + 3 * stride_gate, mask=m_d, other=0.0)
-                b_R = tl.load(p_R + 3 * stride_matrix, mask=m_R, other=0.0)
-                b_from_o += product(b_d, b_R, PRECISION)
-            # [BATCH, WIDTH]
-            m_tile = (o_row < batch)[:, None] & m_column[None, :]
-            o_head = i_head * d + o_column
-            o_state = o_row[:, None] * stride_gate + o_head[None, :]
-            b_dh = (b_from_i + b_from_f) + (b_from_z + b_from_o)
-            b_dh = b_dh + load_wide(d_h_last + o_state, m_tile & (step == 0))
-            if t < 0:
-                tl.store(d_h_first + o_state, b_dh, mask=m_tile)
-            else:
-                o_t = o_row * steps + t
-                o_token = o_t[:, None] * stride_gate + o_head[None, :]
-                o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
-                b_dc = load_wide(d_c_state + o_state, m_tile)
-                b_dn = load_wide(d_n_state + o_state, m_tile)
-                _, _, _, _, b_dc, b_dn = backward_step(
-                    b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates,
-                    stride_gate, m_tile,
-                )  # fmt: skip
-                tl.store(d_c_state + o_state, b_dc, mask=m_tile)
-                tl.store(d_n_state + o_state, b_dn, mask=m_tile)
+                b_parts += product(b_d, tl.load(p_R, mask=m_R, other=0.0), PRECISION)
+            b_dh = tl.sum(b_parts, 0)
+            if starts is not None:
+                # Not in the loads of the products, which would wait for `starts`.
+                b_dh = tl.where(m_known, b_dh, 0.0)
+            b_dh += b_last
+            tl.store(d_h_first + o_state, b_dh, mask=m_tile & (t < 0))
+            _, _, _, _, b_dc, b_dn = backward_step(
+                b_dh, b_dc, b_dn, kept, d_preacts, o_gates, stride_gate, m_token
+            )
+            tl.store(d_c_state + o_state, b_dc, mask=m_token)
+            tl.store(d_n_state + o_state, b_dn, mask=m_token)
         tl.debug_barrier()  # the next step reads what other threads have stored

@@ -21,7 +21,12 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.slstm.triton.cell import load_wide, product
-from xlstm_kernels.slstm.triton.kernels import SIZES_AND_RANGE, backward_step, forward_step
+from xlstm_kernels.slstm.triton.kernels import (
+    SIZES_AND_RANGE,
+    backward_step,
+    forward_step,
+    load_kept,
+)
 
 
 @triton.jit
@@ -192,10 +197,10 @@ def backward_persistent(
         o_t = o_row * steps + t
         o_token = o_t[:, None] * stride_gate + o_head[None, :]
         o_gates = o_t[:, None] * (4 * stride_gate) + o_head[None, :]
+        kept = load_kept(d_out, acts, decays, cs, ns, o_token, o_gates, stride_gate, m_tile)
         b_di, b_df, b_dz, b_do, b_dc, b_dn = backward_step(
-            b_dh, b_dc, b_dn, d_out, acts, decays, cs, ns, d_preacts, o_token, o_gates,
-            stride_gate, m_tile,
-        )  # fmt: skip
+            b_dh, b_dc, b_dn, kept, d_preacts, o_gates, stride_gate, m_tile
+        )
         b_all = tl.join(tl.join(b_di, b_df), tl.join(b_dz, b_do))
         b_all = tl.reshape(b_all, [BATCH, 4 * WIDTH]).to(weight.dtype.element_ty)
         b_part = product(b_all, b_R, PRECISION)

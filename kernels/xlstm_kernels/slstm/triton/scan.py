@@ -70,7 +70,7 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     else:
         # Four matrices of 128 x 128 take 136 KB of shared memory.
         most = 64 if target in SMALL_SHARED else 128
-        streamed, apart = Tiles(128, False, 32, 8, 2), Tiles(32, True, 64, 4, 3)
+        streamed, apart = Tiles(64, False, 32, 8, 3), Tiles(32, True, 64, 8, 3)
     if whole <= most:
         return Tiles(whole, False, 0, 8 if whole > 64 or (wide and whole > 16) else 4, 1)
     return streamed if whole <= 256 else apart

@@ -34,7 +34,7 @@ def one_step(
     stride_gate = heads * d
     # [BATCH, WIDTH]
     b_i, b_f, b_z, b_o = recurrent_sums(
-        h, weight, m_row, o_row, o_column, m_column, i_head, stride_gate, heads * d * d, d,
+        h, weight, m_row, o_row, i_tile, i_head, stride_gate, heads * d * d, d,
         preacts.dtype.element_ty, PRECISION, BATCH, WIDTH, INNER, STAGES,
     )  # fmt: skip
     m_tile = m_row[:, None] & m_column[None, :]
