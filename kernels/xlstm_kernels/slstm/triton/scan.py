@@ -68,7 +68,8 @@ def tiles_for(target: str, d: int, dtype: torch.dtype) -> Tiles:
     elif wide:
         most, streamed, apart = 64, Tiles(64, False, 16, 8, 2), Tiles(32, True, 16, 4, 2)
     else:
-        # Four matrices of 128 x 128 take 136 KB of shared memory.
+        # Four matrices of 128 x 128 take 136 KB of shared memory. Of a step, no warp may have all
+        # gates of a column: see `recurrent_sums`.
         most = 64 if target in SMALL_SHARED else 128
         streamed, apart = Tiles(64, False, 32, 8, 3), Tiles(32, True, 64, 8, 3)
     if whole <= most:
