@@ -106,6 +106,42 @@ def _up_to_the_bracket(queue: list[str]) -> str:
     return " ".join(words)
 
 
+def _take_words(key: str, queue: list[str]) -> list[str]:
+    """Take the words of an option's value from the words behind it.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    taken = _values_taken(key)
+    if taken == 0:
+        return [queue.pop(0)] if queue and queue[0].lower() in _SWITCH_WORDS else ["true"]
+    if queue and queue[0][:1] in ("[", "{") and (is_structured(key) or taken != 1):
+        return [_up_to_the_bracket(queue)]
+    words: list[str] = []
+    while queue and not queue[0].startswith("--") and len(words) < (taken or 1):
+        words.append(queue.pop(0))
+    if taken is not None and len(words) < taken:
+        what = "a value" if taken == 1 else f"{taken} values"
+        raise ConfigError(f"--{key} needs {what}; write --{key}" + " VALUE" * taken)
+    return words
+
+
+def _is_null(key: str, text: str) -> bool:
+    """Whether the text of an option stands for null: `none` does, unless the key has that value."""
+    field = _field(key)
+    words = () if field is None else get_args(field.annotation)
+    return text.lower() == "null" or (text.lower() == "none" and "none" not in words)
+
+
+def _value(key: str, words: list[str]) -> str | list[str] | None:
+    """What the words of an option say: a text, several of them for a pair, or null."""
+    if (_values_taken(key) or 1) > 1:
+        words = words[0].strip("[]()").split(",") if len(words) == 1 else words
+        return [text.strip() for text in words]
+    text = words[0].strip() if words else ""
+    return None if _is_null(key, text) else text
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate `--section.key value` options from the other words of a command line.
 
@@ -134,26 +170,6 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         positive = f"{section}.{leaf.removeprefix('no-').replace('-', '_')}"
         if key != positive and _values_taken(positive) == 0 and not equals:
             overrides[positive] = False
-            continue
-        taken = _values_taken(key)
-        if equals:
-            values = [value]
-        elif taken == 0:
-            is_value = bool(queue) and queue[0].lower() in _SWITCH_WORDS
-            values = [queue.pop(0)] if is_value else ["true"]
         else:
-            bracketed = queue and queue[0][:1] in ("[", "{") and (is_structured(key) or taken != 1)
-            wanted = 1 if bracketed else taken or 1
-            values = [_up_to_the_bracket(queue)] if bracketed else []
-            while queue and not queue[0].startswith("--") and len(values) < wanted:
-                values.append(queue.pop(0))
-            if taken is not None and len(values) < wanted:
-                what = "a value" if taken == 1 else f"{taken} values"
-                raise ConfigError(f"--{key} needs {what}; write --{key}" + " VALUE" * taken)
-        if (taken or 1) > 1:
-            values = values[0].strip("[]()").split(",") if len(values) == 1 else values
-            overrides[key] = [text.strip() for text in values]
-        else:
-            text = values[0].strip() if values else ""
-            overrides[key] = None if text.lower() in ("null", "none") else text
+            overrides[key] = _value(key, [value] if equals else _take_words(key, queue))
     return rest, overrides

@@ -79,6 +79,9 @@ def test_an_option_without_its_value_is_refused(words):
         ("checkpoint.accept_changes", "run.seed,model.norm_eps"),
         ("model.chunk_size", None),
         ("run.steps", "5"),
+        ("memory.recompute", "none"),
+        ("engine.offload", "none"),
+        ("model.head_norm", "none"),
     ],
 )
 def test_override_option_is_the_inverse(key, value):
