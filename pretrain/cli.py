@@ -16,6 +16,7 @@ from typing import Any
 
 from pretrain.commands.after_run import copies, downstream
 from pretrain.commands.before_run import plan, rehearse, self_test
+from pretrain.commands.run.fresh import start_anew
 from pretrain.config import (
     RunConfig,
     check_world,
@@ -40,7 +41,6 @@ from pretrain.processes.environment import read_place
 from pretrain.processes.slurm_ranks import adopt_ranks, check_one_node
 from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
-from pretrain.supervision.progress_file import set_aside
 from xlstm_io.allocator import keep_freed_memory
 from xlstm_io.errors import (
     MACHINE_ERRNOS,
@@ -53,7 +53,6 @@ from xlstm_io.errors import (
     exit_code_of,
 )
 from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
-from xlstm_io.storage import absolute
 from xlstm_io.terminal import say, tell, until_nobody_reads
 
 
@@ -171,8 +170,8 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
             signal_at_parents_death(signal.SIGTERM)
         place = read_place()
         check_world(config, 1 if place is None else place.world_size)
-        if place is None or place.rank == 0:
-            _start_anew(options, config)
+        if options.fresh and (place is None or place.rank == 0):
+            start_anew(config, options.config, take_over=options.take_over)
         from xlstm_mcore.megatron.first_import import no_collections
 
         with no_collections():
@@ -184,31 +183,6 @@ def _train(options: argparse.Namespace, config: RunConfig, overrides: list[str])
         return main(config, stop, take_over=options.take_over)
 
 
-def _start_anew(options: argparse.Namespace, config: RunConfig) -> None:
-    """Rename the run folder where `--fresh` asks for it, before anything is written there."""
-    # A batch job that was requeued runs the same command line again, and so do the workers that
-    # torchrun starts again after an error. They go on.
-    restarts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    if not options.fresh or any(int(os.environ.get(name, "0")) > 0 for name in restarts):
-        return
-    folder = Path(config.run.dir)
-    if config.checkpoint.dir is not None:
-        raise ConfigError(
-            f"--fresh renames run.dir={folder}, but checkpoint.dir={config.checkpoint.dir} lies "
-            "elsewhere; give both other names"
-        )
-    if absolute(options.config).is_relative_to(absolute(folder)):
-        raise ConfigError(
-            f"--fresh renames run.dir={folder}, and {options.config} lies in it; copy the run file "
-            "to another place and start that"
-        )
-    if not options.take_over:
-        check_free(folder)
-    old = set_aside(folder)
-    if old is not None:
-        tell(f"starting anew; the old run is in {old}")
-
-
 def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
     from pretrain.commands.run.launch import launch
 
@@ -216,8 +190,12 @@ def _launch(options: argparse.Namespace, config: RunConfig, overrides: list[str]
     words = [*overrides, *(["--take-over"] if options.take_over else [])]
     if not options.take_over:
         check_free(Path(config.run.dir))  # before the logs of the life in there are overwritten
-    _start_anew(options, config)
-    return launch(options.config, config, _positive_nproc(options), words)
+
+    def before() -> None:
+        if options.fresh:
+            start_anew(config, options.config, take_over=options.take_over)
+
+    return launch(options.config, config, _positive_nproc(options), words, before=before)
 
 
 def _check(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:

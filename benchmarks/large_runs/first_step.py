@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.commands.run.launch import free_port
 from pretrain.config import RunConfig, load_config
+from pretrain.processes.workers import free_port
 from xlstm_mcore.megatron.first_import import import_megatron, no_collections
 
 GOAL = 60.0

@@ -79,14 +79,3 @@ def check_nothing_is_lost(folder: Path, checkpoints: object) -> None:
             f"{checkpoints} holds no checkpoint; make that folder available again (is it mounted?),"
             " or start anew with --fresh, which renames the old run folder"
         )
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a run folder, for a run that starts anew; its new name, None when there is none."""
-    if not folder.exists():
-        return None
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(old)
-    return old

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.commands.run.launch import free_port
+from pretrain.processes.workers import free_port
 
 TIMEOUT_S = 240
 # A gloo group has threads that wake up all the time. DeepSpeed's stage 3 keeps its groups alive

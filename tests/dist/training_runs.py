@@ -18,7 +18,7 @@ from signal import SIG_DFL, SIGTERM, getsignal
 from typing import Any
 
 from pretrain.checkpoint import find_latest
-from pretrain.commands.run.launch import free_port
+from pretrain.processes.workers import free_port
 from pretrain.watching.metrics import read_metrics
 from tests.warm_python.client import WarmProcess
 from tests.warm_python.start import ROOT, WarmPython

@@ -66,7 +66,7 @@ def test_one_machine(tutorial, tmp_path):
 def test_two_nodes_by_torchrun(tutorial, tmp_path):
     """Both "nodes" on this machine: two agents, a process each, one run."""
     words = ["--data.path", tutorial.folder / "shards", "--run.dir", tmp_path / "run", *SMALL]
-    from pretrain.commands.run.launch import free_port
+    from pretrain.processes.workers import free_port
 
     output = example(
         "two_nodes_torchrun.sh", "examples/run.yaml", *words, MASTER_PORT=str(free_port())

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.run import launch
-from pretrain.commands.run.launch import run_workers, worker_environment
+from pretrain.commands.run.launch import run_workers
 from pretrain.config import ConfigError, config_from_dict
-from pretrain.processes import devices
+from pretrain.processes import devices, workers
+from pretrain.processes.workers import worker_environment
 from pretrain.supervision.lease import Lease
 from xlstm_io.signals import REPEAT_WINDOW_S, STOPPING
 
-SHIPPED_GRACE_S = launch.FAILURE_GRACE_S
+SHIPPED_GRACE_S = workers.FAILURE_GRACE_S
 
 PRELUDE = """
 import os, signal, sys, time
@@ -76,7 +77,7 @@ def launcher(folder: Path, saving: float) -> list[str]:
 @pytest.fixture(autouse=True)
 def others_are_waited_for(monkeypatch):
     """A worker that is to end by itself is given the time, however busy the machine."""
-    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 120.0)
+    monkeypatch.setattr(workers, "FAILURE_GRACE_S", 120.0)
 
 
 def wait_for(*paths: Path, seconds: float = 120) -> None:
@@ -132,7 +133,7 @@ def test_only_rank_0_prints(tmp_path, capfd):
 
 
 def test_an_error_of_another_rank_is_shown_once(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.3)
+    monkeypatch.setattr(workers, "FAILURE_GRACE_S", 0.3)
     body = "sys.exit(print('error: shard 7 is damaged', file=sys.stderr) or 2) if rank else None\n"
     assert run(tmp_path, body + "time.sleep(600)") == 2
     text = "".join(capfd.readouterr())
@@ -155,8 +156,8 @@ def test_a_killed_worker_is_named_with_a_likely_cause(tmp_path, capfd):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_dead_worker_takes_the_others_along(tmp_path, monkeypatch, deaf):
-    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.3)
-    monkeypatch.setattr(launch, "TERMINATE_GRACE_S", 0.3)
+    monkeypatch.setattr(workers, "FAILURE_GRACE_S", 0.3)
+    monkeypatch.setattr(workers, "TERMINATE_GRACE_S", 0.3)
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if deaf else ""
     body = ignore + "sys.exit(1) if rank else time.sleep(600)"
     started = time.monotonic()
@@ -165,18 +166,18 @@ def test_a_dead_worker_takes_the_others_along(tmp_path, monkeypatch, deaf):
 
 
 def test_the_shipped_grace_is_seconds():
-    assert SHIPPED_GRACE_S + launch.TERMINATE_GRACE_S < 15
-    assert launch.STOP_LIMIT_S >= 600, "a checkpoint of a large model must fit"
+    assert SHIPPED_GRACE_S + workers.TERMINATE_GRACE_S < 15
+    assert workers.STOP_LIMIT_S >= 600, "a checkpoint of a large model must fit"
 
 
 def test_a_worker_that_outlives_the_stop_is_ended(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(launch, "STOP_LIMIT_S", 0.3)
+    monkeypatch.setattr(workers, "STOP_LIMIT_S", 0.3)
     assert run(tmp_path, "time.sleep(600) if rank else sys.exit(75)") == 1
     assert "ranks [1] still ran" in "".join(capfd.readouterr())
 
 
 def test_a_worker_that_was_asked_alone_stops_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "FOLLOW_S", 0.1)
+    monkeypatch.setattr(workers, "FOLLOW_S", 0.1)
     body = f"""
 if rank:
     while not Path(sys.argv[1], "ready0").exists():
@@ -192,8 +193,8 @@ if rank:
 def test_the_port_of_rank_0_is_not_one_that_the_system_gives_to_others():
     given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     with socket.socket() as other:
-        port = launch.free_port()
-        assert launch.FIRST_PORT <= port < given
+        port = workers.free_port()
+        assert workers.FIRST_PORT <= port < given
         other.bind(("127.0.0.1", port))
 
 
@@ -273,7 +274,7 @@ def test_a_second_ctrl_c_ends_workers_that_cannot_hear_it(tmp_path, monkeypatch)
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nPath(sys.argv[1], f'ready{rank}').touch()"
     worker = script(tmp_path, deaf + "\ntime.sleep(600)")
     short = LAUNCHER.replace(
-        "import sys", "import sys, pretrain.commands.run.launch as l; l.INTERRUPT_GRACE_S = 0.3", 1
+        "import sys", "import sys, pretrain.processes.workers as w; w.INTERRUPT_GRACE_S = 0.3", 1
     )
     command = [sys.executable, "-c", short, str(worker), str(tmp_path), str(tmp_path)]
     terminal = Terminal(command)

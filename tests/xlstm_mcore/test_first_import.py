@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.large_runs import first_step, start_up
-from pretrain.commands.run.launch import free_port
+from pretrain.processes.workers import free_port
 from xlstm_mcore.megatron import first_import
 
 # A rank imports, and makes a step; then others import what it has left out.

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from pretrain.commands.run.launch import free_port
 from pretrain.processes.environment import Place, read_place
 from pretrain.processes.rendezvous import _missing, allow_connections, meet
+from pretrain.processes.workers import free_port
 from tests.clean_processes import CLEAN
 from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
 from xlstm_io.signals import StopSignal

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from pretrain.supervision.progress_file import Progress, read_progress, set_aside
+from pretrain.commands.run.fresh import set_aside
+from pretrain.supervision.progress_file import Progress, read_progress
 from pretrain.trainer import Trainer
 from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.checkpoint.manifest import find_latest, read_manifest, step_of_folder
@@ -115,6 +116,13 @@ def test_a_run_file_in_the_run_folder_is_not_set_aside(folder, capsys, monkeypat
     for command in ("train", "launch"):
         assert cli.run([command, str(folder / "config.yaml"), "--fresh"]) == ExitCode.BAD_INPUT
         assert "config.yaml lies in it; copy the run file" in capsys.readouterr().err
+    assert (folder / "checkpoints").exists()
+
+
+def test_a_launch_that_is_refused_leaves_the_old_run_in_its_place(folder, capsys):
+    words = ["launch", "run.yaml", "--fresh", "--data.path", "nowhere"]
+    assert cli.run(words) == ExitCode.BAD_INPUT
+    assert "is not a folder" in capsys.readouterr().err
     assert (folder / "checkpoints").exists()
 
 
