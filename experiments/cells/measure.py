@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from pretrain.commands.after_run import evaluate
-from pretrain.commands.after_run.evaluate import SetLoss
 from pretrain.config import RunConfig
 from pretrain.data import TokenDataset, ValidLoader
 from pretrain.engines.base import LossSum
+from pretrain.evaluation import losses
 from pretrain.evaluation.answers import Answers
+from pretrain.evaluation.losses import SetLoss
 from xlstm_io.checkpoint.choose import BEST, choose
 from xlstm_io.shards.manifest import load_manifest
 from xlstm_mcore import hardware
@@ -54,16 +54,16 @@ def measure(
     dataset = TokenDataset(str(shards), "valid", seq_len=seq_len)
     which = BEST if config.checkpoint.keep_best else None
     model = open_model(choose(config.run.dir, which))
-    found = evaluate.measure(model, dataset, config, "position")
+    found = losses.measure(model, dataset, config, "position")
     whole: dict[str, Any] = {**_numbers(found.sum, found.answers), "by_position": _groups(found)}
     if "frequency" in by:
         trained = TokenDataset(str(config.data.path), "train", seq_len=config.data.seq_len)
-        counts = evaluate.frequencies(trained, rows)
-        sorted_ = evaluate.measure(model, dataset, config, "frequency", frequency=counts)
+        counts = losses.frequencies(trained, rows)
+        sorted_ = losses.measure(model, dataset, config, "frequency", frequency=counts)
         whole["by_frequency"] = _groups(sorted_)
     if "source" in by:
         whole["by_source"] = {
-            name: evaluate.measure(model, one, config).loss
+            name: losses.measure(model, one, config).loss
             for name, one in _sources(shards, seq_len).items()
         }
     if numbers is not None:

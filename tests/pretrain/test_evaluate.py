@@ -13,7 +13,7 @@ from benchmarks.loader.synthetic_shards import write_shards
 from pretrain.commands.after_run import evaluate
 from pretrain.data import ValidLoader, open_valid
 from pretrain.engines.base import LossSum, mean_of
-from pretrain.evaluation import answers
+from pretrain.evaluation import answers, losses
 from tests.data_prep import small_corpus
 from tests.data_prep.synthetic.stored import samples_of
 from tests.pretrain.run_files import config
@@ -63,11 +63,11 @@ def one_by_one(dataset, by):
 
 @pytest.mark.parametrize("by", ["position", "length"])
 def test_tokens_are_sorted_by_their_place_or_their_documents_length(run, dataset, by):
-    got = evaluate.measure(losses_of, dataset, run, by)
+    got = losses.measure(losses_of, dataset, run, by)
     expected = one_by_one(dataset, by)
     assert len(expected) > 3
     assert got.by == {n: LossSum(sum(each), len(each)) for n, each in sorted(expected.items())}
-    whole = evaluate.measure(losses_of, dataset, run)
+    whole = losses.measure(losses_of, dataset, run)
     assert whole.by == {} and whole.sum == got.sum
     assert whole.sum.total == sum(map(sum, expected.values()))
 
@@ -81,7 +81,7 @@ def test_tokens_are_sorted_by_how_often_they_are_targets(run, dataset):
         for label in batch.labels[batch.loss_mask > 0].tolist():
             group = expected.setdefault(int(math.log2(counts[label])), [])
             group.append(float(label % 7))
-    got = evaluate.measure(losses_of, dataset, run, "frequency")
+    got = losses.measure(losses_of, dataset, run, "frequency")
     assert got.by == {n: LossSum(sum(each), len(each)) for n, each in sorted(expected.items())}
     assert len(expected) > 1
 
@@ -101,7 +101,7 @@ def test_longer_rows_are_those_of_one_pass_over_joined_rows(long_documents, time
     """The state is carried: the loss is that of the model on rows of so many times the length."""
     run, dataset = long_documents
     model = make_model("Mms*", vocab_size=336)
-    got = evaluate.measure(model, dataset, run, "position", times)
+    got = losses.measure(model, dataset, run, "position", times)
     tokens, boundaries, labels, mask = (
         torch.cat([getattr(batch, name) for batch in ValidLoader(dataset, micro_batch=1)])
         for name in ("tokens", "boundaries", "labels", "loss_mask")
@@ -115,9 +115,9 @@ def test_longer_rows_are_those_of_one_pass_over_joined_rows(long_documents, time
     assert got.sum.tokens == int(mask.sum())
     assert got.sum.total == pytest.approx(total, rel=1e-5)
     assert sum(group.tokens for group in got.by.values()) == got.sum.tokens
-    alone = evaluate.measure(model, dataset, run)
+    alone = losses.measure(model, dataset, run)
     assert abs(alone.sum.total - total) > 1e-4 * total  # what came before matters
-    assert max(got.by) > max(evaluate.measure(model, dataset, run, "position").by)
+    assert max(got.by) > max(losses.measure(model, dataset, run, "position").by)
 
 
 def test_rows_that_do_not_continue_each_other_are_refused():
@@ -127,7 +127,7 @@ def test_rows_that_do_not_continue_each_other_are_refused():
 
 
 def test_bits_per_byte_are_those_of_the_text(run, dataset):
-    got = evaluate.measure(losses_of, dataset, run)
+    got = losses.measure(losses_of, dataset, run)
     entries = dataset.manifest.shards("valid")
     size = sum(entry.bytes_in for entry in entries)
     assert got.sum.tokens == sum(entry.targets for entry in entries)
@@ -143,7 +143,7 @@ def test_text_and_json_name_every_set(run):
     sets = evaluate._sources_apart(run).data.valid
     assert [(one.name, one.source) for one in sets] == [("a", "a"), ("b", "b")]
     found = {
-        name: evaluate.SetLoss(LossSum(total, tokens), 0.5, {0: LossSum(1.0, 1), 3: LossSum(9, 4)})
+        name: losses.SetLoss(LossSum(total, tokens), 0.5, {0: LossSum(1.0, 1), 3: LossSum(9, 4)})
         for name, total, tokens in (("a", 10.0, 5), ("b", 90.0, 15))
     }
     text = evaluate._as_text("ckpt", found, "position")
@@ -158,13 +158,17 @@ def test_text_and_json_name_every_set(run):
     }
 
 
+def test_a_model_that_has_diverged_has_a_perplexity_too():
+    assert losses.SetLoss(LossSum(3000.0, 4), None).perplexity == math.inf
+
+
 def test_documents_of_a_row_have_places_and_lengths():
     """The second row ends in padding, which belongs to no document's length."""
     starts = torch.tensor([[0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool)
-    document = evaluate._documents(SimpleNamespace(boundaries=starts))
+    document = losses._documents(SimpleNamespace(boundaries=starts))
     assert document.tolist() == [[0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1]]
-    assert evaluate._positions(document).tolist() == [[1, 2, 1, 2, 3, 1], [1, 2, 1, 2, 3, 4]]
-    lengths = evaluate._lengths(document, torch.arange(6) < torch.tensor([[6], [4]]))
+    assert losses._positions(document).tolist() == [[1, 2, 1, 2, 3, 1], [1, 2, 1, 2, 3, 4]]
+    lengths = losses._lengths(document, torch.arange(6) < torch.tensor([[6], [4]]))
     assert lengths.tolist() == [[2, 2, 3, 3, 3, 1], [2, 2, 2, 2, 2, 2]]
 
 
@@ -194,7 +198,7 @@ def test_labels_are_counted_as_right_and_samples_as_exact(task, by, rows_at_once
     monkeypatch.setattr(answers, "_MOST_LOGITS", rows_at_once * SEQ_LEN * 5)
     run = config(data__path=str(task), data__seq_len=SEQ_LEN, data__micro_batch=4)
     (dataset,) = open_valid(run.data).values()
-    got = evaluate.measure(Guesses(), dataset, run, by)
+    got = losses.measure(Guesses(), dataset, run, by)
 
     groups, whole, loss = {}, [0, 0, 0, 0], 0.0
     for symbols, labels in samples_of(task, "valid"):
@@ -219,7 +223,7 @@ def test_labels_are_counted_as_right_and_samples_as_exact(task, by, rows_at_once
 
 def test_accuracy_is_told_beside_the_loss():
     right = answers.Answers(100, 75, 10, 4)
-    found = {"": evaluate.SetLoss(LossSum(50.0, 100), None, {3: LossSum(9, 4)}, right, {3: right})}
+    found = {"": losses.SetLoss(LossSum(50.0, 100), None, {3: LossSum(9, 4)}, right, {3: right})}
     text = evaluate._as_text("ckpt", found, "length")
     assert "0.5000 nats per token" in text
     assert "perplexity 1.65, over 100 tokens, accuracy 0.7500, 0.4000 of 10 samples exact" in text

@@ -13,8 +13,8 @@ import yaml
 
 from pretrain import cli
 from pretrain.checkpoint import TensorSlice, save_checkpoint
-from pretrain.commands.after_run.evaluate import measure
 from pretrain.data import open_valid
+from pretrain.evaluation.losses import measure
 from tests.data_prep.small_corpus import documents_of, make_texts, run, write_jsonl
 from tests.pretrain.run_files import config
 from tests.xlstm_mcore.test_generation_state import make_model
