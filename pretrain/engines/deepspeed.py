@@ -19,7 +19,7 @@ a few times more by itself.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,9 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines import deepspeed_compat as compat
-from pretrain.engines.base import LossSum
-from pretrain.engines.microbatches import evaluate, forward, run_microbatches
+from pretrain.engines.microbatches import forward, run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.state import (
-    MASTER,
     OPTIMIZER_STATE,
     is_owner,
     optimizer_prefix,
@@ -87,7 +85,7 @@ class DeepSpeedEngine(ModelEngine):
         groups = self.layout.groups
         torch.distributed.all_reduce(tokens, group=groups.dp)  # whole rows, so once per replica
         scale = (groups.dp_cp.size() / tokens.clamp(min=1.0)).float()
-        with self._gradient_window(), self._products():
+        with self._gradient_window():
             return self._run(batches, forward_only=False, loss_scale=scale)
 
     def gradient_norm(self) -> Tensor:
@@ -106,12 +104,6 @@ class DeepSpeedEngine(ModelEngine):
                     values = part.local(gradient)
                     yield TensorSlice(part.name, part.global_shape, part.global_offset, values)
 
-    def masters(self) -> Iterator[TensorSlice]:
-        """The slices of the fp32 master weights that this rank counts."""
-        for parameter, part in self._optimizer_slices():
-            if part.name.startswith(MASTER) and is_owner(parameter, self.layout):
-                yield part
-
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients.
 
@@ -125,22 +117,6 @@ class DeepSpeedEngine(ModelEngine):
             self.engine.step()
         assert self.engine.was_step_applied() == accepted
 
-    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
-        """Loss over this replica's batches without gradients, summed over all replicas."""
-        with self._products():
-            return evaluate(
-                lambda micro_batches: self._run(micro_batches, forward_only=True),
-                self.model_chunks,
-                batches,
-                self.layout.groups.pp.size(),
-            )
-
-    def sharded_state(self) -> list[TensorSlice]:
-        """The slices this rank saves: every element of the state is saved by exactly one rank."""
-        weights = self._weights() if self.stage == 3 else self._share_of_weights()
-        state = (*weights, *self._optimizer_slices())
-        return [part for parameter, part in state if is_owner(parameter, self.layout)]
-
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and moments, each rank only its own part.
 
@@ -153,17 +129,6 @@ class DeepSpeedEngine(ModelEngine):
         with split or contextlib.nullcontext(), torch.no_grad():
             load([part for _, part in (*self._weights(), *self._optimizer_slices())])
         compat.set_adam_step(optimizer, updates)
-
-    def held(self) -> Iterator[Held]:
-        """What this rank holds that other ranks may hold too; no weights at stage 3.
-
-        The optimizer state is partitioned, so data-parallel replicas have none in common.
-        """
-        if self.stage < 3:
-            yield from self._held_weights()
-        for parameter, part in self._optimizer_slices():
-            split = parameter.tensor_model_parallel
-            yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
 
     def held_gradients(self) -> Iterator[Held]:
         """The gradients of what tensor-parallel ranks replicate, gathered from the partitions."""
@@ -179,6 +144,14 @@ class DeepSpeedEngine(ModelEngine):
     def close(self) -> None:
         """Free the memory of model and optimizer."""
         compat.destroy(self.engine)
+
+    def _share_of_weights(self) -> list[tuple[Tensor, TensorSlice]]:
+        """Stage 3 has shared out the weights itself."""
+        return list(self._weights()) if self.stage == 3 else super()._share_of_weights()
+
+    def _held_weights(self) -> Iterator[Held]:
+        """Stage 3 has none that another rank has too."""
+        return iter(()) if self.stage == 3 else super()._held_weights()
 
     def _callables(self) -> list[nn.Module]:
         """Stages 2 and 3 have their weights through DeepSpeed's engine alone."""
@@ -298,28 +271,35 @@ class DeepSpeedEngine(ModelEngine):
                     _sum_over(gradient, groups.tp)
 
     def _run(
-        self, batches: list[Batch], forward_only: bool, loss_scale: float | Tensor = 1.0
+        self, batches: list[Batch], *, forward_only: bool, loss_scale: float | Tensor = 1.0
     ) -> Tensor:
         """Run micro-batches; stages 2 and 3 call DeepSpeed for each of them."""
-        if self.stage == 1:
-            losses = run_microbatches(
-                self.model_chunks,
-                batches,
-                self.layout,
-                self.config.data,
-                forward_only=forward_only,
-                loss_scale=loss_scale,
-            )
-            return self._sum(losses, batches)
-        sums = []
+        with self._products():
+            if self.stage == 1:
+                losses = run_microbatches(
+                    self.model_chunks,
+                    batches,
+                    self.layout,
+                    self.config.data,
+                    forward_only=forward_only,
+                    loss_scale=loss_scale,
+                )
+            else:
+                losses = self._run_one_by_one(batches, forward_only, loss_scale)
+        return self._sum(losses, batches)
+
+    def _run_one_by_one(
+        self, batches: list[Batch], forward_only: bool, loss_scale: float | Tensor
+    ) -> list[Tensor]:
+        losses = []
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
             output, loss_function = forward(self.engine, batch, self.layout, loss_scale)
             loss, _, reported = loss_function(output)
-            sums.append(reported["sums"])
+            losses.append(reported["sums"])
             if not forward_only:
                 self.engine.backward(loss, scale_wrt_gas=False)
-        return self._sum(sums, batches)
+        return losses
 
     def _weights(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         """Each parameter with the slices of the weights in compute precision that this rank has."""

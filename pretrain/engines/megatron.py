@@ -1,6 +1,6 @@
 """The Megatron engine: Megatron's schedules and DDP around XLSTMModel, and an optimizer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines.adamw import AdamWDistributed
-from pretrain.engines.base import LossSum, Optimizer
-from pretrain.engines.microbatches import evaluate, run_microbatches
+from pretrain.engines.base import Optimizer
+from pretrain.engines.microbatches import run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.muon import MuonWithAdamW
-from pretrain.engines.state import MASTER, is_owner
 from pretrain.engines.verdict import Verdict
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
@@ -91,33 +90,16 @@ class MegatronEngine(ModelEngine):
         """The slices of the whole gradient that this rank counts."""
         return self._counted(self.optimizer.gradients())
 
-    def masters(self) -> Iterator[TensorSlice]:
-        """The slices of the fp32 master weights that this rank counts."""
-        return (p for p in self._counted(self.optimizer.slices()) if p.name.startswith(MASTER))
-
-    def _counted(self, parts: Iterable[tuple[Tensor, TensorSlice]]) -> Iterator[TensorSlice]:
-        """Those that no other rank counts."""
-        return (part for parameter, part in parts if is_owner(parameter, self.layout))
-
     def step(self, lr: float, verdict: Verdict) -> None:
         """Clip and update with learning rate `lr` if the verdict allows it; clear the gradients."""
         with self._products():
             self.optimizer.step(lr, verdict)
         self._clear_gradients()
 
-    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
-        """Loss over this replica's batches without gradients, summed over all replicas."""
-        return evaluate(
-            lambda micro_batches: self._run(micro_batches, forward_only=True),
-            self.model_chunks,
-            batches,
-            self.layout.groups.pp.size(),
-        )
-
     def sharded_state(self) -> list[TensorSlice]:
         """The slices this rank saves: every element of the state is saved by exactly one rank."""
         self._gather_weights()
-        return list(self._counted((*self._share_of_weights(), *self.optimizer.slices())))
+        return super().sharded_state()
 
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and optimizer state.
@@ -128,17 +110,14 @@ class MegatronEngine(ModelEngine):
         """
         self._gather_weights()
         with torch.no_grad():
-            load([part for _, part in (*self._weights(), *self.optimizer.slices())])
+            load([part for _, part in (*self._weights(), *self._optimizer_slices())])
         self.optimizer.set_updates(updates)
         self._clear_gradients()
 
     def held(self) -> Iterator[Held]:
         """What this rank holds that other ranks may hold too."""
         self._gather_weights()
-        yield from self._held_weights()
-        for parameter, part in self.optimizer.slices():
-            split = parameter.tensor_model_parallel
-            yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
+        return super().held()
 
     def held_gradients(self) -> Iterator[Held]:
         """What this rank holds of the gradient that other ranks may hold too."""
@@ -152,12 +131,15 @@ class MegatronEngine(ModelEngine):
         for model_chunk in self.model_chunks:
             compat.release_hooks(model_chunk)
 
-    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> Tensor:
         with self._products():
             losses = run_microbatches(
                 self.model_chunks, batches, self.layout, self.config.data, forward_only=forward_only
             )
         return self._sum(losses, batches)
+
+    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        return self.optimizer.slices()
 
     def _gather_weights(self) -> None:
         """Finish what `overlap_param_gather` leaves to the next forward pass."""

@@ -24,7 +24,7 @@ def run_microbatches(
     forward_only: bool,
     loss_scale: float | Tensor = 1.0,
 ) -> list[Tensor]:
-    """Run this replica's micro-batches under Megatron's pipeline schedule.
+    """Run this replica's micro-batches through the model.
 
     Args:
         model_chunks: this rank's model chunks, several with interleaved stages.
@@ -41,19 +41,44 @@ def run_microbatches(
     def forward_step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
         return forward(model, next(iterator), layout, loss_scale)
 
+    shape = (data.micro_batch, data.seq_len)
+    losses = run_schedule(model_chunks, batches, forward_step, shape, forward_only=forward_only)
+    return [loss["sums"] for loss in losses]
+
+
+def run_schedule(
+    model_chunks: Sequence[nn.Module],
+    batches: list[Batch],
+    forward_step: Callable,
+    shape: tuple[int, int],
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """Run micro-batches under Megatron's pipeline schedule.
+
+    Args:
+        model_chunks: this rank's model chunks, several with interleaved stages.
+        batches: the micro-batches.
+        forward_step: from an iterator over them and a model chunk to the chunk's output and a
+            function of it; see `forward`.
+        shape: rows and tokens of a micro-batch.
+        forward_only: no backward passes.
+
+    Returns:
+        What that function reports of each micro-batch; none where this rank has no last stage.
+    """
     several = len(model_chunks) > 1
     iterators: Any = [iter(batches) for _ in model_chunks]
-    losses = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(model_chunks) if several else model_chunks[0],
         num_microbatches=len(batches),
-        seq_length=data.seq_len,
-        micro_batch_size=data.micro_batch,
+        micro_batch_size=shape[0],
+        seq_length=shape[1],
         forward_only=forward_only,
         pg_collection=None,
     )
-    return [loss["sums"] for loss in losses]
 
 
 def forward(

@@ -1,7 +1,7 @@
 """What both engines share: the part of the model that this rank holds."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
 from pretrain.data import Batch
+from pretrain.engines.base import LossSum
 from pretrain.engines.bf16_products import products_for
-from pretrain.engines.microbatches import sum_losses
+from pretrain.engines.microbatches import evaluate, sum_losses
 from pretrain.engines.next_tokens import next_tokens
-from pretrain.engines.state import is_owner, shared_out, weight_slices
+from pretrain.engines.state import MASTER, is_owner, shared_out, weight_slices
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
@@ -61,12 +62,51 @@ class ModelEngine:
         self._products = products_for(config.engine.precision, layout)
         self.own_losses: list[Tensor] = []
 
+    def masters(self) -> Iterator[TensorSlice]:
+        """See `pretrain.engines.base.Engine`."""
+        return (p for p in self._counted(self._optimizer_slices()) if p.name.startswith(MASTER))
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        """See `pretrain.engines.base.Engine`."""
+        return evaluate(
+            lambda micro_batches: self._run(micro_batches, forward_only=True),
+            self.model_chunks,
+            batches,
+            self.layout.groups.pp.size(),
+        )
+
     def next_tokens(self, texts: Sequence[Sequence[int]]) -> list[int]:
         """See `pretrain.engines.base.Engine`."""
         model = self.config.model
         vocabulary = model.vocab_tokens or model.vocab_size
         with self._products():
             return next_tokens(self._callables(), texts, vocabulary, self.layout)
+
+    def sharded_state(self) -> list[TensorSlice]:
+        """The slices this rank saves: every element of the state is saved by exactly one rank."""
+        return list(self._counted((*self._share_of_weights(), *self._optimizer_slices())))
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds that other ranks may hold too.
+
+        The optimizer state is partitioned, so data-parallel replicas have none in common.
+        """
+        yield from self._held_weights()
+        for parameter, part in self._optimizer_slices():
+            split = parameter.tensor_model_parallel
+            yield Held(part.name, part.tensor, over_data=False, over_tensor=not split)
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> Tensor:
+        """Run micro-batches; returns what `sum_losses` does."""
+        raise NotImplementedError
+
+    def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
+        """Each parameter with the slices of master weight and moments that this rank has."""
+        raise NotImplementedError
+
+    def _counted(self, parts: Iterable[tuple[Tensor, TensorSlice]]) -> Iterator[TensorSlice]:
+        """Those that no other rank counts."""
+        return (part for parameter, part in parts if is_owner(parameter, self.layout))
 
     def _callables(self) -> list[nn.Module]:
         """What is called for a forward pass of each of this rank's model chunks."""

@@ -5,14 +5,13 @@ stays as it is spread for training, and every new token costs a forward pass ove
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from pretrain.data import Batch
+from pretrain.engines.microbatches import run_schedule
 from pretrain.layout import Layout
 
 
@@ -57,7 +56,7 @@ def next_tokens(
     if groups.pp.size() == 1:
         found = [choose(model_chunks[0](batch.tokens, batch.boundaries))]
     else:
-        found = _through_stages(model_chunks, batch, width, choose, groups.pp.size())
+        found = _through_stages(model_chunks, batch, (len(texts), width), choose, groups.pp.size())
     chosen = found[0] if found else torch.full_like(last, -1)
     torch.distributed.all_reduce(chosen, op=torch.distributed.ReduceOp.MAX)
     return chosen.tolist()
@@ -66,7 +65,7 @@ def next_tokens(
 def _through_stages(
     model_chunks: Sequence[nn.Module],
     batch: Batch,
-    width: int,
+    shape: tuple[int, int],
     choose: Callable[[Tensor], Tensor],
     stages: int,
 ) -> list[Tensor]:
@@ -82,17 +81,7 @@ def _through_stages(
 
         return output, collect
 
-    several = len(model_chunks) > 1
-    number = stages if several else 1  # the interleaved schedule takes whole groups only
-    iterators: Any = [iter([batch] * number) for _ in model_chunks]
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if several else iterators[0],
-        model=list(model_chunks) if several else model_chunks[0],
-        num_microbatches=number,
-        seq_length=width,
-        micro_batch_size=len(batch.tokens),
-        forward_only=True,
-        pg_collection=None,
-    )
+    # The interleaved schedule takes whole groups only.
+    batches = [batch] * (stages if len(model_chunks) > 1 else 1)
+    found = run_schedule(model_chunks, batches, forward_step, shape, forward_only=True)
     return [one["chosen"] for one in found]

@@ -15,7 +15,7 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.layout import Layout
 from xlstm_mcore.parameters.slices import ParameterSlice, is_shared, slices_of_range
 
-# Key in the file -> key in torch's Adam; "param" is the fp32 master weight.
+# What is kept of each weight, by torch's names in Adam; "param" is the fp32 master weight.
 OPTIMIZER_STATE = ("param", "exp_avg", "exp_avg_sq")
 
 

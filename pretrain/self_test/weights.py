@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
 from pretrain.engines.base import Engine
-from pretrain.engines.state import optimizer_prefix
+from pretrain.engines.state import MASTER
 from xlstm_io.checkpoint.manifest import OPTIMIZER_PREFIX
 
-MASTER = optimizer_prefix("param")
 NOISE = 0.1  # added to weights of up to WIDTH inputs; less where more inputs add up
 WIDTH = 64
 LEAST_IGATE_BIAS = -1.0
