@@ -10,10 +10,10 @@ from typing import Any
 
 from pretrain.checkpoint import CheckpointError, Manifest, Ranks, TensorSlice
 from pretrain.config import RunConfig
-from pretrain.config.changes import Change, Rule, init_changes
+from pretrain.config.changes import Change, Rule, init_changes, refused
 from pretrain.data import DataPlan
 from pretrain.engines.base import Engine
-from pretrain.engines.state import optimizer_prefix
+from pretrain.engines.state import MASTER
 from xlstm_io.checkpoint.manifest import OPTIMIZER_PREFIX, parse_manifest, resolve
 from xlstm_io.checkpoint.reader import CheckpointReader
 from xlstm_io.checkpoint.tokenizer import tokenizer_of
@@ -21,7 +21,6 @@ from xlstm_io.errors import UserError
 from xlstm_io.storage import Location
 from xlstm_io.tokenizer import open_tokenizer
 
-MASTER = optimizer_prefix("param")
 
 
 @dataclass(frozen=True)
@@ -96,21 +95,15 @@ def _check(config: RunConfig, data: DataPlan, path: Location, saved: Manifest) -
         "tokenizer": {"sha256": data.manifest.tokenizer_sha256},
     }
     changes = init_changes({**saved.config, "tokenizer": saved.state.get("tokenizer", {})}, now)
-    accepted = config.checkpoint.accept_changes
-    refused = [
-        change
-        for change in changes
-        if change.rule is Rule.FIXED
-        or (change.rule is Rule.ASKED and not any(_is_in(change.name, key) for key in accepted))
-    ]
-    if refused:
-        lines = [str(change) for change in refused]
-        names = {change.name for change in refused}
+    wrong = refused(changes, config.checkpoint.accept_changes)
+    if wrong:
+        lines = [str(change) for change in wrong]
+        names = {change.name for change in wrong}
         if names & {"model.vocab_size", "tokenizer.sha256"}:
             lines += _rows_that_match(data, path, saved)
-        asked = [change.name for change in refused if change.rule is Rule.ASKED]
+        asked = [change.name for change in wrong if change.rule is Rule.ASKED]
         remedy = "take the model section and the tokenizer of the checkpoint"
-        if len(asked) == len(refused):
+        if len(asked) == len(wrong):
             remedy += f", or, where it is meant, set checkpoint.accept_changes={','.join(asked)}"
         raise CheckpointError(
             f"run.init_from={config.run.init_from}: the weights of {path} are those of another "
@@ -119,10 +112,6 @@ def _check(config: RunConfig, data: DataPlan, path: Location, saved: Manifest) -
     if config.run.init_optimizer:
         _check_optimizer(config, path, saved)
     return [change for change in changes if change.rule is not Rule.FREE]
-
-
-def _is_in(name: str, key: str) -> bool:
-    return name == key or name.startswith(f"{key}.")
 
 
 def _check_optimizer(config: RunConfig, path: Location, saved: Manifest) -> None:

@@ -185,7 +185,7 @@ def resume(
     for path in candidates:
         try:
             saved = read_manifest_together(path, ranks=ranks)
-            changes = check_is_same_run(config, data, path, saved)
+            changes = check_continues(config, data, path, saved)
             state = TrainState.saved_in(saved)
             curve, notes = curve_of(config, saved, changes)
             engine.load_sharded_state(
@@ -255,7 +255,7 @@ def _to_skip(folder: Location, saved: Manifest) -> int:
     return Lives(folder).samples_to_skip(saved.state.get("life", 0), saved.step)
 
 
-def check_is_same_run(
+def check_continues(
     config: RunConfig, data: DataPlan, path: Location, saved: Manifest
 ) -> list[Change]:
     """Check that a checkpoint is of this run's model, data and tokenizer, and not of a longer run.

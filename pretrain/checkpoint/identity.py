@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.config.changes import Change, Rule, resume_changes, rules_of
+from pretrain.config.changes import Change, Rule, refused, resume_changes, rules_of
 from xlstm_io.errors import CheckpointError
 
 
@@ -32,41 +32,27 @@ def check_same_run(
         CheckpointError: Something else differs.
     """
     changes = resume_changes(saved, run)
-    fixed = [change for change in changes if change.rule is Rule.FIXED]
-    asked = [
-        change
-        for change in changes
-        if change.rule is Rule.ASKED and not _is_in(change.name, accept)
-    ]
-    if fixed or asked:
-        raise CheckpointError(_message(fixed, asked, path))
+    wrong = refused(changes, accept)
+    if wrong:
+        raise CheckpointError(_message(wrong, path))
     return [change for change in changes if change.rule is not Rule.FREE]
 
 
-def _message(fixed: list[Change], asked: list[Change], path: object) -> str:
+def _message(wrong: list[Change], path: object) -> str:
     """What is said about differences that a resume does not allow, and the remedies that exist."""
     which = f"the checkpoint {path}" if path else "the checkpoint"
-    lines = [f"  {change}" for change in (*fixed, *asked)]
-    if not fixed:
-        names = ",".join(change.name for change in asked)
-        return "\n".join(
-            [
-                f"{which} belongs to another run; use another run.dir, set what differs back, or, "
-                f"where the change is meant, continue with checkpoint.accept_changes={names}",
-                *lines,
-            ]
-        )
-    names = ", ".join(change.name for change in fixed)
-    reasons = dict.fromkeys(rules.reason for c in fixed if (rules := rules_of(c.name)) is not None)
-    return "\n".join(
-        [
-            f"{which} belongs to another run and cannot be loaded into this one: {names} "
-            f"({'; '.join(reasons)}); use another run.dir, or set back what differs",
-            *lines,
-        ]
+    fixed = [change for change in wrong if change.rule is Rule.FIXED]
+    names = ",".join(change.name for change in wrong)
+    told = (
+        f"{which} belongs to another run; use another run.dir, set what differs back, or, "
+        f"where the change is meant, continue with checkpoint.accept_changes={names}"
     )
-
-
-def _is_in(name: str, keys: Sequence[str]) -> bool:
-    """Whether a dotted name is one of `keys` or lies in a section that is."""
-    return any(name == key or name.startswith(key + ".") for key in keys)
+    if fixed:
+        names = ", ".join(change.name for change in fixed)
+        rules = (rules_of(change.name) for change in fixed)
+        reasons = dict.fromkeys(rule.reason for rule in rules if rule is not None)
+        told = (
+            f"{which} belongs to another run and cannot be loaded into this one: {names} "
+            f"({'; '.join(reasons)}); use another run.dir, or set back what differs"
+        )
+    return "\n".join([told, *(f"  {change}" for change in wrong)])

@@ -5,7 +5,7 @@ and recorded of a resume comes from it (`pretrain.watching.history`), and docs/c
 shows it. Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -151,7 +151,7 @@ class Change:
 
     Attributes:
         name: its dotted name.
-        before: the checkpoint's value; None where it had none.
+        before: the checkpoint's value; `(none)` where it does not have the name.
         now: the run's value, likewise.
         rule: whether that is allowed.
     """
@@ -198,6 +198,23 @@ def init_changes(saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[Chang
         for name, old, new, rules in _differing(saved, run)
         if old != _NONE
     ]
+
+
+def refused(changes: Iterable[Change], accept: Iterable[str]) -> list[Change]:
+    """The changes that are not allowed, those that cannot be accepted first.
+
+    Args:
+        changes: what differs.
+        accept: keys and sections that may differ where their rule asks: the change is meant.
+    """
+    accepted = tuple(f"{key}." for key in accept)
+    found = [
+        change
+        for change in changes
+        if change.rule is Rule.FIXED
+        or (change.rule is Rule.ASKED and not f"{change.name}.".startswith(accepted))
+    ]
+    return sorted(found, key=lambda change: change.rule is not Rule.FIXED)
 
 
 def _differing(

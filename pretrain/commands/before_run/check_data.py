@@ -14,7 +14,7 @@ from pretrain.config.checks import check_vocabulary
 from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.init_from import described, find_origin
-from pretrain.resume import check_is_same_run, curve_of, with_vocab_tokens
+from pretrain.resume import check_continues, curve_of, with_vocab_tokens
 from pretrain.run_folder import checkpoints_of
 from pretrain.supervision.progress_file import check_nothing_is_lost
 from xlstm_io.checkpoint.manifest import newest_first
@@ -119,7 +119,7 @@ def _run_folder(config: RunConfig, plan: DataPlan) -> list[str]:
         saved = read_manifest(newest)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    changes = check_is_same_run(config, plan, newest, saved)
+    changes = check_continues(config, plan, newest, saved)
     _, notes = curve_of(config, saved, changes)
     changed = [f"{'':<18}changed since then: {change}" for change in changes]
     return [
