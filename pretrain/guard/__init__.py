@@ -1,1 +1,1 @@
-"""What stops a run, or takes it back: divergence, and ranks that differ."""
+"""What stops a run: divergence, ranks that differ, and wrong kernels."""

@@ -14,7 +14,6 @@ import shlex
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from pretrain.config import RunConfig
 from pretrain.engines.verdict import FINITE, Guard, StepResult
 from pretrain.run_folder import EVIDENCE_FOLDER
-from pretrain.watching.history import note
+from pretrain.watching.history import note, now
 from xlstm_io.checkpoint.manifest import step_of_folder
 from xlstm_io.errors import ExitCode, UserError
 from xlstm_io.storage import Location, write_atomic
@@ -226,7 +225,7 @@ def keep_evidence(
     values = {
         "step": rejected.step,
         "life": life,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "lr": rejected.lr,
         "result": {k: str(v) for k, v in asdict(rejected.result).items() if k != "votes"},
         "limits": {k: str(v) for k, v in asdict(rejected.limits).items()},

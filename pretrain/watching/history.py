@@ -5,9 +5,8 @@
     RUN/starts/000003/provenance.json   code, versions, machine, command and data of that start
 
 The line of a start says which life it was, when and from where it went on, and what differed from
-the checkpoint's configuration and alters the result. Events
-are how a life ends (but for a killed one), a rewind, a step without an update, and what
-`pretrain.watching.milestones` tells.
+the checkpoint's configuration and alters the result. Events are how a life ends (but for a killed
+one), a rewind, a step without an update, and what `pretrain.watching.milestones` tells.
 """
 
 import json
@@ -27,11 +26,6 @@ from xlstm_io.storage import write_atomic
 if TYPE_CHECKING:  # who only reads a history needs no torch
     from pretrain.checkpoint import CheckpointSaver
     from pretrain.resume import Start
-
-
-def start_folder(run: Path, life: int) -> Path:
-    """The folder of one start of a run."""
-    return run / STARTS_FOLDER / f"{life:06d}"
 
 
 def record_life(
@@ -62,7 +56,7 @@ def record_life(
     run, ranks = Path(config.run.dir), saver.ranks
     ranks.first(
         f"writing to run.dir={run}",
-        lambda: record_start(run, life, config, start, processes, provenance),
+        lambda: _record_start(run, life, config, start, processes, provenance),
     )
     ranks.first(
         f"writing to {saver.folder}",
@@ -75,7 +69,7 @@ def record_life(
     )
 
 
-def record_start(
+def _record_start(
     run: Path,
     life: int,
     config: RunConfig,
@@ -83,20 +77,8 @@ def record_start(
     processes: int,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Keep configuration and provenance of a start, and add its line to the history.
-
-    Args:
-        run: the run folder.
-        life: number of the life that starts.
-        config: its configuration.
-        start: what it starts from.
-        processes: how many processes it has.
-        provenance: see `pretrain.watching.provenance`.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder = start_folder(run, life)
+    """Keep configuration and provenance of a start, and add its line to the history."""
+    folder = run / STARTS_FOLDER / f"{life:06d}"
     folder.mkdir(parents=True)  # a life has one start
     save_config(config, folder / CONFIG_FILE)
     write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1).encode() + b"\n")

@@ -12,14 +12,13 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pretrain.config import load_config
 from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE, SUMMARY_FILE
 from pretrain.supervision.lease import take_run
 from pretrain.supervision.progress_file import read_progress
-from pretrain.watching.history import append
+from pretrain.watching.history import append, now
 from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
@@ -64,7 +63,7 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
             {
                 "life": lease.life,
                 "event": "rewind",
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "time": now(),
                 "step": to,
                 "checkpoint": str(path),
                 "skip_samples": skip_samples,
