@@ -1,8 +1,7 @@
 """Where a run's weights come from: code, programs, machine, command and data of each start.
 
 It lies in `starts/LIFE/provenance.json` in the run folder, and in the state of every checkpoint.
-It holds no secrets: environment variables are an allow-list, and names and passwords in URLs are
-left out.
+It holds no secrets: environment variables are an allow-list, and credentials in URLs are masked.
 """
 
 import hashlib
@@ -17,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from xlstm_io.remote import masked_values
 from xlstm_io.shards.manifest import Manifest
 
 PACKAGES = (
@@ -34,7 +34,6 @@ ENVIRONMENT = re.compile(
     r"|SLURM_(JOB_ID|JOB_NAME|JOB_PARTITION|NNODES|NTASKS|JOB_NODELIST|RESTART_COUNT)"
 )
 DRIVER = Path("/proc/driver/nvidia/version")
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 GIT_SECONDS = 20
 SOURCES = Path(__file__).parents[2]
 
@@ -45,19 +44,15 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
     Args:
         manifests: of the folders of shards that the run trains on.
     """
-    return {
+    found = {
         "code": code(),
         "versions": versions(),
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": device(),
         "driver": driver(),
-        "command": [_USER_IN_URL.sub("", word) for word in sys.argv],
-        "environment": {
-            name: _USER_IN_URL.sub("", value)
-            for name, value in sorted(os.environ.items())
-            if ENVIRONMENT.fullmatch(name)
-        },
+        "command": sys.argv,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if ENVIRONMENT.fullmatch(k)},
         "data": [
             {
                 "folder": str(manifest.root),
@@ -68,6 +63,7 @@ def provenance(manifests: Iterable[Manifest]) -> dict[str, Any]:
             for manifest in manifests
         ],
     }
+    return masked_values(found)
 
 
 def device() -> str | None:

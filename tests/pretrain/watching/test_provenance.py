@@ -18,11 +18,12 @@ def test_code_versions_command_and_data_are_noted_and_no_secrets(tmp_path, monke
     manifest = load_manifest(tmp_path / "shards")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setattr(sys, "argv", ["train", "--checkpoint.dir", "s3://me:hidden@host/run"])
+    urls = ["https://host/shards?token=hidden", "s3://me:hidden@host/run"]
+    monkeypatch.setattr(sys, "argv", ["train", *urls])
     found = provenance([manifest])
     assert "hidden" not in json.dumps(found)
     assert found["environment"]["NCCL_DEBUG"] == "INFO"
-    assert found["command"][-1] == "s3://host/run"
+    assert found["command"][-1] == "s3://***@host/run"
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     (data,) = found["data"]
     assert (data["manifest"], data["tokenizer"]) == (manifest.hash, manifest.tokenizer_sha256)
