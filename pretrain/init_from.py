@@ -22,7 +22,6 @@ from xlstm_io.storage import Location
 from xlstm_io.tokenizer import open_tokenizer
 
 
-
 @dataclass(frozen=True)
 class Origin:
     """What a run started from.

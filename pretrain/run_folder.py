@@ -21,9 +21,15 @@ TENSORBOARD_DIR = "tensorboard"
 WANDB_ID_FILE = "wandb-id.txt"
 
 
-def checkpoints_of(config: RunConfig) -> Location:
-    """The folder of a run's checkpoints."""
-    return location(config.checkpoint.dir or Path(config.run.dir) / CHECKPOINTS_FOLDER)
+def checkpoints_of(config: RunConfig, folder: Path | None = None) -> Location:
+    """The folder of a run's checkpoints.
+
+    Args:
+        config: the run.
+        folder: where its folder is now, if not at `run.dir`.
+    """
+    folder = folder or Path(config.run.dir)
+    return location(config.checkpoint.dir or folder / CHECKPOINTS_FOLDER)
 
 
 def life_logs(folder: Path, life: int) -> Path:

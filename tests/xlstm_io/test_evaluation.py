@@ -10,6 +10,7 @@ from pretrain.checkpoint import TensorSlice, save_checkpoint
 from pretrain.commands.after_run.report import _best_checkpoint
 from pretrain.commands.after_run.show import show
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation, write_evaluation
+from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.checkpoint.manifest import parse_manifest
 
 
@@ -75,3 +76,5 @@ def test_show_and_report_name_it(tmp_path):
     assert "valid loss  2.0000 (web 1.5000, code 2.5000)" in show(paths[1])
     assert _best_checkpoint(tmp_path) == (paths[1], 2.0)
     assert _best_checkpoint(tmp_path / "nothing") is None
+    record_start(tmp_path / "checkpoints", 1, 1)  # a rewind: what is beyond is never loaded
+    assert _best_checkpoint(tmp_path) == (paths[0], 2.5)

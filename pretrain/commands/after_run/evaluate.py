@@ -24,6 +24,7 @@ from xlstm_io.storage import Location
 from xlstm_io.terminal import say
 from xlstm_mcore.inference import open_model
 
+
 def main(
     checkpoint: str,
     config: RunConfig,

@@ -10,12 +10,10 @@ more context, so the goal is 0.3 nat below the bigram model.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,12 @@ from pretrain.lr_curve import Curve, continued
 from pretrain.report.figures import draw_loss
 from pretrain.report.page import write_page
 from pretrain.report.runs import RunRecord, read_json, read_run
-from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, TENSORBOARD_DIR
+from pretrain.run_folder import CONFIG_FILE, METRICS_FILE, TENSORBOARD_DIR, checkpoints_of
+from xlstm_io.checkpoint.choose import BEST, choose
 from xlstm_io.checkpoint.evaluation import read_evaluation
-from xlstm_io.checkpoint.manifest import CHECKPOINTS_FOLDER, read_manifest, step_folders
+from xlstm_io.checkpoint.manifest import read_manifest
 from xlstm_io.errors import CheckpointError, ConfigError, ExitCode, UserError
+from xlstm_io.storage import Location
 from xlstm_io.terminal import size_of_model
 
 GOAL_NATS = 0.3
@@ -97,37 +97,41 @@ def _memory_line(peak: Any) -> str | None:
     return f"peak memory         {total:.2f} GiB over all processes, {largest:.2f} GiB in one"
 
 
-def _places(run_dir: Path) -> list[str]:
-    """Those of the run's files that exist, and where they are."""
+def _places(run: RunRecord) -> list[str]:
+    """Those of the run's files that exist, and where they are; remote storage is not asked."""
+    run_dir, checkpoints = run.folder, checkpoints_of(run.config, run.folder)
+
+    def is_there(path: Location) -> bool:
+        return not isinstance(path, Path) or path.exists()
+
     named = (
         ("configuration", run_dir / CONFIG_FILE),
         ("metrics", run_dir / METRICS_FILE),
         ("loss curve", run_dir / PLOT_FILE),
         ("page", run_dir / PAGE_FILE),
         ("TensorBoard", run_dir / TENSORBOARD_DIR),
-        ("checkpoints", run_dir / CHECKPOINTS_FOLDER),
+        ("checkpoints", checkpoints),
         ("Hugging Face", run_dir / EXPORT_DIR),
         ("sample text", run_dir / SAMPLE_FILE),
         ("this summary", run_dir / TEXT_FILE),
     )
-    lines = [f"  {name:<17} {path}" for name, path in named if path.exists()]
-    best = _best_checkpoint(run_dir)
+    lines = [f"  {name:<17} {path}" for name, path in named if is_there(path)]
+    best = _best_checkpoint(checkpoints) if isinstance(checkpoints, Path) else None
     if best is not None:
         path, loss = best
         lines.append(f"  {'best checkpoint':<17} {path} (validation loss {loss:.3f})")
     return lines
 
 
-def _best_checkpoint(run_dir: Path) -> tuple[Path, float] | None:
-    """The checkpoint in a run folder with the lowest validation loss of its own, and that loss."""
-    losses = {}
-    for path in step_folders(run_dir):
-        with suppress(CheckpointError, OSError):
-            measured = read_evaluation(path, read_manifest(path))
-            if measured is not None and math.isfinite(measured.loss):
-                losses[path] = measured.loss
-    best = min(losses, key=lambda path: (losses[path], path.name), default=None)
-    return None if best is None else (best, losses[best])
+def _best_checkpoint(folder: Path) -> tuple[Location, float] | None:
+    """The checkpoint with the lowest validation loss of its own, and that loss."""
+    try:
+        path = choose(folder, BEST)
+    except CheckpointError:  # there is none, or none was measured
+        return None
+    measured = read_evaluation(path, read_manifest(path))
+    assert measured is not None
+    return path, measured.loss
 
 
 def program(name: str) -> str:
@@ -208,7 +212,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     memory = _memory_line(summary.get("peak_memory_bytes"))
     if memory:
         lines.append(memory)
-    lines += ["", "where things lie:", *_places(folder)]
+    lines += ["", "where things lie:", *_places(run)]
     lines += ["", "what to try next:"]
     lines += _next_steps(folder, config, summary["finished"], goal_met)
     return "\n".join(lines)

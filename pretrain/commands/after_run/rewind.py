@@ -15,20 +15,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from pretrain.config import load_config
-from pretrain.run_folder import CONFIG_FILE, EVIDENCE_FOLDER, METRICS_FILE, SUMMARY_FILE
+from pretrain.run_folder import (
+    CONFIG_FILE,
+    EVIDENCE_FOLDER,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    checkpoints_of,
+)
 from pretrain.supervision.lease import take_run
 from pretrain.supervision.progress_file import read_progress
 from pretrain.watching.history import append, now
 from xlstm_io.checkpoint import lives
 from xlstm_io.checkpoint.manifest import (
-    CHECKPOINTS_FOLDER,
     newest_first,
     parse_manifest,
     step_of_folder,
     verify_hashes,
 )
 from xlstm_io.errors import CheckpointError, ConfigError, ExitCode
-from xlstm_io.storage import Location, location
+from xlstm_io.storage import Location
 
 
 def main(run_dir: str, to: int, skip_samples: int) -> int:
@@ -49,7 +54,7 @@ def main(run_dir: str, to: int, skip_samples: int) -> int:
     if not (run / CONFIG_FILE).exists():
         raise ConfigError(f"{run} has no {CONFIG_FILE}; give the run.dir of a run")
     config = load_config(run / CONFIG_FILE)
-    folder = location(config.checkpoint.dir or run / CHECKPOINTS_FOLDER)
+    folder = checkpoints_of(config, run)
     own = config.checkpoint.dir is None
     path, beyond = _find(folder, to)
     # Copied checkpoints bring the numbers of the lives of their run with them.

@@ -1,4 +1,4 @@
-"""`--fresh`: a run starts anew, and the folder of the old one keeps all it has under another name."""
+"""`--fresh`: a run starts anew, and the folder of the old one gets another name."""
 
 import os
 from pathlib import Path
