@@ -58,7 +58,7 @@ def estimate(config: RunConfig, gpus: int, gpu: Gpu) -> Estimate:
         gpu: which.
     """
     fullest = count_fullest(config, gpus)
-    seconds = _seconds(config, gpus, gpu, len(config.model.pattern.split("|")), fullest.sent)
+    seconds = _seconds(config, gpus, gpu, fullest.sent)
     step = sum(seconds.values())
     tokens = config.tokens_per_step / step
     work = training_flops(config.model, config.data.seq_len) * tokens
@@ -78,11 +78,8 @@ def count_fullest(config: RunConfig, gpus: int) -> Counts:
         config: the run with its layout, which fits the number of GPUs.
         gpus: how many.
     """
-    stages = config.model.pattern.split("|")
-    first_of_last = (len(stages) - 1) * gpus // len(stages)
-    counted = [count_rank(config, stages, 0, 0, gpus)]
-    if len(stages) > 1:
-        counted.append(count_rank(config, stages, len(stages) - 1, first_of_last, gpus))
+    pipeline = config.layout.pipeline
+    counted = [count_rank(config, place, gpus) for place in sorted({0, pipeline - 1})]
     fullest = max(counted, key=lambda counts: sum(counts.memory.values()))
     sent = {
         key: max(counts.sent.get(key, 0.0) for counts in counted)
@@ -91,24 +88,25 @@ def count_fullest(config: RunConfig, gpus: int) -> Counts:
     return Counts(fullest.memory, sent)
 
 
-def count_rank(config: RunConfig, stages: list[str], stage: int, rank: int, gpus: int) -> Counts:
+def count_rank(config: RunConfig, place: int, gpus: int) -> Counts:
     """Count one rank of a run from rehearsals of a few of its blocks.
 
     Args:
         config: the run.
-        stages: letters of each stage.
-        stage: the one that the rank has.
-        rank: the rank.
+        place: of the rank in its pipeline; it is the first one there. With interleaved stages it
+            has several.
         gpus: number of ranks.
     """
-    letters = Counter(stages[stage])
+    pipeline = config.layout.pipeline
+    rank, stages = place * gpus // pipeline, config.model.pattern.split("|")
     few = ["".join(c * min(n, _BLOCKS) for c, n in Counter(part).items()) for part in stages]
     base = total = _counts_of(config, few, rank, gpus)
-    for letter, number in letters.items():
-        if number > _BLOCKS:
-            more = [part + letter * (at == stage) for at, part in enumerate(few)]
-            one_more = _counts_of(config, more, rank, gpus).plus(base, -1)
-            total = total.plus(one_more, number - _BLOCKS)
+    for own in range(place, len(stages), pipeline):
+        for letter, number in Counter(stages[own]).items():
+            if number > _BLOCKS:
+                more = [part + letter * (at == own) for at, part in enumerate(few)]
+                one_more = _counts_of(config, more, rank, gpus).plus(base, -1)
+                total = total.plus(one_more, number - _BLOCKS)
     return total
 
 
@@ -133,10 +131,8 @@ def _sent(record: RankRecord) -> dict[str, float]:
     return dict(found)
 
 
-def _seconds(
-    config: RunConfig, gpus: int, gpu: Gpu, stages: int, sent: Mapping[str, float]
-) -> dict[str, float]:
-    data = config.data
+def _seconds(config: RunConfig, gpus: int, gpu: Gpu, sent: Mapping[str, float]) -> dict[str, float]:
+    data, layout = config.data, config.layout
     forward = forward_flops(config.model, data.seq_len)
     blocks = 1 - forward["head"] / sum(forward.values())
     work = training_flops(config.model, data.seq_len) * config.tokens_per_step
@@ -145,14 +141,14 @@ def _seconds(
     replicas = data_parallel_size(config, gpus)
     number = micro_batches(config, replicas)
     compute *= number * data.micro_batch * replicas / data.global_batch  # with data.fill_batch
-    inner = config.layout.tensor * config.layout.context
+    inner = layout.tensor * layout.context
     within = gpu.gbs_node if inner <= GPUS_PER_NODE else gpu.gbs_network
     across = gpu.gbs_node if gpus <= GPUS_PER_NODE else gpu.gbs_network
     # Gradients leave during the last backward pass, and weights come during the first forward pass.
     hidden = compute / number
     return {
         "compute": compute,
-        "bubble": compute * (stages - 1) / (number * config.layout.virtual),
+        "bubble": compute * (layout.pipeline - 1) / (number * layout.virtual),
         "tensor messages": sent[TENSOR] / (within * 1e9),
         "stage messages": sent[PIPELINE] / (across * 1e9),
         "gradients and weights": max(0.0, sent[DATA] / (across * 1e9) - hidden),

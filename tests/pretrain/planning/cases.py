@@ -11,7 +11,7 @@ from unittest import mock
 
 from pretrain import cli
 from pretrain.commands.before_run.plan import plan
-from pretrain.config import load_config, save_config
+from pretrain.config import LayoutConfig, load_config, save_config
 from pretrain.planning.estimate import DATA, TENSOR, _sent, count_rank
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.gpus import RESERVE, Gpu
@@ -22,25 +22,26 @@ from xlstm_mcore.megatron.first_import import import_megatron
 CASES = (
     ("MMMMM", {"data__seq_len": 128}),
     ("MsMsMsMs", {"memory__recompute": "selective"}),
-    ("MMMM|MMMM", {"layout__tensor": 2, "layout__sequence": True, "layout__pipeline": 2}),
+    ("MMMM|MMMM", {"layout": {"tensor": 2, "sequence": True, "pipeline": 2}}),
+    ("MMMM|MMM|MMMM|MMM", {"layout": {"pipeline": 2, "virtual": 2}}),
 )
 
 
-def run_of(pattern, **changes):
+def run_of(pattern, layout=None, **changes):
     options = {"data__global_batch": 8, "engine__precision": "bf16", **changes}
     config = work.run_config("large", **options)
-    return config.model_copy(update={"model": config.model.model_copy(update={"pattern": pattern})})
+    model = config.model.model_copy(update={"pattern": pattern})
+    return config.model_copy(update={"model": model, "layout": LayoutConfig(**layout or {})})
 
 
 def counted() -> list:
     found = []
     for pattern, changes in CASES:
         config = run_of(pattern, **changes)
-        stages = pattern.split("|")
-        for stage in range(len(stages)):
-            rank = stage * 8 // len(stages)
-            counts = count_rank(config, stages, stage, rank, 8)
-            whole = rehearse_rank(config, rank, 8, steps_only=True)
+        pipeline = config.layout.pipeline
+        for place in range(pipeline):
+            counts = count_rank(config, place, 8)
+            whole = rehearse_rank(config, place * 8 // pipeline, 8, steps_only=True)
             sent = _sent(whole)
             found.append(
                 {
