@@ -84,14 +84,14 @@ def _test(config: RunConfig, steps: int, layout: Layout, stop: StopSignal) -> in
 
 
 def _part(config: RunConfig, name: str, kind: str) -> RunConfig:
-    """The run with a folder of its own, a line in the log for every step, and no saves but ours."""
+    """The run in a folder of its own, every step logged there alone, and no saves but ours."""
     raw = config.model_dump()
     raw["run"]["dir"] = str(Path(config.run.dir) / name / kind)
     raw["checkpoint"] |= {"interval": NEVER, "keep": 1, "keep_every": None, "keep_best": 0}
     if config.checkpoint.dir is not None:
         raw["checkpoint"]["dir"] = f"{config.checkpoint.dir.rstrip('/')}/{name}-{kind}"
     raw["evaluation"]["interval"] = NEVER
-    raw["logging"] |= {"interval": 1, "tensorboard": False}
+    raw["logging"] |= {"interval": 1, "tensorboard": False, "wandb": {}}
     return RunConfig.model_validate(raw)
 
 
