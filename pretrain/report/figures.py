@@ -69,7 +69,7 @@ def loss_figure(runs: Sequence[RunRecord], by: str) -> bytes | None:
             axes.plot(where, losses, color=color, linewidth=0.8, alpha=0.35)
             label = "training" if len(runs) == 1 else name_of(run)
             axes.plot(where, smoothed(losses), color=color, linewidth=1.6, label=label)
-        for style, key in zip(("o--", "s:", "^-.", "d--"), run.valid_keys, strict=False):
+        for style, key in zip(cycle(("o--", "s:", "^-.", "d--")), run.valid_keys):
             where, losses = run.points(key, by)
             if where:
                 drawn = True
