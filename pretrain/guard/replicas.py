@@ -93,13 +93,9 @@ class ReplicaWatcher(StepWatcher):
     """
 
     def __init__(self, config: "RunConfig", layout: "Layout", engine: "Engine") -> None:
-        self._every, self._layout, self._engine = config.guard.check_replicas, layout, engine
+        self.every, self._layout, self._engine = config.guard.check_replicas, layout, engine
         self._deterministic = config.run.deterministic
         self._gradients: list[Hashed] = []
-
-    def due(self, step: int) -> bool:
-        """Whether to check after `step` finished steps."""
-        return bool(self._every) and step % self._every == 0
 
     def before_update(self) -> None:
         """Hash the gradient, which does not outlive the step."""
@@ -107,7 +103,7 @@ class ReplicaWatcher(StepWatcher):
 
     def tell(self, seen: WatchedStep, metrics: MetricLogger) -> None:
         """Compare; raises MachineFailed where something differs."""
-        since = seen.step - self._every
+        since = seen.step - self.every
         check_replicas(self._engine, self._layout, since, self._gradients)
         self._gradients = []
         for line in check_twice(

@@ -51,15 +51,11 @@ class CellWatcher(StepWatcher):
     """
 
     def __init__(self, config: RunConfig, layout: Layout, engine: Engine) -> None:
-        self._every, self._layout, self._engine = config.logging.cells, layout, engine
+        self.every, self._layout, self._engine = config.logging.cells, layout, engine
         self._letters = parse_pattern(config.model.pattern).letters
         self._names: list[int | str] = [*range(len(self._letters)), *OTHERS.values()]
         self._squares = torch.zeros(0)
         self._before: list[Tensor] = []
-
-    def due(self, step: int) -> bool:
-        """Whether to look at the step after which `step` steps are finished."""
-        return bool(self._every) and step % self._every == 0
 
     def before_update(self) -> None:
         """Take the gradient and a copy of the weights, between the gradient's norm and the step."""

@@ -13,7 +13,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -124,15 +125,19 @@ class MetricLogger:
         """
         if not self._enabled or self.fault is not None:
             return
-        try:
+        with self._noting_fault():
             self._write(step, values)
             for writer in self._writers:
                 writer.write(step, values)
+            self._progress.show(step, values)
+
+    @contextmanager
+    def _noting_fault(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.fault = error
             self._progress.message(f"{error}: the run saves and stops")
-            return
-        self._progress.show(step, values)
 
     def _write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Put a record at the end of the file, in the place of the last one if it is its step.
@@ -173,14 +178,11 @@ class MetricLogger:
             layer = line["layer"]
             place = f"cells/{layer:02d}" if isinstance(layer, int) else f"cells/{layer}"
             values |= {f"{place}/{k}": v for k, v in line.items() if isinstance(v, float)}
-        try:
+        with self._noting_fault():
             with open(self._cells, "a", encoding="utf-8") as file:
                 file.write("".join(map(_line, lines)))
             for writer in self._writers:
                 writer.write(lines[0]["step"], values)
-        except OSError as error:
-            self.fault = error
-            self._progress.message(f"{error}: the run saves and stops")
 
     def evaluating(self, done: int, total: int) -> None:
         """Show that an evaluation has done so many of its batches; records nothing."""

@@ -52,7 +52,7 @@ class RankWatcher(StepWatcher):
     """
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self._every = config.logging.ranks if layout.world_size > 1 else 0
+        self.every = config.logging.ranks if layout.world_size > 1 else 0
         self._layout = layout
         self._timer = CollectiveTimer()
         self._started = self._host = 0.0
@@ -62,10 +62,6 @@ class RankWatcher(StepWatcher):
     def stragglers(self) -> list[str]:
         """The hosts that are behind now; the same on every rank."""
         return [] if self._slow is None else self._slow.named
-
-    def due(self, step: int) -> bool:
-        """Whether to look at the step after which `step` steps are finished."""
-        return bool(self._every) and step % self._every == 0
 
     def __enter__(self) -> Self:
         self._timer.start()

@@ -27,11 +27,16 @@ class StepWatcher:
 
     It is a context around a step, from its forward pass until the host knows the verdict. All ranks
     watch the same steps, so a watcher may send messages.
+
+    Attributes:
+        every: steps between those that are watched; 0 for none.
     """
+
+    every = 0
 
     def due(self, step: int) -> bool:
         """Whether the step after which `step` steps are finished is watched."""
-        return False
+        return self.every > 0 and step % self.every == 0
 
     def __enter__(self) -> Self:
         return self
