@@ -24,40 +24,6 @@ from xlstm_mcore.kernel_check import Share, compare_kernels
 
 FOLDER = "xlstm-pretrain/kernel-check"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OF_KERNELS = (
-    "pattern",
-    "hidden_size",
-    "num_heads",
-    "qk_dim_factor",
-    "v_dim_factor",
-    "up_dim_factor",
-    "round_up_to",
-    "chunk_size",
-    "kernel_backend",
-    "gate_soft_cap",
-    "cell_eps",
-    "ffn_dim_factor",
-    "slstm_ffn_dim_factor",
-    "norm",
-    "norm_eps",
-    "logit_soft_cap",
-    "vocab_size",
-    "vocab_tokens",
-    "mlstm_gate",
-    "mlstm_input_gate",
-    "mlstm_forget_gate",
-    "mlstm_normalize",
-    "slstm_forget_gate",
-    "slstm_input_gate",
-    "head_norm",
-    "residual",
-    "conv_width",
-    "qkv_block_size",
-    "slstm_conv_width",
-    "ssm_dim_factor",
-    "ssm_head_dim",
-    "ssm_state_dim",
-)
 
 
 def kernel_problems(config: RunConfig, device: torch.device) -> list[str]:
@@ -97,8 +63,7 @@ def check_kernels_once(config: RunConfig, device: torch.device) -> None:
 
 
 def _facts(config: RunConfig) -> dict[str, Any]:
-    """Everything that the result depends on."""
-    model = config.model.model_dump(include=set(OF_KERNELS))
+    """Everything that the result depends on; sections are whole, so that no new key is missed."""
     return {
         "device": hardware.device_name(),
         "driver": driver(),
@@ -107,9 +72,9 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "precision": config.engine.precision,
         "micro_batch": config.data.micro_batch,
         "seq_len": config.data.seq_len,
-        "layout": config.layout.model_dump(include={"tensor", "sequence", "context"}),
-        "memory": config.memory.model_dump(include={"cell_states", "slstm_form", "logits_mib"}),
-        "model": model,
+        "layout": config.layout.model_dump(),
+        "memory": config.memory.model_dump(),
+        "model": config.model.model_dump(),
     }
 
 
