@@ -46,7 +46,7 @@ class Keeper:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the kernel's words; None when it is not there."""
+    """When a process started, in clock ticks since the boot; None when it is not there."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from pretrain.processes.keeper import started
 from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.errors import Superseded, UserError
 from xlstm_io.new_file import create_new
@@ -75,7 +76,7 @@ class Holder:
             host=socket.gethostname(),
             boot=_boot(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=int(started(os.getpid()) or 0),
             job=os.environ.get("SLURM_JOB_ID"),
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             namespace=_namespace(),
@@ -92,7 +93,7 @@ class Holder:
 
     def runs(self) -> bool:
         """Whether the process is there; asked by one who sees it."""
-        return bool(self.started) and _started(self.pid) == self.started
+        return bool(self.started) and started(self.pid) == str(self.started)
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -351,13 +352,3 @@ def _namespace() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
-
-
-def _started(pid: int) -> int:
-    """When a process started (clock ticks since the boot); 0 when there is none of that number."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    state, *fields = stat.rpartition(")")[2].split()
-    return 0 if state in "ZX" else int(fields[18])
