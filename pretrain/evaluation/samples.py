@@ -12,6 +12,7 @@ from xlstm_io.errors import ConfigError
 from xlstm_io.shards.manifest import Manifest
 from xlstm_io.signals import StopSignal
 from xlstm_io.tokenizer import open_tokenizer
+from xlstm_io.tokenizer.base import Tokenizer
 from xlstm_io.tokenizer.text_stream import TextStream
 
 
@@ -38,9 +39,10 @@ class Samples:
             return
 
         def encode() -> list[list[int]]:
-            tokenizer = open_tokenizer(manifest.tokenizer_path)
-            return [tokenizer.prompt_ids(text) for text in self._prompts]
+            self._tokenizer = open_tokenizer(manifest.tokenizer_path)
+            return [self._tokenizer.prompt_ids(text) for text in self._prompts]
 
+        self._tokenizer: Tokenizer | None = None  # on the rank that writes alone
         self._ids = ranks.first("encoding evaluation.prompts", encode)
         for number, ids in enumerate(self._ids):
             if len(ids) + self._new > config.data.seq_len:
@@ -49,8 +51,6 @@ class Samples:
                     f"evaluation.prompt_tokens={self._new} more it does not fit into "
                     f"data.seq_len={config.data.seq_len}; shorten one of them"
                 )
-        # On the rank that writes alone: the others need no text.
-        self._tokenizer = open_tokenizer(manifest.tokenizer_path) if layout.is_main else None
         self._end = manifest.eos_id
 
     def take(self, engine: Engine, step: int, stop: StopSignal, watchdog: Watchdog) -> list[Sample]:
