@@ -125,6 +125,11 @@ def exit_code_of(error: UserError) -> ExitCode:
     return ExitCode.MACHINE_FAILED if is_machine_failure(error) else error.exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class MachineFailed(Exception):
     """What we run on failed: a rank, a worker, a disk; `ExitCode.MACHINE_FAILED`.
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pretrain.commands.after_run.generate import check_split
 from xlstm_io.checkpoint.choose import choose
-from xlstm_io.errors import UserError
+from xlstm_io.errors import UserError, first_line
 from xlstm_io.storage import replacing
 from xlstm_io.terminal import say
 from xlstm_io.tokenizer.base import Tokenizer
@@ -219,5 +219,6 @@ def _data_errors(tasks: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--tasks {','.join(tasks)}: the data cannot be opened: {text}") from error
+        raise UserError(
+            f"--tasks {','.join(tasks)}: the data cannot be opened: {first_line(error)}"
+        ) from error

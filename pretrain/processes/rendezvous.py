@@ -18,7 +18,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from pretrain.processes.environment import Place
-from xlstm_io.errors import ConfigError, Interrupted, MachineFailed
+from xlstm_io.errors import ConfigError, Interrupted, MachineFailed, first_line
 from xlstm_io.signals import StopSignal
 
 POLL_S = 0.1
@@ -57,7 +57,7 @@ def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Sto
             raise Interrupted from None
         raise MachineFailed(
             f"rank {place.rank} lost rank 0 at {place.host}:{place.port} before all had come: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if decision == GO:
         return store
@@ -154,20 +154,9 @@ def _wait_for_rank_0(place: Place, deadline: float, limit: float, stop: StopSign
 def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal | None) -> str:
     """`GO`, `STOP`, or the ranks that are missing; the same on every rank that has come."""
     come = store.add("come", 1)
-    while True:
-        if come >= place.world_size:
-            wish = GO
-        elif stop is not None and stop.requested:
-            wish = STOP
-        elif time.monotonic() > deadline:
-            wish = _missing(store, place)
-        elif store.check(["decision"]):
-            wish = ""  # another one was first
-        else:
-            time.sleep(POLL_S)
-            come = store.add("come", 0)
-            continue
-        break
+    while (wish := _wish(store, place, come, deadline, stop)) is None:
+        time.sleep(POLL_S)
+        come = store.add("come", 0)
     decision = (store.compare_set("decision", "", wish) if wish else store.get("decision")).decode()
     read = store.add("read", 1)
     if decision != GO and place.rank == 0 and not _store_of_torchrun():
@@ -179,6 +168,19 @@ def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal |
             with suppress(dist.DistError):
                 read = store.add("read", 0)
     return decision
+
+
+def _wish(
+    store: dist.Store, place: Place, come: int, deadline: float, stop: StopSignal | None
+) -> str | None:
+    """What this rank would decide; empty where another one has decided, None while it waits."""
+    if come >= place.world_size:
+        return GO
+    if stop is not None and stop.requested:
+        return STOP
+    if time.monotonic() > deadline:
+        return _missing(store, place)
+    return "" if store.check(["decision"]) else None
 
 
 def _missing(store: dist.Store, place: Place) -> str:
@@ -196,7 +198,3 @@ def _missing(store: dist.Store, place: Place) -> str:
 
 def _store_of_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ operating system in many words, and is told here in one message that names the r
 
 import torch.distributed as dist
 
-from xlstm_io.errors import MachineFailed, UserError, is_machine_failure
+from xlstm_io.errors import MachineFailed, UserError, first_line, is_machine_failure
 
 # What gloo and NCCL say of a wrong call, which is a bug of ours.
 WRONG_CALLS = ("ncclInvalid", "invalid usage", "invalid argument")
@@ -21,7 +21,7 @@ def machine_failure(error: BaseException, rank: int) -> MachineFailed | None:
     """
     if isinstance(error, MachineFailed | UserError):
         return None
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return MachineFailed(
             f"rank {rank}: a worker process of the loader was killed: {text}; often the machine "

@@ -12,7 +12,7 @@ import torch
 
 from pretrain.config import RunConfig
 from pretrain.planning.advice import ask, text
-from xlstm_io.errors import ConfigError, MachineFailed
+from xlstm_io.errors import ConfigError, MachineFailed, first_line
 from xlstm_io.terminal import counted
 from xlstm_mcore import hardware
 
@@ -49,9 +49,9 @@ def out_of_memory(
     limit = hardware.device_memory_bytes()
     snapshot = folder / f"memory-rank_{rank}.pickle"
     kept = hardware.save_memory_snapshot(snapshot)
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     lines = [
-        f"rank {rank} ran out of memory after {counted(steps, 'step')} of this start: {first_line}",
+        f"rank {rank} ran out of memory after {counted(steps, 'step')} of this start: "
+        f"{first_line(error)}",
         f"it held {used / 1e9:.2f} GB then, and {peak / 1e9:.2f} GB at most, of "
         f"{limit / 1e9:.2f} GB",
     ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xlstm_io.checkpoint.reader import CheckpointReader, TensorSlice
+from xlstm_io.errors import first_line
 from xlstm_io.tensor_files import TensorFiles
 from xlstm_mcore.build import make_config
 from xlstm_mcore.convert.errors import ConvertError
@@ -85,7 +86,7 @@ def loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a class of transformers may raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        first = first_line(error)[:200]
         raise ConvertError(
             f"transformers cannot load {folder}: {first} (code in the folder is not run: "
             "trust_remote_code stays off)"
