@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import CheckpointSaver, Ranks, Retention, candidates_together
+from pretrain.checkpoint import Candidates, CheckpointSaver, Ranks, Retention
 from pretrain.config import RunConfig, save_config
 from pretrain.config.checks import check_vocabulary
 from pretrain.config.kernel_checks import check_kernels
@@ -127,7 +127,7 @@ class Trainer:
             waiting=lambda: self.watchdog.moved(CHECKPOINT, self.state.step),
         )
         self.life: int = self.saver.ranks.broadcast(lease.life if lease else 0)
-        checkpoints = candidates_together(self.saver.folder, ranks=self.saver.ranks)
+        checkpoints = Candidates(self.saver.folder, self.saver.ranks)
         self.config = config = with_vocab_tokens(
             config, self.data.manifest.vocab_size, checkpoints, self.saver.ranks
         )

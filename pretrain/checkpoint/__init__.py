@@ -15,7 +15,6 @@ from pretrain.checkpoint.background import CheckpointSaver
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.load import (
     Candidates,
-    candidates_together,
     load_checkpoint,
     read_evaluation_together,
     read_manifest_together,
@@ -36,7 +35,6 @@ __all__ = [
     "Ranks",
     "Retention",
     "TensorSlice",
-    "candidates_together",
     "check_same_run",
     "find_latest",
     "load_checkpoint",

@@ -58,26 +58,24 @@ def load_checkpoint(
     return mine[0]
 
 
-def candidates_together(root: Location | str, *, ranks: Ranks | None = None) -> "Candidates":
+class Candidates:
     """The checkpoints that a run may continue from, newest first; the same on every rank.
 
-    Broken ones are named in a warning and passed over, attempts that were cut short too.
+    Broken ones are named in a warning and passed over, attempts that were cut short too. Only the
+    newest is looked for at once. The ranks go through the others together, and each is looked for
+    when they come to it.
+
+    Args:
+        root: A run folder or its folder of checkpoints.
+        ranks: Who looks together (default: all; without torch.distributed: this process).
 
     Raises:
         CheckpointError: There are checkpoints, but each is broken. A run must not start anew by
             accident.
     """
-    return Candidates(root, ranks or Ranks())
 
-
-class Candidates:
-    """See `candidates_together`. Only the newest is looked for at once.
-
-    The ranks go through the others together. Each is looked for when they come to it.
-    """
-
-    def __init__(self, root: Location | str, ranks: Ranks) -> None:
-        self._root, self._ranks = root, ranks
+    def __init__(self, root: Location | str, ranks: Ranks | None = None) -> None:
+        self._root, self._ranks = root, ranks or Ranks()
         self._broken: list[CheckpointError] = []
         self._search = newest_first(root, self._broken)  # it moves on the first rank alone
         self._found: list[Location] = []

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.checkpoint import TensorSlice, candidates_together, save_checkpoint
+from pretrain.checkpoint import Candidates, TensorSlice, save_checkpoint
 from pretrain.checkpoint.retention import Retention, apply_retention
 from pretrain.commands.after_run.show import show
 from pretrain.config import config_from_dict
@@ -88,7 +88,7 @@ def use(run, name):
     programs = [
         lambda: show(path),
         lambda: resolve(folder),
-        lambda: candidates_together(folder),
+        lambda: Candidates(folder),
         lambda: apply_retention(path.parent, Retention(keep=1), path),
     ]
     if name in ("manifest", "metadata"):

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import (
+    Candidates,
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
     Ranks,
     TensorSlice,
-    candidates_together,
     find_latest,
     load_checkpoint,
     save_checkpoint,
@@ -95,7 +95,7 @@ def save_layout(rank, world, folder, kind):
 
 
 def load_layouts(rank, world, folder, kinds):
-    path = next(iter(candidates_together(folder)))
+    path = next(iter(Candidates(folder)))
     for kind in kinds:
         pairs = layout(kind, rank, world)
         manifest = load_checkpoint(path, [c for c, _ in pairs])
@@ -135,7 +135,7 @@ def fail_on_one_rank(rank, world, folder):
     assert len(set(errors)) == 1 and "step 2 failed on rank 1" in errors[0], errors
     assert "No space left on device" in errors[0]
     writer.write_safetensors = real
-    assert next(iter(candidates_together(folder))) == good
+    assert next(iter(Candidates(folder))) == good
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [good.name]
     dist.barrier()  # the next attempt has a folder, for which a slow rank should not look here
 
@@ -155,7 +155,7 @@ def fail_on_one_rank(rank, world, folder):
     # after all those errors the group still works
     again = save_checkpoint(folder, [part], {}, {}, step=2, keep=1)
     dist.barrier()
-    assert next(iter(candidates_together(folder))) == again and not good.exists()
+    assert next(iter(Candidates(folder))) == again and not good.exists()
 
 
 def test_an_error_on_one_rank_is_the_same_error_on_all(tmp_path, pool):
@@ -168,7 +168,7 @@ def save_in_a_subgroup(rank, world, folder):
         ranks = Ranks(group)
         part = TensorSlice("w", (2, 4), (rank - 1, 0), torch.full((1, 4), float(rank)))
         path = save_checkpoint(folder, [part], {}, {}, step=1, ranks=ranks)
-        assert next(iter(candidates_together(folder, ranks=ranks))) == path
+        assert next(iter(Candidates(folder, ranks=ranks))) == path
         target = torch.zeros(2, 4)
         load_checkpoint(path, [TensorSlice("w", (2, 4), (0, 0), target)], ranks=ranks)
         assert target[:, 0].tolist() == [1.0, 2.0]
@@ -217,7 +217,7 @@ def save_beside_collectives(rank, world, folder):
     step, text = everyone[0]
     assert step > 120 and "step 120 failed on rank 1: [Errno 28] No space left" in text
     assert f"last good checkpoint is {folder}/step-00000080-" in text
-    assert [p.name[:13] for p in candidates_together(folder)] == ["step-00000080", "step-00000040"]
+    assert [p.name[:13] for p in Candidates(folder)] == ["step-00000080", "step-00000040"]
 
 
 def test_saving_runs_beside_collectives_and_fails_on_all_ranks_at_one_step(tmp_path, pool):

@@ -12,7 +12,7 @@ import torch
 
 import pretrain.commands.run.train
 import pretrain.self_test.resume
-from pretrain.checkpoint import CheckpointError, candidates_together, find_latest
+from pretrain.checkpoint import Candidates, CheckpointError, find_latest
 from pretrain.commands.after_run.show import show
 from pretrain.config import config_from_dict
 from pretrain.data import ValidLoader
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(pool, shards, tm
     first["schedule"]["decay_steps"] = 22  # the same schedule for the shorter run
     last = tiny_run(tmp_path, shards)
     assert pool(2, train, first | {"run": first["run"] | {"steps": 13}}) == [0, 0]
-    newest, older = candidates_together(tmp_path)
+    newest, older = Candidates(tmp_path)
     assert newest.name.startswith("step-00000013") and older.name.startswith("step-00000012")
     flip_a_bit(newest)
     assert pool(2, train, last) == [0, 0]
@@ -161,7 +161,7 @@ def test_a_checkpoint_between_two_lines_holds_the_mean_of_the_interval(
     raw = tiny_run(tmp_path, shards, logging__interval=5)
     raw["schedule"]["decay_steps"] = 22
     assert pool(2, train, raw | {"run": raw["run"] | {"steps": 13}}) == [0, 0]
-    newest = next(iter(candidates_together(tmp_path)))
+    newest = next(iter(Candidates(tmp_path)))
     flip_a_bit(newest)  # so that the next life begins after step 12
     assert pool(2, train, raw) == [0, 0]
     assert log(tmp_path) == lines(whole, (1, 5, 10, 15, 20, 24))
@@ -202,7 +202,7 @@ def test_nobody_trains_without_the_lease(pool, shards, tmp_path):
 def test_nothing_starts_anew_where_all_checkpoints_are_damaged(pool, shards, tmp_path):
     raw = tiny_run(tmp_path, shards, run__steps=4)
     assert pool(2, train, raw) == [0, 0]
-    for path in candidates_together(tmp_path):
+    for path in Candidates(tmp_path):
         flip_a_bit(path)
     answers = pool(2, train, raw)
     assert answers[0] == answers[1] and "none of the 2 checkpoints" in answers[0]
@@ -257,6 +257,12 @@ def test_another_tokenizer_or_data_is_refused_unless_it_is_meant(pool, shards, t
     changed["checkpoint"]["accept_changes"] = "model.norm_eps, run, cursor.plan"
     assert pool(2, train, changed) == [0, 0]
     assert find_latest(tmp_path / "run").name.startswith("step-00000006")
+
+
+def test_the_self_test_sends_nothing_anywhere(tmp_path):
+    run = config_from_dict(tiny_run(tmp_path, tmp_path, logging__wandb={"project": "mine"}))
+    part = pretrain.self_test.resume._part(run, "self-test-1", "straight")
+    assert part.logging.wandb.project is None and not part.logging.tensorboard
 
 
 def self_test(raw, steps):

@@ -20,11 +20,12 @@ from pretrain.checkpoint import (
     Retention,
     TensorSlice,
     find_latest,
+    host_copy,
     load_checkpoint,
     save_checkpoint,
 )
 from pretrain.checkpoint import background as background_module
-from pretrain.checkpoint.background import HostCopy
+from pretrain.checkpoint.host_copy import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
 from xlstm_io.checkpoint import evaluation as evaluation_module
 from xlstm_io.checkpoint import writer
@@ -150,7 +151,7 @@ def test_memory_is_pinned_where_it_is_before_the_first_save(monkeypatch):
         assert threading.current_thread() is not threading.main_thread()
         pinned.append(memory.nbytes)
 
-    monkeypatch.setattr(background_module.hardware, "pin", pin)
+    monkeypatch.setattr(host_copy.hardware, "pin", pin)
     host = HostCopy()
     host.prepare([TensorSlice(name, (6, 4), (0, 0), OnDevice()) for name in "abc"])
     host._thread.join()

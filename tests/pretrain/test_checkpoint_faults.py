@@ -7,12 +7,12 @@ import os
 import pytest
 
 from pretrain.checkpoint import (
+    Candidates,
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
     Ranks,
     Retention,
-    candidates_together,
     find_latest,
     load_checkpoint,
     save_checkpoint,
@@ -42,7 +42,7 @@ def test_saving_goes_on_beside_a_step_of_another_format_version(tmp_path, caplog
             saver.save(slices_of(step), {}, {}, step=step)
     assert steps_in(folder) == [2, 4], "the other program's is left to it, and takes no place"
     assert not first.exists()
-    assert list(candidates_together(folder)) == [find_latest(tmp_path)]
+    assert list(Candidates(folder)) == [find_latest(tmp_path)]
     assert "checkpoint format version 9, this program reads version 2" in caplog.text
 
 
@@ -95,7 +95,7 @@ def unreadable(monkeypatch):
 def test_an_unreadable_newest_step_gives_way_to_an_older_one(tmp_path, unreadable, number, caplog):
     first, second = saved(tmp_path, 1, 2)
     unreadable(second, number)
-    assert list(candidates_together(tmp_path)) == [first]
+    assert list(Candidates(tmp_path)) == [first]
     assert resolve(tmp_path) == find_latest(tmp_path) == first
     assert f"{second} cannot be read" in caplog.text
     with CheckpointSaver(tmp_path / "checkpoints", retention=Retention(keep=1)) as saver:
@@ -107,7 +107,7 @@ def test_when_none_can_be_read_nothing_starts_anew(tmp_path, unreadable):
     saved(tmp_path, 1, 2)
     unreadable(tmp_path, errno.EIO)
     with pytest.raises(CheckpointError, match="move them away to start anew"):
-        candidates_together(tmp_path)
+        Candidates(tmp_path)
 
 
 def test_storage_that_does_not_answer_ends_the_search(tmp_path, unreadable):
@@ -115,7 +115,7 @@ def test_storage_that_does_not_answer_ends_the_search(tmp_path, unreadable):
     _, second = saved(tmp_path, 1, 2)
     unreadable(second, errno.ESTALE)
     with pytest.raises(CheckpointError, match="Stale file handle"):
-        candidates_together(tmp_path)
+        Candidates(tmp_path)
 
 
 def test_an_unreadable_data_file_counts_as_damaged(tmp_path, unreadable):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pretrain.checkpoint import (
+    Candidates,
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaver,
     Retention,
     TensorSlice,
-    candidates_together,
     find_latest,
     load_checkpoint,
     read_manifest,
@@ -201,9 +201,9 @@ def test_a_run_never_starts_anew_beside_broken_checkpoints(checkpoint):
     with pytest.raises(
         CheckpointError, match=r"none of the checkpoints there is sound(?s:.*)100 bytes"
     ):
-        candidates_together(folder)
+        Candidates(folder)
     (checkpoint / "manifest.json").unlink()  # an attempt that never was one
-    assert list(candidates_together(folder)) == []
+    assert list(Candidates(folder)) == []
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_checkpoint_in_an_object_store(store):
     latest = find_latest(store)
     assert isinstance(latest, RemotePath) and str(latest).startswith(f"{store}/step-00000003-")
     assert resolve(store) == resolve(str(latest)) == latest
-    found = list(candidates_together(store))
+    found = list(Candidates(store))
     assert found[0] == latest and len(found) == 2
     target = wanted()
     assert load_checkpoint(latest, [target]).state == {"tokens": 3}
@@ -255,12 +255,12 @@ def test_saves_and_starts_ask_no_more_for_many_files_and_many_checkpoints(store)
     for step in range(1, 7):
         files = {f"file-{number}": b"{}" for number in range(10 * step)}
         saves.append(requests(save_checkpoint, store, few, {}, {}, step=step, files=files))
-        starts.append(requests(candidates_together, store))
+        starts.append(requests(Candidates, store))
     assert len(set(saves)) == len(set(starts)) == 1 and max(saves + starts) < 10
     path = find_latest(store)
     (path / "file-3").fs.rm_file((path / "file-3").key)
     found = []
-    assert requests(lambda: found.extend(candidates_together(store))) < 6 * starts[0]
+    assert requests(lambda: found.extend(Candidates(store))) < 6 * starts[0]
     assert [step_of_folder(one) for one in found] == [5, 4, 3, 2, 1]
 
 
@@ -274,7 +274,7 @@ def test_retention_asks_once_for_a_checkpoint_that_it_knows(store):
         apply_retention(paths[0].parent, retention, paths[-1], known=known)
 
     assert requests(retain) < 10 * len(paths)
-    assert list(candidates_together(store)) == paths[:0:-2] and known.keys() >= {*paths[1::2]}
+    assert list(Candidates(store)) == paths[:0:-2] and known.keys() >= {*paths[1::2]}
     assert requests(retain) <= 4 + 6  # six for the folder itself
     assert known.keys() == {*paths[1::2]}
 
@@ -292,7 +292,7 @@ def test_a_failing_store_is_one_message(store, monkeypatch):
     with pytest.raises(CheckpointError, match=r"RuntimeError: SlowDown.*last good checkpoint is"):
         saver.wait()
     monkeypatch.undo()
-    assert [str(p) for p in candidates_together(store)] == [str(saver.last_good)]
+    assert [str(p) for p in Candidates(store)] == [str(saver.last_good)]
 
 
 def test_a_store_whose_package_is_missing_is_one_message():

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.commands.after_run import report
 from pretrain.config import config_from_dict, save_config
+from pretrain.report import figures
 from pretrain.report.figures import draw_loss, smoothed
 from pretrain.report.page import differences, story, write_page
 from pretrain.report.runs import read_run
@@ -59,6 +60,16 @@ def make_run(tmp_path):
         return read_run(folder)
 
     return make
+
+
+def test_every_validation_set_is_drawn(tmp_path, make_run, monkeypatch):
+    folder = make_run("run").folder
+    sets = {f"valid_loss/{name}": 2.0 for name in "abcdef"}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid_loss": 2.0, **sets}))
+    drawn = []
+    monkeypatch.setattr(figures, "figure_as_png", lambda figure: drawn.append(figure) or b"")
+    figures.loss_figure([read_run(folder)], "step")
+    assert len(drawn[0].axes[0].lines) == 7
 
 
 class Page(HTMLParser):

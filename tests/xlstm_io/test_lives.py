@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint import (
+    Candidates,
     CheckpointError,
     Retention,
     TensorSlice,
-    candidates_together,
     save_checkpoint,
 )
 from pretrain.checkpoint.retention import apply_retention
@@ -54,7 +54,7 @@ def test_the_newest_checkpoint_of_the_newer_life_is_taken(tmp_path, caplog, url)
     record_start(folder, 2, 10)
     good = save(root, 2, 12)
     late = save(root, 1, 15)  # the old life was only standing still
-    assert next(iter(candidates_together(folder))) == good
+    assert next(iter(Candidates(folder))) == good
     assert find_latest(root) == good
     assert f"{late} of life 1 does not count: life 2 of the run went on" in caplog.text
 
@@ -79,7 +79,7 @@ def test_a_run_never_starts_anew_because_all_checkpoints_are_superseded(tmp_path
     save(tmp_path, 1, 10)
     record_start(tmp_path / "checkpoints", 2, 0)
     with pytest.raises(CheckpointError, match="none of the checkpoints there is sound"):
-        candidates_together(tmp_path / "checkpoints")
+        Candidates(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"start_step": "x"}', "[1]"])
@@ -92,7 +92,7 @@ def test_a_damaged_record_is_one_error_with_its_repair_and_not_one_of_each_check
     record = folder / "lives" / "000002.json"
     record.write_text(text)
     with pytest.raises(CheckpointError) as error:
-        candidates_together(folder)
+        Candidates(folder)
     said = str(error.value)
     assert said.count(f"{record} is damaged and does not say where life 2 began") == 1
     assert 'write {"start_step": STEP} into it' in said and "step-0000" not in said
@@ -103,4 +103,4 @@ def test_a_damaged_record_is_one_error_with_its_repair_and_not_one_of_each_check
     assert all(path.exists() for path in saved) and f"clean up in {folder}: {record}" in caplog.text
 
     record.write_text('{"start_step": 10}')
-    assert list(candidates_together(folder)) == [*reversed(saved)]
+    assert list(Candidates(folder)) == [*reversed(saved)]

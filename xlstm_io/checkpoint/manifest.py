@@ -324,7 +324,7 @@ def find_latest(root: Location | str, *, verify: bool = False) -> Location | Non
 
     A broken one is named in a warning and passed over; nothing is deleted. `verify=True` also reads
     the files and compares their hashes. For one process: ranks that must agree use
-    `pretrain.checkpoint.candidates_together`.
+    `pretrain.checkpoint.Candidates`.
 
     Raises:
         CheckpointError: the file system refuses to read.
