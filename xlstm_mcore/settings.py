@@ -21,6 +21,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 # The gradient has the inverse of its square, which fp32 must hold.
 SoftCap = Annotated[float, Field(ge=1e-3)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 # Every cache has room for them.
 Sinks = Annotated[int, Field(ge=0, le=1024)]
 

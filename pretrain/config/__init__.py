@@ -7,7 +7,6 @@ back gives an equal configuration. `check_world` adds the rules that need the nu
 Nothing here imports torch.
 """
 
-from pretrain.config.checks import check_world, data_parallel_size, filled_rows, micro_batches
 from pretrain.config.load import (
     config_from_dict,
     config_of_checkpoint,
@@ -30,6 +29,7 @@ from pretrain.config.schema import (
     RunSection,
     ScheduleConfig,
 )
+from pretrain.config.world import check_world, data_parallel_size, filled_rows, micro_batches
 from xlstm_io.errors import ConfigError
 
 __all__ = [

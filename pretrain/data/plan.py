@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config.schema import DataConfig, SourceConfig, ValidConfig
+from pretrain.config.data_section import DataConfig, SourceConfig, ValidConfig
 from pretrain.data.blend import Blend, Phase
 from pretrain.data.cache import CacheSettings
 from pretrain.data.dataset import DataError, NoRowsError, Rows, TokenDataset, read_rows

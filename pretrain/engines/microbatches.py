@@ -8,7 +8,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from pretrain.config.schema import DataConfig
+from pretrain.config import DataConfig
 from pretrain.data import Batch
 from pretrain.engines.base import LossSum
 from pretrain.layout import Layout

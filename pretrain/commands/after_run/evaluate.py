@@ -13,7 +13,7 @@ import torch
 from pretrain.checkpoint import read_manifest
 from pretrain.commands.after_run.generate import check_split
 from pretrain.config import RunConfig
-from pretrain.config.schema import ValidConfig
+from pretrain.config.data_section import ValidConfig
 from pretrain.data import TokenDataset, open_valid
 from pretrain.engines.base import mean_of
 from pretrain.evaluation.answers import Answers
