@@ -212,14 +212,12 @@ class Trainer:
                 if self.stop.requested:
                     why, step = self.stop.reason, self.state.step
                     metrics.message(f"stopped after step {step}: {why}; run again to continue")
-                self._write_progress("stopped")
                 self._tell("stopped", self.stop.reason if self.stop.requested else "")
                 return ExitCode.STOPPED
         self._check_lease()
         assert self.evaluation is not None  # the last step is always measured
         loss = self.evaluation.loss
         write_summary(self.dir, config, self.layout, self.engine, self.state, loss)
-        self._write_progress("done")
         self._tell("done")
         return ExitCode.DONE
 
@@ -277,7 +275,6 @@ class Trainer:
             metrics.message(f"the samples of step {rejected.step} are not recorded: {fault}")
         key = self.divergence.must_stop(rejected.result)
         if key is not None:
-            self._write_progress("diverged")
             why = diverged(config, rejected, key, self.saver.last_good, fault is None)
             self._tell("diverged", why)
             raise DivergedError(why)
@@ -320,7 +317,8 @@ class Trainer:
             self._write_progress("running")
 
     def _tell(self, event: str, why: str = "") -> None:
-        """Tell the run's history and `run.on_event`; on rank 0 of a run with a lease."""
+        """Tell `progress.json`, the history and `run.on_event`; on rank 0 of a run with a lease."""
+        self._write_progress(event)
         if self.lease is not None:
             found, good = self.evaluation, self.saver.last_good
             loss = None if found is None else found.loss

@@ -61,7 +61,9 @@ def read_baselines(path: str | os.PathLike) -> dict[str, float]:
     return found
 
 
-def _loss_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> list[str]:
+def _loss_lines(
+    valid_loss: float | None, baselines: Mapping[str, float], margin: float | None
+) -> list[str]:
     """The validation loss among the baselines, best last, and the verdict."""
     if valid_loss is None:
         return ["validation loss     none yet: no evaluation has run"]
@@ -72,14 +74,12 @@ def _loss_lines(valid_loss: float | None, baselines: Mapping[str, float]) -> lis
         f"  {'->' if name == 'this model' else '  '} {name:<20} {value:6.3f}"
         for value, name in sorted(rows, reverse=True)
     ]
-    reference = baselines.get("bigram_add_one")
-    if reference is None:
+    if margin is None:
         return [
             *lines,
             "  (no baselines given: `python -m data_prep baselines SHARDS` writes n-gram losses, "
             "--baselines FILE compares)",
         ]
-    margin = reference - valid_loss
     verdict = "met" if margin >= GOAL_NATS else "NOT met"
     side = "below" if margin >= 0 else "above"
     lines.append(
@@ -148,9 +148,9 @@ def program(name: str) -> str:
 
 
 def _next_steps(
-    run_dir: Path, config: RunConfig, finished: bool, goal_met: bool | None
+    run_dir: Path, config: RunConfig, finished: bool, margin: float | None
 ) -> list[str]:
-    """What a person may want to do now; `goal_met` is None where there is nothing to compare."""
+    """What a person may want to do now; `margin` is None where there is nothing to compare."""
     config_path = run_dir / CONFIG_FILE
     steps = config.run.steps if not finished else 2 * config.run.steps
     ours = f"{program('python')} -m pretrain"
@@ -163,7 +163,7 @@ def _next_steps(
         f"  {'see the curves':<17} {program('tensorboard')} --logdir {run_dir / TENSORBOARD_DIR}",
         f"  {'a paper size':<17} {ours} check pretrain/configs/xlstm_125m_7to1.yaml --no-data",
     ]
-    if finished and goal_met is False:
+    if finished and margin is not None and margin < GOAL_NATS:
         lines.insert(0, "  the goal takes a few hundred steps, even with the smallest models")
     return lines
 
@@ -190,9 +190,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
     config, summary, folder = run.config, run.summary, run.folder
     valid_loss = summary.get("valid_loss")
     reference = baselines.get("bigram_add_one")
-    goal_met = None
-    if valid_loss is not None and reference is not None:
-        goal_met = reference - valid_loss >= GOAL_NATS
+    margin = None if valid_loss is None or reference is None else reference - valid_loss
     state = "finished" if summary["finished"] else "not finished"
     data = config.data
     tokens = summary.get("tokens", data.ramp.samples(summary["steps"]) * data.seq_len)
@@ -202,7 +200,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
         f"pattern {config.model.pattern}",
         f"trained on          {tokens:,} tokens",
         "",
-        *_loss_lines(valid_loss, baselines),
+        *_loss_lines(valid_loss, baselines, margin),
         "",
     ]
     if summary.get("tokens_per_second"):
@@ -214,7 +212,7 @@ def build_report(run: RunRecord, baselines: Mapping[str, float]) -> str:
         lines.append(memory)
     lines += ["", "where things lie:", *_places(run)]
     lines += ["", "what to try next:"]
-    lines += _next_steps(folder, config, summary["finished"], goal_met)
+    lines += _next_steps(folder, config, summary["finished"], margin)
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pretrain.checkpoint import Ranks, read_manifest
 from pretrain.config import RunConfig
@@ -27,6 +28,8 @@ from xlstm_mcore.sizes.parameters import count_parameters
 OPTIMIZER_BYTES = 12  # of each parameter: fp32 master weight and two moments
 SHOWN = 12  # digits of a hash
 
+T = TypeVar("T")
+
 
 def describe_data(config: RunConfig, leave_out: str = " (--no-data leaves this out)") -> str:
     """Data, tokenizer, disk and run folder in a few lines.
@@ -38,25 +41,24 @@ def describe_data(config: RunConfig, leave_out: str = " (--no-data leaves this o
     Raises:
         ConfigError: something is not as the run needs it; the message lists all of it.
     """
-    lines: list[str] = []
     problems: list[str] = []
 
-    def attempt(part: Callable[[], list[str]]) -> None:
+    def attempt(part: Callable[[], T]) -> T | None:
         try:
-            lines.extend(part())
+            return part()
         except UserError as error:
             # Training and validation data are often one folder, which is missing once.
             if not any(str(error) in known for known in problems):
                 problems.append(str(error))
+            return None
 
-    plans: list[DataPlan] = []
-    attempt(lambda: _training_data(config, plans))
-    plan = plans[0] if plans else None
-    attempt(lambda: _validation_data(config, plan))
+    plan = attempt(lambda: open_plan(config.data, config.run.seed))
+    lines = [] if plan is None else _training_data(config, plan)
+    lines += attempt(lambda: _validation_data(config, plan)) or []
     if plan is not None:
-        attempt(lambda: _tokenizer(config, plan))
-        attempt(lambda: _run_folder(config, plan))
-    attempt(lambda: _disk(config))
+        lines += attempt(lambda: _tokenizer(config, plan)) or []
+        lines += attempt(lambda: _run_folder(config, plan)) or []
+    lines += attempt(lambda: _disk(config)) or []
     if problems:
         count = counted(len(problems), "problem")
         found = "\n".join(f"  - {message}" for message in problems)
@@ -64,10 +66,8 @@ def describe_data(config: RunConfig, leave_out: str = " (--no-data leaves this o
     return "\n".join(lines)
 
 
-def _training_data(config: RunConfig, plans: list[DataPlan]) -> list[str]:
-    """The rows of each source, and how often the run sees them; adds the plan to `plans`."""
-    plan = open_plan(config.data, config.run.seed)
-    plans.append(plan)
+def _training_data(config: RunConfig, plan: DataPlan) -> list[str]:
+    """The rows of each source, and how often the run sees them."""
     epochs = plan.epochs(config.data.ramp.samples(config.run.steps))
     return [
         f"{'training data' if number == 0 else '':<18}{_dataset(name, dataset)}, "
