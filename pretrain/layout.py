@@ -65,17 +65,18 @@ class Layout:
         torch.manual_seed(base)
         compat.seed_parallel(base)
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums of numbers over all processes (fp64)."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes (fp64)."""
+        return self._reduced(value, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
         """The largest of a number over all processes."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.item()
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        reduced = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, op=operation)
+        return reduced.item()
 
     def any(self, value: bool) -> bool:
         """Whether any process says so."""

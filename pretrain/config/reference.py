@@ -160,15 +160,15 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def options_help(config: RunConfig | None = None, only: Collection[str] = ()) -> str:
-    """Keys as command-line options, with their values in `config`, or else their defaults.
+def options_help(config: RunConfig, only: Collection[str] = ()) -> str:
+    """Keys as command-line options, with their values in `config`.
 
     Args:
         config: the values.
         only: the dotted keys to list; none for all.
     """
     width = min(shutil.get_terminal_size().columns, 100)
-    values = {} if config is None else config.model_dump(mode="json")
+    values = config.model_dump(mode="json")
     lines = []
     for name, purpose, keys in sections():
         if only:
@@ -177,10 +177,8 @@ def options_help(config: RunConfig | None = None, only: Collection[str] = ()) ->
             continue
         lines += ["", f"{name}: {purpose}"]
         for key in keys:
-            value = _spelled(values[name][key.name]) if values else key.default
-            given = "required" if value is None else f"now {value}" if values else value
             lines.append(f"  --{name}.{key.name}  {key.type}")
-            text = f"{key.help} ({given})"
+            text = f"{key.help} (now {_spelled(values[name][key.name])})"
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines).lstrip("\n")
 

@@ -33,19 +33,18 @@ def tasks_per_node(counts: str) -> list[int]:
     return tasks
 
 
-def adopt_ranks(environment: MutableMapping[str, str] | None = None) -> None:
+def adopt_ranks(variables: MutableMapping[str, str] = os.environ) -> None:
     """Set torchrun's variables from those of a Slurm step with several tasks.
 
     Does nothing where a launcher has set them, and outside of such a step. An address or a port
     that is set already is kept.
 
     Args:
-        environment: that of this process if None.
+        variables: of the environment.
 
     Raises:
         ConfigError: some of the variables are set and others are not.
     """
-    variables = os.environ if environment is None else environment
     tasks = int(variables.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks == 1 or all(name in variables for name in RANK_VARIABLES):
         return

@@ -73,7 +73,7 @@ def write_summary(
         valid_loss: measured at its last step, nats per token; null in the file if not finite.
     """
     peak = hardware.peak_memory_bytes()
-    (total,), largest = layout.sum(peak), layout.max(peak)
+    total, largest = layout.sum(peak), layout.max(peak)
     if not layout.is_main:
         return
     trained = config.data.ramp.samples(state.step) * config.data.seq_len

@@ -44,4 +44,3 @@ def test_help_shows_the_values_of_the_run():
     text = reference.options_help(config(run__steps=77, optimizer__decay={"norm": True}))
     assert "--run.steps  integer > 0" in text and "(now 77)" in text
     assert "(now {norm: true})" in text
-    assert "(required)" in reference.options_help()
