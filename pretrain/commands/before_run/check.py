@@ -73,38 +73,44 @@ def _unwatched(config: RunConfig) -> list[str]:
     ]
 
 
-def describe_run(config: RunConfig, world_size: int | None = None) -> str:
-    """Model, batch and layout in a few lines; with `world_size`, how the processes are used."""
-    model, data, layout = config.model, config.data, config.layout
-    counts = count_parameters(model)
-    blocks = Counter(parse_pattern(model.pattern).letters)
-    replica = layout.tensor * layout.pipeline * layout.context
+def _model(config: RunConfig) -> list[str]:
+    """Parameters, and the work and memory of a token."""
+    model, seq_len = config.model, config.data.seq_len
+    counts, letters = count_parameters(model), parse_pattern(model.pattern).letters
     head = "the embedding, tied" if model.tie_embeddings else _parameters(counts["head"])
     lines = [
         f"parameters        {_parameters(counts['total'])}",
         f"  embedding       {_parameters(counts['embedding'])}",
         f"  output layer    {head}",
-        f"  {len(counts['layers'])} blocks",
+        f"  {len(letters)} blocks",
     ]
-    for letter, number in blocks.items():
-        each = counts["layers"][parse_pattern(model.pattern).letters.index(letter)]
-        lines.append(f"    {number:3} x {letter}       {_parameters(each)} each: {LETTERS[letter]}")
-    forward = forward_flops(model, data.seq_len)
+    for letter, number in Counter(letters).items():
+        each = _parameters(counts["layers"][letters.index(letter)])
+        lines.append(f"    {number:3} x {letter}       {each} each: {LETTERS[letter]}")
+    forward, training = forward_flops(model, seq_len), training_flops(model, seq_len)
     shares = ", ".join(
         f"{name.replace('_', '-')} {count / sum(forward.values()):.1%}"
         for name, count in forward.items()
         if count
     )
-    training = training_flops(model, data.seq_len)
     size = 2 if config.engine.precision == "bf16" else 4
-    state = state_bytes(model, size, data.seq_len)
+    state = state_bytes(model, size, seq_len)
     grows = state != state_bytes(model, size)
-    lines += [
+    return [
+        *lines,
         f"training FLOPs    {training:.3e} per token, {training * config.tokens_per_step:.3e} "
         f"per step",
         f"  forward         {shares}",
         f"generation state  {_bytes(state)} per sequence"
-        f"{f' of {data.seq_len} tokens' if grows else ', whatever its length'}",
+        f"{f' of {seq_len} tokens' if grows else ', whatever its length'}",
+    ]
+
+
+def _batch(config: RunConfig, world_size: int | None) -> list[str]:
+    """Tokens of a step and of the run, and which processes compute them."""
+    data, layout = config.data, config.layout
+    replica = layout.tensor * layout.pipeline * layout.context
+    lines = [
         f"tokens per step   {config.tokens_per_step:,} "
         f"({data.global_batch} rows of {data.seq_len})",
         f"tokens in the run {data.ramp.samples(config.run.steps) * data.seq_len:,} "
@@ -113,23 +119,31 @@ def describe_run(config: RunConfig, world_size: int | None = None) -> str:
         f"{' with sequence parallel' if layout.sequence else ''}, pipeline {layout.pipeline}"
         f" (virtual {layout.virtual}), context {layout.context}",
     ]
-    if world_size is not None:
-        replicas = data_parallel_size(config, world_size)
-        micro = micro_batches(config, replicas)
-        lines.append(
-            f"on {world_size} processes    {counted(replicas, 'data parallel replica')}, "
-            f"{counted(micro, 'micro-batch', 'micro-batches')} of "
-            f"{counted(data.micro_batch, 'row')} each per step"
-        )
-        cost = filled_rows(config, replicas)
-        lines += [f"filled batch      {cost}"] if cost else []
-    lines += [
-        f"engine            {_engine(config)}",
-        f"run folder        {config.run.dir}",
-        *_slstm_form(config),
-        *(f"slow              {one}" for one in on_pytorch(config)),
-        *_grace(config),
-        *_unwatched(config),
-        f"data              {', '.join(s.path for s in data.mixture)}",
-    ]
-    return "\n".join(lines)
+    if world_size is None:
+        return lines
+    replicas = data_parallel_size(config, world_size)
+    micro = micro_batches(config, replicas)
+    lines.append(
+        f"on {world_size} processes    {counted(replicas, 'data parallel replica')}, "
+        f"{counted(micro, 'micro-batch', 'micro-batches')} of "
+        f"{counted(data.micro_batch, 'row')} each per step"
+    )
+    cost = filled_rows(config, replicas)
+    return [*lines, *([f"filled batch      {cost}"] if cost else [])]
+
+
+def describe_run(config: RunConfig, world_size: int | None = None) -> str:
+    """Model, batch and layout in a few lines; with `world_size`, how the processes are used."""
+    return "\n".join(
+        [
+            *_model(config),
+            *_batch(config, world_size),
+            f"engine            {_engine(config)}",
+            f"run folder        {config.run.dir}",
+            *_slstm_form(config),
+            *(f"slow              {one}" for one in on_pytorch(config)),
+            *_grace(config),
+            *_unwatched(config),
+            f"data              {', '.join(s.path for s in config.data.mixture)}",
+        ]
+    )
