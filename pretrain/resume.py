@@ -214,14 +214,17 @@ def resume(
     ranks.first(
         "looking at what the run had done", lambda: check_nothing_is_lost(folder, saver.folder)
     )
-    curve, divergence = Curve(config.run.steps), Divergence(config)
+    return _first_start(config, data, engine, ranks)
+
+
+def _first_start(config: RunConfig, data: DataPlan, engine: Engine, ranks: Ranks) -> Start:
+    """Step 0, with initial weights or those that `run.init_from` names."""
+    start = Start(TrainState(), DataCursor(0), None, Curve(config.run.steps), Divergence(config))
     if config.run.init_from is None:
-        return Start(TrainState(), DataCursor(0), None, curve, divergence)
+        return start
     origin = start_from(config, data, engine, ranks)
     state = TrainState(updates=origin.updates)
-    return Start(
-        state, DataCursor(0), None, curve, divergence, changes=origin.changes, notes=origin.notes
-    )
+    return replace(start, state=state, changes=origin.changes, notes=origin.notes)
 
 
 def open_loader(config: RunConfig, layout: Layout, plan: DataPlan, start: Start) -> TrainLoader:

@@ -133,32 +133,8 @@ def apply_retention(
     """
     known = {} if known is None else known
     try:
-        saved, attempts = [], []
-        lives = Lives(folder)
         found = [path for path in step_folders(folder) if path not in damaged]
-        for gone in known.keys() - set(found):
-            del known[gone]
-        for path in found:
-            try:
-                listed = files(path)
-                if MANIFEST_NAME not in listed:
-                    attempts.append(path)
-                    continue
-                if retention.keep is None:
-                    continue
-                about = _about(path, listed, known)
-            except CheckpointError:
-                # Damaged, or of another version of the format, whose program will read it: it
-                # takes no place.
-                continue
-            except OSError as error:
-                if not is_unreadable(error):
-                    raise
-                log.warning("%s cannot be read, and stays: %s", path, error)
-                continue
-            # What nobody will load takes no place, and is left for a person.
-            if lives.superseded_by(about.life, about.step) is None:
-                saved.append(about)
+        saved, attempts = _looked_at(found, Lives(folder), retention.keep is not None, known)
         for old in to_delete(saved, retention, onset):
             # If the run went back to an earlier step, that is what it wants now.
             if old.path != just_saved:
@@ -170,6 +146,35 @@ def apply_retention(
                 _delete(path)
     except (OSError, CheckpointError) as error:
         log.warning("could not clean up in %s: %s", folder, error)
+
+
+def _looked_at(
+    found: Sequence[Location], lives: Lives, reads: bool, known: Known
+) -> tuple[list[Saved], list[Location]]:
+    """The complete checkpoints that count, and the attempts; without `reads` the attempts alone."""
+    saved, attempts = [], []
+    for gone in known.keys() - set(found):
+        del known[gone]
+    for path in found:
+        try:
+            listed = files(path)
+            if MANIFEST_NAME not in listed:
+                attempts.append(path)
+                continue
+            about = _about(path, listed, known) if reads else None
+        except CheckpointError:
+            # Damaged, or of another version of the format, whose program will read it: it takes
+            # no place.
+            continue
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
+            log.warning("%s cannot be read, and stays: %s", path, error)
+            continue
+        # What nobody will load takes no place, and is left for a person.
+        if about is not None and lives.superseded_by(about.life, about.step) is None:
+            saved.append(about)
+    return saved, attempts
 
 
 def _about(path: Location, listed: Mapping[str, tuple[int, float]], known: Known) -> Saved:

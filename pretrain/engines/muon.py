@@ -157,36 +157,35 @@ class MuonWithAdamW:
         self._masters = [
             master for parameter, part in own if (master := self._master(parameter, part))
         ]
-        options = config.optimizer
-        rest = [master for master in self._masters if not master.is_matrix]
-        self._adam = torch.optim.AdamW(
-            [
-                self._group([m for m in rest if m.parameter.no_weight_decay == without], without)
-                for without in (False, True)
-            ],
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-        )
+        self._adam = self._make_adam()
         self._masked = mask_on_device(self._adam, layout.device)
         compat.create_adam_state(self._adam)
+        self._momentum: dict[Tensor, Tensor] = {}
         # One optimizer per matrix: a masked update keeps a copy of what it may have to restore, and
         # this way only one matrix has such a copy at a time.
-        self._muons = [
-            torch.optim.Muon(
-                [self._group([master], master.parameter.no_weight_decay)],
-                lr=options.lr,
-                momentum=options.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            for master in self._masters
-            if master.is_matrix
+        self._muons = [self._make_muon(master) for master in self._masters if master.is_matrix]
+
+    def _make_adam(self) -> torch.optim.AdamW:
+        """AdamW for all that is no matrix."""
+        options = self._options
+        rest = [master for master in self._masters if not master.is_matrix]
+        groups = [
+            self._group([m for m in rest if m.parameter.no_weight_decay == without], without)
+            for without in (False, True)
         ]
-        self._momentum: dict[Tensor, Tensor] = {}
-        for muon in self._muons:
-            (weight,) = muon.param_groups[0]["params"]
-            self._momentum[weight] = torch.zeros_like(weight)
-            muon.state[weight]["momentum_buffer"] = self._momentum[weight]
+        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+    def _make_muon(self, master: _Master) -> torch.optim.Muon:
+        """Muon for one matrix, with a momentum that can be loaded into."""
+        muon = torch.optim.Muon(
+            [self._group([master], master.parameter.no_weight_decay)],
+            lr=self._options.lr,
+            momentum=self._options.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        momentum = self._momentum[master.weight] = torch.zeros_like(master.weight)
+        muon.state[master.weight]["momentum_buffer"] = momentum
+        return muon
 
     def _split_matrices(self, own: list[tuple[Tensor, ParameterSlice]]) -> dict[str, _SplitMatrix]:
         """The matrices that tensor-parallel ranks have slices of, in the same order on all."""
