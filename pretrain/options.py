@@ -51,6 +51,21 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """How a command opens the model and the tokenizer of a checkpoint."""
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of weights and activations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE|FOLDER",
+        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
+    )
+
+
 def check_evaluation_keys(given: Iterable[str]) -> None:
     """Refuse keys of the run file that `evaluate` would not use.
 
@@ -187,17 +202,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"completions that are computed together at most {default}",
     )
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help=f"of weights and activations {default}",
-    )
-    add(
-        "--tokenizer",
-        metavar="FILE|FOLDER",
-        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
-    )
+    add_model(parser)
     add("--json", action="store_true", help="print a line of JSON for each completion")
     add(
         "--out",

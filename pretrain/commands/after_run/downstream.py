@@ -3,7 +3,7 @@
 import argparse
 from importlib.util import find_spec
 
-from pretrain.options import add_checkpoint
+from pretrain.options import add_checkpoint, add_model
 from xlstm_io.errors import UserError
 
 
@@ -32,17 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="texts that are computed together at most (default: %(default)s)",
     )
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of weights and activations (default: %(default)s)",
-    )
-    add(
-        "--tokenizer",
-        metavar="FILE|FOLDER",
-        help="a .model file, a tokenizer.json, or a folder (default: the one in the checkpoint)",
-    )
+    add_model(parser)
     add("--out", metavar="FILE", help="write all results to this file, as JSON")
     parser.epilog = (
         "Needs pip install 'xlstm-pretrain[eval]'. Under torchrun or srun all processes share the "

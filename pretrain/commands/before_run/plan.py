@@ -31,29 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    """Run the command with parsed options; see `main`."""
-    return main(
-        config, gpus=options.gpus, gpu=options.gpu, network=options.network, write=options.write
-    )
+    """Try layouts with parsed options and print them, the fastest first.
 
-
-def main(
-    config: RunConfig,
-    *,
-    gpus: int,
-    gpu: str,
-    network: float | None = None,
-    write: str | None = None,
-) -> int:
-    """Try layouts and print them, the fastest first.
-
-    Args:
-        config: the run; all but its layout, recompute mode and micro-batch is kept.
-        gpus: number of GPUs.
-        gpu: their name.
-        network: GB/s that a node sends to other nodes, all its GPUs together; None for what fits
-            the GPU.
-        write: file for the run with the best layout, or None.
+    All of the run but its layout, recompute mode and micro-batch is kept.
 
     Returns:
         0, or `ExitCode.REFUTED` when no layout fits.
@@ -61,7 +41,8 @@ def main(
     Raises:
         ConfigError: the GPU is not known, or there is none; or the engine is not Megatron's.
     """
-    device = gpu_named(gpu)
+    gpus, network, write = options.gpus, options.network, options.write
+    gpu = gpu_named(options.gpu)
     if config.engine.name != "megatron":
         raise ConfigError(
             f"engine.name={config.engine.name} is not planned for: the plan's count of messages is "
@@ -72,9 +53,9 @@ def main(
     if network is not None:
         if not network > 0:
             raise ConfigError(f"--network={network:g} sends nothing; give GB/s of a node")
-        device = device.with_network(network)
-    tried = plan(config, gpus, device)
-    print("\n".join(_text(tried, gpus, device, config)))
+        gpu = gpu.with_network(network)
+    tried = plan(config, gpus, gpu)
+    print("\n".join(_text(tried, gpus, gpu, config)))
     best = tried[0]
     if best.config is None or best.why_not:
         return ExitCode.REFUTED

@@ -36,26 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, config: RunConfig, overrides: list[str]) -> int:
-    """Run the command with parsed options; see `main`."""
-    return main(config, world=options.world, ranks=options.ranks, gpu=options.gpu, out=options.json)
-
-
-def main(
-    config: RunConfig,
-    *,
-    world: int,
-    ranks: str = "corners",
-    gpu: str | None = None,
-    out: str | None = None,
-) -> int:
-    """Rehearse ranks of a run, compare them and print what was found.
-
-    Args:
-        config: the run.
-        world: the number of ranks.
-        ranks: which to rehearse, see `chosen_ranks`.
-        gpu: name of the GPU whose memory must hold it, or None.
-        out: file for everything that was written down, as JSON, or None.
+    """Rehearse ranks of a run with parsed options, compare them and print what was found.
 
     Returns:
         0 when the ranks agree and fit the GPU, else `ExitCode.REFUTED`.
@@ -63,13 +44,14 @@ def main(
     Raises:
         ConfigError: the world, the ranks or the GPU do not fit the run.
     """
-    device = None if gpu is None else gpu_named(gpu)
-    if device is not None:
-        check_gpu(config, device)
-    done = rehearse(config, world, chosen_ranks(config, world, ranks), device)
+    gpu = None if options.gpu is None else gpu_named(options.gpu)
+    if gpu is not None:
+        check_gpu(config, gpu)
+    ranks = chosen_ranks(config, options.world, options.ranks)
+    done = rehearse(config, options.world, ranks, gpu)
     print(done.text())
-    if out is not None:
-        Path(out).write_text(json.dumps(done.as_json()), encoding="utf-8")
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(done.as_json()), encoding="utf-8")
     return ExitCode.REFUTED if done.mismatches or done.too_large else ExitCode.DONE
 
 

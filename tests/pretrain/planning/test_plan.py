@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,11 @@ from xlstm_io.errors import ExitCode
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "pretrain" / "configs").glob("*.yaml"))
+
+
+def run(config, gpus=16, network=None):
+    options = SimpleNamespace(gpus=gpus, gpu="h100", network=network, write=None)
+    return plan.run(options, config, [])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def test_the_row_of_a_small_run_is_not_all_zeros(monkeypatch, capsys):
     found = Estimate({"weights": 2_500_000.0}, seconds, 1e6, 0.1, 75_000_000_000.0)
     tried = [Tried(Layout(1, 1, "none", 1), config, found)]
     monkeypatch.setattr(plan, "plan", lambda *_: tried)
-    assert plan.main(config, gpus=8, gpu="h100") == 0
+    assert run(config, gpus=8) == 0
     text = capsys.readouterr().out
     assert "engine.precision=fp32 is several times slower" in text
     row = text.splitlines()[5].split()
@@ -91,13 +97,13 @@ def test_the_network_of_the_nodes_is_part_of_the_plan(monkeypatch):
     monkeypatch.setattr(plan, "plan", note)
     config = work.run_config("large")
     for network in (None, 100.0):
-        assert plan.main(config, gpus=16, gpu="h100", network=network) == ExitCode.REFUTED
+        assert run(config, network=network) == ExitCode.REFUTED
     assert [gpu.gbs_network for gpu in asked] == [50.0, 12.5], "a node's share of 8 GPUs"
     with pytest.raises(ConfigError, match="--network=0 sends nothing"):
-        plan.main(config, gpus=16, gpu="h100", network=0.0)
+        run(config, network=0.0)
     zero = work.run_config("large", engine__name="deepspeed", engine__zero_stage=1)
     with pytest.raises(ConfigError, match="is not planned for"):
-        plan.main(zero, gpus=16, gpu="h100")
+        run(zero)
 
 
 def test_stages_have_about_the_same_work():
