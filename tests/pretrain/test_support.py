@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.before_run.check import describe_run
-from pretrain.config import check_world, checks, support
+from pretrain.config import check_world, support, world
 from pretrain.config.support import Combination
 from tests.pretrain.run_files import config
 from xlstm_io.errors import ConfigError
@@ -102,7 +102,7 @@ def test_what_the_run_file_asks_for_is_done_on_every_backend():
 def test_a_machine_without_deepspeed_is_told_how_to_get_it(monkeypatch):
     run = config(engine__name="deepspeed")
     assert check_world(run, 1) == 1
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(world.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'deepspeed>=0\.19,<0\.20'"):
         check_world(run, 1)
 
