@@ -166,7 +166,7 @@ class MuonWithAdamW:
         self._muons = [self._make_muon(master) for master in self._masters if master.is_matrix]
 
     def _make_adam(self) -> torch.optim.AdamW:
-        """AdamW for all that is no matrix."""
+        """AdamW for everything but the matrices."""
         options = self._options
         rest = [master for master in self._masters if not master.is_matrix]
         groups = [
