@@ -39,7 +39,7 @@ def elementwise_mlstm(q, k, v, igate, fgate, state=None, **options):
 
 
 def elementwise_slstm(preacts, recurrent_weight, bias, state=None, **options):
-    return (preacts + bias).prod(2) + recurrent_weight.mean()
+    return (preacts + bias).prod(2) + recurrent_weight.mean(), None
 
 
 @pytest.mark.parametrize("pattern", ["M", "m", "s", "Mmsm", "M*", "ld"])
