@@ -300,7 +300,8 @@ def settings_of(experiment: Experiment, size: Size, cell: Cell) -> dict[str, Any
         "tasks": size.tasks,
     }
     if "shape" in cell.values:
-        parts["shape"] = size.shapes[str(cell.values["shape"])].model_dump()
+        shape = size.shapes[str(cell.values["shape"])]
+        parts["shape"] = shape.model_dump(exclude={"budgets"})  # say which cells there are
     return dict(_dotted(json.loads(json.dumps(parts))))
 
 

@@ -43,7 +43,6 @@ from pretrain.supervision.ending import end_with
 from pretrain.supervision.lease import check_free
 from xlstm_io.allocator import keep_freed_memory
 from xlstm_io.errors import (
-    MACHINE_ERRNOS,
     ConfigError,
     ExitCode,
     Interrupted,
@@ -51,6 +50,7 @@ from xlstm_io.errors import (
     Superseded,
     UserError,
     exit_code_of,
+    is_machine_failure,
 )
 from xlstm_io.signals import STOP_SIGNALS, StopSignal, signal_at_parents_death
 from xlstm_io.terminal import say, tell, until_nobody_reads
@@ -349,7 +349,7 @@ def run(argv: Sequence[str]) -> int:
         tell(f"error: {error}; the same command may be repeated")
         return ExitCode.MACHINE_FAILED
     except OSError as error:
-        if error.errno not in MACHINE_ERRNOS:
+        if not is_machine_failure(error):
             raise
         tell(f"error: {error}; the same command may be repeated")
         return ExitCode.MACHINE_FAILED

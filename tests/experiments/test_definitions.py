@@ -146,6 +146,19 @@ def test_an_unknown_name_gets_the_nearest():
         definition.load("paritty")
 
 
+def test_another_list_of_budgets_changes_no_cell():
+    experiment = definition.load("scaling")
+    size = experiment.sizes["toy"]
+    shapes = {
+        name: shape.model_copy(update={"budgets": [3e11]}) for name, shape in size.shapes.items()
+    }
+    cell = definition.cells_of(size)[0]
+    fewer = size.model_copy(update={"shapes": shapes})
+    settings = definition.settings_of(experiment, size, cell)
+    assert definition.settings_of(experiment, fewer, cell) == settings
+    assert "shape.run.model.hidden_size" in settings
+
+
 def test_budgets_are_written_as_people_write_them():
     cells = Grid.open("scaling", "toy", Path("out")).cells
     (cell,) = definition.chosen(cells, ["budget=1e+11", "shape=w32", "model=xLSTM"])

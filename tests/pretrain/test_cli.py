@@ -314,7 +314,9 @@ def test_check_prints_flops_and_the_state(capsys):
     assert "generation state  134.48 MB per sequence" in text
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ECONNRESET]
+)
 def test_storage_that_fails_is_one_message(number, monkeypatch, capsys):
     def fails(options):
         raise OSError(number, os.strerror(number), "/mnt/a-file")
