@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from data_prep.config import BuildConfig, SourceConfig, TextConfig
-from data_prep.options import parse
+from data_prep.options import default_hint, parse
 from xlstm_io.errors import PrepError
 from xlstm_io.field_errors import key_of, rule_of
 from xlstm_io.foreign.yaml_file import read_yaml
@@ -73,9 +73,11 @@ def _build_flags(values: dict[str, Any]) -> type:
     for name, info in sorted(BuildConfig.model_fields.items(), key=lambda key: key[0] in inherited):
         if name == "sources":  # for prep.yaml alone
             continue
-        kind = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
         own = tyro.MISSING if info.is_required() else info.get_default(call_default_factory=True)
         default = values.get(name, own)
+        hint = None if default is tyro.MISSING else default_hint
+        shown = tyro.conf.arg(help=info.description, help_behavior_hint=hint)
+        kind = Annotated[info.annotation, shown]  # type: ignore[name-defined]
         members.append((name, kind, field(default_factory=partial(copy, default))))
     help_text = "Run the code that filter_functions names."
     allowed = Annotated[bool, tyro.conf.arg(help=help_text)]

@@ -16,7 +16,7 @@ from data_prep.build.build import build, check_build
 from data_prep.build_options import build_options, explain
 from data_prep.config import BuildConfig
 from data_prep.jobs.progress import say
-from data_prep.options import parse
+from data_prep.options import Paths, Words, parse
 from data_prep.sources.documents import Fields, TextSplit
 from data_prep.sources.malformed import MAX_BAD_SHARE, check_max_bad_share
 from data_prep.synthetic.command import main as synthetic
@@ -50,7 +50,7 @@ class Collect:
 
     out: Path
     """Folder for the corpus."""
-    input: list[str] = field(default_factory=list)
+    input: Words = field(default_factory=list)
     """Files, folders or quoted globs; none: the Python standard library's sources."""
     min_mb: float = 8.0
     """Refuse a corpus with less text than this, in megabytes."""
@@ -81,7 +81,7 @@ class TrainTokenizer:
 
     out: Path
     """Folder for the tokenizer."""
-    input: list[str] = field(default_factory=list)
+    input: Words = field(default_factory=list)
     """Files, folders, quoted globs or URLs: jsonl, parquet, arrow, text; also compressed."""
     from_hf: Path | None = None
     """Adopt the Hugging Face tokenizer of this folder (tokenizer.json) instead of training."""
@@ -95,7 +95,7 @@ class TrainTokenizer:
     """Number of pieces, with bytes and special symbols."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Algorithm; unigram trains about 15 times longer."""
-    special_tokens: list[str] = field(default_factory=list)
+    special_tokens: Words = field(default_factory=list)
     """Further ids that no text yields, such as '<|user|>'."""
     text_field: str = "text"
     """Field (jsonl) or column (parquet, arrow) of the text."""
@@ -139,11 +139,11 @@ class Merge:
 
     out: tyro.conf.Positional[Path]
     """Folder of shards; with --inputs a new one."""
-    inputs: list[Path] = field(default_factory=list)
+    inputs: Paths = field(default_factory=list)
     """Finished folders to join (hard links where possible), each with sources of its own."""
     allow_duplicates: bool = False
     """Join folders that share documents, or whose documents cannot be compared."""
-    rename: list[str] = field(default_factory=list)
+    rename: Words = field(default_factory=list)
     """With --inputs (one will do): OLD=NEW or FOLDER/OLD=NEW gives a source another name."""
 
     def run(self) -> None:
@@ -175,8 +175,8 @@ class Repack:
 class ImportMegatron:
     """Make shards of corpora that Megatron-LM has tokenized (.bin and .idx), with the same ids."""
 
-    prefixes: tyro.conf.Positional[list[str]]
-    """Paths without .bin and .idx."""
+    prefixes: tyro.conf.Positional[Words]
+    """Paths without .bin and .idx, one or more."""
     tokenizer: Path
     """Folder or file of the tokenizer that made the ids."""
     out: Path
@@ -196,6 +196,8 @@ class ImportMegatron:
 
     def run(self) -> None:
         """Do it."""
+        if not self.prefixes:
+            raise PrepError("give the path of a corpus: that of its .bin and .idx, without them")
         layout = self.seq_len, self.packing, self.valid_fraction, self.shard_mb
         settings = ImportSettings(self.source, *layout)
         BuildConfig.model_validate({"input": "-", "tokenizer": "-", "out": "-", **vars(settings)})

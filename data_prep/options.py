@@ -8,11 +8,24 @@ message of the project: value, rule, remedy.
 import contextlib
 import io
 import re
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from xlstm_io.errors import PrepError
+
+
+def default_hint(default: str) -> str:
+    """What the help says of a default, where tyro would show an empty one as `(default: )`."""
+    return f"(default: {default or 'none'})"
+
+
+_SHOWN = tyro.conf.arg(help_behavior_hint=default_hint)
+Words = Annotated[list[str], _SHOWN]
+"""Type of an option that takes any number of words."""
+Paths = Annotated[list[Path], _SHOWN]
+"""Type of an option that takes any number of paths."""
 
 
 def parse(kind: type, arguments: list[str], prog: str, description: str | None = None) -> Any:

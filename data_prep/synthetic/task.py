@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from data_prep.options import Words
 from xlstm_io.errors import PrepError
 
 _LONGEST = 1 << 20
@@ -86,7 +87,7 @@ class Task(ABC):
     """Samples for training."""
     validation_samples: int = 2_000
     """Samples of each validation split."""
-    validation_length: list[str] = field(default_factory=list)
+    validation_length: Words = field(default_factory=list)
     """Further lengths to validate on: each becomes a folder of its own."""
     seed: int = 0
     """Another seed gives other samples."""

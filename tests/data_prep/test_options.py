@@ -1,11 +1,12 @@
 """Wrong options of a command: one line with value, rule and remedy."""
 
+import contextlib
 import io
 import sys
 
 import pytest
 
-from data_prep.cli import main
+from data_prep.cli import _NAMES, main
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from data_prep.cli import main
         ("tokenizer", "tokenizer: --out is missing; `python -m data_prep tokenizer --help` lists"),
         ("build", "build: --tokenizer and --out are missing; "),
         ("merge", "merge: PATH is missing; "),
+        ("import-megatron --tokenizer x --out y", "import-megatron: give the path of a corpus"),
         ("tokenizer --out x --inptu y", "there is no option --inptu; did you mean --input?; "),
         ("tokenizer --out x --vocab-size abc", "--vocab-size 'abc': not a whole number; "),
         ("tokenizer --out x --sample-mb abc", "--sample-mb 'abc': not a number; "),
@@ -44,6 +46,17 @@ def test_keys_of_a_file_are_named_without_their_control_characters(tmp_path, cap
     assert "a\\x1b[31m\\nb is not a setting" in error
     assert "sources[0].input=7 must be a list, such as [a, b]" in error
     assert "seq_len=[1] must be a whole number" in error
+
+
+@pytest.mark.parametrize("command", [*_NAMES, "synthetic parity"])
+def test_help_says_none_where_a_default_is_empty(command, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
+    said = capfd.readouterr().out
+    assert "(default: )" not in " ".join(said.split()) and "usage" in said
+    if command == "build":
+        assert "(default: none)" in said and "(default: 256)" in said
 
 
 def test_help_is_printed_as_before(capfd):
