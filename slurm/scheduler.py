@@ -10,17 +10,34 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from xlstm_io.errors import UserError
 
 TIMEOUT_S = 60
+RETRY_S = 15.0
+
+# What the tools say where no controller answers, where this machine knows none, and where the
+# controller does not believe them.
+_SILENT = re.compile(
+    r"unable to contact slurm controller|connection (?:refused|timed out|reset)|no route to host"
+    r"|(?:socket|communication) timed out|zero bytes were transmitted|connect failure"
+    r"|controller .*not respond|in standby mode",
+    re.I,
+)
+_UNKNOWN = re.compile(r"configuration source|DNS SRV|unable to process configuration file", re.I)
+_NOT_BELIEVED = re.compile(r"munge|authentication", re.I)
 
 
 class SlurmError(UserError):
     """Slurm refuses something, or cannot be asked; the message has its own words."""
+
+
+class NoAnswerError(SlurmError):
+    """Slurm's controller does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +68,70 @@ def ask(*words: str) -> str:
     Raises:
         SlurmError: it is not on this machine, does not answer, or refuses; in its own words.
     """
-    done = _run(*words)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise SlurmError(f"{words[0]}: {said or f'exit code {done.returncode}'}")
-    return done.stdout.strip()
+    end = time.monotonic() + _patience_s
+    while True:
+        try:
+            return _succeeded(words, _run(*words))
+        except NoAnswerError:
+            if time.monotonic() + RETRY_S > end:
+                raise
+            time.sleep(RETRY_S)
+
+
+_patience_s = 0.0
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """A block in which `ask` repeats for so long what no controller answers."""
+    global _patience_s
+    _patience_s = seconds
+    try:
+        yield
+    finally:
+        _patience_s = 0.0
+
+
+def _succeeded(words: Sequence[str], done: subprocess.CompletedProcess[str]) -> str:
+    """What a command printed.
+
+    Raises:
+        SlurmError: it failed.
+    """
+    if done.returncode == 0:
+        return done.stdout.strip()
+    raise _failure(words, (done.stderr or done.stdout).strip() or f"exit code {done.returncode}")
+
+
+def _failure(words: Sequence[str], said: str) -> SlurmError:
+    """What it means that a command failed, and what helps.
+
+    Args:
+        words: the command.
+        said: its own words.
+    """
+    tool = words[0]
+    if _SILENT.search(said):
+        remedy = "repeat this in some minutes; `scontrol ping` says whether it is back"
+        if tool == "sbatch" and "--test-only" not in words:
+            remedy = f"look with `squeue --me` whether the job is there before you {remedy}"
+        return NoAnswerError(
+            f"{tool} failed, since Slurm's controller does not answer: {said}; jobs that run go on "
+            f"without it; {remedy}"
+        )
+    if _UNKNOWN.search(said):
+        return SlurmError(
+            f"{tool} failed, since this machine does not know where Slurm's controller is: {said}; "
+            "run this where jobs are submitted, or set SLURM_CONF"
+        )
+    if _NOT_BELIEVED.search(said):
+        return SlurmError(
+            f"{tool} failed, since Slurm's controller does not believe who asks: {said}; try "
+            "another login node, and tell your admin (munge, clocks)"
+        )
+    if "--test-only" in words:
+        return SlurmError(f"Slurm refuses {words[-1]}: {said}")
+    return SlurmError(f"{tool}: {said}")
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -67,15 +143,16 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]} does not answer within {TIMEOUT_S} s") from None
+        raise _failure(words, f"connection timed out after {TIMEOUT_S} s") from None
 
 
 def test_only(file: Path, options: Iterable[str]) -> str:
     """When Slurm would start a job; SlurmError with its words where it would refuse the job."""
-    done = _run("sbatch", "--test-only", *options, str(file))
+    words = ("sbatch", "--test-only", *options, str(file))
+    done = _run(*words)
     said = (done.stderr + done.stdout).strip()
     if done.returncode != 0:
-        raise SlurmError(f"Slurm refuses {file}: {said}")
+        raise _failure(words, said)
     return said.removeprefix("sbatch: ")
 
 
@@ -88,12 +165,11 @@ def first_queued(jobs: Sequence[str]) -> QueuedJob | None:
     """The first of several jobs that is in the queue; None when none is."""
     if not jobs:
         return None
-    done = _run("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A|%T|%r|%S")
+    words = ("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A|%T|%r|%S")
+    done = _run(*words)
     if done.returncode != 0 and "Invalid job id" in done.stderr:
         return None
-    if done.returncode != 0:
-        raise SlurmError(f"squeue: {done.stderr.strip()}")
-    found = [QueuedJob(*line.split("|", 3)) for line in done.stdout.strip().splitlines()]
+    found = [QueuedJob(*line.split("|", 3)) for line in _succeeded(words, done).splitlines()]
     return min(found, key=lambda one: jobs.index(one.job), default=None)
 
 
@@ -137,7 +213,10 @@ def _moment(text: str) -> float | None:
 def running_jobs() -> list[str]:
     """Numbers of this user's jobs that run; empty where Slurm does not say."""
     user = f"--user={os.getuid()}"
-    return _run("squeue", "--noheader", user, "--states=RUNNING", "--format=%A").stdout.split()
+    try:
+        return ask("squeue", "--noheader", user, "--states=RUNNING", "--format=%A").split()
+    except SlurmError:
+        return []
 
 
 def nodes_of_job() -> list[str]:

@@ -14,6 +14,8 @@ from slurm import scheduler
 from slurm.job.decide import Action
 from slurm.job.state import BATCH_FILE, RunState
 
+PATIENCE_S = 600.0  # a controller that restarts, or hands over to its backup, is back by then
+
 
 def say(text: str) -> None:
     """Print a line to the output of the job, where the standard error goes too."""
@@ -30,7 +32,7 @@ def follow(
     wait_s: int,
     interrupted: bool,
 ) -> None:
-    """Let Slurm do what was decided at the end of a life.
+    """Let Slurm do what was decided at the end of a life, as soon as it answers.
 
     Args:
         files: the run's.
@@ -44,6 +46,19 @@ def follow(
     Raises:
         SlurmError: Slurm does not say what became of the job.
     """
+    with scheduler.patience(PATIENCE_S):
+        _follow(files, job, restart, life, action, wait_s, interrupted)
+
+
+def _follow(
+    files: RunState,
+    job: str,
+    restart: int,
+    life: int,
+    action: str,
+    wait_s: int,
+    interrupted: bool,
+) -> None:
     last = files.load().job
     successor = last if last != job else ""  # in a chain the next job waits already
     if action == Action.REQUEUE and interrupted:

@@ -311,5 +311,5 @@ def main(words: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # also a full disk
         sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 STOPPED = 75  # xlstm_io.errors.ExitCode.STOPPED
@@ -131,7 +132,8 @@ def main(words: Sequence[str]) -> int:
     record["out_of_memory"] = memory_kills() > kills
     if code not in (0, STOPPED):
         record["xids"] = xids(read_dmesg(), boot)
-    write(path, record)
+    with suppress(OSError):  # on a full disk the exit code is what is left to tell
+        write(path, record)
     if code == STOPPED:
         return 0
     return 128 - code if code < 0 else code

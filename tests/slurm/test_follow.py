@@ -1,5 +1,6 @@
 """What follows a life in Slurm: the commands that are given, without a cluster."""
 
+import itertools
 import subprocess
 
 import pytest
@@ -57,6 +58,25 @@ def after(files, action=Action.REQUEUE, *, wait_s=0, interrupted=False, life=1):
 def test_the_same_job_runs_again(files, slurm):
     after(files)
     assert slurm.given == [f"scontrol requeue {JOB}"]
+
+
+def test_a_controller_that_is_away_for_a_while_ends_no_run(files, slurm, monkeypatch):
+    """It restarts at the very moment at which a life ends."""
+    slept, calls = [], itertools.count()
+    silent = "slurm_load_node error: Unable to contact slurm controller (connect failure)"
+
+    def away(*words):
+        is_away = next(calls) in (0, 1, 3) or words[0] == "squeue"
+        return subprocess.CompletedProcess(words, 1, "", silent) if is_away else slurm(*words)
+
+    monkeypatch.setattr(scheduler, "_run", away)
+    monkeypatch.setattr(scheduler.time, "sleep", slept.append)
+    after(files)
+    assert slurm.given == [f"scontrol requeue {JOB}"] and slept == [scheduler.RETRY_S] * 3
+    # No person is kept waiting, and what is not known at the start of a life ends it neither.
+    with pytest.raises(scheduler.NoAnswerError):
+        scheduler.end_of(JOB), scheduler.first_queued([JOB])
+    assert scheduler.running_jobs() == [] and len(slept) == 3
 
 
 def test_nothing_follows_the_end_of_a_run(files, slurm):

@@ -323,7 +323,7 @@ def run_rank(files, tmp_path, script, number=None):
         while not (folder / "rank-00003.log").exists() and time.monotonic() < limit:
             time.sleep(0.01)
         process.send_signal(number)
-    code = process.wait(30)
+    files.ended = code = process.wait(30)
     (record,) = files.records(1)
     return code, record, (folder / "rank-00003.log").read_text()
 
@@ -343,6 +343,23 @@ print("Traceback", file=sys.stderr); sys.exit("ValueError: what")
 def test_stopped_is_no_failure_for_slurm_but_it_is_recorded(files, tmp_path):
     code, record, _ = run_rank(files, tmp_path, "import sys; sys.exit(75)")
     assert (code, record.code) == (0, 75)
+
+
+def test_a_rank_that_cannot_write_its_record_still_ends_as_it_did(files, tmp_path):
+    """A full disk: srun would take it for a failure, and end rank 0, which still saves."""
+    path = files.life_folder(1) / "rank-00003.json"
+    script = f"import os, sys; os.unlink({str(path)!r}); os.mkdir({str(path)!r}); sys.exit(75)"
+    with pytest.raises(ValueError, match="not enough values"):  # there is no record
+        run_rank(files, tmp_path, script)
+    assert path.is_dir() and files.ended == 0
+
+
+def test_a_job_whose_disk_fails_ends_with_one_message(files):
+    (files.folder / "state.json").mkdir(parents=True)
+    words = [sys.executable, "-m", "slurm.job.life", "end", str(files.run), "--life", "1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "Is a directory" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_killed_rank_says_by_which_signal(files, tmp_path):

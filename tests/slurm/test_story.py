@@ -148,6 +148,50 @@ def test_a_life_that_nobody_saw_end_is_told_with_and_without_accounting(
     assert [one["cause"] for one in facts["lives"][:2]] == ["hang", "interrupted"]
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "meaning", "remedy"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller "
+            "(connect failure)",
+            scheduler.NoAnswerError,
+            "does not answer",
+            "look with `squeue --me` whether the job is there before you repeat this",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            scheduler.NoAnswerError,
+            "does not answer",
+            "scontrol ping",
+        ),
+        (
+            "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+            "sbatch: fatal: Could not establish a configuration source",
+            scheduler.SlurmError,
+            "does not know where",
+            "set SLURM_CONF",
+        ),
+        (
+            "sbatch: error: Munge encode failed: Failed to access /run/munge/munge.socket.2",
+            scheduler.SlurmError,
+            "does not believe who asks",
+            "tell your admin",
+        ),
+        ("sbatch: error: invalid partition specified: x", scheduler.SlurmError, "", ""),
+    ],
+)
+def test_a_tool_that_fails_is_explained_with_its_own_words(commands, said, kind, meaning, remedy):
+    commands(sbatch=(1, said))
+    with pytest.raises(scheduler.SlurmError) as caught:
+        scheduler.submit(Path("train.sbatch"), [])
+    error = str(caught.value)
+    assert type(caught.value) is kind and all(words in error for words in (said, meaning, remedy))
+    with pytest.raises(kind) as caught:
+        scheduler.test_only(Path("train.sbatch"), [])
+    assert (f"Slurm refuses train.sbatch: {said}" == str(caught.value)) == (not meaning)
+    assert said in str(caught.value) and "squeue --me" not in str(caught.value)
+
+
 def test_where_slurm_cannot_be_asked_that_is_said(files, commands, capsys):
     files.save(STATE)
     assert status(files.run) == 0
