@@ -288,6 +288,7 @@ class CheckpointSaver:
         try:
             self._fence()
             write_evaluation(path, evaluation)
+            self._known.pop(path, None)  # its loss is to be read
             self._retain(path)
         except Superseded:  # the next save tells all ranks
             return

@@ -15,6 +15,7 @@ from xlstm_io.checkpoint.manifest import (
     is_unreadable,
     parse_manifest,
     step_folders,
+    step_of_folder,
 )
 from xlstm_io.errors import CheckpointError
 from xlstm_io.storage import Location, exists, files, remove_file, remove_folder
@@ -88,17 +89,27 @@ def to_delete(
     """
     if retention.keep is None:
         return []
-    newest = sorted(saved, key=lambda s: (s.step, s.created), reverse=True)
-    stay = {s.path for s in newest[: retention.keep]}
-    if retention.keep_every:
-        stay |= {s.path for s in newest if s.step % retention.keep_every == 0}
+    stay, every = in_place(saved, retention, onset), retention.keep_every
+    newest = sorted(saved, key=_order, reverse=True)
+    return [s for s in newest if s.path not in stay and not (every and s.step % every == 0)]
+
+
+def in_place(
+    saved: Sequence[Saved], retention: Retention, onset: int | None = None
+) -> set[Location]:
+    """The checkpoints in whose favour others are deleted; see `to_delete`."""
+    newest = sorted(saved, key=_order, reverse=True)
     measured = [s for s in newest if s.valid_loss < math.inf]
     best = sorted(measured, key=lambda s: s.valid_loss)  # of equals the newest
-    stay |= {s.path for s in best[: retention.keep_best]}
-    stay |= {s.path for s in [s for s in newest if s.finite][:1]}
+    places = [*newest[: retention.keep], *best[: retention.keep_best]]
+    places += [s for s in newest if s.finite][:1]
     if onset is not None:
-        stay |= {s.path for s in [s for s in newest if s.step < onset][:1]}
-    return [s for s in newest if s.path not in stay]
+        places += [s for s in newest if s.step < onset][:1]
+    return {s.path for s in places}
+
+
+def _order(saved: Saved) -> tuple[int, float]:
+    return saved.step, saved.created
 
 
 #: What was read of sound checkpoints, each with a hash of its folder's listing then: of all names,
@@ -128,18 +139,21 @@ def apply_retention(
         damaged: Checkpoints that the caller knows to be damaged. Those with a file of the wrong
             size are found here.
         onset: See `to_delete`.
-        known: What earlier calls read, for the next one. Behind a URL a checkpoint that has not
-            changed costs one request then.
+        known: What earlier calls read, for the next one. It is looked at again where it decides:
+            what is to be deleted, and in whose favour. What stays for ever costs no request.
     """
     known = {} if known is None else known
     try:
         found = [path for path in step_folders(folder) if path not in damaged]
-        saved, attempts = _looked_at(found, Lives(folder), retention.keep is not None, known)
-        for old in to_delete(saved, retention, onset):
+        old, attempts = _decide(found, Lives(folder), retention, onset, known)
+        for one in old:
             # If the run went back to an earlier step, that is what it wants now.
-            if old.path != just_saved:
-                _delete(old.path)
-        now = files(just_saved)[MANIFEST_NAME][1]  # by the file system's own clock
+            if one.path != just_saved:
+                del known[one.path]
+                _delete(one.path)
+        # By the file system's own clock; storage that lists late may not show it yet.
+        listed = files(just_saved) if attempts else {}
+        now = listed[MANIFEST_NAME][1] if MANIFEST_NAME in listed else -math.inf
         for path in attempts:
             if now - _last_change(path) > DEAD_AFTER_S and not exists(path / MANIFEST_NAME):
                 log.warning("removing %s, which nobody has written to for hours", path)
@@ -148,49 +162,64 @@ def apply_retention(
         log.warning("could not clean up in %s: %s", folder, error)
 
 
-def _looked_at(
-    found: Sequence[Location], lives: Lives, reads: bool, known: Known
+def _decide(
+    found: Sequence[Location],
+    lives: Lives,
+    retention: Retention,
+    onset: int | None,
+    known: Known,
 ) -> tuple[list[Saved], list[Location]]:
-    """The complete checkpoints that count, and the attempts; without `reads` the attempts alone."""
-    saved, attempts = [], []
+    """The checkpoints that are to be deleted, and the attempts."""
     for gone in known.keys() - set(found):
         del known[gone]
-    for path in found:
-        try:
-            listed = files(path)
-            if MANIFEST_NAME not in listed:
-                attempts.append(path)
-                continue
-            about = _about(path, listed, known) if reads else None
-        except CheckpointError:
-            # Damaged, or of another version of the format, whose program will read it: it takes
-            # no place.
-            continue
-        except OSError as error:
-            if not is_unreadable(error):
-                raise
-            log.warning("%s cannot be read, and stays: %s", path, error)
-            continue
+    seen = set(found) - known.keys()
+    attempts = [path for path in found if path in seen and _look_at(path, retention, known)]
+    while True:
         # What nobody will load takes no place, and is left for a person.
-        if about is not None and lives.superseded_by(about.life, about.step) is None:
-            saved.append(about)
-    return saved, attempts
+        saved = [s for _, s in known.values() if not lives.superseded_by(s.life, s.step)]
+        old = to_delete(saved, retention, onset)
+        decide = {s.path for s in old} | in_place(saved, retention, onset) if old else set()
+        if not decide - seen:
+            return old, attempts
+        for path in decide - seen:
+            _look_at(path, retention, known)
+        seen |= decide
 
 
-def _about(path: Location, listed: Mapping[str, tuple[int, float]], known: Known) -> Saved:
-    """A sound checkpoint, from its files where its folder is not what it was at the last call."""
-    listing = hash(frozenset(listed.items()))
-    if path in known and known[path][0] == listing:
-        return known[path][1]
+def _look_at(path: Location, retention: Retention, known: Known) -> bool:
+    """Note in `known` what a folder is now, and return whether it is an attempt."""
+    before = known.pop(path, None)
+    try:
+        listed = files(path)
+        if MANIFEST_NAME not in listed:
+            return True
+        listing = hash(frozenset(listed.items()))
+        if before is None or before[0] != listing:
+            # Where all stay, nothing has to be known of one.
+            unread = Saved(path, step_of_folder(path), 0.0)
+            about = unread if retention.keep is None else _about(path, listed)
+            before = listing, about
+        known[path] = before
+    except CheckpointError:
+        # Damaged, or of another version of the format, whose program will read it: it takes no
+        # place.
+        pass
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        log.warning("%s cannot be read, and stays: %s", path, error)
+    return False
+
+
+def _about(path: Location, listed: Mapping[str, tuple[int, float]]) -> Saved:
+    """A sound checkpoint, from its files."""
     manifest = parse_manifest(path, check_files=False)
     check_sizes(path, manifest.files, {name: size for name, (size, _) in listed.items()})
     measured = read_evaluation(path, manifest)
     loss = measured.loss if measured is not None and math.isfinite(measured.loss) else math.inf
     finite = manifest.state.get("loss", 0.0) is not None
     life = int(manifest.state.get("life", 0))
-    saved = Saved(path, manifest.step, manifest.created, loss, finite, life)
-    known[path] = listing, saved
-    return saved
+    return Saved(path, manifest.step, manifest.created, loss, finite, life)
 
 
 def _last_change(path: Location) -> float:
@@ -203,6 +232,9 @@ def _last_change(path: Location) -> float:
 
 def _delete(path: Location) -> None:
     try:
+        if isinstance(path, Path) and path.is_symlink():
+            path.unlink()  # what somebody has moved elsewhere, and linked to here, stays there
+            return
         if exists(path / MANIFEST_NAME):
             remove_file(path / MANIFEST_NAME)
         remove_folder(path)

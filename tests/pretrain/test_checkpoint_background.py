@@ -25,14 +25,16 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.checkpoint import background as background_module
+from pretrain.checkpoint import retention as retention_module
 from pretrain.checkpoint.host_copy import HostCopy
 from pretrain.checkpoint.retention import DEAD_AFTER_S, Saved, to_delete
 from xlstm_io.checkpoint import evaluation as evaluation_module
 from xlstm_io.checkpoint import writer
 from xlstm_io.checkpoint.evaluation import Evaluation, read_evaluation, write_evaluation
 from xlstm_io.checkpoint.lives import record_start
-from xlstm_io.checkpoint.manifest import parse_manifest, step_of_folder
+from xlstm_io.checkpoint.manifest import parse_manifest, read_manifest, step_of_folder
 from xlstm_io.errors import Superseded, UserError
+from xlstm_io.storage import files
 
 WAIT_S = 20.0
 
@@ -411,6 +413,35 @@ def test_dead_attempts_go_and_living_ones_stay(tmp_path):
     with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
         saver.save(slices_of(1), {}, {}, step=4)
     assert not dead.exists() and living.exists() and damaged.exists()
+
+
+def test_a_checkpoint_that_was_moved_to_an_archive_is_not_deleted_through_its_link(tmp_path):
+    root, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    with CheckpointSaver(root, retention=Retention(keep=1)) as saver:
+        saver.save(slices_of(1), {}, {}, step=1)
+        saver.wait()
+        (path,) = root.iterdir()
+        path.rename(archive)
+        path.symlink_to(archive)
+        saver.save(slices_of(2), {}, {}, step=2)
+    assert steps_in(root) == [2] and not path.is_symlink()
+    read_manifest(archive)
+
+
+def test_storage_that_lists_late_fails_no_save(tmp_path, monkeypatch):
+    """The manifest that was just written is not in the list yet, and some attempt is."""
+    (tmp_path / "step-00000009-x").mkdir()
+
+    def late(path):
+        return {n: about for n, about in files(path).items() if n != "manifest.json"}
+
+    monkeypatch.setattr(retention_module, "files", late)
+    with CheckpointSaver(tmp_path, retention=Retention(keep=1)) as saver:
+        for step in (1, 2):
+            saver.save(slices_of(step), {}, {}, step=step)
+            saver.wait()
+            assert saver.take_finished() is not None
+    assert steps_in(tmp_path) == [1, 2, 9]
 
 
 def test_a_checkpoint_that_lost_a_file_before_its_manifest_does_not_count(tmp_path, monkeypatch):

@@ -264,19 +264,21 @@ def test_saves_and_starts_ask_no_more_for_many_files_and_many_checkpoints(store)
     assert [step_of_folder(one) for one in found] == [5, 4, 3, 2, 1]
 
 
-def test_retention_asks_once_for_a_checkpoint_that_it_knows(store):
+@pytest.mark.parametrize("retention", [Retention(keep=1, keep_every=2), Retention()], ids=str)
+def test_retention_asks_nothing_about_what_stays_for_ever(store, retention):
     few, known = [TensorSlice("w", SHAPE, (0, 0), value())], {}
     files = {f"file-{number}": b"{}" for number in range(100)}
-    paths = [save_checkpoint(store, few, {}, {}, step=step, files=files) for step in range(1, 9)]
+    paths = []
 
-    def retain():
-        retention = Retention(keep=1, keep_every=2)
-        apply_retention(paths[0].parent, retention, paths[-1], known=known)
+    def save_and_retain(step):
+        paths.append(save_checkpoint(store, few, {}, {}, step=step, files=files))
+        return requests(apply_retention, paths[-1].parent, retention, paths[-1], known=known)
 
-    assert requests(retain) < 10 * len(paths)
-    assert list(Candidates(store)) == paths[:0:-2] and known.keys() >= {*paths[1::2]}
-    assert requests(retain) <= 4 + 6  # six for the folder itself
-    assert known.keys() == {*paths[1::2]}
+    asked = [save_and_retain(step) for step in range(1, 13)]
+    assert asked[5::2] == [asked[3]] * 4 and asked[6::2] == [asked[4]] * 3, "as many as ever"
+    assert max(asked) < 30
+    left = paths if retention.keep is None else paths[1::2]
+    assert [*Candidates(store)] == left[::-1] and known.keys() == {*left}
 
 
 def test_a_failing_store_is_one_message(store, monkeypatch):
