@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.supervision.lease import Holder
+from xlstm_io.holder import Holder
 
 STALE_S = 300.0
 TOUCH_S = 20.0

@@ -101,8 +101,14 @@ class TokenizerFileError(UserError):
     """A file is not a tokenizer; the message names it."""
 
 
-#: A disk or quota is full, a device fails, a network file system lost a file.
-MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+#: A disk or quota is full, a device fails, a network file system lost a file or its server.
+MACHINE_ERRNOS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.EREMOTEIO, errno.ENOLINK),
+    }
+)
 
 
 def is_machine_failure(error: BaseException) -> bool:

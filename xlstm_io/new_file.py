@@ -31,10 +31,17 @@ def create_new(path: Location, data: bytes) -> None:
         try:
             os.link(temporary, path)  # unlike a rename, never replaces
         except FileExistsError:
-            raise
+            # A network file system says so too where the answer to our own request was lost.
+            if not os.path.samefile(temporary, path):
+                raise
         except OSError:  # a file system without hard links
             with open(path, "xb") as file:
-                file.write(data)
-                os.fsync(file.fileno())
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except BaseException:
+                    path.unlink(missing_ok=True)  # half a record would be damage to everybody
+                    raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+
+from xlstm_io.holder import started
 
 LIMIT_S = 600.0  # longer than a checkpoint takes
 POLL_S = 0.5
@@ -43,15 +44,6 @@ class Keeper:
         """All workers have ended."""
         with suppress(OSError):
             self._process.communicate(b"well\n")
-
-
-def started(pid: int) -> str | None:
-    """When a process started, in clock ticks since the boot; None when it is not there."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
 
 
 def main(words: Sequence[str]) -> int:

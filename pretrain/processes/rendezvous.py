@@ -3,7 +3,13 @@
 torch's own rendezvous waits in C++, where no Python handler hears a signal, and says how many ranks
 are missing, but not which. Here every rank registers in the store of rank 0 and looks there again
 until all have come. One rank decides for all, by whoever is first to write the decision: to go on,
-to stop because one was asked to, or to end because the time is over.
+which is rank 0's alone, to stop because one was asked to, or to end because the time is over.
+
+torchrun keeps its store when it starts the processes again, with all that earlier ones wrote. Its
+count of restarts does not tell the starts apart: it stays as it is when nodes come or go, and each
+torchrun counts for itself. So rank 0 opens every meeting under a name of its own, and a rank leaves
+a meeting that cannot be its own: one for another number of ranks, one in which its number has been,
+or one after which another was opened.
 """
 
 import datetime
@@ -11,6 +17,7 @@ import errno
 import ipaddress
 import os
 import resource
+import secrets
 import socket
 import time
 from contextlib import suppress
@@ -26,6 +33,7 @@ CONNECT_S = 5.0  # for one try to reach rank 0
 LINGER_S = 5.0  # for the others to read a decision that ends rank 0, and the store with it
 TELL_S = 5.0  # that a rank which was asked to stop still looks for rank 0, to tell the others
 GO, STOP = "go", "stop"
+OPEN = "meeting"  # key of the name of the newest meeting
 
 
 def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Store:
@@ -47,11 +55,8 @@ def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Sto
     allow_connections(place.world_size)
     deadline = time.monotonic() + limit
     try:
-        store = _connect(place, deadline, limit, stop)
-        # torchrun keeps its store when it starts the processes again.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        store.set(f"arrived/{place.rank}", "")
-        decision = _decide(store, place, deadline, stop)
+        meeting = _Meeting(_connect(place, deadline, limit, stop), place)
+        decision = _decide(meeting, deadline, stop)
     except dist.DistError as error:
         if stop is not None and stop.requested:
             raise Interrupted from None
@@ -60,7 +65,7 @@ def meet(place: Place, limit: float, stop: StopSignal | None = None) -> dist.Sto
             f"{first_line(error)}"
         ) from error
     if decision == GO:
-        return store
+        return meeting.store
     if decision == STOP:
         raise Interrupted
     raise MachineFailed(
@@ -151,12 +156,61 @@ def _wait_for_rank_0(place: Place, deadline: float, limit: float, stop: StopSign
         time.sleep(POLL_S)
 
 
-def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal | None) -> str:
+class _Meeting:
+    """The meeting that this process has joined; see the top of this module.
+
+    Args:
+        store: that of rank 0, or of torchrun.
+        place: where this process stands.
+
+    Attributes:
+        place: as given.
+        store: of this meeting alone; that of another start before one is joined.
+        come: how many have joined it; 0 before this process has.
+    """
+
+    def __init__(self, store: dist.Store, place: Place) -> None:
+        self.place, self.store, self.come = place, store, 0
+        self._all, self._name = store, ""
+        if place.rank == 0:
+            store.set(OPEN, f"{place.world_size}/{secrets.token_hex(8)}")
+        self.look()
+
+    def look(self) -> None:
+        """Join the newest meeting, or see how many have joined."""
+        name = self._name
+        if not name or (_store_of_torchrun() and self.place.rank > 0):
+            name = self._all.get(OPEN).decode() if self._all.check([OPEN]) else ""
+        if name == self._name:
+            self.come = self.store.add("come", 0) if self.come else 0
+            return
+        self._name, self.store = name, dist.PrefixStore(name, self._all)
+        own = name.startswith(f"{self.place.world_size}/")
+        own = own and self.store.add(f"arrived/{self.place.rank}", 1) == 1
+        if _store_of_torchrun():  # else rank 0 lives on for those that come after its decision
+            own = own and not self.store.check(["decision"])
+        self.come = self.store.add("come", 1) if own else 0
+
+
+def _decide(meeting: _Meeting, deadline: float, stop: StopSignal | None) -> str:
     """`GO`, `STOP`, or the ranks that are missing; the same on every rank that has come."""
-    come = store.add("come", 1)
-    while (wish := _wish(store, place, come, deadline, stop)) is None:
+    place = meeting.place
+    asked: float | None = None
+    while True:
+        now = time.monotonic()
+        if stop is not None and stop.requested:
+            asked = asked or now
+        wish = _wish(meeting, now > deadline, asked is not None)
+        if meeting.come:
+            if wish or meeting.store.check(["decision"]):  # another one was first
+                break
+        elif now > deadline:
+            return "rank 0"
+        elif asked is not None and now > asked + TELL_S:
+            return STOP
         time.sleep(POLL_S)
-        come = store.add("come", 0)
+        meeting.look()
+    store = meeting.store
     decision = (store.compare_set("decision", "", wish) if wish else store.get("decision")).decode()
     read = store.add("read", 1)
     if decision != GO and place.rank == 0 and not _store_of_torchrun():
@@ -170,22 +224,20 @@ def _decide(store: dist.Store, place: Place, deadline: float, stop: StopSignal |
     return decision
 
 
-def _wish(
-    store: dist.Store, place: Place, come: int, deadline: float, stop: StopSignal | None
-) -> str | None:
-    """What this rank would decide; empty where another one has decided, None while it waits."""
-    if come >= place.world_size:
+def _wish(meeting: _Meeting, too_late: bool, asked: bool) -> str:
+    """What this rank would decide; empty while it waits."""
+    complete = meeting.come >= meeting.place.world_size
+    if complete and meeting.place.rank == 0:
         return GO
-    if stop is not None and stop.requested:
+    if asked and not complete:
         return STOP
-    if time.monotonic() > deadline:
-        return _missing(store, place)
-    return "" if store.check(["decision"]) else None
+    return _missing(meeting.store, meeting.place) if too_late else ""
 
 
 def _missing(store: dist.Store, place: Place) -> str:
     """The ranks that have not come, in words: "ranks 3, 5 to 7 of 8"."""
     missing = [r for r in range(place.world_size) if not store.check([f"arrived/{r}"])]
+    missing = missing or [0]  # that of an earlier start had come
     spans: list[list[int]] = []
     for rank in missing:
         if spans and rank == spans[-1][1] + 1:

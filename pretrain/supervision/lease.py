@@ -17,87 +17,32 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import threading
+import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from pretrain.processes.keeper import started
 from xlstm_io.checkpoint.lives import Lives
 from xlstm_io.errors import Superseded, UserError
+from xlstm_io.holder import Holder, time_there, torchrun_id
 from xlstm_io.new_file import create_new
 from xlstm_io.storage import Location, absolute, read_file, write_atomic
+from xlstm_io.terminal import tell
 
 LEASE_FILE = "lease.json"
 LIVES_FOLDER = "lives"
 RECORD_BYTES = 1 << 20  # most that is read of a record
 RENEW_S = 30.0
 STALE_S = 300.0  # a holder on another machine that was silent for so long is taken to be gone
+POLL_S = 5.0
 _RECORD = re.compile(r"(\d{6,})\.json")
 
 
 class LeaseHeldError(UserError):
     """Another life of the run is at work in this folder."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that took a lease.
-
-    Attributes:
-        life: its number.
-        host: name of the machine.
-        boot: identifies the machine's start, so that a process number is never mistaken after one.
-        pid: process number.
-        started: when the process started, in clock ticks since the boot (field 22 of
-            `/proc/PID/stat`); 0 where the system does not tell.
-        job: Slurm job, or None.
-        restart: how often Slurm had requeued that job.
-        namespace: where the process number holds; a container may have its own on the same machine.
-    """
-
-    life: int
-    host: str
-    boot: str
-    pid: int
-    started: int
-    job: str | None
-    restart: int
-    namespace: str
-
-    @classmethod
-    def here(cls, life: int) -> "Holder":
-        """This process."""
-        return cls(
-            life=life,
-            host=socket.gethostname(),
-            boot=_boot(),
-            pid=os.getpid(),
-            started=int(started(os.getpid()) or 0),
-            job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            namespace=_namespace(),
-        )
-
-    def sees(self, other: "Holder") -> bool:
-        """Whether the process numbers of both are of one machine, its start and its namespace."""
-        place = (self.host, self.boot, self.namespace)
-        return place == (other.host, other.boot, other.namespace)
-
-    def follows(self, other: "Holder") -> bool:
-        """Whether this is the same Slurm job, requeued since then; a second step of it is not."""
-        return other.job is not None and other.job == self.job and other.restart < self.restart
-
-    def runs(self) -> bool:
-        """Whether the process is there; asked by one who sees it."""
-        return bool(self.started) and started(self.pid) == str(self.started)
-
-    def __str__(self) -> str:
-        job = f", job {self.job}" if self.job else ""
-        return f"life {self.life} (process {self.pid} on {self.host}{job})"
 
 
 class Lease:
@@ -109,7 +54,7 @@ class Lease:
     Attributes:
         folder: the run folder.
         holder: this process.
-        lost: whether the thread has seen a newer life; `check` says which.
+        lost: whether the thread has seen that another life has the run; `check` says which.
     """
 
     def __init__(self, folder: Path, holder: Holder) -> None:
@@ -131,6 +76,8 @@ class Lease:
         on this machine is gone, when the same Slurm job held it before it was requeued, and when
         the Slurm job that held it has ended. Otherwise after `STALE_S` seconds of silence, also
         when it was taken in another container of this machine, whose processes are not seen here.
+        Where the same torchrun had started the holder, that is waited for: a node was lost, and the
+        first rank is on another one now.
 
         Args:
             folder: the run folder.
@@ -145,7 +92,7 @@ class Lease:
         (folder / LIVES_FOLDER).mkdir(exist_ok=True)
         # The number is the next one after the life that was looked at, and no later one: of two
         # that start at once, the second finds it taken.
-        newest = newest_life(folder) if take_over else check_free(folder)
+        newest = newest_life(folder) if take_over else _wait_for_own(folder)
         holder = Holder.here(max(newest, after) + 1)
         try:
             create_new(_record(folder, holder.life), json.dumps(asdict(holder)).encode())
@@ -162,14 +109,25 @@ class Lease:
         """Nothing while this is the newest life.
 
         Raises:
-            Superseded: a newer life has the run; it names that life.
+            Superseded: a newer life has the run, or another run has the folder; it names that life.
         """
-        newest = newest_life(self.folder)
-        if newest > self.life:
+        newest = self._successor()
+        if newest:
             raise Superseded(
                 f"{_who(self.folder, newest)} has taken over {self.folder} from life {self.life}, "
                 "which ends here and deletes nothing"
             )
+
+    def _successor(self) -> int:
+        """Number of the life that has the folder in place of this one; 0 while none has."""
+        newest = newest_life(self.folder)
+        if newest > self.life:
+            return newest
+        # Somebody may have renamed the folder, and begun another run under its name: its lives are
+        # numbered from 1. A folder that is gone is nobody's.
+        record = _record(self.folder, self.life)
+        ours = _holder(self.folder, self.life) in (self.holder, None)
+        return newest if newest and not (ours and record.exists()) else 0
 
     def __enter__(self) -> "Lease":
         self._thread.start()
@@ -184,13 +142,13 @@ class Lease:
         self._stop.set()
         self._thread.join()
         with suppress(OSError):  # the folder is full or gone: the end of the process says the same
-            if newest_life(self.folder) == self.life:
+            if not self._successor():
                 self._sign("ended")
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
             with suppress(OSError):  # a full disk; the training loop will say so itself
-                if newest_life(self.folder) > self.life:
+                if self._successor():
                     self.lost = True
                     return
                 self._sign("running")
@@ -258,6 +216,32 @@ def check_free(folder: Path, checkpoints: Location | None = None) -> int:
     return newest
 
 
+def began_by_same_torchrun(folder: Path) -> bool:
+    """Whether the torchrun that started this process had started the newest life of a run too.
+
+    torchrun starts the processes again when nodes come or go, with the same command line.
+    """
+    newest = newest_life(folder)
+    holder = _holder(folder, newest) if newest else None
+    return holder is not None and bool(holder.torchrun) and holder.torchrun == torchrun_id()
+
+
+def _wait_for_own(folder: Path) -> int:
+    """`check_free`, which waits for the silence of a life that the same torchrun had started."""
+    end = time.monotonic() + STALE_S + RENEW_S
+    told = False
+    while True:
+        try:
+            return check_free(folder)
+        except LeaseHeldError as error:
+            if time.monotonic() > end or not began_by_same_torchrun(folder):
+                raise
+            if not told:
+                tell(f"waiting, as torchrun has started the run again: {error}")
+            told = True
+        time.sleep(POLL_S)
+
+
 def newest_life(folder: Path) -> int:
     """Number of the newest life that took the lease of a run folder; 0 when there was none."""
     try:
@@ -309,13 +293,7 @@ def _alive(folder: Path, life: int) -> str | None:
 
 def _silence(folder: Path, life: int) -> float:
     """Seconds since the holder's last sign, by the clock of the file system alone."""
-    probe = folder / f"{LEASE_FILE}.clock.{socket.gethostname()}.{os.getpid()}"
-    probe.write_bytes(b"")
-    try:
-        now = probe.stat().st_mtime
-    finally:
-        probe.unlink()
-    signs = []
+    now, signs = time_there(folder), []
     for path in (folder / LEASE_FILE, _record(folder, life)):
         with suppress(OSError):
             signs.append(path.stat().st_mtime)
@@ -338,17 +316,3 @@ def _job_has_ended(job: str) -> bool:
     # A job that has left the controller's memory is "Invalid job id specified".
     unknown = asked.returncode != 0 and "Invalid job id" in asked.stderr
     return unknown or (asked.returncode == 0 and not asked.stdout.strip())
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""

@@ -52,6 +52,13 @@ def test_the_families_of_checkpoints_are_one():
     assert issubclass(errors.CheckpointDamagedError, errors.CheckpointError)
 
 
+@pytest.mark.parametrize("name", ["ENOSPC", "EIO", "ENOTCONN", "EHOSTDOWN", "ENODEV", "EREMOTEIO"])
+def test_storage_that_loses_its_server_is_a_failure_of_the_machine(name):
+    """And no bad input, after which a run on Slurm is given up."""
+    assert errors.is_machine_failure(OSError(getattr(errno, name), "x"))
+    assert not errors.is_machine_failure(OSError(errno.EACCES, "x"))
+
+
 @pytest.mark.parametrize("name", [n for n in dir(errors) if n.endswith("Error")])
 def test_errors_travel_between_processes(name):
     error = getattr(errors, name)("the value, the rule, the remedy")

@@ -1,5 +1,6 @@
 """Files by path or URL: whole or absent, one kind of error, a limit on what is read."""
 
+import errno
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import pytest
 
 from xlstm_io import storage
 from xlstm_io.errors import PrepError
+from xlstm_io.new_file import create_new
 from xlstm_io.remote import RemotePath, file_system, is_remote, os_errors
 from xlstm_io.storage import (
     absolute,
@@ -23,6 +25,36 @@ from xlstm_io.storage import (
     temporary_path,
     write_atomic,
 )
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "without hard links"])
+def test_a_file_that_is_made_once_is_never_torn_or_taken_for_anothers(tmp_path, monkeypatch, links):
+    path, link = tmp_path / "000001.json", os.link
+
+    def answer_lost(old, new):
+        """A network file system asks again, and finds the link that the first request made."""
+        if not links:
+            raise OSError(errno.EPERM, "no links here")
+        link(old, new)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+
+    def full(descriptor, sync=os.fsync):
+        if path.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "link", answer_lost)
+    if not links:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            create_new(path, b"one")
+        assert [*tmp_path.iterdir()] == []
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "link", answer_lost)
+    create_new(path, b"one")
+    with pytest.raises(FileExistsError):
+        create_new(path, b"another")
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"one"
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from pretrain.config import RunConfig
-from pretrain.supervision.lease import check_free
+from pretrain.supervision.lease import began_by_same_torchrun, check_free
 from xlstm_io.errors import ConfigError
 from xlstm_io.storage import absolute
 from xlstm_io.terminal import tell
@@ -29,6 +29,9 @@ def start_anew(config: RunConfig, run_file: str, *, take_over: bool) -> None:
     if any(int(os.environ.get(name, "0")) > 0 for name in RESTARTS):
         return
     folder = Path(config.run.dir)
+    if began_by_same_torchrun(folder):  # its count does not count that nodes come or go
+        tell(f"--fresh: {folder} was begun by this torchrun, by its --rdzv-id, and goes on")
+        return
     if config.checkpoint.dir is not None:
         raise ConfigError(
             f"--fresh renames run.dir={folder}, but checkpoint.dir={config.checkpoint.dir} lies "
@@ -47,9 +50,17 @@ def start_anew(config: RunConfig, run_file: str, *, take_over: bool) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a run folder; its new name, None when there is none."""
+    """Rename a run folder; its new name, None when there is none.
+
+    Where it is a link, to a larger disk perhaps, what it leads to is renamed. The link stays.
+    """
     if not folder.exists():
         return None
+    if folder.is_symlink():
+        real = absolute(folder)
+        old = set_aside(real)
+        real.mkdir()
+        return old
     number = 1
     while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from pretrain.processes.environment import Place, read_place
 from pretrain.processes.rendezvous import _missing, allow_connections, meet
@@ -72,10 +73,10 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
         allow_connections(1024)
 
 
-def in_threads(places, limit=20.0, stops=None, first=lambda number: None):
+def in_threads(places, limit=20.0, stops=None, first=lambda number: None, stores=None):
     """What each rank gets: "store", or the error; `first` is what it does before."""
     found = [None] * len(places)
-    stores = []  # that of rank 0 must outlive the others' last look
+    stores = [] if stores is None else stores  # that of rank 0 must outlive the others' last look
 
     def one(number):
         first(number)
@@ -98,6 +99,38 @@ def places(port, *ranks, world):
 
 
 def test_all_ranks_meet(port):
+    assert in_threads(places(port, 2, 0, 1, world=3)) == ["store"] * 3
+
+
+@pytest.fixture
+def agents_store(port, monkeypatch):
+    """The store of a torchrun, which stays when it starts the processes again."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+def test_each_start_by_the_same_torchrun_is_a_meeting_of_its_own(port, agents_store):
+    """Nodes come and go, and the count of restarts stays as it is."""
+
+    def first(number):
+        if number == 0:  # the others have come when rank 0 opens the meeting
+            time.sleep(0.3)
+
+    stores = []
+    for world in (2, 3, 3, 2):
+        found = in_threads(places(port, *range(world), world=world), 20.0, None, first, stores)
+        assert found == ["store"] * world
+        assert not any(store.check(["mark"]) for store in stores[-world:]), "one of another start"
+        stores[-1].set("mark", "")
+        assert all(store.check(["mark"]) for store in stores[-world:])
+
+
+def test_the_last_missing_rank_of_an_earlier_start_does_not_go_on_alone(port, agents_store):
+    """Its node came back after the others had given up, or while they wait for a new meeting."""
+    found = in_threads(places(port, 0, 1, world=3), limit=1.0)
+    assert all("rank 2 of 3 had not come" in str(error) for error in found)
+    (error,) = in_threads(places(port, 2, world=3), limit=1.0)
+    assert isinstance(error, MachineFailed) and "rank 0 had not come" in str(error)
     assert in_threads(places(port, 2, 0, 1, world=3)) == ["store"] * 3
 
 

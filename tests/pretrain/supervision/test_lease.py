@@ -11,7 +11,6 @@ import pytest
 
 from pretrain.supervision import lease as lease_module
 from pretrain.supervision.lease import (
-    Holder,
     Lease,
     LeaseHeldError,
     newest_life,
@@ -20,6 +19,7 @@ from pretrain.supervision.lease import (
 )
 from xlstm_io.checkpoint.lives import record_start
 from xlstm_io.errors import Superseded
+from xlstm_io.holder import Holder
 
 TAKE = """
 import os, sys
@@ -105,6 +105,47 @@ def test_a_requeued_job_follows_itself_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     held_by(tmp_path, 1, host="elsewhere", boot="another", job="77", restart=2)
     assert Lease.take(tmp_path).life == 2
+
+
+def test_a_run_that_torchrun_starts_on_another_node_waits_for_the_lost_one(
+    tmp_path, monkeypatch, capsys
+):
+    """Its rank 0 was there. torchrun would use up its restarts in the time of that silence."""
+    lost = {"host": "elsewhere", "boot": "another", "torchrun": "nightly"}
+    held_by(tmp_path, 1, **lost)
+
+    def pass_time(seconds):
+        past = (tmp_path / "lease.json").stat().st_mtime - 100
+        for path in (tmp_path / "lease.json", tmp_path / "lives" / "000001.json"):
+            os.utime(path, (past, past))
+
+    monkeypatch.setattr(lease_module.time, "sleep", pass_time)
+    for name in ("other", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        with pytest.raises(LeaseHeldError, match="gone after 300 s"):
+            Lease.take(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "nightly")
+    assert Lease.take(tmp_path).life == 2
+    said = capsys.readouterr().err
+    assert said.count("waiting, as torchrun has started the run again: run.dir=") == 1
+
+
+def test_a_folder_that_was_renamed_and_begun_anew_is_another_runs(tmp_path):
+    """Its lives are numbered from 1, and this one would save among its checkpoints."""
+    run, old = tmp_path / "run", tmp_path / "old"
+    for _ in range(2):
+        with Lease.take(run, take_over=True) as lease:
+            lease.check()
+            run.rename(old)
+            lease.check()  # nobody has it: what is not saved would be lost
+            held_by(run, 1, host="elsewhere")
+            with pytest.raises(Superseded, match=r"life 1 .* on elsewhere.* has taken over"):
+                lease.check()
+        assert json.loads((run / "lease.json").read_text())["status"] == "running"
+        for path in (run, run / "lives"):
+            for file in path.glob("*.json"):
+                file.unlink()
+        (run / "lives").rmdir(), run.rmdir(), old.rename(run)
 
 
 def test_a_second_step_of_the_same_job_is_refused(tmp_path, monkeypatch):

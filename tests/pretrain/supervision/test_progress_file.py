@@ -76,6 +76,21 @@ def test_what_is_started_again_ignores_fresh(folder, monkeypatch, restarts):
     assert not folder.with_name("run.old-1").exists()
 
 
+@pytest.mark.parametrize(("name", "goes_on"), [("nightly", True), ("none", False)])
+def test_what_torchrun_starts_again_when_nodes_come_or_go_ignores_fresh(
+    folder, monkeypatch, capsys, name, goes_on
+):
+    """Its count of restarts is 0 then. Without --rdzv-id its name is that of all torchruns."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr("pretrain.cli.signal_at_parents_death", lambda number: None)
+    for steps in ("1", "2"):
+        assert train("--fresh", "--run.steps", steps) == ExitCode.DONE
+    assert folder.with_name("run.old-2").exists() != goes_on
+    said = capsys.readouterr().err
+    assert ("was begun by this torchrun, by its --rdzv-id, and goes on" in said) == goes_on
+
+
 def test_checkpoints_elsewhere_are_not_set_aside(folder, tmp_path, capsys):
     words = ["--fresh", "--checkpoint.dir", str(tmp_path / "elsewhere")]
     assert train(*words) == ExitCode.BAD_INPUT
@@ -124,6 +139,17 @@ def test_a_launch_that_is_refused_leaves_the_old_run_in_its_place(folder, capsys
     assert cli.run(words) == ExitCode.BAD_INPUT
     assert "is not a folder" in capsys.readouterr().err
     assert (folder / "checkpoints").exists()
+
+
+def test_a_run_folder_that_is_a_link_stays_one(tmp_path):
+    """The new run goes to the same disk."""
+    real = tmp_path / "large" / "run"
+    real.mkdir(parents=True)
+    (real / "old").touch()
+    (tmp_path / "run").symlink_to(real)
+    assert set_aside(tmp_path / "run") == real.with_name("run.old-1")
+    assert (tmp_path / "run").is_symlink() and [*real.iterdir()] == []
+    assert (real.with_name("run.old-1") / "old").exists()
 
 
 def test_each_old_run_gets_a_name_of_its_own(tmp_path):
