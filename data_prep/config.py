@@ -49,6 +49,9 @@ class JobShare(NamedTuple):
         return range(count * self.job // self.jobs, count * (self.job + 1) // self.jobs)
 
 
+ALONE = JobShare(0, 1)
+
+
 class TextConfig(BaseModel):
     """What describes the texts of a corpus, in `sources` and for a single corpus alike."""
 
@@ -221,7 +224,7 @@ class BuildConfig(TextConfig):
         if self.tasks is not None:
             return JobShare(self.task or 0, self.tasks)
         if "SLURM_ARRAY_TASK_ID" not in os.environ:
-            return JobShare(0, 1)
+            return ALONE
         number, count = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "COUNT"))
         first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{key}"]) for key in ("MIN", "MAX"))
         if last - first + 1 != count:

@@ -5,10 +5,10 @@ after a kill. The build state in `OUT/_work` holds the settings, the scans of th
 plan and a record of each finished shard; `manifest.json` is written last. A folder that was begun
 with other settings or another corpus is never overwritten.
 
-Several jobs (a Slurm array) may share a build. They share the scan, and each comes to the same plan
-by itself. Each writes a range of the shards (`JobShare.of_shards`), and `merge` writes the manifest
-when all are there. No job waits for another. The result is bit for bit that of a single job,
-whatever the number of workers. Duplicates are dropped by the plan, so this holds for them as well.
+Several jobs (a Slurm array) may share a build. They share the scan, and one of them makes the plan,
+for which the others wait. Each writes a range of the shards (`JobShare.of_shards`), and `merge`
+writes the manifest when all are there. The result is bit for bit that of a single job, whatever the
+number of workers. Duplicates are dropped by the plan, so this holds for them as well.
 """
 
 import time
@@ -87,7 +87,7 @@ def _build(config: BuildConfig, workers: Workers) -> Manifest | None:
     scans = scan_files(files, config.filters(), out / "_work", workers, share)
     tallies = [scan.tally(file.path) for file, scan in zip(files, scans, strict=True)]
     report_malformed(tallies, config.max_bad_share, out / "_work" / "malformed.log")
-    corpus = plan_build(out, config, files, fingerprints, scans, earlier)
+    corpus = plan_build(out, config, files, fingerprints, scans, earlier, share)
     check_splits(corpus.plan, config)
     save_state(out, config, settings, corpus.digest, files, fingerprints)
     for name, data in tokenizer.files.items():

@@ -16,8 +16,9 @@ import numpy as np
 import xxhash
 
 from data_prep.build.earlier import Earlier
+from data_prep.build.planner import plan_once
 from data_prep.build.repeated import BUCKET_ROWS, find_repeated
-from data_prep.build.scan import FileScan, InputFile, rule_verdict
+from data_prep.build.scan import FileScan, InputFile, check_rows, rule_verdict
 from data_prep.build.stored_plan import (
     CorpusPlan,
     ShardPlan,
@@ -25,7 +26,7 @@ from data_prep.build.stored_plan import (
     load_plan,
     store_plan,
 )
-from data_prep.config import BuildConfig
+from data_prep.config import ALONE, BuildConfig, JobShare
 from data_prep.sources.filters import KEPT, TextFilters
 from xlstm_io.errors import PrepError
 from xlstm_io.storage import temporary_path
@@ -71,8 +72,9 @@ def plan_build(
     fingerprints: list[list],
     scans: list[FileScan],
     earlier: Earlier | None,
+    share: JobShare = ALONE,
 ) -> Corpus:
-    """Decide from the scans what goes into which shard.
+    """Decide from the scans what goes into which shard. Of several jobs one does so.
 
     Args:
         out: folder of the build.
@@ -82,6 +84,7 @@ def plan_build(
         scans: of each file.
         earlier: the folder that the build extends, if any: its documents are known, and the new
             shards count on.
+        share: which of the jobs this is.
     """
     work = out / "_work"
     shard_bytes = max(1, int(config.shard_mb * 1e6))
@@ -95,6 +98,7 @@ def plan_build(
         work,
         samples,
         earlier,
+        share,
     )
     return Corpus(files, fingerprints, scans, plan, corpus_digest(files, scans), earlier)
 
@@ -140,6 +144,7 @@ def plan_corpus(
     work: Path,
     samples: dict[str, float],
     earlier: Earlier | None = None,
+    share: JobShare = ALONE,
 ) -> CorpusPlan:
     """Drop what filters say and repeated texts, choose the splits, and cut them into shards.
 
@@ -156,6 +161,10 @@ def plan_corpus(
         work: `OUT/_work`.
         samples: by source, the share of its documents that is taken.
         earlier: see `plan_build`.
+        share: see `plan_build`. Of several jobs none has checked the rows of the scans.
+
+    Raises:
+        PrepError: a scan is not what was written.
     """
     key = repr([corpus_digest(files, scans), valid_fraction, shard_bytes])
     if any(share < 1 for share in samples.values()):
@@ -166,24 +175,27 @@ def plan_corpus(
         key += repr(sorted(counts.items())) + xxhash.xxh3_128_hexdigest(hashes.data)
     path = work / "plan" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     total = sum(scan.documents for scan in scans)
-    stored = load_plan(path, files, scans)
-    if stored is not None:
-        return stored
-    file = assignments_file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(file)
-    try:
-        assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
-        read, dropped = _drop(files, scans, filters, samples, assignments, file.parent, hashes)
-        shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments, counts))
-        assignments.flush()
-        del assignments
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    plan = CorpusPlan(shards, read, dropped, str(file))
-    store_plan(path, plan)
-    return plan
+
+    def make() -> CorpusPlan:
+        if share.jobs > 1:
+            check_rows(scans)
+        file = assignments_file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(file)
+        try:
+            assignments = np.memmap(temporary, np.uint8, "w+", shape=(max(1, total),))
+            read, dropped = _drop(files, scans, filters, samples, assignments, file.parent, hashes)
+            shards = list(_cut(files, scans, valid_fraction, shard_bytes, assignments, counts))
+            assignments.flush()
+            del assignments
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        plan = CorpusPlan(shards, read, dropped, str(file))
+        store_plan(path, plan)
+        return plan
+
+    return plan_once(path, share, lambda: load_plan(path, files, scans), make)
 
 
 def _drop(

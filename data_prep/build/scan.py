@@ -2,7 +2,8 @@
 
 Results lie in `OUT/_work/scan`, one table a file; unchanged files are never read again. Jobs of an
 array share the pass without waiting for each other: each starts with files of its own and then
-takes those that are not finished yet. A file that two jobs scan at once comes out the same.
+takes those that are not finished yet. A file that two jobs scan at once comes out the same. Of what
+the others have scanned they read the notes alone. Whichever of them makes the plan checks the rows.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -114,16 +115,18 @@ class ScanTask:
         file: the file.
         filters: the rules for leaving texts out.
         path: where the scan is stored, see `scan_path`.
+        reads_rows: whether the rows of a stored scan are checked.
     """
 
     file: InputFile
     filters: TextFilters
     path: Path
+    reads_rows: bool = True
 
 
 def scan_file(task: ScanTask, tick: Tick) -> FileScan:
     """Read one file and store what it holds, unless another job did so meanwhile."""
-    stored = load_scan(task.path, _LOGGED_IN_ALL)
+    stored = load_scan(task.path, _LOGGED_IN_ALL, task.reads_rows)
     if stored is not None:
         return stored
     table = task.path.with_suffix(".scan")
@@ -199,12 +202,13 @@ def rule_verdict(number: int) -> int:
     return int(np.iinfo(np.uint8).max) - number
 
 
-def load_scan(path: Path, examples: int = 0) -> FileScan | None:
+def load_scan(path: Path, examples: int = 0, reads_rows: bool = True) -> FileScan | None:
     """The scan stored at `path`; None where it is absent or not what was written.
 
     Args:
         path: the note.
         examples: most of the malformed records that are kept in memory.
+        reads_rows: whether the rows are read and checked, or the size of their file alone.
     """
     table = path.with_suffix(".scan")
     note = read_note(_ScanNote, path)
@@ -216,6 +220,27 @@ def load_scan(path: Path, examples: int = 0) -> FileScan | None:
             return None
     except OSError:
         return None
+    return scan if not reads_rows or _is_intact(scan) else None
+
+
+def check_rows(scans: list[FileScan]) -> None:
+    """Read the rows of all scans.
+
+    Raises:
+        PrepError: they are not what was written. The next run scans that file again.
+    """
+    for scan in scans:
+        try:
+            intact = _is_intact(scan)
+        except FileNotFoundError:  # another job has found the damage
+            intact = False
+        if not intact:
+            Path(scan.table).unlink(missing_ok=True)
+            raise PrepError(f"{scan.table} was damaged, and is removed; run the build again")
+
+
+def _is_intact(scan: FileScan) -> bool:
+    """Whether the rows of a scan are what was written."""
     digest, whole, rows = xxhash.xxh3_128(), xxhash.xxh3_128(), scan.rows()
     for first in range(0, len(rows), _CHUNK_ROWS):
         part = rows[first : first + _CHUNK_ROWS]
@@ -223,9 +248,8 @@ def load_scan(path: Path, examples: int = 0) -> FileScan | None:
         whole.update(part.tobytes())
         ascending = (np.diff(part["record"]) > 0).all() and (part["record"] >= 0).all()
         if not ascending or (part["offset"] < 0).any() or (part["size"] < 0).any():
-            return None
-    intact = digest.hexdigest() == scan.digest
-    return scan if intact and scan.rows_xxh3 in ("", whole.hexdigest()) else None
+            return False
+    return digest.hexdigest() == scan.digest and scan.rows_xxh3 in ("", whole.hexdigest())
 
 
 def scan_path(file: InputFile, fingerprint: list, filters: dict[str, Any], work: Path) -> Path:
@@ -269,15 +293,15 @@ def scan_files(
     """
     chosen = filters.settings()
     paths = [scan_path(file, file_fingerprint(file.path), chosen, work) for file in files]
-    most = max(1, _LOGGED_IN_ALL // max(1, len(files)))
+    most, alone = max(1, _LOGGED_IN_ALL // max(1, len(files))), share.jobs == 1
     scans: dict[int, FileScan] = {}
     for number, path in enumerate(paths):
-        stored = load_scan(path, most)
+        stored = load_scan(path, most, alone)
         if stored is not None:
             scans[number] = stored
     todo = [n for n in _order(len(files), share) if n not in scans]
     with Progress("scan", sum(file_size(files[n].path) for n in todo)) as progress:
-        tasks = [ScanTask(files[n], filters, paths[n]) for n in todo]
+        tasks = [ScanTask(files[n], filters, paths[n], alone) for n in todo]
         for place, scan in workers.run(scan_file, tasks, progress):
             scans[todo[place]] = replace(scan, examples=scan.examples[:most])
     return [scans[number] for number in range(len(files))]

@@ -2,14 +2,19 @@
 
 import itertools
 import json
+import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import data_prep.build.build
+import data_prep.build.planner
 import data_prep.build.repeated
 from tests.data_prep.small_corpus import documents_of, make_texts, run, tree_bytes, write_jsonl
+from xlstm_io.errors import Interrupted
+from xlstm_io.holder import Holder
 from xlstm_io.shards.manifest import load_manifest
 
 
@@ -85,6 +90,112 @@ def test_merge_from_elsewhere_keeps_the_provenance(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("merge", "../out") == 0
     assert load_manifest(tmp_path / "out").sources[0].provenance == {"licence": "CC0"}
+
+
+def planner_of(out, job: int, silent_s: float = 0.0, **process) -> Path:
+    """The file of another job that makes the plan, after all files were scanned."""
+    (plan,) = (out / "_work/plan").glob("*.json")
+    plan.unlink()
+    holder = asdict(Holder.here()) | process
+    path = plan.with_name(f"{plan.stem}.planner-000001")
+    path.write_text(json.dumps({"job": job, "holder": holder}))
+    os.utime(path, (path.stat().st_mtime - silent_s,) * 2)
+    return path
+
+
+@pytest.fixture
+def planned_by(monkeypatch):
+    """The job that has made a plan, and each job that has read the rows of all scans, in order."""
+    jobs = []
+
+    def noted(share, check_rows=data_prep.build.plan.check_rows):
+        jobs.append(int(os.environ["SLURM_ARRAY_TASK_ID"]))
+        check_rows(share)
+
+    monkeypatch.setattr(data_prep.build.plan, "check_rows", noted)
+    return jobs
+
+
+ELSEWHERE = {"host": "elsewhere", "boot": "another"}
+
+
+def test_one_job_plans_and_the_others_wait_for_it(
+    one_job, tmp_path, monkeypatch, capsys, planned_by
+):
+    flags, single = one_job
+    out = tmp_path / "out"
+    slurm(monkeypatch, 1, 3)
+    assert run("build", *flags, "--out", out) == 0
+    planner_of(out, 0, **ELSEWHERE)
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:  # then the planner goes on
+            slurm(monkeypatch, 0, 3)
+            assert run("build", *flags, "--out", out) == 0
+
+    monkeypatch.setattr(data_prep.build.planner.time, "sleep", wait)
+    slurm(monkeypatch, 2, 3)
+    assert run("build", *flags, "--out", out) == 0
+    assert len(waited) == 2 and planned_by == [1, 0]
+    assert "job 2 waits for the plan of the corpus, which job 0 on elsewhere" in (
+        capsys.readouterr().out
+    )
+    assert run("merge", out) == 0
+    assert tree_bytes(out) == tree_bytes(single)
+
+
+@pytest.mark.parametrize(
+    ("planner", "waits"),
+    [
+        ({"job": 0, "silent_s": 301.0, **ELSEWHERE}, False),
+        ({"job": 1, **ELSEWHERE}, False),  # an earlier start of this job
+        ({"job": 0, "pid": 1, "started": 1}, False),  # killed on this machine
+        ({"job": 0, "silent_s": 200.0, **ELSEWHERE}, True),
+        ({"job": 0}, True),
+    ],
+)
+def test_a_planner_that_is_gone_holds_nobody_up(
+    one_job, tmp_path, monkeypatch, planned_by, planner, waits
+):
+    flags, _ = one_job
+    out = tmp_path / "out"
+    slurm(monkeypatch, 1, 3)
+    assert run("build", *flags, "--out", out) == 0
+    path = planner_of(out, **planner)
+
+    def wait(seconds):
+        raise Interrupted
+
+    monkeypatch.setattr(data_prep.build.planner.time, "sleep", wait)
+    assert run("build", *flags, "--out", out) == (75 if waits else 0)
+    assert planned_by == [1] * (1 if waits else 2)
+    assert (
+        [*path.parent.glob("*.planner-000002")] == []
+        if waits
+        else [path.with_suffix(".planner-000002")]
+    )
+
+
+def test_a_planner_that_fails_leaves_the_plan_to_another(
+    one_job, tmp_path, monkeypatch, capsys, planned_by
+):
+    flags, _ = one_job
+    out = tmp_path / "out"
+    slurm(monkeypatch, 0, 2)
+    assert run("build", *flags, "--out", out) == 0
+    (plan,) = (out / "_work/plan").glob("*.json")
+    plan.unlink()
+    for claim in plan.parent.glob("*.planner-*"):
+        claim.unlink()
+    table = next((out / "_work/scan").glob("*.scan"))
+    table.write_bytes(table.read_bytes()[:-1] + b"\x01")
+    slurm(monkeypatch, 1, 2)
+    assert run("build", *flags, "--out", out) == 2
+    assert f"{table} was damaged, and is removed; run the build again" in capsys.readouterr().err
+    assert not [*plan.parent.glob("*.planner-*")]
+    assert run("build", *flags, "--out", out) == 0 and planned_by == [0, 1, 1]
 
 
 @pytest.mark.parametrize("change", ["a new file", "other settings"])
