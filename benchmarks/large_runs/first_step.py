@@ -80,6 +80,7 @@ def parts(config: RunConfig, world: int, rates: Rates) -> list[Part]:
         world: its number of ranks.
         rates: of this machine.
     """
+    from pretrain.config.support import zero_stage
     from pretrain.rehearsal.rank import rehearse_rank
     from xlstm_mcore.sizes.flops import training_flops
     from xlstm_mcore.sizes.parameters import count_parameters
@@ -93,11 +94,16 @@ def parts(config: RunConfig, world: int, rates: Rates) -> list[Part]:
     }
     requests = world * (MEETING_REQUESTS + GROUP_REQUESTS * groups)
     parameters = count_parameters(config.model)["total"]
-    held = sum(record.memory.held.get(kind, 0) for kind in ("weights", "optimizer state"))
+    # Every replica has all weights below ZeRO 3, reads its share and sends it to the others.
+    shares = (
+        1 if zero_stage(config) == 3 else world // (config.layout.tensor * config.layout.pipeline)
+    )
+    held = record.memory.held
+    own = held.get("weights", 0) / shares + held.get("optimizer state", 0)
     ramp = config.data.batch_ramp
     rows = ramp[0].global_batch if ramp else config.data.global_batch
     work = rows * config.data.seq_len * training_flops(config.model, config.data.seq_len)
-    read, hashed = held / 1e9 / RANK_GBS, held * rates.read
+    read, hashed = own / 1e9 / RANK_GBS, own * rates.read
     return [
         Part("imports", rates.imports, "measured", "a fresh Python, files in the page cache"),
         Part(
@@ -118,7 +124,7 @@ def parts(config: RunConfig, world: int, rates: Rates) -> list[Part]:
             "checkpoint",
             max(read, hashed),
             "assumed",
-            f"{held / 1e9:.1f} GB for a rank: {read:.1f} s at {RANK_GBS:g} GB/s, "
+            f"{own / 1e9:.1f} GB for a rank: {read:.1f} s at {RANK_GBS:g} GB/s, "
             f"{hashed:.1f} s of CPU for their hashes",
             only="later",
         ),

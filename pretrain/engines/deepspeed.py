@@ -120,14 +120,20 @@ class DeepSpeedEngine(ModelEngine):
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
         """Fill weights, fp32 masters and moments, each rank only its own part.
 
+        Below stage 3 every replica has all weights; see `ModelEngine._load_shared`.
+
         Args:
             load: copies a checkpoint's values into the slices it is given.
             updates: optimizer updates done so far, for Adam's bias correction.
         """
         optimizer = self.engine.optimizer
-        split = compat.writable_partitions(optimizer) if self.stage == 3 else None
-        with split or contextlib.nullcontext(), torch.no_grad():
-            load([part for _, part in (*self._weights(), *self._optimizer_slices())])
+        state = [part for _, part in self._optimizer_slices()]
+        with torch.no_grad():
+            if self.stage < 3:
+                self._load_shared(load, state)
+            else:
+                with compat.writable_partitions(optimizer):
+                    load([*(part for _, part in self._weights()), *state])
         compat.set_adam_step(optimizer, updates)
 
     def held_gradients(self) -> Iterator[Held]:

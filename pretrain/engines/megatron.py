@@ -102,7 +102,7 @@ class MegatronEngine(ModelEngine):
         return super().sharded_state()
 
     def load_sharded_state(self, load: Callable[[list[TensorSlice]], Any], updates: int) -> None:
-        """Fill weights, fp32 masters and optimizer state.
+        """Fill weights, fp32 masters and optimizer state; see `ModelEngine._load_shared`.
 
         Args:
             load: copies a checkpoint's values into the slices it is given.
@@ -110,7 +110,7 @@ class MegatronEngine(ModelEngine):
         """
         self._gather_weights()
         with torch.no_grad():
-            load([part for _, part in (*self._weights(), *self._optimizer_slices())])
+            self._load_shared(load, [part for _, part in self._optimizer_slices()])
         self.optimizer.set_updates(updates)
         self._clear_gradients()
 

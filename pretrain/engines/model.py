@@ -1,7 +1,8 @@
 """What both engines share: the part of the model that this rank holds."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,14 @@ from pretrain.engines.base import LossSum
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import evaluate, sum_losses
 from pretrain.engines.next_tokens import next_tokens
-from pretrain.engines.state import MASTER, is_owner, shared_out, weight_slices
+from pretrain.engines.state import (
+    MASTER,
+    is_owner,
+    send_from_owners,
+    shared_out,
+    weight_slices,
+    with_owners,
+)
 from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
@@ -130,13 +138,37 @@ class ModelEngine:
         """The weights that this rank saves, where every replica has all of them.
 
         Of a large model one replica alone would write a hundred times what the others do, and at a
-        resume all ranks would read its file at once. But each more file is opened by all of them.
+        resume the ranks would read its file at once. But each more file is one more to open.
         """
         group, weights = self.layout.groups.dp_cp, list(self._weights())
         sizes = [part.tensor.numel() * part.tensor.element_size() for _, part in weights]
         savers = min(group.size(), max(1, sum(sizes) // SHARE_BYTES))
         owners = shared_out(sizes, savers)
         return [one for one, owner in zip(weights, owners, strict=True) if owner == group.rank()]
+
+    def _load_shared(
+        self, load: Callable[[list[TensorSlice]], Any], state: Iterable[TensorSlice]
+    ) -> None:
+        """Fill the weights, where every replica has all of them, and state that this rank has.
+
+        Each replica reads its share of the weights and sends it to the others: a thousand that read
+        all of them would read a thousand times as much from one file system. Called by all ranks.
+
+        Args:
+            load: see `load_sharded_state`. When it returns, no rank's reading has failed.
+            state: what this rank reads besides.
+        """
+        group = self.layout.groups.dp_cp
+        found = [(parameter, slices) for _, parameter, slices in self._parameters()]
+        owned = with_owners([parameter for parameter, _ in found], group)
+        mine = [
+            part
+            for (parameter, slices), (_, owner) in zip(found, owned, strict=True)
+            if owner == group.rank()
+            for part in weight_slices(parameter, slices)
+        ]
+        load([*mine, *state])
+        send_from_owners(owned, group)
 
     def _sum(self, losses: list[Tensor], batches: list[Batch]) -> Tensor:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""

@@ -27,7 +27,13 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
 from pretrain.engines.adamw import mask_on_device
 from pretrain.engines.gradients import clip_gradients, sum_of_squares
-from pretrain.engines.state import is_owner, optimizer_prefix, shared_out
+from pretrain.engines.state import (
+    is_owner,
+    optimizer_prefix,
+    send_from_owners,
+    shared_out,
+    with_owners,
+)
 from pretrain.engines.verdict import Verdict
 from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat
@@ -142,14 +148,10 @@ class MuonWithAdamW:
             for _, parameter, slices in named_slices(model_chunk.module)
         ]
         group = layout.groups.dp_cp
-        owners = shared_out([parameter.numel() for parameter, _ in parameters], group.size())
-        # Every rank sends and receives in this order.
-        self._owners = [
-            (parameter, owner) for (parameter, _), owner in zip(parameters, owners, strict=True)
-        ]
+        self._owned = with_owners([parameter for parameter, _ in parameters], group)
         own = [
             (parameter, part)
-            for (parameter, slices), owner in zip(parameters, owners, strict=True)
+            for (parameter, slices), (_, owner) in zip(parameters, self._owned, strict=True)
             if owner == group.rank()
             for part in slices
         ]
@@ -259,19 +261,7 @@ class MuonWithAdamW:
                 master.part.local(master.parameter).copy_(master.weight)
         for name, matrix in self._split.items():
             matrix.scatter(whole.get(name))
-        self._send_weights()
-
-    def _send_weights(self) -> None:
-        """Give every rank what its owner has updated."""
-        group = self._layout.groups.dp_cp
-        if group.size() == 1:
-            return
-        sent = [
-            dist.broadcast(parameter.detach(), group=group, group_src=owner, async_op=True)
-            for parameter, owner in self._owners
-        ]
-        for work in sent:
-            work.wait()
+        send_from_owners(self._owned, self._layout.groups.dp_cp)
 
     def _step_masked(self, muon: torch.optim.Muon, rejected: Tensor) -> None:
         """Update one matrix, and take that back where `rejected` is true, all on the device."""

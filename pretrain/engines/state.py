@@ -9,6 +9,7 @@ one engine wrote another reads.
 import math
 from collections.abc import Iterator, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.checkpoint import TensorSlice
@@ -87,3 +88,26 @@ def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
         owners[number] = loads.index(min(loads))
         loads[owners[number]] += sizes[number]
     return owners
+
+
+def with_owners(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[Tensor, int]]:
+    """Each parameter with the rank of a group that owns it, in the same order on every rank."""
+    owners = shared_out([parameter.numel() for parameter in parameters], group.size())
+    return list(zip(parameters, owners, strict=True))
+
+
+def send_from_owners(owned: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) -> None:
+    """Give every rank of a group what its owner has of each parameter; called by all of them.
+
+    Args:
+        owned: see `with_owners`.
+        group: the ranks.
+    """
+    if group.size() == 1:
+        return
+    sent = [
+        dist.broadcast(parameter.detach(), group=group, group_src=owner, async_op=True)
+        for parameter, owner in owned
+    ]
+    for work in sent:
+        work.wait()

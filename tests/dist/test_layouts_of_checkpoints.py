@@ -4,8 +4,10 @@ A seeded sample of pairs: the layouts shuffled into a ring, each one's checkpoin
 next, so that every layout saves once and loads once.
 """
 
+import math
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from pretrain.checkpoint import TensorSlice, find_latest, load_checkpoint, save_checkpoint
 from tests.dist import work
 from tests.dist.needs import needs_deepspeed
+from xlstm_io.checkpoint.manifest import is_weight
 from xlstm_io.checkpoint.reader import CheckpointReader
 
 SEED = 11
@@ -75,6 +78,42 @@ def load(config, path):
         TensorSlice(c.name, c.global_shape, c.global_offset, c.tensor.detach().clone())
         for c in engine.sharded_state()
     ]
+
+
+def bytes_read(config, path):
+    """Bytes of weights and of the optimizer's state that this rank reads at a resume."""
+    engine, _ = work.make_engine(config, initial_values=False)
+    read, reading = {True: 0, False: 0}, CheckpointReader._read_stored
+
+    def counted(reader, name, stored, into):
+        read[is_weight(name)] += into.numel() * into.element_size()
+        reading(reader, name, stored, into)
+
+    with mock.patch.object(CheckpointReader, "_read_stored", counted):
+        engine.load_sharded_state(lambda chunks: load_checkpoint(path, chunks), 1)
+    return read[True], read[False]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "name",
+    ["dp4", "cp2_dp2", "dp2_pp2", "muon_dp4", pytest.param("zero1_dp2", marks=needs_deepspeed)],
+)
+def test_each_byte_is_read_by_one_replica(pool, tmp_path, name):
+    """A thousand replicas that read all weights would read a thousand times as much."""
+    muon = {"optimizer__name": "muon", "engine__zero_stage": 0}
+    ranks, shape = (4, muon) if name == "muon_dp4" else LAYOUTS[name]
+    config = work.run_config(MODEL, **shape)
+    pool(ranks, save, config, str(tmp_path))
+    path = find_latest(tmp_path)
+    read = pool(ranks, bytes_read, config, str(path))
+    sizes = {True: 0, False: 0}
+    with CheckpointReader(path) as reader:
+        for tensor, about in reader.manifest.tensors.items():
+            sizes[is_weight(tensor)] += math.prod(about.shape) * about.dtype.itemsize
+    weights, state = zip(*read, strict=True)
+    assert sum(weights) == sizes[True] and sum(state) == sizes[False]
+    assert max(weights) < 2 * sizes[True] / ranks
 
 
 @pytest.mark.dist
