@@ -26,6 +26,7 @@ from xlstm_kernels.self_check_again import (
     norm_again,
     norm_skip_again,
 )
+from xlstm_kernels.self_check_equations import normalised, silu_of_conv
 
 ROWS = 8  # of a comparison; the loops of classic blocks take them by fours
 CONV_ROWS = 100  # on Triton: three tiles and a part
@@ -71,7 +72,7 @@ def check_conv(
         )[0]
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor, *before: Tensor) -> Tensor:
-        return _convolved(x, weight, bias, starts, *before)
+        return silu_of_conv(x, weight, bias, starts, *before)
 
     inputs = {
         "input": _draw(channels, count),
@@ -82,19 +83,6 @@ def check_conv(
         inputs["inputs before"] = _draw(channels, width - 1).flip(0)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return compare("causal_conv1d", kernel, reference, inputs, device, dtype, "result")
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, *before: Tensor) -> Tensor:
-    """SiLU of the causal convolution of x [s, c], from its definition."""
-    width = weight.shape[1]
-    first = width - 1
-    padded = torch.cat((*(before or [x.new_zeros(first, x.shape[1])]), x))
-    document = F.pad(starts[0].cumsum(0), (first, 0))
-    rows = []
-    for t in range(first, len(padded)):
-        taps = [j for j in range(width) if document[t - j] == document[t]]
-        rows.append(sum((weight[:, first - j] * padded[t - j] for j in taps), bias))
-    return F.silu(torch.stack(rows))
 
 
 def check_gated_activation(
@@ -178,7 +166,7 @@ def check_norm(
 
     def reference(x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
         x = by_head(x + gate[0] if summed else x)
-        y = _normed(x, kind, eps).flatten(-2) * weight
+        y = normalised(x, kind, eps).flatten(-2) * weight
         if summed or beside:
             return torch.cat((x.flatten(-2), y), dim=-1)
         return y * gate[0].sigmoid() if gate else y
@@ -260,7 +248,7 @@ def check_qkv_and_gates(
         lead = []
         if conv:
             taps, bias, *before = conv
-            beside, convolved = convolved, _convolved(x, taps, bias, starts, *before)
+            beside, convolved = convolved, silu_of_conv(x, taps, bias, starts, *before)
             lead = [convolved, beside]
         q, k, v = (
             torch.einsum("tbi,boi->tbo", source.unflatten(-1, (-1, block)), weight).flatten(1)
@@ -315,7 +303,7 @@ def check_norm_gated_skip(
         )[:, 0]
 
     def reference(h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        normed = _normed(h.unflatten(1, (heads, width)), kind, eps).flatten(1) * weight
+        normed = normalised(h.unflatten(1, (heads, width)), kind, eps).flatten(1) * weight
         return (normed + skip * x) * gate * gate.sigmoid()
 
     inputs = {"hidden states": draw(), "weight": draw()[0], "skip": draw()[1]}
@@ -378,12 +366,6 @@ def check_loss(
 
     inputs = {"logits": logits}
     return compare("cross_entropy", kernel, reference, inputs, device, dtype, "losses")
-
-
-def _normed(x: Tensor, kind: str, eps: float) -> Tensor:
-    """x with unit variance, or mean square, in its last dimension."""
-    centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
-    return centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def _rows(chosen: str, tokens: int, heads: int, width: int) -> int:
