@@ -212,7 +212,12 @@ def _budgets(axes: Any, figure: Figure, table: Mapping[str, Any]) -> None:
         for best in fit["optima"]:
             axes.plot(best["parameters"], best["loss"], marker="*", markersize=11, color=colour)
     axes.plot([], [], marker="*", linestyle="", color="0.4", label="best of a budget")
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.12)
     axes.set_xlabel("parameters")
     axes.set_ylabel(figure.label)
