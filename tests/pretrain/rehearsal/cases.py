@@ -17,7 +17,7 @@ from benchmarks.large_runs import first_step
 from pretrain import layout as layouts
 from pretrain.commands.before_run.rehearse import chosen_ranks, rehearse
 from pretrain.config import RunConfig
-from pretrain.engines import megatron, model
+from pretrain.engines import model
 from pretrain.engines.megatron import MegatronEngine
 from pretrain.rehearsal import device as rehearsed
 from pretrain.rehearsal.compare import compare_ranks, compare_saved, unexpected_waits
@@ -80,7 +80,7 @@ def other_order_of_groups():
 
 
 def everybody_owns():
-    return mock.patch.object(megatron, "is_owner", lambda parameter, layout: True)
+    return mock.patch.object(model, "is_owner", lambda parameter, layout: True)
 
 
 def record_with(fault, config, rank):
