@@ -31,6 +31,7 @@ from xlstm_io.storage import write_atomic
 STEP, STARTUP, EVALUATION, CHECKPOINT = "step", "start-up", "evaluation", "checkpoint"
 TICK_S = 5.0
 NOTE_S = 60.0  # between two notes of one phase
+STOPPED_S = 60.0  # a look that comes so late: the process was stopped, as by `scontrol suspend`
 RECORDER_S = 10.0  # for the flight recorder to answer
 # Without a limit of the user's, a step may take so many times the median of the recent ones. One
 # long wait for the storage does not move the median.
@@ -149,8 +150,12 @@ class Watchdog:
         if self._limits is not None:
             limits = (self._limits.step, self._limits.evaluation)
             tick = min([tick, *(limit / 4 for limit in limits if limit is not None)])
+        looked = woke = time.monotonic()
         while True:
             now = time.monotonic()  # read first: progress that comes between counts
+            if now - looked > tick + STOPPED_S:
+                woke = now
+            looked = now
             phase, step, since, stepped = self._state
             self._note(phase, step, now)
             if self._limits is not None:
@@ -158,7 +163,7 @@ class Watchdog:
                 # An evaluation that comes first compiles and connects too.
                 if not stepped and limit < self._limits.startup:
                     limit, key = self._limits.startup, KEYS[STARTUP]
-                silent = now - since
+                silent = now - max(since, woke)
                 if silent > limit:
                     self._note(phase, step, now, last=True)
                     self._report(phase, step, silent, f"{limit:.0f} s, {key}")

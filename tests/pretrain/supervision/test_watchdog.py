@@ -133,8 +133,9 @@ def test_one_long_step_does_not_raise_the_limit(tmp_path, clock):
         watchdog.moved(STEP, step)
         watchdog.moved(STEP, step)
     with watchdog:
-        clock.now += 1190  # of 20 steps of 60 s
-        clock.seen()
+        for _ in range(20):
+            clock.now += 59.5  # of 20 steps of 60 s
+            clock.seen()
         assert not ends
         clock.now += 20
         wait_for(lambda: ends)
@@ -243,6 +244,19 @@ def test_watching_ends_with_the_run(tmp_path):
     with watchdog:
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(tmp_path, clock):
+    """Slurm suspends a job for another one; hours later all its threads go on."""
+    watchdog, ends = watch(tmp_path)
+    with watchdog:
+        watchdog.moved(STEP, 1)
+        clock.seen()
+        clock.now += 3600
+        clock.seen()
+        assert not ends
+        clock.now += 0.3
+        wait_for(lambda: ends)
 
 
 def test_progress_between_two_looks_is_not_taken_for_silence(tmp_path, clock):
