@@ -16,7 +16,7 @@ from tests.dist import work
 from tests.dist.needs import needs_deepspeed
 from tests.dist.training_runs import tiny_run
 from xlstm_io.errors import MachineFailed
-from xlstm_mcore.megatron import cpu_runtime
+from xlstm_mcore import hardware
 
 pytestmark = pytest.mark.dist
 
@@ -95,7 +95,7 @@ def compute_twice(config, wrong, deterministic, makes=("same", "same")):
     engine.models[-1].decoder.layers[-1].register_forward_hook(spoil)
     make = makes[bool(layout.rank)]
     try:
-        with mock.patch.object(cpu_runtime, "device_name", lambda: make):
+        with mock.patch.object(hardware, "device_name", lambda: make):
             return check_twice(engine, layout, batch, 0, deterministic=deterministic)
     except MachineFailed as error:
         return str(error)
