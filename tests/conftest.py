@@ -33,6 +33,13 @@ def pytest_addoption(parser):
         help="run this share of the tests that start several processes, the same ones every time",
     )
     parser.addoption(
+        "--dist-draw",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another draw of them, as the share of another stack",
+    )
+    parser.addoption(
         "--attacks",
         type=int,
         default=30,
@@ -99,12 +106,12 @@ def hide_gpus():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep a sample of the distributed tests, drawn by their names and the seed 0."""
-    share = config.getoption("--dist-share")
+    """Keep a sample of the distributed tests, drawn by their names and the number of the draw."""
+    share, draw = config.getoption("--dist-share"), config.getoption("--dist-draw")
     left_out = [
         item
         for item in items
-        if "dist" in item.keywords and zlib.crc32(f"0 {item.nodeid}".encode()) >= share * 2**32
+        if "dist" in item.keywords and zlib.crc32(f"{draw} {item.nodeid}".encode()) >= share * 2**32
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

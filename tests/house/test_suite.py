@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_gpus_are_hidden_here_and_in_children(name):
 )
 def test_tests_of_the_gpu_see_it_when_they_run_alone(arguments, visible):
     assert only_gpu_tests(arguments, ROOT) == visible
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig):
+    """pytest's own list of folders that it does not enter has one called `dist`."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    parts = {part for folder in folders for part in folder.relative_to(ROOT).parts}
+    assert {"dist", "kernels"} <= parts
+    assert not [part for part in parts for pattern in patterns if fnmatch(part, pattern)]
 
 
 def test_the_budget_table_has_a_line_per_folder_and_the_rest():
