@@ -22,6 +22,7 @@ def say(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} xlstm: {text}", file=sys.stderr, flush=True)
 
 
+@scheduler.patience(PATIENCE_S)
 def follow(
     files: RunState,
     job: str,
@@ -46,19 +47,6 @@ def follow(
     Raises:
         SlurmError: Slurm does not say what became of the job.
     """
-    with scheduler.patience(PATIENCE_S):
-        _follow(files, job, restart, life, action, wait_s, interrupted)
-
-
-def _follow(
-    files: RunState,
-    job: str,
-    restart: int,
-    life: int,
-    action: str,
-    wait_s: int,
-    interrupted: bool,
-) -> None:
     last = files.load().job
     successor = last if last != job else ""  # in a chain the next job waits already
     if action == Action.REQUEUE and interrupted:

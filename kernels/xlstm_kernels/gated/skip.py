@@ -37,4 +37,4 @@ def gated_skip(
 
         check_no_tangents("gated_skip", h, skip, x, gate)
         return gated_skip_numba(h, skip, x, gate)
-    return (h + skip * x) * silu(gate)
+    return ((h + skip * x) * silu(gate)).to(h.dtype)

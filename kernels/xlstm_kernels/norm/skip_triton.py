@@ -160,7 +160,7 @@ def _norm_skip(
     h: Tensor, weight: Tensor, skip: Tensor, x: Tensor, gate: Tensor, eps: float, centered: bool
 ) -> Tensor:
     """The norm of h with skip and gate; see `norm_gated_skip`."""
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=h.dtype)
     inputs = _readable(h, weight, skip, x, gate)
     run_all([plan_forward(*inputs, y, eps, centered)], h)
     return y
@@ -168,7 +168,7 @@ def _norm_skip(
 
 @_norm_skip.register_fake
 def _(h, weight, skip, x, gate, eps, centered):
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=h.dtype)
 
 
 @torch.library.custom_op("xlstm_kernels::norm_gated_skip_triton_backward", mutates_args=())
@@ -183,23 +183,23 @@ def _backward(
     centered: bool,
 ) -> list[Tensor]:
     """Gradients of h, x and gate, and float32 [2, width] of weight and skip."""
-    d_h, d_x, d_gate = _gradients(h, x)
+    d_h, d_x, d_gate = _gradients(h, x, gate)
     inputs = _readable(d_y, h, weight, skip, x, gate)
     launch, sums = plan_backward(*inputs, d_h, d_x, d_gate, eps, centered)
     run_all([launch], h)
     return [d_h, d_x, d_gate, sums.sum(1)]
 
 
-def _gradients(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(h: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Fresh tensors for the gradients of h, x and gate, which all lie as x does."""
     b, heads, s, d = h.shape
-    d_h, d_x, d_gate = (x.new_empty(s, b, heads * d) for _ in range(3))
+    d_h, d_x, d_gate = (x.new_empty(s, b, heads * d, dtype=one.dtype) for one in (h, x, gate))
     return d_h.view(s, b, heads, d).permute(1, 2, 0, 3), d_x, d_gate
 
 
 @_backward.register_fake
 def _(d_y, h, weight, skip, x, gate, eps, centered):
-    return [*_gradients(h, x), weight.new_empty(2, len(weight), dtype=torch.float32)]
+    return [*_gradients(h, x, gate), weight.new_empty(2, len(weight), dtype=torch.float32)]
 
 
 @torch.library.custom_op("xlstm_kernels::norm_gated_skip_triton_again", mutates_args=("d_y",))
@@ -214,7 +214,7 @@ def _again(
     centered: bool,
 ) -> list[Tensor]:
     """Gradients as of `_backward`. The result takes the place of its gradient, which is dense."""
-    grads = _gradients(h, x)
+    grads = _gradients(h, x, gate)
     launch, sums = plan_backward(
         d_y, *_readable(h, weight, skip, x, gate), *grads, eps, centered, y=d_y
     )
@@ -224,7 +224,7 @@ def _again(
 
 @_again.register_fake
 def _(d_y, h, weight, skip, x, gate, eps, centered):
-    return [*_gradients(h, x), weight.new_empty(2, len(weight), dtype=torch.float32)]
+    return [*_gradients(h, x, gate), weight.new_empty(2, len(weight), dtype=torch.float32)]
 
 
 def _save(ctx, inputs, output):

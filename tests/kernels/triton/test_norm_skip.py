@@ -59,6 +59,22 @@ def test_bfloat16_rounds_once():
         assert error <= max(relative_error(plain[name], reference), 4e-3), name
 
 
+def test_the_result_has_the_type_of_h_beside_inputs_of_another():
+    x = make_inputs(5)
+    mixed = {name: t if name == "h" else t.bfloat16() for name, t in x.items()}
+    for one in mixed.values():
+        one.requires_grad_()
+    got, expected = joined(mixed)["y"], in_pytorch(mixed)["y"]
+    assert got.dtype == expected.dtype == torch.float32
+    assert relative_error(got, expected.double()) < 1e-2
+    leaves = list(mixed.values())
+    d_y = torch.randn(got.shape)
+    grads = [torch.autograd.grad(y, leaves, d_y) for y in (got, expected)]
+    for leaf, ours, theirs in zip(leaves, *grads, strict=True):
+        assert ours.dtype == theirs.dtype == leaf.dtype
+        assert relative_error(ours, theirs.double()) < 2e-2
+
+
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_backward_pass_leaves_the_result_too(kind, dtype):
