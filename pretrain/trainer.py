@@ -13,8 +13,8 @@ from typing import Any
 
 from pretrain.checkpoint import Candidates, CheckpointSaver, Ranks, Retention
 from pretrain.config import RunConfig, save_config
-from pretrain.config.checks import check_vocabulary
-from pretrain.config.kernel_checks import check_kernels
+from pretrain.config.checks.fields import check_vocabulary
+from pretrain.config.checks.kernels import check_kernels
 from pretrain.data import Batch, open_plan
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.engines import make_engine

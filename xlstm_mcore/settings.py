@@ -5,7 +5,8 @@ trainer's schema takes these sections as they are (`pretrain.config.schema`), an
 holds them. A new key of the model is one entry in `ModelConfig`.
 
 The docstring under a field is its help text (`--help`, docs/configuration.md) and part of its error
-message. Rules that need two fields are in `pretrain.config.checks`. Nothing here imports torch.
+message. Rules that need two fields are in `pretrain.config.checks.fields`. Nothing here imports
+torch.
 """
 
 from typing import Annotated, Literal

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pretrain.config.checks import problems
+from pretrain.config.checks.fields import problems
 from pretrain.config.cuts import with_cuts
 from pretrain.config.messages import field_message
 from pretrain.config.overrides import parse_structured, put, split_overrides

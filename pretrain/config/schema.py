@@ -3,7 +3,7 @@
 The sections `model:`, `layout:` and `memory:` are declared in `xlstm_mcore.settings`, `data:` in
 `pretrain.config.data_section`. The docstring under a field is its help text (`--help`,
 docs/configuration.md) and part of its error message. Rules that need two fields are in
-`pretrain.config.checks`.
+`pretrain.config.checks.fields`.
 """
 
 from typing import Annotated, Any, Literal

@@ -78,7 +78,7 @@ class Blend:
     """A mixture of sources.
 
     The caller has checked that names are known, weights positive and phases in order
-    (`pretrain.config.data_checks`).
+    (`pretrain.config.checks.data`).
 
     Args:
         names: Names of the sources.

@@ -1,7 +1,7 @@
 """Trying layouts: the first recompute mode and micro-batch of each shape that fits, and why not."""
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.config.kernel_checks import check_gpu
+from pretrain.config.checks.kernels import check_gpu
 from pretrain.planning.estimate import estimate
 from pretrain.planning.layouts import RECOMPUTE, Layout, with_layout
 from pretrain.planning.tried import Tried

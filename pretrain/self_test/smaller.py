@@ -3,7 +3,7 @@
 import math
 
 from pretrain.config import RunConfig, data_parallel_size
-from pretrain.config.checks import problems
+from pretrain.config.checks.fields import problems
 from xlstm_io.errors import ConfigError
 
 HEAD_WIDTH = 32  # of v; q and k have half of it by default, and Triton's tiles need 16

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from pretrain.config import RunConfig, filled_rows, support
-from pretrain.config.kernel_checks import on_pytorch
+from pretrain.config.checks.kernels import on_pytorch
 from pretrain.data import DataPlan
 from pretrain.engines.base import Engine
 from pretrain.layout import Layout

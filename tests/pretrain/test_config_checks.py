@@ -5,7 +5,7 @@ import torch
 
 from pretrain.commands.before_run.check import describe_run
 from pretrain.config import ConfigError, check_world
-from pretrain.config.kernel_checks import check_gpu, check_kernels
+from pretrain.config.checks.kernels import check_gpu, check_kernels
 from pretrain.planning.search import try_shape
 from pretrain.rehearsal.gpus import gpu_named
 from tests.pretrain.run_files import config, message

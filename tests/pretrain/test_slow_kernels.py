@@ -9,8 +9,9 @@ import torch
 
 from pretrain.commands.before_run import plan
 from pretrain.commands.before_run.check import describe_run
-from pretrain.config import kernel_checks, load_config
-from pretrain.config.kernel_checks import on_pytorch
+from pretrain.config import load_config
+from pretrain.config.checks import kernels
+from pretrain.config.checks.kernels import on_pytorch
 from pretrain.rehearsal.gpus import gpu_named
 from pretrain.watching.summary import describe_start
 from tests.pretrain.run_files import config, message
@@ -76,7 +77,7 @@ def test_the_limits_are_those_of_the_kernels():
     from xlstm_kernels.qkv import triton as qkv
     from xlstm_kernels.slstm.triton import scan
 
-    assert {tiles.MOST_QK, tiles.MOST_V, scan.MOST} == {kernel_checks.WIDEST_HEAD}
-    assert norm.MOST == kernel_checks.WIDEST_NORM
-    assert tiles.CHUNK_SIZES[0] == kernel_checks.LEAST_CHUNK
-    assert qkv.TILES == kernel_checks.QKV_TILES
+    assert {tiles.MOST_QK, tiles.MOST_V, scan.MOST} == {kernels.WIDEST_HEAD}
+    assert norm.MOST == kernels.WIDEST_NORM
+    assert tiles.CHUNK_SIZES[0] == kernels.LEAST_CHUNK
+    assert qkv.TILES == kernels.QKV_TILES

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from pretrain.config import RunConfig, data_parallel_size, filled_rows, micro_batches, support
-from pretrain.config.kernel_checks import gpus_for_persistent, on_pytorch
+from pretrain.config.checks.kernels import gpus_for_persistent, on_pytorch
 from pretrain.rehearsal.gpus import GPUS
 from pretrain.supervision.progress_file import read_progress
 from xlstm_io.terminal import counted, size_of_model

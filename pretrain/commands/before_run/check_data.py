@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pretrain.checkpoint import Ranks, read_manifest
 from pretrain.config import RunConfig
-from pretrain.config.checks import check_vocabulary
+from pretrain.config.checks.fields import check_vocabulary
 from pretrain.data import DataPlan, TokenDataset, open_plan, open_valid
 from pretrain.data.tokenizer_files import tokenizer_files
 from pretrain.init_from import described, find_origin

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 
 from pretrain.config import RunConfig, save_config
-from pretrain.config.kernel_checks import on_pytorch
+from pretrain.config.checks.kernels import on_pytorch
 from pretrain.planning.layouts import shapes
 from pretrain.planning.tried import Tried, ranked
 from pretrain.rehearsal.gpus import RESERVE, Gpu, gpu_named

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from pretrain.config import RunConfig, check_world, data_parallel_size
-from pretrain.config.kernel_checks import check_gpu
+from pretrain.config.checks.kernels import check_gpu
 from pretrain.rehearsal.compare import compare_ranks, compare_saved
 from pretrain.rehearsal.gpus import Gpu, gpu_named
 from pretrain.rehearsal.record import RankRecord

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pretrain.config import support
-from pretrain.config.data_checks import DATA_CHECKS
-from pretrain.config.kernel_checks import KERNEL_CHECKS
-from pretrain.config.layout_checks import LAYOUT_CHECKS, letters_of
+from pretrain.config.checks.data import DATA_CHECKS
+from pretrain.config.checks.kernels import KERNEL_CHECKS
+from pretrain.config.checks.layout import LAYOUT_CHECKS, letters_of
 from pretrain.config.messages import choices, divisors
 from pretrain.config.schema import FIELDS, RunConfig
 from xlstm_io.errors import ConfigError

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from pretrain.config.layout_checks import letters_of
+from pretrain.config.checks.layout import letters_of
 from pretrain.config.schema import RunConfig
 from pretrain.rehearsal.gpus import GPUS, Gpu
 from xlstm_io.errors import ConfigError

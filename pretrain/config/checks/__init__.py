@@ -1,0 +1,1 @@
+"""Checks between the keys of a run file. `problems` in fields.py makes all of them."""
