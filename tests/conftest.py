@@ -1,5 +1,6 @@
 """Options of the whole suite, and what every test finds: signals as usual, and no GPU."""
 
+import gc
 import importlib
 import os
 import signal
@@ -13,6 +14,7 @@ from tests.minutes_per_folder import MinutesPerFolder
 from tests.warm_python import start
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+MANY_FILES = 300
 
 # What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal too, and
 # so would all its children; some tests send both.
@@ -131,8 +133,14 @@ def no_process_group_is_left():
 
     Tools that run a model in this process join a group of one and keep it, as a command may. Which
     module comes next depends on how pytest-xdist spreads them.
+
+    The groups of a run keep their 70 sockets and pipes until Python finds that its model, which
+    refers to itself, is in nobody's hands. In a process with as many objects as this one that can
+    take hours: one had more than 1,024 open, and select() knows no more.
     """
     yield
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_initialized():
         importlib.import_module("pretrain.layout").leave()
+    if len(os.listdir("/proc/self/fd")) > MANY_FILES:
+        gc.collect()
