@@ -43,11 +43,11 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     place = Place(
         rank=_number(environment, "RANK", 0, world_size - 1),
         world_size=world_size,
-        host=environment.get("MASTER_ADDR", ""),
+        host=_text(environment, "MASTER_ADDR"),
         port=_number(environment, "MASTER_PORT", 1, 65535),
     )
     try:
-        socket.getaddrinfo(place.host or None, place.port, type=socket.SOCK_STREAM)
+        socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
             f"MASTER_ADDR={place.host!r} cannot be resolved on {socket.gethostname()} "
@@ -56,13 +56,18 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return place
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+def _text(environment: Mapping[str, str], name: str) -> str:
     text = environment.get(name)
-    if text is None:
+    if not text:
         raise ConfigError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set but {name} is not; start the processes "
             "with torchrun, srun or python -m pretrain launch, or unset WORLD_SIZE"
         )
+    return text
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = _text(environment, name)
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         raise ConfigError(
             f"{name}={text!r} must be a whole number from {least} to {most}"

@@ -43,6 +43,7 @@ def test_without_a_launcher_there_is_one_process():
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000' must be"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set but RANK is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": ""}, "is set but MASTER_ADDR is not"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host.invalid"},
             "MASTER_ADDR='no.such.host.invalid' cannot be resolved on",
