@@ -17,7 +17,7 @@ from pretrain.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tests.pretrain.test_checkpoint_background import slices_of, steps_in
+from tests.pretrain.checkpoints import slices_of, steps_in
 from xlstm_io import storage
 from xlstm_io.checkpoint import manifest as manifest_module
 from xlstm_io.checkpoint.manifest import manifest_checksum, resolve
