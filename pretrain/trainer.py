@@ -33,7 +33,6 @@ from pretrain.supervision.progress_file import Progress, read_progress
 from pretrain.supervision.watchdog import CHECKPOINT, STARTUP, STEP, Watchdog
 from pretrain.validation import Validation
 from pretrain.watching.cells import CellWatcher
-from pretrain.watching.history import record_life
 from pretrain.watching.interval import Interval
 from pretrain.watching.metric_writers import open_writers
 from pretrain.watching.metrics import MetricLogger
@@ -41,6 +40,7 @@ from pretrain.watching.milestones import MilestoneWatcher
 from pretrain.watching.profile import ProfileWatcher
 from pretrain.watching.provenance import provenance
 from pretrain.watching.ranks import RankWatcher
+from pretrain.watching.starts import record_life
 from pretrain.watching.summary import describe_start, write_summary
 from pretrain.watching.watcher import StepWatcher, WatchedStep
 from xlstm_io.checkpoint.lives import check_newest

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pretrain.checkpoint import TensorSlice
 from pretrain.data import Batch
 from pretrain.engines.verdict import Verdict
-from pretrain.guard.replicas import Held
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,23 @@ class LossSum:
     def mean(self) -> float:
         """Nats per unmasked token; nan where there is none, which is not a loss of 0."""
         return self.total / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that other ranks may hold too.
+
+    Attributes:
+        name: its global name.
+        tensor: this rank's copy.
+        over_data: whether every data-parallel replica holds the same.
+        over_tensor: whether every tensor-parallel rank holds the same.
+    """
+
+    name: str
+    tensor: Tensor
+    over_data: bool
+    over_tensor: bool
 
 
 def mean_of(sums: Iterable[LossSum]) -> float:

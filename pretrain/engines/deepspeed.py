@@ -29,6 +29,7 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines import deepspeed_compat as compat
+from pretrain.engines.base import Held
 from pretrain.engines.microbatches import forward, run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.state import (
@@ -39,7 +40,6 @@ from pretrain.engines.state import (
     weight_slices,
 )
 from pretrain.engines.verdict import Verdict
-from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.layer import XLSTMLayer
 from xlstm_mcore.parameters.slices import is_shared, slices_of

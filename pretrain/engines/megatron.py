@@ -15,12 +15,11 @@ from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig, support
 from pretrain.data import Batch
 from pretrain.engines.adamw import AdamWDistributed
-from pretrain.engines.base import Optimizer
+from pretrain.engines.base import Held, Optimizer
 from pretrain.engines.microbatches import run_microbatches
 from pretrain.engines.model import ModelEngine
 from pretrain.engines.muon import MuonWithAdamW
 from pretrain.engines.verdict import Verdict
-from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.megatron import compat
 

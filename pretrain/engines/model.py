@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint import TensorSlice
 from pretrain.config import RunConfig
 from pretrain.data import Batch
-from pretrain.engines.base import LossSum
+from pretrain.engines.base import Held, LossSum
 from pretrain.engines.bf16_products import products_for
 from pretrain.engines.microbatches import evaluate, sum_losses
 from pretrain.engines.next_tokens import next_tokens
@@ -22,7 +22,6 @@ from pretrain.engines.state import (
     weight_slices,
     with_owners,
 )
-from pretrain.guard.replicas import Held
 from pretrain.layout import Layout
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.parameters.decay import decays

@@ -34,29 +34,12 @@ from xlstm_mcore import hardware
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
-    from pretrain.engines.base import Engine
+    from pretrain.engines.base import Engine, Held
     from pretrain.layout import Layout
 
 CHUNK = 1 << 22  # elements hashed at a time: 8 bytes for each, twice
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SHOWN = 10  # differences that a message names
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that other ranks may hold too.
-
-    Attributes:
-        name: its global name.
-        tensor: this rank's copy.
-        over_data: whether every data-parallel replica holds the same.
-        over_tensor: whether every tensor-parallel rank holds the same.
-    """
-
-    name: str
-    tensor: Tensor
-    over_data: bool
-    over_tensor: bool
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ class ReplicaWatcher(StepWatcher):
             metrics.message(line)
 
 
-def hashes(held: Iterable[Held], layout: "Layout") -> list[Hashed]:
+def hashes(held: Iterable["Held"], layout: "Layout") -> list[Hashed]:
     """Hashes of what other ranks of this layout hold too, in the order in which it comes."""
     data, tensor = layout.groups.dp_cp.size() > 1, layout.groups.tp.size() > 1
     return [

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.xlstm_mcore.test_presets import model
-from xlstm_kernels.qkv import qkv
+from xlstm_kernels.qkv import tiles
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.mixers import attention, kernel_calls
@@ -48,7 +48,7 @@ def test_layers_equal_torchs_counter_forward_and_backward(pattern, tied, monkeyp
     monkeypatch.setattr(kernel_calls, "mlstm_chunkwise", elementwise_mlstm)
     monkeypatch.setattr(kernel_calls, "slstm_scan", elementwise_slstm)
     monkeypatch.setattr(kernel_calls, "lstm_scan", elementwise_slstm)
-    monkeypatch.setattr(qkv, "TILE", 1)  # products with the zeros in a tile do not count
+    monkeypatch.setattr(tiles, "TILE", 1)  # products with the zeros in a tile do not count
     monkeypatch.setattr(attention, "attend", lambda q, k, v, boundaries, span: q * k * v)
     groups = single_process_groups()
     config = make_config({**SMALL, "pattern": pattern, "tie_embeddings": tied})

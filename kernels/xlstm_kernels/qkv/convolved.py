@@ -4,12 +4,8 @@ from torch import Tensor
 
 from xlstm_kernels.common.checks import check_float, check_no_tangents
 from xlstm_kernels.conv.conv import causal_conv1d, check_conv_arguments, conv_backend
-from xlstm_kernels.qkv.qkv import (
-    check_qkv_arguments,
-    qkv_and_gates,
-    qkv_backend,
-    tiles_of_heads,
-)
+from xlstm_kernels.qkv.qkv import check_qkv_arguments, qkv_and_gates, qkv_backend
+from xlstm_kernels.qkv.tiles import tiles_of_heads
 
 
 def conv_qkv_and_gates(

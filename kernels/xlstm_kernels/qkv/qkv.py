@@ -1,17 +1,12 @@
 """Block-diagonal q, k, v and gates that see all of them (xLSTM, arXiv 2405.04517, figure 11)."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from xlstm_kernels.common.backends import select_backend
 from xlstm_kernels.common.checks import check_float, check_like, check_no_tangents
 from xlstm_kernels.common.products import narrow_product
-
-# Width of a dense tile of the block-diagonal maps: the best one measured on CPUs, and the width of
-# two tensor-core tiles.
-TILE = 32
+from xlstm_kernels.qkv.tiles import dense_tiles, joined_blocks, tiles_of_heads
 
 
 def qkv_and_gates(
@@ -118,26 +113,6 @@ def block_diagonal(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     joined = joined_blocks(len(weight) // heads, weight.shape[2])
     product = _TileProducts.apply(x, dense_tiles(weight, joined))
     return product.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def joined_blocks(blocks: int, width: int) -> int:
-    """How many of a head's blocks are put into one dense tile."""
-    return math.gcd(blocks, max(1, TILE // width))
-
-
-def tiles_of_heads(qkv_weight: Tensor, heads: int) -> Tensor:
-    """The blocks of q, k and v [3 * blocks, out, in] as dense tiles, each within one head."""
-    blocks, _, width = qkv_weight.shape
-    return dense_tiles(qkv_weight, joined_blocks(blocks // 3 // heads, width))
-
-
-def dense_tiles(weight: Tensor, joined: int) -> Tensor:
-    """`weight [blocks, out, in]` as [tiles, tile, tile], `joined` blocks in each, zeros between."""
-    blocks, _, width = weight.shape
-    tiles, tile = blocks // joined, joined * width
-    apart = torch.eye(joined, dtype=weight.dtype, device=weight.device).view(joined, 1, joined, 1)
-    dense = weight.view(tiles, joined, width, 1, width) * apart  # [tiles, block, out, block, in]
-    return dense.view(tiles, tile, tile)
 
 
 class _TileProducts(torch.autograd.Function):

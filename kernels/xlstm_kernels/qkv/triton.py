@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xlstm_kernels.common import triton_launch
 from xlstm_kernels.common.triton_launch import Launch, run_all
-from xlstm_kernels.qkv.qkv import joined_blocks
+from xlstm_kernels.qkv.tiles import joined_blocks
 
 __all__ = ["qkv_and_gates_triton", "unsupported_reason"]
 
