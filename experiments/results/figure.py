@@ -130,9 +130,10 @@ def _bars(axes: Any, experiment: Experiment, table: Mapping[str, Any]) -> None:
         axes.yaxis.set_minor_formatter("")
     else:
         axes.bar(places, heights, yerr=errors, width=0.7, **style)
+    above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    above["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the paper's line
     for place, height, error in zip(places, heights, errors, strict=True):
-        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{height:.3g}", (place, height + error), **above, fontsize=8)
+        axes.annotate(f"{height:.3g}", (place, height + error), **above)
     axes.margins(y=0.1)
     published = [experiment.published_for(row["model"], row["values"]) for row in rows]
     for place, number in enumerate(published):
