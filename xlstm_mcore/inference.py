@@ -25,8 +25,13 @@ from xlstm_mcore.parameters.slices import named_slices
 
 
 def single_process_groups() -> ProcessGroupCollection:
-    """Process groups of one process, for tools that run a model outside a distributed job."""
-    cpu_runtime.activate()
+    """Process groups of one process, for tools that run a model outside a distributed job.
+
+    Raises:
+        ConfigError: The process's current device is too old.
+    """
+    if not cpu_runtime.activate():
+        hardware.check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -14,6 +14,7 @@ from pretrain.trainer import train_step
 from tests.dist import work
 from xlstm_io.errors import ConfigError
 from xlstm_mcore import hardware
+from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.megatron import compat, cpu_runtime
 
 pytestmark = pytest.mark.skipif(
@@ -207,11 +208,13 @@ def test_a_process_uses_the_device_of_its_number_or_the_only_one_it_sees(capsys)
 def test_a_gpu_that_cannot_multiply_bf16_numbers_is_refused(monkeypatch):
     monkeypatch.setattr(hardware, "without_cuda", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
     match = r"T4 has compute capability 7\.5.*8\.0.*VISIBLE_DEVICES="
     with pytest.raises(ConfigError, match=match):
         hardware.choose_device()
+    with pytest.raises(ConfigError, match=match):
+        single_process_groups()  # which leaves the current device as it is
     hardware.check_capability("NVIDIA A100", (8, 0))
 
 
