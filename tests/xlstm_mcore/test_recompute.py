@@ -9,12 +9,12 @@ from megatron.core import tensor_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.counting.saved_memory import count_saved
-from xlstm_kernels import gated_activation, multihead_norm
+from xlstm_kernels import gated_activation, multihead_norm, norm_gated_skip
 from xlstm_mcore.build import build_model, make_config
 from xlstm_mcore.inference import single_process_groups
 from xlstm_mcore.layer import XLSTMLayer, layer_spec
 from xlstm_mcore.megatron import compat
-from xlstm_mcore.mixers import mlstm
+from xlstm_mcore.mixers import mlstm, mlstm_classic
 from xlstm_mcore.modules import feed_forward, norm
 from xlstm_mcore.modules.products import product_of
 from xlstm_mcore.recompute import recompute_in_backward, rerun_cell, run_again, selective
@@ -257,7 +257,8 @@ def test_nothing_is_left_behind_when_a_graph_is_dropped(groups):
         gc.enable()
 
 
-def test_selective_with_the_kernels_of_a_gpu(groups, monkeypatch):
+@pytest.mark.parametrize("letter", "Mm")
+def test_selective_with_the_kernels_of_a_gpu(groups, letter, monkeypatch):
     """One adds and normalises, one adds gradients, and some leave their result as well."""
 
     def normalize(*given, **options):
@@ -272,6 +273,11 @@ def test_selective_with_the_kernels_of_a_gpu(groups, monkeypatch):
             lambda h, weight, gate: normalize(h, weight, kind, eps, gate=gate, layout="by head")
         )(d, h, weight, gate)
 
+    def norm_skip_again(d, h, weight, kind, eps, *rest):
+        return with_result(lambda h, weight, *rest: norm_gated_skip(h, weight, kind, eps, *rest))(
+            d, h, weight, *rest
+        )
+
     def gated_again(d, gate_up, activation):
         return with_result(lambda x: gated_activation(x, activation))(d, gate_up)[0]
 
@@ -279,14 +285,17 @@ def test_selective_with_the_kernels_of_a_gpu(groups, monkeypatch):
     monkeypatch.setattr(norm, "multihead_norm", normalize)
     monkeypatch.setattr(norm, "add_norm", add_norm)
     monkeypatch.setattr(norm, "norm_beside", lambda x, *o: (x, normalize(x, *o, layout="row")))
-    monkeypatch.setattr(mlstm, "head_norm_backend", lambda *_: "triton")
+    for mixer in (mlstm, mlstm_classic):
+        monkeypatch.setattr(mixer, "head_norm_backend", lambda *_: "triton")
     monkeypatch.setattr(mlstm, "multihead_norm_again", norm_again)
+    monkeypatch.setattr(mlstm_classic, "norm_gated_skip_again", norm_skip_again)
     monkeypatch.setattr(feed_forward, "gated_backend", lambda *_: "triton")
     monkeypatch.setattr(feed_forward, "gated_activation_again", gated_again)
     results = []
     for mode in ("none", "selective"):
-        config = make_config(SECTION | {"pattern": "M", "dropout": 0.0}, memory={"recompute": mode})
-        layer = XLSTMLayer(config, layer_spec("M", config).submodules, groups, layer_number=0)
+        section = SECTION | {"pattern": letter, "dropout": 0.0}
+        config = make_config(section, memory={"recompute": mode})
+        layer = XLSTMLayer(config, layer_spec(letter, config).submodules, groups, layer_number=0)
         rng = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=rng)
