@@ -348,6 +348,8 @@ def run(argv: Sequence[str]) -> int:
     except MachineFailed as error:
         tell(f"error: {error}; the same command may be repeated")
         return ExitCode.MACHINE_FAILED
+    except BrokenPipeError:  # `| head`: see `until_nobody_reads`
+        raise
     except OSError as error:
         if not is_machine_failure(error):
             raise

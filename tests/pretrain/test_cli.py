@@ -180,6 +180,16 @@ def test_a_failing_machine_is_one_message_and_70(run_file, fake, capsys):
     assert capsys.readouterr().err == expected
 
 
+def test_whoever_reads_the_output_may_end_first(run_file):
+    """As `| head` does: a broken pipe is no broken connection."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "pretrain", "check", run_file, "--no-data"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_stop_before_all_ranks_have_come(run_file, fake, capsys):
     fake("pretrain.commands.run.train", result=Interrupted())
     assert cli.run(["train", run_file]) == 75
