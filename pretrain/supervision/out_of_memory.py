@@ -12,6 +12,7 @@ import torch
 
 from pretrain.config import RunConfig
 from pretrain.planning.advice import ask, text
+from pretrain.supervision.progress_file import read_progress
 from xlstm_io.errors import ConfigError, MachineFailed, first_line
 from xlstm_io.terminal import counted
 from xlstm_mcore import hardware
@@ -26,7 +27,7 @@ def out_of_memory(
     rank: int,
     processes: int,
     steps: int,
-    before: int,
+    before: int | None,
     folder: Path,
 ) -> ConfigError | MachineFailed | None:
     """An error as the end of the device's memory, or None if it is something else.
@@ -37,7 +38,8 @@ def out_of_memory(
         rank: of this process.
         processes: how many the run has.
         steps: that this life has done.
-        before: steps that the run had done when this life began.
+        before: steps that the run had done when this life began; None where the trainer was not
+            built yet, so that `progress.json` is still that of the life before.
         folder: where a snapshot of the device's memory goes.
 
     Returns:
@@ -45,6 +47,9 @@ def out_of_memory(
     """
     if not is_out_of_memory(error):
         return None
+    if before is None:
+        told = read_progress(Path(config.run.dir))
+        before = 0 if told is None else told.step
     used, peak = hardware.memory_bytes(), hardware.peak_memory_bytes()
     limit = hardware.device_memory_bytes()
     snapshot = folder / f"memory-rank_{rank}.pickle"

@@ -73,7 +73,7 @@ def main(config: RunConfig, stop: StopSignal | None = None, *, take_over: bool =
                 rank=rank,
                 processes=int(os.environ.get("WORLD_SIZE", "1")),
                 steps=0 if trainer is None else trainer.state.step - trainer.start.state.step,
-                before=0 if trainer is None else trainer.start.state.step,
+                before=None if trainer is None else trainer.start.state.step,
                 folder=folder / LOGS_FOLDER,
             ) or machine_failure(error, rank)
             if failure is None:

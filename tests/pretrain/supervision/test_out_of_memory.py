@@ -1,5 +1,7 @@
 """What is said when a device has no memory left, and who has to do something about it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from pretrain.config import RunConfig
 from pretrain.planning.advice import steps_down, text
 from pretrain.supervision import out_of_memory as module
 from pretrain.supervision.out_of_memory import is_out_of_memory, out_of_memory
+from pretrain.supervision.progress_file import Progress
 from xlstm_io.errors import ConfigError, ExitCode, MachineFailed
 
 CONFIG = RunConfig(
@@ -54,6 +57,14 @@ def test_a_run_of_days_is_not_given_up_for_the_first_step_of_a_life(tmp_path, mo
     assert isinstance(found, MachineFailed)
     assert "the run has done 5,000 steps before" in str(found)
     assert "and --data.micro_batch 2: 30.0 GB, which fits" in str(found)
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(5000, MachineFailed), (0, ConfigError)])
+def test_nor_while_its_model_is_built(steps, kind, tmp_path, monkeypatch):
+    """There is no trainer then, and the file of the last life says how far the run is."""
+    monkeypatch.chdir(tmp_path)
+    Progress("running", step=steps, steps=9000, life=1).write(Path(CONFIG.run.dir))
+    assert isinstance(said(ERROR, 0, tmp_path, monkeypatch, before=None), kind)
 
 
 def test_a_snapshot_is_kept_where_the_device_has_one(tmp_path, monkeypatch):
