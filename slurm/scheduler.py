@@ -28,6 +28,10 @@ _SILENT = re.compile(
     r"|controller .*not respond|in standby mode",
     re.I,
 )
+# What they say where the request may have arrived, and the answer was lost.
+_LOST_ANSWER = re.compile(
+    r"(?:socket|communication) timed out|zero bytes|connection (?:reset|timed out after)", re.I
+)
 _UNKNOWN = re.compile(r"configuration source|DNS SRV|unable to process configuration file", re.I)
 _NOT_BELIEVED = re.compile(r"munge|authentication", re.I)
 
@@ -72,8 +76,10 @@ def ask(*words: str) -> str:
     while True:
         try:
             return _succeeded(words, _run(*words))
-        except NoAnswerError:
-            if time.monotonic() + RETRY_S > end:
+        except NoAnswerError as error:
+            # The job may be there: a second one would start together with it.
+            may_be_there = words[0] == "sbatch" and _LOST_ANSWER.search(str(error))
+            if may_be_there or time.monotonic() + RETRY_S > end:
                 raise
             time.sleep(RETRY_S)
 

@@ -79,6 +79,23 @@ def test_a_controller_that_is_away_for_a_while_ends_no_run(files, slurm, monkeyp
     assert scheduler.running_jobs() == [] and len(slept) == 3
 
 
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(files, slurm, monkeypatch, capsys):
+    """Two jobs that begin at one moment would both take the run."""
+    slurm.refused.add("requeue")
+    lost = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+    def answers_late(*words):
+        done = slurm(*words)
+        first = words[0] == "sbatch" and len(slurm.given) == 2
+        return subprocess.CompletedProcess(words, 1, "", lost) if first else done
+
+    monkeypatch.setattr(scheduler, "_run", answers_late)
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
+    after(files)
+    assert [words.split()[0] for words in slurm.given] == ["scontrol", "sbatch"]
+    assert "look with `squeue --me` whether the job is there" in capsys.readouterr().err
+
+
 def test_nothing_follows_the_end_of_a_run(files, slurm):
     for action in (Action.DONE, Action.STOP, Action.FAIL):
         after(files, action)
