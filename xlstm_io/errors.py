@@ -48,7 +48,7 @@ class ExitCode(IntEnum):
     # 128 + SIGINT, the shell's convention.
     SECOND_INTERRUPT = 130, "stopped at once by a second Ctrl-C"
     # 128 + SIGPIPE.
-    NOBODY_READS = 141, "whoever read the output has ended, as `| head` does"
+    NOBODY_READS = 141, "whoever read the output has ended, as `head` does"
 
 
 def exit_code_table() -> str:
@@ -101,13 +101,15 @@ class TokenizerFileError(UserError):
     """A file is not a tokenizer; the message names it."""
 
 
+_NAMES = (
+    *("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENODEV", "ENXIO", "ENOTCONN", "EHOSTDOWN"),
+    *("EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ENOLINK"),
+)
 #: A disk or quota is full, a device fails, a network file system lost a file or its server.
 MACHINE_ERRNOS = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
-        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-        *(errno.EREMOTEIO, errno.ENOLINK),
-    }
+    getattr(errno, name)
+    for name in _NAMES
+    if hasattr(errno, name)  # Linux alone has all
 )
 
 

@@ -4,6 +4,7 @@ import ast
 import errno
 import pickle
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_storage_that_loses_its_server_is_a_failure_of_the_machine(name):
     """And no bad input, after which a run on Slurm is given up."""
     assert errors.is_machine_failure(OSError(getattr(errno, name), "x"))
     assert not errors.is_machine_failure(OSError(errno.EACCES, "x"))
+
+
+def test_a_system_that_lacks_some_of_the_numbers_will_do(monkeypatch):
+    """EREMOTEIO is Linux's alone."""
+    monkeypatch.delattr(errno, "EREMOTEIO")
+    numbers = runpy.run_path(errors.__file__)["MACHINE_ERRNOS"]
+    assert errno.EIO in numbers and len(numbers) == len(errors.MACHINE_ERRNOS) - 1
 
 
 @pytest.mark.parametrize("name", [n for n in dir(errors) if n.endswith("Error")])
