@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections import Counter
 
 import pytest
 
@@ -69,6 +70,14 @@ def test_no_cell_is_longer_than_a_line(name):
     """But for the table of faults, which names tests."""
     for number, cell in cells(name):
         assert len(cell) <= 100, f"{name}:{number}: {len(cell)} characters: {cell}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_each_row_has_as_many_cells_as_the_head_of_its_table(name):
+    """Further ones are not shown."""
+    widths = Counter(number for number, _ in cells(name))
+    for number, width in widths.items():
+        assert widths.get(number - 1, width) == width, f"{name}:{number}"
 
 
 @pytest.mark.parametrize(("heading", "text"), list(sections("docs/benchmarks.md")))
