@@ -5,7 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
-from xlstm_io.storage import Location, exists, write_atomic
+from xlstm_io.storage import Location, exists, sync_folder, write_atomic
 
 
 def create_new(path: Location, data: bytes) -> None:
@@ -27,12 +27,13 @@ def create_new(path: Location, data: bytes) -> None:
     try:
         with open(temporary, "xb") as file:
             file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         try:
             os.link(temporary, path)  # unlike a rename, never replaces
         except FileExistsError:
             # A network file system says so too where the answer to our own request was lost.
-            if not os.path.samefile(temporary, path):
+            if not _same(temporary, path):
                 raise
         except OSError:  # a file system without hard links
             with open(path, "xb") as file:
@@ -43,5 +44,14 @@ def create_new(path: Location, data: bytes) -> None:
                 except BaseException:
                     path.unlink(missing_ok=True)  # half a record would be damage to everybody
                     raise
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file; a name that is gone, or a link to nothing, is another."""
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False

@@ -57,6 +57,34 @@ def test_a_file_that_is_made_once_is_never_torn_or_taken_for_anothers(tmp_path, 
     assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"one"
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "without hard links"])
+def test_a_file_that_is_made_once_is_on_the_disk(tmp_path, monkeypatch, links):
+    """After a loss of power the record of a life was empty, and the run refused to go on."""
+    synced = []
+
+    def sync(descriptor, real=os.fsync):
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((tmp_path / "one").exists() if place.is_dir() else place.read_bytes())
+        real(descriptor)
+
+    def refuse(old, new):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    create_new(tmp_path / "one", b"all of it")
+    assert synced == [b"all of it"] * (1 if links else 2) + [True]
+
+
+def test_a_link_to_nothing_is_there_already(tmp_path):
+    path = tmp_path / "one"
+    path.symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        create_new(path, b"another")
+    assert [*tmp_path.iterdir()] == [path]
+
+
 @pytest.fixture(params=["local", "remote"])
 def place(request, tmp_path):
     """A file that does not exist yet, on either kind of storage."""
