@@ -1,5 +1,6 @@
 """Which of many texts repeat an earlier one, by their hashes, in bounded memory."""
 
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def find_repeated(
         held = [_table(*part) for part in parts]
         yield _repeated_in(np.concatenate(held) if held else np.empty((0, 3), np.uint64))
         return
-    folder = temporary_path(scratch / "buckets")
+    # A process that was killed may have left its folder, and had our number in another container.
+    folder = temporary_path(scratch / f"buckets-{secrets.token_hex(4)}")
     folder.mkdir(parents=True)
     shift = np.uint64(64 - (buckets.bit_length() - 1))
     try:

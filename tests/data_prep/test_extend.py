@@ -166,8 +166,12 @@ def test_a_wrong_name_is_one_message(shards, tmp_path, capsys, word, message):
     assert message in capsys.readouterr().err
 
 
-def test_repeated_texts_are_counted_in_the_file_that_repeats_them(monkeypatch):
+def test_repeated_texts_are_counted_in_the_file_that_repeats_them(tmp_path, monkeypatch):
     import data_prep.build.repeated as module
+    from xlstm_io.storage import temporary_path
+
+    # Left by a killed process, which had the number of this one in another container.
+    temporary_path(tmp_path / "buckets").mkdir()
 
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 50, (400, 2)).astype(np.uint64)
@@ -176,5 +180,5 @@ def test_repeated_texts_are_counted_in_the_file_that_repeats_them(monkeypatch):
     parts = [(np.arange(n, n + 40), hashes[n : n + 40]) for n in range(0, 400, 40)]
     for rows in (1 << 20, 16):
         monkeypatch.setattr(module, "BUCKET_ROWS", rows)
-        found = [n for part in module.find_repeated(parts, 400, Path("/tmp")) for n in part]
+        found = [n for part in module.find_repeated(parts, 400, tmp_path) for n in part]
         assert set(found) == expected and len(found) == len(expected)
