@@ -106,6 +106,15 @@ def device_index(local_rank: int, visible: int) -> int:
     )
 
 
+def check_device() -> None:
+    """Require that the current GPU of this process is not too old.
+
+    Raises:
+        ConfigError: it is.
+    """
+    check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
 def check_capability(name: str, capability: tuple[int, int]) -> None:
     """Require a GPU that is not older than bf16 and the kernels' compiler allow.
 

@@ -31,7 +31,7 @@ def single_process_groups() -> ProcessGroupCollection:
         ConfigError: The process's current device is too old.
     """
     if not cpu_runtime.activate():
-        hardware.check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        hardware.check_device()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
