@@ -1,6 +1,6 @@
 """The Megatron engine: Megatron's schedules and DDP around XLSTMModel, and an optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,18 @@ class MegatronEngine(ModelEngine):
 
     def _optimizer_slices(self) -> Iterator[tuple[Tensor, TensorSlice]]:
         return self.optimizer.slices()
+
+    def _spread_weights(self, owned: Sequence[tuple[Tensor, int]]) -> None:
+        """An fp32 weight is its master weight, of which each rank has read a part.
+
+        A checkpoint of bf16 weights has more digits in its masters, which the weights of an owner
+        would overwrite. So the parts are gathered, as after an update.
+        """
+        if self.config.engine.precision == "fp32" and self.optimizer.shares_gradients:
+            for model_chunk in self.model_chunks:
+                model_chunk.start_param_sync(force_sync=True)
+        else:
+            super()._spread_weights(owned)
 
     def _gather_weights(self) -> None:
         """Finish what `overlap_param_gather` leaves to the next forward pass."""

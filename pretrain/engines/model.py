@@ -167,7 +167,11 @@ class ModelEngine:
             for part in weight_slices(parameter, slices)
         ]
         load([*mine, *state])
-        send_from_owners(owned, group)
+        self._spread_weights(owned)
+
+    def _spread_weights(self, owned: Sequence[tuple[Tensor, int]]) -> None:
+        """Give every replica the weights that their owners have read; see `with_owners`."""
+        send_from_owners(owned, self.layout.groups.dp_cp)
 
     def _sum(self, losses: list[Tensor], batches: list[Batch]) -> Tensor:
         """Add up the losses of micro-batches over the whole layout, and keep this rank's."""

@@ -75,11 +75,12 @@ def test_the_optimizer_state_is_taken_along_when_asked(pool, shards, first, tmp_
     assert (now[name] >= 0.949 * then[name]).all() and then[name].max() > 0
 
 
-def test_master_weights_are_taken_and_not_the_bf16_ones(pool, shards, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_master_weights_are_taken_and_not_the_bf16_ones(pool, shards, tmp_path, ranks):
     narrow, wide = tmp_path / "narrow", tmp_path / "wide"
     assert pool(1, train, tiny_run(narrow, shards, run__steps=2, engine__precision="bf16")) == [0]
     raw = tiny_run(wide, shards, run__steps=1, run__init_from=str(narrow), **STILL)
-    assert pool(1, train, raw) == [0]
+    assert pool(ranks, train, raw) == [0] * ranks
     now, then = (
         {n: t for n, t in tensors(folder, weights=False).items() if ".param." in n}
         for folder in (wide, narrow)
