@@ -82,6 +82,8 @@ def claim_lasting(mode: RehearsalMode, engine: DeepSpeedEngine) -> None:
         for part in parts:
             mode.meter.claim(part.tensor, WEIGHTS if is_weight(part.name) else OPTIMIZER)
 
+    for held in engine.held():  # below stage 3 all weights, of which each replica loads its share
+        mode.meter.claim(held.tensor, WEIGHTS if is_weight(held.name) else OPTIMIZER)
     engine.load_sharded_state(claim, 0)
     for gradient in compat.gradient_buffers(engine.engine.optimizer):
         mode.meter.claim(gradient, GRADIENTS)

@@ -23,6 +23,7 @@ STAGES = {
 }
 # Gradients leave for the host, and their norm is there.
 OFFLOADED = {"engine__offload": "optimizer", "model__pattern": "M"}
+MANY = 64  # replicas, more than there are parameters
 
 
 def zero_run(stage: int, **changes) -> RunConfig:
@@ -133,8 +134,12 @@ def found() -> dict:
     for name, (stage, changes) in STAGES.items():
         stages[name], records[name] = sound(stage, changes)
     offloaded = rehearse_rank(zero_run(2, **OFFLOADED), 0, RANKS)
+    many = zero_run(2, model__pattern="M", data__global_batch=MANY)
     return {
         "stages": stages,
         "faults": faults(records),
         "offloaded": {"held": offloaded.memory.held, "steps": len(offloaded.operators)},
+        "many": [
+            rehearse_rank(many, rank, MANY, steps_only=True).memory.held for rank in (0, MANY - 1)
+        ],
     }

@@ -158,6 +158,12 @@ def test_zero_shares_out_what_each_stage_says(results):
 
 
 @needs_deepspeed
+def test_a_replica_that_loads_no_weight_holds_them_all(results):
+    first, last = results["deepspeed"]["many"]
+    assert first["weights"] == last["weights"] > 0
+
+
+@needs_deepspeed
 def test_an_offloaded_optimizer_works_beside_a_device(results):
     """The norm of gradients in host memory is judged on the device, and clips them on the host."""
     found = results["deepspeed"]["offloaded"]
