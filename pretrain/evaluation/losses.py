@@ -42,8 +42,8 @@ class SetLoss:
 
     @property
     def perplexity(self) -> float:
-        """`exp` of the loss; inf where fp64 ends, at 709 nats."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """`exp` of the loss; inf where fp64 ends, at 709 nats, and nan of a loss that is nan."""
+        return math.inf if self.loss >= 709 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -160,6 +160,8 @@ def test_text_and_json_name_every_set(run):
 
 def test_a_model_that_has_diverged_has_a_perplexity_too():
     assert losses.SetLoss(LossSum(3000.0, 4), None).perplexity == math.inf
+    assert math.isnan(losses.SetLoss(LossSum(math.nan, 4), None).perplexity)
+    assert math.isnan(losses.SetLoss(LossSum(0.0, 0), None).perplexity), "of no token there is none"
 
 
 def test_documents_of_a_row_have_places_and_lengths():
