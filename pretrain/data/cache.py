@@ -226,7 +226,10 @@ class ShardCache:
     def _delete_until(self, needed: int) -> int:
         """Delete shards of all corpora until `needed` bytes fit, and some more; the bytes left."""
         limit, folder = self.settings.limit, self.settings.folder
-        found = [(p.stat(), p) for p in folder.rglob("*.tar")]
+        found = []
+        for path in folder.rglob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # a damaged one that is just being dropped
+                found.append((path.stat(), path))
         total = sum(status.st_size for status, _ in found)
         if total + needed <= limit:
             return total

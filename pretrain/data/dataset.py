@@ -282,25 +282,30 @@ class TokenDataset:
     ) -> np.ndarray:
         """One row of a shard. What was found damaged once is not read again."""
         try:
-            if self._damaged:
-                known = self._damaged.get((shard, None))
-                if known is None:
-                    known = self._damaged.get((shard, self._shard(shard).block_of(row)))
-                if known is not None:
-                    raise known
-            own = labels if self.manifest.labels else None
             try:
-                segments = self._shard(shard).row(row, tokens, own)
+                return self._read_row(shard, row, tokens, labels)
             except CorruptShardError as error:
                 if not self._copied_again(shard, error):
                     raise
-                segments = self._shard(shard).row(row, tokens, own)
-            if labels is not None and own is None:
-                _label_by_the_next_token(tokens, segments, labels)
-            return segments
+                return self._read_row(shard, row, tokens, labels)
         except CorruptShardError as error:
             self._damaged[shard, error.block] = error.with_traceback(None)
             raise
+
+    def _read_row(
+        self, shard: int, row: int, tokens: np.ndarray, labels: np.ndarray | None
+    ) -> np.ndarray:
+        if self._damaged:
+            known = self._damaged.get((shard, None))
+            if known is None:
+                known = self._damaged.get((shard, self._shard(shard).block_of(row)))
+            if known is not None:
+                raise known
+        own = labels if self.manifest.labels else None
+        segments = self._shard(shard).row(row, tokens, own)
+        if labels is not None and own is None:
+            _label_by_the_next_token(tokens, segments, labels)
+        return segments
 
     def _copied_again(self, shard: int, error: CorruptShardError) -> bool:
         """Whether the damage was in the copy of a remote shard, which is thrown away; once each."""

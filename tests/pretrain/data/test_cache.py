@@ -163,6 +163,26 @@ def test_a_damaged_copy_is_made_again(folder, tmp_path, caplog, damage):
     assert caplog.text.count("this copy is damaged") == 1
 
 
+def test_a_damaged_copy_is_made_again_where_another_shard_is_beyond_help(folder, tmp_path):
+    """What is known to be damaged is looked up by the index, which may be what is damaged."""
+    copy = shutil.copytree(folder, tmp_path / "remote")
+    remote(copy, tmp_path).read(np.arange(97))
+    first, second = copies(tmp_path)[:2]
+    second.with_suffix(".idx.npz").write_bytes(b"")
+    first.unlink()
+    sorted(copy.rglob("train/*.tar"))[0].unlink()
+    found = remote(copy, tmp_path, quarantine=True).read(np.arange(97))
+    assert [place for place, _ in found.damaged] == list(range(30))
+    assert (found.tokens[30:] == whole(folder)[30:]).all()
+
+
+def test_a_copy_may_go_while_all_are_counted(folder, tmp_path):
+    """Another process drops a damaged one without the lock of those that make room."""
+    data = remote(folder, tmp_path)
+    (tmp_path / "cache/gone.tar").symlink_to("nowhere")
+    assert (data.read(np.arange(97)).tokens == whole(folder)).all()
+
+
 def _read_all(folder, tmp_path, results):
     data = remote(folder, tmp_path, limit=60_000)
     data.max_open = 1
