@@ -8,7 +8,8 @@ started it ends the rest. The last collectives go beside it, as torch's flight r
 (`torch.distributed.flight_recorder` reads it). `logs/phase-RANK.json` says in which phase and at
 which step each rank was last, so that the ranks that are missing can be named. Within a phase it is
 written once a minute: a thousand ranks would replace hundreds of files a second otherwise, for as
-long as the run lasts.
+long as the run lasts. Under a limit of less than two minutes it is written twice in that time: the
+first rank that ends has the others ended too, and what they have noted must be where they stand.
 """
 
 import faulthandler
@@ -110,7 +111,7 @@ class Watchdog:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._median = 0.0
         self._written: tuple[str, int] | None = None
-        self._noted = 0.0
+        self._noted, self._note_s = 0.0, NOTE_S
         self._waits_for: Callable[[], str] = str
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -148,8 +149,10 @@ class Watchdog:
     def _watch(self) -> None:
         tick = TICK_S
         if self._limits is not None:
-            limits = (self._limits.step, self._limits.evaluation)
-            tick = min([tick, *(limit / 4 for limit in limits if limit is not None)])
+            limits = [self._limits.step or SHORTEST_S]
+            limits += [self._limits.evaluation] if self._limits.evaluation else []
+            tick = min(tick, min(limits) / 4)
+            self._note_s = min(NOTE_S, min(limits) / 2)
         looked = woke = time.monotonic()
         while True:
             now = time.monotonic()  # read first: progress that comes between counts
@@ -175,7 +178,7 @@ class Watchdog:
     def _note(self, phase: str, step: int, now: float, last: bool = False) -> None:
         """Keep `phase-RANK.json` current; a full disk does not stop the watching."""
         goes_on = self._written is not None and self._written[0] == phase and not last
-        if self._written == (phase, step) or (goes_on and now - self._noted < NOTE_S):
+        if self._written == (phase, step) or (goes_on and now - self._noted < self._note_s):
             return
         data = json.dumps({"rank": self._rank, "phase": phase, "step": step}).encode()
         with suppress(OSError):

@@ -186,7 +186,7 @@ def test_the_recorder_of_nccl_is_asked_and_waited_for_only_so_long(tmp_path, mon
 def test_steps_are_noted_once_a_minute_and_the_last_one_at_the_end(tmp_path, clock):
     """A thousand ranks would replace their files at every look, for months."""
     noted = tmp_path / "phase-3.json"
-    watchdog, ends = watch(tmp_path, Limits(step=50.0, startup=50.0, checkpoint=50.0))
+    watchdog, ends = watch(tmp_path, Limits(step=120.0, startup=120.0, checkpoint=50.0))
     with watchdog:
         clock.seen()
         assert "start-up" in noted.read_text()
@@ -198,12 +198,21 @@ def test_steps_are_noted_once_a_minute_and_the_last_one_at_the_end(tmp_path, clo
         watchdog.moved(CHECKPOINT, 5)
         clock.seen()
         assert "checkpoint" in noted.read_text()
-        watchdog.moved(STEP, 6)
-        clock.seen()
-        watchdog.moved(STEP, 7)
+        watchdog.moved(CHECKPOINT, 7)
         clock.now += 51
         wait_for(lambda: ends)
     assert json.loads(noted.read_text())["step"] == 7
+
+
+def test_a_rank_that_others_end_has_noted_the_step_where_it_stands(tmp_path, clock):
+    """It is ended a short limit after its last step, and is not to blame for being behind."""
+    watchdog, _ = watch(tmp_path, Limits(step=20.0, startup=50.0, checkpoint=50.0))
+    with watchdog:
+        for step, now in ((1, 1), (2, 2), (2, 12)):
+            watchdog.moved(STEP, step)
+            clock.now = now
+            clock.seen()
+    assert json.loads((tmp_path / "phase-3.json").read_text())["step"] == 2
 
 
 def test_a_limit_of_start_up_is_named_by_its_key(tmp_path, clock):
