@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from pretrain.config.data_section import DataConfig, SourceConfig, ValidConfig
 from pretrain.data.blend import Blend, Phase
@@ -177,9 +178,13 @@ class DataPlan:
 
 
 def _descriptors() -> int:
-    """Files that the training data may keep open: half of what the process may."""
+    """Files that the training data may keep open: half of what the process may.
+
+    Not counted are those that are connections to other ranks, whether they are there yet or not.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _UNLIMITED if limit == resource.RLIM_INFINITY else limit // 2
+    others = dist.get_world_size() - 1 if dist.is_available() and dist.is_initialized() else 0
+    return _UNLIMITED if limit == resource.RLIM_INFINITY else (limit - others) // 2
 
 
 def _check_alike(datasets: Sequence[TokenDataset]) -> None:

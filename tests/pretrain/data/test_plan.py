@@ -232,6 +232,14 @@ def test_phase_weights_may_name_a_source_once(folders):
     assert plan.epochs(64) == {"x": 1.0}
 
 
+def test_connections_to_other_ranks_take_descriptors_too(folders, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (12, 12))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 9)
+    plan = DataPlan.of(TokenDataset(folders / "big", seq_len=8), seed=1)
+    assert [dataset.max_open for dataset in plan.datasets] == [2]
+
+
 def test_many_sources_share_the_descriptors_of_a_process(folders, monkeypatch):
     """A file that cannot be opened for want of a descriptor is not damaged, nor quarantined."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (12, 12))
