@@ -26,8 +26,12 @@ EVALUATION_KEYS = (
     "data.cache_dir",
     "data.cache_gb",
 )
-# They decide nothing in `evaluate`, but rules between keys tie them to those that do.
-_TIED_KEYS = ("data.phases", "data.global_batch", "data.batch_ramp", "data.fill_batch")
+# They decide nothing in `evaluate`, but rules between keys tie them to those that do: a length that
+# the layout of training would not split can be measured all the same.
+_TIED_KEYS = (
+    *("data.phases", "data.global_batch", "data.batch_ramp", "data.fill_batch"),
+    *("layout.context", "layout.tensor", "layout.sequence"),
+)
 
 
 def overrides_help(command: str, config: RunConfig) -> str:

@@ -270,6 +270,9 @@ def test_show_evaluate_report_demo_reach_their_modules(run_file, fake, capsys):
     assert len(calls) == known
     batch = ["--data.micro_batch", "64", "--data.global_batch", "64"]  # one must divide the other
     assert cli.run(["evaluate", "ckpt", run_file, *batch]) == 0
+    length = ["--data.seq_len", "41", "--layout.context", "1", "--layout.no-sequence"]
+    assert cli.run(["evaluate", "ckpt", run_file, *length]) == 0
+    assert calls[-1][0][1].data.seq_len == 41
     assert cli.run(["evaluate", "ckpt", run_file, "--help"]) == 0
     said = capsys.readouterr().out
     assert "--data.micro_batch" in said and "--data.workers" not in said and "--run." not in said
