@@ -154,6 +154,16 @@ def memory_bytes() -> int:
     return torch.cuda.memory_allocated()
 
 
+def forget_memory() -> None:
+    """Give back memory of the GPU that holds nothing, and count the peak from here; not on a CPU.
+
+    PyTorch would keep it, out of reach of libraries that ask the driver (NCCL, cuBLAS).
+    """
+    if not without_cuda():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def device_memory_bytes() -> int:
     """All memory of this process's device: the GPU's, or the machine's."""
     if without_cuda():

@@ -51,6 +51,7 @@ def check_kernels_once(config: RunConfig, device: torch.device) -> None:
         return
     began = time.monotonic()
     problems = kernel_problems(config, device)
+    hardware.forget_memory()  # calls as large as the run's: their peak is none of its own
     if problems:
         raise MachineFailed(
             f"{socket.gethostname()}: the kernels are wrong on this machine, and nothing was "

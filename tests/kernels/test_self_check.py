@@ -5,6 +5,8 @@ import torch
 
 from xlstm_kernels import mlstm_chunkwise, norm_beside, self_check, self_check_layers, slstm_scan
 from xlstm_kernels.common.numba.tasks import FEWEST_ELEMENTS
+from xlstm_kernels.mlstm.torch import chunkwise
+from xlstm_kernels.mlstm.torch.passes import allocate_forward
 from xlstm_kernels.self_check import check_lstm, check_mlstm, check_slstm
 from xlstm_kernels.self_check_layers import (
     check_conv,
@@ -62,6 +64,22 @@ LARGE = [
 )
 def test_the_mlstm_agrees(dtype, options):
     assert check_mlstm("cpu", dtype, backend="torch", **options) == []
+
+
+def test_the_reference_on_a_gpu_keeps_no_more_states_than_it_has_inputs(monkeypatch):
+    kept = []
+
+    def seen(q, v, *rest):
+        h, last, saved = allocate_forward(q, v, *rest)
+        if q.dtype == torch.float64:
+            kept.append((saved.C_before.numel() + saved.weights.numel()) / (2 * q.numel()))
+        return h, last, saved
+
+    monkeypatch.setattr(chunkwise, "allocate_forward", seen)
+    monkeypatch.setattr(self_check, "select_backend", lambda *_, **__: "triton")
+    wide = {"qk_dim": 256, "v_dim": 256, "length": 1024, "backend": "torch"}
+    assert check_mlstm("cpu", torch.float32, **wide) == []
+    assert kept and max(kept) < 2
 
 
 def test_a_wrong_last_state_is_named(monkeypatch):

@@ -14,6 +14,7 @@ from pretrain.guard.kernel_check import check_kernels_once
 from tests.pretrain.run_files import config
 from xlstm_io.errors import MachineFailed
 from xlstm_kernels import mlstm_chunkwise, self_check
+from xlstm_mcore import hardware
 from xlstm_mcore import kernel_check as compared
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")  # no kernel runs on the second
@@ -134,6 +135,17 @@ def test_the_states_of_cells_are_kept_as_in_the_run(monkeypatch):
     monkeypatch.setattr(self_check, "mlstm_chunkwise", seen)
     kernel_check.kernel_problems(config(**SMALL, memory__cell_states="bf16"), CPU)
     assert asked == {torch.bfloat16}
+
+
+def test_memory_of_the_comparison_is_given_back_and_no_peak_of_the_run(monkeypatch):
+    done = []
+    monkeypatch.setattr(kernel_check, "kernel_problems", lambda *_: done.append("compared") or [])
+    monkeypatch.setattr(kernel_check, "_facts", lambda _: {})
+    monkeypatch.setattr(hardware, "without_cuda", lambda: False)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, functools.partial(done.append, name))
+    check_kernels_once(config(**SMALL), DEVICE)
+    assert done == ["compared", "empty_cache", "reset_peak_memory_stats"]
 
 
 def test_a_result_that_cannot_be_noted_is_no_error(monkeypatch):
