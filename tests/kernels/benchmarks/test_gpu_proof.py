@@ -75,6 +75,21 @@ def test_rows_can_be_written_and_described(part, tmp_path):
         proof.describe({"part": "part", **json.loads(json.dumps(row))})
 
 
+def test_nothing_is_copied_from_the_host_while_the_mlstm_is_timed(monkeypatch, tmp_path):
+    timed = []
+
+    def alone(function, inputs, device):
+        with monkeypatch.context() as patch:
+            patch.setattr(times, "documents", None)
+            function(*inputs)
+        timed.append(function)
+        return {}
+
+    monkeypatch.setattr(times.kernels_gpu, "time_call", alone)
+    found = list(times.rows(Setting(tmp_path, True)))
+    assert len(timed) == len(found), [row for row in found if "left_out" in row]
+
+
 def test_without_a_gpu_it_says_so(capsys):
     assert proof.main(["--out", "unused"]) == 0
     assert "no GPU here" in capsys.readouterr().out
