@@ -164,6 +164,17 @@ def test_a_model_that_has_diverged_has_a_perplexity_too():
     assert math.isnan(losses.SetLoss(LossSum(0.0, 0), None).perplexity), "of no token there is none"
 
 
+def test_json_of_a_loss_that_is_no_number_can_be_read_by_others():
+    found = {
+        "": losses.SetLoss(LossSum(0.0, 0), 0.5, {3: LossSum(math.inf, 4)}),
+        "far": losses.SetLoss(LossSum(3000.0, 4), 0.5),
+    }
+    text = evaluate._as_json("ckpt", found, "position")
+    body = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert body["sets"][""]["loss"] is body["sets"][""]["bits_per_byte"] is None
+    assert body["sets"]["far"] | {"loss": 750.0, "perplexity": None} == body["sets"]["far"]
+
+
 def test_documents_of_a_row_have_places_and_lengths():
     """The second row ends in padding, which belongs to no document's length."""
     starts = torch.tensor([[0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool)

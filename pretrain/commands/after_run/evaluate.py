@@ -4,6 +4,7 @@ In one process, or tensor parallel over all processes of torchrun.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -138,24 +139,31 @@ def _as_text(path: Location | str, found: Mapping[str, SetLoss], by: str | None)
 def _as_json(path: Location | str, found: Mapping[str, SetLoss], by: str | None) -> str:
     sets: dict[str, dict[str, Any]] = {}
     for name, measured in found.items():
+        bits = measured.bits_per_byte
         sets[name] = {
-            "loss": measured.loss,
-            "perplexity": measured.perplexity,
-            **({} if measured.bits_per_byte is None else {"bits_per_byte": measured.bits_per_byte}),
+            "loss": _number(measured.loss),
+            "perplexity": _number(measured.perplexity),
+            **({} if bits is None else {"bits_per_byte": _number(bits)}),
             "tokens": measured.sum.tokens,
             **_as_fields(measured.answers),
         }
         if by is not None:
             sets[name][by] = {
                 _bucket(n): {
-                    "loss": group.mean,
+                    "loss": _number(group.mean),
                     "tokens": group.tokens,
                     **_as_fields(measured.answers_by.get(n)),
                 }
                 for n, group in measured.by.items()
             }
     mean = mean_of(measured.sum for measured in found.values())
-    return json.dumps({"checkpoint": str(path), "loss": mean, "sets": sets})
+    body = {"checkpoint": str(path), "loss": _number(mean), "sets": sets}
+    return json.dumps(body, allow_nan=False)
+
+
+def _number(value: float) -> float | None:
+    """nan and inf, which JSON cannot express, become null."""
+    return value if math.isfinite(value) else None
 
 
 def _as_words(answers: Answers | None) -> str:
