@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -193,10 +194,13 @@ def save_table(folder, table: pa.Table) -> list:
 
 
 def test_a_row_that_is_not_utf8_is_one_malformed_record(tmp_path):
-    for path in save_table(tmp_path, pa.table({"text": invalid_utf8()})):
-        *good, bad = read(path)
-        assert len(good) == 30 and isinstance(bad, Malformed)
-        assert bad.where == f"{path}:31" and "not UTF-8" in bad.reason
+    encoded = pa.DictionaryArray.from_arrays(pa.array(range(31)), invalid_utf8())
+    for column in (invalid_utf8(), encoded):
+        paths = save_table(tmp_path, pa.table({"text": column}))
+        for path in paths[column is encoded :]:  # Arrow itself refuses such a parquet file
+            *good, bad = read(path)
+            assert len(good) == 30 and isinstance(bad, Malformed)
+            assert bad.where == f"{path}:31" and "not UTF-8" in bad.reason
     table = pa.table({"text": [f"fine {n}" for n in range(31)], "id": invalid_utf8()})
     for path in save_table(tmp_path, table):
         items = read(path)
@@ -245,6 +249,11 @@ def test_tables_of_large_texts_are_held_a_few_at_a_time():
     column = pa.array(["a long text", None, "b"]).dictionary_encode().take(pa.array([0, 0, 1, 2]))
     first, second, *others = tables._values(column)
     assert first is second and first == b"a long text" and others == [None, b"b"]
+    many = pa.array(["x" * 1000 + str(n) for n in range(20_000)]).dictionary_encode()
+    tracemalloc.start()  # each batch of a table has the dictionary of its whole row group
+    assert len(tables._values(many[:10])) == 10
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
     assert tables._wanted_of(np.arange(0, 1000, 2), 11, 4) == {12, 14}  # of a row group alone
 
 

@@ -271,17 +271,32 @@ def _values(array: "pa.Array") -> list[Any]:
     """The values of a column, texts as their bytes; they are checked to lie inside the column.
 
     Raises:
-        pa.ArrowInvalid: they do not.
+        pa.ArrowException: they do not.
     """
     import pyarrow as pa
 
     array.validate()
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    if pa.types.is_dictionary(array.type):  # not decoded: a long text may stand in every row
-        array.validate(full=True)
-        values = _values(array.dictionary)
-        return [None if n is None else values[n] for n in array.indices.to_pylist()]
+    if not pa.types.is_dictionary(array.type):
+        return _as_bytes(array).to_pylist()
+    # Not decoded, as a long text may stand in every row; and no more of the dictionary than these
+    # rows name, as each batch has that of its whole row group.
+    checked = pa.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary))
+    used = checked.indices.drop_null().unique().to_pylist()
+    values = {n: checked.dictionary[n].as_py() for n in used}
+    return [None if n is None else values[n] for n in array.indices.to_pylist()]
+
+
+def _as_bytes(array: "pa.Array") -> "pa.Array":
+    """A checked array; its texts as bytes, since one that is not UTF-8 is no fault of the others.
+
+    Raises:
+        pa.ArrowInvalid: its values do not lie inside it.
+    """
+    import pyarrow as pa
+
+    array.validate()
     as_bytes = {
         pa.string(): pa.binary(),
         pa.large_string(): pa.large_binary(),
@@ -290,4 +305,4 @@ def _values(array: "pa.Array") -> list[Any]:
     if array.type in as_bytes:
         array = array.view(as_bytes[array.type])
     array.validate(full=True)
-    return array.to_pylist()
+    return array
