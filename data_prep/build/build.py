@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.build.encode import ShardRecord, encode_shard, encode_tasks, load_record
 from data_prep.build.extend import new_files, take_over
-from data_prep.build.plan import Corpus, check_splits, plan_build
+from data_prep.build.plan import SPLITS, Corpus, check_splits, plan_build
 from data_prep.build.report import Finished, finish_build
 from data_prep.build.scan import InputFile, scan_files
 from data_prep.build.state import (
@@ -176,15 +176,27 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def _input_files(config: BuildConfig) -> list[InputFile]:
-    out = absolute(config.out)  # it may lie in a folder of texts, and is none of them
+    out = absolute(config.out)
     files = [
         InputFile(path, source.name, source.fields)
         for source in config.all_sources()
         for path in expand_inputs(source.input)
-        if is_remote(path) or not absolute(path).is_relative_to(out)
+        if is_remote(path) or not _is_built(absolute(path), out)
     ]
     check_number_of_files(files)
     return files
+
+
+def _is_built(path: Path, out: Path) -> bool:
+    """Whether a file is one that a build in `out` makes, which may be a folder of texts itself."""
+    if not path.is_relative_to(out):
+        return False
+    first, *others = path.relative_to(out).parts
+    return (
+        first in ("_work", "tokenizer")
+        or (not others and first.startswith(MANIFEST_NAME))
+        or (len(others) == 2 and others[0] in SPLITS and others[1].startswith("shard-"))
+    )
 
 
 def _encode(

@@ -239,6 +239,17 @@ def test_reading_does_not_go_on_in_a_file_that_was_replaced(tmp_path):
             assert found == [f"{word} {n}" for n in wanted]
 
 
+def test_texts_may_lie_in_the_folder_of_their_shards(corpus, tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "raw").mkdir()
+    shutil.copy(corpus, tmp_path / "raw")
+    flags = ["--tokenizer", tokenizer_dir, "--workers", 1, "--valid-fraction", 0.2]
+    assert run("build", "--input", tmp_path, *flags, "--out", tmp_path) == 0
+    (tmp_path / "manifest.json").unlink()
+    for _ in range(2):
+        assert run("build", "--input", tmp_path, *flags, "--out", tmp_path) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_links_to_folders_are_said_to_be_left_out(tmp_path, texts, capsys):
     (tmp_path / "real").mkdir()
     write_jsonl(tmp_path / "real/a.jsonl", texts[:3])
