@@ -54,6 +54,9 @@ def verdict(
             open_[row["model"]].append(
                 f"{counted(row['failed'], 'run')} of {row['model']} failed at its best rate"
             )
+        value = row.get("mean", {}).get(claim.measure, 0.0)
+        if not math.isfinite(value):  # it is neither above nor below anything
+            open_[row["model"]].append(f"{claim.measure} of {row['model']} is {value}")
     for cell in cells:
         if cell["status"] == "failed" and claim.concerns(cell) and not _has_row(cell, best):
             open_[cell["model"]] = [f"all runs of {cell['model']} failed{_at(cell)}"]

@@ -118,6 +118,8 @@ def _over(rows: Sequence[Mapping[str, Any]], key: str, function: Any) -> dict[st
 
 
 def _deviation(values: Sequence[float]) -> float:
+    if not all(map(math.isfinite, values)):  # which `statistics` cannot compute with
+        return math.nan
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 

@@ -1,11 +1,14 @@
 """The rules of verdicts on made numbers: each can hold, be refuted, and be left open."""
 
+import math
+
 import numpy as np
 import pytest
 
 from experiments.results.chance import Mean, summed
 from experiments.results.claims import Claim
 from experiments.results.rules import slope_of, verdict
+from experiments.results.table import _deviation
 
 
 def row(model, mean, *, std=0.0, n=3, scaled=None, **values):
@@ -142,6 +145,14 @@ def test_the_seeds_that_survived_do_not_stand_for_those_that_failed():
     claim = {"rule": "separates", "measure": "long", "solve": ["s"]}
     survivors = [row("s", 0, scaled=accuracies(1.0)) | {"failed": 2}]
     assert found(claim, survivors)["why"] == "2 runs of s failed at its best rate"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_measure_that_is_no_number_decides_nothing(value):
+    for ours, other in ((1.0, value), (value, 1.0)):
+        open_ = found(LOWER, [row("a", ours, std=0.1), row("b", other, std=0.1)])
+        assert open_["holds"] is None and f"is {value}" in open_["why"]
+    assert math.isnan(_deviation([value, 1.0])) and _deviation([2.0, 2.0]) == 0.0
 
 
 def test_data_on_which_all_runs_failed_are_not_passed_over():
