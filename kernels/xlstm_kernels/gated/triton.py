@@ -67,6 +67,7 @@ def gated_backward(
     b_dup = (b_d * b_active).to(d_gate_up.dtype.element_ty)
     tl.store(d_gate_up + o_gate + width, b_dup, mask=m_w)
     if out is not None:
+        tl.debug_barrier()  # out may be d_out, which other threads may still have to read
         b_out = (b_active * b_up).to(out.dtype.element_ty)
         tl.store(out + i_row * width + o_w, b_out, mask=m_w)
 

@@ -90,6 +90,7 @@ def norm_skip_backward(
         b_dgate = b_d * b_sum * b_open * (1.0 + b_gate * (1.0 - b_open))
         o_out = ((o_row * heads + i_head) * d)[:, None] + o_d[None, :]
         if y is not None:
+            tl.debug_barrier()  # y may be d_y, which other threads may still have to read
             b_y = b_sum * (b_gate * b_open)
             tl.store(y + o_out, b_y.to(y.dtype.element_ty), mask=m_tile)
         b_d *= b_gate * b_open  # of the sum

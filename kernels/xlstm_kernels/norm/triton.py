@@ -130,6 +130,7 @@ def norm_backward(
             b_y *= b_open
             tl.store(d_gate + o_out, b_dgate.to(d_gate.dtype.element_ty), mask=m_tile)
         if y is not None:
+            tl.debug_barrier()  # y may be d_y, which other threads may still have to read
             tl.store(y + o_out, b_y.to(y.dtype.element_ty), mask=m_tile)
         b_dw += b_d * b_x
         b_d *= b_w
