@@ -99,12 +99,15 @@ class ReadingProcesses:
             raise StopIteration
         if self._iterator is not None:
             return next(self._iterator)
-        others = set(multiprocessing.active_children())
+        others, collects = set(multiprocessing.active_children()), gc.isenabled()
+        gc.disable()  # `_start_worker` goes on from there
         try:
             with stop_signals_blocked():
                 self._iterator = iter(self._loader)
                 first = next(self._iterator)
         finally:
+            if collects:
+                gc.enable()
             self._workers += [p for p in multiprocessing.active_children() if p not in others]
         return first
 
@@ -128,6 +131,7 @@ def _start_worker(worker: int) -> None:
     # What the trainer has left for collection stays there. A group of gloo's would wait in its
     # destructor for threads that a fork does not have.
     gc.freeze()
+    gc.enable()
 
 
 def _as_it_is(item: Any) -> Any:

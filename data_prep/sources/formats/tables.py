@@ -289,7 +289,7 @@ def _values(array: "pa.Array") -> list[Any]:
 
 
 def _as_bytes(array: "pa.Array") -> "pa.Array":
-    """A checked array; its texts as bytes, since one that is not UTF-8 is no fault of the others.
+    """A checked array; its texts as bytes, so that one that is not UTF-8 spoils no other.
 
     Raises:
         pa.ArrowInvalid: its values do not lie inside it.

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 import numpy as np
@@ -218,14 +219,20 @@ def _collected():
 
 def test_worker_processes_leave_alone_what_the_trainer_has_left():
     """The group of a run that has ended is such garbage; see `tests.clean_processes`."""
-    gc.disable()
+    usual, here = gc.get_threshold(), set()
+    gc.set_threshold(0)  # so that this process keeps it
+    # In a worker any allocation may start a collection, from its first moment on.
+    register_after_fork(here, lambda _: gc.isenabled() and gc.collect())
     try:
         Left()
         reading = ReadingProcesses(wds.DataPipeline(_collected), workers=1)
         reading.get()
         reading.close()
+        assert gc.isenabled()
     finally:
-        gc.enable()
+        del here
+        gc.set_threshold(*usual)
+        gc.collect()
 
 
 def is_running(pid):
